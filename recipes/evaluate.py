@@ -1,0 +1,38 @@
+"""Did it help? Runs against their parent on the same held-out prompts and pairs, with a verdict.
+
+python recipes/evaluate.py 'runs=[outputs/dpo/main]'
+python recipes/evaluate.py 'runs=[outputs/sft/main,outputs/dpo/main]' reward_model=outputs/reward/main
+"""
+
+import sys
+
+from rlhf_recipes import config, data, run
+
+
+@config.recipe("evaluate")
+def main(cfg):
+    config.check(cfg)
+    job = run.start(cfg, "evaluate")
+    pairs = data.load_pairs(cfg.data)
+
+    from rlhf_recipes.evaluation import page, summary, systems
+
+    candidates = systems.find(cfg.runs, cfg.parent, cfg.model.id)
+    judge = systems.import_judge(cfg.judge)
+    measurements = systems.measure(cfg, candidates, pairs, judge)
+    evaluation = summary.summarise(measurements, cfg.thresholds)
+
+    page.write_page(evaluation, job.dir / "report.html")
+    main = summary.headline(evaluation)
+    run.write_result(job, run.record(job, main=main, evaluation=evaluation, counts=pairs.report))
+    print(f"\n{summary.table(evaluation)}\n")
+    for name, system in evaluation["systems"].items():
+        if "verdict" in system:
+            print(f"{name}: {system['verdict']['verdict']}. {' '.join(system['verdict']['reasons'])}")
+    print(f"  page  {job.dir / 'report.html'}", flush=True)
+    code = cfg.exit_codes[evaluation["verdict"]]
+    return sys.exit(code) if code else None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""ORPO on preference pairs. Hong et al. 2024, https://arxiv.org/abs/2403.07691
+
+python recipes/orpo.py
+python recipes/orpo.py data=ultrafeedback model=qwen3_0_6b trainer.beta=0.25
+"""
+
+from rlhf_recipes import config, data, run
+
+
+@config.recipe("orpo")
+def main(cfg):
+    config.check(cfg)
+    job = run.start(cfg, "orpo")
+    pairs = data.load_pairs(cfg.data)
+
+    from trl.experimental.orpo import ORPOTrainer
+
+    from rlhf_recipes import callbacks, models
+    from rlhf_recipes.evaluation import measure, metrics
+
+    args = models.training_args(cfg.trainer, job)
+    tokenizer = models.load_tokenizer(cfg.model)
+    pairs = data.fit(pairs, tokenizer, args.max_length, cfg.data.too_long)
+    print(data.describe(pairs.report))
+    train_dataset, eval_dataset = pairs.to_datasets()
+    policy, lora = models.load_policy(cfg.model, cfg.quantization, cfg.lora)
+    trainer = ORPOTrainer(
+        model=policy,
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        peft_config=lora,
+    )
+    models.keep_adapter_in_float32(trainer.model)
+    callbacks.watch(trainer, job)
+
+    before = measure.pair_logps(trainer.model, tokenizer, pairs.test, "Held out, before")
+    trainer.train(resume_from_checkpoint=job.checkpoint)
+    after = measure.pair_logps(trainer.model, tokenizer, pairs.test, "Held out, after")
+
+    models.save_adapter(trainer.model, tokenizer, job.adapter, cfg.model)
+    return run.finish(
+        job,
+        trainer,
+        main="preference_accuracy",
+        before=metrics.preference_metrics(pairs.test, before, before, "average_logp"),
+        metrics=metrics.preference_metrics(pairs.test, after, before, "average_logp"),
+        counts=pairs.report,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+"""Several recipes in a row, each in a process of its own: what is finished is kept, what was interrupted continues.
+
+python recipes/pipeline.py experiment=pipeline/demo
+python recipes/pipeline.py experiment=pipeline/demo run_name=mine 'shared=[model=qwen3_0_6b]'
+"""
+
+import sys
+
+from rlhf_recipes import config, stages
+
+
+@config.recipe("pipeline")
+def main(cfg):
+    config.check(cfg)
+    plan = stages.plan(cfg)
+    status = stages.execute(plan)
+    stages.print_summary(plan, cfg.next)
+    return sys.exit(status) if status else None
+
+
+if __name__ == "__main__":
+    main()

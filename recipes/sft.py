@@ -1,0 +1,54 @@
+"""Supervised fine-tuning on demonstrations, 4-bit with LoRA. Dettmers et al. 2023, https://arxiv.org/abs/2305.14314
+
+python recipes/sft.py
+python recipes/sft.py data=ultrachat model=qwen3_4b trainer.learning_rate=1e-4
+"""
+
+from rlhf_recipes import config, data, run
+
+
+@config.recipe("sft")
+def main(cfg):
+    config.check(cfg)
+    job = run.start(cfg, "sft")
+    demonstrations = data.load_demonstrations(cfg.data)
+
+    from trl import SFTTrainer
+
+    from rlhf_recipes import callbacks, models
+    from rlhf_recipes.evaluation import measure, metrics
+
+    args = models.training_args(cfg.trainer, job)
+    tokenizer = models.load_tokenizer(cfg.model)
+    demonstrations = data.fit(demonstrations, tokenizer, args.max_length, cfg.data.too_long)
+    print(data.describe(demonstrations.report))
+    train_dataset, eval_dataset = demonstrations.to_datasets()
+    policy, lora = models.load_policy(cfg.model, cfg.quantization, cfg.lora)
+    trainer = SFTTrainer(
+        model=policy,
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        peft_config=lora,
+    )
+    models.keep_adapter_in_float32(trainer.model)
+    callbacks.watch(trainer, job)
+
+    before = measure.demonstration_logps(trainer.model, tokenizer, demonstrations.test, "Held out, before")
+    trainer.train(resume_from_checkpoint=job.checkpoint)
+    after = measure.demonstration_logps(trainer.model, tokenizer, demonstrations.test, "Held out, after")
+
+    models.save_adapter(trainer.model, tokenizer, job.adapter, cfg.model)
+    return run.finish(
+        job,
+        trainer,
+        main="perplexity",
+        before=metrics.demonstration_metrics(demonstrations.test, before),
+        metrics=metrics.demonstration_metrics(demonstrations.test, after),
+        counts=demonstrations.report,
+    )
+
+
+if __name__ == "__main__":
+    main()

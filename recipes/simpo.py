@@ -1,0 +1,54 @@
+"""SimPO on preference pairs. Meng et al. 2024, https://arxiv.org/abs/2405.14734
+
+python recipes/simpo.py
+python recipes/simpo.py model.adapter=outputs/sft/main trainer.beta=2.5 trainer.simpo_gamma=1.4
+"""
+
+from rlhf_recipes import config, data, run
+
+
+@config.recipe("simpo")
+def main(cfg):
+    config.check(cfg)
+    job = run.start(cfg, "simpo")
+    pairs = data.load_pairs(cfg.data)
+
+    from trl.experimental.cpo import CPOTrainer
+
+    from rlhf_recipes import callbacks, models
+    from rlhf_recipes.evaluation import measure, metrics
+
+    args = models.training_args(cfg.trainer, job)
+    tokenizer = models.load_tokenizer(cfg.model)
+    pairs = data.fit(pairs, tokenizer, args.max_length, cfg.data.too_long)
+    print(data.describe(pairs.report))
+    train_dataset, eval_dataset = pairs.to_datasets()
+    policy, lora = models.load_policy(cfg.model, cfg.quantization, cfg.lora)
+    trainer = CPOTrainer(
+        model=policy,
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        peft_config=lora,
+    )
+    models.keep_adapter_in_float32(trainer.model)
+    callbacks.watch(trainer, job)
+
+    before = measure.pair_logps(trainer.model, tokenizer, pairs.test, "Held out, before")
+    trainer.train(resume_from_checkpoint=job.checkpoint)
+    after = measure.pair_logps(trainer.model, tokenizer, pairs.test, "Held out, after")
+
+    models.save_adapter(trainer.model, tokenizer, job.adapter, cfg.model)
+    return run.finish(
+        job,
+        trainer,
+        main="preference_accuracy",
+        before=metrics.preference_metrics(pairs.test, before, before, "average_logp"),
+        metrics=metrics.preference_metrics(pairs.test, after, before, "average_logp"),
+        counts=pairs.report,
+    )
+
+
+if __name__ == "__main__":
+    main()

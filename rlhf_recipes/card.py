@@ -1,0 +1,95 @@
+"""README.md of a run: the model card as it would be published."""
+
+import json
+
+from rlhf_recipes.config import flatten
+from rlhf_recipes.stats import format_estimate
+
+PAPERS = {
+    "sft": ("Supervised fine-tuning", "2305.14314"),
+    "reward": ("Bradley-Terry reward model", "2203.02155"),
+    "dpo": ("Direct Preference Optimization", "2305.18290"),
+    "orpo": ("Odds Ratio Preference Optimization", "2403.07691"),
+    "simpo": ("Simple Preference Optimization", "2405.14734"),
+}
+LOAD = {
+    "reward": """model = AutoModelForSequenceClassification.from_pretrained({base!r}, num_labels=1)
+reward_model = PeftModel.from_pretrained(model, {adapter!r})""",
+    "policy": """model = AutoModelForCausalLM.from_pretrained({base!r})
+policy = PeftModel.from_pretrained(model, {adapter!r})""",
+}
+
+
+def write(result: dict, config: dict) -> str:
+    """The card of a finished run, from its result and resolved config."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    recipe, base = result["recipe"], result["base_model"]
+    method, paper = PAPERS[recipe]
+    head = ModelCardData(
+        base_model=base,
+        base_model_relation="adapter",
+        library_name="peft",
+        pipeline_tag="text-classification" if recipe == "reward" else "text-generation",
+        tags=["lora", "trl", "rlhf-recipes", recipe],
+    )
+    auto = "AutoModelForSequenceClassification" if recipe == "reward" else "AutoModelForCausalLM"
+    snippet = LOAD["reward" if recipe == "reward" else "policy"].format(base=base, adapter="<this adapter>")
+    before = result["before"]
+    metrics = [
+        f"| {name.replace('_', ' ')} | {format_estimate(before[name])} | {format_estimate(after)} | {after['n']} |"
+        for name, after in result["metrics"].items()
+    ]
+    settings = [
+        f"| `{key}` | `{escape(json.dumps(value, ensure_ascii=False))}` |"
+        for group in ("trainer", "lora", "quantization", "data")
+        for key, value in flatten({group: config[group]})
+        if value is not None and not key.endswith("_target_")
+    ]
+    body = f"""# LoRA adapter: {recipe} on {base}
+
+{method} ([arXiv:{paper}](https://arxiv.org/abs/{paper})), trained with TRL by rlhf-recipes.
+
+```python
+from peft import PeftModel
+from transformers import {auto}
+
+{snippet}
+```
+
+## Held-out metrics
+
+Brackets are 95 % intervals (bootstrap over prompts).
+
+| metric | before | after | n |
+| --- | --- | --- | --- |
+{chr(10).join(metrics)}
+
+## Chain
+
+{chain(base, result)}
+
+## Settings
+
+| key | value |
+| --- | --- |
+{chr(10).join(settings)}
+
+Seed {result["seed"]}, {result["steps"]} steps, {result["seconds"]:.0f} s on {result["device"]}. Versions:
+{", ".join(f"{name} {version}" for name, version in result["versions"].items())}.
+"""
+    return str(ModelCard(f"---\n{head.to_yaml()}\n---\n\n{body}"))
+
+
+def chain(base: str, result: dict) -> str:
+    """`base -> sft -> dpo`, the runs with the first characters of their adapters' hashes."""
+    links, parent = [f"**{result['recipe']}** (`{(result['adapter_sha256'] or '')[:12]}`)"], result["parent"]
+    while parent:
+        links.append(f"{parent['recipe'] or 'adapter'} (`{(parent['adapter_sha256'] or '')[:12]}`)")
+        parent = parent["parent"]
+    return " → ".join([f"`{base}`", *reversed(links)])
+
+
+def escape(text: str) -> str:
+    """Text inside a table cell and backticks."""
+    return text.replace("|", "\\|").replace("`", "'").replace("\n", " ")

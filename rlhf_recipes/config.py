@@ -1,0 +1,242 @@
+"""Configs: what a recipe accepts, how it is refused in one line, and the only place that instantiates.
+
+Everything at module level is cheap (no torch, no trl), so that `--help` and a refusal answer at once.
+"""
+
+import difflib
+import functools
+import os
+import re
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+
+@dataclass
+class ModelConfig:
+    """Keys of `model`. Each file under conf/model/ documents its values."""
+
+    id: str = MISSING  # public name, written into adapters and cards
+    path: str | None = None  # what is loaded: null = id, "embedded", or a local folder
+    revision: str | None = None
+    dtype: str = "auto"  # auto: bfloat16 where the hardware computes in it, else float32
+    attn_implementation: str | None = None  # null: the library's choice for this hardware
+    lora_targets: Any = "all-linear"
+    pad_token: str | None = None  # null: the tokenizer's own
+    adapter: str | None = None  # a run (or adapter folder) whose LoRA is continued
+
+
+_store = ConfigStore.instance()
+_store.store(group="model", name="schema", node=ModelConfig)
+# A node without the struct flag takes keys that its YAML does not list, so every argument of the wrapped class is
+# overridable without `+`; `build` refuses what the class does not have.
+for _group in ("trainer", "lora", "quantization"):
+    _store.store(group=_group, name="open", node=OmegaConf.create({}, flags={"struct": False}))
+
+_WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+# Files of a group that others are made of.
+PARTS = ("open", "schema", "base", "common")
+SECRET_KEYS = re.compile(r"(^|_)(hub_token|hf_token|access_token|api_key|secret|secret_key|password|passwd)$")
+SECRET_VALUES = re.compile(r"hf_[A-Za-z0-9]{8,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|AKIA[A-Z0-9]{16}")
+
+
+def recipe(name: str):
+    """Decorate `main(cfg)` of recipes/<name>.py: Hydra over conf/<name>.yaml, errors of use on one line.
+
+    A refusal exits with 2, an interruption with 130. Whatever is no refusal keeps its traceback;
+    HYDRA_FULL_ERROR=1 shows it for refusals too.
+    """
+
+    def decorate(main):
+        @functools.wraps(main)
+        def run_job(cfg: DictConfig):
+            if _multirun():
+                return main(cfg)
+            with _OneLine():  # inside Hydra, which would announce the failed job on a line of its own
+                return main(cfg)
+
+        @functools.wraps(main)
+        def launch():
+            _leave_script_folder()
+            with _OneLine(name):
+                hydra.main(version_base="1.3", config_path="../conf", config_name=name)(run_job)()
+
+        return launch
+
+    return decorate
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse what needs no library to be seen: values left open and literal secrets.
+
+    Raises:
+        ValueError: the first offence, naming its key as typed on the command line.
+    """
+    for key in sorted(OmegaConf.missing_keys(cfg)):
+        raise ValueError(f"{key}: required, but not set. Add {key}=<value> to the command.")
+    for key, value in flatten(OmegaConf.to_container(cfg, resolve=False)):
+        literal = isinstance(value, str) and not value.startswith("${oc.env:")
+        if literal and (SECRET_KEYS.search(key.rpartition(".")[2]) or SECRET_VALUES.search(value)):
+            raise ValueError(
+                f"{key}: holds a literal secret, which would be written into files. Remove it; tokens come from "
+                "`hf auth login` or the environment variable HF_TOKEN."
+            )
+
+
+def build(node: DictConfig, where: str, **derived) -> Any:
+    """Instantiate the class that `node._target_` names, after checking every key against it.
+
+    Args:
+        node: `_target_` plus arguments under the class's own names.
+        where: the node's key on the command line, for messages (`trainer`).
+        derived: values for arguments that the node leaves unset.
+
+    Raises:
+        ValueError: a key the class does not have, with the nearest one that it has, or a value of a wrong type.
+    """
+    import importlib
+
+    from rlhf_recipes.typecheck import fits, parameters
+
+    module, _, name = node._target_.rpartition(".")
+    try:
+        target = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{where}._target_={node._target_}: cannot be imported ({error}).") from error
+    known = parameters(target)
+    given = OmegaConf.to_container(node, resolve=True)
+    given.pop("_target_")
+    for key, value in given.items():
+        if key not in known:
+            raise ValueError(f"{where}.{key}: {node._target_} has no such field{nearest(key, known)}")
+        if not fits(value, known[key]):
+            expected = getattr(known[key], "__name__", None) or str(known[key]).replace("typing.", "")
+            raise ValueError(f"{where}.{key}={value}: {node._target_} takes {expected} here, not {_kind(value)}.")
+    # Hydra's instantiate converts nothing here that `to_container` has not converted, and turns errors of the class
+    # into its own; a plain call keeps them readable.
+    try:
+        return target(**{**{k: v for k, v in derived.items() if k in known}, **given})
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where}: {node._target_} refuses it: {_first_line(error)}") from error
+
+
+def flatten(node: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """Leaves of nested dicts as (dotted key, value)."""
+    if not isinstance(node, dict):
+        return [(prefix, node)]
+    return [leaf for key, value in node.items() for leaf in flatten(value, f"{prefix}.{key}" if prefix else str(key))]
+
+
+def nearest(word: str, known) -> str:
+    """`; did you mean 'beta'?`, or a full stop when nothing is near."""
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean '{match[0]}'?" if match else "."
+
+
+def redact(text: str) -> str:
+    """The text without anything that looks like a token."""
+    return SECRET_VALUES.sub("<secret>", text)
+
+
+class _OneLine:
+    """Turn errors of use into one line on stderr and an exit code; let everything else through."""
+
+    def __init__(self, config_name: str | None = None):
+        self.config_name = config_name
+
+    def __enter__(self):
+        if self.config_name:
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing several lines
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if error is None or _WANTS_TRACEBACK:
+            return False
+        if isinstance(error, KeyboardInterrupt):
+            print("\nInterrupted. The same command continues from the last checkpoint.", file=sys.stderr)
+            sys.exit(130)
+        line = _as_refusal(error, self.config_name)
+        if line is None:
+            return False
+        print(f"error: {redact(line)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _as_refusal(error: BaseException, config_name: str | None) -> str | None:
+    from hydra.errors import HydraException, MissingConfigException
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(error, MissingConfigException):
+        return _unknown_option(error)
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return _unknown_key(error, config_name) or " ".join(str(error).split())
+    if isinstance(error, ValueError) and _raised_here(error):
+        return " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}. What was saved before is untouched."
+    if "No space left on device" in str(error) or "Read-only file system" in str(error):
+        return f"{_first_line(error)} What was saved before is untouched; free space, then run the same command again."
+    return None
+
+
+def _raised_here(error: BaseException) -> bool:
+    package = Path(__file__).parent
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and package in Path(frames[-1].filename).resolve().parents
+
+
+def _unknown_key(error: Exception, config_name: str | None) -> str | None:
+    found = re.search(r"Could not override '([^']+)'", str(error))
+    if not found:
+        return None
+    key = found.group(1)
+    detail = str(error.__cause__ or "").splitlines()
+    if detail and "is not in struct" not in detail[0]:
+        return f"{key}: {detail[0]}."
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_module("rlhf_recipes.conf", version_base="1.3"):
+        known = OmegaConf.to_container(hydra.compose(config_name), resolve=False)
+    leaves = [leaf for leaf, _ in flatten(known)]
+    return f"{key}: there is no such key{nearest(key, leaves + list(known))} `--help` lists the keys."
+
+
+def _unknown_option(error: Exception) -> str:
+    lines = str(error).splitlines()
+    wanted = re.search(r"Could not find '([^']+)/([^'/]+)'", str(error))
+    if not wanted:
+        return lines[0]
+    group, option = wanted.groups()
+    options = sorted(line.strip() for line in lines if line.startswith("\t") and "provider=" not in line)
+    listed = ", ".join(o for o in options if o not in PARTS)
+    return f"{group}={option}: there is no such option{nearest(option, options)} Options: {listed}."
+
+
+def _multirun() -> bool:
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def _leave_script_folder() -> None:
+    # `python recipes/dpo.py` puts recipes/ first on the path, where evaluate.py would pass for the package `evaluate`.
+    first = Path(sys.path[0] or ".")
+    if first.resolve() == Path(sys.argv[0]).resolve().parent and (first / "pipeline.py").exists():
+        sys.path.pop(0)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else f"the {type(value).__name__} '{value}'"

@@ -1,0 +1,202 @@
+"""Forward passes: log-probabilities of answers, scores of a reward model, sampled answers and their KL.
+
+Shapes: B sequences in a batch, T tokens, K completion tokens, V vocabulary. Log-probabilities are in nats.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rlhf_recipes import progress
+
+Message = dict[str, str]
+
+# Float32 logits of one batch stay below this.
+LOGITS_BYTES = 2**29
+# Padded tokens of one batch of a forward without logits.
+BATCH_TOKENS = 8192
+
+
+def completion_logps(model, tokenizer, conversations: list[tuple[list[Message], list[Message]]], what: str):
+    """Log-probability of each completion given its prompt, under the chat template.
+
+    Returns:
+        A list of (sum over completion tokens in nats, number of completion tokens) in the order given. The completion
+        starts where the rendered prompt and the rendered whole diverge, as in TRL's DPOTrainer.
+    """
+    return _sums(token_logps(model, tokenizer.pad_token_id, [encode(tokenizer, *c) for c in conversations], what))
+
+
+def text_logps(model, tokenizer, texts: list[str], what: str):
+    """The same for plain texts: every token but the first is predicted."""
+    return _sums(token_logps(model, tokenizer.pad_token_id, [(tokenizer(t)["input_ids"], 1) for t in texts], what))
+
+
+def token_logps(model, pad_id: int, encoded: list[tuple[list[int], int]], what: str) -> list:
+    """Log-probabilities of the tokens from `start` on, a float64 tensor of K values for each (token ids, start)."""
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    results: list[Any] = [None] * len(encoded)
+    with _measuring(model):
+        for indices in _batches(encoded, vocabulary, what):
+            ids_BT, mask_BT, positions_BT = _left_pad([encoded[i][0] for i in indices], pad_id, model.device)
+            counts = [len(encoded[i][0]) - encoded[i][1] for i in indices]
+            K = max(counts)
+            output = model(
+                input_ids=ids_BT,
+                attention_mask=mask_BT,
+                position_ids=positions_BT,
+                logits_to_keep=K + 1,
+                use_cache=False,
+            )
+            logits_BKV = output.logits[:, :-1].float()
+            logps_BK = logits_BKV.gather(2, ids_BT[:, -K:, None])[..., 0] - logits_BKV.logsumexp(2)
+            for row, (i, count) in enumerate(zip(indices, counts, strict=True)):
+                results[i] = logps_BK[row, K - count :].double().cpu()
+    return results
+
+
+def _sums(logps: list) -> list[tuple[float, int]]:
+    return [(logps_K.sum().item(), len(logps_K)) for logps_K in logps]
+
+
+def pair_logps(model, tokenizer, rows: list[dict], what: str = "Held-out pairs") -> list[dict]:
+    """`chosen_logp`, `rejected_logp` (sums, nats), `chosen_tokens`, `rejected_tokens` for each preference pair."""
+    both = [(row["prompt"], row[side]) for row in rows for side in ("chosen", "rejected")]
+    logps = completion_logps(model, tokenizer, both, what)
+    return [
+        {"chosen_logp": c[0], "chosen_tokens": c[1], "rejected_logp": r[0], "rejected_tokens": r[1]}
+        for c, r in zip(logps[::2], logps[1::2], strict=True)
+    ]
+
+
+def demonstration_logps(model, tokenizer, rows: list[dict], what: str = "Demonstrations") -> list[tuple[float, int]]:
+    """(log-probability in nats, tokens) of each row's completion."""
+    return completion_logps(model, tokenizer, [(row["prompt"], row["completion"]) for row in rows], what)
+
+
+def rewards(model, tokenizer, conversations: list[list[Message]], what: str = "Rewards") -> list[float]:
+    """r(x, y) of a reward model for each conversation, read at its last token."""
+    encoded = [(tokenizer.apply_chat_template(c, return_dict=False), 0) for c in conversations]
+    results: list[Any] = [None] * len(encoded)
+    with _measuring(model):
+        for indices in _batches(encoded, 0, what):
+            ids_BT, mask_BT, positions_BT = _left_pad(
+                [encoded[i][0] for i in indices], tokenizer.pad_token_id, model.device
+            )
+            scores_B = model(input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT).logits[:, 0].float()
+            for i, score in zip(indices, scores_B.tolist(), strict=True):
+                results[i] = score
+    return results
+
+
+def pair_rewards(model, tokenizer, rows: list[dict], what: str = "Held-out pairs") -> list[dict]:
+    """`chosen` and `rejected` rewards for each preference pair."""
+    scores = rewards(
+        model, tokenizer, [row["prompt"] + row[side] for row in rows for side in ("chosen", "rejected")], what
+    )
+    return [{"chosen": c, "rejected": r} for c, r in zip(scores[::2], scores[1::2], strict=True)]
+
+
+def generate(model, tokenizer, prompts: list[list[Message]], *, max_new_tokens, temperature, seed, what) -> list[dict]:
+    """One answer to each prompt: `ids`, `start` (of the answer in `ids`), `text`, `tokens`, `finished` (by its EOS).
+
+    `temperature=0` is greedy; otherwise the full distribution is sampled (no top-p, no top-k), so that
+    log-probabilities of the samples estimate the KL of the policy itself.
+    """
+    import torch
+
+    encoded = [(encode(tokenizer, p, None)[0], 0) for p in prompts]
+    stops = _stop_ids(model, tokenizer)
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        if temperature
+        else {"do_sample": False}
+    )
+    results: list[Any] = [None] * len(encoded)
+    torch.manual_seed(seed)
+    with _measuring(model):
+        for indices in _batches([(ids + [0] * max_new_tokens, 0) for ids, _ in encoded], 0, what):
+            ids_BT, mask_BT, _ = _left_pad([encoded[i][0] for i in indices], tokenizer.pad_token_id, model.device)
+            out_BT = model.generate(
+                input_ids=ids_BT, attention_mask=mask_BT, max_new_tokens=max_new_tokens, eos_token_id=stops,
+                pad_token_id=tokenizer.pad_token_id, **sampling,
+            )  # fmt: skip
+            for row, i in enumerate(indices):
+                answer = out_BT[row, ids_BT.shape[1] :].tolist()
+                end = next((n for n, token in enumerate(answer) if token in stops), None)
+                answer = answer if end is None else answer[: end + 1]
+                results[i] = {
+                    "ids": encoded[i][0] + answer,
+                    "start": len(encoded[i][0]),
+                    "text": tokenizer.decode(answer, skip_special_tokens=True).strip(),
+                    "tokens": len(answer),
+                    "finished": end is not None,
+                }
+    return results
+
+
+def kl_terms(policy_logps_K, reference_logps_K) -> tuple[float, float]:
+    """k1 and k3 of one sampled answer, summed over its tokens, in nats (Schulman 2020, "Approximating KL Divergence").
+
+    With r = pi_ref/pi at a sampled token: k1 = -log r (unbiased), k3 = r - 1 - log r (unbiased, never negative).
+    """
+    log_r_K = reference_logps_K - policy_logps_K
+    return (-log_r_K).sum().item(), (log_r_K.exp() - 1 - log_r_K).sum().item()
+
+
+def encode(tokenizer, prompt: list[Message], completion: list[Message] | None) -> tuple[list[int], int]:
+    """Token ids of the rendered conversation, and where the completion starts in them."""
+    prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    if completion is None:
+        return prompt_ids, len(prompt_ids)
+    ids = tokenizer.apply_chat_template(prompt + completion, return_dict=False)
+    start = next((n for n, (a, b) in enumerate(zip(prompt_ids, ids, strict=False)) if a != b), len(prompt_ids))
+    return ids, start
+
+
+def _batches(encoded: list[tuple[list[int], int]], vocabulary: int, what: str) -> Iterator[list[int]]:
+    """Indices grouped by length, the longest first: an out-of-memory shows at once."""
+    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i][0]))
+
+    def groups():
+        rest = order
+        while rest:
+            ids, start = encoded[rest[0]]
+            size = max(1, BATCH_TOKENS // len(ids))
+            if vocabulary:
+                size = max(1, min(size, LOGITS_BYTES // (4 * vocabulary * (len(ids) - start + 1))))
+            yield rest[:size]
+            rest = rest[size:]
+
+    return progress.batches(what, len(order), groups())
+
+
+def _left_pad(sequences: list[list[int]], pad_id: int, device):
+    """Ids, mask and positions; padding on the left aligns the completions at the end."""
+    import torch
+
+    T = max(map(len, sequences))
+    ids_BT = torch.tensor([[pad_id] * (T - len(s)) + s for s in sequences], device=device)
+    mask_BT = torch.tensor([[0] * (T - len(s)) + [1] * len(s) for s in sequences], device=device)
+    return ids_BT, mask_BT, (mask_BT.cumsum(1) - 1).clamp(min=0)
+
+
+def _stop_ids(model, tokenizer) -> list[int]:
+    configured = model.generation_config.eos_token_id
+    stops = configured if isinstance(configured, list) else [configured]
+    return sorted({i for i in [*stops, tokenizer.eos_token_id] if i is not None})
+
+
+@contextmanager
+def _measuring(model):
+    """No gradients, no dropout, and the mixed precision of training; afterwards the mode that was found."""
+    import torch
+
+    bf16 = any(p.dtype == torch.bfloat16 for p in model.parameters())
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode(), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            yield
+    finally:
+        model.train(was_training)

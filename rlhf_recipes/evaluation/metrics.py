@@ -1,0 +1,56 @@
+"""What a training recipe reports of its held-out rows: estimates with n and a 95 % interval, beside a baseline."""
+
+from rlhf_recipes import data, stats
+
+
+def preference_margins(logps: list[dict], reference: list[dict], reward: str) -> list[float]:
+    """Implicit reward of chosen minus rejected, in nats, up to the factor beta that no comparison depends on.
+
+    `log_ratio`: log pi/pi_ref (y|x), the reward of DPO (arXiv:2305.18290, equation 5).
+    `average_logp`: log pi(y|x) / |y|, the reward of SimPO (arXiv:2405.14734, equation 3) and what ORPO's odds are
+    made of (arXiv:2403.07691, equation 3); it needs no reference.
+    """
+    if reward == "average_logp":
+        return [p["chosen_logp"] / p["chosen_tokens"] - p["rejected_logp"] / p["rejected_tokens"] for p in logps]
+    return [
+        (p["chosen_logp"] - q["chosen_logp"]) - (p["rejected_logp"] - q["rejected_logp"])
+        for p, q in zip(logps, reference, strict=True)
+    ]
+
+
+def preference_metrics(rows: list[dict], logps: list[dict], reference: list[dict], reward: str) -> dict:
+    """Held-out metrics of a policy on preference pairs; `reference` are the log-probabilities before training."""
+    prompts = [row["prompt_id"] for row in rows]
+    margins = preference_margins(logps, reference, reward)
+    pairs = list(zip(logps, reference, strict=True))
+    return {
+        "preference_accuracy": stats.estimate(wins(margins), prompts),
+        "reward_margin": stats.estimate(margins, prompts),
+        "chosen_logp_change": stats.estimate([p["chosen_logp"] - q["chosen_logp"] for p, q in pairs], prompts),
+        "rejected_logp_change": stats.estimate([p["rejected_logp"] - q["rejected_logp"] for p, q in pairs], prompts),
+        "baseline_shorter_wins": stats.estimate(data.shorter_wins(rows), prompts),
+    }
+
+
+def reward_metrics(rows: list[dict], scores: list[dict]) -> dict:
+    """Held-out metrics of a reward model: accuracy on pairs, margin, mean reward."""
+    prompts = [row["prompt_id"] for row in rows]
+    margins = [s["chosen"] - s["rejected"] for s in scores]
+    return {
+        "preference_accuracy": stats.estimate(wins(margins), prompts),
+        "reward_margin": stats.estimate(margins, prompts),
+        "mean_reward": stats.estimate([(s["chosen"] + s["rejected"]) / 2 for s in scores], prompts),
+        "baseline_shorter_wins": stats.estimate(data.shorter_wins(rows), prompts),
+    }
+
+
+def demonstration_metrics(rows: list[dict], logps: list[tuple[float, int]]) -> dict:
+    """Perplexity of held-out completions: exp of the mean negative log-probability per token."""
+    prompts = [row["prompt_id"] for row in rows]
+    losses, tokens = [-logp for logp, _ in logps], [tokens for _, tokens in logps]
+    return {"perplexity": stats.ratio_of_sums(losses, tokens, prompts, exponential=True)}
+
+
+def wins(margins: list[float]) -> list[float]:
+    """1 where the margin is positive, 0.5 where it is exactly zero, else 0."""
+    return [0.5 if margin == 0 else float(margin > 0) for margin in margins]

@@ -1,0 +1,378 @@
+"""What a person looks at: report.html of an evaluation and curves.png of a training run.
+
+The page is one file without scripts or requests. Figures are inline SVG whose ink is `currentColor`, so that they
+follow the light or dark scheme of the reader; every series differs in its marker as well as in its colour.
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+
+from rlhf_recipes.evaluation.summary import BASELINES, METRICS
+from rlhf_recipes.stats import format_estimate, format_number
+
+INK = "#010203"  # replaced by currentColor in the SVG
+PARENT_COLOUR = "#7d858c"
+COLOURS = ("#2b7bba", "#c9731a", "#2e9b73", "#a2589f", "#b03a48", "#8a7a1f")  # legible on white and on near-black
+MARKERS = "Ds^vPX"
+SHOWN_ANSWERS = 200
+
+# what an estimate is compared with to call it better or worse, where that is no difference to the parent
+DRAWS = {"win_rate": 0.5, "win_rate_length_controlled": 0.5, "perplexity_ratio": 1.0}
+SYMBOLS = {"ship": "✓", "hold": "–", "worse": "✗"}
+# verdict and standing of the main metric -> the headline
+SAYS = {
+    ("ship", "above"): "Ship {name}: better than {parent}, and within every limit.",
+    ("hold", "above"): "Hold {name}: better than {parent}, but perhaps beyond a limit.",
+    ("hold", "level"): "Hold {name}: not shown to be better than {parent}.",
+    ("worse", "above"): "Do not ship {name}: it beats {parent}, but breaks a limit.",
+    ("worse", "level"): "Do not ship {name}: no better than {parent}, and it breaks a limit.",
+    ("worse", "below"): "Do not ship {name}: worse than {parent}.",
+}
+
+# title, unit of the y axis, series of TRL's log history
+PANELS = (
+    ("Loss", "loss of the method", ("loss", "nll_loss")),
+    ("Preference accuracy", "share of pairs", ("rewards/accuracies", "accuracy")),
+    ("Reward margin", "chosen − rejected", ("rewards/margins", "margin")),
+    ("Rewards", "reward", ("rewards/chosen", "rewards/rejected", "max_reward", "mean_reward", "min_reward")),
+    ("Log-probability", "nats", ("logps/chosen", "logps/rejected")),
+    ("Token accuracy", "share of tokens", ("mean_token_accuracy",)),
+    ("Entropy", "nats per token", ("entropy",)),
+    ("Gradient norm", "before clipping", ("grad_norm",)),
+    ("Learning rate", "per step", ("learning_rate",)),
+)
+
+
+def write_page(evaluation: dict, path: str | Path) -> None:
+    """Write the evaluation (of `summary.summarise`) as one self-contained HTML file."""
+    import jinja2
+
+    folder = Path(__file__).parent
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["number"] = format_number
+    page = environment.get_template("page.html.jinja").render(
+        **evaluation,
+        headline=_headline(evaluation),
+        symbols=SYMBOLS,
+        rows=_rows(evaluation),
+        baseline_rows=_baseline_rows(evaluation),
+        figures=_figures(evaluation),
+        shown=_worst_first(evaluation["answers"])[:SHOWN_ANSWERS],
+        definitions=[(title, text) for title, _, _, text in METRICS.values()],
+        settings_rows=[(key, _plain(value)) for key, value in evaluation["settings"].items()],
+    )
+    Path(path).write_text(page, encoding="utf-8")
+
+
+def plot_curves(history: list[dict], path: str | Path, title: str) -> None:
+    """Write the curves of a training run: a panel for each family of metrics that its log has.
+
+    Args:
+        history: TRL's `log_history`, rows with `step` and metrics; `eval_` marks the held-out ones.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    panels = [(*panel, found) for panel in PANELS if (found := _series(history, panel[2]))]
+    columns = 2 if len(panels) <= 4 else 3
+    rows = max(1, math.ceil(len(panels) / columns))
+    with rc_context({"font.size": 9, "axes.titlesize": 10, "text.parse_math": False}):
+        figure = Figure(figsize=(9, 0.5 + 2.3 * rows), dpi=100, layout="constrained")
+        figure.suptitle(title, fontsize=11)
+        if not panels:
+            figure.text(0.5, 0.4, "No steps were logged.", ha="center")
+        for index, (heading, unit, _, found) in enumerate(panels):
+            axes = figure.add_subplot(rows, columns, index + 1)
+            for i, (label, held_out, points) in enumerate(found):
+                _curve(axes, label, held_out, points, _colour_of(label, i))
+            axes.set_title(heading, loc="left")
+            axes.set_ylabel(unit)
+            axes.set_xlabel("optimizer step")
+            axes.xaxis.get_major_locator().set_params(integer=True, nbins=5)
+            axes.grid(alpha=0.25)
+            axes.spines[["top", "right"]].set_visible(False)
+            if len(found) > 1:
+                axes.legend(fontsize=7.5, frameon=False)
+        figure.savefig(path, format="png")
+
+
+def _series(history: list[dict], names: tuple[str, ...]) -> list[tuple[str, bool, list]]:
+    """(label, held out, [(step, value)]) of the named metrics that were logged."""
+    found = []
+    for prefix in ("", "eval_"):
+        for name in names:
+            points = [(row["step"], row[prefix + name]) for row in history if _logged(row, prefix + name)]
+            label = name.rsplit("/", 1)[-1].replace("_", " ")
+            if points:
+                found.append((f"{label}, held out" if prefix else label, bool(prefix), points))
+    return found
+
+
+def _logged(row: dict, key: str) -> bool:
+    return "step" in row and isinstance(row.get(key), int | float) and math.isfinite(row[key])
+
+
+def _curve(axes, label: str, held_out: bool, points: list, colour: str) -> None:
+    few = held_out or len(points) <= 25
+    axes.plot(
+        *zip(*points, strict=True), label=label, color=colour, linewidth=1.4, markersize=4,
+        linestyle="--" if held_out else "-", marker=("s" if held_out else "o") if few else None,
+    )  # fmt: skip
+
+
+def _colour_of(label: str, index: int) -> str:
+    """Chosen and rejected keep their colours across panels."""
+    if "chosen" in label or "rejected" in label:
+        return COLOURS[1 if "rejected" in label else 0]
+    return COLOURS[index % len(COLOURS)]
+
+
+def _headline(evaluation: dict) -> str:
+    name = evaluation["recommended"]
+    if name is None:
+        return f"{evaluation['parent']}, measured"
+    found = evaluation["systems"][name]["verdict"]
+    return SAYS[found["verdict"], found["standing"]].format(name=name, parent=evaluation["parent"])
+
+
+def _rows(evaluation: dict) -> list[dict]:
+    """One row per metric that any system has: title, direction, and a cell for each system."""
+    systems = evaluation["systems"]
+    rows = []
+    for key, (title, unit, better, _) in METRICS.items():
+        cells = [_value_cell(key, unit, better, system) for system in systems.values()]
+        if any(cell["value"] != "–" for cell in cells):
+            rows.append({"title": title, "unit": unit, "better": better, "cells": cells})
+    return rows
+
+
+def _value_cell(key: str, unit: str, better: str | None, system: dict) -> dict:
+    e = system["metrics"].get(key)
+    if e is None or e["value"] is None:
+        return {"value": "–", "interval": "", "n": 0, "mark": None}
+    shown = format_estimate(e, percent=unit == "%", digits=1 if unit in ("%", "nats", "tokens") else 2)
+    value, _, interval = shown.partition(" [")
+    return {
+        "value": value.removesuffix(" %").replace("-", "−"),
+        "interval": f"[{interval}".replace("-", "−") if interval else "",
+        "n": e["n"],
+        "mark": _mark(key, better, system),
+    }
+
+
+def _mark(key: str, better: str | None, system: dict) -> str | None:
+    """better or worse where the interval of the difference to the parent excludes a draw."""
+    e = system["metrics"][key] if key in DRAWS else system["differences"].get(key)
+    if better is None or e is None or e["low"] is None:
+        return None
+    draw = DRAWS.get(key, 0.0)
+    if e["low"] <= draw <= e["high"]:
+        return None
+    return "better" if (e["low"] > draw) == (better == "higher") else "worse"
+
+
+def _baseline_rows(evaluation: dict) -> list[tuple[str, str, int]]:
+    """What preference accuracy is held against: reward models and trivial rules, (title, estimate, n)."""
+    named = {f"Reward model {name}": model["accuracy"] for name, model in evaluation["reward_models"].items()}
+    named |= {BASELINES[key].capitalize(): e for key, e in evaluation["baselines"].items()}
+    return [(title, format_estimate(e, percent=True), e["n"]) for title, e in named.items()]
+
+
+def _worst_first(answers: list[dict]) -> list[dict]:
+    """Answers by the largest loss in reward of any system, then by what became odd."""
+
+    def badness(row):
+        systems = row["systems"].values()
+        return min((s["change"] or 0 for s in systems), default=0), -sum(len(s["flags"]) for s in systems)
+
+    return sorted(answers, key=badness)
+
+
+def _plain(value) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _figures(evaluation: dict) -> list[dict]:
+    """Captions, alternative texts and SVG of every plot that the measurements allow."""
+    drawn = [draw(evaluation) for draw in (_accuracy_plot, _frontier_plot, _length_plot, _family_plot)]
+    return [figure for figure in drawn if figure]
+
+
+def _styles(evaluation: dict) -> dict[str, tuple[str, str]]:
+    """Colour and marker of each system."""
+    tuned = [name for name in evaluation["systems"] if name != evaluation["parent"]]
+    styles = {n: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, n in enumerate(tuned)}
+    return {evaluation["parent"]: (PARENT_COLOUR, "o")} | styles
+
+
+def _accuracy_plot(evaluation: dict) -> dict | None:
+    styles = _styles(evaluation)
+    rows = [(name, s["preference_accuracy"], *styles[name]) for name, s in evaluation["systems"].items()]
+    models = evaluation["reward_models"].items()
+    rows += [(f"reward model {name}", model["accuracy"], INK, "*") for name, model in models]
+    rows += [(BASELINES[key], e, PARENT_COLOUR, "|") for key, e in evaluation["baselines"].items() if key != "coin"]
+    rows = [row for row in rows if row[1]["value"] is not None]
+    if not rows:
+        return None
+
+    def draw(axes):
+        for y, (_, e, colour, marker) in enumerate(rows):
+            _dot(axes, e, y, colour, marker)
+        _name_rows(axes, [_clip(row[0]) for row in rows])
+        axes.axvline(50, color=INK, linewidth=0.8, linestyle=":")
+        axes.set_xlabel("held-out pairs ranked correctly, %")
+
+    said = ", ".join(f"{name} {format_estimate(e, percent=True)}" for name, e, *_ in rows)
+    caption = "Preference accuracy (dotted line: a coin)"
+    return _figure(caption, f"Preference accuracy. {said}.", draw, 0.9 + 0.34 * len(rows))
+
+
+def _frontier_plot(evaluation: dict) -> dict | None:
+    """Gain against the distance paid for it; sqrt(KL) is the scale of Gao et al. 2022 (arXiv:2210.10760)."""
+    styles, systems = _styles(evaluation), evaluation["systems"]
+    key = "win_rate" if any("win_rate" in s["metrics"] for s in systems.values()) else "preference_accuracy"
+    points = []
+    for name, system in systems.items():
+        y, kl = system["metrics"].get(key, system.get(key)), system["metrics"]["kl_k1"]["value"]
+        if name == evaluation["parent"] and key == "win_rate":
+            y = {"value": 0.5, "low": None, "high": None}
+        if kl is not None and y is not None and y["value"] is not None:
+            points.append((name, math.sqrt(max(kl, 0.0)), y))
+    if len(points) < 2:
+        return None
+    title = "Win rate against the parent" if key == "win_rate" else "Preference accuracy"
+
+    def draw(axes):
+        for name, x, y in points:
+            colour, marker = styles[name]
+            low, high = (y["value"] if y[k] is None else y[k] for k in ("low", "high"))
+            axes.plot([x, x], [100 * low, 100 * high], color=colour, linewidth=1.6)
+            axes.plot(x, 100 * y["value"], marker, color=colour, markersize=7, label=_clip(name))
+        axes.axhline(50, color=INK, linewidth=0.8, linestyle=":")
+        axes.set_xlim(left=-0.04 * (axes.get_xlim()[1] or 1))
+        axes.set_xlabel("√KL to the parent, √nats per answer")
+        axes.set_ylabel(f"{title.lower()}, %")
+        _legend(axes)
+
+    said = ", ".join(f"{n}: {format_estimate(y, percent=True)} at √KL {x:.1f}" for n, x, y in points)
+    return _figure(f"{title} by how far the model moved", f"{title} by square root of KL. {said}.", draw, 3.0)
+
+
+def _length_plot(evaluation: dict) -> dict | None:
+    styles = _styles(evaluation)
+    lengths = {
+        name: [row["systems"][name]["tokens"] for row in evaluation["answers"] if name in row["systems"]]
+        for name in evaluation["systems"]
+    }
+    lengths = {name: values for name, values in lengths.items() if values}
+    if not lengths:
+        return None
+
+    def draw(axes):
+        boxes = axes.boxplot(
+            list(lengths.values()), positions=range(len(lengths)), orientation="horizontal", widths=0.5,
+            patch_artist=True, flierprops={"marker": ".", "markersize": 3, "markeredgecolor": INK},
+        )  # fmt: skip
+        for part in ("whiskers", "caps", "medians"):
+            for line in boxes[part]:
+                line.set_color(INK)
+        for box, name in zip(boxes["boxes"], lengths, strict=True):
+            box.set(facecolor=styles[name][0], edgecolor=INK, alpha=0.75)
+        _name_rows(axes, [_clip(name) for name in lengths])
+        axes.set_xlim(left=0)
+        axes.set_xlabel("tokens per answer")
+
+    said = ", ".join(f"{name} median {sorted(v)[len(v) // 2]} tokens" for name, v in lengths.items())
+    return _figure(
+        "Length of the answers (box: middle half, line: median)",
+        f"Answer length. {said}.",
+        draw,
+        0.9 + 0.42 * len(lengths),
+    )
+
+
+def _family_plot(evaluation: dict) -> dict | None:
+    styles, systems = _styles(evaluation), evaluation["systems"]
+    families = list(dict.fromkeys(f for system in systems.values() for f in system["families"]))
+    if not families:
+        return None
+    counts = {f: max(s["families"][f]["n"] for s in systems.values() if f in s["families"]) for f in families}
+    shifts = [0.7 * (i + 0.5) / len(systems) - 0.35 for i in range(len(systems))]
+
+    def draw(axes):
+        for (name, system), shift in zip(systems.items(), shifts, strict=True):
+            colour, marker = styles[name]
+            for y, family in enumerate(families):
+                if family in system["families"]:
+                    _dot(axes, system["families"][family], y + shift, colour, marker, size=5)
+            axes.plot([], [], marker, color=colour, label=_clip(name))
+        _name_rows(axes, [f"{_clip(f, 26)} ({counts[f]})" for f in families])
+        axes.axvline(50, color=INK, linewidth=0.8, linestyle=":")
+        axes.set_xlabel("held-out pairs ranked correctly, %")
+        _legend(axes)
+
+    said = "; ".join(
+        f"{f}: " + ", ".join(f"{n} {format_estimate(s['families'].get(f), percent=True)}" for n, s in systems.items())
+        for f in families
+    )
+    caption = "Preference accuracy by family (pairs in brackets)"
+    return _figure(caption, f"{caption}. {said}.", draw, 1.2 + (0.15 + 0.1 * len(systems)) * len(families))
+
+
+def _dot(axes, e: dict, y: float, colour: str, marker: str, size: float = 7) -> None:
+    if e["low"] is not None:
+        axes.plot([100 * e["low"], 100 * e["high"]], [y, y], color=colour, linewidth=1.6)
+    axes.plot(100 * e["value"], y, marker, color=colour, markersize=size, markeredgewidth=1.6)
+
+
+def _legend(axes) -> None:
+    axes.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2)
+
+
+def _name_rows(axes, names: list[str]) -> None:
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+
+
+def _clip(name: str, width: int = 20) -> str:
+    return name if len(name) <= width else name[: width - 1] + "…"
+
+
+def _figure(caption: str, alt: str, draw, height: float) -> dict:
+    """An SVG of 4.6 inches width, which a phone shows at about its natural size."""
+    import io
+
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    style = {
+        "svg.fonttype": "none", "svg.hashsalt": caption, "text.parse_math": False, "font.size": 9, "text.color": INK,
+        "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.linewidth": 0.7,
+    }  # fmt: skip
+    text = io.StringIO()
+    with rc_context(style):
+        figure = Figure(figsize=(4.6, height), layout="constrained")
+        axes = figure.add_subplot()
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.15, color=INK)
+        axes.set_axisbelow(True)
+        draw(axes)
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    return {"caption": caption, "alt": alt, "svg": _inline(text.getvalue())}
+
+
+def _inline(svg: str):
+    """The <svg> element for use inside HTML: ink follows the page, no prolog or metadata, no id that could clash."""
+    from markupsafe import Markup
+
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', svg))
+    svg = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", svg)
+    # matplotlib escapes the names that it draws, so this text is safe to mark as such
+    return Markup(svg.replace("<svg", '<svg aria-hidden="true" focusable="false"', 1))

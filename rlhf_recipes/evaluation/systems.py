@@ -1,0 +1,261 @@
+"""Measure several runs on one base model: each is an adapter that is switched on in turn."""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from rlhf_recipes import models, run
+from rlhf_recipes.data import Splits, fit
+from rlhf_recipes.evaluation import measure as m
+
+BASE = "base"
+NEUTRAL = Path(__file__).parents[1] / "assets" / "neutral.txt"
+# The reward that each method trains; the others are measured by the log-ratio to what they started from.
+METHOD_REWARD = {"orpo": "average_logp", "simpo": "average_logp"}
+
+
+@dataclass
+class System:
+    """A run under evaluation.
+
+    Attributes:
+        name: how tables call it: recipe, and the run's name where it differs.
+        adapter: its folder, None for the base model.
+        recipe: the recipe that made it.
+        reference: adapter folder of what it started from, None for the base model.
+    """
+
+    name: str
+    adapter: str | None = None
+    recipe: str | None = None
+    reference: str | None = None
+
+
+def find(runs: list[str], parent: str, base_model: str) -> list[System]:
+    """The systems that `runs` and `parent` name, the parent first.
+
+    Raises:
+        ValueError: a run is not there, is no policy, or was trained on another base.
+    """
+    if isinstance(runs, str) or not runs:
+        raise ValueError("runs: a list of run folders, at least one: 'runs=[outputs/dpo/main]'.")
+    found = [System(BASE) if parent == BASE else _system(parent, base_model, "parent")]
+    for folder in runs:
+        system = _system(folder, base_model, "runs")
+        if system.adapter not in [s.adapter for s in found]:
+            found.append(system)
+    names = [s.name for s in found]
+    for system in found:
+        if names.count(system.name) > 1:
+            system.name = str(Path(system.adapter).parent)
+    return found
+
+
+def import_judge(reference: str | None) -> Callable | None:
+    """The function behind `module:function`."""
+    if reference is None:
+        return None
+    import importlib
+
+    module, _, name = reference.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"judge={reference}: cannot be imported ({error}). Give module:function.") from error
+
+
+def measure(cfg: DictConfig, systems: list[System], pairs: Splits, judge: Callable | None) -> dict:
+    """MEASUREMENTS for `summary.summarise`: log-probabilities, answers with their KL to the parent, rewards."""
+    tokenizer = models.load_tokenizer(cfg.model)
+    rows = fit(pairs, tokenizer, cfg.max_length, cfg.data.too_long).test
+    prompts = _prompts(rows, cfg.prompts)
+    policies = Policies(cfg.model, cfg.quantization, systems)
+    logps = {folder: policies.pair_logps(folder, tokenizer, rows) for folder in policies.folders}
+    texts = NEUTRAL.read_text(encoding="utf-8").strip().split("\n\n")
+    neutral = {s.name: policies.neutral(s, tokenizer, texts) for s in systems}
+    answers = {s.name: policies.answers(s, systems[0], tokenizer, prompts, cfg) for s in systems}
+    del policies
+
+    reward_models = {}
+    if cfg.reward_model:
+        reward_models = _score(cfg, tokenizer, rows, prompts, answers)
+    judgements = (
+        {s.name: _judge(judge, prompts, answers, s.name, systems[0].name) for s in systems[1:]} if judge else {}
+    )
+    return {
+        "parent": systems[0].name,
+        "systems": [s.name for s in systems],
+        "info": {s.name: _info(s) for s in systems},
+        "pairs": [_pair(i, row, systems, logps) for i, row in enumerate(rows)],
+        "answers": [_answer(i, row, cfg.harmful_families, answers) for i, row in enumerate(prompts)],
+        "judgements": judgements,
+        "reward_models": reward_models,
+        "neutral": neutral,
+        "settings": {
+            "model": cfg.model.id,
+            "quantization": "none" if "_target_" not in cfg.quantization else dict(cfg.quantization),
+            "data": pairs.source,
+            "temperature": cfg.temperature,
+            "max_new_tokens": cfg.max_new_tokens,
+            "seed": cfg.seed,
+        },
+    }
+
+
+class Policies:
+    """One base model with the adapters of all systems and of their references on it."""
+
+    def __init__(self, model: DictConfig, quantization: DictConfig, systems: list[System]):
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+
+        self.folders = list(dict.fromkeys(f for s in systems for f in (s.reference, s.adapter)))
+        self.model = models.load_base(model, quantization, AutoModelForCausalLM)
+        for folder in filter(None, self.folders):
+            if isinstance(self.model, PeftModel):
+                self.model.load_adapter(folder, adapter_name=self._name(folder))
+            else:
+                self.model = PeftModel.from_pretrained(self.model, folder, adapter_name=self._name(folder))
+
+    def _name(self, folder: str) -> str:
+        return f"adapter{self.folders.index(folder)}"
+
+    @contextmanager
+    def using(self, folder: str | None):
+        """The model as the adapter of `folder`, or as the base."""
+        if folder is None:
+            with self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else _nothing():
+                yield self.model
+        else:
+            self.model.set_adapter(self._name(folder))
+            yield self.model
+
+    def pair_logps(self, folder: str | None, tokenizer, rows: list[dict]) -> list[dict]:
+        with self.using(folder) as model:
+            return m.pair_logps(model, tokenizer, rows, f"{_short(folder)}: pairs")
+
+    def neutral(self, system: System, tokenizer, texts: list[str]) -> list[list[float]]:
+        """[negative log-likelihood, tokens] of each paragraph."""
+        with self.using(system.adapter) as model:
+            return [[-logp, tokens] for logp, tokens in m.text_logps(model, tokenizer, texts, f"{system.name}: text")]
+
+    def answers(self, system: System, parent: System, tokenizer, prompts: list[dict], cfg: DictConfig) -> list[dict]:
+        """An answer to each prompt, with k1 and k3 of another answer sampled at temperature 1."""
+        asked = [row["prompt"] for row in prompts]
+        options = {"max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed}
+        with self.using(system.adapter) as model:
+            shown = m.generate(
+                model, tokenizer, asked, temperature=cfg.temperature, what=f"{system.name}: answers", **options
+            )
+        if system is parent:
+            return [{**answer, "k1": 0.0, "k3": 0.0} for answer in shown]
+        with self.using(system.adapter) as model:
+            sampled = m.generate(model, tokenizer, asked, temperature=1.0, what=f"{system.name}: samples", **options)
+            encoded = [(answer["ids"], answer["start"]) for answer in sampled]
+            own = m.token_logps(model, tokenizer.pad_token_id, encoded, f"{system.name}: KL")
+        with self.using(parent.adapter) as model:
+            reference = m.token_logps(model, tokenizer.pad_token_id, encoded, f"{system.name}: KL, parent")
+        terms = [m.kl_terms(p, q) for p, q in zip(own, reference, strict=True)]
+        return [{**answer, "k1": k1, "k3": k3} for answer, (k1, k3) in zip(shown, terms, strict=True)]
+
+
+def _score(cfg: DictConfig, tokenizer, rows: list[dict], prompts: list[dict], answers: dict) -> dict:
+    """Give every answer its reward; return the reward model's own scores of the held-out pairs."""
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    base = models.load_base(cfg.model, cfg.quantization, AutoModelForSequenceClassification, num_labels=1)
+    scorer = PeftModel.from_pretrained(base, str(run.resolve_adapter(cfg.reward_model)))
+    scored = m.pair_rewards(scorer, tokenizer, rows, "reward model: pairs")
+    for name, given in answers.items():
+        turns = [[{"role": "assistant", "content": answer["text"]}] for answer in given]
+        conversations = [row["prompt"] + turn for row, turn in zip(prompts, turns, strict=True)]
+        for answer, reward in zip(
+            given, m.rewards(scorer, tokenizer, conversations, f"rewards of {name}"), strict=True
+        ):
+            answer["reward"] = reward
+    name = _system(cfg.reward_model, cfg.model.id, "reward_model", recipe="reward").name
+    return {name: [{**_labels(row), **score} for row, score in zip(rows, scored, strict=True)]}
+
+
+def _judge(judge: Callable, prompts: list[dict], answers: dict, name: str, parent: str) -> list[dict]:
+    """Probability that the system's answer beats the parent's, averaged over both orders."""
+    asked = [row["prompt"] for row in prompts]
+    own, other = ([answer["text"] for answer in answers[key]] for key in (name, parent))
+    first, second = judge(asked, own, other), judge(asked, other, own)
+    return [
+        {"prompt_id": row["prompt_id"], "p": (p + 1 - q) / 2} for row, p, q in zip(prompts, first, second, strict=True)
+    ]
+
+
+def _system(folder: str, base_model: str, key: str, recipe: str | None = None) -> System:
+    try:
+        parent = run.parent_of(folder, base_model)
+    except ValueError as error:
+        raise ValueError(str(error).replace("model.adapter=", f"{key}=", 1)) from error
+    result = run.read_result(Path(parent["adapter"]).parent) or {}
+    made_by = result.get("recipe")
+    if (made_by == "reward") != (recipe == "reward"):
+        wanted = "a run of recipes/reward.py" if recipe else "a policy; a reward model goes to reward_model="
+        raise ValueError(f"{key}={folder}: is a run of {made_by}, not {wanted}.")
+    name = Path(parent["adapter"]).parent.name
+    name = name if made_by in (None, name) else f"{made_by}/{name}"
+    started_from = (result.get("parent") or {}).get("run")
+    reference = str(run.resolve_adapter(started_from)) if started_from else None
+    return System(name, parent["adapter"], made_by, reference)
+
+
+def _prompts(rows: list[dict], limit: int | None) -> list[dict]:
+    return list({row["prompt_id"]: row for row in rows}.values())[:limit]
+
+
+def _labels(row: dict) -> dict:
+    chosen, rejected = (len(row[side][-1]["content"]) for side in ("chosen", "rejected"))
+    labels = {"prompt_id": row["prompt_id"], "family": row["family"]}
+    return labels | {"chosen_chars": chosen, "rejected_chars": rejected}
+
+
+def _pair(i: int, row: dict, systems: list[System], logps: dict) -> dict:
+    def of(system: System) -> dict:
+        reference = logps[system.reference][i]
+        return logps[system.adapter][i] | {
+            "chosen_reference_logp": reference["chosen_logp"],
+            "rejected_reference_logp": reference["rejected_logp"],
+        }
+
+    return _labels(row) | {"systems": {system.name: of(system) for system in systems}}
+
+
+def _answer(i: int, row: dict, harmful: list[str], answers: dict) -> dict:
+    shown = ("text", "tokens", "finished", "k1", "k3", "reward")
+    return {
+        "prompt_id": row["prompt_id"],
+        "family": row["family"],
+        "prompt": "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in row["prompt"])
+        if len(row["prompt"]) > 1
+        else row["prompt"][0]["content"],
+        "harmful": row["family"] in harmful,
+        "systems": {name: {key: given[i].get(key) for key in shown} for name, given in answers.items()},
+    }
+
+
+def _info(system: System) -> dict[str, Any]:
+    reward = METHOD_REWARD.get(system.recipe or "", "log_ratio")
+    return {
+        "recipe": system.recipe,
+        "path": system.adapter and str(Path(system.adapter).parent),
+        "method_reward": reward,
+    }
+
+
+def _short(folder: str | None) -> str:
+    return BASE if folder is None else Path(folder).parent.name
+
+
+@contextmanager
+def _nothing():
+    yield

@@ -1,0 +1,250 @@
+"""Load and save: tokenizer, 4-bit base, LoRA, the adapter a run continues. Precision follows the hardware."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
+
+from rlhf_recipes import config, embedded
+from rlhf_recipes.run import Run, resolve_adapter
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+
+def training_args(node: DictConfig, run: Run) -> "TrainingArguments":
+    """The TRL config of `trainer`, with what follows from hardware and run folder where the user set nothing.
+
+    Without an accelerator: `use_cpu`, bfloat16 only where the processor computes in it, and no gradient
+    checkpointing (main memory is plentiful, a second forward is not).
+    """
+    import torch
+
+    derived = {"output_dir": str(run.checkpoints), "disable_tqdm": True, "report_to": "none"}
+    if not torch.cuda.is_available():
+        derived |= {"use_cpu": True, "bf16": computes_in_bf16(), "gradient_checkpointing": False}
+    elif not computes_in_bf16():
+        derived |= {"bf16": False, "fp16": True}
+    return config.build(node, "trainer", **derived)
+
+
+def computes_in_bf16() -> bool:
+    """Whether the device that will be used has bfloat16 arithmetic of its own."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def load_tokenizer(model: DictConfig) -> "PreTrainedTokenizerBase":
+    """The model's tokenizer with a padding token.
+
+    Raises:
+        ValueError: the model cannot be found or fetched, or its tokenizer has no chat template.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = _from_hub(model, AutoTokenizer.from_pretrained, model_path(model), revision=model.revision)
+    if model.pad_token:
+        tokenizer.pad_token = model.pad_token
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"model.id={model.id}: its tokenizer has no chat template. Choose an instruction-tuned model."
+        )
+    return tokenizer
+
+
+def load_policy(
+    model: DictConfig, quantization: DictConfig, lora: DictConfig
+) -> tuple["PreTrainedModel | PeftModel", "LoraConfig | None"]:
+    """The causal language model to train, and the LoRA that the trainer shall add to it.
+
+    With `model.adapter` the model carries that adapter as "default", trainable, and the second value is None:
+    TRL then keeps a frozen copy of it as the reference.
+    """
+    from transformers import AutoModelForCausalLM
+
+    base = load_base(model, quantization, AutoModelForCausalLM)
+    if model.adapter:
+        return continue_adapter(base, model.adapter), None
+    return base, config.build(lora, "lora", task_type="CAUSAL_LM")
+
+
+def load_reward_model(
+    model: DictConfig, quantization: DictConfig, lora: DictConfig
+) -> tuple["PreTrainedModel | PeftModel", "LoraConfig | None"]:
+    """A sequence classifier with one output, r(x, y), read at the last token; see `load_policy` for the pair.
+
+    With `model.adapter` its LoRA starts from that policy's (InstructGPT starts its reward model from SFT,
+    arXiv:2203.02155, section 3.5); the score head is new unless the adapter brings one.
+    """
+    from peft import PeftConfig, PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    base = load_base(model, quantization, AutoModelForSequenceClassification, num_labels=1)
+    # SEQ_CLS trains and saves the score head; under another task type it stays as random as it was made.
+    peft_config = config.build(lora, "lora", task_type="SEQ_CLS")
+    if not model.adapter:
+        return base, peft_config
+    parent = PeftConfig.from_pretrained(resolve_adapter(model.adapter))
+    parent.task_type, parent.modules_to_save, parent.inference_mode = peft_config.task_type, None, False
+    folder = str(resolve_adapter(model.adapter))
+    return PeftModel.from_pretrained(base, folder, config=parent, is_trainable=True), None
+
+
+def load_base(model: DictConfig, quantization: DictConfig, auto_class: type, **kwargs) -> "PreTrainedModel":
+    """The frozen base in the asked quantization, on the device that is there."""
+    import torch
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    if torch.cuda.is_available():
+        kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
+    if model.attn_implementation:
+        kwargs["attn_implementation"] = model.attn_implementation
+    dtype = compute_dtype(model)
+    quantization_config = build_quantization(quantization, dtype)
+    if quantization_config is not None:
+        kwargs["quantization_config"] = quantization_config
+    base = _from_hub(
+        model, auto_class.from_pretrained, model_path(model), revision=model.revision, dtype=dtype, **kwargs
+    )
+    base.config.pad_token_id = load_tokenizer(model).pad_token_id
+    if kwargs.get("num_labels") == 1 and base.score.weight.dtype != torch.float32:
+        base.score.float()  # trained in full: rounded to bfloat16 it would not move at a usual learning rate
+    keep_gradients_on_cpu(base)
+    return base
+
+
+def build_quantization(node: DictConfig, dtype):
+    """transformers.BitsAndBytesConfig of `quantization`, or None for `quantization=none`.
+
+    Raises:
+        ValueError: bitsandbytes is not installed.
+    """
+    if "_target_" not in node:
+        return None
+    import importlib.util
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(
+            "quantization: bitsandbytes is not installed. pip install bitsandbytes, or quantization=none."
+        )
+    # Score and language-model heads stay in full precision: one is trained, the other is the largest source of error.
+    derived = {"llm_int8_skip_modules": ["lm_head", "score"]}
+    if node.get("load_in_4bit"):
+        derived["bnb_4bit_compute_dtype"] = dtype
+    return config.build(node, "quantization", **derived)
+
+
+def compute_dtype(model: DictConfig):
+    """torch dtype of weights and computation; `auto` is bfloat16 where the hardware computes in it."""
+    import torch
+
+    if model.dtype == "auto":
+        return torch.bfloat16 if computes_in_bf16() else torch.float32
+    dtype = getattr(torch, model.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"model.dtype={model.dtype}: not a torch dtype. Use auto, bfloat16, float16 or float32.")
+    return dtype
+
+
+def keep_gradients_on_cpu(model) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights for inference on a CPU.
+
+    After an eval-mode forward without gradients on a processor with AVX512-BF16, `Linear4bit` repacks its weights
+    for a kernel that has no backward: every later LoRA gradient is zero, and nothing warns (bitsandbytes 0.50).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def keep_adapter_in_float32(model) -> None:
+    """Undo TRL's rounding of QLoRA adapters to bfloat16.
+
+    bfloat16 has 8 bits of mantissa: a weight of 0.01 cannot move by less than 3e-5, while Adam's steps at DPO's
+    learning rates are 5e-6. Computation stays in bfloat16 (autocast); only the master weights are float32.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def continue_adapter(base: "PreTrainedModel", reference: str) -> "PeftModel":
+    """The base with a run's LoRA on it, trainable under the name that TRL expects ("default")."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(base, str(resolve_adapter(reference)), is_trainable=True)
+
+
+def save_adapter(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", folder: Path, base: DictConfig) -> None:
+    """Write the trained adapter alone, under the base model's public name, so that it loads on any machine."""
+    model.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; the run folder has the real one
+    path = folder / "adapter_config.json"
+    adapter_config = json.loads(path.read_text())
+    adapter_config |= {"base_model_name_or_path": base.id, "revision": base.revision}
+    path.write_text(json.dumps(adapter_config, indent=2, sort_keys=True) + "\n")
+    tokenizer.save_pretrained(folder)
+
+
+def prove_reload(model: "PeftModel", folder: Path, score) -> None:
+    """Load the saved adapter, score head included, beside the trained one: both must score alike, bit for bit.
+
+    Args:
+        score: returns scores of a held-out batch under the active adapter.
+
+    Raises:
+        RuntimeError: they differ, so what was saved is not what was trained.
+    """
+    trained = score()
+    model.load_adapter(str(folder), adapter_name="reloaded")
+    model.set_adapter("reloaded")
+    reloaded = score()
+    model.set_adapter("default")
+    model.delete_adapter("reloaded")
+    if reloaded != trained:
+        raise RuntimeError(
+            f"{folder}: the saved reward model scores a held-out batch differently from the trained one."
+        )
+
+
+def model_path(model: DictConfig) -> str:
+    """Where the weights are: the prepared embedded model, a local folder, or the Hub id."""
+    if model.path == "embedded":
+        return str(embedded.prepare())
+    return model.path or model.id
+
+
+def _from_hub(model: DictConfig, load, path: str, **kwargs):
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    if model.path not in (None, "embedded") and not Path(path).is_dir():
+        raise ValueError(f"model.path={model.path}: no such folder.")
+    try:
+        return load(path, **kwargs)
+    except OSError as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, GatedRepoError) or "gated repo" in str(error):
+            raise ValueError(
+                f"model.id={model.id}: is gated. Accept its terms on its page, then `hf auth login` (or HF_TOKEN)."
+            ) from error
+        if isinstance(cause, RepositoryNotFoundError) or "is not a valid model identifier" in str(error):
+            raise ValueError(
+                f"model.id={model.id}: the Hub has no such model, or your token may not see it."
+            ) from error
+        if Path(path).is_dir():
+            raise ValueError(f"{path}: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"model.id={model.id}: the Hub cannot be reached and the cache does not hold it. Check the network, or "
+            "use model=smollm2_135m, which needs none."
+        ) from error

@@ -1,0 +1,342 @@
+"""One run, one folder: refuse to overwrite, continue what was interrupted, leave results that explain themselves.
+
+A run folder holds `config.yaml` (resolved), `checkpoints/` while it runs, `metrics.jsonl`, `curves.png`, `adapter/`,
+`README.md` and, when the run is finished, `result.json`.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+import warnings
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from rlhf_recipes.config import flatten
+
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "bitsandbytes",
+    "datasets",
+    "accelerate",
+    "huggingface_hub",
+)
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of <malloc.h>
+# Where a run lies and whether it may continue say nothing about what it computes.
+_NOT_COMPUTED = ("run_name", "resume", "overwrite")
+
+
+@dataclass
+class Run:
+    """A started run.
+
+    Attributes:
+        dir: the run folder.
+        recipe: name of the recipe.
+        config: the resolved config as plain containers.
+        checkpoint: folder of the last complete checkpoint to continue from, or None.
+        parent: result.json of the run whose adapter this one continues, or None.
+    """
+
+    dir: Path
+    recipe: str
+    config: dict
+    checkpoint: str | None = None
+    parent: dict | None = None
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.dir / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.dir / "adapter"
+
+    def seconds(self) -> float:
+        return round(time.monotonic() - self.started, 1)
+
+
+def start(cfg: DictConfig, recipe: str) -> Run:
+    """Claim the run folder, or refuse.
+
+    Raises:
+        ValueError: the folder holds a finished run, an interrupted one with another config, or foreign files; or
+            `model.adapter` names no adapter, or one that was trained on another base model.
+    """
+    _environment()
+    config = resolved(cfg)
+    run = Run(
+        relative(Path(cfg.output_dir)),
+        recipe,
+        config,
+        parent=config["model"].get("adapter") and parent_of(config["model"]["adapter"], config["model"]["id"]),
+    )
+    if cfg.overwrite:
+        _remove(run.dir)
+    if (run.dir / "result.json").exists():
+        raise ValueError(
+            f"run_name={cfg.run_name}: {run.dir} holds a finished run. Choose another run_name, or replace it with "
+            "overwrite=true."
+        )
+    run.checkpoint = last_checkpoint(run.checkpoints) if cfg.resume == "auto" else None
+    if run.checkpoint:
+        _refuse_other_config(run)
+        print(f"Continuing {run.dir} from step {run.checkpoint.rpartition('-')[2]}.", flush=True)
+    run.dir.mkdir(parents=True, exist_ok=True)
+    write_atomically(run.dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
+    return run
+
+
+def resolved(cfg: DictConfig) -> dict:
+    """The config as plain containers, without the folder of this machine that Hydra puts into it."""
+    node = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "output_dir"])
+    return OmegaConf.to_container(node, resolve=True)
+
+
+def relative(folder: Path) -> Path:
+    """The folder as seen from here where it lies below, so that no result names a machine's folders."""
+    here = Path.cwd()
+    return folder.relative_to(here) if folder.is_relative_to(here) else folder
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end; `trainer_state.json` is the file that is written last."""
+    steps = sorted((int(c.name.rpartition("-")[2]), c) for c in folder.glob("checkpoint-*") if c.is_dir())
+    for _, checkpoint in reversed(steps):
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text())
+            return str(checkpoint)
+        except (OSError, ValueError):
+            shutil.rmtree(checkpoint)  # killed while it was written: nothing can be read from it
+    return None
+
+
+def finish(run: Run, trainer, *, main: str, before: dict, metrics: dict, counts: dict) -> float:
+    """Write curves, card and result.json of a training, drop its checkpoints, print the summary.
+
+    Args:
+        trainer: after training; its log history becomes curves.png.
+        main: the metric that the run is about.
+        before: metrics before training, name -> estimate (`value`, `low`, `high`, `n`).
+        metrics: the same after training.
+        counts: report of the data.
+
+    Returns:
+        The value of the main metric, which makes the recipe an objective for sweeps.
+    """
+    from rlhf_recipes import card
+    from rlhf_recipes.evaluation.page import plot_curves
+
+    result = record(
+        run,
+        main={"name": main, "before": before[main], "after": metrics[main]},
+        before=before,
+        metrics=metrics,
+        counts=counts,
+        seed=trainer.args.seed,
+        steps=trainer.state.global_step,
+        resumed_from=run.checkpoint and Path(run.checkpoint).name,
+        adapter_sha256=adapter_sha256(run.adapter),
+        parent=run.parent and run.parent["lineage"],
+    )
+    plot_curves(trainer.state.log_history, run.dir / "curves.png", f"{run.recipe} · {run.dir.name}")
+    write_atomically(run.dir / "README.md", card.write(result, run.config))
+    write_result(run, result)
+    shutil.rmtree(run.checkpoints, ignore_errors=True)
+    _print_summary(run, result)
+    return metrics[main]["value"]
+
+
+def record(run: Run, **entries) -> dict:
+    """What result.json says of every recipe, and `entries`."""
+    return {
+        "recipe": run.recipe,
+        "status": "finished",
+        "base_model": run.config["model"]["id"],
+        **entries,
+        "seconds": run.seconds(),
+        "peak_memory_gib": peak_memory_gib(),
+        "device": device_name(),
+        "config_sha256": config_sha256(run.config),
+        "versions": versions(),
+    }
+
+
+def write_result(run: Run, result: dict) -> None:
+    """The last file that a recipe writes: a run with a result is a finished run."""
+    write_atomically(run.dir / "result.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+
+
+def config_sha256(config: dict) -> str:
+    """Hash of what a run computes: the config without its place and name."""
+    computed = {key: value for key, value in config.items() if key not in _NOT_COMPUTED}
+    return hashlib.sha256(json.dumps(computed, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for name in ("rlhf-recipes", *LIBRARIES):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def peak_memory_gib() -> dict[str, float]:
+    """Peak resident memory of this process and, with CUDA, peak allocated device memory, in GiB."""
+    import resource
+
+    import torch
+
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # ru_maxrss is bytes on macOS, KiB on Linux
+    peak = {"process": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 2)}
+    if torch.cuda.is_available():
+        peak["cuda"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    return peak
+
+
+def device_name() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The file has the old text or the whole of the given one, never a part of it."""
+    scratch = path.with_name(f".{path.name}.tmp")
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, path)
+
+
+def resolve_adapter(reference: str) -> Path:
+    """The adapter folder that a run folder or an adapter folder stands for.
+
+    Raises:
+        ValueError: neither is there.
+    """
+    folder = Path(reference)
+    for candidate in (folder / "adapter", folder):
+        if (candidate / "adapter_config.json").is_file():
+            return candidate
+    what = "has no adapter in it (is the run finished?)" if folder.is_dir() else "does not exist"
+    raise ValueError(f"model.adapter={reference}: {what}. Give a run folder such as outputs/sft/main.")
+
+
+def read_result(run_dir: Path) -> dict | None:
+    """result.json of a run folder, or None."""
+    path = run_dir / "result.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _environment() -> None:
+    """Set what must be set before torch and trl are imported; what the user has set stays."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(cores))  # accelerate would set 1
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizer is used before and after forks
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # reports that a new score head is new
+    if not sys.stderr.isatty():  # bars are for people; a log gets the progress lines
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.simplefilter("ignore", FutureWarning)  # libraries talking among themselves
+    _keep_freed_memory()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # names a kernel that training must not use
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc reuse the large buffers of a step instead of mapping fresh pages for each of them.
+
+    By default every tensor over 32 MiB is mapped from the kernel and returned to it, page faults and all: a third of
+    the processor time of a DPO step on a CPU.
+    """
+    if sys.platform != "linux" or "MALLOC_MMAP_MAX_" in os.environ:
+        return
+    import ctypes
+
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    except (OSError, AttributeError):  # musl has no mallopt
+        return
+
+
+def parent_of(reference: str, base_model: str) -> dict:
+    """The adapter that a run or folder stands for, and its `lineage`: run, recipe, hash and parents.
+
+    Raises:
+        ValueError: there is none, or it was trained on another base model.
+    """
+    adapter = resolve_adapter(reference)
+    base = json.loads((adapter / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    if base != base_model:
+        raise ValueError(
+            f"model.adapter={reference}: was trained on {base}, not on model.id={base_model}. Choose the model it "
+            "belongs to."
+        )
+    result = read_result(adapter.parent) or {}
+    lineage = {
+        "run": str(reference),
+        "recipe": result.get("recipe"),
+        "adapter_sha256": adapter_sha256(adapter),
+        "parent": result.get("parent"),
+    }
+    return {"adapter": str(adapter), "lineage": lineage}
+
+
+def adapter_sha256(adapter: Path) -> str | None:
+    """SHA-256 of the adapter's weights file."""
+    weights = adapter / "adapter_model.safetensors"
+    return hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None
+
+
+def _refuse_other_config(run: Run) -> None:
+    stored = dict(flatten(OmegaConf.to_container(OmegaConf.load(run.dir / "config.yaml"))))
+    given = dict(flatten(run.config))
+    for key in sorted(stored.keys() | given.keys()):
+        if key not in _NOT_COMPUTED and stored.get(key) != given.get(key):
+            raise ValueError(
+                f"{key}={given.get(key)}: {run.dir} holds an interrupted run with {key}={stored.get(key)}. Give that "
+                "value to continue it, choose another run_name, or start afresh with overwrite=true."
+            )
+
+
+def _remove(folder: Path) -> None:
+    ours = (folder / "config.yaml").exists() or (folder / "result.json").exists()
+    if folder.exists() and any(folder.iterdir()) and not ours:
+        raise ValueError(f"overwrite=true: {folder} does not look like a run; remove it by hand if you mean it.")
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _print_summary(run: Run, result: dict) -> None:
+    from rlhf_recipes.stats import format_estimate
+
+    main = result["main"]
+    peak = ", ".join(f"{gib} GiB {where}" for where, gib in result["peak_memory_gib"].items())
+    print(f"\n{run.recipe} finished in {result['seconds']:.0f} s, peak {peak}.")
+    print(f"  {main['name'].replace('_', ' ')}: {format_estimate(main['before'])} -> {format_estimate(main['after'])}")
+    print(f"  adapter   {run.adapter}\n  curves    {run.dir / 'curves.png'}\n  result    {run.dir / 'result.json'}")
+    print(f"  next      {next_command(run)}", flush=True)
+
+
+def next_command(run: Run) -> str:
+    """The command that usually follows this recipe."""
+    if run.recipe == "sft":
+        return f"python recipes/dpo.py model.adapter={run.dir}"
+    if run.recipe == "reward":
+        return f"python recipes/evaluate.py 'runs=[<run>]' reward_model={run.dir}"
+    return f"python recipes/evaluate.py 'runs=[{run.dir}]'"

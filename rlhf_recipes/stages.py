@@ -1,0 +1,197 @@
+"""A pipeline's stages: check all of them first, run what is missing in processes of their own, summarise."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+from rlhf_recipes import run
+
+WIDTH = 110
+SHOWN_ANSWERS = 4
+
+
+@dataclass
+class Stage:
+    """One recipe of a pipeline: its folder, its command line, the hash of what it will compute."""
+
+    name: str
+    recipe: str
+    dir: Path
+    overrides: list[str]
+    config_sha256: str
+    status: str = "pending"
+    seconds: float = 0.0
+    ran: bool = False
+
+    def result(self) -> dict | None:
+        return run.read_result(self.dir)
+
+
+@dataclass
+class Plan:
+    """The stages of a pipeline and the folder they share."""
+
+    dir: Path
+    stages: list[Stage]
+    started: float = field(default_factory=time.monotonic)
+
+    def write(self) -> None:
+        """summary.json, as far as the pipeline has come."""
+        summary = {
+            "stages": [
+                {"name": s.name, "recipe": s.recipe, "status": s.status, "ran": s.ran, "seconds": s.seconds,
+                 "result": str(s.dir / "result.json")}
+                for s in self.stages
+            ],
+            "seconds": round(time.monotonic() - self.started, 1),
+        }  # fmt: skip
+        run.write_atomically(self.dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+
+def plan(cfg: DictConfig) -> Plan:
+    """Compose every stage's config, so that a wrong override is refused before the first stage starts.
+
+    Raises:
+        ValueError: a stage has an unknown recipe or override, or was made with other settings before.
+    """
+    folder = run.relative(Path(cfg.output_dir))
+    recipes = {path.stem for path in Path(__file__).with_name("recipes").glob("*.py")} or {
+        path.stem for path in (Path(__file__).parents[1] / "recipes").glob("*.py")
+    }
+    stages, before = [], _previous_seconds(folder)
+    for entry in cfg.stages:
+        if entry.recipe not in recipes:
+            raise ValueError(f"stages.{entry.name}.recipe={entry.recipe}: there is no such recipe.")
+        overrides = [text.replace("{dir}", str(folder)) for text in [*cfg.shared, *entry.get("overrides", [])]]
+        stage = Stage(entry.name, entry.recipe, folder / entry.name, overrides, _config_sha256(entry, overrides))
+        result = stage.result()
+        if result and cfg.overwrite:
+            shutil.rmtree(stage.dir)
+        elif result and result["config_sha256"] != stage.config_sha256:
+            raise ValueError(
+                f"run_name={cfg.run_name}: {stage.dir} was made with other settings. Choose another run_name, or "
+                "make all stages again with overwrite=true."
+            )
+        elif result:
+            stage.status, stage.seconds = "finished", before.get(entry.name, result["seconds"])
+        stages.append(stage)
+    return Plan(folder, stages)
+
+
+def execute(plan: Plan) -> int:
+    """Run the stages that have no result; the exit status of the first that fails, else 0."""
+    status = 0
+    for number, stage in enumerate(plan.stages, 1):
+        label = f"{number}/{len(plan.stages)} {stage.name}"
+        if stage.status == "finished":
+            print(f"[{label}] finished before, kept: {stage.dir}", flush=True)
+            continue
+        print(f"\n[{label}] python -m rlhf_recipes.recipes.{stage.recipe} {' '.join(stage.overrides)}", flush=True)
+        code, stage.seconds = _run(stage, label)
+        stage.ran = True
+        # A verdict has an exit status of its own: what makes a stage finished is its result.
+        stage.status = "finished" if stage.result() else "interrupted" if code in (130, -2) else "failed"
+        plan.write()
+        status = status or code
+        if stage.status != "finished":
+            if stage.status == "interrupted":
+                raise KeyboardInterrupt
+            print(f"[{label}] failed. The same command starts again here.", file=sys.stderr)
+            return code or 1
+    plan.write()
+    return status
+
+
+def print_summary(plan: Plan, next_commands: list[str]) -> None:
+    """The table of the stages, four prompts answered before and after, the adapter, what to try next."""
+    results = [(stage, stage.result()) for stage in plan.stages]
+    print("\n" + _table(results))
+    evaluations = [result["evaluation"] for _, result in results if result and "evaluation" in result]
+    if evaluations:
+        print(_side_by_side(evaluations[-1]))
+    adapters = [stage.dir / "adapter" for stage, result in results if result and stage.recipe != "reward"]
+    adapters = [folder for folder in adapters if folder.is_dir()]
+    if adapters:
+        print(f"adapter  {adapters[-1]}")
+    print(f"summary  {plan.dir / 'summary.json'}")
+    for command in next_commands:
+        print(f"next     {command.replace('{dir}', str(plan.dir))}")
+    sys.stdout.flush()
+
+
+def _run(stage: Stage, label: str) -> tuple[int, float]:
+    begin = time.monotonic()
+    command = [sys.executable, "-m", f"rlhf_recipes.recipes.{stage.recipe}", *stage.overrides]
+    process = subprocess.Popen(
+        [*command, f"hydra.run.dir={stage.dir}"], env={**os.environ, "RLHF_RECIPES_STAGE": label}
+    )
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:  # the child got it too: let it finish its line
+        code = process.wait()
+        code = code or 130
+    finally:
+        if process.poll() is None:
+            process.terminate()
+    return code, round(time.monotonic() - begin, 1)
+
+
+def _config_sha256(entry: DictConfig, overrides: list[str]) -> str:
+    try:
+        with hydra.initialize_config_module("rlhf_recipes.conf", version_base="1.3"):
+            cfg = hydra.compose(entry.recipe, overrides=overrides)
+    except Exception as error:
+        raise ValueError(f"stages.{entry.name}: {' '.join(str(error).split())}") from error
+    return run.config_sha256(run.resolved(cfg))
+
+
+def _previous_seconds(folder: Path) -> dict[str, float]:
+    path = folder / "summary.json"
+    if not path.is_file():
+        return {}
+    return {stage["name"]: stage["seconds"] for stage in json.loads(path.read_text())["stages"]}
+
+
+def _table(results: list[tuple[Stage, dict | None]]) -> str:
+    from rlhf_recipes.stats import format_estimate
+
+    rows = [["stage", "metric", "before", "after", "n", "seconds", "peak GiB"]]
+    for stage, result in results:
+        if result is None:
+            rows.append([stage.name, stage.status, "", "", "", f"{stage.seconds:.0f}", ""])
+            continue
+        main = result["main"]
+        peak = "/".join(f"{gib:.1f}" for gib in result["peak_memory_gib"].values())
+        estimates = [format_estimate(main[when]) for when in ("before", "after")]
+        name, n = main["name"].replace("_", " "), str(main["after"]["n"])
+        rows.append([stage.name, name, *estimates, n, f"{stage.seconds:.0f}", peak])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "─" * max(map(len, lines)), *lines[1:], "[95 % interval, bootstrap over prompts]\n"])
+
+
+def _side_by_side(evaluation: dict) -> str:
+    """The first prompts of different families, not the best ones, as the parent and the last system answer them."""
+    parent, tuned = evaluation["parent"], evaluation["recommended"]
+    by_family = {answer["family"]: answer for answer in reversed(evaluation["answers"])}
+    column = WIDTH // 2 - 2
+    lines = []
+    for answer in list(by_family.values())[:SHOWN_ANSWERS]:
+        lines += textwrap.wrap(f"▶ {answer['prompt']}", WIDTH, max_lines=3, placeholder=" …")
+        lines.append(f"{parent:<{column}}  │ {tuned}")
+        texts = [answer["systems"][name]["text"] for name in (parent, tuned)]
+        left, right = (textwrap.wrap(text, column, max_lines=8, placeholder=" …") or ["(empty)"] for text in texts)
+        for i in range(max(len(left), len(right))):
+            a, b = (side[i] if i < len(side) else "" for side in (left, right))
+            lines.append(f"{a:<{column}}  │ {b}".rstrip())
+        lines.append("")
+    return "\n".join(lines)

@@ -1,0 +1,211 @@
+"""Estimates with 95 % intervals: means, paired differences, ratios and length-controlled win rates.
+
+Rows that share a prompt are not independent, so every interval resamples *clusters* (prompt ids), never rows:
+the percentile bootstrap over clusters (Efron & Tibshirani 1993, chapter 13; Field & Welsh 2007 for clusters).
+With fewer than about 20 clusters such an interval is too narrow; a caller that decides something checks it.
+
+An estimate is a plain dict: `value`, `low`, `high`, `n` (rows) and `clusters` (independent units). `value` is
+None without rows; `low` and `high` are None where a single cluster leaves nothing to resample.
+"""
+
+import math
+
+import numpy as np
+
+Z95 = 1.959963984540054  # 97.5 % quantile of the standard normal
+RIDGE = 1e-2  # keeps the logistic fit finite where lengths separate wins from losses
+
+
+def estimate(values, clusters=None, resamples: int = 1000, seed: int = 0) -> dict:
+    """Mean of `values` with a 95 % interval over clusters.
+
+    mean = sum_i x_i / n, resampled as sum_g w_g S_g / sum_g w_g n_g with S_g, n_g the sum and the count of
+    cluster g and w ~ Multinomial(G, 1/G). Where all values are 0 (or all 1) every resample is the same, so
+    the interval is Wilson's (1927) with n = G, which does not collapse to a point.
+
+    Args:
+        values: n finite numbers.
+        clusters: n hashable ids (prompts); None makes each row its own cluster.
+
+    Raises:
+        ValueError: lengths differ, or a value is not finite.
+    """
+    values = _finite(values, "values")
+    if len(values) and values[0] in (0.0, 1.0) and np.all(values == values[0]):
+        return _wilson(values[0], len(values), _count_clusters(clusters, len(values)))
+    return ratio_of_sums(values, np.ones(len(values)), clusters, resamples=resamples, seed=seed)
+
+
+def difference(a, b, clusters=None, resamples: int = 1000, seed: int = 0) -> dict:
+    """Mean of the paired differences a_i - b_i (row i of both is the same prompt), as in `estimate`."""
+    a, b = _finite(a, "a"), _finite(b, "b")
+    if len(a) != len(b):
+        raise ValueError(f"a, b = {len(a)}, {len(b)} rows: must be paired. Keep the rows that both have.")
+    return ratio_of_sums(a - b, np.ones(len(a)), clusters, resamples=resamples, seed=seed)
+
+
+def ratio_of_sums(
+    numerators, denominators, clusters=None, exponential: bool = False, resamples: int = 1000, seed: int = 0
+) -> dict:
+    """sum_i a_i / sum_i b_i with a 95 % interval over clusters; `exponential` takes exp of all three numbers.
+
+    Perplexity is `exponential` over (negative log-likelihoods in nats, tokens): long texts weigh more, as
+    they should, which a mean of per-text perplexities would get wrong.
+    """
+    numerators, denominators = _finite(numerators, "numerators"), _finite(denominators, "denominators")
+    ids = _codes(clusters, len(numerators))
+    if len(denominators) != len(numerators):
+        raise ValueError(f"denominators = {len(denominators)} rows: {len(numerators)} are needed.")
+    if denominators.sum() == 0:
+        return _result(None, None, None, len(numerators), 0)
+    groups = int(ids.max()) + 1
+    sums_G = np.bincount(ids, numerators, groups), np.bincount(ids, denominators, groups)
+    bounds = (None, None)
+    if groups > 1:
+        weights_RG = _weights(groups, resamples, seed)
+        totals = weights_RG @ sums_G[1]
+        # a resample may hold only clusters without a denominator (empty texts)
+        bounds = np.quantile((weights_RG @ sums_G[0])[totals != 0] / totals[totals != 0], (0.025, 0.975))
+    numbers = (numerators.sum() / denominators.sum(), *bounds)
+    if exponential:
+        numbers = [None if x is None else _exp(x) for x in numbers]
+    return _result(*numbers, len(numerators), groups)
+
+
+def length_controlled_win_rate(wins, length_differences, clusters=None, resamples: int = 1000, seed: int = 0) -> dict:
+    """Win rate that would remain if both answers had the same length.
+
+    AlpacaEval 2 (Dubois et al. 2024, arXiv:2404.04475) without its terms per instruction:
+
+        P(win_i) = sigmoid(a + b * tanh(d_i / s)),  win rate at d = 0 is sigmoid(a)
+
+    with d_i the length of the system's answer minus the opponent's and s the standard deviation of d. Fitted
+    by Newton's method with a small ridge; the interval refits every resample of clusters. Where lengths do
+    not vary, or every row is won (or lost), nothing can be controlled for: the plain win rate is returned.
+
+    Args:
+        wins: n numbers in [0, 1]; 0.5 is a tie, a judge's probability is taken as it is.
+        length_differences: n numbers in one unit (tokens here).
+    """
+    wins, lengths = _finite(wins, "wins"), _finite(length_differences, "length_differences")
+    if len(wins) != len(lengths):
+        raise ValueError(f"length_differences = {len(lengths)} rows: {len(wins)} wins. Pass as many.")
+    if len(wins) == 0 or lengths.std() == 0 or np.all(wins == wins[0]):
+        return estimate(wins, clusters, resamples, seed)
+    ids = _codes(clusters, len(wins))
+    groups = int(ids.max()) + 1
+    x = np.tanh(lengths / lengths.std())
+    start = _logistic(np.ones((1, len(wins))), x, wins, np.zeros((1, 2)), steps=50)
+    low = high = None
+    if groups > 1:
+        weights_RN = _weights(groups, resamples, seed)[:, ids]
+        refits_R2 = _logistic(weights_RN, x, wins, np.repeat(start, resamples, axis=0), steps=12)
+        low, high = np.quantile(_sigmoid(refits_R2[:, 0]), (0.025, 0.975))
+    return _result(_sigmoid(start[0, 0]), low, high, len(wins), groups)
+
+
+def overlap(a: dict, b: dict) -> bool:
+    """Whether two intervals share a point; an unknown bound excludes nothing."""
+    if None in (a["low"], a["high"], b["low"], b["high"]):
+        return True
+    return a["low"] <= b["high"] and b["low"] <= a["high"]
+
+
+def needed(e: dict, target: float) -> int | None:
+    """Roughly how many clusters would put `target` outside the interval if the value stayed the same.
+
+    The half-width shrinks with the square root of the clusters:
+    needed = clusters * (half-width / |value - target|)^2.
+    None where that cannot be said (no interval, or the value is the target).
+    """
+    if e["low"] is None or e["value"] == target:
+        return None
+    half = e["value"] - e["low"] if e["value"] > target else e["high"] - e["value"]
+    return math.ceil(e["clusters"] * (half / (e["value"] - target)) ** 2)
+
+
+def format_estimate(e: dict, percent: bool = False, digits: int | None = None, sign: bool = False) -> str:
+    """`64.3 % [61.2, 67.1]`; the value alone without an interval (or one of no width), else a dash."""
+    if e is None or e["value"] is None:
+        return "–"
+    scale, unit = (100, " %") if percent else (1, "")
+    digits = (1 if percent else 3) if digits is None else digits
+    value, low, high = (None if e[k] is None else format_number(e[k] * scale, digits, sign) for k in _NUMBERS)
+    bare = low is None or e["low"] == e["high"]
+    return f"{value}{unit}" if bare else f"{value}{unit} [{low}, {high}]"
+
+
+def format_number(x: float, digits: int = 1, sign: bool = False) -> str:
+    """Fixed digits, thousands separated, never `-0.0`."""
+    return f"{round(x, digits) + 0.0:{'+' if sign else ''},.{digits}f}"
+
+
+_NUMBERS = ("value", "low", "high")
+
+
+def _result(value, low, high, n, clusters) -> dict:
+    numbers = [None if x is None else float(x) for x in (value, low, high)]
+    return dict(zip(_NUMBERS, numbers, strict=True)) | {"n": int(n), "clusters": int(clusters)}
+
+
+def _wilson(p: float, n: int, clusters: int) -> dict:
+    """Wilson's score interval of the proportion p at n = clusters."""
+    z2 = Z95**2
+    centre = (p + z2 / (2 * clusters)) / (1 + z2 / clusters)
+    half = Z95 / (1 + z2 / clusters) * math.sqrt(p * (1 - p) / clusters + z2 / (4 * clusters**2))
+    return _result(p, max(0.0, centre - half), min(1.0, centre + half), n, clusters)
+
+
+def _finite(values, name: str) -> np.ndarray:
+    values = np.asarray(list(values), dtype=float)
+    if not np.all(np.isfinite(values)):
+        row = int(np.flatnonzero(~np.isfinite(values))[0])
+        raise ValueError(f"{name}[{row}] = {values[row]}: must be finite. Drop and count such rows first.")
+    return values
+
+
+def _codes(clusters, n: int) -> np.ndarray:
+    """Cluster ids as 0..G-1 in the order of first appearance, shape (n,)."""
+    if clusters is None:
+        return np.arange(n)
+    clusters = list(clusters)
+    if len(clusters) != n:
+        raise ValueError(f"clusters = {len(clusters)} ids: {n} values. Pass one id for each value.")
+    order = {c: i for i, c in enumerate(dict.fromkeys(clusters))}
+    return np.array([order[c] for c in clusters], dtype=int)
+
+
+def _count_clusters(clusters, n: int) -> int:
+    return len(set(_codes(clusters, n)))
+
+
+def _weights(groups: int, resamples: int, seed: int) -> np.ndarray:
+    """How often each cluster is drawn in each resample, shape (R, G)."""
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(groups, np.full(groups, 1 / groups), size=resamples).astype(float)
+
+
+def _logistic(weights_RN, x_N, y_N, start_R2, steps: int) -> np.ndarray:
+    """Newton's method for R weighted logistic regressions y ~ a + b x at once; (a, b) as shape (R, 2)."""
+    a, b = start_R2[:, 0].copy(), start_R2[:, 1].copy()
+    for _ in range(steps):
+        p = _sigmoid(a[:, None] + b[:, None] * x_N)
+        error, curve = weights_RN * (y_N - p), weights_RN * p * (1 - p)
+        gradient_a, gradient_b = error.sum(1) - RIDGE * a, error @ x_N - RIDGE * b
+        h_aa, h_ab, h_bb = curve.sum(1) + RIDGE, curve @ x_N, curve @ x_N**2 + RIDGE
+        determinant = h_aa * h_bb - h_ab**2
+        step_a = (h_bb * gradient_a - h_ab * gradient_b) / determinant
+        step_b = (h_aa * gradient_b - h_ab * gradient_a) / determinant
+        a += np.clip(step_a, -2, 2)  # a full step can overshoot where the fit is nearly separable
+        b += np.clip(step_b, -2, 2)
+        if max(np.abs(step_a).max(), np.abs(step_b).max()) < 1e-9:
+            break
+    return np.stack([a, b], axis=1)
+
+
+def _sigmoid(x):
+    return 0.5 * (1 + np.tanh(x / 2))  # no overflow at either end
+
+
+def _exp(x: float) -> float:
+    return float(np.exp(min(x, 700.0)))  # a diverged model overflows a double

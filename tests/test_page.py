@@ -1,0 +1,150 @@
+"""The page and the curves: complete, self-contained, escaped."""
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+from test_evaluation_summary import by_hand, fake
+
+from rlhf_recipes.evaluation import page, summary
+
+EVIL = '<script>alert("x")</script>&<b>$\\frac$'
+
+
+def written(evaluation, tmp_path) -> str:
+    page.write_page(evaluation, tmp_path / "report.html")
+    return (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> str:
+    return written(summary.summarise(fake()), tmp_path_factory.mktemp("page"))
+
+
+def test_verdict_comes_first_in_a_sentence(report):
+    heading = re.sub(r"<[^>]+>", "", re.search(r"<h1>(.*?)</h1>", report, re.DOTALL)[1])
+    assert heading == "✓ Ship dpo: better than base, and within every limit."
+    assert report.index("<h1>") < report.index("<table>")
+
+
+def test_every_verdict_has_a_headline():
+    for decision, standing in page.SAYS:
+        evaluation = {"parent": "base", "recommended": "dpo"}
+        evaluation["systems"] = {"dpo": {"verdict": {"verdict": decision, "standing": standing}}}
+        assert "dpo" in page._headline(evaluation) and "base" in page._headline(evaluation)
+
+
+def test_numbers_have_intervals_and_marks_in_words(report):
+    cell = re.search(r"Win rate against the parent.*?</tr>", report, re.DOTALL)[0]
+    assert all(part in cell for part in ("72.5", "[64.2, 80.0]", "n 120", "✓ better"))
+    assert "✗ worse" in report
+
+
+def test_nothing_is_loaded_from_elsewhere(report):
+    loading = re.findall(r"""(?:src|href|action|data|poster)\s*=\s*["']?([^"'\s>]+)""", report)
+    assert all(target.startswith(("#", "data:")) for target in loading)
+    assert not re.search(r"url\((?!#)|@import|<script|<link|<iframe", report)
+
+
+def test_every_figure_is_described_and_ids_are_unique(report):
+    figures = re.findall(r"<figure>.*?</figure>", report, re.DOTALL)
+    assert len(figures) == 4
+    for figure in figures:
+        assert re.search(r'role="img" aria-label="[^"]{40,}"', figure)
+        assert page.INK not in figure and "currentColor" in figure
+    ids = re.findall(r' id="([^"]+)"', report)
+    assert len(ids) == len(set(ids))
+
+
+def test_tables_have_scoped_headers_and_tags_are_balanced(report):
+    assert re.findall(r"<th(?![a-z])[^>]*>", report)
+    assert all('scope="' in tag for tag in re.findall(r"<th(?![a-z])[^>]*>", report))
+    balance = Balance()
+    balance.feed(report)
+    assert balance.open == []
+
+
+class Balance(HTMLParser):
+    """Elements that are still open at the end."""
+
+    VOID = ("meta", "br", "hr", "img", "input", "link")
+
+    def __init__(self):
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_worst_regression_is_the_first_answer_and_open(report):
+    evaluation = summary.summarise(fake())
+    worst = min(r["change"] for found in evaluation["regressions"].values() for r in found)
+    first = re.search(r"<details open>.*?</details>", report, re.DOTALL)[0]
+    assert f"({worst:.2f})" in first
+
+
+def test_what_comes_from_data_is_escaped(tmp_path):
+    measured = fake(prompts=6, pairs=6, skill={"base": 0.2, EVIL: 0.8})
+    for row in measured["pairs"] + measured["answers"]:
+        row["family"] = EVIL
+    for row in measured["answers"]:
+        row["prompt"] = EVIL
+        row["systems"][EVIL]["text"] = EVIL
+    measured["settings"] = {EVIL: {EVIL: EVIL}}
+    measured["info"][EVIL]["path"] = EVIL
+    measured["reward_models"] = {EVIL: measured["reward_models"]["reward"]}
+    text = written(summary.summarise(measured), tmp_path)
+    assert "<script" not in text and "<b>" not in text
+    assert "&lt;script&gt;" in text
+
+
+def test_little_measured_still_makes_a_page(tmp_path):
+    assert "dpo" in written(summary.summarise(by_hand() | {"answers": [], "neutral": {}}), tmp_path)
+    assert "dpo" in written(summary.summarise(by_hand() | {"pairs": []}), tmp_path)
+    alone = by_hand() | {"systems": ["base"]}
+    assert "base, measured" in written(summary.summarise(alone), tmp_path)
+
+
+def test_the_same_evaluation_gives_the_same_page(report, tmp_path):
+    assert written(summary.summarise(fake()), tmp_path) == report
+
+
+STEP = {
+    "step": 1,
+    "loss": 0.69,
+    "grad_norm": 1.0,
+    "learning_rate": 1e-5,
+    "rewards/accuracies": 0.5,
+    "logps/chosen": -9.0,
+}
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        [],
+        [STEP],
+        [STEP | {"step": s} for s in range(1, 60)]
+        + [{"step": 59, "eval_loss": 0.6}, {"step": 59, "train_runtime": 1.0}],
+        [STEP | {"loss": float("nan")}, {"step": 2, "loss": 0.5}],
+        [{"step": 1, "accuracy": 0.5, "margin": 0.1, "min_reward": -1.0, "mean_reward": 0.0, "max_reward": 1.0}],
+    ],
+)
+def test_curves_are_drawn_from_any_log(history, tmp_path):
+    page.plot_curves(history, tmp_path / "curves.png", "run $x_1$ <b>")
+    data = (tmp_path / "curves.png").read_bytes()
+    assert data.startswith(b"\x89PNG")
+    assert int.from_bytes(data[16:20], "big") == 900  # width in pixels
+
+
+def test_series_keep_training_and_held_out_apart():
+    history = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "epoch": 1.0}, {"step": 2, "eval_loss": 1.5}]
+    assert page._series(history, ("loss",)) == [
+        ("loss", False, [(1, 2.0), (2, 1.0)]),
+        ("loss, held out", True, [(2, 1.5)]),
+    ]
