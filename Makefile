@@ -15,7 +15,7 @@ lint: $(VENV)/installed
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 bench: $(VENV)/installed
-	@$(BIN)/python tests/benchmarks/overhead.py
+	@$(BIN)/python tests/benchmarks/dpo_versus_trl.py
 
 # The file appears when the installation is complete: an interrupted one starts again.
 $(VENV)/installed: pyproject.toml constraints.txt

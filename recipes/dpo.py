@@ -19,6 +19,7 @@ def main(cfg):
     from rlhf_recipes.evaluation import measure, metrics
 
     args = models.training_args(cfg.trainer, job)
+    models.check(cfg.model, cfg.quantization, cfg.lora)
     tokenizer = models.load_tokenizer(cfg.model)
     pairs = data.fit(pairs, tokenizer, args.max_length, cfg.data.too_long)
     print(data.describe(pairs.report))
@@ -32,8 +33,9 @@ def main(cfg):
         processing_class=tokenizer,
         peft_config=lora,
     )
-    models.keep_adapter_in_float32(trainer.model)
+    models.keep_adapter_in_float32(trainer.model, cfg.model.adapter)
     callbacks.watch(trainer, job)
+    run.claim(job)
 
     before = measure.pair_logps(trainer.model, tokenizer, pairs.test, "Held out, before")
     trainer.train(resume_from_checkpoint=job.checkpoint)

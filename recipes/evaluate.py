@@ -18,10 +18,12 @@ def main(cfg):
     from rlhf_recipes.evaluation import page, summary, systems
 
     candidates = systems.find(cfg.runs, cfg.parent, cfg.model.id)
+    scorer = systems.find_scorer(cfg.reward_model, cfg.model.id)
     judge = systems.import_judge(cfg.judge)
-    measurements = systems.measure(cfg, candidates, pairs, judge)
+    measurements = systems.measure(cfg, candidates, scorer, pairs, judge)
     evaluation = summary.summarise(measurements, cfg.thresholds)
 
+    run.claim(job)
     page.write_page(evaluation, job.dir / "report.html")
     main = summary.headline(evaluation)
     run.write_result(job, run.record(job, main=main, evaluation=evaluation, counts=pairs.report))

@@ -8,6 +8,8 @@ from transformers import PrinterCallback, TrainerCallback
 from rlhf_recipes import progress
 from rlhf_recipes.run import write_atomically
 
+# What TRL and transformers count since the launch: wrong after a resume.
+SINCE_LAUNCH = ("num_tokens", "train_loss")
 SHOWN = ("loss", "eval_loss", "rewards/accuracies", "accuracy", "mean_token_accuracy")
 
 
@@ -42,5 +44,6 @@ class MetricsFile(TrainerCallback):
         self.path = path
 
     def on_log(self, args, state, control, **kwargs):
-        rows = [json.dumps({**row, "max_steps": state.max_steps}) for row in state.log_history]
-        write_atomically(self.path, "\n".join(rows) + "\n")
+        rows = [{key: value for key, value in row.items() if key not in SINCE_LAUNCH} for row in state.log_history]
+        lines = [json.dumps({**row, "max_steps": state.max_steps}) for row in rows]
+        write_atomically(self.path, "\n".join(lines) + "\n")

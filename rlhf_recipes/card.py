@@ -1,6 +1,7 @@
 """README.md of a run: the model card as it would be published."""
 
 import json
+from pathlib import PureWindowsPath  # takes both kinds of slashes
 
 from rlhf_recipes.config import flatten
 from rlhf_recipes.stats import format_estimate
@@ -41,7 +42,7 @@ def write(result: dict, config: dict) -> str:
         for name, after in result["metrics"].items()
     ]
     settings = [
-        f"| `{key}` | `{escape(json.dumps(value, ensure_ascii=False))}` |"
+        f"| `{escape(key)}` | `{escape(json.dumps(without_folder(value), ensure_ascii=False))}` |"
         for group in ("trainer", "lora", "quantization", "data")
         for key, value in flatten({group: config[group]})
         if value is not None and not key.endswith("_target_")
@@ -88,6 +89,15 @@ def chain(base: str, result: dict) -> str:
         links.append(f"{parent['recipe'] or 'adapter'} (`{(parent['adapter_sha256'] or '')[:12]}`)")
         parent = parent["parent"]
     return " → ".join([f"`{base}`", *reversed(links)])
+
+
+def without_folder(value):
+    """A file of this machine by its name alone; anything else as it is."""
+    if isinstance(value, list):
+        return [without_folder(each) for each in value]
+    if isinstance(value, str) and (value.startswith(("/", "~")) or PureWindowsPath(value).is_absolute()):
+        return PureWindowsPath(value).name
+    return value
 
 
 def escape(text: str) -> str:

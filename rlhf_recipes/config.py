@@ -39,10 +39,48 @@ _store.store(group="model", name="schema", node=ModelConfig)
 for _group in ("trainer", "lora", "quantization"):
     _store.store(group=_group, name="open", node=OmegaConf.create({}, flags={"struct": False}))
 
-_WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
+WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 # Files of a group that others are made of.
 PARTS = ("open", "schema", "base", "common")
+CONF = Path(__file__).with_name("conf")  # in a wheel; in a checkout it lies beside the package
+if not CONF.is_dir():
+    CONF = Path(__file__).parents[1] / "conf"
+
+# What our own keys take: types, or the tuple of the words that are allowed. `data` checks its own.
+KEYS = {
+    "run_name": str,
+    "resume": ("auto", "never"),
+    "overwrite": bool,
+    "runs": list,
+    "parent": str,
+    "reward_model": str | None,
+    "judge": str | None,
+    "prompts": int | None,
+    "max_new_tokens": int,
+    "temperature": int | float,
+    "seed": int,
+    "harmful_families": list,
+    "max_length": int,
+    "thresholds.metric": ("auto", "win_rate", "preference_accuracy"),
+    "thresholds.length_controlled": bool,
+    "thresholds.*": int | float | None,
+    "exit_codes.*": int,
+    "stages": list,
+    "shared": list,
+    "next": list,
+}
+WORDS = {
+    "str": "text",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "None": "null",
+    "list": "a list [a,b]",
+    "dict": "a mapping",
+}
+# How the libraries (safetensors, torch) say that a file could not be written.
+UNWRITTEN = ("No space left on device", "Read-only file system", "iostream error", "PytorchStreamWriter failed")
 SECRET_KEYS = re.compile(r"(^|_)(hub_token|hf_token|access_token|api_key|secret|secret_key|password|passwd)$")
 SECRET_VALUES = re.compile(r"hf_[A-Za-z0-9]{8,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|AKIA[A-Z0-9]{16}")
 
@@ -73,21 +111,49 @@ def recipe(name: str):
     return decorate
 
 
-def check(cfg: DictConfig) -> None:
-    """Refuse what needs no library to be seen: values left open and literal secrets.
+def check(cfg: DictConfig, recipe: str | None = None) -> None:
+    """Refuse what needs no library to be seen: unknown keys, wrong types, values left open, literal secrets.
+
+    Args:
+        recipe: whose primary config names the keys there are; None: that of the running command.
 
     Raises:
         ValueError: the first offence, naming its key as typed on the command line.
     """
+    leaves = flatten(OmegaConf.to_container(cfg, resolve=False))
+    _refuse_unknown([key for key, _ in leaves], recipe or _running())
     for key in sorted(OmegaConf.missing_keys(cfg)):
         raise ValueError(f"{key}: required, but not set. Add {key}=<value> to the command.")
-    for key, value in flatten(OmegaConf.to_container(cfg, resolve=False)):
+    for key, value in leaves:
         literal = isinstance(value, str) and not value.startswith("${oc.env:")
         if literal and (SECRET_KEYS.search(key.rpartition(".")[2]) or SECRET_VALUES.search(value)):
             raise ValueError(
                 f"{key}: holds a literal secret, which would be written into files. Remove it; tokens come from "
                 "`hf auth login` or the environment variable HF_TOKEN."
             )
+        rule = KEYS.get(key) or KEYS.get(key.rpartition(".")[0] + ".*")
+        if rule and not (isinstance(value, str) and "${" in value):
+            check_value(key, value, rule)
+    quantization = OmegaConf.select(cfg, "quantization._target_") or ""
+    if quantization.endswith("BitsAndBytesConfig") and not _installed("bitsandbytes"):
+        raise ValueError(
+            "quantization: bitsandbytes is not installed. pip install bitsandbytes, or add quantization=none."
+        )
+
+
+def check_value(key: str, value: Any, rule: Any) -> None:
+    """Refuse a value that is not of the type `rule`, or not one of the words of the tuple `rule`.
+
+    Raises:
+        ValueError: names the key as typed.
+    """
+    if isinstance(rule, tuple):
+        if value not in rule:
+            raise ValueError(f"{key}={value}: not one of {', '.join(rule)}{nearest(str(value), rule)}")
+    elif (isinstance(value, bool) and rule is not bool) or not isinstance(value, rule):
+        names = getattr(rule, "__name__", str(rule)).removeprefix("int | float").split(" | ")
+        kind = " or ".join(WORDS[name or "float"] for name in names)
+        raise ValueError(f"{key}={'null' if value is None else value}: must be {kind}. Change or quote it.")
 
 
 def build(node: DictConfig, where: str, **derived) -> Any:
@@ -114,6 +180,8 @@ def build(node: DictConfig, where: str, **derived) -> Any:
     given = OmegaConf.to_container(node, resolve=True)
     given.pop("_target_")
     for key, value in given.items():
+        if known.get(key) is float and type(value) is int:
+            given[key] = float(value)  # 5 for 5.0: bitsandbytes insists
         if key not in known:
             raise ValueError(f"{where}.{key}: {node._target_} has no such field{nearest(key, known)}")
         if not fits(value, known[key]):
@@ -157,32 +225,37 @@ class _OneLine:
         return self
 
     def __exit__(self, kind, error, trace):
-        if error is None or _WANTS_TRACEBACK:
+        if error is None or WANTS_TRACEBACK:
             return False
         if isinstance(error, KeyboardInterrupt):
-            print("\nInterrupted. The same command continues from the last checkpoint.", file=sys.stderr)
+            below = "\n" if sys.stderr.isatty() else ""  # the progress line is still being written
+            print(f"{below}Interrupted. The same command continues from the last checkpoint.", file=sys.stderr)
             sys.exit(130)
-        line = _as_refusal(error, self.config_name)
+        line = as_refusal(error, self.config_name)
         if line is None:
             return False
         print(f"error: {redact(line)}", file=sys.stderr)
         sys.exit(2)
 
 
-def _as_refusal(error: BaseException, config_name: str | None) -> str | None:
+def as_refusal(error: BaseException, config_name: str | None) -> str | None:
+    """What an error of use says on one line; None for an error that is none."""
     from hydra.errors import HydraException, MissingConfigException
     from omegaconf.errors import OmegaConfBaseException
 
     if isinstance(error, MissingConfigException):
         return _unknown_option(error)
     if isinstance(error, HydraException | OmegaConfBaseException):
-        return _unknown_key(error, config_name) or " ".join(str(error).split())
+        return _unknown_key(error, config_name) or _not_taken(error) or " ".join(str(error).split())
     if isinstance(error, ValueError) and _raised_here(error):
         return " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}. What was saved before is untouched."
-    if "No space left on device" in str(error) or "Read-only file system" in str(error):
-        return f"{_first_line(error)} What was saved before is untouched; free space, then run the same command again."
+    if any(sign in str(error) for sign in UNWRITTEN):
+        return (
+            f"a file could not be written ({_first_line(error).rstrip('.')}): the disk is full or read-only. What was "
+            "saved before is untouched; free space, then run the same command again."
+        )
     return None
 
 
@@ -198,7 +271,7 @@ def _unknown_key(error: Exception, config_name: str | None) -> str | None:
         return None
     key = found.group(1)
     detail = str(error.__cause__ or "").splitlines()
-    if detail and "is not in struct" not in detail[0]:
+    if detail and not re.search(r"is not in struct|not in '\w+Config'", detail[0]):
         return f"{key}: {detail[0]}."
     from hydra.core.global_hydra import GlobalHydra
 
@@ -209,15 +282,50 @@ def _unknown_key(error: Exception, config_name: str | None) -> str | None:
     return f"{key}: there is no such key{nearest(key, leaves + list(known))} `--help` lists the keys."
 
 
+def _not_taken(error: Exception) -> str | None:
+    found = re.match(r"Error merging override (\S+)", str(error))
+    reason = found and _first_line(error.__cause__ or error)
+    return found and f"{found.group(1)}: {reason}."
+
+
 def _unknown_option(error: Exception) -> str:
     lines = str(error).splitlines()
-    wanted = re.search(r"Could not find '([^']+)/([^'/]+)'", str(error))
+    wanted = re.search(r"Could not find '((?:hydra/)?[^'/]+)/([^']+)'", str(error))
     if not wanted:
         return lines[0]
     group, option = wanted.groups()
-    options = sorted(line.strip() for line in lines if line.startswith("\t") and "provider=" not in line)
-    listed = ", ".join(o for o in options if o not in PARTS)
+    # The message lists the files of one folder; those of ours may lie deeper (experiment=pipeline/demo).
+    options = {line.strip() for line in lines if line.startswith("\t") and "provider=" not in line}
+    options |= {str(file.relative_to(CONF / group).with_suffix("")) for file in (CONF / group).rglob("*.yaml")}
+    options = sorted(options - {*PARTS})
+    listed = ", ".join(options) or "none"
     return f"{group}={option}: there is no such option{nearest(option, options)} Options: {listed}."
+
+
+def _refuse_unknown(keys: list[str], recipe: str | None) -> None:
+    """A file under conf/experiment/, or `+key=value`, may bring keys that nothing reads."""
+    if recipe is None:
+        return
+    own = [OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml"), resolve=False) for name in (recipe, "run")]
+    groups = {group for entry in own[0].pop("defaults") if isinstance(entry, dict) for group in entry}
+    known = [key for node in own for key, _ in flatten(node) if not key.startswith("hydra.")]
+    known += [f"model.{key}" for key in ModelConfig.__dataclass_fields__]
+    for key in keys:
+        open_group = key.partition(".")[0] in groups - {"model"}  # checked against the class, or by rlhf_recipes.data
+        if not open_group and not any(f"{name}.".startswith(f"{key}.") for name in known):
+            raise ValueError(f"{key}: recipes/{recipe}.py has no such key{nearest(key, [*known, *groups])}")
+
+
+def _running() -> str | None:
+    from hydra.core.hydra_config import HydraConfig
+
+    return HydraConfig.get().job.config_name if HydraConfig.initialized() else None
+
+
+def _installed(package: str) -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec(package) is not None
 
 
 def _multirun() -> bool:

@@ -21,15 +21,30 @@ def training_args(node: DictConfig, run: Run) -> "TrainingArguments":
 
     Without an accelerator: `use_cpu`, bfloat16 only where the processor computes in it, and no gradient
     checkpointing (main memory is plentiful, a second forward is not).
+
+    Seeds the generators as well, as TRL does before it loads a model: a new score head is random.
     """
     import torch
+    from transformers import set_seed
 
     derived = {"output_dir": str(run.checkpoints), "disable_tqdm": True, "report_to": "none"}
     if not torch.cuda.is_available():
         derived |= {"use_cpu": True, "bf16": computes_in_bf16(), "gradient_checkpointing": False}
     elif not computes_in_bf16():
         derived |= {"bf16": False, "fp16": True}
-    return config.build(node, "trainer", **derived)
+    args = config.build(node, "trainer", **derived)
+    set_seed(args.seed)
+    return args
+
+
+def check(model: DictConfig, quantization: DictConfig, lora: DictConfig) -> None:
+    """Refuse what the classes behind `quantization` and `lora` refuse, before anything is fetched or tokenised.
+
+    Raises:
+        ValueError: an unknown key, a wrong type, or `model.dtype` is none.
+    """
+    build_quantization(quantization, compute_dtype(model))
+    config.build(lora, "lora")
 
 
 def computes_in_bf16() -> bool:
@@ -85,7 +100,7 @@ def load_reward_model(
     With `model.adapter` its LoRA starts from that policy's (InstructGPT starts its reward model from SFT,
     arXiv:2203.02155, section 3.5); the score head is new unless the adapter brings one.
     """
-    from peft import PeftConfig, PeftModel
+    from peft import PeftConfig, get_peft_model
     from transformers import AutoModelForSequenceClassification
 
     base = load_base(model, quantization, AutoModelForSequenceClassification, num_labels=1)
@@ -94,9 +109,13 @@ def load_reward_model(
     if not model.adapter:
         return base, peft_config
     parent = PeftConfig.from_pretrained(resolve_adapter(model.adapter))
-    parent.task_type, parent.modules_to_save, parent.inference_mode = peft_config.task_type, None, False
-    folder = str(resolve_adapter(model.adapter))
-    return PeftModel.from_pretrained(base, folder, config=parent, is_trainable=True), None
+    if parent.task_type == peft_config.task_type:
+        return continue_adapter(base, model.adapter), None
+    parent.task_type, parent.inference_mode = peft_config.task_type, False
+    parent.base_model_name_or_path = base.name_or_path
+    reward_model = get_peft_model(base, parent)
+    read_adapter(reward_model, model.adapter)
+    return reward_model, None
 
 
 def load_base(model: DictConfig, quantization: DictConfig, auto_class: type, **kwargs) -> "PreTrainedModel":
@@ -125,19 +144,9 @@ def load_base(model: DictConfig, quantization: DictConfig, auto_class: type, **k
 
 
 def build_quantization(node: DictConfig, dtype):
-    """transformers.BitsAndBytesConfig of `quantization`, or None for `quantization=none`.
-
-    Raises:
-        ValueError: bitsandbytes is not installed.
-    """
+    """transformers.BitsAndBytesConfig of `quantization`, or None for `quantization=none`."""
     if "_target_" not in node:
         return None
-    import importlib.util
-
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError(
-            "quantization: bitsandbytes is not installed. pip install bitsandbytes, or quantization=none."
-        )
     # Score and language-model heads stay in full precision: one is trained, the other is the largest source of error.
     derived = {"llm_int8_skip_modules": ["lm_head", "score"]}
     if node.get("load_in_4bit"):
@@ -161,29 +170,55 @@ def keep_gradients_on_cpu(model) -> None:
     """Stop bitsandbytes from repacking 4-bit weights for inference on a CPU.
 
     After an eval-mode forward without gradients on a processor with AVX512-BF16, `Linear4bit` repacks its weights
-    for a kernel that has no backward: every later LoRA gradient is zero, and nothing warns (bitsandbytes 0.50).
+    for a kernel that has no backward: the LoRA of the layers before it (q, k, v, gate, up) gets no gradient, the
+    rest gets the residual stream's alone, and the loss stays plausible (bitsandbytes 0.50).
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
 
 
-def keep_adapter_in_float32(model) -> None:
+def keep_adapter_in_float32(model: "PeftModel", continued: str | None) -> None:
     """Undo TRL's rounding of QLoRA adapters to bfloat16.
 
     bfloat16 has 8 bits of mantissa: a weight of 0.01 cannot move by less than 3e-5, while Adam's steps at DPO's
     learning rates are 5e-6. Computation stays in bfloat16 (autocast); only the master weights are float32.
+
+    Args:
+        model: the trainer's.
+        continued: `model.adapter`; its weights are read again, or the policy would start beside its reference.
     """
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    if continued:
+        read_adapter(model, continued)
 
 
 def continue_adapter(base: "PreTrainedModel", reference: str) -> "PeftModel":
     """The base with a run's LoRA on it, trainable under the name that TRL expects ("default")."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(base, str(resolve_adapter(reference)), is_trainable=True)
+    policy = PeftModel.from_pretrained(base, str(resolve_adapter(reference)), is_trainable=True)
+    # Under the public name PEFT asks the hub for its config at every checkpoint, whether or not there is a network.
+    policy.peft_config["default"].base_model_name_or_path = base.name_or_path
+    return policy
+
+
+def read_adapter(model: "PeftModel", reference: str) -> None:
+    """Put a run's saved weights into the adapter "default"; what the run does not bring, a score head, stays.
+
+    Raises:
+        ValueError: the run brings weights that this model has no place for.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    weights = load_peft_weights(str(resolve_adapter(reference)), device="cpu")
+    present = get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False)
+    for name in weights.keys() - present.keys():
+        raise ValueError(f"model.adapter={reference}: {name} has no place in this model. Leave the adapter out.")
+    set_peft_model_state_dict(model, {**present, **weights}, adapter_name="default")
 
 
 def save_adapter(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", folder: Path, base: DictConfig) -> None:
@@ -226,25 +261,41 @@ def model_path(model: DictConfig) -> str:
 
 
 def _from_hub(model: DictConfig, load, path: str, **kwargs):
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import HTTPError
 
     if model.path not in (None, "embedded") and not Path(path).is_dir():
-        raise ValueError(f"model.path={model.path}: no such folder.")
+        raise ValueError(f"model.path={model.path}: no such folder. Give a folder with a model, or leave it out.")
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise ValueError(f"model.path={path}: no config.json in it, so no model. Give a folder saved by transformers.")
     try:
+        if not Path(path).is_dir():
+            _ask_hub(path, model.revision)
         return load(path, **kwargs)
-    except OSError as error:
-        cause = error.__cause__ or error
-        if isinstance(cause, GatedRepoError) or "gated repo" in str(error):
-            raise ValueError(
-                f"model.id={model.id}: is gated. Accept its terms on its page, then `hf auth login` (or HF_TOKEN)."
-            ) from error
-        if isinstance(cause, RepositoryNotFoundError) or "is not a valid model identifier" in str(error):
-            raise ValueError(
-                f"model.id={model.id}: the Hub has no such model, or your token may not see it."
-            ) from error
+    except (OSError, HTTPError) as error:
         if Path(path).is_dir():
-            raise ValueError(f"{path}: {str(error).splitlines()[0]}") from error
-        raise ValueError(
-            f"model.id={model.id}: the Hub cannot be reached and the cache does not hold it. Check the network, or "
-            "use model=smollm2_135m, which needs none."
-        ) from error
+            raise ValueError(f"model.path={path}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"model.id={model.id}: {_hub_refusal(error)}") from error
+
+
+def _ask_hub(repo: str, revision: str | None) -> None:
+    """Raise at once for a model that can be neither fetched nor found in the cache; `transformers` would retry."""
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+
+    cached = isinstance(try_to_load_from_cache(repo, "config.json", revision=revision), str)
+    if not cached and not constants.HF_HUB_OFFLINE:
+        HfApi().auth_check(repo)
+
+
+def _hub_refusal(error: Exception) -> str:
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    cause = error.__cause__ or error
+    missing = isinstance(cause, RepositoryNotFoundError) and not isinstance(cause, GatedRepoError)  # its subclass
+    if missing or "is not a valid model identifier" in str(error):
+        return "the Hub has no such model, or your token may not see it. Check the name; a folder goes to model.path."
+    if isinstance(cause, GatedRepoError) or "gated repo" in str(error):
+        return "is gated. Accept its terms on its page, then `hf auth login` (or HF_TOKEN)."
+    return (
+        "the Hub cannot be reached and the cache does not hold it. Check the network, or use model=smollm2_135m, "
+        "which needs none."
+    )

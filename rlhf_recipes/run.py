@@ -18,7 +18,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes.config import flatten
+from rlhf_recipes.config import CONF, flatten
 
 LIBRARIES = (
     "torch",
@@ -67,22 +67,26 @@ class Run:
 
 
 def start(cfg: DictConfig, recipe: str) -> Run:
-    """Claim the run folder, or refuse.
+    """Find what is there of this run, or refuse. It writes and removes nothing: what may still be refused after it
+    costs nobody a file; `claim` follows when all is loaded.
 
     Raises:
-        ValueError: the folder holds a finished run, an interrupted one with another config, or foreign files; or
-            `model.adapter` names no adapter, or one that was trained on another base model.
+        ValueError: the folder holds a finished run, an interrupted one with another config, or foreign files;
+            `model.adapter` names no adapter, or one that was trained on another base model; or `trainer` belongs to
+            another recipe.
     """
     _environment()
     config = resolved(cfg)
+    _refuse_other_trainer(config, recipe)
     run = Run(
         relative(Path(cfg.output_dir)),
         recipe,
         config,
         parent=config["model"].get("adapter") and parent_of(config["model"]["adapter"], config["model"]["id"]),
     )
+    _refuse_foreign(run.dir)
     if cfg.overwrite:
-        _remove(run.dir)
+        return run
     if (run.dir / "result.json").exists():
         raise ValueError(
             f"run_name={cfg.run_name}: {run.dir} holds a finished run. Choose another run_name, or replace it with "
@@ -92,9 +96,15 @@ def start(cfg: DictConfig, recipe: str) -> Run:
     if run.checkpoint:
         _refuse_other_config(run)
         print(f"Continuing {run.dir} from step {run.checkpoint.rpartition('-')[2]}.", flush=True)
-    run.dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(run.dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
     return run
+
+
+def claim(run: Run) -> None:
+    """Make the folder this run's: what it does not continue goes, and config.yaml is written."""
+    if not run.checkpoint:
+        remove(run.dir)
+    run.dir.mkdir(parents=True, exist_ok=True)
+    write_atomically(run.dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(run.config)))
 
 
 def resolved(cfg: DictConfig) -> dict:
@@ -110,12 +120,14 @@ def relative(folder: Path) -> Path:
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end; `trainer_state.json` is the file that is written last."""
+    """The newest checkpoint to continue from: one that was written to its end (`trainer_state.json` comes last), and
+    not the last step of all where that lies inside an epoch, since transformers would train one step too many."""
     steps = sorted((int(c.name.rpartition("-")[2]), c) for c in folder.glob("checkpoint-*") if c.is_dir())
     for _, checkpoint in reversed(steps):
         try:
-            json.loads((checkpoint / "trainer_state.json").read_text())
-            return str(checkpoint)
+            state = json.loads((checkpoint / "trainer_state.json").read_text())
+            if state["global_step"] < state["max_steps"] or state["epoch"] % 1 == 0:
+                return str(checkpoint)
         except (OSError, ValueError):
             shutil.rmtree(checkpoint)  # killed while it was written: nothing can be read from it
     return None
@@ -315,11 +327,32 @@ def _refuse_other_config(run: Run) -> None:
             )
 
 
-def _remove(folder: Path) -> None:
-    ours = (folder / "config.yaml").exists() or (folder / "result.json").exists()
-    if folder.exists() and any(folder.iterdir()) and not ours:
-        raise ValueError(f"overwrite=true: {folder} does not look like a run; remove it by hand if you mean it.")
+def remove(folder: Path) -> None:
+    """Delete a run folder.
+
+    Raises:
+        ValueError: it is none.
+    """
+    _refuse_foreign(folder)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """A run's folder holds a config.yaml with `run_name`, or nothing but the folder that a trainer makes first."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    config = folder / "config.yaml"
+    text = config.read_text(errors="replace") if config.is_file() else ""
+    if not (names <= {"checkpoints"} or "\nrun_name:" in f"\n{text}"):
+        raise ValueError(
+            f"hydra.run.dir={folder}: holds {sorted(names)[0]} and is no run folder. Choose an empty or a new one."
+        )
+
+
+def _refuse_other_trainer(config: dict, recipe: str) -> None:
+    given = config.get("trainer", {}).get("_target_")
+    targets = {file.stem: OmegaConf.load(file).get("_target_") for file in (CONF / "trainer").glob("*.yaml")}
+    if given != targets.get(recipe) and given in targets.values():
+        raise ValueError(f"trainer: {given} is not for {recipe}, which takes {targets[recipe]}. Use trainer={recipe}.")
 
 
 def _print_summary(run: Run, result: dict) -> None:

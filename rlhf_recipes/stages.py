@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -11,12 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-from rlhf_recipes import run
+from rlhf_recipes import config, data, run
 
 WIDTH = 110
 SHOWN_ANSWERS = 4
+INTERRUPTED = (130, -2)  # by Ctrl-C: exit status of a recipe, of a process that could not catch it
 
 
 @dataclass
@@ -64,19 +65,14 @@ def plan(cfg: DictConfig) -> Plan:
         ValueError: a stage has an unknown recipe or override, or was made with other settings before.
     """
     folder = run.relative(Path(cfg.output_dir))
-    recipes = {path.stem for path in Path(__file__).with_name("recipes").glob("*.py")} or {
-        path.stem for path in (Path(__file__).parents[1] / "recipes").glob("*.py")
-    }
+    recipes = {path.stem for path in (config.CONF.parent / "recipes").glob("*.py")} - {"__init__"}
     stages, before = [], _previous_seconds(folder)
     for entry in cfg.stages:
-        if entry.recipe not in recipes:
-            raise ValueError(f"stages.{entry.name}.recipe={entry.recipe}: there is no such recipe.")
+        _check_entry(entry, [stage.name for stage in stages], recipes)
         overrides = [text.replace("{dir}", str(folder)) for text in [*cfg.shared, *entry.get("overrides", [])]]
         stage = Stage(entry.name, entry.recipe, folder / entry.name, overrides, _config_sha256(entry, overrides))
-        result = stage.result()
-        if result and cfg.overwrite:
-            shutil.rmtree(stage.dir)
-        elif result and result["config_sha256"] != stage.config_sha256:
+        result = None if cfg.overwrite else stage.result()
+        if result and result["config_sha256"] != stage.config_sha256:
             raise ValueError(
                 f"run_name={cfg.run_name}: {stage.dir} was made with other settings. Choose another run_name, or "
                 "make all stages again with overwrite=true."
@@ -84,6 +80,8 @@ def plan(cfg: DictConfig) -> Plan:
         elif result:
             stage.status, stage.seconds = "finished", before.get(entry.name, result["seconds"])
         stages.append(stage)
+    for stage in stages if cfg.overwrite else []:  # nothing can be refused any more
+        run.remove(stage.dir)
     return Plan(folder, stages)
 
 
@@ -99,12 +97,12 @@ def execute(plan: Plan) -> int:
         code, stage.seconds = _run(stage, label)
         stage.ran = True
         # A verdict has an exit status of its own: what makes a stage finished is its result.
-        stage.status = "finished" if stage.result() else "interrupted" if code in (130, -2) else "failed"
+        stage.status = "finished" if stage.result() else "interrupted" if code in INTERRUPTED else "failed"
         plan.write()
         status = status or code
+        if code in INTERRUPTED:
+            raise KeyboardInterrupt
         if stage.status != "finished":
-            if stage.status == "interrupted":
-                raise KeyboardInterrupt
             print(f"[{label}] failed. The same command starts again here.", file=sys.stderr)
             return code or 1
     plan.write()
@@ -131,9 +129,10 @@ def print_summary(plan: Plan, next_commands: list[str]) -> None:
 def _run(stage: Stage, label: str) -> tuple[int, float]:
     begin = time.monotonic()
     command = [sys.executable, "-m", f"rlhf_recipes.recipes.{stage.recipe}", *stage.overrides]
-    process = subprocess.Popen(
-        [*command, f"hydra.run.dir={stage.dir}"], env={**os.environ, "RLHF_RECIPES_STAGE": label}
-    )
+    environment = {**os.environ, "RLHF_RECIPES_STAGE": label}
+    if not config.WANTS_TRACEBACK:
+        environment.pop("HYDRA_FULL_ERROR", None)  # set by this process for itself
+    process = subprocess.Popen([*command, f"hydra.run.dir={stage.dir}"], env=environment)
     try:
         code = process.wait()
     except KeyboardInterrupt:  # the child got it too: let it finish its line
@@ -146,12 +145,31 @@ def _run(stage: Stage, label: str) -> tuple[int, float]:
 
 
 def _config_sha256(entry: DictConfig, overrides: list[str]) -> str:
+    GlobalHydra.instance().clear()  # of the pipeline's own composition
     try:
         with hydra.initialize_config_module("rlhf_recipes.conf", version_base="1.3"):
             cfg = hydra.compose(entry.recipe, overrides=overrides)
+        config.check(cfg, entry.recipe)
+        if "data" in cfg:
+            data.check(cfg.data)
     except Exception as error:
-        raise ValueError(f"stages.{entry.name}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"stages.{entry.name}: {config.as_refusal(error, entry.recipe) or error}") from error
     return run.config_sha256(run.resolved(cfg))
+
+
+def _check_entry(entry: DictConfig, names: list[str], recipes: set[str]) -> None:
+    shape = "{name: sft, recipe: sft, overrides: [...]}"
+    if not isinstance(entry, DictConfig) or not {"name", "recipe"} <= entry.keys():
+        raise ValueError(f"stages: each entry is {shape}, not {entry}.")
+    for key in entry:
+        if key not in ("name", "recipe", "overrides"):
+            raise ValueError(f"stages.{entry.name}.{key}: there is no such key. An entry is {shape}.")
+    if entry.recipe not in recipes:
+        raise ValueError(
+            f"stages.{entry.name}.recipe={entry.recipe}: no such recipe{config.nearest(entry.recipe, recipes)}"
+        )
+    if entry.name in names:
+        raise ValueError(f"stages.{entry.name}: two stages have this name, which is their folder. Rename one.")
 
 
 def _previous_seconds(folder: Path) -> dict[str, float]:

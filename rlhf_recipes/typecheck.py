@@ -8,13 +8,16 @@ from typing import Any
 
 
 def parameters(target: type) -> dict[str, Any]:
-    """Argument name -> resolved annotation (`Any` where it cannot be resolved)."""
-    names = [p for p in inspect.signature(target).parameters if p not in ("self", "args", "kwargs")]
-    try:
-        hints = typing.get_type_hints(target) | typing.get_type_hints(target.__init__)
-    except (NameError, TypeError):
-        hints = {}
-    return {name: hints.get(name, Any) for name in names}
+    """Argument name -> resolved annotation, else the type of its default, else `Any`."""
+    hints = {}
+    for annotated in (target, target.__init__):
+        try:
+            hints |= typing.get_type_hints(annotated)
+        except (NameError, TypeError):  # peft's __init__ names types that only its modules know
+            continue
+    arguments = inspect.signature(target).parameters.values()
+    taken = [a for a in arguments if a.name != "self" and a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)]
+    return {a.name: hints.get(a.name, _of_default(a.default)) for a in taken}
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -26,9 +29,13 @@ def fits(value: Any, hint: Any) -> bool:
     if origin in (typing.Union, types.UnionType):
         return any(fits(value, arg) for arg in args)
     if origin is typing.Literal:
-        return value in args
+        # peft documents patterns among them: "pissa_niter_[number of iters]"
+        patterns = tuple(arg.partition("[")[0] for arg in args if isinstance(arg, str) and "[" in arg)
+        return value in args or (isinstance(value, str) and bool(patterns) and value.startswith(patterns))
     if origin is typing.Annotated:
         return fits(value, args[0])
+    if origin is list and isinstance(value, list):
+        return all(fits(item, args[0]) for item in value)
     hint = origin or hint
     if hint in (type(None), None):
         return value is None
@@ -47,3 +54,7 @@ def fits(value: Any, hint: Any) -> bool:
     if hint in (tuple, set):
         return isinstance(value, list)
     return value is not None
+
+
+def _of_default(default: Any) -> Any:
+    return type(default) if isinstance(default, bool | int | float | str) else Any

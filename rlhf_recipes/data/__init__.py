@@ -39,7 +39,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes.config import nearest
+from rlhf_recipes.config import check_value, nearest
 from rlhf_recipes.data import readers, shapes
 from rlhf_recipes.data.tokens import lengths, neutralise, percentiles
 
@@ -61,7 +61,6 @@ KEYS = {
     "seed": int,
 }
 REASONS = ("empty", "roles", "context_differs", "identical", "tie", "duplicate", "leakage")
-WORDS = {"str": "text", "int": "a whole number", "float": "a number", "None": "null", "dict": "a mapping"}
 EXAMPLES = 3
 
 Example = dict[str, Any]
@@ -112,6 +111,15 @@ def load_demonstrations(node: DictConfig) -> Splits:
         ValueError: on one line, for what the table at the head of this module stops at.
     """
     return _load(node, ("completion",))
+
+
+def check(node: DictConfig) -> None:
+    """Refuse a data node with an unknown key or a value of a wrong type; nothing is read.
+
+    Raises:
+        ValueError: names the key as typed.
+    """
+    _settings(node)
 
 
 def _load(node: DictConfig, sides: tuple[str, ...]) -> Splits:
@@ -175,13 +183,7 @@ def _check_keys(where: str, values: dict[str, Any], rules: dict[str, Any]) -> No
     for key, rule in rules.items():
         if key not in values or values[key] in ("???", ""):
             raise ValueError(f"{where}.{key}: required, but not set. Add {where}.{key}=<value>.")
-        value = values[key]
-        if isinstance(rule, tuple):
-            if value not in rule:
-                raise ValueError(f"{where}.{key}={value}: not one of {', '.join(rule)}{nearest(str(value), rule)}")
-        elif isinstance(value, bool) or not isinstance(value, rule):
-            kind = " or ".join(WORDS[name] for name in getattr(rule, "__name__", str(rule)).split(" | "))
-            raise ValueError(f"{where}.{key}={value}: must be {kind}. Change or quote it.")
+        check_value(f"{where}.{key}", values[key], rule)
 
 
 def _sources(data: dict[str, Any], sides: tuple[str, ...]) -> tuple[Iterator, Iterator | None]:

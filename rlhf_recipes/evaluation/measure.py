@@ -189,14 +189,20 @@ def _stop_ids(model, tokenizer) -> list[int]:
 
 @contextmanager
 def _measuring(model):
-    """No gradients, no dropout, and the mixed precision of training; afterwards the mode that was found."""
+    """No gradients, no dropout, and the precision that the model was loaded in; afterwards everything as it was.
+
+    Training changes nothing about it: not the float32 norms of a quantized base in ORPOTrainer and CPOTrainer, nor
+    accelerate's mixed-precision `forward`. Before and after differ by what was learned alone.
+    """
     import torch
 
-    bf16 = any(p.dtype == torch.bfloat16 for p in model.parameters())
-    was_training = model.training
+    bf16 = model.config.dtype == torch.bfloat16
+    was_training, trainers_forward = model.training, vars(model).pop("forward", None)
     model.eval()
     try:
         with torch.inference_mode(), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
             yield
     finally:
         model.train(was_training)
+        if trainers_forward:
+            model.forward = trainers_forward

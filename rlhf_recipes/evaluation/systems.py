@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from rlhf_recipes import models, run
-from rlhf_recipes.data import Splits, fit
+from rlhf_recipes.data import Splits, fit, neutralise
 from rlhf_recipes.evaluation import measure as m
 
 BASE = "base"
@@ -55,6 +55,15 @@ def find(runs: list[str], parent: str, base_model: str) -> list[System]:
     return found
 
 
+def find_scorer(folder: str | None, base_model: str) -> System | None:
+    """The reward model that scores the answers.
+
+    Raises:
+        ValueError: the run is not there, is no reward model, or was trained on another base.
+    """
+    return _system(folder, base_model, "reward_model", recipe="reward") if folder else None
+
+
 def import_judge(reference: str | None) -> Callable | None:
     """The function behind `module:function`."""
     if reference is None:
@@ -68,7 +77,9 @@ def import_judge(reference: str | None) -> Callable | None:
         raise ValueError(f"judge={reference}: cannot be imported ({error}). Give module:function.") from error
 
 
-def measure(cfg: DictConfig, systems: list[System], pairs: Splits, judge: Callable | None) -> dict:
+def measure(
+    cfg: DictConfig, systems: list[System], scorer: System | None, pairs: Splits, judge: Callable | None
+) -> dict:
     """MEASUREMENTS for `summary.summarise`: log-probabilities, answers with their KL to the parent, rewards."""
     tokenizer = models.load_tokenizer(cfg.model)
     rows = fit(pairs, tokenizer, cfg.max_length, cfg.data.too_long).test
@@ -81,8 +92,8 @@ def measure(cfg: DictConfig, systems: list[System], pairs: Splits, judge: Callab
     del policies
 
     reward_models = {}
-    if cfg.reward_model:
-        reward_models = _score(cfg, tokenizer, rows, prompts, answers)
+    if scorer:
+        reward_models = _score(cfg, scorer, tokenizer, rows, prompts, answers)
     judgements = (
         {s.name: _judge(judge, prompts, answers, s.name, systems[0].name) for s in systems[1:]} if judge else {}
     )
@@ -163,23 +174,24 @@ class Policies:
         return [{**answer, "k1": k1, "k3": k3} for answer, (k1, k3) in zip(shown, terms, strict=True)]
 
 
-def _score(cfg: DictConfig, tokenizer, rows: list[dict], prompts: list[dict], answers: dict) -> dict:
+def _score(cfg: DictConfig, system: System, tokenizer, rows: list[dict], prompts: list[dict], answers: dict) -> dict:
     """Give every answer its reward; return the reward model's own scores of the held-out pairs."""
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification
 
     base = models.load_base(cfg.model, cfg.quantization, AutoModelForSequenceClassification, num_labels=1)
-    scorer = PeftModel.from_pretrained(base, str(run.resolve_adapter(cfg.reward_model)))
+    scorer = PeftModel.from_pretrained(base, system.adapter)
     scored = m.pair_rewards(scorer, tokenizer, rows, "reward model: pairs")
     for name, given in answers.items():
-        turns = [[{"role": "assistant", "content": answer["text"]}] for answer in given]
-        conversations = [row["prompt"] + turn for row, turn in zip(prompts, turns, strict=True)]
+        turns = [{"completion": [{"role": "assistant", "content": answer["text"]}]} for answer in given]
+        asked = [{"prompt": row["prompt"], **turn} for row, turn in zip(prompts, turns, strict=True)]
+        # A policy may spell a control token in plain letters; the reward model must read letters too.
+        conversations = [row["prompt"] + row["completion"] for row in neutralise(asked, tokenizer)[0]]
         for answer, reward in zip(
             given, m.rewards(scorer, tokenizer, conversations, f"rewards of {name}"), strict=True
         ):
             answer["reward"] = reward
-    name = _system(cfg.reward_model, cfg.model.id, "reward_model", recipe="reward").name
-    return {name: [{**_labels(row), **score} for row, score in zip(rows, scored, strict=True)]}
+    return {system.name: [{**_labels(row), **score} for row, score in zip(rows, scored, strict=True)]}
 
 
 def _judge(judge: Callable, prompts: list[dict], answers: dict, name: str, parent: str) -> list[dict]:
@@ -205,7 +217,13 @@ def _system(folder: str, base_model: str, key: str, recipe: str | None = None) -
     name = Path(parent["adapter"]).parent.name
     name = name if made_by in (None, name) else f"{made_by}/{name}"
     started_from = (result.get("parent") or {}).get("run")
-    reference = str(run.resolve_adapter(started_from)) if started_from else None
+    try:
+        reference = str(run.resolve_adapter(started_from)) if started_from else None
+    except ValueError as error:
+        raise ValueError(
+            f"{key}={folder}: started from {started_from}, its reference, which is not there. Put that run back, or "
+            "evaluate where both were trained."
+        ) from error
     return System(name, parent["adapter"], made_by, reference)
 
 

@@ -1,0 +1,287 @@
+"""Shared fixtures: a model that trains in seconds, a recipe as a subprocess, the embedded model."""
+
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CLINIC = ROOT / "rlhf_recipes" / "assets" / "clinic"
+SHARED = ROOT.parent / "shared" / "data"
+# SmolLM2's: a system turn is added where there is none.
+CHATML = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
+    "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TINY_ID = "tests/tiny"
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # as run.start does
+
+
+@dataclass
+class Finished:
+    """What a recipe left behind when its process ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+    seconds: float
+
+    def __str__(self):
+        return f"exit {self.returncode}\n--- stdout\n{self.stdout}\n--- stderr\n{self.stderr}"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """Folder of a random Llama (2 layers, width 64, 1,000 tokens) that chats in ChatML: always the same weights."""
+    import torch
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    special = [AddedToken(name, special=True, normalized=False) for name in names]
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000,
+        special_tokens=special,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe.train_from_iterator((CLINIC / "pairs.jsonl").read_text(encoding="utf-8").splitlines(), trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        chat_template=CHATML,
+        unk_token=names[0],
+        bos_token=names[1],
+        eos_token=names[2],
+        pad_token=names[0],
+    )
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model_overrides(tiny_model):
+    """The tiny model instead of the embedded one: for any recipe that has a model."""
+    return [f"model.path={tiny_model}", f"model.id={TINY_ID}"]
+
+
+@pytest.fixture(scope="session")
+def tiny_overrides(tiny_model_overrides):
+    """Two optimiser steps of four rows each on the tiny model: for any recipe that trains."""
+    return [
+        *tiny_model_overrides,
+        "data.train_size=8",
+        "data.eval_size=4",
+        "trainer.max_steps=2",
+        "trainer.per_device_train_batch_size=2",
+        "trainer.gradient_accumulation_steps=2",
+    ]
+
+
+@pytest.fixture(scope="session")
+def clean_env(tmp_path_factory):
+    """The environment of a subprocess that reaches no hub and touches nobody's caches."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "RLHF_", "HYDRA_"))}
+    home = tmp_path_factory.mktemp("hf_home")
+    return {
+        "OMP_NUM_THREADS": "1",  # matrices of 64 rows
+        **kept,
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "1",
+        **({"RLHF_RECIPES_CACHE": os.environ["RLHF_RECIPES_CACHE"]} if "RLHF_RECIPES_CACHE" in os.environ else {}),
+    }
+
+
+@pytest.fixture(scope="session")
+def run_recipe(clean_env):
+    """run_recipe(name, *overrides, cwd, env=None, timeout=120): `python -m rlhf_recipes.recipes.<name>`, to its end.
+
+    `env` is added to `clean_env`; a value of None removes the variable.
+    """
+
+    def run(name, *overrides, cwd, env=None, timeout=120):
+        begin = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-m", f"rlhf_recipes.recipes.{name}", *overrides],
+            cwd=cwd,
+            env=merged(clean_env, env),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        return Finished(done.returncode, done.stdout, done.stderr, time.monotonic() - begin)
+
+    return run
+
+
+@pytest.fixture
+def start_recipe(clean_env):
+    """start_recipe(name, *overrides, cwd, env=None): the same as a running process; what still runs at the end of a
+    test is killed with its children."""
+    started = []
+
+    def start(name, *overrides, cwd, env=None):
+        process = subprocess.Popen(
+            [sys.executable, "-m", f"rlhf_recipes.recipes.{name}", *overrides],
+            cwd=cwd,
+            env=merged(clean_env, env),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # a signal to its group is what Ctrl-C sends
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+
+@pytest.fixture(scope="session")
+def embedded_model():
+    """Folder of the prepared embedded model; the first call fetches it from the package index."""
+    from rlhf_recipes import embedded
+
+    return embedded.prepare()
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    if not SHARED.is_dir():
+        pytest.skip("../shared/data is not here")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def compose():
+    """compose(recipe, *overrides): the config that the command line `<recipe> <overrides>` gives."""
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+
+    import rlhf_recipes.config  # noqa: F401  registers the nodes that the groups start from
+
+    def composed(name, *overrides):
+        GlobalHydra.instance().clear()
+        with hydra.initialize_config_module("rlhf_recipes.conf", version_base="1.3", job_name=name):
+            cfg = hydra.compose(name, overrides=list(overrides))
+        cfg.output_dir = f"outputs/{name}/{cfg.run_name}"  # known to a running Hydra alone
+        return cfg
+
+    return composed
+
+
+@dataclass
+class Trained:
+    """What a recipe in this process left behind."""
+
+    dir: Path
+    cfg: object
+    trainer: object
+
+    @property
+    def result(self):
+        return json.loads((self.dir / "result.json").read_text(encoding="utf-8"))
+
+    @property
+    def log(self):
+        return [json.loads(line) for line in (self.dir / "metrics.jsonl").read_text().splitlines()]
+
+    @property
+    def weights(self):
+        from safetensors.torch import load_file
+
+        return load_file(self.dir / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="session")
+def train(compose, tiny_overrides):
+    """train(recipe, folder, *overrides): a training recipe in this process, two steps on the tiny model.
+
+    It runs in the parent of `folder`, so that a chain is named by relative paths as on a command line.
+    """
+    from importlib import import_module
+
+    from rlhf_recipes import run
+
+    def trained(recipe, folder, *overrides):
+        main = import_module(f"rlhf_recipes.recipes.{recipe}").main.__wrapped__
+        cfg = compose(recipe, *tiny_overrides, *overrides)
+        cfg.output_dir = folder.name
+        seen = []
+
+        def finish(job, trainer, **kwargs):
+            seen.append(trainer)
+            return original(job, trainer, **kwargs)
+
+        original, run.finish = run.finish, finish
+        try:
+            with contextlib.chdir(folder.parent):
+                main(cfg)
+        finally:
+            run.finish = original
+        return Trained(folder, cfg, seen[0])
+
+    return trained
+
+
+def merged(env, changes):
+    both = {**env, **(changes or {})}
+    return {key: str(value) for key, value in both.items() if value is not None}
+
+
+def snapshot(folder):
+    """Path -> SHA-256 (files) or "folder", of everything below."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def write_pairs(path, count=24):
+    """A jsonl of `count` preference pairs."""
+    rows = [{"prompt": f"question {i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_adapter(folder, base=TINY_ID, **result):
+    """A folder that passes for a run: adapter_config.json, weights, and result.json with `result`."""
+    (folder / "adapter").mkdir(parents=True)
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
+    if result:
+        (folder / "result.json").write_text(json.dumps(result))
+    return folder

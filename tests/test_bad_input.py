@@ -1,0 +1,433 @@
+"""Bad input: exit code 2, one line that names the culprit, nothing lost, torch left alone where nothing needs it."""
+
+import http.server
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from conftest import TINY_ID, snapshot, write_adapter, write_pairs
+
+# Read by every Python that has it on its path: which modules were loaded, on the way out.
+WITNESS = """
+import atexit, os, sys
+seen = os.environ.get("RLHF_TEST_MODULES")
+if seen:
+    atexit.register(lambda: open(seen, "w").write("\\n".join(sys.modules)))
+"""
+HIDES_BITSANDBYTES = """
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+PathFinder.find_spec = classmethod(
+    lambda cls, name, *rest: None if name.partition(".")[0] == "bitsandbytes" else find(name, *rest)
+)
+"""
+SECRET = "hf_" + "abcdefghijklmnopqrstuvwxyz"
+CLOSED_PORT = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "NO_PROXY": "*"}
+
+
+@pytest.fixture
+def site(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "sitecustomize.py").write_text(WITNESS)
+    return folder
+
+
+@pytest.fixture
+def refuse(run_recipe, site, tmp_path_factory):
+    """refuse(recipe, *overrides, cwd): the one line; asserts what holds for every refusal."""
+
+    def refused(recipe, *overrides, cwd, env=None, torch=False, secret=None):
+        seen = tmp_path_factory.mktemp("seen") / "modules"
+        before = snapshot(cwd)
+        path = os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH"))))
+        env = {"PYTHONPATH": path, "RLHF_TEST_MODULES": seen, **(env or {})}
+        done = run_recipe(recipe, *overrides, cwd=cwd, env=env)
+        assert done.returncode == 2, done
+        lines = done.stderr.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("error: "), done
+        assert "Traceback" not in done.stdout + done.stderr
+        assert secret is None or secret not in done.stdout + done.stderr
+        after = snapshot(cwd)
+        changed = {name for name, content in after.items() if before.get(name) != content}
+        assert before.items() <= after.items() and {after[name] for name in changed} <= {"folder"}, (before, after)
+        if not torch:
+            assert "torch" not in seen.read_text().splitlines(), "torch was imported"
+        return lines[0].removeprefix("error: ")
+
+    return refused
+
+
+# ---- keys
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override", "says"),
+    [
+        ("dpo", "modle=qwen3_4b", "modle: there is no such key; did you mean 'model'?"),
+        ("dpo", "model.adaptor=x", "model.adaptor: there is no such key; did you mean 'model.adapter'?"),
+        ("reward", "data.sead=1", "data.sead: there is no such key; did you mean 'data.seed'?"),
+        ("dpo", "+data.sead=1", "data.sead: no such key; did you mean 'seed'?"),
+        ("dpo", "+model.adaptor=x", "model.adaptor: recipes/dpo.py has no such key; did you mean 'model.adapter'?"),
+        ("sft", "+run_nam=x", "run_nam: recipes/sft.py has no such key; did you mean 'run_name'?"),
+        ("dpo", "experiment=pipeline/demo", "stages: recipes/dpo.py has no such key."),
+        ("dpo", "data.seed=x", "data.seed=x: must be a whole number."),
+        ("dpo", "model.revision=[1]", "model.revision=[1]: Cannot convert 'list' to string"),
+        ("dpo", "overwrite=perhaps", "overwrite=perhaps: must be true or false."),
+        ("dpo", "resume=autp", "resume=autp: not one of auto, never; did you mean 'auto'?"),
+        ("dpo", "run_name=null", "run_name=null: must be text."),
+        ("dpo", "model=qwen3_0_6", "model=qwen3_0_6: there is no such option; did you mean 'qwen3_0_6b'? Options: "),
+        (
+            "dpo",
+            "quantization=fp4",
+            "quantization=fp4: there is no such option; did you mean 'nf4'? Options: int8, nf4",
+        ),
+        ("pipeline", "experiment=pipeline/dem", "experiment=pipeline/dem: there is no such option; did you mean "),
+        ("dpo", "trainer=sft", "trainer: trl.SFTConfig is not for dpo, which takes trl.DPOConfig."),
+        ("dpo", "data=local", "data.path: required, but not set. Add data.path=<value>"),
+        ("evaluate", "prompts=8", "runs: required, but not set."),
+        ("pipeline", "run_name=x", "stages: required, but not set."),
+        ("dpo", "trainer.beta=0.1,0.2", "Ambiguous value for argument 'trainer.beta=0.1,0.2'"),
+        ("dpo", "trainer.beta", "Error parsing override 'trainer.beta'"),
+        ("dpo", "model.adapter=nowhere", "model.adapter=nowhere: does not exist. Give a run folder"),
+    ],
+)
+def test_keys_and_values(refuse, tmp_path, recipe, override, says):
+    assert refuse(recipe, override, cwd=tmp_path).startswith(says)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("trainer.betaa=0.2", "trainer.betaa: trl.DPOConfig has no such field; did you mean 'beta'?"),
+    ],
+)
+def test_arguments_of_the_wrapped_classes(refuse, tmp_path, override, says):
+    """They need the class, hence torch, but no model: there is none at this path."""
+    (tmp_path / "model").mkdir()
+    line = refuse("dpo", override, f"model.path={tmp_path / 'model'}", cwd=tmp_path, torch=True)
+    assert line == says
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        f"trainer.hub_token={SECRET}",
+        f"model.id={SECRET}",
+        f"+trainer.hf_token={SECRET}",
+        "trainer.hub_token=anything",
+        f"trainer.run_name={SECRET},x",
+        f"model.revision=[{SECRET}]",
+    ],
+)
+def test_a_literal_secret_is_shown_nowhere(refuse, tmp_path, override):
+    line = refuse("dpo", override, cwd=tmp_path, secret=SECRET)
+    assert line.startswith(override.lstrip("+").partition("=")[0]) or "<secret>" in line
+    texts = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert not any(SECRET.encode() in text for text in texts)
+
+
+# ---- data
+
+
+def _line(number, content):
+    def change(path):
+        write_pairs(path)
+        lines = path.read_bytes().splitlines(keepends=True)
+        lines[number - 1] = content + b"\n"
+        path.write_bytes(b"".join(lines))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda path: write_pairs(path.with_name("perfs.jsonl")), "prefs.jsonl: no such file; did you mean 'perfs.js"),
+        (lambda path: path.write_bytes(b""), "prefs.jsonl: empty, no rows in it."),
+        (lambda path: path.write_bytes(bytes(range(256)) * 9), "prefs.jsonl:1: a binary file"),
+        (
+            lambda path: path.write_bytes(b"PK\x03\x04 spreadsheet"),
+            "prefs.jsonl: a binary file (a zip or spreadsheet)",
+        ),
+        (lambda path: path.write_text('{"prompt": "a", "chosen": "b"}\n' * 9), "prefs.jsonl: no column 'rejected'"),
+        (_line(7, b'{"prompt": "caf\xe9", "chosen": "a", "rejected": "b"}'), "prefs.jsonl:7: not UTF-8 (byte 0xe9"),
+        (_line(5, b'{"prompt": "a", "chosen": '), "prefs.jsonl:5: not valid JSON"),
+        (_line(3, b'{"prompt": "a", "chosen": 5, "rejected": "b"}'), "prefs.jsonl:3: "),
+        (lambda path: path.mkdir(), "prefs.jsonl: a folder, but "),
+    ],
+    ids=["missing", "empty", "binary", "zip", "no_rejected", "latin1", "broken_line", "wrong_type", "folder"],
+)
+def test_data(refuse, tmp_path, make, says):
+    make(tmp_path / "prefs.jsonl")
+    assert refuse("dpo", "data=local", "data.path=prefs.jsonl", cwd=tmp_path).startswith(says)
+
+
+# ---- runs and adapters
+
+
+def test_adapters(refuse, tmp_path):
+    write_adapter(tmp_path / "other", base="org/other")
+    line = refuse("dpo", "model.adapter=other", cwd=tmp_path)
+    assert line.startswith("model.adapter=other: was trained on org/other, not on model.id=HuggingFaceTB/")
+    (tmp_path / "unfinished").mkdir()
+    line = refuse("dpo", "model.adapter=unfinished", cwd=tmp_path)
+    assert line.startswith("model.adapter=unfinished: has no adapter in it (is the run finished?)")
+
+
+@pytest.fixture
+def finished(tmp_path):
+    folder = write_adapter(tmp_path / "outputs" / "dpo" / "main", recipe="dpo")
+    (folder / "config.yaml").write_text("run_name: main\n")
+    return folder
+
+
+def test_a_finished_run_is_not_overwritten(refuse, finished, tmp_path):
+    line = refuse("dpo", cwd=tmp_path)
+    assert line.startswith("run_name=main: outputs/dpo/main holds a finished run.") and "overwrite=true" in line
+
+
+def test_overwrite_takes_nothing_until_all_else_is_accepted(refuse, finished, tmp_path):
+    refuse("dpo", "overwrite=true", "data=local", "data.path=missing.jsonl", cwd=tmp_path)
+    refuse("dpo", "overwrite=true", "lora.r=abc", "quantization=none", cwd=tmp_path, torch=True)
+
+
+def test_an_interrupted_run_with_other_settings(refuse, compose, tmp_path):
+    from omegaconf import OmegaConf
+
+    from rlhf_recipes import run
+
+    folder = tmp_path / "outputs" / "dpo" / "main"
+    (folder / "checkpoints" / "checkpoint-3").mkdir(parents=True)
+    (folder / "checkpoints" / "checkpoint-3" / "trainer_state.json").write_text(
+        '{"global_step": 3, "max_steps": 10, "epoch": 0.3}'
+    )
+    (folder / "config.yaml").write_text(
+        OmegaConf.to_yaml(OmegaConf.create(run.resolved(compose("dpo", "trainer.beta=0.2"))))
+    )
+    line = refuse("dpo", "trainer.beta=0.3", cwd=tmp_path)
+    assert line.startswith(
+        "trainer.beta=0.3: outputs/dpo/main holds an interrupted run with trainer.beta=0.2. Give that value"
+    )
+
+
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        ("hydra.run.dir=afile", "afile: File exists."),
+        ("hydra.run.dir=afile/below", "afile/below: Not a directory."),
+        ("hydra.run.dir=/proc/none/here", "/proc/none: "),
+        ("hydra.run.dir=.", "hydra.run.dir=.: holds afile and is no run folder."),
+        ("hydra.run.dir=project", "hydra.run.dir=project: holds README.md and is no run folder."),
+    ],
+)
+def test_a_place_that_takes_no_run(refuse, tmp_path, place, says):
+    (tmp_path / "afile").write_text("mine")
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "README.md").write_text("mine")
+    assert refuse("dpo", place, "overwrite=true", cwd=tmp_path).startswith(says)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """small_disk(options): a file system of 256 KiB."""
+    if not shutil.which("mount"):
+        pytest.skip("no mount here")
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mount(options):
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", place], capture_output=True).returncode:
+            pytest.skip("this user may not mount")
+        return place
+
+    yield mount
+    subprocess.run(["umount", "-l", place], capture_output=True)
+
+
+def test_a_read_only_disk(refuse, small_disk, tmp_path):
+    small_disk("size=64k,ro")
+    assert refuse("dpo", "hydra.run.dir=disk/run", cwd=tmp_path).startswith("disk/run: Read-only file system.")
+
+
+def test_a_full_disk(refuse, run_recipe, small_disk, tiny_overrides, tmp_path):
+    """It fills up at the first checkpoint; a run that was there stays."""
+    place = small_disk("size=512k")
+    kept = write_adapter(place / "kept", recipe="dpo")
+    before = snapshot(kept)
+    done = run_recipe("dpo", *tiny_overrides, "quantization=none", "hydra.run.dir=disk/run", cwd=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and done.stderr.endswith(errors[0] + "\n"), done
+    assert "the disk is full" in errors[0] or "No space left on device" in errors[0]
+    assert snapshot(kept) == before and not (place / "run" / "result.json").exists()
+
+
+# ---- model and hub
+
+
+@pytest.fixture
+def hub():
+    """A Hub on the loopback that knows org/gated and nothing else."""
+
+    class Answers(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            gated = "org/gated" in self.path
+            self.send_response(403 if gated else 404)
+            self.send_header("X-Error-Code", "GatedRepo" if gated else "RepoNotFound")
+            self.send_header("X-Error-Message", "no")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "NO_PROXY": "*"}
+    server.shutdown()
+
+
+def test_no_network_for_a_data_set(refuse, tmp_path):
+    line = refuse("dpo", "data=ultrafeedback", cwd=tmp_path)
+    assert line.startswith("data.path=HuggingFaceH4/ultrafeedback_binarized: ") and "HF_HUB_OFFLINE=1" in line
+    line = refuse("dpo", "data=ultrafeedback", cwd=tmp_path, env=CLOSED_PORT)
+    assert "the Hub cannot be reached" in line
+
+
+def test_a_data_set_that_is_gated_or_unknown(refuse, hub, tmp_path):
+    line = refuse("dpo", "data=local", "data.path=org/gated", cwd=tmp_path, env=hub)
+    assert line.startswith("data.path=org/gated: a gated data set.") and "hf auth login" in line
+    line = refuse("dpo", "data=local", "data.path=org/nothing", cwd=tmp_path, env=hub)
+    assert line.startswith("data.path=org/nothing: no file or folder here, and no data set on the Hub")
+
+
+def test_no_network_for_a_model(refuse, tmp_path):
+    begin = time.monotonic()
+    line = refuse("dpo", "model=smollm2_135m_hub", cwd=tmp_path, env=CLOSED_PORT, torch=True)
+    assert line.startswith("model.id=HuggingFaceTB/SmolLM2-135M-Instruct: the Hub cannot be reached and the cache")
+    assert time.monotonic() - begin < 60  # transformers would retry each file for half a minute
+
+
+def test_a_gated_model(refuse, hub, tmp_path):
+    line = refuse("dpo", "model=gemma3_4b", "model.id=org/gated", cwd=tmp_path, env=hub, torch=True)
+    assert line.startswith("model.id=org/gated: is gated. Accept its terms on its page, then `hf auth login`")
+
+
+def test_a_model_that_is_nowhere(compose, monkeypatch, tmp_path):
+    import huggingface_hub
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    from rlhf_recipes import models
+
+    class Unknown(RepositoryNotFoundError):
+        def __init__(self):  # without the answer of a server
+            Exception.__init__(self, "Make sure it is no private or gated repo.")
+
+    def unknown(*_, **__):
+        raise Unknown
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "auth_check", unknown)
+    for override, says in [
+        ("model.id=org/nothing", "model.id=org/nothing: the Hub has no such model, or your token may not see it."),
+        ("model.path=nowhere", "model.path=nowhere: no such folder."),
+        (f"model.path={tmp_path}", f"model.path={tmp_path}: no config.json in it"),
+    ]:
+        with pytest.raises(ValueError) as caught:
+            models.load_tokenizer(compose("dpo", "model=smollm2_135m_hub", override).model)
+        assert str(caught.value).startswith(says) and "\n" not in str(caught.value)
+
+
+def test_nf4_without_bitsandbytes(refuse, site, tmp_path):
+    with open(site / "sitecustomize.py", "a") as file:
+        file.write(HIDES_BITSANDBYTES)
+    line = refuse("dpo", cwd=tmp_path)
+    assert line.startswith("quantization: bitsandbytes is not installed.") and "quantization=none" in line
+
+
+# ---- evaluate, pipeline
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["runs=[a,nowhere]"], "runs=nowhere: does not exist."),
+        (["runs=[]"], "runs: a list of run folders, at least one"),
+        (["runs=a"], "runs=a: must be a list [a,b]."),
+        (["runs=[reward]"], "runs=reward: is a run of reward, not a policy; a reward model goes to reward_model="),
+        (["runs=[other]"], "runs=other: was trained on org/other, not on model.id="),
+        (["runs=[a]", "parent=nowhere"], "parent=nowhere: does not exist."),
+        (["runs=[a]", "reward_model=nowhere"], "reward_model=nowhere: does not exist."),
+        (["runs=[a]", "reward_model=a"], "reward_model=a: is a run of dpo, not a run of recipes/reward.py."),
+        (["runs=[a]", "judge=nowhere:f"], "judge=nowhere:f: cannot be imported"),
+        (["runs=[a]", "judge=json:nothing"], "judge=json:nothing: cannot be imported"),
+        (["runs=[a]", "thresholds.max_kll=1"], "thresholds.max_kll: there is no such key; did you mean 'thresholds."),
+        (["runs=[a]", "+thresholds.max_kll=1"], "thresholds.max_kll: recipes/evaluate.py has no such key; did you me"),
+        (["runs=[a]", "thresholds.max_kl=abc"], "thresholds.max_kl=abc: must be a number or null."),
+        (["runs=[a]", "prompts=many"], "prompts=many: must be a whole number or null."),
+    ],
+)
+def test_evaluate(refuse, tmp_path, overrides, says):
+    write_adapter(tmp_path / "a", recipe="dpo")
+    write_adapter(tmp_path / "reward", recipe="reward")
+    write_adapter(tmp_path / "other", base="org/other", recipe="dpo")
+    assert refuse("evaluate", *overrides, f"model.id={TINY_ID}", cwd=tmp_path).startswith(says)
+
+
+@pytest.mark.parametrize(
+    ("stages", "says"),
+    [
+        ("sft", "stages=sft: must be a list"),
+        ("[{name:a}]", "stages: each entry is {name: sft, recipe: sft, overrides: [...]}, not"),
+        ("[{name:a,recipe:dop}]", "stages.a.recipe=dop: no such recipe; did you mean 'dpo'?"),
+        ("[{name:a,recipe:dpo,override:[]}]", "stages.a.override: there is no such key."),
+        ("[{name:a,recipe:dpo},{name:a,recipe:sft}]", "stages.a: two stages have this name"),
+        ("[{name:a,recipe:sft},{name:b,recipe:dpo,overrides:['modle=x']}]", "stages.b: modle: there is no such key;"),
+        ("[{name:a,recipe:sft},{name:b,recipe:dpo,overrides:['data.seed=x']}]", "stages.b: data.seed=x: must be a"),
+        ("[{name:a,recipe:sft},{name:b,recipe:dpo,overrides:['data=local']}]", "stages.b: data.path: required"),
+    ],
+)
+def test_pipeline(refuse, tmp_path, stages, says):
+    """All stages are checked before the first starts, and before overwrite=true takes anything."""
+    finished = write_adapter(tmp_path / "outputs" / "pipeline" / "main" / "a", recipe="sft")
+    (finished / "config.yaml").write_text("run_name: main\n")
+    assert refuse("pipeline", f"stages={stages}", "overwrite=true", cwd=tmp_path).startswith(says)
+
+
+# ---- and Ctrl-C
+
+
+def test_ctrl_c_is_one_line(start_recipe, tiny_overrides, tmp_path):
+    process = start_recipe("dpo", *tiny_overrides, "trainer.max_steps=5000", "quantization=none", cwd=tmp_path)
+    wait_for(tmp_path / "outputs" / "dpo" / "main" / "config.yaml", process)
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert [line for line in stderr.splitlines() if " · " not in line] == [
+        "Interrupted. The same command continues from the last checkpoint."
+    ]
+
+
+def wait_for(path, process, seconds=60):
+    begin = time.monotonic()
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() - begin < seconds
+        time.sleep(0.05)
+
+
+# ---- the witness itself
+
+
+def test_the_witness_sees_torch(site, tmp_path):
+    seen = tmp_path / "modules"
+    env = {**os.environ, "PYTHONPATH": str(site), "RLHF_TEST_MODULES": str(seen)}
+    subprocess.run([sys.executable, "-c", "import torch"], env=env, check=True)
+    assert "torch" in seen.read_text().splitlines()

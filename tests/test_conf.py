@@ -1,0 +1,217 @@
+"""Every config that ships composes, and its keys and types are those of the classes behind it."""
+
+import difflib
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from omegaconf import OmegaConf
+
+from rlhf_recipes import config
+
+CONF = ROOT / "conf"
+TRAINING = ("sft", "reward", "dpo", "orpo", "simpo")
+RECIPES = (*TRAINING, "evaluate", "pipeline")
+GROUPS = {
+    folder.name: sorted(file.stem for file in folder.glob("*.yaml") if file.stem not in config.PARTS)
+    for folder in CONF.iterdir()
+    if folder.is_dir() and folder.name not in ("experiment", "__pycache__")
+}
+EXPERIMENTS = sorted(
+    str(file.relative_to(CONF / "experiment").with_suffix("")) for file in CONF.rglob("experiment/**/*.yaml")
+)
+# The keys that a user must give.
+OPEN = {"evaluate": {"runs"}, "pipeline": {"stages"}}
+
+
+def groups_of(recipe):
+    defaults = OmegaConf.load(CONF / f"{recipe}.yaml").defaults
+    return [next(iter(entry)) for entry in defaults if OmegaConf.is_dict(entry) and next(iter(entry)) in GROUPS]
+
+
+def choices(recipe):
+    """Each option of each group of a recipe; of trainer/ its own alone, which `run.start` insists on."""
+    return [
+        (recipe, group, option)
+        for group in groups_of(recipe)
+        for option in (GROUPS[group] if group != "trainer" else [recipe])
+    ]
+
+
+@pytest.mark.parametrize(("recipe", "group", "option"), [choice for r in RECIPES for choice in choices(r)])
+def test_every_option_composes_and_fits_its_class(compose, recipe, group, option):
+    cfg = compose(recipe, f"{group}={option}")
+    missing = OmegaConf.missing_keys(cfg)
+    assert missing == OPEN.get(recipe, set()) | ({"data.path"} if option == "local" else set())
+    for key in missing:
+        OmegaConf.update(cfg, key, "a" if key == "data.path" else ["a"])
+    config.check(cfg, recipe)
+    for node in ("trainer", "lora", "quantization"):
+        if "_target_" in cfg.get(node, {}):
+            # A machine without bfloat16 needs what models.training_args derives.
+            config.build(cfg[node], node, use_cpu=True, bf16=False)
+    if "data" in cfg:
+        from rlhf_recipes import data
+
+        data.check(cfg.data)
+
+
+def test_every_recipe_has_its_files():
+    entries = {file.stem for file in (ROOT / "recipes").glob("*.py")} - {"__init__"}
+    assert entries == set(RECIPES) == {file.stem for file in CONF.glob("*.yaml")} - {"run"}
+    assert set(GROUPS["trainer"]) == set(TRAINING)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_composes_with_its_recipe(compose, experiment):
+    recipe = experiment.partition("/")[0]
+    cfg = compose(recipe, f"experiment={experiment}")
+    assert not OmegaConf.missing_keys(cfg)
+    config.check(cfg, recipe)
+    for stage in cfg.get("stages", []):
+        overrides = [text.replace("{dir}", "outputs/demo") for text in [*cfg.shared, *stage.get("overrides", [])]]
+        config.check(compose(stage.recipe, *overrides), stage.recipe)
+
+
+@pytest.mark.parametrize(
+    ("name", "model_id"),
+    [
+        ("qwen3_0_6b", "Qwen/Qwen3-0.6B"),
+        ("qwen3_4b", "Qwen/Qwen3-4B"),
+        ("qwen3_8b", "Qwen/Qwen3-8B"),
+        ("llama3_1_8b", "meta-llama/Llama-3.1-8B-Instruct"),
+        ("mistral_7b", "mistralai/Mistral-7B-Instruct-v0.3"),
+        ("gemma3_4b", "google/gemma-3-4b-it"),
+        ("smollm2_135m", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ("smollm2_135m_hub", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+    ],
+)
+def test_models(compose, name, model_id):
+    cfg = compose("dpo", f"model={name}")
+    assert cfg.model.id == model_id and cfg.lora.target_modules == cfg.model.lora_targets
+    assert cfg.model.path == ("embedded" if name == "smollm2_135m" else None)
+
+
+@pytest.mark.parametrize("recipe", TRAINING)
+def test_every_argument_is_overridable_without_plus(compose, recipe):
+    """All of the class's own names, with the values that the class would use itself."""
+    from rlhf_recipes.typecheck import parameters
+
+    target = config.build(compose(recipe).trainer, "trainer", use_cpu=True, bf16=False)
+    names = parameters(type(target))
+    assert len(names) > 100
+    plain = {name: getattr(target, name, None) for name in names}
+    texts = [
+        f"trainer.{name}={value}"
+        for name, value in plain.items()
+        if isinstance(value, bool | int | float) and f"{value}".lower() not in ("nan", "inf")
+    ]
+    assert len(texts) > 50
+    node = compose(recipe, *texts).trainer
+    assert {text.partition("=")[0].removeprefix("trainer.") for text in texts} <= set(node)
+    nested = compose(recipe, "trainer.lr_scheduler_kwargs={num_cycles: 2}", "trainer.lr_scheduler_kwargs.x=1").trainer
+    assert nested.lr_scheduler_kwargs == {"num_cycles": 2, "x": 1}
+    built = config.build(compose(recipe, "trainer.weight_decay=0.1").trainer, "trainer", use_cpu=True, bf16=False)
+    assert built.weight_decay == 0.1
+
+
+def test_lora_and_quantization_take_what_their_classes_take(compose):
+    cfg = compose(
+        "dpo", "lora.use_rslora=true", "lora.init_lora_weights=pissa_niter_4", "quantization.llm_int8_threshold=5"
+    )
+    lora = config.build(cfg.lora, "lora", task_type="CAUSAL_LM")
+    assert lora.use_rslora and lora.init_lora_weights == "pissa_niter_4"
+    assert config.build(cfg.quantization, "quantization").llm_int8_threshold == 5
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("trainer.beta=oops", "trainer.beta=oops: trl.DPOConfig takes float here, not the str 'oops'."),
+        ("trainer.max_steps=1.5", "trainer.max_steps=1.5: trl.DPOConfig takes int here, not the float '1.5'."),
+        ("trainer.beta=null", "trainer.beta=None: trl.DPOConfig takes float here, not null."),
+        (
+            "trainer.lr_schedular_type=linear",
+            "trainer.lr_schedular_type: trl.DPOConfig has no such field; did you mean 'lr_",
+        ),
+        ("lora.r=abc", "lora.r=abc: peft.LoraConfig takes int here, not the str 'abc'."),
+        ("lora.rank=8", "lora.rank: peft.LoraConfig has no such field"),
+        ("lora.target_modules=[1]", "lora.target_modules=[1]: peft.LoraConfig takes "),
+        ("lora.init_lora_weights=pissy", "lora.init_lora_weights=pissy: peft.LoraConfig takes "),
+        (
+            "quantization.load_in_4bit=oops",
+            "quantization.load_in_4bit=oops: transformers.BitsAndBytesConfig takes bool",
+        ),
+        (
+            "quantization.load_in_4bits=true",
+            "quantization.load_in_4bits: transformers.BitsAndBytesConfig has no such field; d",
+        ),
+        ("trainer._target_=trl.DPOConfigg", "trainer._target_=trl.DPOConfigg: cannot be imported"),
+    ],
+)
+def test_what_the_class_does_not_take_is_refused(compose, override, says):
+    cfg = compose("dpo", override)
+    where = override.partition(".")[0]
+    with pytest.raises(ValueError) as caught:
+        config.build(cfg[where], where)
+    assert str(caught.value).startswith(says) and "\n" not in str(caught.value)
+
+
+def test_thresholds_in_the_file_are_those_of_the_code(compose):
+    from rlhf_recipes.evaluation import summary
+
+    assert dict(compose("evaluate").thresholds) == summary.THRESHOLDS
+
+
+# ---- the recipes themselves
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_help_has_examples_and_imports_no_torch(clean_env, recipe, tmp_path):
+    code = f"""
+import runpy, sys
+sys.argv = ["{recipe}", "--help"]
+try:
+    runpy.run_module("rlhf_recipes.recipes.{recipe}", run_name="__main__")
+finally:
+    loaded = {{"torch", "trl", "transformers", "datasets"}} & set(sys.modules)
+    assert not loaded, loaded
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=clean_env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f"python recipes/{recipe}.py") >= 2
+    for group in groups_of(recipe):
+        line = next(line for line in done.stdout.splitlines() if line.startswith(f"{group}:"))
+        assert line.partition(":")[2].strip(), "no options are listed"
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_is_short_and_linear(recipe):
+    text = (ROOT / "recipes" / f"{recipe}.py").read_text()
+    assert len(text.splitlines()) < 80
+    assert text.count("\ndef ") == 1 and "class " not in text
+    assert text.startswith('"""') and text.split('"""')[1].count(f"python recipes/{recipe}.py") >= 2
+
+
+@pytest.mark.parametrize("other", ["orpo", "simpo"])
+def test_preference_recipes_differ_in_the_method_alone(other):
+    """The docstring, the decorator and the run's name, the trainer's import and name, the reward."""
+    dpo, that = ((ROOT / "recipes" / f"{name}.py").read_text().split('"""', 2)[2] for name in ("dpo", other))
+    changed = [
+        line[1:].strip()
+        for line in difflib.unified_diff(dpo.splitlines(), that.splitlines(), n=0, lineterm="")
+        if line[0] in "+-" and line[:3] not in ("+++", "---")
+    ]
+    method = (
+        "Trainer",
+        f'("{other}")',
+        '("dpo")',
+        f'run.start(cfg, "{other}")',
+        'run.start(cfg, "dpo")',
+        "preference_metrics",
+    )
+    assert changed and all(any(word in line for word in method) for line in changed), changed
+    assert len(changed) <= 12
