@@ -81,7 +81,9 @@ def main() -> None:
         timings = {name: [] for name in candidates}
         for number in range(rounds):
             for name, command in candidates.items():
-                timings[name].append(measure([part.format(round=number) for part in command], env, Path(folder)))
+                timings[name].append(
+                    measure([part.replace("{round}", str(number)) for part in command], env, Path(folder))
+                )
                 print(f"round {number + 1}, {name}: {timings[name][-1]}", flush=True)
     report(timings)
 
@@ -116,7 +118,7 @@ def commands(model: str, pairs: Path, folder: Path) -> dict[str, list[str]]:
             sys.executable, "-m", "rlhf_recipes.recipes.dpo", "data=local", f"data.path={pairs}",
             f"data.test_path={pairs.with_name('test.jsonl')}", "run_name=round{round}", *ours,
         ],
-        "by hand": [sys.executable, str(script), model, str(pairs), json.dumps(TRAINING).replace("{", "{{").replace("}", "}}")],
+        "by hand": [sys.executable, str(script), model, str(pairs), json.dumps(TRAINING)],
         "trl dpo": [
             str(Path(sys.executable).with_name("trl")), "dpo", "--model_name_or_path", model,
             "--dataset_name", str(pairs.parent),
@@ -168,9 +170,7 @@ def report(timings: dict[str, list[dict[str, float]]]) -> None:
     for name in ("by hand", "trl dpo"):
         ratios = {key: median["recipe"][key] / median[name][key] for key in ("wall", "step")}
         added = median["recipe"]["apart"] - median[name]["apart"]
-        print(
-            f"recipe / {name}: wall {ratios['wall']:.3f}, step {ratios['step']:.3f}; apart from training {added:+.1f} s"
-        )
+        print(f"recipe / {name}: wall {ratios['wall']:.3f}, step {ratios['step']:.3f}, apart {added:+.1f} s")
 
 
 if __name__ == "__main__":
