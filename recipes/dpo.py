@@ -1,7 +1,9 @@
 """DPO on preference pairs. Rafailov et al. 2023, https://arxiv.org/abs/2305.18290
 
-python recipes/dpo.py
-python recipes/dpo.py model.adapter=outputs/sft/main trainer.beta=0.1
+Examples:
+
+    python recipes/dpo.py
+    python recipes/dpo.py model.adapter=outputs/sft/main trainer.beta=0.1
 """
 
 from rlhf_recipes import config, data, run
@@ -33,7 +35,7 @@ def main(cfg):
         processing_class=tokenizer,
         peft_config=lora,
     )
-    models.keep_adapter_in_float32(trainer.model, cfg.model.adapter)
+    models.keep_adapter_in_float32(trainer, cfg.model.adapter)
     callbacks.watch(trainer, job)
     run.claim(job)
 

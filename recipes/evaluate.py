@@ -1,7 +1,9 @@
 """Did it help? Runs against their parent on the same held-out prompts and pairs, with a verdict.
 
-python recipes/evaluate.py 'runs=[outputs/dpo/main]'
-python recipes/evaluate.py 'runs=[outputs/sft/main,outputs/dpo/main]' reward_model=outputs/reward/main
+Examples:
+
+    python recipes/evaluate.py 'runs=[outputs/dpo/main]'
+    python recipes/evaluate.py 'runs=[outputs/sft/main,outputs/dpo/main]' reward_model=outputs/reward/main
 """
 
 import sys

@@ -1,7 +1,9 @@
 """ORPO on preference pairs. Hong et al. 2024, https://arxiv.org/abs/2403.07691
 
-python recipes/orpo.py
-python recipes/orpo.py data=ultrafeedback model=qwen3_0_6b trainer.beta=0.25
+Examples:
+
+    python recipes/orpo.py
+    python recipes/orpo.py data=ultrafeedback model=qwen3_0_6b trainer.beta=0.25
 """
 
 from rlhf_recipes import config, data, run
@@ -33,7 +35,7 @@ def main(cfg):
         processing_class=tokenizer,
         peft_config=lora,
     )
-    models.keep_adapter_in_float32(trainer.model, cfg.model.adapter)
+    models.keep_adapter_in_float32(trainer, cfg.model.adapter)
     callbacks.watch(trainer, job)
     run.claim(job)
 

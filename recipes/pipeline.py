@@ -1,7 +1,9 @@
 """Several recipes in a row, each in a process of its own: what is finished is kept, what was interrupted continues.
 
-python recipes/pipeline.py experiment=pipeline/demo
-python recipes/pipeline.py experiment=pipeline/demo run_name=mine 'shared=["model=qwen3_0_6b"]'
+Examples:
+
+    python recipes/pipeline.py experiment=pipeline/demo
+    python recipes/pipeline.py experiment=pipeline/demo run_name=mine 'shared=["model=qwen3_0_6b"]'
 """
 
 import sys

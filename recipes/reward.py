@@ -1,7 +1,9 @@
 """Reward model on preference pairs. Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, section 3.5
 
-python recipes/reward.py
-python recipes/reward.py model.adapter=outputs/sft/main
+Examples:
+
+    python recipes/reward.py
+    python recipes/reward.py model.adapter=outputs/sft/main
 """
 
 from rlhf_recipes import config, data, run
@@ -33,7 +35,7 @@ def main(cfg):
         processing_class=tokenizer,
         peft_config=lora,
     )
-    models.keep_adapter_in_float32(trainer.model, cfg.model.adapter)
+    models.keep_adapter_in_float32(trainer, cfg.model.adapter)
     callbacks.watch(trainer, job)
     run.claim(job)
 

@@ -1,7 +1,9 @@
 """Supervised fine-tuning on demonstrations, 4-bit with LoRA. Dettmers et al. 2023, https://arxiv.org/abs/2305.14314
 
-python recipes/sft.py
-python recipes/sft.py data=ultrachat model=qwen3_4b trainer.learning_rate=1e-4
+Examples:
+
+    python recipes/sft.py
+    python recipes/sft.py data=ultrachat model=qwen3_4b trainer.learning_rate=1e-4
 """
 
 from rlhf_recipes import config, data, run
@@ -33,7 +35,7 @@ def main(cfg):
         processing_class=tokenizer,
         peft_config=lora,
     )
-    models.keep_adapter_in_float32(trainer.model, cfg.model.adapter)
+    models.keep_adapter_in_float32(trainer, cfg.model.adapter)
     callbacks.watch(trainer, job)
     run.claim(job)
 

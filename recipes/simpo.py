@@ -1,7 +1,9 @@
 """SimPO on preference pairs. Meng et al. 2024, https://arxiv.org/abs/2405.14734
 
-python recipes/simpo.py
-python recipes/simpo.py model.adapter=outputs/sft/main trainer.beta=2.5 trainer.simpo_gamma=1.4
+Examples:
+
+    python recipes/simpo.py
+    python recipes/simpo.py model.adapter=outputs/sft/main trainer.beta=2.5 trainer.simpo_gamma=1.4
 """
 
 from rlhf_recipes import config, data, run
@@ -33,7 +35,7 @@ def main(cfg):
         processing_class=tokenizer,
         peft_config=lora,
     )
-    models.keep_adapter_in_float32(trainer.model, cfg.model.adapter)
+    models.keep_adapter_in_float32(trainer, cfg.model.adapter)
     callbacks.watch(trainer, job)
     run.claim(job)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import PrinterCallback, TrainerCallback
 
-from rlhf_recipes import progress
+from rlhf_recipes import memory, progress
 from rlhf_recipes.run import write_atomically
 
 # What TRL and transformers count since the launch: wrong after a resume.
@@ -18,6 +18,7 @@ def watch(trainer, run) -> None:
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Progress(run.recipe))
     trainer.add_callback(MetricsFile(run.dir / "metrics.jsonl"))
+    trainer.add_callback(ReturnFreedMemory())
 
 
 class Progress(TrainerCallback):
@@ -47,3 +48,8 @@ class MetricsFile(TrainerCallback):
         rows = [{key: value for key, value in row.items() if key not in SINCE_LAUNCH} for row in state.log_history]
         lines = [json.dumps({**row, "max_steps": state.max_steps}) for row in rows]
         write_atomically(self.path, "\n".join(lines) + "\n")
+
+
+class ReturnFreedMemory(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        memory.return_freed_memory()

@@ -227,6 +227,9 @@ class _OneLine:
     def __exit__(self, kind, error, trace):
         if error is None or WANTS_TRACEBACK:
             return False
+        if isinstance(error, BrokenPipeError):  # `--help | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)  # 128 + SIGPIPE
         if isinstance(error, KeyboardInterrupt):
             below = "\n" if sys.stderr.isatty() else ""  # the progress line is still being written
             print(f"{below}Interrupted. The same command continues from the last checkpoint.", file=sys.stderr)

@@ -178,21 +178,25 @@ def keep_gradients_on_cpu(model) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def keep_adapter_in_float32(model: "PeftModel", continued: str | None) -> None:
+def keep_adapter_in_float32(trainer, continued: str | None) -> None:
     """Undo TRL's rounding of QLoRA adapters to bfloat16.
 
     bfloat16 has 8 bits of mantissa: a weight of 0.01 cannot move by less than 3e-5, while Adam's steps at DPO's
     learning rates are 5e-6. Computation stays in bfloat16 (autocast); only the master weights are float32.
 
     Args:
-        model: the trainer's.
+        trainer: as made, before it trains.
         continued: `model.adapter`; its weights are read again, or the policy would start beside its reference.
     """
-    for parameter in model.parameters():
+    for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    if trainer.args.bf16:
+        for module in trainer.model.modules():
+            if hasattr(module, "lora_A"):  # PEFT would cast each input to float32, and autocast back
+                module.cast_input_dtype_enabled = False
     if continued:
-        read_adapter(model, continued)
+        read_adapter(trainer.model, continued)
 
 
 def continue_adapter(base: "PreTrainedModel", reference: str) -> "PeftModel":

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from rlhf_recipes import memory
 from rlhf_recipes.config import CONF, flatten
 
 LIBRARIES = (
@@ -30,7 +31,6 @@ LIBRARIES = (
     "accelerate",
     "huggingface_hub",
 )
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of <malloc.h>
 # Where a run lies and whether it may continue say nothing about what it computes.
 _NOT_COMPUTED = ("run_name", "resume", "overwrite")
 
@@ -177,7 +177,7 @@ def record(run: Run, **entries) -> dict:
         "base_model": run.config["model"]["id"],
         **entries,
         "seconds": run.seconds(),
-        "peak_memory_gib": peak_memory_gib(),
+        "peak_memory_gib": memory.peak_gib(),
         "device": device_name(),
         "config_sha256": config_sha256(run.config),
         "versions": versions(),
@@ -203,19 +203,6 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def peak_memory_gib() -> dict[str, float]:
-    """Peak resident memory of this process and, with CUDA, peak allocated device memory, in GiB."""
-    import resource
-
-    import torch
-
-    unit = 2**30 if sys.platform == "darwin" else 2**20  # ru_maxrss is bytes on macOS, KiB on Linux
-    peak = {"process": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 2)}
-    if torch.cuda.is_available():
-        peak["cuda"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-    return peak
 
 
 def device_name() -> str:
@@ -265,26 +252,8 @@ def _environment() -> None:
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.simplefilter("ignore", FutureWarning)  # libraries talking among themselves
-    _keep_freed_memory()
+    memory.keep_freed_memory()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # names a kernel that training must not use
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc reuse the large buffers of a step instead of mapping fresh pages for each of them.
-
-    By default every tensor over 32 MiB is mapped from the kernel and returned to it, page faults and all: a third of
-    the processor time of a DPO step on a CPU.
-    """
-    if sys.platform != "linux" or "MALLOC_MMAP_MAX_" in os.environ:
-        return
-    import ctypes
-
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    except (OSError, AttributeError):  # musl has no mallopt
-        return
 
 
 def parent_of(reference: str, base_model: str) -> dict:

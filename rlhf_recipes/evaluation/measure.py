@@ -12,7 +12,7 @@ from rlhf_recipes import progress
 Message = dict[str, str]
 
 # Float32 logits of one batch stay below this.
-LOGITS_BYTES = 2**29
+LOGITS_BYTES = 2**27
 # Padded tokens of one batch of a forward without logits.
 BATCH_TOKENS = 8192
 
@@ -161,10 +161,13 @@ def _batches(encoded: list[tuple[list[int], int]], vocabulary: int, what: str) -
     def groups():
         rest = order
         while rest:
-            ids, start = encoded[rest[0]]
-            size = max(1, BATCH_TOKENS // len(ids))
-            if vocabulary:
-                size = max(1, min(size, LOGITS_BYTES // (4 * vocabulary * (len(ids) - start + 1))))
+            size, K, T = 0, 0, len(encoded[rest[0]][0])
+            for i in rest:
+                K = max(K, len(encoded[i][0]) - encoded[i][1] + 1)
+                B = size + 1
+                if size and (B * T > BATCH_TOKENS or 4 * B * K * vocabulary > LOGITS_BYTES):
+                    break
+                size = B
             yield rest[:size]
             rest = rest[size:]
 
