@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rlhf_recipes import progress
+from rlhf_recipes import memory, progress
 
 Message = dict[str, str]
 
@@ -171,7 +171,9 @@ def _batches(encoded: list[tuple[list[int], int]], vocabulary: int, what: str) -
             yield rest[:size]
             rest = rest[size:]
 
-    return progress.batches(what, len(order), groups())
+    for group in progress.batches(what, len(order), groups()):
+        yield group
+        memory.return_freed_memory()
 
 
 def _left_pad(sequences: list[list[int]], pad_id: int, device):
