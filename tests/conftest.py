@@ -114,8 +114,8 @@ def clean_env(tmp_path_factory):
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "RLHF_", "HYDRA_"))}
     home = tmp_path_factory.mktemp("hf_home")
     return {
-        "OMP_NUM_THREADS": "1",  # matrices of 64 rows
         **kept,
+        "OMP_NUM_THREADS": "1",  # matrices of 64 rows
         "HF_HOME": str(home),
         "HF_HUB_OFFLINE": "1",
         **({"RLHF_RECIPES_CACHE": os.environ["RLHF_RECIPES_CACHE"]} if "RLHF_RECIPES_CACHE" in os.environ else {}),
