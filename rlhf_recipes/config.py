@@ -9,12 +9,14 @@ import os
 import re
 import sys
 import traceback
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 
@@ -97,7 +99,7 @@ def recipe(name: str):
         def run_job(cfg: DictConfig):
             if _multirun():
                 return main(cfg)
-            with _OneLine():  # inside Hydra, which would announce the failed job on a line of its own
+            with _OneLine(), _no_empty_folder():  # inside Hydra, which would announce the failure on a line of its own
                 return main(cfg)
 
         @functools.wraps(main)
@@ -241,6 +243,16 @@ class _OneLine:
         sys.exit(2)
 
 
+@contextmanager
+def _no_empty_folder():
+    """Hydra makes the run's folder before the recipe starts: where the recipe leaves nothing in it, it goes."""
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # not empty
+            Path(HydraConfig.get().runtime.output_dir).rmdir()
+
+
 def as_refusal(error: BaseException, config_name: str | None) -> str | None:
     """What an error of use says on one line; None for an error that is none."""
     from hydra.errors import HydraException, MissingConfigException
@@ -320,8 +332,6 @@ def _refuse_unknown(keys: list[str], recipe: str | None) -> None:
 
 
 def _running() -> str | None:
-    from hydra.core.hydra_config import HydraConfig
-
     return HydraConfig.get().job.config_name if HydraConfig.initialized() else None
 
 
@@ -332,7 +342,6 @@ def _installed(package: str) -> bool:
 
 
 def _multirun() -> bool:
-    from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN

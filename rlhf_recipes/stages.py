@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -132,6 +133,7 @@ def _run(stage: Stage, label: str) -> tuple[int, float]:
     environment = {**os.environ, "RLHF_RECIPES_STAGE": label}
     if not config.WANTS_TRACEBACK:
         environment.pop("HYDRA_FULL_ERROR", None)  # set by this process for itself
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the child does not outlive this process
     process = subprocess.Popen([*command, f"hydra.run.dir={stage.dir}"], env=environment)
     try:
         code = process.wait()

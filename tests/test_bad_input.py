@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from conftest import TINY_ID, snapshot, write_adapter, write_pairs
@@ -55,6 +56,7 @@ def refuse(run_recipe, site, tmp_path_factory):
         after = snapshot(cwd)
         changed = {name for name, content in after.items() if before.get(name) != content}
         assert before.items() <= after.items() and {after[name] for name in changed} <= {"folder"}, (before, after)
+        assert all(len(Path(name).parts) < 3 for name in changed), "an empty run folder was left"
         if not torch:
             assert "torch" not in seen.read_text().splitlines(), "torch was imported"
         return lines[0].removeprefix("error: ")
@@ -74,7 +76,7 @@ def refuse(run_recipe, site, tmp_path_factory):
         ("dpo", "+data.sead=1", "data.sead: no such key; did you mean 'seed'?"),
         ("dpo", "+model.adaptor=x", "model.adaptor: recipes/dpo.py has no such key; did you mean 'model.adapter'?"),
         ("sft", "+run_nam=x", "run_nam: recipes/sft.py has no such key; did you mean 'run_name'?"),
-        ("dpo", "experiment=pipeline/demo", "stages: recipes/dpo.py has no such key."),
+        ("dpo", "experiment=pipeline/demo", "shared: recipes/dpo.py has no such key."),
         ("dpo", "data.seed=x", "data.seed=x: must be a whole number."),
         ("dpo", "model.revision=[1]", "model.revision=[1]: Cannot convert 'list' to string"),
         ("dpo", "overwrite=perhaps", "overwrite=perhaps: must be true or false."),

@@ -109,6 +109,19 @@ def test_after_ctrl_c_it_continues(after_sft, start_recipe, run_recipe, tiny_ove
     assert result["steps"] == 24 and int(result["resumed_from"].rpartition("-")[2]) >= 2
 
 
+def test_a_stage_does_not_outlive_the_pipeline(after_sft, start_recipe, tiny_overrides):
+    here, folder = after_sft("terminated")
+    long = (*DPO, "trainer.max_steps=2000", "trainer.save_steps=2")
+    process = start_recipe("pipeline", *command(tiny_overrides, SFT, long, run_name="terminated"), cwd=here)
+    begin = time.monotonic()
+    while not (folder / "dpo" / "checkpoints" / "checkpoint-2").exists():
+        assert process.poll() is None and time.monotonic() - begin < 60
+        time.sleep(0.01)
+    process.terminate()  # this process alone, not its group
+    process.communicate(timeout=60)  # to the end of the child, which holds the same pipes
+    assert process.returncode == 143
+
+
 def test_a_stage_that_fails_stops_it(after_sft, run_recipe, tiny_overrides):
     """The data of the second stage comes late, that of the third never."""
     here, folder = after_sft("failed")
