@@ -25,6 +25,7 @@ CHATML = (
 )
 TINY_ID = "tests/tiny"
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # as run.start does
+os.environ["OMP_NUM_THREADS"] = "1"  # matrices of 64 rows: threads would wait for each other
 
 
 @dataclass
@@ -115,7 +116,6 @@ def clean_env(tmp_path_factory):
     home = tmp_path_factory.mktemp("hf_home")
     return {
         **kept,
-        "OMP_NUM_THREADS": "1",  # matrices of 64 rows
         "HF_HOME": str(home),
         "HF_HUB_OFFLINE": "1",
         **({"RLHF_RECIPES_CACHE": os.environ["RLHF_RECIPES_CACHE"]} if "RLHF_RECIPES_CACHE" in os.environ else {}),
