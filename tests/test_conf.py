@@ -160,9 +160,9 @@ def test_what_the_class_does_not_take_is_refused(compose, override, says):
 
 
 def test_thresholds_in_the_file_are_those_of_the_code(compose):
-    from rlhf_recipes.evaluation import summary
+    from rlhf_recipes.evaluation import verdict
 
-    assert dict(compose("evaluate").thresholds) == summary.THRESHOLDS
+    assert dict(compose("evaluate").thresholds) == verdict.THRESHOLDS
 
 
 # ---- the recipes themselves

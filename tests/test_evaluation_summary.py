@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from rlhf_recipes.evaluation import summary
+from rlhf_recipes.evaluation import definitions, summary
+from rlhf_recipes.evaluation import verdict as verdict_of
 
 FAMILIES = [
     "booking",
@@ -293,7 +294,7 @@ def judged(win=None, differences=None, thresholds=None, nonfinite=0, **metrics):
         "accuracy": "accuracy_log_ratio",
         "nonfinite": nonfinite,
     }  # fmt: skip
-    return summary.verdict(system, "base", summary.THRESHOLDS | (thresholds or {}))
+    return verdict_of.decide(system, "base", verdict_of.THRESHOLDS | (thresholds or {}))
 
 
 def test_ship_needs_a_gain_beyond_the_interval():
@@ -352,8 +353,8 @@ def test_each_limit_holds_or_condemns(where, metric, beyond, across):
 
     assert verdict(beyond)["verdict"] == "worse"
     assert verdict(across)["verdict"] == "hold"
-    assert summary.METRICS[metric][0] in verdict(beyond)["reasons"][-1]
-    limits = {guard: None for guard, _, m, _, _ in summary.GUARDS if m == metric}
+    assert definitions.METRICS[metric][0] in verdict(beyond)["reasons"][-1]
+    limits = {guard: None for guard, _, m, _, _ in verdict_of.GUARDS if m == metric}
     changed = {metric: estimate(*beyond)}
     off = judged(thresholds=limits, **(changed if where == "metrics" else {"differences": changed}))
     assert off["verdict"] == "ship"

@@ -9,7 +9,8 @@ import math
 import re
 from pathlib import Path
 
-from rlhf_recipes.evaluation.summary import BASELINES, METRICS
+from rlhf_recipes.evaluation.definitions import METRICS
+from rlhf_recipes.evaluation.summary import BASELINES
 from rlhf_recipes.stats import format_estimate, format_number
 
 INK = "#010203"  # replaced by currentColor in the SVG
