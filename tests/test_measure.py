@@ -109,7 +109,7 @@ def test_batch_size_changes_nothing(model, tokenizer, monkeypatch, tokens):
 
     expected = measure.completion_logps(model, tokenizer, CONVERSATIONS, "test")
     monkeypatch.setattr(measure, "BATCH_TOKENS", tokens)
-    monkeypatch.setattr(measure, "LOGITS_BYTES", 4 * 1000 * tokens)
+    monkeypatch.setattr(measure, "LOGITS_BYTES_ON_CPU", 4 * 1000 * tokens)
     found = measure.completion_logps(model, tokenizer, CONVERSATIONS, "test")
     assert [n for _, n in found] == [n for _, n in expected]
     assert [logp for logp, _ in found] == pytest.approx([logp for logp, _ in expected], abs=1e-3)

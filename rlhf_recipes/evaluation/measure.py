@@ -11,8 +11,8 @@ from rlhf_recipes import memory, progress
 
 Message = dict[str, str]
 
-# Float32 logits of one batch stay below this.
-LOGITS_BYTES = 2**27
+# Float32 logits of one batch stay below this: a CPU is busy with few rows, a GPU wants many.
+LOGITS_BYTES, LOGITS_BYTES_ON_CPU = 2**29, 2**27
 # Padded tokens of one batch of a forward without logits.
 BATCH_TOKENS = 8192
 
@@ -37,7 +37,7 @@ def token_logps(model, pad_id: int, encoded: list[tuple[list[int], int]], what: 
     vocabulary = model.get_output_embeddings().weight.shape[0]
     results: list[Any] = [None] * len(encoded)
     with _measuring(model):
-        for indices in _batches(encoded, vocabulary, what):
+        for indices in _batches(encoded, what, model.device, vocabulary):
             ids_BT, mask_BT, positions_BT = _left_pad([encoded[i][0] for i in indices], pad_id, model.device)
             counts = [len(encoded[i][0]) - encoded[i][1] for i in indices]
             K = max(counts)
@@ -79,7 +79,7 @@ def rewards(model, tokenizer, conversations: list[list[Message]], what: str = "R
     encoded = [(tokenizer.apply_chat_template(c, return_dict=False), 0) for c in conversations]
     results: list[Any] = [None] * len(encoded)
     with _measuring(model):
-        for indices in _batches(encoded, 0, what):
+        for indices in _batches(encoded, what, model.device):
             ids_BT, mask_BT, positions_BT = _left_pad(
                 [encoded[i][0] for i in indices], tokenizer.pad_token_id, model.device
             )
@@ -115,7 +115,7 @@ def generate(model, tokenizer, prompts: list[list[Message]], *, max_new_tokens, 
     results: list[Any] = [None] * len(encoded)
     torch.manual_seed(seed)
     with _measuring(model):
-        for indices in _batches([(ids + [0] * max_new_tokens, 0) for ids, _ in encoded], 0, what):
+        for indices in _batches([(ids + [0] * max_new_tokens, 0) for ids, _ in encoded], what, model.device):
             ids_BT, mask_BT, _ = _left_pad([encoded[i][0] for i in indices], tokenizer.pad_token_id, model.device)
             out_BT = model.generate(
                 input_ids=ids_BT, attention_mask=mask_BT, max_new_tokens=max_new_tokens, eos_token_id=stops,
@@ -154,8 +154,13 @@ def encode(tokenizer, prompt: list[Message], completion: list[Message] | None) -
     return ids, start
 
 
-def _batches(encoded: list[tuple[list[int], int]], vocabulary: int, what: str) -> Iterator[list[int]]:
-    """Indices grouped by length, the longest first: an out-of-memory shows at once."""
+def _batches(encoded: list[tuple[list[int], int]], what: str, device, vocabulary: int = 0) -> Iterator[list[int]]:
+    """Indices grouped by length, the longest first: an out-of-memory shows at once.
+
+    Args:
+        vocabulary: V where the forward pass makes logits of completions, 0 where it makes none that count.
+    """
+    logits_bytes = LOGITS_BYTES_ON_CPU if device.type == "cpu" else LOGITS_BYTES
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i][0]))
 
     def groups():
@@ -165,7 +170,7 @@ def _batches(encoded: list[tuple[list[int], int]], vocabulary: int, what: str) -
             for i in rest:
                 K = max(K, len(encoded[i][0]) - encoded[i][1] + 1)
                 B = size + 1
-                if size and (B * T > BATCH_TOKENS or 4 * B * K * vocabulary > LOGITS_BYTES):
+                if size and (B * T > BATCH_TOKENS or 4 * B * K * vocabulary > logits_bytes):
                     break
                 size = B
             yield rest[:size]
