@@ -10,7 +10,7 @@ from rlhf_recipes.run import write_atomically
 
 # What TRL and transformers count since the launch: wrong after a resume.
 SINCE_LAUNCH = ("num_tokens", "train_loss")
-SHOWN = ("loss", "eval_loss", "rewards/accuracies", "accuracy", "mean_token_accuracy")
+SHOWN = ("reward", "kl", "loss", "eval_loss", "rewards/accuracies", "accuracy", "mean_token_accuracy")
 
 
 def watch(trainer, run) -> None:

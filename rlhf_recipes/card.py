@@ -11,6 +11,7 @@ PAPERS = {
     "reward": ("Bradley-Terry reward model", "2203.02155"),
     "dpo": ("Direct Preference Optimization", "2305.18290"),
     "orpo": ("Odds Ratio Preference Optimization", "2403.07691"),
+    "ppo": ("Proximal Policy Optimization", "1707.06347"),
     "simpo": ("Simple Preference Optimization", "2405.14734"),
 }
 LOAD = {

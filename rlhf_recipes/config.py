@@ -64,6 +64,8 @@ KEYS = {
     "seed": int,
     "harmful_families": list,
     "max_length": int,
+    "reward_funcs": str | list,
+    "max_prompt_length": int,
     "thresholds.metric": ("auto", "win_rate", "preference_accuracy"),
     "thresholds.length_controlled": bool,
     "thresholds.*": int | float | None,
@@ -195,6 +197,26 @@ def build(node: DictConfig, where: str, **derived) -> Any:
         return target(**{**{k: v for k, v in derived.items() if k in known}, **given})
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}: {node._target_} refuses it: {_first_line(error)}") from error
+
+
+def import_function(reference: str, where: str) -> Any:
+    """The function behind `module:function`; modules of the current folder count.
+
+    Args:
+        where: the key on the command line, for messages.
+
+    Raises:
+        ValueError: there is none.
+    """
+    import importlib
+
+    module, _, name = reference.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{where}={reference}: cannot be imported ({error}). Give module:function.") from error
 
 
 def flatten(node: Any, prefix: str = "") -> list[tuple[str, Any]]:

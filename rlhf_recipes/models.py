@@ -140,6 +140,7 @@ def load_base(model: DictConfig, quantization: DictConfig, auto_class: type, **k
     if kwargs.get("num_labels") == 1 and base.score.weight.dtype != torch.float32:
         base.score.float()  # trained in full: rounded to bfloat16 it would not move at a usual learning rate
     keep_gradients_on_cpu(base)
+    base.public_id = model.id  # what adapters say they belong to, wherever these weights were read from
     return base
 
 
@@ -192,11 +193,16 @@ def keep_adapter_in_float32(trainer, continued: str | None) -> None:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     if trainer.args.bf16:
-        for module in trainer.model.modules():
-            if hasattr(module, "lora_A"):  # PEFT would cast each input to float32, and autocast back
-                module.cast_input_dtype_enabled = False
+        compute_lora_in_bfloat16(trainer.model)
     if continued:
         read_adapter(trainer.model, continued)
+
+
+def compute_lora_in_bfloat16(model) -> None:
+    """Under autocast alone: PEFT would cast the input of each LoRA layer to float32, and autocast cast it back."""
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            module.cast_input_dtype_enabled = False
 
 
 def continue_adapter(base: "PreTrainedModel", reference: str) -> "PeftModel":

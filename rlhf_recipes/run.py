@@ -133,7 +133,7 @@ def last_checkpoint(folder: Path) -> str | None:
     return None
 
 
-def finish(run: Run, trainer, *, main: str, before: dict, metrics: dict, counts: dict) -> float:
+def finish(run: Run, trainer, *, main: str, before: dict, metrics: dict, counts: dict, **entries) -> float:
     """Write curves, card and result.json of a training, drop its checkpoints, print the summary.
 
     Args:
@@ -142,6 +142,7 @@ def finish(run: Run, trainer, *, main: str, before: dict, metrics: dict, counts:
         before: metrics before training, name -> estimate (`value`, `low`, `high`, `n`).
         metrics: the same after training.
         counts: report of the data.
+        entries: what else result.json says of this recipe.
 
     Returns:
         The value of the main metric, which makes the recipe an objective for sweeps.
@@ -160,6 +161,7 @@ def finish(run: Run, trainer, *, main: str, before: dict, metrics: dict, counts:
         resumed_from=run.checkpoint and Path(run.checkpoint).name,
         adapter_sha256=adapter_sha256(run.adapter),
         parent=run.parent and run.parent["lineage"],
+        **entries,
     )
     plot_curves(trainer.state.log_history, run.dir / "curves.png", f"{run.recipe} · {run.dir.name}")
     write_atomically(run.dir / "README.md", card.write(result, run.config))

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from rlhf_recipes import config
 
 CONF = ROOT / "conf"
-TRAINING = ("sft", "reward", "dpo", "orpo", "simpo")
+TRAINING = ("sft", "reward", "ppo", "dpo", "orpo", "simpo")
 RECIPES = (*TRAINING, "evaluate", "pipeline")
 GROUPS = {
     folder.name: sorted(file.stem for file in folder.glob("*.yaml") if file.stem not in config.PARTS)
@@ -23,7 +23,7 @@ EXPERIMENTS = sorted(
     str(file.relative_to(CONF / "experiment").with_suffix("")) for file in CONF.rglob("experiment/**/*.yaml")
 )
 # The keys that a user must give.
-OPEN = {"evaluate": {"runs"}, "pipeline": {"stages"}}
+OPEN = {"evaluate": {"runs"}, "pipeline": {"stages"}, "ppo": {"reward_funcs"}}
 
 
 def groups_of(recipe):

@@ -28,6 +28,19 @@ CASES = {
     "reward": ("reward", ("lora.lora_dropout=0.1", "trainer.disable_dropout=false")),
     "dpo": ("dpo", ("trainer.max_steps=14", "trainer.lr_scheduler_type=constant")),  # ends inside an epoch
     "chained_dpo": ("dpo", ("model.adapter=parent",)),
+    # Steps 3 and 9, whose checkpoints are continued, lie inside a rollout.
+    "ppo": (
+        "ppo",
+        (
+            "model.adapter=parent",
+            "reward_funcs=judge",
+            "data.train_size=12",
+            "trainer.num_ppo_epochs=2",
+            "trainer.max_completion_length=6",
+            "trainer.kl_controller=adaptive",
+            "trainer.normalize_rewards=true",
+        ),
+    ),
 }
 CHAINED = "chained_dpo"
 # Where a run dies, one after another, and the step that the next launch must continue from.
@@ -38,7 +51,7 @@ KILLS = (
     ("half the state of 9", 6),  # trainer_state.json is cut off
     ("adapter", 12),  # trained, but nothing saved: not even the 14th step of 14 is done twice
 )
-TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
+TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "tokens_per_second")
 
 
 @dataclass
@@ -118,9 +131,11 @@ def arm(what, moment=None):
 
 @pytest.fixture(scope="module")
 def room(launch, tiny_model_overrides, tmp_path_factory):
-    """A folder with an sft run `parent` to chain from."""
+    """A folder with an sft run `parent` to chain from, and a reward run `judge`."""
     folder = tmp_path_factory.mktemp("room")
     done = launch("sft", [*tiny_model_overrides, *STEPS, "trainer.max_steps=2", "hydra.run.dir=parent"], folder)
+    assert done.exitcode == 0, done.output
+    done = launch("reward", [*tiny_model_overrides, *STEPS, "trainer.max_steps=2", "hydra.run.dir=judge"], folder)
     assert done.exitcode == 0, done.output
     return folder
 
@@ -131,7 +146,7 @@ def adapter(folder):
 
 def metrics(folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+    return [{k: v for k, v in row.items() if k not in TIMES and not k.startswith("seconds/")} for row in rows]
 
 
 def result(folder):

@@ -71,7 +71,7 @@ class Splits:
     """Examples to train on and to hold out, in TRL's conversational format.
 
     Attributes:
-        train: pairs (`prompt`, `chosen`, `rejected`) or demonstrations (`prompt`, `completion`), all lists of
+        train: pairs (`prompt`, `chosen`, `rejected`), demonstrations (`prompt`, `completion`) or prompts, all lists of
             messages, each with `family` (str or None) and `prompt_id` (hash of the prompt without case and
             spacing), in seeded order.
         test: likewise; shares no `prompt_id` with `train`.
@@ -111,6 +111,15 @@ def load_demonstrations(node: DictConfig) -> Splits:
         ValueError: on one line, for what the table at the head of this module stops at.
     """
     return _load(node, ("completion",))
+
+
+def load_prompts(node: DictConfig) -> Splits:
+    """Prompts alone: the column `prompt`, else what the answers of a row answer; each prompt once.
+
+    Raises:
+        ValueError: on one line, for what the table at the head of this module stops at.
+    """
+    return _load(node, ())
 
 
 def check(node: DictConfig) -> None:
@@ -190,7 +199,7 @@ def _sources(data: dict[str, Any], sides: tuple[str, ...]) -> tuple[Iterator, It
     """Rows of the train source, and of the test source where the data has one of its own."""
     path = data["path"]
     if path == "clinic":
-        file = CLINIC / ("pairs.jsonl" if "rejected" in sides else "demonstrations.jsonl")
+        file = CLINIC / ("demonstrations.jsonl" if "completion" in sides else "pairs.jsonl")
         train, test = readers.read_file(str(file)), None
     elif readers.is_hub_id(path):
         hub = functools.partial(readers.read_hub, path, data["name"], data["revision"])
@@ -342,7 +351,7 @@ def fit(splits: Splits, tokenizer, max_length: int | None, too_long: str = "drop
     """Splits with control tokens neutralised and, under `drop`, without rows over `max_length`.
 
     Args:
-        splits: what `load_pairs` or `load_demonstrations` returned.
+        splits: what one of the `load_` functions returned.
         tokenizer: with a chat template.
         max_length: tokens of prompt plus the longest answer, template included; None for no limit.
         too_long: `drop`; `truncate` (kept and counted: the trainer cuts them); `stop`.

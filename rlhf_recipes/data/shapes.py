@@ -133,6 +133,10 @@ def check_columns(row: Row, shape: str, sides: tuple[str, ...]) -> None:
     Raises:
         ValueError: `file: no column ...`, with the nearest name that it has.
     """
+    if not sides:
+        if shape not in ("hh_rlhf", "messages") and row.has("prompt"):
+            return
+        sides = ("completion",)
     needed = list(REQUIRED[shape])
     if shape in ("pairs", "hh_rlhf"):
         needed += _side_columns(row, sides, shape)
@@ -162,13 +166,19 @@ def candidates(row: Row, shape: str, reduce: str, sides: tuple[str, ...]) -> Ite
         row: the row.
         shape: `data.format`.
         reduce: `data.reduce`, for ratings and rankings.
-        sides: the answers an example has: (chosen, rejected) or (completion,).
+        sides: the answers an example has: (chosen, rejected), (completion,) or none.
     """
     found = _from_shape(row, shape, reduce, sides)
     yield from ((_fault(each, sides) or each) if isinstance(each, dict) else each for each in found)
 
 
 def _from_shape(row: Row, shape: str, reduce: str, sides: tuple[str, ...]) -> list[Candidate]:
+    if not sides and shape not in ("hh_rlhf", "messages") and row.has("prompt"):
+        prompt = row.messages("prompt", "user")
+        return [{"prompt": prompt} if prompt else "empty"]
+    if not sides:
+        answered = _from_shape(row, shape, reduce, ("completion",))
+        return [{"prompt": each["prompt"]} if isinstance(each, dict) else each for each in answered]
     match shape:
         case "pairs":
             return [_from_sides(row, sides)]

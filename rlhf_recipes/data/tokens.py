@@ -101,7 +101,8 @@ class _Control:
 
 
 def lengths(rows: list[Example], tokenizer, name: str) -> list[int | None]:
-    """Tokens of prompt plus longest answer, template included; None where the template refuses the roles."""
+    """Tokens of prompt plus longest answer (where there is one), template included; None where the template refuses
+    the roles."""
     from tqdm import tqdm
 
     found = []
@@ -118,7 +119,7 @@ def _batch_lengths(rows: list[Example], tokenizer) -> list[int | None]:
     from jinja2 import TemplateError
 
     sides = [side for side in SIDES if side in rows[0]]
-    conversations = [row["prompt"] + row[side] for row in rows for side in sides]
+    conversations = [row["prompt"] + row.get(side, []) for row in rows for side in sides or ["prompt alone"]]
     try:
         texts = tokenizer.apply_chat_template(conversations, tokenize=False)
     except TemplateError:
@@ -126,7 +127,8 @@ def _batch_lengths(rows: list[Example], tokenizer) -> list[int | None]:
             return [None]
         return [length for row in rows for length in _batch_lengths([row], tokenizer)]
     counts = [len(ids) for ids in _encode(tokenizer, texts)]
-    return [max(counts[start : start + len(sides)]) for start in range(0, len(counts), len(sides))]
+    each = len(sides) or 1
+    return [max(counts[start : start + each]) for start in range(0, len(counts), each)]
 
 
 def _encode(tokenizer, texts: list[str]) -> list[list[int]]:

@@ -136,12 +136,11 @@ def generate(model, tokenizer, prompts: list[list[Message]], *, max_new_tokens, 
 
 
 def kl_terms(policy_logps_K, reference_logps_K) -> tuple[float, float]:
-    """k1 and k3 of one sampled answer, summed over its tokens, in nats (Schulman 2020, "Approximating KL Divergence").
+    """k1 and k3 of one sampled answer, summed over its tokens, in nats: see `ppo.algorithm.kl_estimates`."""
+    from rlhf_recipes.ppo.algorithm import kl_estimates
 
-    With r = pi_ref/pi at a sampled token: k1 = -log r (unbiased), k3 = r - 1 - log r (unbiased, never negative).
-    """
-    log_r_K = reference_logps_K - policy_logps_K
-    return (-log_r_K).sum().item(), (log_r_K.exp() - 1 - log_r_K).sum().item()
+    k1_K, _, k3_K = kl_estimates(policy_logps_K, reference_logps_K)
+    return k1_K.sum().item(), k3_K.sum().item()
 
 
 def encode(tokenizer, prompt: list[Message], completion: list[Message] | None) -> tuple[list[int], int]:

@@ -51,6 +51,19 @@ def demonstration_metrics(rows: list[dict], logps: list[tuple[float, int]]) -> d
     return {"perplexity": stats.ratio_of_sums(losses, tokens, prompts, exponential=True)}
 
 
+def episode_metrics(rows: list[dict], episodes: list[dict]) -> dict:
+    """Held-out metrics of one sampled answer to each prompt: reward, KL to the reference (nats), length, endings."""
+    prompts = [row["prompt_id"] for row in rows]
+    names = {
+        "reward": "reward",
+        "kl": "kl",
+        "kl_k3": "kl_k3",
+        "completion_tokens": "completions/mean_length",
+        "eos_rate": "completions/eos_rate",
+    }
+    return {name: stats.estimate([e[key] for e in episodes], prompts) for name, key in names.items()}
+
+
 def wins(margins: list[float]) -> list[float]:
     """1 where the margin is positive, 0.5 where it is exactly zero, else 0."""
     return [0.5 if margin == 0 else float(margin > 0) for margin in margins]

@@ -64,19 +64,6 @@ def find_scorer(folder: str | None, base_model: str) -> System | None:
     return _system(folder, base_model, "reward_model", recipe="reward") if folder else None
 
 
-def import_judge(reference: str | None) -> Callable | None:
-    """The function behind `module:function`."""
-    if reference is None:
-        return None
-    import importlib
-
-    module, _, name = reference.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"judge={reference}: cannot be imported ({error}). Give module:function.") from error
-
-
 def measure(
     cfg: DictConfig, systems: list[System], scorer: System | None, pairs: Splits, judge: Callable | None
 ) -> dict:

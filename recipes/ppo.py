@@ -1,0 +1,59 @@
+"""PPO on prompts. Schulman et al. 2017, https://arxiv.org/abs/1707.06347
+
+Examples:
+
+    python recipes/ppo.py reward_funcs=outputs/reward/main
+    python recipes/ppo.py reward_funcs=outputs/reward/main model.adapter=outputs/sft/main trainer.kl_coef=0.1
+"""
+
+from rlhf_recipes import config, data, ppo, run
+
+
+@config.recipe("ppo")
+def main(cfg):
+    config.check(cfg)
+    job = run.start(cfg, "ppo")
+    functions = ppo.find_rewards(cfg.reward_funcs)
+    prompts = data.load_prompts(cfg.data)
+
+    from rlhf_recipes import callbacks, models
+    from rlhf_recipes.evaluation import metrics
+
+    args = models.training_args(cfg.trainer, job)
+    models.check(cfg.model, cfg.quantization, cfg.lora)
+    tokenizer = models.load_tokenizer(cfg.model)
+    prompts = data.fit(prompts, tokenizer, cfg.max_prompt_length, cfg.data.too_long)
+    print(data.describe(prompts.report))
+    train_dataset, eval_dataset = prompts.to_datasets()
+    policy, lora = models.load_policy(cfg.model, cfg.quantization, cfg.lora)
+    trainer = ppo.PPOTrainer(
+        model=policy,
+        reward_funcs=functions,
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        peft_config=lora,
+    )
+    callbacks.watch(trainer, job)
+    run.claim(job)
+
+    before = trainer.measure(eval_dataset, "Held out, before")
+    trainer.train(resume_from_checkpoint=job.checkpoint)
+    after = trainer.measure(eval_dataset, "Held out, after")
+
+    models.save_adapter(trainer.model, tokenizer, job.adapter, cfg.model)
+    return run.finish(
+        job,
+        trainer,
+        main="reward",
+        before=metrics.episode_metrics(prompts.test, before),
+        metrics=metrics.episode_metrics(prompts.test, after),
+        counts=prompts.report,
+        stopped=trainer.stopped,
+        samples=trainer.samples,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""PPO with four roles on one backbone: `PPOConfig`, `PPOTrainer`. What is imported here is cheap."""
+
+from pathlib import Path
+
+from rlhf_recipes import config, run
+
+
+def find_rewards(references: str | list[str]) -> list[str]:
+    """`reward_funcs` as a list, refused where that needs no model: a folder that is no reward model, no such function.
+
+    Raises:
+        ValueError: names the reference.
+    """
+    found = [references] if isinstance(references, str) else list(references)
+    if not found:
+        raise ValueError("reward_funcs: empty. Give a run of recipes/reward.py, or module:function.")
+    for reference in found:
+        if Path(reference).is_dir():
+            made_by = (run.read_result(Path(reference)) or {}).get("recipe", "reward")
+            if made_by != "reward":
+                raise ValueError(f"reward_funcs={reference}: is a run of {made_by}. Give one of recipes/reward.py.")
+            if not any((Path(reference) / name).is_file() for name in MODEL_FILES):
+                raise ValueError(f"reward_funcs={reference}: holds no model (is the run finished?). Give another.")
+        elif ":" in reference:
+            config.import_function(reference, "reward_funcs")
+    return found
+
+
+MODEL_FILES = ("adapter/adapter_config.json", "adapter_config.json", "config.json")
+
+
+def __getattr__(name: str):
+    # trl takes seconds to import; a recipe that is refused needs none of it
+    if name == "PPOConfig":
+        from rlhf_recipes.ppo.config import PPOConfig
+
+        return PPOConfig
+    if name == "PPOTrainer":
+        from rlhf_recipes.ppo.trainer import PPOTrainer
+
+        return PPOTrainer
+    raise AttributeError(name)

@@ -1,0 +1,127 @@
+"""Arguments of `PPOTrainer`."""
+
+from dataclasses import dataclass, field
+
+from rlhf_recipes.ppo.algorithm import CONTROLLERS, ENSEMBLES
+from rlhf_recipes.ppo.trl_private import BaseConfig
+
+VALUES = ("separate", "head")
+
+
+@dataclass
+class PPOConfig(BaseConfig):
+    """Arguments of PPO beside transformers' own: TRL 1.12's names for what is PPO's, RLOO's for generation.
+
+    An optimizer step takes `per_device_train_batch_size * gradient_accumulation_steps` prompts on each process, as in
+    any trainer: one mini-batch. A rollout is `num_mini_batches` of them, used `num_ppo_epochs` times.
+    """
+
+    learning_rate: float = field(default=3e-6, metadata={"help": "Of the policy. TRL 1.12's default."})
+    value_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of the critic: its adapter and head. None: `learning_rate`."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Reward functions may want the columns."})
+    logging_steps: float = field(default=1, metadata={"help": "Optimizer steps between two rows of the log."})
+
+    model_init_kwargs: dict | None = field(default=None, metadata={"help": "For a `model` or a reward given by name."})
+    chat_template_kwargs: dict | None = field(default=None, metadata={"help": "For the chat template."})
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "With dropout the ratio of the first step is not 1, and the KL is noise."}
+    )
+
+    max_completion_length: int = field(default=256, metadata={"help": "Tokens of a completion."})
+    temperature: float = field(
+        default=1.0, metadata={"help": "Of sampling; all log-probabilities are taken at this temperature too."}
+    )
+    top_p: float = field(default=1.0, metadata={"help": "1.0 and top_k=0 sample what the log-probabilities describe."})
+    top_k: int = field(default=0, metadata={"help": "0: all tokens."})
+
+    merge_to_sample: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Sample from copies of the base weights with the LoRA added: faster, for two bytes a weight. "
+            "None: on a CPU."
+        },
+    )
+
+    value: str = field(
+        default="separate",
+        metadata={
+            "help": "`separate`: an adapter of its own, started from the first reward model that is an adapter on the "
+            "same base. `head`: a head on the policy's hidden states, detached: no second forward and backward."
+        },
+    )
+    num_ppo_epochs: int = field(default=4, metadata={"help": "Passes over a rollout."})
+    num_mini_batches: int = field(default=1, metadata={"help": "Optimizer steps in one pass over a rollout."})
+    cliprange: float = field(default=0.2, metadata={"help": "Epsilon of the policy's ratio."})
+    dual_clip: float | None = field(
+        default=None, metadata={"help": "Bound of ratio * A where A < 0, e.g. 3. None: off."}
+    )
+    cliprange_value: float = field(default=0.2, metadata={"help": "How far a value may move from the rollout's."})
+    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
+    entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus."})
+    gamma: float = field(default=1.0, metadata={"help": "Discount."})
+    lam: float = field(default=0.95, metadata={"help": "GAE's lambda."})
+    whiten_rewards: bool = field(default=False, metadata={"help": "Scale the rewards of a rollout to deviation 1."})
+
+    kl_coef: float = field(default=0.05, metadata={"help": "Beta: weight of the KL penalty at every token."})
+    kl_controller: str = field(
+        default="fixed",
+        metadata={"help": "`fixed`; `adaptive` steers the KL to `kl_target`; `limit` ends the run at `kl_target`."},
+    )
+    kl_target: float = field(default=6.0, metadata={"help": "Nats per completion."})
+    kl_horizon: int = field(default=10_000, metadata={"help": "Episodes in which `adaptive` works."})
+    kl_brake: float | None = field(
+        default=5.0, metadata={"help": "End the run where the KL exceeds so many times `kl_target`. None: never."}
+    )
+    entropy_floor: float | None = field(
+        default=0.01, metadata={"help": "End the run where the entropy, nats per token, falls below. None: never."}
+    )
+
+    reward_weights: list[float] | None = field(default=None, metadata={"help": "One for each function. None: 1."})
+    reward_ensemble: str = field(
+        default="sum", metadata={"help": "What becomes of several rewards: `sum`, `mean`, `min` or `uwo`."}
+    )
+    uwo_coef: float = field(default=0.5, metadata={"help": "`uwo` is the mean less this times the variance."})
+    normalize_rewards: bool = field(
+        default=False, metadata={"help": "Subtract the mean of all rewards so far and divide by their deviation."}
+    )
+    reward_clip_range: tuple[float, float] | None = field(default=None, metadata={"help": "E.g. [-5, 5]. None: off."})
+    missing_eos_penalty: float | None = field(
+        default=None, metadata={"help": "Taken from the score of a completion that does not end with EOS."}
+    )
+    soft_punish_cache: int | None = field(
+        default=None,
+        metadata={
+            "help": "Soft overlong punishment (arXiv:2503.14476, equation 13): the score of a completion falls by up "
+            "to 1 over the last so many tokens of `max_completion_length`. None: off."
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, words in (
+            ("value", VALUES), ("kl_controller", CONTROLLERS), ("reward_ensemble", ENSEMBLES)
+        ):  # fmt: skip
+            if getattr(self, name) not in words:
+                raise ValueError(f"{name}={getattr(self, name)}: not one of {', '.join(words)}.")
+        for name in ("max_completion_length", "num_ppo_epochs", "num_mini_batches", "kl_horizon"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1.")
+        for name in ("temperature", "kl_target", "cliprange", "cliprange_value"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be above 0.")
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Optimizer steps that use one rollout."""
+        return self.num_ppo_epochs * self.num_mini_batches
+
+    @property
+    def micro_batches_per_rollout(self) -> int:
+        return self.num_mini_batches * self.gradient_accumulation_steps
+
+    @property
+    def prompts_per_rollout(self) -> int:
+        """Prompts that each process answers."""
+        return self.per_device_train_batch_size * self.micro_batches_per_rollout

@@ -1,0 +1,181 @@
+"""Where rewards come from: reward models on the policy's backbone, reward models of their own, functions."""
+
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_recipes import config, models
+from rlhf_recipes.data import neutralise
+from rlhf_recipes.ppo.roles import Roles
+
+
+@dataclass
+class LearnedReward:
+    """A sequence classifier, read at the last token of the rendered conversation, as it was trained.
+
+    Attributes:
+        name: for the log.
+        tokenizer: its own; conversations reach it as text.
+        read: (ids_BT, last_B) -> scores_B, float32.
+        adapter: the adapter's name where it shares the policy's backbone, else None.
+        score: the head where it shares the policy's backbone, else None.
+    """
+
+    name: str
+    tokenizer: object
+    read: Callable[[Tensor, Tensor], Tensor]
+    device: torch.device
+    adapter: str | None = None
+    score: nn.Module | None = None
+
+    def __call__(self, prompts: list, completions: list, micro_batch: int) -> list[float]:
+        encoded = [self._encode(p, c) for p, c in zip(prompts, completions, strict=True)]
+        order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+        scores = [0.0] * len(encoded)
+        for start in range(0, len(order), micro_batch):
+            indices = order[start : start + micro_batch]
+            rows, T = [encoded[i] for i in indices], max(len(encoded[i]) for i in indices)
+            pad_id = self.tokenizer.pad_token_id or 0
+            ids_BT = torch.tensor([row + [pad_id] * (T - len(row)) for row in rows], device=self.device)
+            last_B = torch.tensor([len(row) - 1 for row in rows], device=self.device)
+            for i, score in zip(indices, self.read(ids_BT, last_B).tolist(), strict=True):
+                scores[i] = score
+        return scores
+
+    def _encode(self, prompt, completion) -> list[int]:
+        """Control tokens that the policy spells in letters stay letters."""
+        plain = isinstance(prompt, str)
+        turns = {
+            "prompt": [{"role": "user", "content": prompt}] if plain else prompt,
+            "completion": [{"role": "assistant", "content": completion}] if plain else completion,
+        }
+        row = neutralise([turns], self.tokenizer)[0][0]
+        if plain:
+            text = row["prompt"][0]["content"] + row["completion"][0]["content"]
+            return [*self.tokenizer(text)["input_ids"], self.tokenizer.eos_token_id]
+        return self.tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=False)
+
+
+def load(reference, roles: Roles, tokenizer, reward_tokenizer, args) -> Callable:
+    """What `reward_funcs` names, as something to call.
+
+    Args:
+        reference: a run of recipes/reward.py (or an adapter folder), a sequence-classification model (its id, folder
+            or itself), `module:function`, or a function.
+        reward_tokenizer: for a model of its own; None: the one beside it.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if callable(reference) and not isinstance(reference, nn.Module):
+        return reference
+    if isinstance(reference, nn.Module):
+        return _own_model(reference, reference.config._name_or_path, reward_tokenizer)
+    adapter = next(
+        (f for f in (Path(reference) / "adapter", Path(reference)) if (f / "adapter_config.json").is_file()), None
+    )
+    if adapter is None and ":" in reference:
+        return config.import_function(reference, "reward_funcs")
+    if adapter is None:
+        return _own_model(_load_classifier(reference, args), reference, reward_tokenizer)
+    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    if roles.shared and base in (getattr(roles.causal, "public_id", None), roles.causal.name_or_path):
+        name = f"reward_{sum(key.startswith('reward_') for key in roles.model.peft_config)}"
+        score = roles.add_reward(adapter, name)
+        return _on_backbone(roles, name, score, tokenizer, _short(adapter))
+    from peft import PeftModel
+
+    base = roles.causal.name_or_path if base == getattr(roles.causal, "public_id", None) else base
+    model = PeftModel.from_pretrained(_load_classifier(base, args), str(adapter))
+    return _own_model(model, str(adapter), reward_tokenizer, _short(adapter))
+
+
+def name_of(function: Callable) -> str:
+    return (
+        function.name
+        if isinstance(function, LearnedReward)
+        else getattr(function, "__name__", type(function).__name__)
+    )
+
+
+def call(
+    function: Callable, rows: list[dict], completions: list, completion_ids: list, state, micro_batch: int
+) -> list:
+    """Rewards of the completions, None where the function does not apply.
+
+    Raises:
+        ValueError: not a list of as many finite numbers.
+    """
+    prompts = [row["prompt"] for row in rows]
+    if isinstance(function, LearnedReward):
+        return function(prompts, completions, micro_batch)
+    columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
+    rewards = function(
+        prompts=prompts, completions=completions, completion_ids=completion_ids, trainer_state=state, **columns
+    )
+    if inspect.isawaitable(rewards):
+        raise ValueError(f"reward_funcs={name_of(function)}: is asynchronous. Give a plain function.")
+    if len(rewards) != len(rows):
+        raise ValueError(f"reward_funcs={name_of(function)}: gave {len(rewards)} rewards for {len(rows)} completions.")
+    for reward in rewards:
+        if reward is not None and not torch.isfinite(torch.tensor(float(reward))):
+            raise ValueError(
+                f"reward_funcs={name_of(function)}: gave {reward}. Give finite numbers, or None to abstain."
+            )
+    return rewards
+
+
+def _on_backbone(roles: Roles, adapter: str, score: nn.Module, tokenizer, name: str) -> LearnedReward:
+    def read(ids_BT, last_B):
+        with roles.acting(adapter) as decoder:
+            hidden_BTH = decoder(input_ids=ids_BT, use_cache=False).last_hidden_state
+        return _score(score, hidden_BTH, last_B)
+
+    return LearnedReward(name, tokenizer, read, roles.head.weight.device, adapter, score)
+
+
+def _own_model(model, path: str, tokenizer, name: str | None = None) -> LearnedReward:
+    from transformers import AutoTokenizer
+
+    tokenizer = tokenizer or AutoTokenizer.from_pretrained(path)
+    model = model.requires_grad_(False).eval()
+    models.keep_gradients_on_cpu(model)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder, score = base.base_model, getattr(base, "score", None)
+
+    def read(ids_BT, last_B):
+        mask_BT = (torch.arange(ids_BT.shape[1], device=ids_BT.device) <= last_B[:, None]).long()
+        if score is None:
+            return model(input_ids=ids_BT, attention_mask=mask_BT).logits[:, 0].float()
+        return _score(score, decoder(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state, last_B)
+
+    return LearnedReward(name or path.rsplit("/", 1)[-1], tokenizer, read, model.device)
+
+
+def _score(score: nn.Module, hidden_BTH: Tensor, last_B: Tensor) -> Tensor:
+    """The head at the last token, in its own precision whatever the one around."""
+    hidden_BH = hidden_BTH[torch.arange(len(last_B), device=last_B.device), last_B]
+    with torch.autocast(hidden_BH.device.type, enabled=False):
+        return score(hidden_BH.to(next(score.parameters()).dtype))[:, 0].float()
+
+
+def _load_classifier(path: str, args):
+    from transformers import AutoModelForSequenceClassification
+
+    try:
+        return AutoModelForSequenceClassification.from_pretrained(
+            path, num_labels=1, **(args.model_init_kwargs or {})
+        ).to(args.device)
+    except OSError as error:
+        raise ValueError(
+            f"reward_funcs={path}: neither a run, nor module:function, nor a model ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _short(adapter: Path) -> str:
+    return adapter.parent.name if adapter.name == "adapter" else adapter.name

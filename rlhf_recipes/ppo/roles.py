@@ -1,0 +1,210 @@
+"""Four roles on one backbone: policy, critic, reference and reward models are adapters that take turns.
+
+With LoRA there is one set of base weights, which nothing changes: the policy is the adapter "default", the critic the
+adapter "critic" and a head, the reference a frozen copy of the adapter that the policy started from (or no adapter at
+all), each reward model a frozen adapter and a score head. Without LoRA, reference and critic are copies of the model.
+
+Shapes: B sequences, T tokens, K completion tokens of the longest, N completion tokens of all, H hidden size.
+"""
+
+import copy
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import load_peft_weights
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+
+from rlhf_recipes.ppo.trl_private import ChunkedLogProbFunction
+
+POLICY, CRITIC, REFERENCE = "default", "critic", "reference"
+VOCABULARY_CHUNK = 8192
+# Factors on the logits that some architectures have and `token_logps` does not.
+LOGIT_SCALES = ("logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
+
+
+@dataclass
+class Batch:
+    """Prompts and completions, padded on the right, so that a causal model needs no mask.
+
+    Attributes:
+        ids_BT: token ids.
+        rows_N, columns_N: where the hidden states lie that predict the completion tokens.
+        tokens_N: the completion tokens.
+        mask_BK: 1 where an episode has a completion token.
+    """
+
+    ids_BT: Tensor
+    rows_N: Tensor
+    columns_N: Tensor
+    tokens_N: Tensor
+    mask_BK: Tensor
+
+    @classmethod
+    def of(cls, prompts: list[list[int]], completions: list[list[int]], pad_id: int, device) -> "Batch":
+        sequences = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        T, K = max(map(len, sequences)), max(map(len, completions))
+        ids_BT = torch.tensor([s + [pad_id] * (T - len(s)) for s in sequences], device=device)
+        mask_BK = torch.tensor([[1.0] * len(c) + [0.0] * (K - len(c)) for c in completions], device=device)
+        rows_N, offsets_N = mask_BK.nonzero(as_tuple=True)
+        columns_N = torch.tensor([len(p) - 1 for p in prompts], device=device)[rows_N] + offsets_N
+        return cls(ids_BT, rows_N, columns_N, ids_BT[rows_N, columns_N + 1], mask_BK)
+
+    def padded(self, values_N: Tensor) -> Tensor:
+        """Values of the completion tokens as (B, K), 0 where there is none."""
+        return values_N.new_zeros(self.mask_BK.shape).masked_scatter(self.mask_BK.bool(), values_N)
+
+    def packed(self, values_BK: Tensor) -> Tensor:
+        """The inverse of `padded`: (N,)."""
+        return values_BK[self.mask_BK.bool()]
+
+
+class Roles:
+    """The backbone and who acts on it."""
+
+    def __init__(self, model: nn.Module, value: str):
+        self.model, self.shared = model, isinstance(model, PeftModel)
+        self.causal = model.get_base_model() if self.shared else model
+        self.decoder, self.head = self.causal.get_decoder(), self.causal.get_output_embeddings()
+        config = self.causal.config.get_text_config()
+        self.softcap = getattr(config, "final_logit_softcapping", None)
+        if any(getattr(config, name, None) not in (None, 1, 1.0) for name in LOGIT_SCALES):
+            raise ValueError(
+                f"model: {config.model_type} scales its logits, which PPO does not. Choose another model."
+            )
+        if isinstance(self.head, BaseTunerLayer):
+            raise ValueError(
+                "lora.target_modules: PPO computes log-probabilities from lm_head's weight. Leave it out."
+            )
+        self.separate = value == "separate"
+        self.policy_parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.value_head = nn.Linear(config.hidden_size, 1, bias=False).to(self.head.weight.device)
+        nn.init.zeros_(self.value_head.weight)
+        self.copies: dict[str, nn.Module] = {}
+
+    def add_reference(self, starts_from_adapter: bool) -> None:
+        """Freeze what the policy is before it trains. `starts_from_adapter`: else it is the model without LoRA."""
+        if not self.shared:
+            self.copies[REFERENCE] = copy.deepcopy(self.causal).requires_grad_(False).eval()
+        elif starts_from_adapter:
+            self._add_adapter(REFERENCE, self.model.peft_config[POLICY], self._weights(POLICY))
+
+    def add_critic(self, reward_adapter: str | None, score: nn.Module | None) -> None:
+        """Give the critic its weights: the reward model's where one shares the backbone (InstructGPT,
+        arXiv:2203.02155, section 3.5), else the policy's and a head of zeros."""
+        if self.separate and self.shared:
+            source = reward_adapter or POLICY
+            self._add_adapter(CRITIC, self.model.peft_config[source], self._weights(source))
+            if score is not None:
+                self.value_head.weight.data.copy_(score.weight)
+        elif self.separate:
+            self.copies[CRITIC] = copy.deepcopy(self.decoder).requires_grad_(True)
+        adapter = {name: p for name, p in self.model.named_parameters() if f".{CRITIC}." in name}
+        own = dict(self.copies[CRITIC].named_parameters(prefix="critic")) if CRITIC in self.copies else {}
+        self.value_parameters = {**adapter, **own, "value_head.weight": self.value_head.weight}
+
+    def add_reward(self, folder: Path, name: str) -> nn.Module:
+        """Put a frozen reward model's adapter on the backbone; returns its score head.
+
+        Raises:
+            ValueError: it has no score head, or weights that this backbone has no place for.
+        """
+        weights = load_peft_weights(str(folder), device="cpu")
+        score = [key for key in weights if key.endswith("score.weight")]
+        if not score:
+            raise ValueError(f"reward_funcs={folder}: has no score head. Give a run of recipes/reward.py.")
+        weight = weights.pop(score[0]).float()
+        self._add_adapter(name, PeftConfig.from_pretrained(str(folder)), weights, where=f"reward_funcs={folder}")
+        head = nn.Linear(weight.shape[1], 1, bias=False, device=self.head.weight.device).requires_grad_(False)
+        head.weight.copy_(weight)
+        return head
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Everything that a step moves."""
+        return {**self.policy_parameters, **self.value_parameters}
+
+    @contextmanager
+    def acting(self, role: str):
+        """The decoder that plays `role`. A backward pass belongs inside: checkpointed activations are computed again
+        there, under whichever adapter is active."""
+        if not self.shared:
+            yield self.copies.get(role, self.decoder) if role == CRITIC else self._causal(role).get_decoder()
+        elif role == REFERENCE and REFERENCE not in self.model.peft_config:
+            with self.model.disable_adapter():
+                yield self.decoder
+        else:
+            self.model.set_adapter(role)
+            try:
+                yield self.decoder
+            finally:
+                self.model.set_adapter(POLICY)
+
+    @contextmanager
+    def merged(self):
+        """The policy with its LoRA added into copies of the base weights, which are gone afterwards: at a token a time
+        a layer is one product instead of three, and a 4-bit weight is not unpacked for every token. The base itself,
+        which the other roles share, is never merged into: that would round it. 8-bit layers stay as they are."""
+        layers = [m for m in self.causal.modules() if isinstance(m, LoraLayer) and POLICY in m.lora_A]
+        layers = [m for m in layers if m.get_base_layer().weight.dtype != torch.int8]
+        for layer in layers:
+            base = layer.get_base_layer()
+            weight = dequantize_module_weight(base)
+            weight = weight + layer.get_delta_weight(POLICY).to(weight)
+            layer.forward = partial(_linear, weight=weight, bias=base.bias)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer.forward
+
+    def token_logps(self, role: str, hidden_NH: Tensor, tokens_N: Tensor, temperature: float, entropy: bool = False):
+        """Log-probabilities of the tokens at `temperature`, and the entropies (nats) or None; (N,) each."""
+        head = self.head if self.shared else self._causal(role).get_output_embeddings()
+        logps_N, entropy_N, *_ = ChunkedLogProbFunction.apply(
+            hidden_NH,
+            head.weight,
+            head.bias,
+            tokens_N,
+            temperature,
+            VOCABULARY_CHUNK,
+            self.softcap,
+            1.0,
+            ("entropy",) if entropy else (),
+        )
+        return logps_N, entropy_N
+
+    def values(self, hidden_NH: Tensor) -> Tensor:
+        """V of the states whose hidden states these are, float32, whatever the precision around."""
+        with torch.autocast(hidden_NH.device.type, enabled=False):
+            return self.value_head(hidden_NH.float())[:, 0]
+
+    def _causal(self, role: str) -> nn.Module:
+        return self.copies[REFERENCE] if role == REFERENCE else self.causal
+
+    def _weights(self, adapter: str) -> dict[str, Tensor]:
+        return get_peft_model_state_dict(self.model, adapter_name=adapter, save_embedding_layers=False)
+
+    def _add_adapter(self, name: str, config: PeftConfig, weights: dict[str, Tensor], where: str = "model") -> None:
+        config = copy.deepcopy(config)
+        config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, False
+        self.model.add_adapter(name, config)
+        places = self._weights(name)
+        for key in weights.keys() ^ places.keys():
+            raise ValueError(f"{where}: {key} is in one of adapter and model only. They do not belong together.")
+        set_peft_model_state_dict(self.model, weights, adapter_name=name)
+        self.model.set_adapter(POLICY)
+
+
+def _linear(x: Tensor, *, weight: Tensor, bias: Tensor | None, **_) -> Tensor:
+    return nn.functional.linear(x, weight, bias)
+
+
+def hidden_states(decoder: nn.Module, batch: Batch) -> Tensor:
+    """The hidden states that predict the completion tokens, (N, H)."""
+    return decoder(input_ids=batch.ids_BT, use_cache=False).last_hidden_state[batch.rows_N, batch.columns_N]

@@ -1,0 +1,110 @@
+"""Sampling: completions of the policy, with the log-probability of every token and, at no cost, its value.
+
+Shapes: B episodes, K completion tokens, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
+
+from rlhf_recipes.ppo.roles import Roles
+
+
+@dataclass
+class Completions:
+    """Sampled answers.
+
+    Attributes:
+        ids: tokens of each, EOS included.
+        logps: log-probabilities of these tokens when they were sampled, a tensor for each.
+        values: V before each token, where a head on the policy gives it, else None.
+        finished: whether it ended with EOS.
+    """
+
+    ids: list[list[int]]
+    logps: list[Tensor]
+    values: list[Tensor] | None
+    finished: list[bool]
+
+
+class Sampler(LogitsProcessor):
+    """Draws every next token and remembers its log-probability.
+
+    argmax(logits / T - log E) with E ~ Exp(1) is a draw from softmax(logits / T) (Gumbel-max). Each episode has a
+    generator of its own, so that what it draws depends on its seed alone, not on batch, process or what ran before:
+    that makes a resumed run, and a run on two processes, draw the same. Log-probabilities are those of the whole
+    distribution at temperature T, before top-k and top-p.
+    """
+
+    def __init__(self, seeds: list[int], device, temperature: float, top_k: int, top_p: float):
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        self.temperature = temperature
+        self.filters = LogitsProcessorList()
+        if top_k > 0:
+            self.filters.append(TopKLogitsWarper(top_k))
+        if top_p < 1:
+            self.filters.append(TopPLogitsWarper(top_p))
+        self.logps: list[Tensor] = []
+
+    def __call__(self, input_ids, scores):
+        logits_BV = scores.float() / self.temperature
+        noise_BV = torch.stack(
+            [
+                torch.empty_like(row_V).exponential_(generator=g)
+                for row_V, g in zip(logits_BV, self.generators, strict=True)
+            ]
+        )
+        choice_B1 = (self.filters(input_ids, logits_BV) - noise_BV.log()).argmax(1, keepdim=True)
+        self.logps.append((logits_BV.gather(1, choice_B1) - logits_BV.logsumexp(1, keepdim=True))[:, 0])
+        return torch.full_like(logits_BV, -torch.inf).scatter(1, choice_B1, 0.0)
+
+
+def sample(
+    roles: Roles, prompts: list[list[int]], seeds: list[int], eos_ids: list[int], pad_id: int, args, *, values: bool
+) -> Completions:
+    """One completion of each prompt under the policy.
+
+    Args:
+        seeds: one for each episode.
+        args: `max_completion_length`, `temperature`, `top_k`, `top_p`.
+        values: also V of every state, from the head on the policy's hidden states.
+    """
+    device = roles.head.weight.device
+    T = max(map(len, prompts))
+    ids_BT = torch.tensor([[pad_id] * (T - len(p)) + p for p in prompts], device=device)
+    mask_BT = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in prompts], device=device)
+    sampler = Sampler(seeds, device, args.temperature, args.top_k, args.top_p)
+    seen: list[Tensor] = []
+    hook = roles.head.register_forward_pre_hook(lambda _, inputs: seen.append(roles.values(inputs[0][:, -1])))
+    if not values:
+        hook.remove()
+    try:
+        out_BT = roles.causal.generate(
+            input_ids=ids_BT,
+            attention_mask=mask_BT,
+            logits_processor=LogitsProcessorList([sampler]),
+            generation_config=GenerationConfig(
+                max_new_tokens=args.max_completion_length,
+                do_sample=False,
+                eos_token_id=eos_ids,
+                pad_token_id=pad_id,
+                repetition_penalty=1.0,
+                use_cache=True,
+            ),
+        )
+    finally:
+        hook.remove()
+    logps_BK = torch.stack(sampler.logps, 1)
+    values_BK = torch.stack(seen, 1) if values else None
+    completions = Completions([], [], [] if values else None, [])
+    for row, tokens in enumerate(out_BT[:, T:].tolist()):
+        end = next((n for n, token in enumerate(tokens) if token in eos_ids), None)
+        length = len(tokens) if end is None else end + 1
+        completions.ids.append(tokens[:length])
+        completions.logps.append(logps_BK[row, :length])
+        completions.finished.append(end is not None)
+        if values:
+            completions.values.append(values_BK[row, :length])
+    return completions

@@ -1,0 +1,693 @@
+"""PPO on transformers' training loop: a rollout where its batches begin, and policy and critic updated in each step.
+
+Everything that the loop does is inherited: accumulation, the optimizer and its schedule, callbacks, logging,
+checkpoints, Accelerate. On several processes each answers its own prompts, and gradients are summed over all.
+
+Shapes: B episodes, K completion tokens, N completion tokens of a batch, R reward functions.
+"""
+
+import os
+import time
+from collections.abc import Callable, Sized
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
+
+import torch
+from datasets import Dataset
+from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.utils import load_peft_weights
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers.trainer_utils import speed_metrics
+
+from rlhf_recipes import models, progress
+from rlhf_recipes.evaluation.summary import distinct_2
+from rlhf_recipes.ppo import algorithm, rewards
+from rlhf_recipes.ppo.config import PPOConfig
+from rlhf_recipes.ppo.roles import CRITIC, POLICY, REFERENCE, Batch, Roles, hidden_states
+from rlhf_recipes.ppo.rollout import Completions, sample
+from rlhf_recipes.ppo.trl_private import (
+    BaseTrainer,
+    create_model_from_path,
+    disable_dropout_in_model,
+    get_config_model_id,
+    get_soft_overlong_punishment,
+)
+
+TRAIN, EVALUATE = 0, 1  # streams of random numbers
+SAMPLES = 4  # completions of each rollout to show
+
+
+@dataclass
+class MicroBatch:
+    """Episodes that are trained on together, with what the rollout knows of them; (B, K) each.
+
+    `old_logps` are the policy's before it moved: of the sampler, or, where the first step of a rollout uses the
+    episodes, of that step itself, whose ratio is then exactly 1.
+    """
+
+    batch: Batch
+    old_logps: Tensor
+    reference_logps: Tensor
+    old_values: Tensor
+    rewards: Tensor
+    advantages: Tensor | None = None
+    returns: Tensor | None = None
+
+
+@dataclass
+class Tally:
+    """Sums and extremes of what is logged, until it is."""
+
+    sums: dict[str, list[float]] = field(default_factory=dict)
+    least: dict[str, float] = field(default_factory=dict)
+    most: dict[str, float] = field(default_factory=dict)
+
+    def add(self, name: str, values: Tensor) -> None:
+        total = self.sums.setdefault(name, [0.0, 0.0])
+        total[0] += values.detach().sum().item()
+        total[1] += values.numel()
+
+    def extremes(self, name: str, values: Tensor) -> None:
+        self.least[name] = min(self.least.get(name, torch.inf), values.min().item())
+        self.most[name] = max(self.most.get(name, -torch.inf), values.max().item())
+
+
+class RolloutSampler(Sampler):
+    """Indices of prompts: each rollout's, as often as there are micro-batches made of it. Prompts that fill no whole
+    rollout wait for the next epoch's order, which depends on seed and epoch alone."""
+
+    def __init__(self, data: Sized, rollout: int, repeats: int, seed: int, epoch: Callable[[], int]):
+        self.data, self.rollout, self.repeats, self.seed, self.epoch = data, rollout, repeats, seed, epoch
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed + self.epoch())
+        order = torch.randperm(len(self.data), generator=generator).tolist()
+        for start in range(0, len(order) - self.rollout + 1, self.rollout):
+            for _ in range(self.repeats):
+                yield from order[start : start + self.rollout]
+
+    def __len__(self):
+        return len(self.data) // self.rollout * self.rollout * self.repeats
+
+
+class PPOTrainer(BaseTrainer):
+    """Proximal Policy Optimization (Schulman et al., arXiv:1707.06347) against rewards under a KL penalty.
+
+    Args:
+        model: a causal language model: its id, itself, or a `PeftModel` whose adapter is "default"; that adapter's
+            frozen copy then is the reference.
+        reward_funcs: one or a list of: a run of recipes/reward.py, a sequence-classification model (id, folder or
+            itself), `module:function`, or a function with the arguments of TRL's (`prompts`, `completions`,
+            `completion_ids`, `trainer_state` and the other columns), which returns a float for each completion, or
+            None where it does not apply.
+        args: default `PPOConfig()`.
+        train_dataset: rows with `prompt`, text or messages.
+        eval_dataset: the same, for `evaluate`; a dict of several is evaluated one by one.
+        processing_class: the tokenizer; default: the one beside the model.
+        reward_processing_classes: tokenizers of reward models of their own, where not the ones beside them.
+        peft_config: the LoRA to add; without it and without a `PeftModel` the whole model is trained.
+        quantization_config: for a `model` given by its id.
+
+    Raises:
+        ValueError: what these do not allow together, on one line.
+    """
+
+    _tag_names = ("trl", "ppo")
+    _name = "PPO"
+    _paper = MappingProxyType({"title": "Proximal Policy Optimization Algorithms", "id": "1707.06347"})
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",
+        reward_funcs,
+        args: PPOConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: "Dataset | dict[str, Dataset] | None" = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes=None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers=(None, None),
+        quantization_config=None,
+        peft_config: PeftConfig | None = None,
+    ):
+        args = args or PPOConfig(output_dir="ppo")
+        set_seed(args.seed)
+        if isinstance(model, str):
+            kwargs = dict(args.model_init_kwargs or {})
+            if quantization_config is not None:
+                kwargs["quantization_config"] = quantization_config
+            model = create_model_from_path(model, **kwargs)
+        elif quantization_config is not None:
+            raise ValueError("quantization_config: the model is loaded already. Give its id, or leave this out.")
+        if processing_class is None:
+            from transformers import AutoTokenizer
+
+            processing_class = AutoTokenizer.from_pretrained(get_config_model_id(model.config))
+        if processing_class.pad_token_id is None:
+            processing_class.pad_token = processing_class.eos_token
+        starts_from_adapter = isinstance(model, PeftModel)
+        if starts_from_adapter and peft_config is not None:
+            raise ValueError("peft_config: the model has an adapter, which is trained. Leave one of them out.")
+        if peft_config is not None:
+            model = get_peft_model(model, peft_config)
+        models.keep_gradients_on_cpu(model)
+        if args.disable_dropout:
+            disable_dropout_in_model(model)
+        self._check_data(train_dataset, args)
+
+        self.roles = Roles(model, args.value)
+        self.roles.add_reference(starts_from_adapter)
+        self.reward_funcs = self._load_rewards(reward_funcs, reward_processing_classes, processing_class, args)
+        shared = next((f for f in self.reward_funcs if getattr(f, "adapter", None)), None)
+        self.roles.add_critic(shared and shared.adapter, shared and shared.score)
+        if args.bf16:
+            models.compute_lora_in_bfloat16(model)
+        self.reward_weights = torch.tensor(args.reward_weights or [1.0] * len(self.reward_funcs))
+        if len(self.reward_weights) != len(self.reward_funcs):
+            raise ValueError(
+                f"reward_weights: {len(self.reward_weights)} for {len(self.reward_funcs)} reward_funcs. Give as many."
+            )
+        self.overlong = args.soft_punish_cache and get_soft_overlong_punishment(
+            args.max_completion_length, args.soft_punish_cache
+        )
+        declared = self.roles.causal.generation_config.eos_token_id
+        declared = declared if isinstance(declared, list) else [declared]
+        self.eos_ids = sorted({i for i in [*declared, processing_class.eos_token_id] if i is not None})
+
+        self.kl = algorithm.KLController(args.kl_controller, args.kl_coef, args.kl_target, args.kl_horizon)
+        self.reward_moments = algorithm.RunningMoments()
+        self.stopped: str | None = None
+        self.samples: list[dict] = []
+        self._micro_batches: list[MicroBatch] = []
+        self._tally = Tally()
+        self._rollout_log: dict[str, float] = {}
+        self._last_good: dict[str, Tensor] = {}
+        self._entropy = torch.zeros(())  # of the running step, this process's part
+        self._accumulated = 0
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=list,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or args.n_gpu > 1:
+            raise ValueError("PPOTrainer: runs on one device, or on several with `accelerate launch` and plain DDP.")
+        self.roles.value_head.to(args.device)
+        for copy in self.roles.copies.values():
+            copy.to(args.device)
+        if args.gradient_checkpointing and CRITIC in self.roles.copies:
+            self.roles.copies[CRITIC].gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+
+    # ---- What the training loop asks for
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches that each hold this process's prompts of a rollout, repeated for every micro-batch made of it."""
+        args = self.args
+        sampler = RolloutSampler(
+            self.train_dataset,
+            args.prompts_per_rollout * args.world_size,
+            args.num_ppo_epochs * args.micro_batches_per_rollout,
+            args.data_seed if args.data_seed is not None else args.seed,
+            lambda: int(self.state.epoch or 0),
+        )
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=args.prompts_per_rollout,
+            sampler=sampler,
+            collate_fn=self.data_collator,
+            drop_last=True,
+        )
+        return self.accelerator.prepare(loader)
+
+    def create_optimizer(self, model=None):
+        """Two groups by name: `requires_grad` tells which adapter is active, not what is trained."""
+        if self.optimizer is None:
+            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            groups = [
+                {"params": list(self.roles.policy_parameters.values()), "weight_decay": self.args.weight_decay},
+                {"params": list(self.roles.value_parameters.values()), "weight_decay": self.args.weight_decay},
+            ]
+            if self.args.value_learning_rate is not None:
+                groups[1]["lr"] = self.args.value_learning_rate
+            self.optimizer = optimizer_class(groups, **kwargs)
+        return self.optimizer
+
+    def training_step(self, model, inputs: list[dict], num_items_in_batch=None) -> Tensor:
+        """Policy, then critic, on one micro-batch; a rollout first where the last one is used up."""
+        step, accumulated = divmod(self._micro_step(), self.args.gradient_accumulation_steps)
+        if self._micro_step() % (self.args.num_ppo_epochs * self.args.micro_batches_per_rollout) == 0:
+            self._micro_batches = self._roll_out(inputs)
+        if accumulated == 0:
+            self._drop_gradients()
+            self._started, self._entropy = time.monotonic(), torch.zeros((), device=self.args.device)
+        self._accumulated = (accumulated + 1) % self.args.gradient_accumulation_steps
+        if self.stopped:
+            return torch.zeros((), device=self.args.device)
+        position = step % self.args.num_mini_batches * self.args.gradient_accumulation_steps
+        micro_batches = self._micro_batches[position : position + self.args.gradient_accumulation_steps]
+        tokens = sum(m.batch.mask_BK.sum() for m in micro_batches)
+        tokens = self.accelerator.reduce(tokens, "sum").item()
+        self.model.train()
+        first = step % self.args.steps_per_rollout == 0
+        loss = self._backward(micro_batches[accumulated], tokens, first)
+        if self._accumulated == 0:
+            self._sum_gradients()
+            if first and not self.stopped:
+                self._govern(micro_batches)
+            self._tally.add("seconds/update", torch.tensor([time.monotonic() - self._started]))
+        return loss * self.args.world_size  # the log takes the mean over processes
+
+    def _micro_step(self) -> int:
+        return self.state.global_step * self.args.gradient_accumulation_steps + self._accumulated
+
+    def _clip_grad_norm(self, model):
+        """Policy and critic each by their own norm; the log shows the policy's."""
+        norms = [
+            self.accelerator.clip_grad_norm_(list(parameters.values()), self.args.max_grad_norm)
+            for parameters in (self.roles.policy_parameters, self.roles.value_parameters)
+        ]
+        return norms[0]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs = {**logs, **self._rollout_log, **self._drained()}
+        super().log(logs, start_time)
+
+    # ---- Update
+
+    def _backward(self, micro: MicroBatch, tokens: float, first: bool) -> Tensor:
+        """Add the gradients of one micro-batch, each token's weight 1/`tokens`; returns its part of the loss."""
+        args, batch = self.args, micro.batch
+        with self.roles.acting(POLICY) as decoder:
+            with self.accelerator.autocast():
+                hidden_NH = hidden_states(decoder, batch)
+                logps_N, entropy_N = self.roles.token_logps(POLICY, hidden_NH, batch.tokens_N, args.temperature, True)
+            if first:
+                self._tally.add("sampling/logp_difference", (logps_N - batch.packed(micro.old_logps)).abs())
+                micro.old_logps = batch.padded(logps_N.detach())
+            objective_N, ratio_N, clipped_N = algorithm.policy_objective(
+                logps_N, batch.packed(micro.old_logps), batch.packed(micro.advantages), args.cliprange, args.dual_clip
+            )
+            policy_loss = -(objective_N + args.entropy_coef * entropy_N).sum() / tokens
+            self.accelerator.backward(policy_loss)
+        if self.roles.separate:
+            with self.roles.acting(CRITIC) as decoder:
+                with self.accelerator.autocast():
+                    hidden_NH = hidden_states(decoder, batch)
+                value_loss, values_clipped_N = self._backward_values(hidden_NH, micro, tokens)
+        else:
+            value_loss, values_clipped_N = self._backward_values(hidden_NH.detach(), micro, tokens)
+        log_ratio_N = logps_N.detach() - batch.packed(micro.old_logps)
+        self._entropy += entropy_N.detach().sum() / tokens
+        self._tally.add("entropy", entropy_N)
+        self._tally.add("approx_kl", log_ratio_N.square() / 2)
+        self._tally.add("clip_fraction/policy", clipped_N)
+        self._tally.add("clip_fraction/value", values_clipped_N)
+        self._tally.add("ratio/mean", ratio_N)
+        self._tally.extremes("ratio", ratio_N)
+        return (policy_loss + value_loss).detach()
+
+    def _backward_values(self, hidden_NH: Tensor, micro: MicroBatch, tokens: float) -> tuple[Tensor, Tensor]:
+        old_N, returns_N = micro.batch.packed(micro.old_values), micro.batch.packed(micro.returns)
+        losses_N, clipped_N = algorithm.value_loss(
+            self.roles.values(hidden_NH), old_N, returns_N, self.args.cliprange_value
+        )
+        loss = self.args.vf_coef * losses_N.sum() / tokens
+        self.accelerator.backward(loss)
+        self._tally.add("loss/value", losses_N)
+        return loss, clipped_N
+
+    def _sum_gradients(self) -> None:
+        """Sum the gradients over processes (each has its share of the tokens), and drop a step that is not finite."""
+        parameters = self.roles.trained().values()
+        if self.args.world_size > 1:
+            for parameter in parameters:
+                parameter.grad = self.accelerator.reduce(
+                    parameter.grad if parameter.grad is not None else torch.zeros_like(parameter), "sum"
+                )
+        if not all(p.grad is None or p.grad.isfinite().all() for p in parameters) and not self.args.fp16:
+            self._stop("the gradient is not finite", restore=True)
+
+    def _drop_gradients(self) -> None:
+        """The critic's too, which the loop does not know; Accelerate's `zero_grad` waits for a step's last batch."""
+        for parameter in self.roles.trained().values():
+            parameter.grad = None
+
+    # ---- Rollout
+
+    @torch.no_grad()
+    def _roll_out(self, rows: list[dict]) -> list[MicroBatch]:
+        """Answer the prompts, score the answers, and compute the advantages."""
+        args, begin = self.args, time.monotonic()
+        rollout = self.state.global_step // args.steps_per_rollout
+        first = args.process_index * len(rows)
+        seeds = [self._seed(TRAIN, rollout, first + i) for i in range(len(rows))]
+        prompts, completions = self._complete(rows, seeds)
+        sampled = time.monotonic()
+        parts = self._rewards(rows, completions)
+        scores_B = self._scores(parts, completions)
+
+        micro_batches = []
+        for indices in self._partition(completions):
+            batch = Batch.of([prompts[i] for i in indices], [completions.ids[i] for i in indices], *self._padding())
+            old_logps = batch.padded(torch.cat([completions.logps[i] for i in indices]))
+            reference_logps = batch.padded(self._logps(REFERENCE, batch))
+            old_values = self._values(batch, completions, indices)
+            k1, _, _ = algorithm.kl_estimates(old_logps, reference_logps)
+            token_rewards = algorithm.token_rewards(scores_B[indices], k1, batch.mask_BK, self.kl.coef)
+            micro_batches.append(MicroBatch(batch, old_logps, reference_logps, old_values, token_rewards))
+        self._advantages(micro_batches)
+        seconds = {"rollout": sampled - begin, "scoring": time.monotonic() - sampled}
+        self._record(rows, completions, parts, seconds)
+        return micro_batches
+
+    def _complete(self, rows: list[dict], seeds: list[int]) -> tuple[list[list[int]], Completions]:
+        self.model.eval()
+        prompts = [self._prompt_ids(row["prompt"]) for row in rows]
+        merge = self.args.merge_to_sample
+        merge = self.args.device.type == "cpu" if merge is None else merge
+        with self.accelerator.autocast(), self.roles.merged() if merge else nullcontext():
+            completions = sample(
+                self.roles,
+                prompts,
+                seeds,
+                self.eos_ids,
+                self.processing_class.pad_token_id,
+                self.args,
+                values=not self.roles.separate,
+            )
+        return prompts, completions
+
+    def _rewards(self, rows: list[dict], completions: Completions) -> dict[str, Tensor]:
+        """`reward` of each episode, and its parts, on the CPU."""
+        args = self.args
+        texts = self.processing_class.batch_decode(completions.ids, skip_special_tokens=True)
+        plain = isinstance(rows[0]["prompt"], str)
+        said = texts if plain else [[{"role": "assistant", "content": text.strip()}] for text in texts]
+        with self.accelerator.autocast():
+            columns = [
+                rewards.call(f, rows, said, completions.ids, self.state, args.per_device_train_batch_size)
+                for f in self.reward_funcs
+            ]
+        rewards_BR = torch.tensor([[torch.nan if r is None else float(r) for r in column] for column in columns]).T
+        parts = {
+            "reward": algorithm.combine_rewards(rewards_BR, self.reward_weights, args.reward_ensemble, args.uwo_coef)
+        }
+        if len(columns) > 1:
+            for function, rewards_B in zip(self.reward_funcs, rewards_BR.T, strict=True):
+                parts[f"rewards/{rewards.name_of(function)}"] = rewards_B
+            parts["reward_disagreement"] = rewards_BR.std(1, correction=0)
+        if self.overlong:
+            parts["overlong_penalty"] = torch.tensor(self.overlong(completion_ids=completions.ids))
+        return parts
+
+    def _scores(self, parts: dict[str, Tensor], completions: Completions) -> Tensor:
+        """What each episode earns at its last token: its reward, penalised, normalised and clipped as asked."""
+        args, scores_B = self.args, parts["reward"] + parts.get("overlong_penalty", 0.0)
+        if args.missing_eos_penalty is not None:
+            scores_B = scores_B - args.missing_eos_penalty * ~torch.tensor(completions.finished)
+        if args.normalize_rewards:
+            self.reward_moments.update(self.accelerator.gather(scores_B.to(args.device)).cpu())
+            scores_B = self.reward_moments.normalise(scores_B)
+        if args.reward_clip_range is not None:
+            scores_B = scores_B.clamp(*args.reward_clip_range)
+        return scores_B.to(args.device)
+
+    def _partition(self, completions: Completions) -> list[list[int]]:
+        """Indices of each micro-batch: mini-batches in the order of the prompts, each cut by length, to pad little."""
+        size = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        parts = []
+        for start in range(0, len(completions.ids), size):
+            mini_batch = sorted(range(start, start + size), key=lambda i: len(completions.ids[i]))
+            micro = self.args.per_device_train_batch_size
+            parts += [mini_batch[i : i + micro] for i in range(0, size, micro)]
+        return parts
+
+    def _logps(self, role: str, batch: Batch) -> Tensor:
+        with self.roles.acting(role) as decoder, self.accelerator.autocast():
+            hidden_NH = hidden_states(decoder, batch)
+            return self.roles.token_logps(role, hidden_NH, batch.tokens_N, self.args.temperature)[0]
+
+    def _values(self, batch: Batch, completions: Completions, indices: list[int]) -> Tensor:
+        if completions.values is not None:
+            return batch.padded(torch.cat([completions.values[i] for i in indices]))
+        with self.roles.acting(CRITIC) as decoder, self.accelerator.autocast():
+            hidden_NH = hidden_states(decoder, batch)
+        return batch.padded(self.roles.values(hidden_NH))
+
+    def _advantages(self, micro_batches: list[MicroBatch]) -> None:
+        """Turn token rewards into returns and whitened advantages, over the whole rollout of all processes."""
+        args, masks = self.args, [m.batch.mask_BK for m in micro_batches]
+        mask = _joined(masks)
+        if args.whiten_rewards:
+            token_rewards = algorithm.whiten(_joined([m.rewards for m in micro_batches]), mask, self._sum, False)
+            for m, part in zip(micro_batches, _parted(token_rewards, masks), strict=True):
+                m.rewards = part
+        for m in micro_batches:
+            m.advantages, m.returns = algorithm.gae(m.rewards, m.old_values, m.batch.mask_BK, args.gamma, args.lam)
+        advantages = _joined([m.advantages for m in micro_batches])
+        self._rollout_log = dict(
+            zip(
+                ("advantage/mean", "advantage/std"),
+                (x.item() for x in algorithm.moments(advantages, mask, self._sum)),
+                strict=True,
+            )
+        )
+        for m, part in zip(micro_batches, _parted(algorithm.whiten(advantages, mask, self._sum), masks), strict=True):
+            m.advantages = part
+        returns, values = _joined([m.returns for m in micro_batches]), _joined([m.old_values for m in micro_batches])
+        unexplained, total = (algorithm.moments(x, mask, self._sum)[1] ** 2 for x in (returns - values, returns))
+        self._rollout_log["explained_variance"] = (1 - unexplained / (total + 1e-8)).item()
+
+    def _record(self, rows: list[dict], completions: Completions, parts: dict[str, Tensor], seconds: dict) -> None:
+        """Log the rollout of all processes."""
+        columns = self._columns(completions, parts)
+        episodes_BF = self._gathered(columns)
+        self._rollout_log |= dict(zip(columns, episodes_BF.nanmean(0).tolist(), strict=True)) | {
+            "reward_std": episodes_BF[:, 0].std(correction=0).item(),
+            "kl_coef": self.kl.coef,
+            **{f"seconds/{name}": value for name, value in seconds.items()},
+            "tokens_per_second": sum(map(len, completions.ids)) * self.args.world_size / sum(seconds.values()),
+        }
+        self.samples = [
+            {
+                "step": self.state.global_step,
+                "prompt": rows[i]["prompt"],
+                "completion": self.processing_class.decode(completions.ids[i], skip_special_tokens=True).strip(),
+                **{name: round(values[i].item(), 4) for name, values in columns.items()},
+            }
+            for i in range(min(SAMPLES, len(rows)))
+        ]
+
+    def _columns(self, completions: Completions, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What is known of each episode; the first is its reward."""
+        texts = self.processing_class.batch_decode(completions.ids, skip_special_tokens=True)
+        return parts | {
+            "completions/mean_length": torch.tensor([float(len(ids)) for ids in completions.ids]),
+            "completions/eos_rate": torch.tensor([float(f) for f in completions.finished]),
+            "completions/distinct_2": torch.tensor([torch.nan if d is None else d for d in map(distinct_2, texts)]),
+        }
+
+    def _govern(self, micro_batches: list[MicroBatch]) -> None:
+        """After the forward passes of a rollout's first step, before its update: how far the policy is from its
+        reference. Steer the KL coefficient, brake where the policy has broken, else remember it as good."""
+        args, terms = self.args, []
+        for m in micro_batches:
+            k1, _, k3 = algorithm.kl_estimates(m.old_logps, m.reference_logps)
+            terms.append(torch.stack([k1.sum(1), k3.sum(1)], 1))
+        terms_B2 = self.accelerator.gather(torch.cat(terms))
+        kl, kl_k3 = terms_B2.mean(0).tolist()
+        entropy = self._sum(self._entropy).item()
+        self._rollout_log |= {"kl": kl, "kl_k3": kl_k3}
+        if args.kl_brake is not None and kl > args.kl_brake * args.kl_target:
+            self._stop(f"KL {kl:.1f} nats, over {args.kl_brake:g} times kl_target={args.kl_target:g}", restore=True)
+        elif args.entropy_floor is not None and entropy < args.entropy_floor:
+            self._stop(
+                f"entropy {entropy:.4f} nats per token, under entropy_floor={args.entropy_floor:g}", restore=True
+            )
+        elif args.kl_controller == "limit" and kl >= args.kl_target:
+            self._stop(f"KL {kl:.2f} nats reached kl_target={args.kl_target:g}", restore=False)
+        else:
+            self._last_good = {name: p.detach().cpu().clone() for name, p in self.roles.trained().items()}
+        self.kl.update(kl, self.args.prompts_per_rollout * args.world_size)
+
+    def _stop(self, why: str, restore: bool) -> None:
+        """End the run after this step, which changes nothing; `restore`: with the weights of the last good rollout."""
+        self.stopped = f"{why} at step {self.state.global_step}"
+        self.control.should_training_stop = True
+        self._drop_gradients()
+        if restore:
+            for name, weights in self._last_good.items():
+                self.roles.trained()[name].data.copy_(weights)
+
+    def _keep_samples(self, rows: list[dict], completions: Completions, columns: dict[str, Tensor]) -> None:
+        self.samples = [
+            {
+                "step": self.state.global_step,
+                "prompt": rows[i]["prompt"],
+                "completion": self.processing_class.decode(completions.ids[i], skip_special_tokens=True),
+                **{name: round(values[i].item(), 4) for name, values in columns.items()},
+            }
+            for i in range(min(4, len(rows)))
+        ]
+
+    # ---- Evaluation
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Means over held-out prompts of reward, KL (k1, k3), length, EOS rate; the seed of each prompt is fixed."""
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(data, dict):
+            return {
+                key: value
+                for name, part in data.items()
+                for key, value in self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}").items()
+            }
+        start = time.time()
+        episodes = self.measure(data)
+        metrics = {
+            f"{metric_key_prefix}_{name}": torch.tensor([e[name] for e in episodes]).nanmean().item()
+            for name in episodes[0]
+        }
+        metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(episodes))
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @torch.no_grad()
+    def measure(self, data: Dataset, what: str = "Held out") -> list[dict]:
+        """One episode for each prompt: `reward`, `kl`, `kl_k3` and what else a rollout logs."""
+        size, world, found = self.args.per_device_eval_batch_size, self.args.world_size, []
+        starts = range(0, len(data), size * world)
+        line = progress.Line(what, len(data))
+        for start in starts:
+            everyones = [i % len(data) for i in range(start, start + size * world)]  # of equal size on each process
+            indices = (
+                everyones[self.args.process_index * size :][:size] if world > 1 else everyones[: len(data) - start]
+            )
+            rows = [data[i] for i in indices]
+            prompts, completions = self._complete(rows, [self._seed(EVALUATE, 0, i) for i in indices])
+            parts = self._rewards(rows, completions)
+            batch = Batch.of(prompts, completions.ids, *self._padding())
+            logps_N, reference_N = self._logps(POLICY, batch), self._logps(REFERENCE, batch)
+            k1, _, k3 = (batch.padded(k).sum(1).cpu() for k in algorithm.kl_estimates(logps_N, reference_N))
+            columns = self._columns(completions, parts) | {"kl": k1, "kl_k3": k3}
+            found += [dict(zip(columns, values, strict=True)) for values in self._gathered(columns).tolist()]
+            line.update(min(len(found), len(data)))
+        return found[: len(data)]
+
+    # ---- Checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        """The policy alone: an ordinary adapter (or model), and the tokenizer."""
+        if not self.roles.shared:
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            output_dir = output_dir or self.args.output_dir
+            self.model.save_pretrained(output_dir, selected_adapters=[POLICY], save_embedding_layers=False)
+            self.processing_class.save_pretrained(output_dir)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Beside the generators: the critic, the rollout in use, the controller, the statistics of the rewards."""
+        super()._save_rng_state(output_dir)
+        state = {
+            "value": {name: p.detach() for name, p in self.roles.value_parameters.items()},
+            "micro_batches": [{**vars(m), "batch": asdict(m.batch)} for m in self._micro_batches],
+            "kl_coef": self.kl.coef,
+            "reward_moments": asdict(self.reward_moments),
+            "rollout_log": self._rollout_log,
+            "last_good": self._last_good,
+        }
+        torch.save(state, self._state_file(output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if self.roles.shared:
+            weights = load_peft_weights(resume_from_checkpoint, device="cpu")
+            set_peft_model_state_dict(self.model, weights, adapter_name=POLICY)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        state = torch.load(self._state_file(resume_from_checkpoint), map_location=self.args.device, weights_only=True)
+        for name, parameter in self.roles.value_parameters.items():
+            parameter.data.copy_(state["value"][name])
+        self._micro_batches = [MicroBatch(**{**m, "batch": Batch(**m["batch"])}) for m in state["micro_batches"]]
+        self.kl.coef = state["kl_coef"]
+        self.reward_moments = algorithm.RunningMoments(**state["reward_moments"])
+        self._rollout_log = state["rollout_log"]
+        self._last_good = {name: weights.cpu() for name, weights in state["last_good"].items()}
+
+    def _state_file(self, folder: str) -> str:
+        return os.path.join(folder, f"ppo_{self.args.process_index}.pt")
+
+    # ---- Small things
+
+    def _seed(self, stream: int, rollout: int, episode: int) -> int:
+        """A seed of its own for every episode."""
+        return hash((self.args.seed, stream, rollout, episode)) % 2**63
+
+    def _prompt_ids(self, prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return self.processing_class(prompt)["input_ids"]
+        kwargs = self.args.chat_template_kwargs or {}
+        return self.processing_class.apply_chat_template(
+            prompt, add_generation_prompt=True, return_dict=False, **kwargs
+        )
+
+    def _padding(self) -> tuple:
+        return self.processing_class.pad_token_id, self.args.device
+
+    def _sum(self, values: Tensor) -> Tensor:
+        return self.accelerator.reduce(values, "sum")
+
+    def _gathered(self, columns: dict[str, Tensor]) -> Tensor:
+        """Episodes of all processes, (B, columns)."""
+        return self.accelerator.gather(
+            torch.stack([c.float() for c in columns.values()], 1).to(self.args.device)
+        ).cpu()
+
+    def _drained(self) -> dict[str, float]:
+        """What the tally holds, over all processes; it is empty then."""
+        tally, self._tally = self._tally, Tally()
+        sums = self._sum(torch.tensor(list(tally.sums.values()), device=self.args.device).reshape(-1, 2))
+        logs = {name: (total / count).item() for name, (total, count) in zip(tally.sums, sums, strict=True)}
+        for end, found, choose in (("min", tally.least, torch.amin), ("max", tally.most, torch.amax)):
+            for name, value in found.items():
+                logs[f"{name}/{end}"] = choose(
+                    self.accelerator.gather(torch.tensor([value], device=self.args.device)), 0
+                ).item()
+        return logs
+
+    def _load_rewards(self, reward_funcs, tokenizers, tokenizer, args: PPOConfig) -> list[Callable]:
+        functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        tokenizers = tokenizers if isinstance(tokenizers, list) else [tokenizers] * len(functions)
+        if not functions or len(tokenizers) != len(functions):
+            raise ValueError("reward_funcs: at least one, and as many reward_processing_classes if these are given.")
+        return [rewards.load(f, self.roles, tokenizer, t, args) for f, t in zip(functions, tokenizers, strict=True)]
+
+    @staticmethod
+    def _check_data(train_dataset, args: PPOConfig) -> None:
+        if not isinstance(train_dataset, Dataset) or "prompt" not in train_dataset.column_names:
+            raise ValueError("train_dataset: must be a datasets.Dataset with a column `prompt`.")
+        needed = args.prompts_per_rollout * args.world_size
+        if len(train_dataset) < needed:
+            raise ValueError(
+                f"train_dataset: {len(train_dataset)} prompts, but a rollout takes {needed} "
+                "(per_device_train_batch_size x gradient_accumulation_steps x num_mini_batches x processes). "
+                "Lower these, or give more prompts."
+            )
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """(B, K) tensors of different K as one row."""
+    return torch.cat([part.reshape(-1) for part in parts])
+
+
+def _parted(joined: Tensor, likes: list[Tensor]) -> list[Tensor]:
+    return [
+        part.view_as(like) for part, like in zip(joined.split([like.numel() for like in likes]), likes, strict=True)
+    ]

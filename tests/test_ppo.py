@@ -1,0 +1,440 @@
+"""PPOTrainer on the tiny model: who moves and who does not, what a rollout holds, how a run is stopped."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import TINY_ID
+from datasets import Dataset
+
+PROMPTS = [f"Can I come on day {n}{' please' * (n % 3)}?" for n in range(8)]
+STEPS = {
+    "max_steps": 4,
+    "num_ppo_epochs": 2,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "max_completion_length": 8,
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "constant",
+}
+
+
+def even(completion_ids, **_):
+    """The share of tokens with an even id: 1 at best, whatever the length."""
+    return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
+
+
+def rows(conversational=True):
+    return Dataset.from_list(
+        [{"prompt": [{"role": "user", "content": text}] if conversational else text} for text in PROMPTS]
+    )
+
+
+@pytest.fixture
+def tokenizer(tiny_model):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def judge(train, tmp_path_factory):
+    """A reward run."""
+    return train("reward", tmp_path_factory.mktemp("judge") / "run", "trainer.learning_rate=0.01").dir
+
+
+@pytest.fixture
+def build(tiny_model, tokenizer, compose, tiny_model_overrides, tmp_path):
+    """build(reward_funcs=even, ..., **arguments of PPOConfig): a trainer on the tiny model in float32."""
+
+    def built(reward_funcs=even, quantization="none", lora=True, adapter=None, eval_dataset=None, data=None, **given):
+        from rlhf_recipes import models
+        from rlhf_recipes.ppo import PPOConfig, PPOTrainer
+
+        overrides = [*tiny_model_overrides, f"quantization={quantization}", "model.dtype=float32"]
+        cfg = compose("ppo", *overrides, *([f"model.adapter={adapter}"] if adapter else []))
+        defaults = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none"}
+        args = PPOConfig(str(tmp_path / "out"), **{**defaults, "save_strategy": "no", **STEPS, **given})
+        torch.manual_seed(0)
+        policy, peft_config = models.load_policy(cfg.model, cfg.quantization, cfg.lora)
+        return PPOTrainer(
+            policy,
+            reward_funcs,
+            args,
+            data or rows(),
+            eval_dataset,
+            tokenizer,
+            peft_config=peft_config if lora else None,
+        )
+
+    return built
+
+
+def logged(trainer, key):
+    return [row[key] for row in trainer.state.log_history if key in row]
+
+
+def weights(trainer):
+    copies = {f"{n}.{k}": p for n, c in trainer.roles.copies.items() for k, p in c.named_parameters()}
+    own = {**dict(trainer.model.named_parameters()), **copies, "value_head": trainer.roles.value_head.weight}
+    return {name: p.detach().clone() for name, p in own.items()}
+
+
+def adapters(trainer):
+    return set(trainer.model.peft_config)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+@pytest.mark.parametrize("value", ["separate", "head"])
+def test_policy_and_critic_move_and_nobody_else(build, judge, train, tmp_path, quantization, value):
+    parent = train("sft", tmp_path / "sft").dir
+    trainer = build(str(judge), quantization, adapter=parent, value=value)
+    before = weights(trainer)
+    trainer.train()
+    moved = {name for name, weight in weights(trainer).items() if not torch.equal(weight, before[name])}
+
+    assert adapters(trainer) == {"default", "reference", "reward_0", *(["critic"] if value == "separate" else [])}
+    expected = {name for name in before if ".default." in name or ".critic." in name or name == "value_head"}
+    assert moved == expected
+    assert ("critic" in str(moved)) == (value == "separate")
+
+
+def test_first_ratio_is_one_and_first_kl_zero(build):
+    trainer = build(num_mini_batches=2, per_device_train_batch_size=1)
+    trainer.train()
+    assert logged(trainer, "ratio/min")[0] == logged(trainer, "ratio/max")[0] == 1
+    assert logged(trainer, "kl")[0] == logged(trainer, "kl_k3")[0] == 0
+    assert logged(trainer, "ratio/max")[1] != 1  # the second mini-batch meets a policy that has moved
+    assert logged(trainer, "sampling/logp_difference")[0] < 1e-4  # the sampler's, with a cache, in float32
+    assert len(trainer.state.log_history) == 5
+
+
+def test_what_the_log_says_of_a_rollout(build):
+    trainer = build(max_steps=1, missing_eos_penalty=1.0)
+    trainer.train()
+    row = trainer.state.log_history[0]
+    assert len(trainer.samples) == 4 and trainer.samples[0]["prompt"] in rows()["prompt"]
+    assert row["reward"] == pytest.approx(sum(s["reward"] for s in trainer.samples) / 4, abs=1e-4)
+    assert row["completions/mean_length"] <= 8 and row["entropy"] == pytest.approx(6.9, abs=0.1)  # ln 1000
+    seconds = {"seconds/rollout", "seconds/scoring", "seconds/update", "tokens_per_second"}
+    of_rollout = {"kl_coef", "reward_std", "explained_variance", "advantage/mean", "advantage/std"}
+    of_texts = {"completions/eos_rate", "completions/distinct_2"}
+    of_update = {"clip_fraction/policy", "clip_fraction/value", "approx_kl", "loss/value", "grad_norm"}
+    assert seconds | of_rollout | of_texts | of_update <= row.keys()
+
+
+@pytest.mark.parametrize("value", ["separate", "head"])
+def test_micro_batches_do_not_change_the_update(build, value):
+    results = []
+    for size in (1, 2, 4):
+        trainer = build(
+            value=value, max_steps=2, per_device_train_batch_size=size, gradient_accumulation_steps=4 // size
+        )
+        trainer.train()
+        results.append(weights(trainer))
+    for other in results[1:]:
+        for name, weight in results[0].items():
+            torch.testing.assert_close(other[name], weight, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_gradient_checkpointing_changes_nothing(build, lora):
+    results = []
+    for checkpointing in (False, True):
+        trainer = build(lora=lora, max_steps=2, gradient_checkpointing=checkpointing, learning_rate=1e-3)
+        trainer.train()
+        assert trainer.roles.causal.is_gradient_checkpointing == checkpointing
+        results.append(weights(trainer))
+    assert all(torch.equal(weight, results[1][name]) for name, weight in results[0].items())
+
+
+def test_without_lora_the_whole_model_trains(build, judge, tmp_path):
+    trainer = build(str(judge), lora=False, learning_rate=1e-3)
+    before = weights(trainer)
+    trainer.train()
+    moved = {name for name, weight in weights(trainer).items() if not torch.equal(weight, before[name])}
+    assert moved == {name for name in before if not name.startswith("reference.")}
+    trainer.save_model(str(tmp_path / "saved"))
+    from transformers import AutoModelForCausalLM
+
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").state_dict()
+    assert all(torch.equal(saved[name], p) for name, p in trainer.model.state_dict().items())
+
+
+def test_the_saved_policy_is_an_ordinary_adapter(build, tiny_model, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    trainer = build()
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    assert not [path for path in (tmp_path / "saved").iterdir() if path.is_dir()]
+    policy = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), tmp_path / "saved").eval()
+    ids = torch.tensor([[1, 5, 9, 30]])
+    trainer.model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(policy(ids).logits, trainer.model(ids).logits)
+
+
+def test_the_critic_starts_as_the_reward_model(build, judge):
+    """V of the last state is the reward model's score of a text that ends there."""
+    trainer = build(str(judge))
+    ids = trainer.processing_class.apply_chat_template(
+        [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "there"}], return_dict=False
+    )
+    with torch.no_grad(), trainer.roles.acting("critic") as decoder:
+        value = trainer.roles.values(decoder(torch.tensor([ids])).last_hidden_state[0, -1:])
+    score = trainer.reward_funcs[0](
+        [[{"role": "user", "content": "hello"}]], [[{"role": "assistant", "content": "there"}]], 1
+    )
+    assert value.item() == pytest.approx(score[0], abs=1e-6) and score[0] != 0
+
+
+def test_the_reward_model_scores_as_it_does_alone(build, judge, compose, tiny_model_overrides, tokenizer):
+    """On the policy's backbone, and as a model of its own for a policy without LoRA."""
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    from rlhf_recipes import models
+    from rlhf_recipes.evaluation import measure
+
+    prompts = [row["prompt"] for row in rows()]
+    answers = [[{"role": "assistant", "content": f"Yes, on day {n}. <|im_end|>"}] for n in range(8)]
+    cfg = compose("ppo", *tiny_model_overrides, "quantization=none", "model.dtype=float32")
+    base = models.load_base(cfg.model, cfg.quantization, AutoModelForSequenceClassification, num_labels=1)
+    alone = PeftModel.from_pretrained(base, judge / "adapter")
+    typed = [[{**turn, "content": turn["content"].replace("<|im", "< |im")} for turn in answer] for answer in answers]
+    expected = measure.rewards(alone, tokenizer, [p + a for p, a in zip(prompts, typed, strict=True)])
+    for trainer in (build(str(judge)), build(str(judge / "adapter")), build(alone, lora=False)):
+        assert trainer.reward_funcs[0](prompts, answers, 3) == pytest.approx(expected, abs=1e-5)
+
+
+def test_sampling_from_merged_copies_is_the_same_policy(build):
+    def sampled(merge, lora):
+        trainer = build(max_steps=2, merge_to_sample=merge)
+        if lora:
+            for name, parameter in trainer.roles.policy_parameters.items():
+                if "lora_B" in name:
+                    torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(1))
+        before = weights(trainer)
+        completions = trainer._complete(list(rows()), list(range(8)))[1]
+        assert all(torch.equal(weight, before[name]) for name, weight in weights(trainer).items())
+        return completions
+
+    plain, merged, untrained = sampled(False, True), sampled(True, True), sampled(True, False)
+    assert plain.ids == merged.ids != untrained.ids
+    for a, b in zip(plain.logps, merged.logps, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_a_sample_depends_on_its_seed_alone(build):
+    trainer, data = build(), list(rows())
+    together = trainer._complete(data, list(range(8)))[1]
+    alone = [trainer._complete([data[i]], [i])[1].ids[0] for i in range(8)]
+    assert together.ids == alone
+    assert together.ids != trainer._complete(data, list(range(1, 9)))[1].ids
+
+
+def test_samples_follow_the_distribution():
+    from rlhf_recipes.ppo.rollout import Sampler
+
+    logits, draws = torch.tensor([0.0, 1.0, 2.0, 3.0]), 20_000
+    sampler = Sampler(list(range(draws)), "cpu", temperature=0.5, top_k=3, top_p=1.0)
+    chosen = sampler(None, logits.expand(draws, -1)).argmax(1)
+    kept = torch.tensor([-torch.inf, 1, 2, 3]) / 0.5
+    torch.testing.assert_close(torch.bincount(chosen, minlength=4) / draws, kept.softmax(0), atol=0.01, rtol=0)
+    torch.testing.assert_close(sampler.logps[0], (logits / 0.5).log_softmax(0)[chosen])  # of the whole distribution
+
+
+def test_pad_equal_to_eos_is_no_trouble(build):
+    trainer = build(max_steps=2)
+    trainer.train()
+    expected = weights(trainer)
+    trainer = build(max_steps=2)
+    trainer.processing_class.pad_token = trainer.processing_class.eos_token
+    trainer.train()
+    for name, weight in weights(trainer).items():
+        torch.testing.assert_close(weight, expected[name], atol=1e-5, rtol=1e-5)
+
+
+def test_plain_prompts_and_columns(build):
+    seen = []
+
+    def reward(prompts, completions, completion_ids, trainer_state, note):
+        seen.append((prompts, completions, note, trainer_state.global_step))
+        return [None, 1.0, 2, 0.5][: len(prompts)]
+
+    def zero(completions, **_):
+        return [0.0] * len(completions)
+
+    data = rows(conversational=False).add_column("note", PROMPTS)
+    trainer = build([reward, zero], data=data, max_steps=2, reward_weights=[1.0, 1.0])
+    trainer.train()
+    prompts, completions, note, step = seen[0]
+    assert prompts == note and all(isinstance(text, str) for text in completions) and step == 0
+    assert trainer.state.log_history[0]["rewards/reward"] == pytest.approx(3.5 / 3)
+    assert trainer.state.log_history[0]["reward"] == pytest.approx(3.5 / 4)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [([1.0], "gave 1 rewards for 4"), ([1.0, 2.0, float("nan"), 1.0], "gave nan"), ([None] * 4, "returned None")],
+)
+def test_a_reward_that_is_none_is_refused(build, answer, message):
+    with pytest.raises(ValueError, match=message):
+        build(lambda **_: answer).train()
+
+
+def test_too_few_prompts_are_refused(build):
+    with pytest.raises(ValueError, match="8 prompts, but a rollout takes 12"):
+        build(gradient_accumulation_steps=6)
+
+
+def test_the_brake_restores_the_last_good_policy(build):
+    trainer = build(max_steps=40, learning_rate=0.5, kl_target=0.05, kl_coef=0.0, num_ppo_epochs=1)
+    good = []
+    govern = trainer._govern
+
+    def watched(micro_batches):
+        govern(micro_batches)
+        good.append({n: p.detach().clone() for n, p in trainer.roles.policy_parameters.items()})
+
+    trainer._govern = watched
+    trainer.train()
+    assert "over 5 times kl_target=0.05" in trainer.stopped
+    assert trainer.state.global_step == len(good) < 40
+    assert logged(trainer, "kl")[-1] > 0.25 > logged(trainer, "kl")[-2]
+    # The weights behind the last rollout that was within bounds.
+    assert all(torch.equal(p, good[-2][n]) for n, p in trainer.roles.policy_parameters.items())
+
+
+def test_a_step_that_is_not_finite_is_not_taken(build):
+    trainer = build(max_steps=6)
+    backward = trainer._backward
+
+    def broken(micro, tokens, first):
+        if trainer.state.global_step == 3:
+            micro.advantages = micro.advantages * torch.nan
+        return backward(micro, tokens, first)
+
+    trainer._backward = broken
+    trainer.train()
+    assert trainer.stopped == "the gradient is not finite at step 3" and trainer.state.global_step == 4
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+
+
+def test_collapsed_entropy_ends_the_run(build):
+    trainer = build(entropy_floor=6.95)  # above ln 1000
+    before = weights(trainer)
+    trainer.train()
+    assert "under entropy_floor=6.95" in trainer.stopped
+    assert all(torch.equal(weight, before[name]) for name, weight in weights(trainer).items())
+
+
+def test_limit_keeps_what_was_reached(build):
+    trainer = build(max_steps=40, kl_controller="limit", kl_target=0.3, kl_coef=0.0)
+    trainer.train()
+    assert "reached kl_target=0.3" in trainer.stopped and trainer.state.global_step < 40
+    episodes = trainer.measure(rows())
+    assert sum(e["kl"] for e in episodes) / len(episodes) > 0
+
+
+def test_evaluate_reports_and_leaves_the_run_alone(build):
+    plain = build()
+    plain.train()
+    trainer = build(eval_dataset={"a": rows(), "b": rows()}, eval_strategy="steps", eval_steps=1)
+    trainer.train()
+    assert all(torch.equal(weight, weights(trainer)[name]) for name, weight in weights(plain).items())
+    metrics = trainer.evaluate()
+    for key in ("reward", "kl", "kl_k3", "completions/mean_length", "completions/eos_rate"):
+        assert metrics[f"eval_a_{key}"] == metrics[f"eval_b_{key}"]
+    assert len(logged(trainer, "eval_a_reward")) == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("value", ["separate", "head"])
+def test_it_learns(build, value):
+    """To prefer even tokens, whose embeddings differ from odd ones' in one direction, on prompts that it never saw."""
+    prompts = [{"prompt": f"Can I come on day {n}?"} for n in range(64)]
+    trainer = build(
+        value=value, data=Dataset.from_list(prompts), max_steps=60, learning_rate=3e-3, kl_coef=0.01,
+        per_device_train_batch_size=16, gradient_accumulation_steps=1, per_device_eval_batch_size=64,
+    )  # fmt: skip
+    trainer.roles.head.weight.data[::2, 0] += 0.3
+    trainer.roles.head.weight.data[1::2, 0] -= 0.3
+    held_out = Dataset.from_list([{"prompt": f"What about {n}?"} for n in range(64)])
+    before = trainer.evaluate(held_out)["eval_reward"]
+    trainer.train()
+    after = trainer.evaluate(held_out)
+    assert trainer.stopped is None
+    assert before < 0.2 and after["eval_reward"] > 0.9 and after["eval_kl"] < 6
+
+
+TWO_PROCESSES = """
+import json, sys
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from rlhf_recipes.ppo import PPOConfig, PPOTrainer
+
+model, out, size, value, prompts = json.loads(sys.argv[1])
+
+def even(completion_ids, **_):
+    return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
+
+args = PPOConfig(out, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", save_strategy="no",
+    max_steps=4, num_ppo_epochs=2, per_device_train_batch_size=size, gradient_accumulation_steps=1,
+    max_completion_length=8, learning_rate=1e-3, lr_scheduler_type="constant", normalize_rewards=True, value=value,
+    kl_controller="adaptive", disable_tqdm=True)
+trainer = PPOTrainer(AutoModelForCausalLM.from_pretrained(model), even, args,
+    Dataset.from_list([{"prompt": p} for p in prompts]), processing_class=AutoTokenizer.from_pretrained(model),
+    peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+trainer.train()
+if trainer.args.process_index == 0:
+    trained = {**trainer.roles.policy_parameters, **trainer.roles.value_parameters}
+    save_file({name: p.detach().contiguous() for name, p in trained.items()}, out + ".safetensors")
+    json.dump(trainer.state.log_history, open(out + ".json", "w"))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("value", ["separate", "head"])
+def test_two_processes_update_as_one(tiny_model, tmp_path, clean_env, value):
+    from safetensors.torch import load_file
+
+    script = tmp_path / "script.py"
+    script.write_text(TWO_PROCESSES)
+    for processes in (1, 2):
+        argument = json.dumps([str(tiny_model), str(tmp_path / str(processes)), 4 // processes, value, PROMPTS])
+        # `accelerate launch --cpu --num_processes 2` starts one process (Accelerate 1.15).
+        launcher = ["torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
+        done = subprocess.run(
+            [sys.executable, "-m", *launcher, str(script), argument],
+            env=clean_env, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    one, two = (load_file(tmp_path / f"{n}.safetensors") for n in (1, 2))
+    assert any("lora_B" in name and weight.abs().max() > 1e-4 for name, weight in one.items())
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, atol=1e-4, rtol=1e-2)
+    logs = [json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2)]
+    logs = [row[2] for row in logs]
+    for key in ("loss", "reward", "reward_std", "kl", "kl_coef", "entropy", "ratio/max", "explained_variance"):
+        assert logs[1][key] == pytest.approx(logs[0][key], rel=1e-2, abs=1e-4), key
+
+
+def test_recipe(run_recipe, judge, tiny_overrides, tmp_path):
+    """The command line: a run of its own kind, whose table of samples is in result.json."""
+    overrides = [*tiny_overrides, "trainer.max_completion_length=8", "trainer.num_ppo_epochs=1"]
+    done = run_recipe("ppo", *overrides, f"reward_funcs={judge}", cwd=tmp_path)
+    assert done.returncode == 0, done
+    folder = tmp_path / "outputs" / "ppo" / "main"
+    result = json.loads((folder / "result.json").read_text())
+    assert result["main"]["name"] == "reward" and result["metrics"]["kl"]["n"] == 4
+    assert result["before"]["kl"]["value"] == 0 and result["stopped"] is None and len(result["samples"]) == 4
+    assert json.loads((folder / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == TINY_ID
+    assert "outputs/ppo/main" in done.stdout and (folder / "curves.png").is_file()
