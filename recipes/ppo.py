@@ -51,7 +51,7 @@ def main(cfg):
         metrics=metrics.episode_metrics(prompts.test, after),
         counts=prompts.report,
         stopped=trainer.stopped,
-        samples=trainer.samples,
+        samples=trainer.samples[-4:],
     )
 
 

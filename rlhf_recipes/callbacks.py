@@ -19,6 +19,8 @@ def watch(trainer, run) -> None:
     trainer.add_callback(Progress(run.recipe))
     trainer.add_callback(MetricsFile(run.dir / "metrics.jsonl"))
     trainer.add_callback(ReturnFreedMemory())
+    if hasattr(trainer, "samples"):
+        trainer.add_callback(SamplesFile(run.dir / "samples.jsonl", trainer))
 
 
 class Progress(TrainerCallback):
@@ -47,6 +49,17 @@ class MetricsFile(TrainerCallback):
     def on_log(self, args, state, control, **kwargs):
         rows = [{key: value for key, value in row.items() if key not in SINCE_LAUNCH} for row in state.log_history]
         lines = [json.dumps({**row, "max_steps": state.max_steps}) for row in rows]
+        write_atomically(self.path, "\n".join(lines) + "\n")
+
+
+class SamplesFile(TrainerCallback):
+    """samples.jsonl: some completions of every rollout, with their scores."""
+
+    def __init__(self, path: Path, trainer):
+        self.path, self.trainer = path, trainer
+
+    def on_log(self, args, state, control, **kwargs):
+        lines = [json.dumps(sample, ensure_ascii=False) for sample in self.trainer.samples]
         write_atomically(self.path, "\n".join(lines) + "\n")
 
 

@@ -44,7 +44,8 @@ def write(result: dict, config: dict) -> str:
     ]
     settings = [
         f"| `{escape(key)}` | `{escape(json.dumps(without_folder(value), ensure_ascii=False))}` |"
-        for group in ("trainer", "lora", "quantization", "data")
+        for group in ("reward_funcs", "trainer", "lora", "quantization", "data")
+        if group in config
         for key, value in flatten({group: config[group]})
         if value is not None and not key.endswith("_target_")
     ]

@@ -1,7 +1,7 @@
 """One run, one folder: refuse to overwrite, continue what was interrupted, leave results that explain themselves.
 
-A run folder holds `config.yaml` (resolved), `checkpoints/` while it runs, `metrics.jsonl`, `curves.png`, `adapter/`,
-`README.md` and, when the run is finished, `result.json`.
+A run folder holds `config.yaml` (resolved), `checkpoints/` while it runs, `metrics.jsonl` (ppo: `samples.jsonl` too),
+`curves.png`, `adapter/`, `README.md` and, when the run is finished, `result.json`.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import sys
+import textwrap
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -333,6 +334,11 @@ def _print_summary(run: Run, result: dict) -> None:
     peak = ", ".join(f"{gib} GiB {where}" for where, gib in result["peak_memory_gib"].items())
     print(f"\n{run.recipe} finished in {result['seconds']:.0f} s, peak {peak}.")
     print(f"  {main['name'].replace('_', ' ')}: {format_estimate(main['before'])} -> {format_estimate(main['after'])}")
+    if result.get("stopped"):
+        print(f"  stopped   {result['stopped']}")
+    for sample in result.get("samples", []):
+        said = textwrap.shorten(sample["completion"], 80, placeholder=" …")
+        print(f"  sample    {sample['reward']:+.3f}  {said or '(empty)'}")
     print(f"  adapter   {run.adapter}\n  curves    {run.dir / 'curves.png'}\n  result    {run.dir / 'result.json'}")
     print(f"  next      {next_command(run)}", flush=True)
 

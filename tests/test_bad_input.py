@@ -93,6 +93,19 @@ def refuse(run_recipe, site, tmp_path_factory):
         ("dpo", "data=local", "data.path: required, but not set. Add data.path=<value>"),
         ("evaluate", "prompts=8", "runs: required, but not set."),
         ("pipeline", "run_name=x", "stages: required, but not set."),
+        ("ppo", "run_name=x", "reward_funcs: required, but not set."),
+        ("ppo", "reward_funcs=1", "reward_funcs=1: must be text or a list [a,b]."),
+        ("ppo", "reward_funcs=[]", "reward_funcs: empty. Give a run of recipes/reward.py"),
+        (
+            "ppo",
+            "reward_funcs=nowhere:score",
+            "reward_funcs=nowhere:score: cannot be imported (No module named 'nowhere')",
+        ),
+        (
+            "ppo",
+            "reward_funcs=json:lodas",
+            "reward_funcs=json:lodas: cannot be imported (module 'json' has no attribute",
+        ),
         ("dpo", "trainer.beta=0.1,0.2", "Ambiguous value for argument 'trainer.beta=0.1,0.2'"),
         ("dpo", "trainer.beta", "Error parsing override 'trainer.beta'"),
         ("dpo", "model.adapter=nowhere", "model.adapter=nowhere: does not exist. Give a run folder"),
@@ -100,6 +113,15 @@ def refuse(run_recipe, site, tmp_path_factory):
 )
 def test_keys_and_values(refuse, tmp_path, recipe, override, says):
     assert refuse(recipe, override, cwd=tmp_path).startswith(says)
+
+
+def test_a_policy_is_no_reward_model(refuse, tmp_path):
+    write_adapter(tmp_path / "sft", recipe="sft")
+    (tmp_path / "empty").mkdir()
+    line = refuse("ppo", "reward_funcs=sft", cwd=tmp_path)
+    assert line == "reward_funcs=sft: is a run of sft. Give one of recipes/reward.py."
+    line = refuse("ppo", "reward_funcs=empty", cwd=tmp_path)
+    assert line == "reward_funcs=empty: holds no model (is the run finished?). Give another."
 
 
 @pytest.mark.parametrize(

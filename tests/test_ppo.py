@@ -435,6 +435,7 @@ def test_recipe(run_recipe, judge, tiny_overrides, tmp_path):
     folder = tmp_path / "outputs" / "ppo" / "main"
     result = json.loads((folder / "result.json").read_text())
     assert result["main"]["name"] == "reward" and result["metrics"]["kl"]["n"] == 4
-    assert result["before"]["kl"]["value"] == 0 and result["stopped"] is None and len(result["samples"]) == 4
+    assert [result["before"]["kl"][key] for key in ("value", "low", "high")] == [0, 0, 0]
+    assert result["stopped"] is None and len(result["samples"]) == 4
     assert json.loads((folder / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == TINY_ID
     assert "outputs/ppo/main" in done.stdout and (folder / "curves.png").is_file()

@@ -53,15 +53,11 @@ def demonstration_metrics(rows: list[dict], logps: list[tuple[float, int]]) -> d
 
 def episode_metrics(rows: list[dict], episodes: list[dict]) -> dict:
     """Held-out metrics of one sampled answer to each prompt: reward, KL to the reference (nats), length, endings."""
-    prompts = [row["prompt_id"] for row in rows]
-    names = {
-        "reward": "reward",
-        "kl": "kl",
-        "kl_k3": "kl_k3",
-        "completion_tokens": "completions/mean_length",
-        "eos_rate": "completions/eos_rate",
-    }
-    return {name: stats.estimate([e[key] for e in episodes], prompts) for name, key in names.items()}
+    prompts, ones = [row["prompt_id"] for row in rows], [1] * len(rows)
+    names = {"reward": "reward", "kl": "kl", "kl_k3": "kl_k3", "completion_tokens": "completions/mean_length"}
+    # No shares: where all are alike, as the KL is before training, so is every resample.
+    means = {k: stats.ratio_of_sums([e[key] for e in episodes], ones, prompts) for k, key in names.items()}
+    return {**means, "eos_rate": stats.estimate([e["completions/eos_rate"] for e in episodes], prompts)}
 
 
 def wins(margins: list[float]) -> list[float]:

@@ -34,12 +34,17 @@ SAYS = {
 
 # title, unit of the y axis, series of TRL's log history
 PANELS = (
+    ("Reward of the rollouts", "mean", ("reward",)),
+    ("KL to the reference", "nats per completion", ("kl", "kl_k3")),
     ("Loss", "loss of the method", ("loss", "nll_loss")),
     ("Preference accuracy", "share of pairs", ("rewards/accuracies", "accuracy")),
     ("Reward margin", "chosen − rejected", ("rewards/margins", "margin")),
     ("Rewards", "reward", ("rewards/chosen", "rewards/rejected", "max_reward", "mean_reward", "min_reward")),
     ("Log-probability", "nats", ("logps/chosen", "logps/rejected")),
     ("Token accuracy", "share of tokens", ("mean_token_accuracy",)),
+    ("Completion length", "tokens", ("completions/mean_length",)),
+    ("Clipped", "share of tokens", ("clip_fraction/policy", "clip_fraction/value")),
+    ("Explained variance", "of the returns", ("explained_variance",)),
     ("Entropy", "nats per token", ("entropy",)),
     ("Gradient norm", "before clipping", ("grad_norm",)),
     ("Learning rate", "per step", ("learning_rate",)),

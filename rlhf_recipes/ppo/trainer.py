@@ -476,7 +476,7 @@ class PPOTrainer(BaseTrainer):
             **{f"seconds/{name}": value for name, value in seconds.items()},
             "tokens_per_second": sum(map(len, completions.ids)) * self.args.world_size / sum(seconds.values()),
         }
-        self.samples = [
+        self.samples += [
             {
                 "step": self.state.global_step,
                 "prompt": rows[i]["prompt"],
@@ -603,6 +603,7 @@ class PPOTrainer(BaseTrainer):
             "reward_moments": asdict(self.reward_moments),
             "rollout_log": self._rollout_log,
             "last_good": self._last_good,
+            "samples": self.samples,
         }
         torch.save(state, self._state_file(output_dir))
 
@@ -618,7 +619,7 @@ class PPOTrainer(BaseTrainer):
         self._micro_batches = [MicroBatch(**{**m, "batch": Batch(**m["batch"])}) for m in state["micro_batches"]]
         self.kl.coef = state["kl_coef"]
         self.reward_moments = algorithm.RunningMoments(**state["reward_moments"])
-        self._rollout_log = state["rollout_log"]
+        self._rollout_log, self.samples = state["rollout_log"], state["samples"]
         self._last_good = {name: weights.cpu() for name, weights in state["last_good"].items()}
 
     def _state_file(self, folder: str) -> str:
