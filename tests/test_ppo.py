@@ -211,6 +211,30 @@ def test_the_reward_model_scores_as_it_does_alone(build, judge, compose, tiny_mo
         assert trainer.reward_funcs[0](prompts, answers, 3) == pytest.approx(expected, abs=1e-5)
 
 
+def test_a_reward_model_with_another_tokenizer_reads_text(build, tokenizer, tmp_path):
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    other = tokenizer.train_new_from_iterator(PROMPTS, 300)
+    config = LlamaConfig(
+        vocab_size=len(other), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_labels=1, pad_token_id=other.pad_token_id,
+    )  # fmt: skip
+    model = LlamaForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path / "judge")
+    other.save_pretrained(tmp_path / "judge")
+    trainer = build(str(tmp_path / "judge"), max_steps=2)
+    trainer.train()
+    assert trainer.stopped is None and logged(trainer, "reward_std")[0] > 0
+
+    prompts, answers = (
+        rows()["prompt"][:2],
+        [[{"role": "assistant", "content": text}] for text in ("Yes.", "No, never")],
+    )
+    texts = [other.apply_chat_template(p + a, return_tensors="pt") for p, a in zip(prompts, answers, strict=True)]
+    expected = [model(**text).logits.item() for text in texts]
+    assert trainer.reward_funcs[0](prompts, answers, 2) == pytest.approx(expected, abs=1e-5)
+
+
 def test_sampling_from_merged_copies_is_the_same_policy(build):
     def sampled(merge, lora):
         trainer = build(max_steps=2, merge_to_sample=merge)

@@ -149,9 +149,9 @@ class Roles:
     def merged(self):
         """The policy with its LoRA added into copies of the base weights, which are gone afterwards: at a token a time
         a layer is one product instead of three, and a 4-bit weight is not unpacked for every token. The base itself,
-        which the other roles share, is never merged into: that would round it. 8-bit layers stay as they are."""
-        layers = [m for m in self.causal.modules() if isinstance(m, LoraLayer) and POLICY in m.lora_A]
-        layers = [m for m in layers if m.get_base_layer().weight.dtype != torch.int8]
+        which the other roles share, is never merged into: that would round it. Layers that are more than a linear one
+        and a plain LoRA stay as they are."""
+        layers = [m for m in self.causal.modules() if isinstance(m, LoraLayer) and _is_plain(m)]
         for layer in layers:
             base = layer.get_base_layer()
             weight = dequantize_module_weight(base)
@@ -199,6 +199,11 @@ class Roles:
             raise ValueError(f"{where}: {key} is in one of adapter and model only. They do not belong together.")
         set_peft_model_state_dict(self.model, weights, adapter_name=name)
         self.model.set_adapter(POLICY)
+
+
+def _is_plain(layer: LoraLayer) -> bool:
+    base, special = layer.get_base_layer(), POLICY in layer.lora_variant or layer.lora_bias.get(POLICY)
+    return isinstance(base, nn.Linear) and base.weight.dtype != torch.int8 and POLICY in layer.lora_A and not special
 
 
 def _linear(x: Tensor, *, weight: Tensor, bias: Tensor | None, **_) -> Tensor:

@@ -1,0 +1,117 @@
+"""Does PPO learn? The embedded model, ten minutes for each run, several seeds, two rewards.
+
+    python tests/benchmarks/ppo_learns.py --seeds 3 --plot ppo_learns.png
+
+`vowels`: the share of words that begin with a vowel. Its optimum is 1, and no length reaches it. `reward model`: a run
+of recipes/reward.py on the clinic pairs. Printed are the mean rewards of held-out prompts before and after with their
+95 % intervals, the KL to the reference, and the minutes. Run it alone on the machine.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+TRAINING = [
+    "trainer.value=head",
+    "trainer.num_ppo_epochs=2",
+    "trainer.per_device_train_batch_size=8",
+    "trainer.gradient_accumulation_steps=2",
+    "trainer.max_completion_length=32",
+    "trainer.learning_rate=3e-4",
+    "trainer.value_learning_rate=1e-3",
+    "trainer.missing_eos_penalty=null",
+    "trainer.per_device_eval_batch_size=27",
+    "trainer.save_strategy=no",
+]
+# What differs: the reward, its scale, and hence the weight of the KL.
+REWARDS = {
+    "vowels": ["reward_funcs=ppo_learns:vowels", "trainer.kl_coef=0.01"],
+    "reward model": ["reward_funcs=outputs/reward/main", "trainer.kl_coef=0.05"],
+}
+REWARD_MODEL = ["trainer.learning_rate=5e-4", "trainer.per_device_train_batch_size=2", "data.eval_size=40"]
+
+
+def vowels(completions, **_) -> list[float]:
+    """The share of words that begin with a vowel; 0 for an answer without words."""
+    words = [re.findall(r"[a-z]+", turns[0]["content"].lower()) for turns in completions]
+    return [sum(word[0] in "aeiou" for word in each) / max(len(each), 1) for each in words]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--updates", type=int, default=40, help="rollouts of 16 episodes")
+    parser.add_argument("--rewards", nargs="+", choices=REWARDS, default=list(REWARDS))
+    parser.add_argument("--plot", type=Path, help="write the curves here")
+    options = parser.parse_args()
+    env = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count()), "PYTHONPATH": str(HERE)}
+    curves = {}
+    with tempfile.TemporaryDirectory() as folder:
+        if "reward model" in options.rewards:
+            run(["reward", *REWARD_MODEL], env, folder)
+        for reward in options.rewards:
+            for seed in range(options.seeds):
+                name = f"{reward.replace(' ', '_')}_{seed}"
+                steps = f"trainer.max_steps={2 * options.updates}"
+                seeded = [f"trainer.seed={seed}", f"run_name={name}", steps, "data.eval_size=54"]
+                run(["ppo", *TRAINING, *REWARDS[reward], *seeded], env, folder)
+                result = Path(folder) / "outputs" / "ppo" / name
+                curves[reward, seed] = describe(reward, seed, result)
+    if options.plot:
+        plot(curves, options.plot)
+
+
+def run(command: list[str], env: dict, folder: str) -> None:
+    recipe, *overrides = command
+    subprocess.run(
+        [sys.executable, "-m", f"rlhf_recipes.recipes.{recipe}", *overrides], env=env, cwd=folder, check=True
+    )
+
+
+def describe(reward: str, seed: int, folder: Path) -> list[dict]:
+    """Print a line; return the rows of the log, one for each rollout."""
+    from rlhf_recipes.stats import format_estimate
+
+    result = json.loads((folder / "result.json").read_text())
+    before, after = result["main"]["before"], result["main"]["after"]
+    risen = "risen" if after["low"] > before["high"] else "not beyond the intervals"
+    print(
+        f"{datetime.date.today()} {reward}, seed {seed}: "
+        f"{format_estimate(before)} -> {format_estimate(after)}, {risen}; "
+        f"KL {format_estimate(result['metrics']['kl'])}; n {after['n']}; {result['seconds'] / 60:.1f} minutes; "
+        f"{result['stopped'] or 'to its end'}",
+        flush=True,
+    )
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "reward" in row and row["step"] % 2 == 0]
+
+
+def plot(curves: dict, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    rewards = list(dict.fromkeys(reward for reward, _ in curves))
+    figure = Figure(figsize=(9, 2.6 * len(rewards)), dpi=100, layout="constrained")
+    axes = figure.subplots(len(rewards), 2, squeeze=False)
+    for (reward, seed), rows in curves.items():
+        row = axes[rewards.index(reward)]
+        for panel, key, title in (
+            (row[0], "reward", f"{reward}: mean reward"),
+            (row[1], "kl", "KL to the reference, nats"),
+        ):
+            panel.plot([r["step"] // 2 for r in rows], [r[key] for r in rows], label=f"seed {seed}", linewidth=1.2)
+            panel.set_title(title, loc="left", fontsize=10)
+            panel.set_xlabel("rollouts of 16 episodes")
+            panel.spines[["top", "right"]].set_visible(False)
+            panel.legend(fontsize=8, frameon=False)
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()
