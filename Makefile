@@ -16,6 +16,7 @@ lint: $(VENV)/installed
 
 bench: $(VENV)/installed
 	@$(BIN)/python tests/benchmarks/dpo_versus_trl.py
+	@$(BIN)/python tests/benchmarks/ppo_vs_trl.py
 
 # The file appears when the installation is complete: an interrupted one starts again.
 $(VENV)/installed: pyproject.toml constraints.txt

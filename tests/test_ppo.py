@@ -294,11 +294,12 @@ def test_plain_prompts_and_columns(build):
         return [0.0] * len(completions)
 
     data = rows(conversational=False).add_column("note", PROMPTS)
-    trainer = build([reward, zero], data=data, max_steps=2, reward_weights=[1.0, 1.0])
+    trainer = build([reward, zero, zero], data=data, max_steps=2, reward_weights=[1.0, 1.0, 0.5])
     trainer.train()
     prompts, completions, note, step = seen[0]
     assert prompts == note and all(isinstance(text, str) for text in completions) and step == 0
     assert trainer.state.log_history[0]["rewards/reward"] == pytest.approx(3.5 / 3)
+    assert trainer.state.log_history[0]["rewards/zero_1"] == trainer.state.log_history[0]["rewards/zero_2"] == 0
     assert trainer.state.log_history[0]["reward"] == pytest.approx(3.5 / 4)
 
 

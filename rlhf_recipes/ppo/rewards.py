@@ -96,11 +96,14 @@ def load(reference, roles: Roles, tokenizer, reward_tokenizer, args) -> Callable
 
 
 def name_of(function: Callable) -> str:
-    return (
-        function.name
-        if isinstance(function, LearnedReward)
-        else getattr(function, "__name__", type(function).__name__)
-    )
+    kind = type(function).__name__
+    return function.name if isinstance(function, LearnedReward) else getattr(function, "__name__", kind)
+
+
+def names(functions: list[Callable]) -> list[str]:
+    """Their names, numbered where several are called alike."""
+    found = [name_of(function) for function in functions]
+    return [f"{name}_{i}" if found.count(name) > 1 else name for i, name in enumerate(found)]
 
 
 def call(

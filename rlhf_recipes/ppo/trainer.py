@@ -401,8 +401,8 @@ class PPOTrainer(BaseTrainer):
             "reward": algorithm.combine_rewards(rewards_BR, self.reward_weights, args.reward_ensemble, args.uwo_coef)
         }
         if len(columns) > 1:
-            for function, rewards_B in zip(self.reward_funcs, rewards_BR.T, strict=True):
-                parts[f"rewards/{rewards.name_of(function)}"] = rewards_B
+            for name, rewards_B in zip(rewards.names(self.reward_funcs), rewards_BR.T, strict=True):
+                parts[f"rewards/{name}"] = rewards_B
             parts["reward_disagreement"] = rewards_BR.std(1, correction=0)
         if self.overlong:
             parts["overlong_penalty"] = torch.tensor(self.overlong(completion_ids=completions.ids))
