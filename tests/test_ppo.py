@@ -463,4 +463,6 @@ def test_recipe(run_recipe, judge, tiny_overrides, tmp_path):
     assert [result["before"]["kl"][key] for key in ("value", "low", "high")] == [0, 0, 0]
     assert result["stopped"] is None and len(result["samples"]) == 4
     assert json.loads((folder / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == TINY_ID
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert samples[-4:] == result["samples"] and {"prompt", "completion", "reward"} <= samples[0].keys()
     assert "outputs/ppo/main" in done.stdout and (folder / "curves.png").is_file()
