@@ -102,7 +102,7 @@ def test_policy_and_critic_move_and_nobody_else(build, judge, train, tmp_path, q
 
 
 def test_first_ratio_is_one_and_first_kl_zero(build):
-    trainer = build(num_mini_batches=2, per_device_train_batch_size=1)
+    trainer = build(num_mini_batches=2, per_device_train_batch_size=1, temperature=0.7, top_k=50)
     trainer.train()
     assert logged(trainer, "ratio/min")[0] == logged(trainer, "ratio/max")[0] == 1
     assert logged(trainer, "kl")[0] == logged(trainer, "kl_k3")[0] == 0
@@ -123,6 +123,26 @@ def test_what_the_log_says_of_a_rollout(build):
     of_texts = {"completions/eos_rate", "completions/distinct_2"}
     of_update = {"clip_fraction/policy", "clip_fraction/value", "approx_kl", "loss/value", "grad_norm"}
     assert seconds | of_rollout | of_texts | of_update <= row.keys()
+
+
+def test_what_an_episode_earns(build):
+    """Rewards 1 and 3; the second completion lacks EOS and uses 7 of 8 tokens, 4 of which are for a soft landing."""
+    from rlhf_recipes.ppo.rollout import Completions
+
+    completions = Completions([[5, 2], [5] * 7], [], None, [True, False])
+
+    def earned(**given):
+        trainer = build(lambda **_: [1.0, 3.0], **given)
+        return trainer._scores(trainer._rewards(list(rows())[:2], completions), completions).tolist()
+
+    assert earned() == [1, 3]
+    assert earned(missing_eos_penalty=2.5) == [1, 0.5]
+    assert earned(soft_punish_cache=4) == [1, 2.25]  # (8 - 4 - 7) / 4 = -0.75
+    assert earned(reward_clip_range=(-2, 2)) == [1, 2]
+    assert earned(normalize_rewards=True) == pytest.approx([-1, 1])
+    assert earned(reward_weights=[0.5], missing_eos_penalty=1.0, reward_clip_range=(0.6, 9)) == pytest.approx(
+        [0.6, 0.6]
+    )
 
 
 @pytest.mark.parametrize("value", ["separate", "head"])
