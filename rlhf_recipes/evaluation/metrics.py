@@ -51,13 +51,22 @@ def demonstration_metrics(rows: list[dict], logps: list[tuple[float, int]]) -> d
     return {"perplexity": stats.ratio_of_sums(losses, tokens, prompts, exponential=True)}
 
 
-def episode_metrics(rows: list[dict], episodes: list[dict]) -> dict:
-    """Held-out metrics of one sampled answer to each prompt: reward, KL to the reference (nats), length, endings."""
+def episode_metrics(rows: list[dict], episodes: list[dict], before: list[dict]) -> dict:
+    """Held-out metrics of one sampled answer to each prompt: reward, KL to the reference (nats), length, endings.
+
+    `before` are the answers before training; `reward_change` pairs the two answers to each prompt, so that its
+    interval is free of how much prompts differ.
+    """
     prompts, ones = [row["prompt_id"] for row in rows], [1] * len(rows)
     names = {"reward": "reward", "kl": "kl", "kl_k3": "kl_k3", "completion_tokens": "completions/mean_length"}
     # No shares: where all are alike, as the KL is before training, so is every resample.
     means = {k: stats.ratio_of_sums([e[key] for e in episodes], ones, prompts) for k, key in names.items()}
-    return {**means, "eos_rate": stats.estimate([e["completions/eos_rate"] for e in episodes], prompts)}
+    change = stats.difference([e["reward"] for e in episodes], [e["reward"] for e in before], prompts)
+    return {
+        **means,
+        "reward_change": change,
+        "eos_rate": stats.estimate([e["completions/eos_rate"] for e in episodes], prompts),
+    }
 
 
 def wins(margins: list[float]) -> list[float]:
