@@ -248,8 +248,6 @@ class PPOTrainer(BaseTrainer):
             self._drop_gradients()
             self._started, self._entropy = time.monotonic(), torch.zeros((), device=self.args.device)
         self._accumulated = (accumulated + 1) % self.args.gradient_accumulation_steps
-        if self.stopped:
-            return torch.zeros((), device=self.args.device)
         position = step % self.args.num_mini_batches * self.args.gradient_accumulation_steps
         micro_batches = self._micro_batches[position : position + self.args.gradient_accumulation_steps]
         tokens = sum(m.batch.mask_BK.sum() for m in micro_batches)
