@@ -129,7 +129,7 @@ def test_what_an_episode_earns(build):
     """Rewards 1 and 3; the second completion lacks EOS and uses 7 of 8 tokens, 4 of which are for a soft landing."""
     from rlhf_recipes.ppo.rollout import Completions
 
-    completions = Completions([[5, 2], [5] * 7], [], None, [True, False])
+    completions = Completions([[5, 2], [5] * 7], ["a", "b"], [], None, [True, False])
 
     def earned(**given):
         trainer = build(lambda **_: [1.0, 3.0], **given)

@@ -38,7 +38,7 @@ def token_logps(model, pad_id: int, encoded: list[tuple[list[int], int]], what: 
     results: list[Any] = [None] * len(encoded)
     with _measuring(model):
         for indices in _batches(encoded, what, model.device, vocabulary):
-            ids_BT, mask_BT, positions_BT = _left_pad([encoded[i][0] for i in indices], pad_id, model.device)
+            ids_BT, mask_BT, positions_BT = left_pad([encoded[i][0] for i in indices], pad_id, model.device)
             counts = [len(encoded[i][0]) - encoded[i][1] for i in indices]
             K = max(counts)
             output = model(
@@ -80,7 +80,7 @@ def rewards(model, tokenizer, conversations: list[list[Message]], what: str = "R
     results: list[Any] = [None] * len(encoded)
     with _measuring(model):
         for indices in _batches(encoded, what, model.device):
-            ids_BT, mask_BT, positions_BT = _left_pad(
+            ids_BT, mask_BT, positions_BT = left_pad(
                 [encoded[i][0] for i in indices], tokenizer.pad_token_id, model.device
             )
             scores_B = model(input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT).logits[:, 0].float()
@@ -106,7 +106,7 @@ def generate(model, tokenizer, prompts: list[list[Message]], *, max_new_tokens, 
     import torch
 
     encoded = [(encode(tokenizer, p, None)[0], 0) for p in prompts]
-    stops = _stop_ids(model, tokenizer)
+    stops = stop_ids(model, tokenizer)
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
         if temperature
@@ -116,7 +116,7 @@ def generate(model, tokenizer, prompts: list[list[Message]], *, max_new_tokens, 
     torch.manual_seed(seed)
     with _measuring(model):
         for indices in _batches([(ids + [0] * max_new_tokens, 0) for ids, _ in encoded], what, model.device):
-            ids_BT, mask_BT, _ = _left_pad([encoded[i][0] for i in indices], tokenizer.pad_token_id, model.device)
+            ids_BT, mask_BT, _ = left_pad([encoded[i][0] for i in indices], tokenizer.pad_token_id, model.device)
             out_BT = model.generate(
                 input_ids=ids_BT, attention_mask=mask_BT, max_new_tokens=max_new_tokens, eos_token_id=stops,
                 pad_token_id=tokenizer.pad_token_id, **sampling,
@@ -180,7 +180,7 @@ def _batches(encoded: list[tuple[list[int], int]], what: str, device, vocabulary
         memory.return_freed_memory()
 
 
-def _left_pad(sequences: list[list[int]], pad_id: int, device):
+def left_pad(sequences: list[list[int]], pad_id: int, device):
     """Ids, mask and positions; padding on the left aligns the completions at the end."""
     import torch
 
@@ -190,7 +190,8 @@ def _left_pad(sequences: list[list[int]], pad_id: int, device):
     return ids_BT, mask_BT, (mask_BT.cumsum(1) - 1).clamp(min=0)
 
 
-def _stop_ids(model, tokenizer) -> list[int]:
+def stop_ids(model, tokenizer) -> list[int]:
+    """Every token that ends an answer: those that the model declares, and the tokenizer's."""
     configured = model.generation_config.eos_token_id
     stops = configured if isinstance(configured, list) else [configured]
     return sorted({i for i in [*stops, tokenizer.eos_token_id] if i is not None})

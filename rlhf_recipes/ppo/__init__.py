@@ -4,6 +4,8 @@ from pathlib import Path
 
 from rlhf_recipes import config, run
 
+MODEL_FILES = ("adapter/adapter_config.json", "adapter_config.json", "config.json")
+
 
 def find_rewards(references: str | list[str]) -> list[str]:
     """`reward_funcs` as a list, refused where that needs no model: a folder that is no reward model, no such function.
@@ -24,9 +26,6 @@ def find_rewards(references: str | list[str]) -> list[str]:
         elif ":" in reference:
             config.import_function(reference, "reward_funcs")
     return found
-
-
-MODEL_FILES = ("adapter/adapter_config.json", "adapter_config.json", "config.json")
 
 
 def __getattr__(name: str):

@@ -25,7 +25,7 @@ def kl_estimates(logps: Tensor, reference_logps: Tensor) -> tuple[Tensor, Tensor
 
 
 def token_rewards(scores_B: Tensor, kl_BK: Tensor, mask_BK: Tensor, kl_coef: float) -> Tensor:
-    """-kl_coef * k1 at every token, and the score at the last one (Ziegler et al., arXiv:1909.08593, equation 2)."""
+    """-kl_coef * k1 at every token, and the score at the last one (Ziegler et al., arXiv:1909.08593)."""
     rewards_BK = -kl_coef * kl_BK * mask_BK
     last_B = mask_BK.sum(1).long() - 1
     rewards_BK[torch.arange(len(last_B), device=last_B.device), last_B] += scores_B
@@ -71,7 +71,7 @@ def policy_objective(
 
         min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)
 
-    With `dual_clip` c > 1 it is bounded from below by c A where A < 0 (Ye et al., arXiv:1912.09729, equation 5).
+    With `dual_clip` c > 1 it is bounded from below by c A where A < 0 (Ye et al., arXiv:1912.09729).
 
     Returns:
         The objective, the ratio, and 1 where the clip decided.
@@ -95,7 +95,7 @@ def combine_rewards(rewards_BR: Tensor, weights_R: Tensor, how: str, uwo_coef: f
     """One reward for each episode; NaN marks a function that does not apply to it.
 
     `sum` of the weighted rewards; over an ensemble `mean`, `min` (worst case) or `uwo`, the mean less `uwo_coef` times
-    the variance (Coste et al., arXiv:2310.02743, section 3).
+    the variance (Coste et al., arXiv:2310.02743).
 
     Raises:
         ValueError: no function applies to an episode.
@@ -117,7 +117,7 @@ def combine_rewards(rewards_BR: Tensor, weights_R: Tensor, how: str, uwo_coef: f
 class KLController:
     """The coefficient of the KL penalty.
 
-    `adaptive` (Ziegler et al., arXiv:1909.08593, section 2.2): after each batch
+    `adaptive` (Ziegler et al., arXiv:1909.08593): after each batch
     coef <- coef (1 + clip(KL / target - 1, -0.2, 0.2) episodes / horizon), KL in nats per episode. `fixed` and `limit`
     leave it as it is.
     """

@@ -112,6 +112,19 @@ class PPOConfig(BaseConfig):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be above 0.")
 
+    def check_prompts(self, count: int) -> None:
+        """Refuse `count` prompts that do not fill a rollout.
+
+        Raises:
+            ValueError: names what to lower.
+        """
+        needed = self.prompts_per_rollout * self.world_size
+        if count < needed:
+            raise ValueError(
+                f"train_dataset: {count} prompts, but a rollout takes {needed} (per_device_train_batch_size x "
+                "gradient_accumulation_steps x num_mini_batches x processes). Lower these, or give more prompts."
+            )
+
     @property
     def steps_per_rollout(self) -> int:
         """Optimizer steps that use one rollout."""

@@ -96,8 +96,8 @@ class Roles:
             self._add_adapter(REFERENCE, self.model.peft_config[POLICY], self._weights(POLICY))
 
     def add_critic(self, reward_adapter: str | None, score: nn.Module | None) -> None:
-        """Give the critic its weights: the reward model's where one shares the backbone (InstructGPT,
-        arXiv:2203.02155, section 3.5), else the policy's and a head of zeros."""
+        """Give the critic its weights: the reward model's where one shares the backbone (Huang et al.,
+        arXiv:2403.17031), else the policy's and a head of zeros."""
         if self.separate and self.shared:
             source = reward_adapter or POLICY
             self._add_adapter(CRITIC, self.model.peft_config[source], self._weights(source))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
+from rlhf_recipes.evaluation.measure import left_pad
 from rlhf_recipes.ppo.roles import Roles
 
 
@@ -18,12 +19,14 @@ class Completions:
 
     Attributes:
         ids: tokens of each, EOS included.
+        texts: the same without control tokens.
         logps: log-probabilities of these tokens when they were sampled, a tensor for each.
         values: V before each token, where a head on the policy gives it, else None.
         finished: whether it ended with EOS.
     """
 
     ids: list[list[int]]
+    texts: list[str]
     logps: list[Tensor]
     values: list[Tensor] | None
     finished: list[bool]
@@ -62,7 +65,7 @@ class Sampler(LogitsProcessor):
 
 
 def sample(
-    roles: Roles, prompts: list[list[int]], seeds: list[int], eos_ids: list[int], pad_id: int, args, *, values: bool
+    roles: Roles, tokenizer, prompts: list[list[int]], seeds: list[int], eos_ids: list[int], args, *, values: bool
 ) -> Completions:
     """One completion of each prompt under the policy.
 
@@ -72,9 +75,7 @@ def sample(
         values: also V of every state, from the head on the policy's hidden states.
     """
     device = roles.head.weight.device
-    T = max(map(len, prompts))
-    ids_BT = torch.tensor([[pad_id] * (T - len(p)) + p for p in prompts], device=device)
-    mask_BT = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in prompts], device=device)
+    ids_BT, mask_BT, _ = left_pad(prompts, tokenizer.pad_token_id, device)
     sampler = Sampler(seeds, device, args.temperature, args.top_k, args.top_p)
     seen: list[Tensor] = []
     hook = roles.head.register_forward_pre_hook(lambda _, inputs: seen.append(roles.values(inputs[0][:, -1])))
@@ -89,7 +90,7 @@ def sample(
                 max_new_tokens=args.max_completion_length,
                 do_sample=False,
                 eos_token_id=eos_ids,
-                pad_token_id=pad_id,
+                pad_token_id=tokenizer.pad_token_id,
                 repetition_penalty=1.0,
                 use_cache=True,
             ),
@@ -98,8 +99,8 @@ def sample(
         hook.remove()
     logps_BK = torch.stack(sampler.logps, 1)
     values_BK = torch.stack(seen, 1) if values else None
-    completions = Completions([], [], [] if values else None, [])
-    for row, tokens in enumerate(out_BT[:, T:].tolist()):
+    completions = Completions([], [], [], [] if values else None, [])
+    for row, tokens in enumerate(out_BT[:, ids_BT.shape[1] :].tolist()):
         end = next((n for n, token in enumerate(tokens) if token in eos_ids), None)
         length = len(tokens) if end is None else end + 1
         completions.ids.append(tokens[:length])
@@ -107,4 +108,5 @@ def sample(
         completions.finished.append(end is not None)
         if values:
             completions.values.append(values_BK[row, :length])
+    completions.texts = tokenizer.batch_decode(completions.ids, skip_special_tokens=True)
     return completions

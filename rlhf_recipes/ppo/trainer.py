@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import speed_metrics
 
 from rlhf_recipes import models, progress
+from rlhf_recipes.evaluation.measure import stop_ids
 from rlhf_recipes.evaluation.summary import distinct_2
 from rlhf_recipes.ppo import algorithm, rewards
 from rlhf_recipes.ppo.config import PPOConfig
@@ -134,6 +135,9 @@ class PPOTrainer(BaseTrainer):
         peft_config: PeftConfig | None = None,
     ):
         args = args or PPOConfig(output_dir="ppo")
+        if not isinstance(train_dataset, Dataset) or "prompt" not in train_dataset.column_names:
+            raise ValueError("train_dataset: must be a datasets.Dataset with a column `prompt`.")
+        args.check_prompts(len(train_dataset))
         set_seed(args.seed)
         if isinstance(model, str):
             kwargs = dict(args.model_init_kwargs or {})
@@ -156,7 +160,6 @@ class PPOTrainer(BaseTrainer):
         models.keep_gradients_on_cpu(model)
         if args.disable_dropout:
             disable_dropout_in_model(model)
-        self._check_data(train_dataset, args)
 
         self.roles = Roles(model, args.value)
         self.roles.add_reference(starts_from_adapter)
@@ -173,9 +176,7 @@ class PPOTrainer(BaseTrainer):
         self.overlong = args.soft_punish_cache and get_soft_overlong_punishment(
             args.max_completion_length, args.soft_punish_cache
         )
-        declared = self.roles.causal.generation_config.eos_token_id
-        declared = declared if isinstance(declared, list) else [declared]
-        self.eos_ids = sorted({i for i in [*declared, processing_class.eos_token_id] if i is not None})
+        self.eos_ids = stop_ids(self.roles.causal, processing_class)
 
         self.kl = algorithm.KLController(args.kl_controller, args.kl_coef, args.kl_target, args.kl_horizon)
         self.reward_moments = algorithm.RunningMoments()
@@ -374,10 +375,10 @@ class PPOTrainer(BaseTrainer):
         with self.accelerator.autocast(), self.roles.merged() if merge else nullcontext():
             completions = sample(
                 self.roles,
+                self.processing_class,
                 prompts,
                 seeds,
                 self.eos_ids,
-                self.processing_class.pad_token_id,
                 self.args,
                 values=not self.roles.separate,
             )
@@ -386,12 +387,12 @@ class PPOTrainer(BaseTrainer):
     def _rewards(self, rows: list[dict], completions: Completions) -> dict[str, Tensor]:
         """`reward` of each episode, and its parts, on the CPU."""
         args = self.args
-        texts = self.processing_class.batch_decode(completions.ids, skip_special_tokens=True)
-        plain = isinstance(rows[0]["prompt"], str)
-        said = texts if plain else [[{"role": "assistant", "content": text.strip()}] for text in texts]
+        texts = completions.texts
+        if not isinstance(rows[0]["prompt"], str):
+            texts = [[{"role": "assistant", "content": text.strip()}] for text in texts]
         with self.accelerator.autocast():
             columns = [
-                rewards.call(f, rows, said, completions.ids, self.state, args.per_device_train_batch_size)
+                rewards.call(f, rows, texts, completions.ids, self.state, args.per_device_train_batch_size)
                 for f in self.reward_funcs
             ]
         rewards_BR = torch.tensor([[torch.nan if r is None else float(r) for r in column] for column in columns]).T
@@ -451,13 +452,8 @@ class PPOTrainer(BaseTrainer):
         for m in micro_batches:
             m.advantages, m.returns = algorithm.gae(m.rewards, m.old_values, m.batch.mask_BK, args.gamma, args.lam)
         advantages = _joined([m.advantages for m in micro_batches])
-        self._rollout_log = dict(
-            zip(
-                ("advantage/mean", "advantage/std"),
-                (x.item() for x in algorithm.moments(advantages, mask, self._sum)),
-                strict=True,
-            )
-        )
+        mean, std = algorithm.moments(advantages, mask, self._sum)
+        self._rollout_log = {"advantage/mean": mean.item(), "advantage/std": std.item()}
         for m, part in zip(micro_batches, _parted(algorithm.whiten(advantages, mask, self._sum), masks), strict=True):
             m.advantages = part
         returns, values = _joined([m.returns for m in micro_batches]), _joined([m.old_values for m in micro_batches])
@@ -478,7 +474,7 @@ class PPOTrainer(BaseTrainer):
             {
                 "step": self.state.global_step,
                 "prompt": rows[i]["prompt"],
-                "completion": self.processing_class.decode(completions.ids[i], skip_special_tokens=True).strip(),
+                "completion": completions.texts[i].strip(),
                 **{name: round(values[i].item(), 4) for name, values in columns.items()},
             }
             for i in range(min(SAMPLES, len(rows)))
@@ -486,11 +482,11 @@ class PPOTrainer(BaseTrainer):
 
     def _columns(self, completions: Completions, parts: dict[str, Tensor]) -> dict[str, Tensor]:
         """What is known of each episode; the first is its reward."""
-        texts = self.processing_class.batch_decode(completions.ids, skip_special_tokens=True)
+        distinct = [torch.nan if d is None else d for d in map(distinct_2, completions.texts)]
         return parts | {
             "completions/mean_length": torch.tensor([float(len(ids)) for ids in completions.ids]),
             "completions/eos_rate": torch.tensor([float(f) for f in completions.finished]),
-            "completions/distinct_2": torch.tensor([torch.nan if d is None else d for d in map(distinct_2, texts)]),
+            "completions/distinct_2": torch.tensor(distinct),
         }
 
     def _govern(self, micro_batches: list[MicroBatch]) -> None:
@@ -525,17 +521,6 @@ class PPOTrainer(BaseTrainer):
             for name, weights in self._last_good.items():
                 self.roles.trained()[name].data.copy_(weights)
 
-    def _keep_samples(self, rows: list[dict], completions: Completions, columns: dict[str, Tensor]) -> None:
-        self.samples = [
-            {
-                "step": self.state.global_step,
-                "prompt": rows[i]["prompt"],
-                "completion": self.processing_class.decode(completions.ids[i], skip_special_tokens=True),
-                **{name: round(values[i].item(), 4) for name, values in columns.items()},
-            }
-            for i in range(min(4, len(rows)))
-        ]
-
     # ---- Evaluation
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
@@ -562,9 +547,8 @@ class PPOTrainer(BaseTrainer):
     def measure(self, data: Dataset, what: str = "Held out") -> list[dict]:
         """One episode for each prompt: `reward`, `kl`, `kl_k3` and what else a rollout logs."""
         size, world, found = self.args.per_device_eval_batch_size, self.args.world_size, []
-        starts = range(0, len(data), size * world)
         line = progress.Line(what, len(data))
-        for start in starts:
+        for start in range(0, len(data), size * world):
             everyones = [i % len(data) for i in range(start, start + size * world)]  # of equal size on each process
             indices = (
                 everyones[self.args.process_index * size :][:size] if world > 1 else everyones[: len(data) - start]
@@ -667,18 +651,6 @@ class PPOTrainer(BaseTrainer):
         if not functions or len(tokenizers) != len(functions):
             raise ValueError("reward_funcs: at least one, and as many reward_processing_classes if these are given.")
         return [rewards.load(f, self.roles, tokenizer, t, args) for f, t in zip(functions, tokenizers, strict=True)]
-
-    @staticmethod
-    def _check_data(train_dataset, args: PPOConfig) -> None:
-        if not isinstance(train_dataset, Dataset) or "prompt" not in train_dataset.column_names:
-            raise ValueError("train_dataset: must be a datasets.Dataset with a column `prompt`.")
-        needed = args.prompts_per_rollout * args.world_size
-        if len(train_dataset) < needed:
-            raise ValueError(
-                f"train_dataset: {len(train_dataset)} prompts, but a rollout takes {needed} "
-                "(per_device_train_batch_size x gradient_accumulation_steps x num_mini_batches x processes). "
-                "Lower these, or give more prompts."
-            )
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
