@@ -8,9 +8,9 @@ Shapes: B episodes, K completion tokens, N completion tokens of a batch, R rewar
 
 import os
 import time
-from collections.abc import Callable, Sized
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from types import MappingProxyType
 
 import torch
@@ -18,7 +18,7 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_utils import speed_metrics
 
@@ -27,6 +27,7 @@ from rlhf_recipes.evaluation.measure import stop_ids
 from rlhf_recipes.evaluation.summary import distinct_2
 from rlhf_recipes.ppo import algorithm, rewards
 from rlhf_recipes.ppo.config import PPOConfig
+from rlhf_recipes.ppo.experience import MicroBatch, RolloutSampler, Tally, compute_advantages
 from rlhf_recipes.ppo.roles import CRITIC, POLICY, REFERENCE, Batch, Roles, hidden_states
 from rlhf_recipes.ppo.rollout import Completions, sample
 from rlhf_recipes.ppo.trl_private import (
@@ -39,59 +40,6 @@ from rlhf_recipes.ppo.trl_private import (
 
 TRAIN, EVALUATE = 0, 1  # streams of random numbers
 SAMPLES = 4  # completions of each rollout to show
-
-
-@dataclass
-class MicroBatch:
-    """Episodes that are trained on together, with what the rollout knows of them; (B, K) each.
-
-    `old_logps` are the policy's before it moved: of the sampler, or, where the first step of a rollout uses the
-    episodes, of that step itself, whose ratio is then exactly 1.
-    """
-
-    batch: Batch
-    old_logps: Tensor
-    reference_logps: Tensor
-    old_values: Tensor
-    rewards: Tensor
-    advantages: Tensor | None = None
-    returns: Tensor | None = None
-
-
-@dataclass
-class Tally:
-    """Sums and extremes of what is logged, until it is."""
-
-    sums: dict[str, list[float]] = field(default_factory=dict)
-    least: dict[str, float] = field(default_factory=dict)
-    most: dict[str, float] = field(default_factory=dict)
-
-    def add(self, name: str, values: Tensor) -> None:
-        total = self.sums.setdefault(name, [0.0, 0.0])
-        total[0] += values.detach().sum().item()
-        total[1] += values.numel()
-
-    def extremes(self, name: str, values: Tensor) -> None:
-        self.least[name] = min(self.least.get(name, torch.inf), values.min().item())
-        self.most[name] = max(self.most.get(name, -torch.inf), values.max().item())
-
-
-class RolloutSampler(Sampler):
-    """Indices of prompts: each rollout's, as often as there are micro-batches made of it. Prompts that fill no whole
-    rollout wait for the next epoch's order, which depends on seed and epoch alone."""
-
-    def __init__(self, data: Sized, rollout: int, repeats: int, seed: int, epoch: Callable[[], int]):
-        self.data, self.rollout, self.repeats, self.seed, self.epoch = data, rollout, repeats, seed, epoch
-
-    def __iter__(self):
-        generator = torch.Generator().manual_seed(self.seed + self.epoch())
-        order = torch.randperm(len(self.data), generator=generator).tolist()
-        for start in range(0, len(order) - self.rollout + 1, self.rollout):
-            for _ in range(self.repeats):
-                yield from order[start : start + self.rollout]
-
-    def __len__(self):
-        return len(self.data) // self.rollout * self.rollout * self.repeats
 
 
 class PPOTrainer(BaseTrainer):
@@ -276,7 +224,7 @@ class PPOTrainer(BaseTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs = {**logs, **self._rollout_log, **self._drained()}
+            logs = {**logs, **self._rollout_log, **self._tally.drain(self.accelerator)}
         super().log(logs, start_time)
 
     # ---- Update
@@ -362,7 +310,7 @@ class PPOTrainer(BaseTrainer):
             k1, _, _ = algorithm.kl_estimates(old_logps, reference_logps)
             token_rewards = algorithm.token_rewards(scores_B[indices], k1, batch.mask_BK, self.kl.coef)
             micro_batches.append(MicroBatch(batch, old_logps, reference_logps, old_values, token_rewards))
-        self._advantages(micro_batches)
+        self._rollout_log = compute_advantages(micro_batches, args, self._sum)
         seconds = {"rollout": sampled - begin, "scoring": time.monotonic() - sampled}
         self._record(rows, completions, parts, seconds)
         return micro_batches
@@ -440,25 +388,6 @@ class PPOTrainer(BaseTrainer):
         with self.roles.acting(CRITIC) as decoder, self.accelerator.autocast():
             hidden_NH = hidden_states(decoder, batch)
         return batch.padded(self.roles.values(hidden_NH))
-
-    def _advantages(self, micro_batches: list[MicroBatch]) -> None:
-        """Turn token rewards into returns and whitened advantages, over the whole rollout of all processes."""
-        args, masks = self.args, [m.batch.mask_BK for m in micro_batches]
-        mask = _joined(masks)
-        if args.whiten_rewards:
-            token_rewards = algorithm.whiten(_joined([m.rewards for m in micro_batches]), mask, self._sum, False)
-            for m, part in zip(micro_batches, _parted(token_rewards, masks), strict=True):
-                m.rewards = part
-        for m in micro_batches:
-            m.advantages, m.returns = algorithm.gae(m.rewards, m.old_values, m.batch.mask_BK, args.gamma, args.lam)
-        advantages = _joined([m.advantages for m in micro_batches])
-        mean, std = algorithm.moments(advantages, mask, self._sum)
-        self._rollout_log = {"advantage/mean": mean.item(), "advantage/std": std.item()}
-        for m, part in zip(micro_batches, _parted(algorithm.whiten(advantages, mask, self._sum), masks), strict=True):
-            m.advantages = part
-        returns, values = _joined([m.returns for m in micro_batches]), _joined([m.old_values for m in micro_batches])
-        unexplained, total = (algorithm.moments(x, mask, self._sum)[1] ** 2 for x in (returns - values, returns))
-        self._rollout_log["explained_variance"] = (1 - unexplained / (total + 1e-8)).item()
 
     def _record(self, rows: list[dict], completions: Completions, parts: dict[str, Tensor], seconds: dict) -> None:
         """Log the rollout of all processes."""
@@ -633,32 +562,9 @@ class PPOTrainer(BaseTrainer):
             torch.stack([c.float() for c in columns.values()], 1).to(self.args.device)
         ).cpu()
 
-    def _drained(self) -> dict[str, float]:
-        """What the tally holds, over all processes; it is empty then."""
-        tally, self._tally = self._tally, Tally()
-        sums = self._sum(torch.tensor(list(tally.sums.values()), device=self.args.device).reshape(-1, 2))
-        logs = {name: (total / count).item() for name, (total, count) in zip(tally.sums, sums, strict=True)}
-        for end, found, choose in (("min", tally.least, torch.amin), ("max", tally.most, torch.amax)):
-            for name, value in found.items():
-                logs[f"{name}/{end}"] = choose(
-                    self.accelerator.gather(torch.tensor([value], device=self.args.device)), 0
-                ).item()
-        return logs
-
     def _load_rewards(self, reward_funcs, tokenizers, tokenizer, args: PPOConfig) -> list[Callable]:
         functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         tokenizers = tokenizers if isinstance(tokenizers, list) else [tokenizers] * len(functions)
         if not functions or len(tokenizers) != len(functions):
             raise ValueError("reward_funcs: at least one, and as many reward_processing_classes if these are given.")
         return [rewards.load(f, self.roles, tokenizer, t, args) for f, t in zip(functions, tokenizers, strict=True)]
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    """(B, K) tensors of different K as one row."""
-    return torch.cat([part.reshape(-1) for part in parts])
-
-
-def _parted(joined: Tensor, likes: list[Tensor]) -> list[Tensor]:
-    return [
-        part.view_as(like) for part, like in zip(joined.split([like.numel() for like in likes]), likes, strict=True)
-    ]
