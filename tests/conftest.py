@@ -159,6 +159,9 @@ def start_recipe(clean_env):
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,  # a signal to its group is what Ctrl-C sends
+            preexec_fn=lambda: signal.signal(
+                signal.SIGINT, signal.SIG_DFL
+            ),  # ignored in what a shell put behind itself
         )
         started.append(process)
         return process
