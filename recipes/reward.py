@@ -15,10 +15,9 @@ def main(cfg):
     job = run.start(cfg, "reward")
     pairs = data.load_pairs(cfg.data)
 
-    from trl import RewardTrainer
-
     from rlhf_recipes import callbacks, models
     from rlhf_recipes.evaluation import measure, metrics
+    from rlhf_recipes.reward import SoftLabelRewardTrainer
 
     args = models.training_args(cfg.trainer, job)
     models.check(cfg.model, cfg.quantization, cfg.lora)
@@ -27,7 +26,7 @@ def main(cfg):
     print(data.describe(pairs.report))
     train_dataset, eval_dataset = pairs.to_datasets()
     reward_model, lora = models.load_reward_model(cfg.model, cfg.quantization, cfg.lora)
-    trainer = RewardTrainer(
+    trainer = SoftLabelRewardTrainer(
         model=reward_model,
         args=args,
         train_dataset=train_dataset,

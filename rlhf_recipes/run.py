@@ -34,6 +34,8 @@ LIBRARIES = (
 )
 # Where a run lies and whether it may continue say nothing about what it computes.
 _NOT_COMPUTED = ("run_name", "resume", "overwrite")
+# The first answers that a run of recipes/cai.py keeps; it continues from all that it has.
+GATE = "gate.jsonl"
 
 
 @dataclass
@@ -94,9 +96,12 @@ def start(cfg: DictConfig, recipe: str) -> Run:
             "overwrite=true."
         )
     run.checkpoint = last_checkpoint(run.checkpoints) if cfg.resume == "auto" else None
+    if cfg.resume == "auto" and (run.dir / GATE).is_file():
+        run.checkpoint = str(run.dir / GATE)
     if run.checkpoint:
         _refuse_other_config(run)
-        print(f"Continuing {run.dir} from step {run.checkpoint.rpartition('-')[2]}.", flush=True)
+        where = "what was answered" if run.checkpoint.endswith(GATE) else f"step {run.checkpoint.rpartition('-')[2]}"
+        print(f"Continuing {run.dir} from {where}.", flush=True)
     return run
 
 

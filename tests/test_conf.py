@@ -13,7 +13,7 @@ from rlhf_recipes import config
 
 CONF = ROOT / "conf"
 TRAINING = ("sft", "reward", "ppo", "dpo", "orpo", "simpo")
-RECIPES = (*TRAINING, "evaluate", "pipeline")
+RECIPES = (*TRAINING, "cai", "evaluate", "pipeline")
 GROUPS = {
     folder.name: sorted(file.stem for file in folder.glob("*.yaml") if file.stem not in config.PARTS)
     for folder in CONF.iterdir()
@@ -24,6 +24,13 @@ EXPERIMENTS = sorted(
 )
 # The keys that a user must give.
 OPEN = {"evaluate": {"runs"}, "pipeline": {"stages"}, "ppo": {"reward_funcs"}}
+OPEN_OPTIONS = {
+    ("data", "local"): {"data.path"},
+    ("data", "cai_pairs"): {"data.path"},
+    ("constitution", "local"): {"constitution.path"},
+    ("generator", "server"): {"generator.model"},
+    ("judge", "server"): {"judge.model"},
+}
 
 
 def groups_of(recipe):
@@ -44,9 +51,9 @@ def choices(recipe):
 def test_every_option_composes_and_fits_its_class(compose, recipe, group, option):
     cfg = compose(recipe, f"{group}={option}")
     missing = OmegaConf.missing_keys(cfg)
-    assert missing == OPEN.get(recipe, set()) | ({"data.path"} if option == "local" else set())
+    assert missing == OPEN.get(recipe, set()) | OPEN_OPTIONS.get((group, option), set())
     for key in missing:
-        OmegaConf.update(cfg, key, "a" if key == "data.path" else ["a"])
+        OmegaConf.update(cfg, key, ["a"] if key in ("runs", "stages") else "a")
     config.check(cfg, recipe)
     for node in ("trainer", "lora", "quantization"):
         if "_target_" in cfg.get(node, {}):

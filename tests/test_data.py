@@ -128,6 +128,7 @@ def test_a_pair_becomes_conversational(prefs):
         "rejected": [{"role": "assistant", "content": "bad 7"}],
         "family": None,
         "prompt_id": shapes.prompt_id(row["prompt"]),
+        "p": None,
     }
     assert splits.source == "prefs.jsonl"
     assert splits.report["rows"] == splits.report["candidates"] == 50 == accounted(splits.report)
@@ -212,7 +213,34 @@ def test_saved_dataset_dict_and_parquet_folder(tmp_path):
         assert "no such split" in refusal(data.load_pairs, local(tmp_path / folder, "data.train_split=training"))
     train, test = splits.to_datasets()
     assert (len(train), len(test)) == (20, 5) and train.features == test.features
-    assert train[0] == splits.train[0]
+    assert {**train[0], "p": None} == splits.train[0]  # a column without a value is left out
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_probabilities_arrive(tmp_path, suffix):
+    values = [0.75, 1, None, 0.5] + [0.9] * 16
+    path = tmp_path / f"soft.{suffix}"
+    if suffix == "csv":
+        lines = [f"question {n},good {n},bad {n},{'' if p is None else p}" for n, p in enumerate(values)]
+        path.write_text("\n".join(["prompt,chosen,rejected,p", *lines]))
+    else:
+        rows = [
+            {"prompt": f"question {n}", "chosen": f"good {n}", "rejected": f"bad {n}", "p": p}
+            for n, p in enumerate(values)
+        ]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    splits = data.load_pairs(local(path))
+    found = {row["prompt"][0]["content"]: row["p"] for row in splits.train + splits.test}
+    assert [found[f"question {n}"] for n in range(4)] == [0.75, 1.0, None, 0.5]
+    assert "p" in splits.to_datasets()[0].column_names
+    assert "p" not in data.load_demonstrations(local(path)).train[0]
+
+
+@pytest.mark.parametrize("value", [1.5, -0.1, "often", True])
+def test_what_is_no_probability_is_refused(tmp_path, value):
+    path = tmp_path / "soft.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c", "p": value}) + "\n")
+    assert refusal(data.load_pairs, local(path)).startswith(f"{path}:1: p: must be a probability from 0 to 1, not ")
 
 
 def test_columns_are_mapped(tmp_path):

@@ -73,7 +73,7 @@ class Splits:
     Attributes:
         train: pairs (`prompt`, `chosen`, `rejected`), demonstrations (`prompt`, `completion`) or prompts, all lists of
             messages, each with `family` (str or None) and `prompt_id` (hash of the prompt without case and
-            spacing), in seeded order.
+            spacing), pairs with `p` (probability that chosen is better, None where nothing says), in seeded order.
         test: likewise; shares no `prompt_id` with `train`.
         report: the counts described at the head of this module; JSON-able.
         source: the Hub id, `clinic`, or the name of the file or folder.
@@ -89,10 +89,12 @@ class Splits:
         from datasets import Dataset, Features, Value
 
         turns = [{"role": Value("string"), "content": Value("string")}]
-        texts = ("family", "prompt_id")
-        features = Features({key: Value("string") if key in texts else turns for key in self.train[0]})
-        train, test = (Dataset.from_list(rows, features=features) for rows in (self.train, self.test))
-        return train, test
+        kinds = {"family": Value("string"), "prompt_id": Value("string"), "p": Value("float64")}
+        features = Features({key: kinds.get(key, turns) for key in self.train[0]})
+        datasets = [Dataset.from_list(rows, features=features) for rows in (self.train, self.test)]
+        if all(row.get("p") is None for row in (*self.train, *self.test)):
+            datasets = [each.remove_columns("p") if "p" in each.column_names else each for each in datasets]
+        return datasets[0], datasets[1]
 
 
 def load_pairs(node: DictConfig) -> Splits:
@@ -270,6 +272,8 @@ def _places(rows: Iterator, data: dict[str, Any], sides: tuple[str, ...], tally:
                 tally.drop(candidate, where)
             else:
                 labels = {"family": family, "prompt_id": shapes.prompt_id(candidate["prompt"])}
+                if "rejected" in sides:
+                    labels["p"] = row.probability("p")
                 places.append(_Place(where, {**candidate, **labels}, split))
     return places
 

@@ -35,8 +35,9 @@ COLUMNS = (
     "ranks",
     "family",
     "split",
+    "p",
 )
-OPTIONAL_COLUMNS = ("prompt", "completion", "family", "split")
+OPTIONAL_COLUMNS = ("prompt", "completion", "family", "split", "p")
 ROLES = ("system", "user", "assistant")
 PROMPT_TURNS = re.compile("s?(ua)*u")  # roles by their first letter
 TRANSCRIPT_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
@@ -79,6 +80,17 @@ class Row:
             at = f"{self.where}: {self.columns[key]}"
             raise ValueError(f"{at}: must be text, not {value!r:.40}. Mend it, or set data.columns.{key}=null.")
         return value or None
+
+    def probability(self, key: str) -> float | None:
+        """A number from 0 to 1 of an optional column; None where it is absent, null or blank."""
+        value = self.values.get(self.columns[key])
+        if value in (None, ""):
+            return None
+        if isinstance(value, str) and re.fullmatch(r"[0-9.eE+-]+", value):  # CSV holds text alone
+            value = float(value)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise self.wrong(key, "must be a probability from 0 to 1", value)
+        return float(value)
 
     def items(self, key: str) -> list:
         """A list, or one written as JSON, which is how CSV holds it."""

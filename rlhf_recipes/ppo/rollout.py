@@ -11,6 +11,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from rlhf_recipes.evaluation.measure import left_pad
 from rlhf_recipes.ppo.roles import Roles
+from rlhf_recipes.sampling import draw
 
 
 @dataclass
@@ -35,10 +36,8 @@ class Completions:
 class Sampler(LogitsProcessor):
     """Draws every next token and remembers its log-probability.
 
-    argmax(logits / T - log E) with E ~ Exp(1) is a draw from softmax(logits / T) (Gumbel-max). Each episode has a
-    generator of its own, so that what it draws depends on its seed alone, not on batch, process or what ran before:
-    that makes a resumed run, and a run on two processes, draw the same. Log-probabilities are those of the whole
-    distribution at temperature T, before top-k and top-p.
+    Each episode has a generator of its own: that makes a resumed run, and a run on two processes, draw the same.
+    Log-probabilities are those of the whole distribution at temperature T, before top-k and top-p.
     """
 
     def __init__(self, seeds: list[int], device, temperature: float, top_k: int, top_p: float):
@@ -53,13 +52,7 @@ class Sampler(LogitsProcessor):
 
     def __call__(self, input_ids, scores):
         logits_BV = scores.float() / self.temperature
-        noise_BV = torch.stack(
-            [
-                torch.empty_like(row_V).exponential_(generator=g)
-                for row_V, g in zip(logits_BV, self.generators, strict=True)
-            ]
-        )
-        choice_B1 = (self.filters(input_ids, logits_BV) - noise_BV.log()).argmax(1, keepdim=True)
+        choice_B1 = draw(self.filters(input_ids, logits_BV), self.generators)
         self.logps.append((logits_BV.gather(1, choice_B1) - logits_BV.logsumexp(1, keepdim=True))[:, 0])
         return torch.full_like(logits_BV, -torch.inf).scatter(1, choice_B1, 0.0)
 

@@ -1,0 +1,47 @@
+"""Constitutional AI: pairs from self-critique and AI judgement. Bai et al. 2022, https://arxiv.org/abs/2212.08073
+
+Examples:
+
+    python recipes/cai.py constitution=clinic
+    python recipes/cai.py experiment=cai/demo
+"""
+
+from rlhf_recipes import config, data, run
+from rlhf_recipes.cai import constitution, gate, steps
+
+
+@config.recipe("cai")
+def main(cfg):
+    config.check(cfg)
+    steps.check(cfg)
+    job = run.start(cfg, "cai")
+    principles = constitution.load(cfg.constitution)
+    gold = gate.load_gold(cfg)
+    prompts = data.load_prompts(cfg.data)
+
+    from rlhf_recipes.cai import backend, dataset, judge, report
+
+    generator, judging = backend.load(cfg)
+    if tokenizer := getattr(generator, "tokenizer", None):
+        prompts = data.fit(prompts, tokenizer, cfg.max_prompt_length, cfg.data.too_long)
+    print(data.describe(prompts.report), flush=True)
+    run.claim(job)
+
+    critic = judge.Judge(judging, principles, cfg.judging, cfg.seed)
+    worth = gate.examine(critic, gold, cfg, backend.Journal(job.dir / "gate.jsonl"))
+    print(gate.describe(worth), flush=True)
+    result = {"main": gate.headline(worth), "gate": worth, "constitution": principles.summary(), "judge": judging.name}
+    if not cfg.gate.only:
+        sources, critic = gate.decide(worth, critic, cfg)
+        rows = [{**row, "split": name} for name in ("test", "train") for row in getattr(prompts, name)]
+        gate.confirm(gate.estimate(cfg, sources, rows, generator, judged=critic is not None))
+        maker = steps.Maker(generator, critic, principles, sources, cfg)
+        shards = list(maker.shards(rows, job.dir / "shards"))
+        made = dataset.write(shards, job.dir, maker.provenance())
+        result |= {"generator": generator.name, "labelled_by": "judge" if critic else "construction", **made}
+        result |= {"spent": maker.spent(shards), "counts": prompts.report}
+    return report.finish(job, result)
+
+
+if __name__ == "__main__":
+    main()

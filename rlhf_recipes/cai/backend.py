@@ -1,0 +1,132 @@
+"""What a generator or a judge is asked, what it answers, and the file in which answers outlive the process.
+
+A backend has a `name` (model and adapter, for provenance) and `answer(requests, known)`, which yields groups of
+answered requests: `local.Local` computes a batch at a time, `server.Server` asks an endpoint for one at a time. A
+group is written as one line before the next is waited for, so that a killed run asks nothing twice.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Container, Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from omegaconf import DictConfig
+
+Message = dict[str, str]
+# Of a generation: `text`, `finished` (it ended by itself). Of a choice: `logps`, a log-probability in nats for each
+# option, or None where no option could be read from the answer. Of both: `prompt_tokens`, `tokens`.
+Answer = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question to a model.
+
+    Attributes:
+        prompt_id, step: what it is for, e.g. `critique.1`; in the file beside the answer.
+        messages: the conversation, in the chat format.
+        prefix: how the answer begins, put into the model's mouth.
+        options: with options, their log-probabilities after `prefix` are asked for, not a text.
+        seed: of this request alone: what is drawn does not depend on what else is asked.
+    """
+
+    prompt_id: str
+    step: str
+    messages: list[Message]
+    prefix: str = ""
+    options: tuple[str, ...] = ()
+    max_new_tokens: int = 0
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    @cached_property
+    def key(self) -> str:
+        """Hash of all that the answer depends on; equal requests have one answer."""
+        asked = {name: value for name, value in asdict(self).items() if name not in ("prompt_id", "step")}
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:24]
+
+
+class Backend(Protocol):
+    """A model behind an interface of one method."""
+
+    name: str
+
+    def answer(
+        self, requests: list[Request], known: Container[str], what: str
+    ) -> Iterator[list[tuple[Request, Answer]]]:
+        """Answers, in groups, in the order in which they come.
+
+        What a request is answered does not depend on `known`: where answers depend on the batch (rounding), batches
+        are made of all `requests`, and those whose keys are all known are left out.
+
+        Args:
+            requests: with different keys; all have options, or none has.
+            known: keys that need no answer.
+            what: for the progress line.
+        """
+        ...
+
+
+class Journal:
+    """Answers on disk, by key: one JSON line for each group, appended and flushed before anything builds on it.
+
+    A line that a kill cut short is dropped when the file is read again: its group was not answered.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.answers: dict[str, Answer] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = 0
+        if path.exists():
+            with path.open("rb") as lines:
+                for line in lines:
+                    if not line.endswith(b"\n"):
+                        break
+                    whole += len(line)
+                    self.answers |= {entry["key"]: entry["answer"] for entry in json.loads(line)}
+            os.truncate(path, whole)
+
+    def write(self, group: list[tuple[Request, Answer]]) -> None:
+        line = [{"prompt_id": r.prompt_id, "step": r.step, "key": r.key, "answer": answer} for r, answer in group]
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.answers |= {entry["key"]: entry["answer"] for entry in line}
+
+
+def ask(backend: Backend, requests: list[Request], journal: Journal, what: str) -> list[Answer]:
+    """An answer for each request, from the journal or from the backend, in the order given."""
+    unique = list({request.key: request for request in requests}.values())
+    if any(request.key not in journal.answers for request in unique):
+        for group in backend.answer(unique, frozenset(journal.answers), what):
+            journal.write(group)
+    return [journal.answers[request.key] for request in requests]
+
+
+def load(cfg: DictConfig) -> tuple[Backend, Backend]:
+    """Generator and judge of conf/cai.yaml; one model in memory where both are the same.
+
+    Raises:
+        ValueError: a model or an endpoint's key cannot be found.
+    """
+    generator = _load(cfg.model if cfg.generator.kind == "local" else cfg.generator, cfg)
+    same = cfg.generator.kind == cfg.judge.kind == "local" and all(cfg.judge[k] == v for k, v in cfg.model.items())
+    return generator, generator if same else _load(cfg.judge, cfg)
+
+
+def _load(node: DictConfig, cfg: DictConfig) -> Backend:
+    if node.get("kind") == "server":
+        from rlhf_recipes.cai.server import Server
+
+        names = ("base_url", "model", "api_key_env", "concurrency", "timeout", "max_attempts")
+        return Server(**{name: node[name] for name in names})
+    from rlhf_recipes.cai import local
+
+    return local.load(node, cfg.quantization)

@@ -1,0 +1,267 @@
+"""From records to a data set: what repeats across prompts is dropped, the rest is counted and written as parquet.
+
+Splits: `train_prefs`, `test_prefs` (accepted pairs), `train_sft`, `test_sft` (replies worth imitating), `ties`,
+`disputed` (kept to be looked at, not averaged away). Two passes over the shards: the first keeps about 100 bytes of
+each prompt and of each accepted pair, the second writes.
+
+Shapes: P prompts, N pairs, A accepted pairs, B bands of `filters.near_duplicate_keys`.
+"""
+
+import json
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from rlhf_recipes import stats
+from rlhf_recipes.cai import filters, steps
+from rlhf_recipes.run import write_atomically
+
+PREFS, SFT = ("train_prefs", "test_prefs", "ties", "disputed"), ("train_sft", "test_sft")
+# A closing sentence in more of the rows than this was learned by heart.
+CLOSER_SHARE, CLOSER_ROWS = 0.01, 3
+# Why a pair goes that is fit by itself; the first, None, is that it stays.
+REPEATED = (None, "leakage", "near_duplicate", "closer")
+# Intervals resample prompts in at most so many groups: as wide as with every prompt for itself, in bounded memory.
+GROUPS = 1000
+
+
+class Writer:
+    """Parquet files of one folder, one for each split, written in batches."""
+
+    def __init__(self, folder: Path, batch: int = 512):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        turns = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+        text, number = pa.string(), pa.float64()
+        provenance = [
+            ("prompt_id", text), ("family", text), ("source", text), ("principle", text), ("constitution", text),
+            ("generator", text), ("judge", text), ("seed", pa.int64()),
+        ]  # fmt: skip
+        judged = [
+            ("p", number), ("by_principle", text), ("spread", number), ("position_gap", number), ("flip", pa.bool_()),
+            ("mass", number), ("speaks_to_judge", pa.bool_()), ("draft", text), ("critique", text),
+            ("revision", text), ("route", text),
+        ]  # fmt: skip
+        prefs = pa.schema([("prompt", turns), ("chosen", turns), ("rejected", turns), *provenance, *judged])
+        sft = pa.schema([("prompt", turns), ("completion", turns), *provenance, ("p", number)])
+        self.schemas = {**dict.fromkeys(PREFS, prefs), **dict.fromkeys(SFT, sft)}
+        self.files = {
+            name: pq.ParquetWriter(folder / f"{name}.parquet", schema) for name, schema in self.schemas.items()
+        }
+        self.rows: dict[str, list[dict]] = {name: [] for name in self.schemas}
+        self.counts: Counter = Counter(dict.fromkeys(self.schemas, 0))
+        self.batch = batch
+
+    def add(self, split: str, row: dict) -> None:
+        self.rows[split].append(row)
+        self.counts[split] += 1
+        if len(self.rows[split]) == self.batch:
+            self._flush(split)
+
+    def close(self) -> None:
+        for split, file in self.files.items():
+            self._flush(split)
+            file.close()
+
+    def _flush(self, split: str) -> None:
+        import pyarrow as pa
+
+        if self.rows[split]:
+            self.files[split].write_table(pa.Table.from_pylist(self.rows[split], schema=self.schemas[split]))
+            self.rows[split] = []
+
+
+def write(shards: list[Path], folder: Path, provenance: dict[str, Any]) -> dict[str, dict]:
+    """Write the splits, `funnel.json` and `ledger.json`.
+
+    Args:
+        provenance: `constitution`, `generator`, `judge`, `seed` of every row.
+
+    Returns:
+        `funnel` (counts, and estimates of what was kept) and `ledger` (counts by family and source).
+    """
+    repeated_N = _repeated(shards)
+    tally = _Tally()
+    writer = Writer(folder)
+    number = 0
+    for record in _records(shards):
+        tally.prompt(record)
+        completions: set[str] = set()
+        for pair in record["pairs"]:
+            reason = pair["unfit"] or REPEATED[repeated_N[number]]
+            number += 1
+            route = None if reason else pair["route"]
+            tally.pair(record, pair, reason, route)
+            if route not in (None, "unanswered"):
+                _write_pair(writer, record, pair, route, provenance, completions)
+    writer.close()
+    made = {"funnel": tally.funnel(dict(writer.counts)), "ledger": tally.ledger()}
+    for name, content in made.items():
+        write_atomically(folder / f"{name}.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    return made
+
+
+def _records(shards: Iterable[Path]) -> Iterator[steps.Record]:
+    for shard in shards:
+        yield from steps.read(shard)
+
+
+def _sides(pair: dict) -> tuple[str, str]:
+    """(chosen, rejected); by construction the first is chosen where nobody judged."""
+    first, second = pair["first"], pair["second"]
+    return (first, second) if pair["p"] is None or pair["p"] >= 0.5 else (second, first)
+
+
+def _write_pair(writer: Writer, record: dict, pair: dict, route: str, provenance: dict, completions: set[str]) -> None:
+    """One row, and one of the sft split where the pair is accepted and the prompt's `completions` lack the chosen
+    reply: several pairs may have the same."""
+    chosen, rejected = _sides(pair)
+    judged, revised = pair["p"] is not None, pair["source"] == "revision"
+    row = {
+        "prompt": record["prompt"],
+        **{key: record[key] for key in ("prompt_id", "family")},
+        **{key: pair[key] for key in ("source", "principle")},
+        **provenance,
+        "p": max(pair["p"], 1 - pair["p"]) if judged else None,
+    }
+    # As p, of the chosen reply; the position gap is the same for both.
+    by_principle = {k: p if chosen == pair["first"] else 1 - p for k, p in pair["by_principle"].items()}
+    step = next((s for s in record["steps"] if not s["unfit"] and s["revision"] == pair["first"]), {})
+    notes = {
+        **{key: pair[key] if judged else None for key in ("spread", "position_gap", "flip", "mass")},
+        "by_principle": json.dumps(by_principle),
+        "speaks_to_judge": pair["speaks_to_judge"],
+        "draft": record["draft"]["text"] if revised else None,
+        "critique": step.get("critique") if revised else None,
+        "revision": pair["first"] if revised else None,
+        "route": route,
+    }
+    split = record["split"]
+    target = {"accepted": f"{split}_prefs", "tie": "ties"}.get(route, "disputed")
+    writer.add(target, {**row, **notes, "chosen": _said(chosen), "rejected": _said(rejected)})
+    if route == "accepted" and chosen not in completions:
+        completions.add(chosen)
+        writer.add(f"{split}_sft", {**row, "completion": _said(chosen)})
+
+
+def _said(text: str) -> list[dict]:
+    return [{"role": "assistant", "content": text}]
+
+
+def _repeated(shards: list[Path]) -> np.ndarray:
+    """Which pairs repeat others, as places in `REPEATED`, uint8 of shape (N,).
+
+    A train prompt that is nearly one of the test split takes its pairs along. Of accepted pairs whose chosen replies
+    are nearly the same, those of one prompt stay, a test prompt before a train prompt; of those that end in the same
+    sentence, as many as may.
+    """
+    prompts, pairs, test = array("Q"), array("I"), array("b")
+    numbers, owners, replies, closers = array("I"), array("I"), array("Q"), array("Q")
+    total = 0
+    for n, record in enumerate(_records(shards)):
+        asked = "\n".join(turn["content"] for turn in record["prompt"] if turn["role"] != "system")
+        prompts.extend(filters.near_duplicate_keys(asked).tolist())
+        pairs.append(len(record["pairs"]))
+        test.append(record["split"] == "test")
+        for number, pair in enumerate(record["pairs"], total):
+            if pair["route"] == "accepted":
+                chosen, _ = _sides(pair)
+                ending = filters.closer(chosen)
+                numbers.append(number)
+                owners.append(n)
+                replies.extend(filters.near_duplicate_keys(chosen).tolist())
+                closers.append(xxhash.xxh3_64_intdigest(ending.encode()) if ending else 0)
+        total += len(record["pairs"])
+
+    found_N = np.zeros(total, np.uint8)
+    test_P, leaked_P = np.array(test, bool), np.zeros(len(test), bool)
+    for keys_P in np.asarray(prompts).reshape(-1, filters.BANDS).T:
+        leaked_P |= np.isin(keys_P, keys_P[test_P])
+    leaked_P &= ~test_P
+    found_N[np.repeat(leaked_P, np.asarray(pairs))] = REPEATED.index("leakage")
+
+    owners_A, numbers_A = np.asarray(owners), np.asarray(numbers)
+    left_A = np.argsort(~test_P[owners_A], kind="stable")
+    left_A = left_A[~leaked_P[owners_A[left_A]]]
+    for keys_A in np.asarray(replies).reshape(-1, filters.BANDS).T:
+        _, first, inverse = np.unique(keys_A[left_A], return_index=True, return_inverse=True)
+        alike = owners_A[left_A] != owners_A[left_A][first][inverse]
+        found_N[numbers_A[left_A[alike]]] = REPEATED.index("near_duplicate")
+
+    left_A = left_A[found_N[numbers_A[left_A]] == 0]
+    most = int(max(CLOSER_ROWS, CLOSER_SHARE * len(left_A)))
+    endings, inverse, counts = np.unique(np.asarray(closers)[left_A], return_inverse=True, return_counts=True)
+    for n in np.flatnonzero((counts > most) & (endings != 0)):
+        found_N[numbers_A[left_A[inverse == n][most:]]] = REPEATED.index("closer")
+    return found_N
+
+
+class _Tally:
+    """Counts of what became of prompts and pairs; grows with families and principles, and 6 bytes a pair."""
+
+    def __init__(self):
+        self.prompts = self.pairs = self.steps = self.speaking = 0
+        self.reasons: Counter = Counter()
+        self.step_reasons: Counter = Counter()
+        self.routes: Counter = Counter()
+        self.cells: dict[str, Counter] = {}
+        self.principles: dict[str, Counter] = {}
+        # Of every pair its prompt's group and whether it was accepted; of accepted ones whether the longer was chosen.
+        self.groups, self.accepted = array("H"), array("b")
+        self.longer_groups, self.longer = array("H"), array("b")
+
+    def prompt(self, record: dict) -> None:
+        self.prompts += 1
+        for step in record["steps"]:
+            self.steps += 1
+            if step["unfit"]:
+                self.step_reasons[step["unfit"]] += 1
+
+    def pair(self, record: dict, pair: dict, reason: str | None, route: str | None) -> None:
+        self.pairs += 1
+        self.groups.append(self.prompts % GROUPS)
+        self.accepted.append(route == "accepted")
+        self.speaking += pair["speaks_to_judge"]
+        cell = self.cells.setdefault(f"{record['family'] or 'none'}/{pair['source']}", Counter())
+        cell["pairs"] += 1
+        if reason:
+            self.reasons[reason] += 1
+            cell["unfit"] += 1
+            return
+        self.routes[route] += 1
+        cell[route] += 1
+        cell["flips"] += pair["flip"]
+        if pair["principle"]:
+            of = self.principles.setdefault(pair["principle"], Counter())
+            of["revised"] += 1
+            of["accepted"] += route == "accepted"
+            of["better"] += (pair["p"] or 0.0) > 0.5
+        chosen, rejected = map(len, _sides(pair))
+        if route == "accepted" and chosen != rejected:
+            self.longer_groups.append(self.prompts % GROUPS)
+            self.longer.append(chosen > rejected)
+
+    def funnel(self, written: dict[str, int]) -> dict[str, Any]:
+        return {
+            "prompts": self.prompts,
+            "revisions": {"made": self.steps, "unfit": dict(self.step_reasons)},
+            "pairs": self.pairs,
+            "unfit": dict(self.reasons),
+            "routes": dict(self.routes),
+            "speaks_to_judge": self.speaking,
+            "written": written,
+            "yield": stats.estimate(self.accepted, self.groups),
+            "chosen_is_longer": stats.estimate(self.longer, self.longer_groups),
+            "by_principle": {name: dict(counts) for name, counts in sorted(self.principles.items())},
+        }
+
+    def ledger(self) -> dict[str, dict[str, int]]:
+        """Counts for each family and source; a family that has none of something says 0."""
+        names = ("pairs", "unfit", "accepted", "tie", "disputed", "not_better", "unanswered", "flips")
+        return {cell: {name: counts[name] for name in names} for cell, counts in sorted(self.cells.items())}

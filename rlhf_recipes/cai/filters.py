@@ -1,0 +1,159 @@
+"""What makes a reply, a critique or a pair unfit to train on: cheap rules, each of which is counted.
+
+The rules come from what went wrong elsewhere: revisions that open with "Sure, here is", closers that a small model
+copies into everything, critiques handed in as revisions, pairs of two refusals (Razin et al. 2024, arXiv:2410.08847).
+"""
+
+import math
+import re
+import unicodedata
+from collections import Counter
+
+import numpy as np
+import xxhash
+from omegaconf import DictConfig
+
+from rlhf_recipes.cai.layout import MARKER, visible
+from rlhf_recipes.evaluation.summary import refuses
+
+_REVISED = "new|final|revised|rewritten|improved|corrected|edited|updated|better|reworded|rephrased"
+_REPLY = "reply|response|answer|version|revision|rewrite"
+# A first line that only announces the reply: "Sure! Here is the revised reply:", "**Revised version:**", "Reply:".
+# What is written for the person ("Here is a reply you can send:", "Short answer: no.") is the reply itself.
+PREAMBLE = re.compile(
+    r"\A[\s*_#-]*"
+    r"(?:(?:sure|certainly|of course|okay|ok|absolutely|understood|thanks|thank you)\b[^\n:]{0,40}?[,.!-]+\s*)?"
+    r"(?:(?:(?:as requested|based on [^\n:,]{0,60}),\s*)?(?:here(?:['’]s| is)|below is|the following is|this is)\b"
+    rf"(?![^\n:]*\byou (?:can|could|may|might)\b)[^\n:]{{0,60}}\b(?:{_REPLY}|(?:{_REVISED}) (?:one|draft|message))\b"
+    r"[^\n:]{0,60}(?:\**:|[.!]?\**\s*\n)|"
+    rf"(?:(?:my|the|your|a|{_REVISED}) )*(?:{_REPLY})\**\s*:)\**\s*",
+    re.IGNORECASE,
+)
+# Speaks about the task, or is a critique where a reply is due.
+META = re.compile(
+    r"\b(?:the (?:previous|original|first|revised|given|above) (?:reply|response|answer)|"
+    r"the assistant(?:['’]s)? (?:reply|response|answer)|as an? (?:editor|critic)|(?:this|the|your) critique|"
+    r"(?:this|my|the) (?:revision|revised version|rewritten version)|"
+    r"i(?:['’]ve| have) (?:revised|rewritten|reworded|rephrased|edited)|"
+    r"the (?:reply|response) (?:is|was|does|did|should|could|fails|lacks|gives|ignores|leaves|sounds|needs)|"
+    r"write the reply alone|quoted line by line|answer with the letter)\b",
+    re.IGNORECASE,
+)
+ROLE_LEAK = re.compile(
+    r"^\W{0,4}(?:human|user|person|assistant|system|critique ?request|revision ?request|critique|revision|task|"
+    r"conversation|reply(?: [ab])?|options)\**\s*:|(?-i:\b(?:Human|Assistant): )|^> |" + MARKER.pattern,
+    re.IGNORECASE | re.MULTILINE,
+)
+# What speaks to a judge, or looks like what is put to one. A and B count as capitals alone.
+INJECTIONS = (
+    r"\b(?:ignore|disregard|forget)\b.{0,40}\b(?:instruction|prompt|rule|above|previous)",
+    r"\b(?:choose|select|pick|prefer|vote for|print|say)\b[^.\n]{0,30}\b(?:this (?:reply|answer)|(?-i:[AB]))\b",
+    r"\b(?:this|other|first|second|best|better|which|two) (?:reply|replies|response|responses)\b",
+    r"\b(?:the|a|second) judge\b|\b(?:grader|evaluator|verdict)\b|\bsystem (?:message|prompt|notice|override)\b",
+    r"^\W*(?:human|user|assistant|system|judge)\b[^\n:]{0,20}(?::|$)",
+    r"\b(?:reply|replies|response|option|letter|better:|winner:) (?-i:[ABC])\b|\boptions?\s*:",
+    r"\b(?:answer|antwort)\b(?: is| ist)?\W{0,6}(?:[(\[\"]|(?-i:[AB]\b))|(?-i:[(\[]\s*[AB]\s*[)\]])|(?-i:(?:\b[AB]\s){4})",
+    r"\"(?:role|winner|choice|verdict)\"\s*:|\{[{%]|\$\{|\{\w*\} \{",
+    r"\b(?:decode|rot13)\b|\b0x[0-9a-f]{16}|(?:%[0-9a-f]{2}){4}|&(?:#\d+|lt);",
+    r"<\s*\|[^|\n]{1,30}\|\s*>|" + MARKER.pattern,
+)
+INJECTION = re.compile("|".join(INJECTIONS), re.IGNORECASE | re.DOTALL | re.MULTILINE)
+EMOJI = re.compile("[\U0001f300-\U0001faff\u2600-\u27bf]\ufe0f?")
+EMOJI_RUN = re.compile(rf"(?:{EMOJI.pattern}\s*){{3}}")
+STUCK = re.compile(r"([^\W\d_]|[!?])\1{9}")  # "nooooooooooo"
+WORD = re.compile(r"\w+(?:'\w+)?")
+BANDS, ROWS = 8, 4
+# Odd, so that each permutes the 64-bit numbers.
+FACTORS = np.array([xxhash.xxh3_64_intdigest(b"", seed=n) | 1 for n in range(BANDS * ROWS)], np.uint64)
+
+
+def strip_preamble(text: str) -> str:
+    """The text without a first line that only announces it, and without quotation marks around the whole."""
+    stripped = PREAMBLE.sub("", text, count=1).strip()
+    for begin, end in ('""', "“”"):
+        inside = stripped[1:-1]
+        if len(stripped) > 1 and stripped[0] == begin and stripped[-1] == end and not {begin, end} & set(inside):
+            stripped = inside.strip()
+    return stripped
+
+
+def words(text: str) -> list[str]:
+    return WORD.findall(text.lower().replace("’", "'"))
+
+
+def jaccard(a: str, b: str) -> float:
+    """|A and B| / |A or B| of the words; 1 for two texts without words."""
+    left, right = set(words(a)), set(words(b))
+    return len(left & right) / len(left | right) if left | right else 1.0
+
+
+def unfit_reply(text: str, finished: bool, limits: DictConfig) -> str | None:
+    """Why a reply is not fit to be learned or compared, or None."""
+    count = len(words(text))
+    if not finished:
+        return "truncated"
+    if not limits.min_words <= count <= limits.max_words:
+        return "length"
+    if ROLE_LEAK.search(text):
+        return "role_leak"
+    if META.search(text) or PREAMBLE.match(text):
+        return "preamble"
+    if repeats(text) or EMOJI_RUN.search(text) or len(EMOJI.findall(text)) > 0.02 * count + 1:
+        return "repetition"
+    return None
+
+
+def repeats(text: str) -> bool:
+    """Fewer than half of its sequences of four words are different, one occurs four times, or a letter is stuck."""
+    tokens = words(text)
+    grams = Counter(tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3))
+    looped = bool(grams) and (len(grams) < 0.5 * grams.total() or max(grams.values()) >= 4)
+    return looped or STUCK.search(text) is not None
+
+
+def unfit_revision(before: str, critique: str, revision: str) -> str | None:
+    """Why a revision changes nothing or is no reply, or None."""
+    if jaccard(before, revision) >= 0.95:
+        return "no_op"
+    if critique and jaccard(critique, revision) >= 0.6:
+        return "critique_copied"
+    return None
+
+
+def unfit_pair(first: str, second: str, limits: DictConfig) -> str | None:
+    """Why two replies, each fit, make no pair, or None."""
+    if jaccard(first, second) >= 0.95:
+        return "no_op"
+    if refuses(first) and refuses(second):
+        return "both_refuse"
+    sizes = [max(len(words(text)), 1) for text in (first, second)]
+    if abs(math.log(sizes[0] / sizes[1])) > math.log(limits.max_length_ratio):
+        return "length_imbalance"
+    return None
+
+
+def speaks_to_judge(*texts: str) -> bool:
+    """Whether any of the texts has a phrase that could be meant for a judge, as it stands or without disguise."""
+    return any(
+        INJECTION.search(spelling)
+        for text in texts
+        for spelling in (text, unicodedata.normalize("NFKC", visible(text)))
+    )
+
+
+def closer(text: str) -> str | None:
+    """The last sentence in lower case, of four words and more: what a model repeats when it has learned a phrase."""
+    sentences = [part for part in re.split(r"(?<=[.!?])\s+", text.strip()) if part]
+    last = " ".join(words(sentences[-1])) if len(sentences) > 1 else ""
+    return last if last.count(" ") >= 3 else None
+
+
+def near_duplicate_keys(text: str) -> np.ndarray:
+    """Keys, uint64 of shape (BANDS,), of which near-duplicates share one: MinHash over sequences of five words, in
+    `BANDS` bands of `ROWS` values (Broder 1997). Two texts with Jaccard similarity s share a key with probability
+    1 - (1 - s^4)^8: 0.985 at 0.8, 0.06 at 0.3."""
+    tokens = words(text)
+    shingles = {" ".join(tokens[i : i + 5]) for i in range(max(1, len(tokens) - 4))}
+    hashes_S = np.array([xxhash.xxh3_64_intdigest(each.encode()) for each in shingles], np.uint64)
+    least = (hashes_S[:, None] * FACTORS).min(0).reshape(BANDS, ROWS)
+    return np.array([xxhash.xxh3_64_intdigest(row.tobytes(), seed=n) for n, row in enumerate(least)], np.uint64)

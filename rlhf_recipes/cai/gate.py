@@ -1,0 +1,163 @@
+"""Before the spend: what the run will cost, and whether the judge is worth asking."""
+
+import sys
+import time
+from dataclasses import replace
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from rlhf_recipes import data
+from rlhf_recipes.cai.backend import Backend, Journal, Request
+from rlhf_recipes.cai.judge import Judge, Pair, worth
+from rlhf_recipes.cai.steps import price
+from rlhf_recipes.config import CONF
+from rlhf_recipes.stats import format_estimate
+
+# Worked on before the estimate, to know the pace; their answers are thrown away.
+TRIAL_REQUESTS, TRIAL_TOKENS = 8, 12
+# An interactive run asks before it spends more than this.
+ASK_MINUTES, ASK_USD = 60.0, 1.0
+CHARS_PER_TOKEN = 4.0  # of English; for the estimate alone
+
+
+def load_gold(cfg: DictConfig) -> list[dict]:
+    """Pairs whose better reply is known, from `gate.gold`: the train split of `data`, or a file's.
+
+    Raises:
+        ValueError: what `data.load_pairs` refuses.
+    """
+    if cfg.gate.gold == "data":
+        node = cfg.data
+    else:
+        node = OmegaConf.merge(OmegaConf.load(CONF / "data" / "base.yaml"), {"path": cfg.gate.gold})
+    rows = data.load_pairs(node).train
+    return rows[: cfg.gate.pairs]
+
+
+def examine(judge: Judge, gold: list[dict], cfg: DictConfig, journal: Journal) -> dict[str, Any]:
+    """Judge the gold pairs; see `judge.worth` for what is returned. Sets the judge's temperature where the pairs are
+    enough to fit one."""
+    judge.learn_priors(journal)
+    pairs = [
+        Pair(row["prompt_id"], row["prompt"], row["chosen"][-1]["content"], row["rejected"][-1]["content"])
+        for row in gold
+    ]
+    found = worth(judge, gold, judge.compare(pairs, journal, "judge: gold pairs"), cfg.gate)
+    enough = cfg.judging.min_calibration_pairs
+    if enough is not None and len(gold) >= enough:
+        judge.temperature = found["temperature"]
+    return found
+
+
+def describe(found: dict[str, Any]) -> str:
+    """The gate's table and verdict, as the recipe prints it."""
+    agreement, best = found["agreement"], found["best_baseline"]
+    lines = [
+        f"judge: agrees with the gold label on {format_estimate(agreement, percent=True)} of {agreement['n']} pairs, "
+        f"'{best}' on {format_estimate(found['baselines'][best], percent=True)}",
+        *(
+            f"       {'passed' if check['passed'] else 'FAILED':6}  {check['name']}: "
+            f"{'none' if check['value'] is None else format(check['value'], '.3f')} (needed {check['needed']:g})"
+            for check in found["checks"]
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def headline(found: dict[str, Any]) -> dict[str, Any]:
+    """The result's main entry: the best rule without a model, then the judge."""
+    best = found["baselines"][found["best_baseline"]]
+    return {"name": "judge_agreement", "before": best, "after": found["agreement"]}
+
+
+def decide(found: dict[str, Any], judge: Judge, cfg: DictConfig) -> tuple[list[str], Judge | None]:
+    """The kinds of pairs to make, and the judge, or None where the pairs are labelled by construction.
+
+    Raises:
+        ValueError: the judge failed, and `gate.fails=stop`.
+    """
+    if found["passed"] or cfg.gate.fails == "ignore":
+        return list(cfg.sources), judge
+    failed = "; ".join(check["name"] for check in found["checks"] if not check["passed"])
+    if cfg.gate.fails == "stop":
+        raise ValueError(
+            f"gate: {judge.backend.name} fails it ({failed}). Take a better judge (judge=server judge.model=...), "
+            "pairs that need none (gate.fails=contrastive), or its labels as they are (gate.fails=ignore)."
+        )
+    print(
+        "       Its labels are not used: pairs are contrastive, a reply under the constitution's good system prompt "
+        "against one\n       under its bad one. A better judge: judge=server judge.model=...",
+        flush=True,
+    )
+    return ["contrastive"], None
+
+
+def estimate(cfg: DictConfig, sources: list[str], prompts: list[dict], generator: Backend, judged: bool) -> dict:
+    """What making the pairs takes: `prompts`, `calls`, `prompt_tokens`, `completion_tokens` (at most), `minutes` at
+    the pace of a few trial requests, and `usd` where the endpoints are priced (else None)."""
+    n, shots = len(prompts), 90 * cfg.revise.few_shot  # tokens of a worked example, about
+    size = sum(len(turn["content"]) for row in prompts for turn in row["prompt"]) / max(n, 1) / CHARS_PER_TOKEN + 20
+    reply, revised = cfg.generate.max_new_tokens, cfg.revise.max_new_tokens
+    generations: list[tuple[float, int]] = []  # (prompt tokens, most new tokens) of each request of one prompt
+    pairs = 0
+    if "revision" in sources:
+        generations.append((size, reply))
+        rounds = cfg.revise.n_revisions
+        if cfg.revise.critique:
+            generations += [(size + shots + reply, revised)] * rounds
+        generations += [(size + shots + reply + revised * cfg.revise.critique, revised)] * rounds
+        pairs += 1
+    if "on_policy" in sources:
+        generations += [(size, reply)] * cfg.generate.n_samples
+        pairs += cfg.generate.n_samples * (cfg.generate.n_samples - 1) // 2
+    if "contrastive" in sources:
+        generations += [(size + 60, reply)] * 2
+        pairs += 1
+    choices = pairs * 2 * cfg.judging.principles_per_pair * judged
+    question = size + 2 * reply + 150
+    tokens_in, tokens_out = n * sum(g[0] for g in generations), n * sum(g[1] for g in generations)
+    read, written = _pace(generator, prompts)
+    cost = [price(cfg.generator, tokens_in, tokens_out), price(cfg.judge, n * choices * question, 0)]
+    return {
+        "prompts": n,
+        "calls": n * (len(generations) + choices),
+        "prompt_tokens": round(tokens_in + n * choices * question),
+        "completion_tokens": round(tokens_out),
+        "minutes": round((tokens_in / read + tokens_out / written + n * choices * question / read) / 60, 1),
+        "usd": None if None in cost else round(sum(cost), 2),
+    }
+
+
+def confirm(spend: dict) -> None:
+    """Print the estimate; a run at a terminal asks before a long or an expensive one, no other run asks anything.
+
+    Raises:
+        KeyboardInterrupt: the answer was no.
+    """
+    usd = f", {spend['usd']:.2f} USD" if spend["usd"] else ""
+    print(
+        f"estimate: {spend['prompts']:,} prompts, {spend['calls']:,} calls, {spend['prompt_tokens']:,} tokens read, "
+        f"at most {spend['completion_tokens']:,} written, at most {spend['minutes']:,.1f} minutes{usd}",
+        flush=True,
+    )
+    expensive = spend["minutes"] > ASK_MINUTES or (spend["usd"] or 0) > ASK_USD
+    if expensive and sys.stdin.isatty() and input("Go on? [y/N] ").strip().lower() not in ("y", "yes"):
+        raise KeyboardInterrupt
+
+
+def _pace(backend: Backend, prompts: list[dict]) -> tuple[float, float]:
+    """Tokens per second read and written, from a few requests with one and with several new tokens."""
+    trial = [
+        Request(row["prompt_id"], "trial", row["prompt"], max_new_tokens=1, temperature=1.0, seed=n)
+        for n, row in enumerate(prompts[:TRIAL_REQUESTS])
+    ]
+    seconds, tokens = [], []
+    for new in (1, TRIAL_TOKENS):
+        begin = time.monotonic()
+        asked = [replace(request, max_new_tokens=new) for request in trial]
+        answers = [answer for group in backend.answer(asked, (), "pace") for _, answer in group]
+        seconds.append(time.monotonic() - begin)
+        tokens.append((sum(a["prompt_tokens"] for a in answers), sum(a["tokens"] for a in answers)))
+    more = max(tokens[1][1] - tokens[0][1], 1)
+    return tokens[0][0] / max(seconds[0], 1e-3), more / max(seconds[1] - seconds[0], 1e-3)

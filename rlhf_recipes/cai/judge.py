@@ -1,0 +1,287 @@
+"""A judge's soft label for two replies, and what the label is worth.
+
+For replies y1, y2, principles k and both orders o, with l = log P(A) - log P(B) in nats:
+
+    s_k,AB =   l(y1 in A, y2 in B) - prior_k        prior_k: the same log-odds between replies that say nothing
+    s_k,BA = -(l(y2 in A, y1 in B) - prior_k)
+    p_k    = (sigma(s_k,AB) + sigma(s_k,BA)) / 2
+    p      = sigma(logit(mean over k of p_k) / T)   probability that y1 is the better reply
+
+So p(y1, y2) + p(y2, y1) = 1 and p(y, y) = 1/2 whatever the judge does, and a fixed preference for a letter or a place
+cancels. Both orders in probability space: Lee et al. 2023 (arXiv:2309.00267); an ensemble of principles and soft
+labels: Bai et al. 2022 (arXiv:2212.08073, section 4.3); the prior: Zhao et al. 2021 (arXiv:2102.09690); the
+temperature T, 1 where nothing is known: Guo et al. 2017 (arXiv:1706.04599).
+"""
+
+import math
+import statistics
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig
+
+from rlhf_recipes import stats
+from rlhf_recipes.cai import layout
+from rlhf_recipes.cai.backend import Backend, Journal, Message, Request, ask
+from rlhf_recipes.cai.constitution import Constitution, Principle
+from rlhf_recipes.evaluation.summary import refuses
+
+THINK = "Think about it step by step, in a few sentences, before you answer."
+THEN = "Answer with the letter of one option alone."
+# Chain of thought commits itself to 0 or 1; Bai et al. 2022, section 4.3, clamp its probabilities to 40-60 %.
+CLAMP = (0.40, 0.60)
+BINS = 10  # of the calibration error, of equal mass
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two replies to the same prompt, to be compared."""
+
+    prompt_id: str
+    prompt: list[Message]
+    first: str
+    second: str
+
+
+@dataclass
+class Judgement:
+    """What a judge says of a pair.
+
+    Attributes:
+        p: probability that the first reply is better; None where it did not answer (`mass` below the limit).
+        by_principle: the same under each principle.
+        spread: standard deviation of these.
+        position_gap: mean over principles of sigma(s_AB) - sigma(s_BA); positive: the reply in place A gains.
+        flip: whether the better reply changes with the order.
+        mass: P(A) + P(B), the lowest of all questions: what the judge put on answering at all.
+    """
+
+    p: float | None
+    by_principle: dict[str, float] = field(default_factory=dict)
+    spread: float = 0.0
+    position_gap: float = 0.0
+    flip: bool = False
+    mass: float = 0.0
+
+
+class Judge:
+    """A backend that compares replies under a constitution.
+
+    Args:
+        settings: conf/cai.yaml, `judging`.
+        journal: where its answers are kept.
+    """
+
+    def __init__(self, backend: Backend, constitution: Constitution, settings: DictConfig, seed: int):
+        self.backend, self.constitution, self.settings, self.seed = backend, constitution, settings, seed
+        self.temperature = 1.0
+        self.priors: dict[str, float] = {}
+
+    def learn_priors(self, journal: Journal) -> None:
+        """prior_k of every principle: the mean over replies without content (`layout.CONTENT_FREE`)."""
+        if not self.settings.prior_correction:
+            return
+        prompt = [{"role": "user", "content": layout.CONTENT_FREE[0]}]
+        pairs = [Pair("content-free", prompt, text, text) for text in layout.CONTENT_FREE]
+        asked = [self._question(pair, p, False) for p in self.constitution.principles for pair in pairs]
+        odds = [_log_odds(answer["logps"]) for answer in self._ask(asked, journal, "judge: prior")]
+        count = len(pairs)
+        for n, principle in enumerate(self.constitution.principles):
+            read = [value for value in odds[n * count : (n + 1) * count] if value is not None]
+            self.priors[principle.id] = statistics.fmean(read) if read else 0.0
+
+    def compare(self, pairs: list[Pair], journal: Journal, what: str) -> list[Judgement]:
+        """A judgement of each pair under `principles_per_pair` principles drawn for its prompt, in both orders."""
+        drawn = [
+            self.constitution.draw(self.settings.principles_per_pair, self.seed, "judge", pair.prompt_id)
+            for pair in pairs
+        ]
+        asked = [
+            self._question(pair, principle, swapped)
+            for pair, principles in zip(pairs, drawn, strict=True)
+            for principle in principles
+            for swapped in (False, True)
+        ]
+        answers = iter(self._ask(asked, journal, what))
+        return [
+            self._judgement(principles, [(next(answers)["logps"], next(answers)["logps"]) for _ in principles])
+            for principles in drawn
+        ]
+
+    def _question(self, pair: Pair, principle: Principle, swapped: bool) -> Request:
+        first, second = (pair.second, pair.first) if swapped else (pair.first, pair.second)
+        return Request(
+            pair.prompt_id,
+            f"judge.{principle.id}.{'BA' if swapped else 'AB'}",
+            layout.judgement(pair.prompt, first, second, principle),
+            prefix=layout.VERDICT,
+            options=layout.LETTERS,
+        )
+
+    def _ask(self, requests: list[Request], journal: Journal, what: str) -> list[dict]:
+        if self.settings.mode == "cot":
+            thinking = [
+                replace(r, messages=_with(r.messages, THINK), prefix="", options=(),
+                        max_new_tokens=self.settings.cot_tokens)
+                for r in requests
+            ]  # fmt: skip
+            thoughts = ask(self.backend, thinking, journal, f"{what}, thinking")
+            requests = [
+                replace(r, messages=[*t.messages, _said(thought["text"]), {"role": "user", "content": THEN}])
+                for r, t, thought in zip(requests, thinking, thoughts, strict=True)
+            ]
+        return ask(self.backend, requests, journal, what)
+
+    def _judgement(self, principles: list[Principle], answers: list[tuple]) -> Judgement:
+        logps = [values for both in answers for values in both]
+        mass = min((sum(map(math.exp, values)) if values else 0.0) for values in logps)
+        if mass < self.settings.min_option_mass:
+            return Judgement(None, mass=mass)
+        sides = np.array(
+            [
+                self._sides(_log_odds(ab) - self._prior(principle), -(_log_odds(ba) - self._prior(principle)))
+                for principle, (ab, ba) in zip(principles, answers, strict=True)
+            ]
+        )
+        p_K = sides.mean(1)
+        return Judgement(
+            p=float(tempered(p_K.mean(), self.temperature)),
+            by_principle={principle.id: float(p) for principle, p in zip(principles, p_K, strict=True)},
+            spread=float(p_K.std()),
+            position_gap=float((sides[:, 0] - sides[:, 1]).mean()),
+            flip=bool(np.prod(np.round(sides.mean(0) - 0.5, 9)) < 0),
+            mass=mass,
+        )
+
+    def _prior(self, principle: Principle) -> float:
+        return self.priors.get(principle.id, 0.0)
+
+    def _sides(self, *log_odds: float) -> list[float]:
+        """sigma(s) of both orders; clamped after a chain of thought."""
+        low, high = CLAMP if self.settings.mode == "cot" else (0.0, 1.0)
+        return [min(max(_sigmoid(s), low), high) for s in log_odds]
+
+
+def worth(judge: Judge, gold: list[dict], judgements: list[Judgement], limits: DictConfig) -> dict[str, Any]:
+    """What a judge is worth on pairs whose better reply is known, beside what needs no model.
+
+    Args:
+        gold: rows with `prompt_id`, `chosen`, `rejected`.
+        judgements: of (chosen, rejected).
+        limits: conf/cai.yaml, `gate`.
+
+    Returns:
+        Estimates (`parsed`, `swap_consistency`, `agreement`, `kappa`, `position_gap`, `calibration_error`, `brier`),
+        `baselines`, the paired gain over the best of them, `temperature`, and `checks`: what the gate asks, what it
+        found. `passed` when every check did. Rows that the judge did not answer count as half right.
+    """
+    ids = [row["prompt_id"] for row in gold]
+    p = np.array([0.5 if j.p is None else j.p for j in judgements])
+    read = [j.p is not None for j in judgements]
+    right = _correct(p)
+    baselines = {name: stats.estimate(values, ids) for name, values in _baselines(gold).items()}
+    best = max(baselines, key=lambda name: baselines[name]["value"])
+    agreement = stats.estimate(right, ids)
+    found = {
+        "parsed": stats.estimate(read, ids),
+        "swap_consistency": stats.estimate(
+            [not j.flip for j in judgements if j.p is not None], [i for i, r in zip(ids, read, strict=True) if r]
+        ),
+        "agreement": agreement,
+        # With both orders of every pair counted, the two labels are equally frequent on both sides: kappa = 2 a - 1.
+        "kappa": {**agreement, **{k: agreement[k] and 2 * agreement[k] - 1 for k in ("value", "low", "high")}},
+        "position_gap": stats.estimate([j.position_gap for j in judgements], ids),
+        "mass": stats.estimate([j.mass for j in judgements], ids),
+        "baselines": baselines,
+        "best_baseline": best,
+        "gain": stats.difference(right, _baselines(gold)[best], ids),
+        **_calibration(p, ids),
+    }
+    checks = [
+        _check("answers", found["parsed"]["value"], limits.min_parsed),
+        _check("same winner after a swap", found["swap_consistency"]["value"], limits.min_swap_consistency),
+        _check(f"gain over '{best}', lower bound", found["gain"]["low"], 0.0, strict=True),
+    ]
+    return {**found, "checks": checks, "passed": all(check["passed"] for check in checks)}
+
+
+def fit_temperature(p: np.ndarray) -> float:
+    """T that minimises the negative log-likelihood of "the first is better" with log-odds logit(p) / T."""
+    grid = np.geomspace(0.05, 50, 400)
+    losses = [-np.log(tempered(p, temperature)).mean() for temperature in grid]
+    return float(grid[int(np.argmin(losses))])
+
+
+def calibration_error(p: np.ndarray, bins: int = BINS) -> float:
+    """Expected calibration error: sum_b n_b / N |accuracy_b - confidence_b|, bins of equal mass, with the confidence
+    max(p, 1 - p), since the label is always "the first"."""
+    confidence = np.maximum(p, 1 - p)
+    right = _correct(p)
+    order = np.argsort(np.round(confidence, 9), kind="stable")  # equal but for rounding: not sorted by who was right
+    parts = np.array_split(order, min(bins, len(order)))
+    return float(sum(abs(right[i].sum() - confidence[i].sum()) for i in parts) / len(p))
+
+
+def _calibration(p: np.ndarray, ids: list[str]) -> dict[str, Any]:
+    """Errors before and after a temperature that was fitted on the other half of the prompts."""
+    halves = {name: n % 2 for n, name in enumerate(dict.fromkeys(ids))}
+    half = np.array([halves[name] for name in ids])
+    after = p.copy()
+    for side in (0, 1):
+        if (half == side).any() and (half != side).any():
+            after[half == side] = tempered(p[half == side], fit_temperature(p[half != side]))
+    return {
+        "temperature": fit_temperature(p),
+        "calibration_error": {"before": calibration_error(p), "after": calibration_error(after), "n": len(p)},
+        "brier": {
+            "before": stats.estimate((1 - p) ** 2, ids),
+            "after": stats.estimate((1 - after) ** 2, ids),
+        },
+    }
+
+
+def tempered(p, temperature: float):
+    """sigma(logit(p) / temperature); 0 and 1 count as 1e-6 from there."""
+    clipped = np.clip(p, 1e-6, 1 - 1e-6)
+    return 1 / (1 + ((1 - clipped) / clipped) ** (1 / temperature))
+
+
+def _baselines(gold: list[dict]) -> dict[str, np.ndarray]:
+    """Per pair 1 where the rule picks the chosen reply, 1/2 where it cannot tell."""
+    sizes = np.array([[len(row[side][-1]["content"]) for side in ("chosen", "rejected")] for row in gold])
+    refusals = np.array([[refuses(row[side][-1]["content"]) for side in ("chosen", "rejected")] for row in gold])
+    longer = (np.sign(sizes[:, 0] - sizes[:, 1]) + 1) / 2
+    declines = (refusals[:, 0].astype(float) - refusals[:, 1] + 1) / 2
+    return {
+        "the longer wins": longer,
+        "the shorter wins": 1 - longer,
+        "the refusal wins": declines,
+        "the refusal loses": 1 - declines,
+        "the first wins": np.full(len(gold), 0.5),
+    }
+
+
+def _check(name: str, value: float | None, needed: float, strict: bool = False) -> dict[str, Any]:
+    passed = value is not None and (value > needed if strict else value >= needed)
+    return {"name": name, "value": value, "needed": needed, "passed": bool(passed)}
+
+
+def _correct(p: np.ndarray) -> np.ndarray:
+    return (np.sign(p - 0.5) + 1) / 2
+
+
+def _log_odds(logps: list[float] | None) -> float | None:
+    return None if logps is None else logps[0] - logps[1]
+
+
+def _sigmoid(x: float) -> float:
+    return 0.5 * (1 + math.tanh(x / 2))  # sigmoid(-x) is 1 - sigmoid(x) to the last bit
+
+
+def _with(messages: list[Message], text: str) -> list[Message]:
+    return [*messages[:-1], {**messages[-1], "content": f"{messages[-1]['content']} {text}"}]
+
+
+def _said(text: str) -> Message:
+    return {"role": "assistant", "content": text}

@@ -1,0 +1,330 @@
+"""A model in this process as generator and judge: batches of like length, shared beginnings computed once.
+
+Shapes: B requests of a batch, G beginnings ("stems") that they share, T tokens, V vocabulary.
+
+Few-shot examples stand at the start of every request of a step, a pair's conversation and replies before each of its
+questions: such a stem goes through the model once, and its keys and values are copied to the requests that begin with
+it. Batches depend on the requests of a step alone, not on which of them are answered already, so that a continued run
+rounds as an uninterrupted one.
+"""
+
+import math
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import TopPLogitsWarper
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from rlhf_recipes import memory, models, progress, run
+from rlhf_recipes.cai.backend import Answer, Message, Request
+from rlhf_recipes.data.tokens import neutralise
+from rlhf_recipes.evaluation.measure import left_pad, stop_ids
+from rlhf_recipes.sampling import draw
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Tokens of one batch, completions and padding included: keys and values of so many are in memory at a time.
+BATCH_TOKENS = 16_384
+BATCH_ROWS = 64
+# A stem is worth a forward pass of its own where so many tokens are shared.
+STEM_TOKENS = 16
+# Keys and values are moved to a larger buffer once in so many tokens.
+ROOM = 64
+
+
+def load(model: "DictConfig", quantization: "DictConfig") -> "Local":
+    """The base in the asked quantization with the run's LoRA added, ready to generate.
+
+    On a CPU the quantized weights are unpacked once instead of for every token, to the very numbers that they stand
+    for in the compute dtype, and the LoRA is added to them, rounded to it; a GPU keeps them packed, and the LoRA
+    beside them.
+    """
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = models.load_base(model, quantization, AutoModelForCausalLM)
+    packed = getattr(base, "is_quantized", False)
+    if packed and base.device.type == "cpu":
+        base, packed = base.dequantize(base.dtype), False
+    name = model.id
+    if model.adapter:
+        folder = run.resolve_adapter(model.adapter)
+        base = PeftModel.from_pretrained(base, str(folder))
+        if not packed:
+            base = base.merge_and_unload()
+        digest = run.adapter_sha256(folder)
+        name = f"{model.id} + {model.adapter}" + (f" ({digest[:12]})" if digest else "")
+    return Local(base.eval(), models.load_tokenizer(model), name)
+
+
+@dataclass
+class _Row:
+    """What is computed of one request: its tokens, and for a choice those of each option after them."""
+
+    request: Request
+    ids: list[int]
+    tails: list[list[int]]
+
+
+class Local:
+    """`backend.Backend` on a loaded causal language model.
+
+    Args:
+        model: in evaluation mode.
+        name: model and adapter, for provenance.
+    """
+
+    def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", name: str):
+        self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.stops = stop_ids(model, tokenizer)
+        # Padding between a stem and what follows it takes places of an attention window: no sequence with a stem may
+        # be longer. A layer that is no attention knows no padding there at all.
+        self.window = min(
+            math.inf if type(layer) is DynamicLayer else getattr(layer, "sliding_window", 0)
+            for layer in DynamicCache(config=model.config).layers
+        )
+
+    def answer(
+        self, requests: list[Request], known: Container[str], what: str
+    ) -> Iterator[list[tuple[Request, Answer]]]:
+        asked, _ = neutralise([{"prompt": request.messages} for request in requests], self.tokenizer)
+        rows = [self._encode(r, each["prompt"]) for r, each in zip(requests, asked, strict=True)]
+        line = progress.Line(what, len(rows), sum(request.key in known for request in requests))
+        done = line.first
+        for batch in _batches(rows):
+            if all(row.request.key in known for row in batch):
+                continue
+            with torch.inference_mode(), torch.autocast(self.model.device.type, enabled=False):
+                answers = self._choose(batch) if batch[0].tails else self._generate(batch)
+            yield [(row.request, answer) for row, answer in zip(batch, answers, strict=True)]
+            done += sum(row.request.key not in known for row in batch)
+            line.update(done)
+            memory.return_freed_memory()
+
+    def _encode(self, request: Request, messages: list[Message]) -> _Row:
+        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        whole = [self._ids(text + request.prefix + option) for option in request.options]
+        if not whole:
+            return _Row(request, self._ids(text + request.prefix), [])
+        # Where options share their first tokens, those tell nothing: they belong to the question. One token at least is
+        # left of each.
+        shared = min(_shared(whole), *(len(ids) - 1 for ids in whole))
+        return _Row(request, whole[0][:shared], [ids[shared:] for ids in whole])
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _choose(self, batch: list[_Row]) -> list[Answer]:
+        """log P(option | question) in nats: the sum over its tokens, most often one."""
+        if all(len(tail) == 1 for row in batch for tail in row.tails):
+            with self._exact_head():
+                logps_BV = self._start(batch).logits.log_softmax(-1)
+            logps = [[logps_V[tail[0]].item() for tail in r.tails] for logps_V, r in zip(logps_BV, batch, strict=True)]
+        else:
+            logps = [[self._sequence_logp(row.ids, tail) for tail in row.tails] for row in batch]
+        return [
+            {"logps": values, "prompt_tokens": len(row.ids), "tokens": 0}
+            for row, values in zip(batch, logps, strict=True)
+        ]
+
+    def _sequence_logp(self, ids: list[int], tail: list[int]) -> float:
+        ids_1T = torch.tensor([ids + tail], device=self.model.device)
+        with self._exact_head():
+            logps_TV = self.model(ids_1T, logits_to_keep=len(tail) + 1).logits[0, :-1].log_softmax(-1)
+        return logps_TV.gather(1, ids_1T[0, -len(tail) :, None]).sum().item()
+
+    def _generate(self, batch: list[_Row]) -> list[Answer]:
+        """A token for every row at a time. Rows that have ended leave the batch as soon as a quarter has."""
+        first = batch[0].request
+        state = self._start(batch)
+        generators = [torch.Generator(self.model.device).manual_seed(row.request.seed) for row in batch]
+        nucleus = TopPLogitsWarper(first.top_p) if first.top_p < 1 else lambda _, logits_BV: logits_BV  # it sorts V
+        tokens: list[list[int]] = [[] for _ in batch]
+        active = list(range(len(batch)))
+        while True:
+            if first.temperature:
+                logits_BV = nucleus(None, state.logits / first.temperature)
+                chosen_B1 = draw(logits_BV, [generators[i] for i in active])
+            else:
+                chosen_B1 = state.logits.argmax(1, keepdim=True)
+            going = []
+            for place, (i, token) in enumerate(zip(active, chosen_B1[:, 0].tolist(), strict=True)):
+                if tokens[i] and (tokens[i][-1] in self.stops or len(tokens[i]) == first.max_new_tokens):
+                    continue  # it has ended, and waits for others to leave the batch with it
+                tokens[i].append(token)
+                if token not in self.stops and len(tokens[i]) < first.max_new_tokens:
+                    going.append(place)
+            if not going:
+                break
+            if len(going) <= 0.75 * len(active):
+                state.keep(going)
+                active, chosen_B1 = [active[place] for place in going], chosen_B1[going]
+            self._step(state, chosen_B1, torch.ones_like(chosen_B1))
+        return [
+            {
+                "text": self.tokenizer.decode(ids, skip_special_tokens=True).strip(),
+                "finished": ids[-1] in self.stops,
+                "prompt_tokens": len(row.ids),
+                "tokens": len(ids),
+            }
+            for row, ids in zip(batch, tokens, strict=True)
+        ]
+
+    @contextmanager
+    def _exact_head(self):
+        """Logits in float32: bfloat16 knows 8.0 and 8.0625 and nothing between, which is more than many judgements."""
+        head = self.model.get_output_embeddings()
+        head = getattr(head, "base_layer", head)  # a LoRA beside it keeps what it adds
+        weight, bias = head.weight.float(), None if head.bias is None else head.bias.float()
+        head.forward = lambda x: torch.nn.functional.linear(x.float(), weight, bias)
+        try:
+            yield
+        finally:
+            del head.forward
+
+    def _start(self, batch: list[_Row]) -> "_State":
+        """Stems, then what follows them: logits of the last position of every row."""
+        sequences = [row.ids for row in batch]
+        stems, member = _stems(sequences, self.window - batch[0].request.max_new_tokens)
+        device, pad = self.model.device, self.tokenizer.pad_token_id
+        state = _State(self.model.config, len(stems or batch), device)
+        if stems:
+            ids_GT, mask_GT, _ = left_pad(stems, pad, device)
+            self._step(state, ids_GT, mask_GT)
+            state.keep(member)
+            sequences = [ids[len(stems[g]) :] for ids, g in zip(sequences, member, strict=True)]
+        ids_BT, mask_BT, _ = left_pad(sequences, pad, device)
+        self._step(state, ids_BT, mask_BT)
+        return state
+
+    def _step(self, state: "_State", ids_BT: Tensor, mask_BT: Tensor) -> None:
+        state.mask_BT = torch.cat([state.mask_BT, mask_BT], 1)
+        output = self.model(
+            input_ids=ids_BT,
+            attention_mask=state.mask_BT,
+            position_ids=(state.mask_BT.cumsum(1) - 1).clamp(min=0)[:, -ids_BT.shape[1] :],
+            past_key_values=state.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        state.logits = output.logits[:, -1].float()
+
+
+class _State:
+    """What a batch has computed: keys and values, which of their places count (mask_BT), the last logits (B, V)."""
+
+    def __init__(self, config, rows: int, device):
+        self.cache = DynamicCache(config=config)
+        self.cache.layers = [_Layer() if type(layer) is DynamicLayer else layer for layer in self.cache.layers]
+        self.mask_BT = torch.zeros(rows, 0, dtype=torch.long, device=device)
+        self.logits = None
+
+    def keep(self, rows: list[int]) -> None:
+        """Rows in this order; one may be named several times, which copies it."""
+        index = torch.tensor(rows, device=self.mask_BT.device)
+        self.cache.batch_select_indices(index)
+        self.mask_BT = self.mask_BT[index]
+
+
+class _Layer(DynamicLayer):
+    """Keys and values, (B, heads, T, width) each, at the start of buffers with room for more: concatenation would copy
+    all of them for every token."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        start = self.get_seq_length()
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.buffers = [key_states[:, :, :0], value_states[:, :, :0]]
+        end = start + key_states.shape[2]
+        for i, new in enumerate((key_states, value_states)):
+            if end > self.buffers[i].shape[2]:
+                grown = new.new_empty(*new.shape[:2], end + ROOM, new.shape[3])
+                grown[:, :, :start] = self.buffers[i][:, :, :start]
+                self.buffers[i] = grown
+            self.buffers[i][:, :, start:end] = new
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        end = self.get_seq_length()
+        self.buffers = [buffer[indices] for buffer in self.buffers]
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+
+
+def _batches(rows: list[_Row]) -> Iterator[list[_Row]]:
+    """Rows that are generated alike, of like length, the longest first (an out-of-memory shows at once); of choices,
+    those of one stem side by side."""
+
+    def settings(row: _Row) -> tuple:
+        return row.request.max_new_tokens, row.request.temperature, row.request.top_p
+
+    for _, alike in groupby(sorted(rows, key=settings, reverse=True), key=settings):
+        order = sorted(alike, key=lambda row: (row.ids, row.request.key))
+        lengths = {id(row): (-len(row.ids), 0) for row in order}
+        if order[0].tails:
+            _, member = _neighbours([row.ids for row in order])
+            longest = [0] * len(order)
+            for row, g in zip(order, member, strict=True):
+                longest[g] = max(longest[g], len(row.ids))
+            lengths = {id(row): (-longest[g], g) for row, g in zip(order, member, strict=True)}
+        order.sort(key=lambda row: lengths[id(row)])
+        while order:
+            length, size = 0, 0
+            for row in order[:BATCH_ROWS]:
+                length = max(length, len(row.ids) + row.request.max_new_tokens)
+                if size and (size + 1) * length > BATCH_TOKENS:
+                    break
+                size += 1
+            yield order[:size]
+            order = order[size:]
+
+
+def _stems(sequences: list[list[int]], longest: float = math.inf) -> tuple[list[list[int]], list[int]]:
+    """Beginnings to compute once, and for each sequence which of them is its: what neighbours share, what all share, or
+    none, whichever puts the fewest tokens through the model, padding included.
+
+    Args:
+        longest: stem and rest may have so many tokens together, padding included.
+    """
+    candidates = [_neighbours(sequences)]
+    shared = min(_shared(sequences), *(len(ids) - 1 for ids in sequences))
+    if shared >= STEM_TOKENS:
+        candidates.append(([sequences[0][:shared]], [0] * len(sequences)))
+    best: tuple[list[list[int]], list[int]] = [], []
+    cost = len(sequences) * max(map(len, sequences))
+    for stems, member in candidates:
+        stem = max(map(len, stems))
+        rest = max(len(ids) - len(stems[g]) for ids, g in zip(sequences, member, strict=True))
+        if stem + rest <= longest and len(stems) * stem + len(sequences) * rest < cost:
+            best, cost = (stems, member), len(stems) * stem + len(sequences) * rest
+    return best
+
+
+def _neighbours(sequences: list[list[int]]) -> tuple[list[list[int]], list[int]]:
+    """Beginnings that neighbours share, and for each sequence which one is its.
+
+    A neighbour joins a stem as long as that keeps at least half of what it shares. One token is left of each sequence.
+    """
+    stems: list[list[int]] = []
+    member: list[int] = []
+    for ids in sequences:
+        shared = _shared([stems[-1], ids[:-1]]) if stems else 0
+        if stems and shared >= max(STEM_TOKENS, len(stems[-1]) / 2):
+            stems[-1] = stems[-1][:shared]
+        else:
+            stems.append(ids[:-1])
+        member.append(len(stems) - 1)
+    return stems, member
+
+
+def _shared(sequences: list[list[int]]) -> int:
+    """Tokens with which all of the sequences begin."""
+    low, high = min(sequences), max(sequences)  # what these two share, all that lie between them share
+    return next((n for n, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))

@@ -1,0 +1,210 @@
+"""What a run of the recipe says at its end: the data set's card, the funnel as a picture, the summary."""
+
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from rlhf_recipes import run
+from rlhf_recipes.data import readers
+from rlhf_recipes.stats import format_estimate
+
+# How routes and reasons are called where people read them.
+WORDS = {
+    "accepted": "accepted",
+    "tie": "ties",
+    "disputed": "disputed",
+    "not_better": "revision not better",
+    "unanswered": "judge gave no answer",
+    "truncated": "not finished",
+    "length": "too short or too long",
+    "role_leak": "roles inside the text",
+    "preamble": "speaks about the task",
+    "repetition": "repeats itself",
+    "no_op": "both replies alike",
+    "critique_copied": "critique handed in as revision",
+    "both_refuse": "both replies refuse",
+    "length_imbalance": "lengths too different",
+    "leakage": "prompt like one of the test split",
+    "near_duplicate": "reply like an earlier one",
+    "closer": "ends as too many do",
+}
+# What helps where most pairs ended so.
+ADVICE = {
+    "truncated": "Raise generate.max_new_tokens, or generate with a run of recipes/sft.py (model.adapter).",
+    "unanswered": "Choose another judge.",
+    "tie": "Choose another judge, or generate at a higher temperature.",
+    "disputed": "Choose another judge.",
+    "no_op": "Generate at a higher temperature.",
+}
+SHOWN = 3
+
+
+def card(result: dict[str, Any]) -> str:
+    """README.md of the data set, with the metadata that `datasets.load_dataset` reads."""
+    from huggingface_hub import DatasetCard, DatasetCardData
+
+    funnel, constitution = result["funnel"], result["constitution"]
+    written = funnel["written"]
+    head = DatasetCardData(
+        language="en",
+        tags=["preference", "constitutional-ai", "rlhf-recipes", "synthetic"],
+        configs=[
+            {
+                "config_name": kind,
+                "data_files": [{"split": s, "path": f"{s}_{kind}.parquet"} for s in ("train", "test")],
+            }
+            for kind in ("prefs", "sft")
+        ],
+    )
+    routes = [f"| {WORDS[name]} | {count} |" for name, count in sorted(funnel["routes"].items(), key=_by_count)]
+    reasons = [
+        f"| left out: {WORDS[name]} | {count} |" for name, count in sorted(funnel["unfit"].items(), key=_by_count)
+    ]
+    principles = [
+        f"| {name} | {c.get('revised', 0)} | {c.get('accepted', 0)} | {c.get('better', 0)} |"
+        for name, c in funnel["by_principle"].items()
+    ]
+    ledger = [
+        f"| {cell} | {c['pairs']} | {c['accepted']} | {c['tie']} | {c['disputed']} | {c['unfit']} |"
+        for cell, c in result["ledger"].items()
+    ]
+    parts = [
+        "# AI preference pairs",
+        f"Replies written, critiqued, revised and judged by language models under the constitution "
+        f"*{constitution['name']}* (version {constitution['version']}, {constitution['principles']} principles, "
+        f"SHA-256 `{constitution['sha256'][:16]}`), after Bai et al. 2022 "
+        "([arXiv:2212.08073](https://arxiv.org/abs/2212.08073)), by rlhf-recipes. The text is synthetic.",
+        "![The funnel](funnel.png)",
+        "## What the labels are worth",
+        _worth(result),
+        "## What became of the pairs",
+        "\n".join(["| pairs | count |", "| --- | --- |", f"| made | {funnel['pairs']} |", *reasons, *routes]),
+        f"Rows: {', '.join(f'{count} `{name}`' for name, count in written.items())}. The longer reply is the chosen "
+        f"one in {format_estimate(funnel['chosen_is_longer'], percent=True)} of the accepted pairs. "
+        f"{funnel['speaks_to_judge']} pairs hold a phrase that could be meant for a judge.",
+        "## By family and kind of pair",
+        "\n".join(["| family / pairs | made | accepted | ties | disputed | unfit |", "| --- " * 6 + "|", *ledger]),
+    ]
+    if principles:
+        parts += [
+            "## By principle of the revision",
+            "\n".join(
+                ["| principle | revisions judged | accepted | judged better |", "| --- " * 4 + "|", *principles]
+            ),
+        ]
+    parts += [
+        "## Columns",
+        "`prompt`, `chosen`, `rejected` (`completion` in the sft splits): conversations. `p`: the judge's probability "
+        "that `chosen` is better, null where the label is by construction; `by_principle`, `spread` (standard "
+        "deviation over principles), `position_gap`, `flip`, `mass` (what it put on the two letters). `family`, "
+        "`source`, `principle`, `draft`, `critique`, `revision`, `constitution` (SHA-256), `generator`, `judge`, "
+        "`seed`: where the row comes from.",
+        "## How it was made",
+        f"Generator: {result['generator']}. Judge: {result['judge']}. Seed {result['seed']}. {_cost(result)}",
+    ]
+    return str(DatasetCard(f"---\n{head.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n"))
+
+
+def draw_funnel(funnel: dict[str, Any], path: Path) -> None:
+    """Bars from the prompts to the rows that were written; losses by reason beside them."""
+    from matplotlib.figure import Figure
+
+    unfit = sum(funnel["unfit"].values())
+    bars = [("prompts", funnel["prompts"], "#7d8ba1"), ("pairs made", funnel["pairs"], "#7d8ba1")]
+    bars += [(WORDS[n], c, "#d9a38f") for n, c in sorted(funnel["unfit"].items(), key=_by_count)]
+    bars += [("fit to be judged", funnel["pairs"] - unfit, "#7d8ba1")]
+    bars += [(WORDS[n], c, "#d9c58f") for n, c in sorted(funnel["routes"].items(), key=_by_count) if n != "accepted"]
+    bars += [("accepted", funnel["routes"].get("accepted", 0), "#4a8f6d")]
+    figure = Figure(figsize=(8, 0.6 + 0.3 * len(bars)), dpi=120, layout="constrained")
+    axis = figure.subplots()
+    names, counts, colors = zip(*reversed(bars), strict=True)
+    drawn = axis.barh(names, counts, color=colors, height=0.7)
+    axis.bar_label(drawn, [f"{count:,}" for count in counts], padding=4, fontsize=9)
+    axis.spines[["top", "right", "bottom", "left"]].set_visible(False)
+    axis.tick_params(left=False, bottom=False, labelbottom=False, labelsize=9)
+    axis.margins(x=0.12)
+    axis.set_title(
+        "From prompts to pairs: grey what is there, red and yellow what was set aside", loc="left", fontsize=10
+    )
+    figure.savefig(path)
+
+
+def finish(job: run.Run, result: dict[str, Any]) -> float:
+    """Write card, picture and result.json, print the summary.
+
+    Returns:
+        The share of the pairs that were accepted, or the judge's agreement where only that was asked.
+    """
+    result = run.record(job, seed=job.config["seed"], **result)
+    if "funnel" not in result:
+        run.write_result(job, result)
+        print(f"  result    {job.dir / 'result.json'}", flush=True)
+        return result["main"]["after"]["value"]
+    draw_funnel(result["funnel"], job.dir / "funnel.png")
+    run.write_atomically(job.dir / "README.md", card(result))
+    run.write_result(job, result)
+    _print_summary(result, job.dir)
+    return result["funnel"]["yield"]["value"]
+
+
+def _print_summary(result: dict[str, Any], folder: Path) -> None:
+    funnel = result["funnel"]
+    set_aside = [f"{count} {WORDS[name]}" for name, count in sorted(funnel["unfit"].items(), key=_by_count)]
+    routes = [f"{count} {WORDS[name]}" for name, count in sorted(funnel["routes"].items(), key=_by_count)]
+    print(f"\ncai finished in {result['seconds']:.0f} s. {_cost(result)}")
+    print(f"  pairs     {funnel['pairs']} of {funnel['prompts']} prompts: {', '.join(routes) or 'none fit'}")
+    print(f"  set aside {', '.join(set_aside) or 'none'}")
+    there = funnel["written"]["train_prefs"] and funnel["written"]["test_prefs"]
+    for _, (_, row) in zip(
+        range(SHOWN), readers.read_folder(str(folder), "train_prefs") if there else (), strict=False
+    ):
+        print(f"  prompt    {_short(row['prompt'][-1]['content'])}")
+        for side in ("chosen", "rejected"):
+            print(f"    {side:9} {_short(row[side][-1]['content'])}")
+    print(f"  data      {folder}\n  card      {folder / 'README.md'}\n  result    {folder / 'result.json'}")
+    if there:
+        print(f"  next      python recipes/dpo.py data=cai_pairs data.path={folder}", flush=True)
+    else:
+        most = max({**funnel["unfit"], **funnel["routes"]}.items(), key=lambda entry: entry[1])[0]
+        print(
+            f"  next      too few pairs to train on, most of them: {WORDS[most]}. {ADVICE.get(most, '')}", flush=True
+        )
+
+
+def _worth(result: dict[str, Any]) -> str:
+    gate = result["gate"]
+    found = format_estimate(gate["agreement"], percent=True)
+    best = gate["baselines"][gate["best_baseline"]]
+    text = (
+        f"On {gate['agreement']['n']} pairs whose better reply is known the judge agrees with the label on {found}; "
+        f"'{gate['best_baseline']}' alone on {format_estimate(best, percent=True)}. Its winner stays the same when "
+        f"the replies change places on {format_estimate(gate['swap_consistency'], percent=True)}. Cohen's kappa "
+        f"{format_estimate(gate['kappa'], digits=2)}. Calibration error {gate['calibration_error']['before']:.3f}, "
+        f"{gate['calibration_error']['after']:.3f} after a temperature of {gate['temperature']:.2f} (n "
+        f"{gate['calibration_error']['n']}, cross-fitted)."
+    )
+    if result["labelled_by"] == "construction":
+        text += (
+            " That is not enough: the pairs are labelled by construction, not by this judge. The chosen reply was "
+            "written under the constitution's good system prompt, the rejected one under its bad one (RLCD, "
+            "[arXiv:2307.12950](https://arxiv.org/abs/2307.12950)); nobody has looked whether it is better."
+        )
+    return text
+
+
+def _cost(result: dict[str, Any]) -> str:
+    spent = result["spent"]
+    usd = f", {spent['usd']:.2f} USD" if spent["usd"] else ""
+    pace = f" ({spent['tokens_per_second']:.0f} a second)" if spent["tokens_per_second"] else ""
+    return (
+        f"{spent['calls']:,} calls, {spent['prompt_tokens']:,} tokens read, {spent['completion_tokens']:,} written"
+        f"{pace}{usd}."
+    )
+
+
+def _short(text: str) -> str:
+    return textwrap.shorten(text, 90, placeholder=" …") or "(empty)"
+
+
+def _by_count(entry: tuple[str, int]) -> tuple[int, str]:
+    return -entry[1], entry[0]

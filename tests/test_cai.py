@@ -1,0 +1,188 @@
+"""recipes/cai.py as a user runs it: to its end, killed and continued, wrongly called; what the next recipes get."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+
+SMALL = (
+    "constitution=clinic",
+    "data.train_size=6",
+    "data.eval_size=3",
+    "gate.pairs=4",
+    "gate.fails=ignore",
+    "generate.max_new_tokens=8",
+    "revise.max_new_tokens=8",
+    "judging.principles_per_pair=2",
+    "shard_size=4",
+    "quantization=none",
+)
+
+
+@pytest.fixture(scope="module")
+def finished(run_recipe, tiny_model_overrides, tmp_path_factory):
+    """The folder in which `cai` ran to its end, and what it printed."""
+    folder = tmp_path_factory.mktemp("cai")
+    done = run_recipe("cai", *SMALL, *tiny_model_overrides, cwd=folder)
+    assert done.returncode == 0, done
+    return folder, done
+
+
+def answers(folder):
+    lines = [line for path in sorted(folder.rglob("answers.jsonl")) for line in path.read_text().splitlines()]
+    return [entry for line in lines for entry in json.loads(line)]
+
+
+def test_a_run_says_what_became_of_every_pair(finished):
+    folder, done = finished
+    run = folder / "outputs" / "cai" / "main"
+    result = json.loads((run / "result.json").read_text())
+    funnel = result["funnel"]
+    assert funnel["prompts"] == 9 and funnel["pairs"] == 18 and result["labelled_by"] == "judge"
+    assert sum(funnel["unfit"].values()) + sum(funnel["routes"].values()) == 18
+    assert result["main"]["name"] == "judge_agreement" and result["main"]["after"]["n"] == 4
+    assert json.loads((run / "funnel.json").read_text()) == funnel
+    for said in ("estimate: 9 prompts", "cai finished in", "set aside", "next      too few pairs"):
+        assert said in done.stdout, done
+    assert (run / "funnel.png").stat().st_size > 5000
+    card = (run / "README.md").read_text()
+    assert result["constitution"]["sha256"][:16] in card and str(folder) not in card
+    asked = answers(run)
+    assert {entry["step"].partition(".")[0] for entry in asked} >= {"draft", "critique", "revision", "sample"}
+    assert len({entry["key"] for entry in asked}) == len(asked)
+    assert result["spent"]["calls"] == len(asked)
+    assert result["spent"]["completion_tokens"] == sum(entry["answer"]["tokens"] for entry in asked)
+
+
+def test_critique_and_revision_follow_one_principle(finished):
+    folder, _ = finished
+    for path in sorted((folder / "outputs/cai/main/shards").rglob("records.jsonl")):
+        for line in path.read_text().splitlines():
+            record = json.loads(line)
+            assert len(record["steps"]) == 2 and record["split"] in ("train", "test")
+            assert all(step["critique"] and step["revision"] and step["unfit"] for step in record["steps"])
+            assert [pair["source"] for pair in record["pairs"]] == ["revision", "on_policy"]
+
+
+def test_a_finished_run_is_kept(finished, run_recipe, tiny_model_overrides):
+    folder, _ = finished
+    again = run_recipe("cai", *SMALL, *tiny_model_overrides, cwd=folder)
+    assert again.returncode == 2 and "holds a finished run" in again.stderr
+
+
+@pytest.mark.slow
+def test_killed_at_any_step_it_ends_with_the_same_records(
+    finished, start_recipe, run_recipe, tiny_model_overrides, tmp_path
+):
+    """SIGKILL as soon as a step has an answer, three times; nothing that was answered is asked again."""
+    run = tmp_path / "outputs" / "cai" / "main"
+    for step in ("draft", "revision.1", "sample.2"):
+        process = start_recipe("cai", *SMALL, *tiny_model_overrides, cwd=tmp_path)
+        while process.poll() is None and not any(e["step"].startswith(step) for e in whole_lines(run)):
+            time.sleep(0.01)
+        assert process.poll() is None, process.communicate()
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    done = run_recipe("cai", *SMALL, *tiny_model_overrides, cwd=tmp_path)
+    assert done.returncode == 0 and "Continuing outputs/cai/main from what was answered." in done.stdout, done
+    expected = finished[0] / "outputs" / "cai" / "main"
+    for path in sorted(expected.glob("shards/*/records.jsonl")):
+        assert (run / path.relative_to(expected)).read_bytes() == path.read_bytes()
+    keys = [entry["key"] for entry in answers(run)]
+    assert sorted(keys) == sorted(entry["key"] for entry in answers(expected))
+
+
+def whole_lines(run):
+    lines = [line for path in run.rglob("answers.jsonl") for line in path.read_text().splitlines(keepends=True)]
+    return [entry for line in lines if line.endswith("\n") for entry in json.loads(line)]
+
+
+def test_another_config_does_not_continue_it(start_recipe, run_recipe, tiny_model_overrides, tmp_path):
+    run = tmp_path / "outputs" / "cai" / "main"
+    process = start_recipe("cai", *SMALL, *tiny_model_overrides, cwd=tmp_path)
+    while process.poll() is None and not (run / "gate.jsonl").exists():
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    done = run_recipe("cai", *SMALL, *tiny_model_overrides, "seed=7", cwd=tmp_path)
+    assert done.returncode == 2 and "holds an interrupted run with seed=42" in done.stderr, done
+    assert (run / "gate.jsonl").exists()
+
+
+def test_the_gate_alone(run_recipe, tiny_model_overrides, tmp_path):
+    done = run_recipe("cai", *SMALL, *tiny_model_overrides, "gate.only=true", "gate.gold=data", cwd=tmp_path)
+    assert done.returncode == 0, done
+    result = json.loads((tmp_path / "outputs/cai/main/result.json").read_text())
+    assert "funnel" not in result and result["gate"]["agreement"]["n"] == 4
+    assert not (tmp_path / "outputs/cai/main/shards").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["sources=[revison]"], "sources=[revison]: not one of revision, on_policy, contrastive; did you mean 'revis"),
+        (["sources=[]"], "sources=[]: makes no pairs."),
+        (["generate.n_samples=1"], "generate.n_samples=1: must be at least 2."),
+        (["judging.mode=thinking"], "judging.mode=thinking: not one of logprob, cot"),
+        (["gate.fails=never"], "gate.fails=never: not one of contrastive, stop, ignore"),
+        (["gate.gold=absent.jsonl"], "absent.jsonl"),
+        (["constitution=clinc"], "constitution=clinc: there is no such option; did you mean 'clinic'?"),
+        (["constitution=local", "constitution.path=absent.yaml"], "constitution.path=absent.yaml: no such file."),
+        (["constitution=local", "constitution.path=broken.yaml"], "broken.yaml:3: not valid YAML"),
+        (["judge=server"], "judge.model: required, but not set."),
+        (["generator.kindd=server"], "generator.kindd: there is no such key; did you mean 'generator.kind'?"),
+        (["judging.min_option_mas=1"], "judging.min_option_mas: there is no such key"),
+    ],
+)
+def test_what_is_wrong_is_said_on_one_line(run_recipe, tmp_path, overrides, says):
+    (tmp_path / "broken.yaml").write_text("name: x\nversion: [1\n")
+    done = run_recipe("cai", *overrides, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and says in done.stderr, done
+    assert not (tmp_path / "outputs" / "cai" / "main").exists()
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory, compose):
+    """A run folder with eight train and four test prompts, written by dataset.write."""
+    from rlhf_recipes.cai import dataset
+
+    folder = tmp_path_factory.mktemp("pairs") / "run"
+    (folder / "shards").mkdir(parents=True)
+    verdict = {"by_principle": {"a": 0.8}, "spread": 0.0, "position_gap": 0.0, "flip": False, "mass": 1.0}
+    lines = []
+    for n in range(12):
+        words = " ".join(f"{chr(97 + n)}{word}" for word in ("one", "two", "three", "four", "five", "six"))
+        pair = {"source": "on_policy", "first": f"{words} good", "second": f"{words} bad", "principle": None,
+                "unfit": None, "p": 0.8, **verdict, "speaks_to_judge": False, "route": "accepted"}  # fmt: skip
+        lines.append(json.dumps({
+            "prompt_id": f"p{n}", "family": "f", "split": "train" if n < 8 else "test", "steps": [], "pairs": [pair],
+            "prompt": [{"role": "user", "content": f"{words}?"}],
+        }))  # fmt: skip
+    shard = folder / "shards" / "records.jsonl"
+    shard.write_text("\n".join(lines) + "\n")
+    made = dataset.write([shard], folder, {"constitution": "c", "generator": "g", "judge": "j", "seed": 1})
+    assert made["funnel"]["written"] | {"train_prefs": 8, "test_prefs": 4} == made["funnel"]["written"]
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["sft", "reward", "dpo", "orpo", "simpo"])
+def test_later_recipes_train_on_the_pairs(train, pairs, tmp_path, recipe):
+    trained = train(recipe, tmp_path / recipe, "data=cai_pairs", f"data.path={pairs}", "data.train_size=8")
+    assert (trained.result["counts"]["train"], trained.result["counts"]["test"]) == (8, 4)
+    assert trained.result["status"] == "finished"
+    if recipe == "reward":
+        assert trained.trainer.train_dataset["margin"][:8] == pytest.approx([0.8] * 8)
+
+
+def test_ppo_takes_the_prompts(pairs, compose):
+    from rlhf_recipes import data
+
+    splits = data.load_prompts(compose("ppo", "data=cai_pairs", f"data.path={pairs}", "reward_funcs=x:y").data)
+    assert (len(splits.train), len(splits.test)) == (8, 4)
+    node = compose(
+        "sft", "data=cai_pairs", f"data.path={pairs}", "data.train_split=train_sft", "data.test_split=test_sft"
+    )
+    assert len(data.load_demonstrations(node.data).train) == 8

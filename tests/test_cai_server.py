@@ -1,0 +1,555 @@
+"""The server backend against a loopback endpoint that speaks the protocol, fails on demand and counts; a real one."""
+
+import email.utils
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import urllib.request
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from rlhf_recipes.cai import server
+from rlhf_recipes.cai.backend import Journal, Request, ask
+from rlhf_recipes.config import as_refusal
+
+pytest.importorskip("openai")
+
+KEY = "key-0123456789-never-shown"
+FAULTS = ("rate", "error", "hang", "garbage", "no choices", "html", "lost")
+LATIN = "Olá, 你好 🙂"
+
+
+class Endpoint(ThreadingHTTPServer):
+    """POST /v1/chat/completions; what a test sets decides how it answers.
+
+    `fault(text, attempt)` of the last message's text gives None, a status or one of FAULTS; `choice(body)` the fields
+    of the first choice. It counts, by text: `asked`, and `answered` of them with 200.
+    """
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+        self.lock, self.open = threading.Lock(), threading.Event()
+        self.asked, self.answered, self.bodies, self.keys = Counter(), Counter(), [], set()
+        self.in_flight = self.most_in_flight = 0
+        self.fault = lambda text, attempt: None
+        self.choice = lambda body: says(f"answer to {body['messages'][-1]['content']}")
+        self.serve = lambda: None
+        self.usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
+        self.fault_headers = {}
+
+    def handle_error(self, request, client_address):
+        pass  # a client that hangs up is part of the tests
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def do_POST(self):
+        endpoint = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        text = body["messages"][-1]["content"]
+        with endpoint.lock:
+            endpoint.asked[text] += 1
+            attempt = endpoint.asked[text]
+            endpoint.bodies.append(body)
+            endpoint.keys.add(self.headers["Authorization"])
+            endpoint.in_flight += 1
+            endpoint.most_in_flight = max(endpoint.most_in_flight, endpoint.in_flight)
+        try:
+            fault = endpoint.fault(text, attempt) if self.path == "/v1/chat/completions" else 404
+            if fault is None:
+                endpoint.serve()
+        finally:
+            with endpoint.lock:
+                endpoint.in_flight -= 1
+                endpoint.answered[text] += fault is None
+        self.respond(fault, body)
+
+    def respond(self, fault, body):
+        if fault == "hang":
+            self.server.open.wait(60)
+        if fault in ("hang", "lost"):
+            self.close_connection = True
+            return
+        good = {
+            "id": "1",
+            "object": "chat.completion",
+            "created": 1,
+            "model": body["model"],
+            "usage": self.server.usage,
+        }
+        good["choices"] = [{"index": 0, **self.server.choice(body)}] if fault is None else []
+        status = {None: 200, "garbage": 200, "no choices": 200, "html": 200, "rate": 429, "error": 500}.get(
+            fault, fault
+        )
+        # Hosted endpoints show a wrong key in their message.
+        told = {"error": {"message": f"no: {self.headers['Authorization']}", "type": "invalid_request_error"}}
+        written = json.dumps(good if status == 200 else told)
+        written = {"garbage": '{"choices": [{"mess', "html": "<h1>Welcome</h1>"}.get(fault, written).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "text/html" if fault == "html" else "application/json")
+        self.send_header("Content-Length", str(len(written)))
+        for name, value in self.server.fault_headers.items() if status != 200 else ():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(written)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def endpoint(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setattr(server, "BACKOFF_SECONDS", 0.01)
+    started = Endpoint()
+    thread = threading.Thread(target=started.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    yield started
+    started.open.set()
+    started.shutdown()
+    thread.join()
+    started.server_close()
+    assert threads() == []
+
+
+@pytest.fixture
+def pauses(monkeypatch):
+    """Seconds that were to be waited; nothing waits for longer than a moment."""
+    asked, wait = [], threading.Event.wait
+    # Without a limit, it is the start of a thread that is waited for.
+    monkeypatch.setattr(threading.Event, "wait", lambda event, s=None: wait(event) if s is None else asked.append(s))
+    return asked
+
+
+def says(text, finish="stop", content=None):
+    logprobs = {} if content is None else {"logprobs": {"content": content}}
+    return {"message": {"role": "assistant", "content": text}, "finish_reason": finish, **logprobs}
+
+
+def token(text, *listed):
+    """One entry of `logprobs.content`, its most likely token sampled."""
+    top = [
+        {"token": name, "logprob": math.log(p) if p else -math.inf, "bytes": list(name.encode())} for name, p in listed
+    ]
+    return {"token": text, "logprob": 0.0, "bytes": list(text.encode()), "top_logprobs": top}
+
+
+def backend(endpoint, **changes):
+    return server.Server(**{"base_url": endpoint.url, "model": "some/model", "timeout": 30, **changes})
+
+
+def generations(count):
+    return [
+        Request(f"p{i}", "answer", [{"role": "user", "content": f"{LATIN} {i}"}], "", (), 32, 0.7, 0.9, i)
+        for i in range(count)
+    ]
+
+
+def choices(count):
+    return [
+        Request(f"p{i}", "judge", [{"role": "user", "content": f"which, {i}?"}], "The answer is (", ("A", "B"))
+        for i in range(count)
+    ]
+
+
+def answers(asked, requests, known=()):
+    """Request key -> answer; no request is answered twice."""
+    pairs = [pair for group in asked.answer(requests, known, "test") for pair in group]
+    assert len({request.key for request, _ in pairs}) == len(pairs)
+    return {request.key: answer for request, answer in pairs}
+
+
+def logps_of(endpoint, content, text="(A)"):
+    endpoint.choice = lambda body: says(text, content=content)
+    [request] = choices(1)
+    return answers(backend(endpoint), [request])[request.key]["logps"]
+
+
+def threads():
+    return [thread for thread in threading.enumerate() if thread.name == "endpoint"]
+
+
+def test_every_request_is_answered_once_whatever_fails(endpoint, tmp_path):
+    requests = generations(210)
+    texts = [request.messages[-1]["content"] for request in requests]
+    kinds = {text: FAULTS[i // 10 % len(FAULTS)] for i, text in enumerate(texts) if i % 10 == 0}
+    endpoint.fault = lambda text, attempt: kinds.get(text) if attempt == 1 else None
+    got = ask(backend(endpoint, timeout=2), requests, Journal(tmp_path / "journal.jsonl"), "test")
+    assert [answer["text"] for answer in got] == [f"answer to {text}" for text in texts]
+    assert endpoint.answered == Counter(texts)
+    assert endpoint.asked == Counter(texts) + Counter(kinds.keys())
+
+
+def test_the_endpoint_always_has_as_many_requests_as_it_may(endpoint):
+    together = threading.Barrier(8)  # nobody is served before eight are there
+    endpoint.serve = lambda: together.wait(60)
+    requests = generations(15 * 8)
+    assert len(answers(backend(endpoint, concurrency=8), requests)) == len(requests)
+    assert endpoint.most_in_flight == 8
+
+
+def test_a_generation_is_asked_and_read_as_the_protocol_says(endpoint):
+    request = generations(4)[3]
+    endpoint.choice = lambda body: says(LATIN, finish="length")
+    asked = backend(endpoint)
+    assert asked.name == "some/model at 127.0.0.1"
+    assert answers(asked, [request]) == {
+        request.key: {"text": LATIN, "finished": False, "prompt_tokens": 7, "tokens": 3}
+    }
+    assert endpoint.bodies == [
+        {
+            "model": "some/model",
+            "messages": request.messages,
+            "max_tokens": 32,
+            "temperature": 0.7,
+            "top_p": 0.9,
+            "seed": 3,
+        }
+    ]
+
+
+def test_an_answer_without_text_and_counts_is_one(endpoint):
+    endpoint.usage, endpoint.choice = None, lambda body: says(None)
+    [answer] = answers(backend(endpoint), generations(1)).values()
+    assert answer == {"text": "", "finished": True, "prompt_tokens": 0, "tokens": 0}
+
+
+def test_what_is_known_is_not_asked(endpoint, capsys):
+    requests = generations(10)
+    known = {request.key for request in requests[:7]}
+    assert answers(backend(endpoint), requests, known).keys() == {request.key for request in requests[7:]}
+    assert sum(endpoint.asked.values()) == 3
+    assert "test 10/10" in capsys.readouterr().err
+
+
+def test_pauses_double_up_to_a_cap_and_are_the_same_in_every_run(endpoint, pauses, monkeypatch):
+    monkeypatch.setattr(server, "BACKOFF_SECONDS", 1.0)
+    endpoint.fault = lambda text, attempt: "error" if attempt % 10 else None
+    [request] = generations(1)
+    for _ in range(2):
+        answers(backend(endpoint, max_attempts=10), [request])
+    assert pauses[:9] == pauses[9:] and len(set(pauses[:9])) == 9
+    assert all(0 <= pause <= min(30, 2**i) for i, pause in enumerate(pauses[:9]))
+    assert max(pauses) > 8
+
+
+@pytest.mark.parametrize("status", ["rate", 503])
+@pytest.mark.parametrize("told", ["41", "41.0", "date"])
+def test_a_pause_that_the_endpoint_asks_for_is_made(endpoint, pauses, status, told):
+    date = email.utils.formatdate(time.time() + 41, usegmt=True)
+    endpoint.fault_headers = {"Retry-After": date if told == "date" else told}
+    endpoint.fault = lambda text, attempt: status if attempt == 1 else None
+    assert len(answers(backend(endpoint), generations(1))) == 1
+    assert len(pauses) == 1 and pauses[0] <= 41.1
+    assert pauses[0] > (0 if told == "date" else 40.9)  # a date is as far away as it is
+
+
+@pytest.mark.parametrize("told", ["soon", "", "-5", "nan"])
+def test_a_pause_that_cannot_be_read_is_none(endpoint, pauses, told):
+    endpoint.fault_headers = {"Retry-After": told}
+    endpoint.fault = lambda text, attempt: "rate" if attempt == 1 else None
+    assert len(answers(backend(endpoint), generations(1))) == 1
+    assert 0 <= pauses[0] <= 0.01
+
+
+@pytest.mark.parametrize("told", ["7200", "inf"])
+def test_a_pause_of_hours_is_not_made(endpoint, pauses, told):
+    endpoint.fault_headers = {"Retry-After": told}
+    endpoint.fault = lambda text, attempt: "rate"
+    with pytest.raises(ValueError, match=r"status 429 .*asks for a pause"):
+        answers(backend(endpoint), generations(1))
+    assert not pauses
+
+
+def test_variants_of_an_option_are_added_up(endpoint):
+    lead_in = token("The", ("The", 0.9), ("A", 0.1))
+    here = token(" (A", (" (A", 0.5), ("B", 0.2), ("A", 0.125), ("**B**", 0.05), ("a", 0.05), ("AB", 0.05))
+    later = token("B", ("B", 1.0))
+    assert logps_of(endpoint, [lead_in, here, later]) == pytest.approx([math.log(0.625), math.log(0.25)])
+    body = endpoint.bodies[0]
+    assert (body["logprobs"], body["top_logprobs"], body["temperature"], body["max_tokens"]) == (True, 20, 0, 8)
+    assert body["messages"] == choices(1)[0].messages  # the prefix is not among them
+
+
+def test_an_option_that_is_not_listed_lies_below_the_lowest(endpoint):
+    here = token("A", ("A", 0.75), ("The", 0.25))
+    assert logps_of(endpoint, [here]) == pytest.approx([math.log(0.75), math.log(0.25) - 1])
+
+
+def test_a_log_probability_of_minus_infinity_stays_a_number(endpoint):
+    here = token("A", ("A", 1.0), ("B", 0.0), (" B", 0.0))
+    assert logps_of(endpoint, [here]) == pytest.approx([0, -9999 + math.log(2)])
+
+
+def test_log_probabilities_without_a_letter_give_nothing(endpoint):
+    tokens = [token("Well", ("Well", 0.9), ("A", 0.1)), token(",", (",", 1.0))]
+    assert logps_of(endpoint, tokens, text="Well,") is None
+
+
+def test_malformed_log_probabilities_are_garbage(endpoint):
+    endpoint.choice = lambda body: says("A", content=[{"token": "A", "top_logprobs": [{"token": "A"}]}])
+    with pytest.raises(ValueError, match="no chat completion in its answer"):
+        answers(backend(endpoint, max_attempts=2), choices(1))
+
+
+VOTES = {
+    "A": [0.99, 0.01],
+    " (B)": [0.01, 0.99],
+    "The answer is **A**.": [0.99, 0.01],
+    "B. Since (B) is": [0.01, 0.99],
+    "I prefer neither": None,
+    "A or B": None,
+    "a": None,
+    "ABBA": None,
+    "Answer_B": [0.01, 0.99],
+    "": None,
+}
+
+
+@pytest.mark.parametrize("text", VOTES)
+def test_a_vote_is_read_from_the_text(text):
+    expected = VOTES[text]
+    read = server.vote(text, ("A", "B"))
+    assert read == (expected and pytest.approx([math.log(p) for p in expected]))
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_an_endpoint_that_refuses_log_probabilities_is_asked_for_votes(endpoint, monkeypatch, capsys, status):
+    def fault(text, attempt):
+        return status if "logprobs" in endpoint.bodies[-1] else None
+
+    endpoint.fault = fault
+    endpoint.choice = lambda body: says("(B)")
+    got = answers(backend(endpoint, concurrency=1), choices(20))
+    assert all(answer["logps"] == pytest.approx([math.log(0.01), math.log(0.99)]) for answer in got.values())
+    assert capsys.readouterr().err.count("gives no log-probabilities") == 1
+    assert set(endpoint.answered.values()) == {1}
+    assert sum(endpoint.asked.values()) == 22  # 20 and 5 log-probabilities are refused once, then remembered
+
+
+def test_an_endpoint_that_lists_five_is_asked_for_five(endpoint):
+    endpoint.fault = lambda text, attempt: 400 if endpoint.bodies[-1].get("top_logprobs", 0) > 5 else None
+    endpoint.choice = lambda body: says("A", content=[token("A", ("A", 0.75), ("B", 0.25))])
+    got = answers(backend(endpoint, concurrency=1), choices(5))
+    assert all(answer["logps"] == pytest.approx([math.log(0.75), math.log(0.25)]) for answer in got.values())
+    assert [body["top_logprobs"] for body in endpoint.bodies] == [20, *[5] * 5]
+
+
+def test_an_endpoint_that_ignores_log_probabilities_is_asked_once(endpoint, capsys):
+    endpoint.choice = lambda body: says("A" if "3" in body["messages"][-1]["content"] else "No idea.")
+    requests = choices(5)
+    got = answers(backend(endpoint), requests)
+    assert [got[request.key]["logps"] is None for request in requests] == [True, True, True, False, True]
+    assert endpoint.asked == endpoint.answered and sum(endpoint.asked.values()) == 5
+    assert capsys.readouterr().err.count("gives no log-probabilities") == 1
+
+
+REFUSED = {400: "does not take the request", 401: "CAI_KEY", 403: "CAI_KEY", 404: "some/model", 418: "base_url"}
+
+
+@pytest.mark.parametrize("kind", [generations, choices])
+@pytest.mark.parametrize("status", REFUSED)
+def test_what_waiting_does_not_help_is_refused_in_one_line_without_the_key(endpoint, monkeypatch, kind, status):
+    monkeypatch.setenv("CAI_KEY", f"{KEY}\n")
+    endpoint.fault = lambda text, attempt: status
+    with pytest.raises(ValueError) as raised:
+        answers(backend(endpoint, api_key_env="CAI_KEY", concurrency=1), kind(3))
+    line = as_refusal(raised.value, None)
+    assert f"127.0.0.1:{endpoint.server_port}: status {status}" in line and REFUSED[status] in line
+    assert "\n" not in str(raised.value) and len(line) < 300
+    assert KEY not in line + "".join(traceback.format_exception(raised.value))
+    assert endpoint.keys == {f"Bearer {KEY}"}
+    assert sum(endpoint.asked.values()) == (3 if status == 400 and kind is choices else 1)
+
+
+def test_without_a_key_none_is_sent_and_none_is_named(endpoint):
+    endpoint.fault = lambda text, attempt: 401
+    with pytest.raises(ValueError, match=r"requests without a key\. Check api_key_env"):
+        answers(backend(endpoint), generations(1))
+    assert endpoint.keys == {"Bearer none"}
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("rate", "status 429"),
+        ("error", "status 500"),
+        ("hang", r"no answer in time \(timeout=0\.2\)"),
+        ("garbage", "no chat completion in its answer"),
+        ("no choices", "no chat completion in its answer"),
+        ("html", "no chat completion in its answer"),
+        ("lost", "no connection"),
+    ],
+)
+def test_after_the_last_attempt_one_line_says_why_and_nothing_answered_is_lost(endpoint, tmp_path, fault, told):
+    requests = generations(6)
+    bad = requests[4].messages[-1]["content"]
+    endpoint.fault = lambda text, attempt: fault if text == bad else None
+    journal = Journal(tmp_path / "journal.jsonl")
+    # Only the hang waits for so short a time: on a busy machine a good answer may take longer.
+    asked = backend(endpoint, concurrency=1, max_attempts=2, timeout=0.2 if fault == "hang" else 30)
+    if fault == "hang":
+        journal.write([(request, {"text": "known"}) for request in requests[:4]])
+    with pytest.raises(
+        ValueError, match=rf"127\.0\.0\.1:\d+: {told} \(attempt 2\)\. .* run the same command"
+    ) as raised:
+        ask(asked, requests, journal, "test")
+    assert "\n" not in str(raised.value) and as_refusal(raised.value, None)
+    assert endpoint.asked[bad] == 2
+    assert Journal(journal.path).answers.keys() == {request.key for request in requests[:4]}
+
+    endpoint.fault = lambda text, attempt: None
+    assert len(ask(backend(endpoint), requests, Journal(journal.path), "test")) == 6
+    assert max(endpoint.answered.values()) == 1
+
+
+def test_an_endpoint_that_is_not_there_is_one_line(monkeypatch):
+    monkeypatch.setattr(server, "BACKOFF_SECONDS", 0.0)
+    monkeypatch.setenv("NO_PROXY", "*")
+    nobody = server.Server(base_url="http://127.0.0.1:9/v1", model="m")
+    with pytest.raises(ValueError, match=r"^127\.0\.0\.1:9: no connection \(attempt 6\)\. See that it runs"):
+        answers(nobody, generations(3))
+    assert threads() == []
+
+
+def test_a_path_that_is_not_there_names_the_url(endpoint):
+    with pytest.raises(ValueError, match="Check model and base_url"):
+        answers(backend(endpoint, base_url=endpoint.url.removesuffix("/v1")), generations(1))
+
+
+@pytest.mark.parametrize("leave", ["close", "throw", "collected"])
+def test_a_caller_that_stops_early_leaves_no_thread(endpoint, leave):
+    endpoint.fault = lambda text, attempt: None if text.endswith(" 0") else "hang"
+    asked = backend(endpoint, timeout=300).answer(generations(50), (), "test")
+    [[(request, _)]] = [next(asked)]
+    assert request.prompt_id == "p0" and len(threads()) == 16
+    if leave == "close":
+        asked.close()
+    elif leave == "throw":
+        with pytest.raises(OSError):
+            asked.throw(OSError("disk full"))
+    del asked
+    assert threads() == []
+    assert sum(endpoint.asked.values()) <= 1 + 16
+
+
+def test_ctrl_c_while_nothing_comes_ends_it(endpoint):
+    def fault(text, attempt):
+        os.kill(os.getpid(), signal.SIGINT)
+        return "hang"
+
+    endpoint.fault = fault
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have had it ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            answers(backend(endpoint, concurrency=1, timeout=300), generations(5))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert threads() == []
+
+
+def test_a_caller_that_pauses_pauses_the_rest(endpoint):
+    requests = generations(400)
+    asked = backend(endpoint, concurrency=4).answer(requests, (), "test")
+    group = next(asked)
+    seen = -1
+    while seen != sum(endpoint.asked.values()):
+        seen = sum(endpoint.asked.values())
+        time.sleep(0.3)
+    # Each of the four may find room and fill it before it sees that there is none.
+    assert seen <= len(group) + (server.BACKLOG + 2) * 4
+    assert len(group) + sum(map(len, asked)) == 400
+    assert endpoint.most_in_flight <= 4
+
+
+def test_an_answer_cannot_be_begun_by_us(endpoint):
+    request = Request("p", "answer", [{"role": "user", "content": "Hi"}], prefix="Sure", max_new_tokens=5)
+    with pytest.raises(ValueError, match="prefix"):
+        answers(backend(endpoint), [request])
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"base_url": "localhost:8000/v1"}, "base_url: must be like http://localhost:8000/v1"),
+        ({"base_url": f"http://user:{KEY}@localhost/v1"}, "api_key_env"),
+        ({"base_url": f"http://localhost/v1?key={KEY}"}, "api_key_env"),
+        ({"api_key_env": "CAI_UNSET"}, "CAI_UNSET: not set, or not a key. export CAI_UNSET="),
+        ({"api_key_env": "CAI_BAD"}, "CAI_BAD: not set, or not a key"),
+        ({"concurrency": 0}, "concurrency"),
+        ({"timeout": 0}, "timeout"),
+        ({"max_attempts": 0}, "max_attempts"),
+    ],
+)
+def test_settings_are_refused_in_one_line_without_the_key(monkeypatch, changes, told):
+    monkeypatch.delenv("CAI_UNSET", raising=False)
+    monkeypatch.setenv("CAI_BAD", f"{KEY}\nX-Header: 1")
+    with pytest.raises(ValueError) as raised:
+        server.Server(**{"base_url": "http://localhost:8000/v1", "model": "m", **changes})
+    assert told in str(raised.value) and KEY not in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_without_the_package_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ValueError, match=r'pip install "rlhf-recipes\[server\]"'):
+        server.Server(base_url="http://localhost:8000/v1", model="m")
+
+
+@pytest.fixture
+def real_server(tiny_model, clean_env, monkeypatch, tmp_path):
+    """URL of `transformers serve` with the tiny model."""
+    pytest.importorskip("fastapi")
+    pytest.importorskip("uvicorn")
+    monkeypatch.setenv("NO_PROXY", "*")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    main = "from transformers.cli.transformers import main; main()"
+    options = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", main, "serve", str(tiny_model), *options], env=clean_env, stdout=log, stderr=log
+        )
+    try:
+        deadline = time.monotonic() + 300
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            except OSError:
+                assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+                time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+@pytest.mark.slow
+def test_a_real_server_answers(real_server, tiny_model, capsys):
+    asked = server.Server(base_url=real_server, model=str(tiny_model), concurrency=2)
+    texts = answers(asked, generations(4))
+    assert all(0 < answer["tokens"] <= 32 < answer["prompt_tokens"] for answer in texts.values())
+    assert all(isinstance(answer["text"], str) for answer in texts.values())
+    assert any(answer["text"] for answer in texts.values())
+    # It ignores the argument, and a model of random weights names no letter.
+    votes = answers(asked, choices(2))
+    assert [answer["logps"] for answer in votes.values()] == [None, None]
+    assert capsys.readouterr().err.count("gives no log-probabilities") == 1
+    with pytest.raises(ValueError, match=r"status 400, it does not take the request: .*pinned"):
+        answers(server.Server(base_url=real_server, model="another/model"), generations(1))
