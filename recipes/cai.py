@@ -28,7 +28,7 @@ def main(cfg):
     run.claim(job)
 
     critic = judge.Judge(judging, principles, cfg.judging, cfg.seed)
-    worth = gate.examine(critic, gold, cfg, backend.Journal(job.dir / "gate.jsonl"))
+    worth = gate.examine(critic, gold, cfg, backend.Journal(job.dir / run.GATE))
     print(gate.describe(worth), flush=True)
     result = {"main": gate.headline(worth), "gate": worth, "constitution": principles.summary(), "judge": judging.name}
     if not cfg.gate.only:
@@ -39,7 +39,7 @@ def main(cfg):
         shards = list(maker.shards(rows, job.dir / "shards"))
         made = dataset.write(shards, job.dir, maker.provenance())
         result |= {"generator": generator.name, "labelled_by": "judge" if critic else "construction", **made}
-        result |= {"spent": maker.spent(shards), "counts": prompts.report}
+        result |= {"spent": maker.spent(job.dir / run.GATE, shards), "counts": prompts.report}
     return report.finish(job, result)
 
 

@@ -19,7 +19,7 @@ import pytest
 from conftest import ROOT
 from omegaconf import OmegaConf
 
-from rlhf_recipes.cai import constitution, dataset, filters, judge, steps
+from rlhf_recipes.cai import constitution, dataset, filters, judge, report, steps
 from rlhf_recipes.cai.backend import Journal
 
 WORDS = [
@@ -48,13 +48,14 @@ class Stub:
 
     def __init__(self, name, log=None, delay=0.0, size=4):
         self.name, self.log, self.delay, self.size = name, log, delay, size
-        self.asked = Counter()
+        self.asked, self.requests = Counter(), []
 
     def answer(self, requests, known, what):
         left = [request for request in requests if request.key not in known]
         for n in range(0, len(left), self.size):
             group = left[n : n + self.size]
             self.asked.update(request.key for request in group)
+            self.requests += group
             if self.log:
                 with self.log.open("a") as file:
                     file.write("".join(f"{request.key}\n" for request in group))
@@ -85,6 +86,8 @@ class Generator(Stub):
                 text = before.upper()
             if "echo" in tags:
                 text = re.search(r"\nCritique:\n> (.*)\n", shown)[1]
+        if request.step == "revision.2" and "dip" in tags:
+            text = "No."
         if step not in ("critique", "draft"):
             changes = {
                 "short": "No.",
@@ -197,6 +200,7 @@ def test_the_funnel_adds_up(made):
     assert funnel["prompts"] == 216 and funnel["pairs"] == len(pairs) == 2 * 216
     assert sum(funnel["unfit"].values()) + sum(funnel["routes"].values()) == funnel["pairs"]
     assert set(funnel["unfit"]) == {*JUNK_REASONS, "leakage", "near_duplicate", "closer"}
+    assert {*funnel["unfit"], *funnel["routes"]} == set(report.WORDS)  # the card has a word for each
     assert all(funnel["routes"][route] for route in ("accepted", "tie", "disputed", "not_better", "unanswered"))
     rows = {split: rows_of(made["folder"], split) for split in (*dataset.PREFS, *dataset.SFT)}
     assert {split: len(found) for split, found in rows.items()} == funnel["written"]
@@ -223,7 +227,7 @@ def test_the_funnel_adds_up(made):
         sum(s > 0 for s in longer) / sum(s != 0 for s in longer)
     )
     assert funnel["revisions"] == {
-        "made": 216,
+        "made": sum(len(record["steps"]) for record in made["records"]),
         "unfit": dict(Counter(s["unfit"] for r in made["records"] for s in r["steps"] if s["unfit"])),
     }
     for name in ("funnel", "ledger"):
@@ -451,6 +455,38 @@ def test_contrastive_without_a_judge(compose, tmp_path):
     pairs = data.load_pairs(compose("dpo", "data=cai_pairs", f"data.path={tmp_path / 'run'}").data)
     assert (
         all(row["p"] is None for row in (*pairs.train, *pairs.test)) and "p" not in pairs.to_datasets()[0].column_names
+    )
+
+
+def test_revisions_start_from_the_last_that_is_fit(tmp_path):
+    prompts = prompts_of(6, ("dip", "fine", "truncated"))
+    _, generator, _, shards, found = make(tmp_path / "run", prompts, ["revision"], revise={"n_revisions": 3})
+    drawn = Counter()
+    for record in records_of(shards):
+        (pair,), revisions = record["pairs"], [step["revision"] for step in record["steps"]]
+        drawn.update(step["principle"] for step in record["steps"])
+        assert [step["unfit"] for step in record["steps"]] == [
+            None,
+            "length" if record["family"] == "dip" else None,
+            None,
+        ]
+        assert pair["first"] == revisions[2] and pair["second"] == record["draft"]["text"]
+        assert (pair["unfit"], pair["principle"]) == (record["draft"]["unfit"], record["steps"][2]["principle"])
+        before = [record["draft"]["text"], revisions[0], revisions[0 if record["family"] == "dip" else 1]]
+        for n, text in enumerate(before, 1):
+            for kind in ("critique", "revision"):
+                request = next(
+                    r for r in generator.requests if (r.prompt_id, r.step) == (record["prompt_id"], f"{kind}.{n}")
+                )
+                shown = request.messages[-1]["content"]
+                assert f"\n\nReply:\n> {text}\n" in shown  # a clean context: the last reply alone
+                assert sum(other in shown for other in {*before, *revisions}) == 1
+                assert (record["steps"][n - 1]["critique"] in shown) == (kind == "revision")
+    assert len(drawn) > 6  # a principle for every step
+    assert found["funnel"]["revisions"] == {"made": 18, "unfit": {"length": 2}}
+    rows = [row for split in dataset.PREFS[:2] for row in rows_of(tmp_path / "run", split)]
+    assert rows and all(
+        row["critique"] in [s["critique"] for r in records_of(shards) for s in r["steps"][2:]] for row in rows
     )
 
 

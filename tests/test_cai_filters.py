@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -217,6 +218,18 @@ def test_few_clean_replies_speak_to_a_judge(clean, request):
     found = [text for text in texts if filters.speaks_to_judge(text)]
     print(f"\n{clean}: {len(found)} of {len(texts)}")
     assert len(found) <= 0.015 * len(texts), found
+
+
+@pytest.mark.parametrize(
+    "part", ["\n", "\n \n", "> ", "A ", "< ", "{", "**", "Sure, ", "here is ", "new ", "answer ", "a"]
+)
+def test_no_text_is_slow(part):
+    """The rules are regular expressions over what a model wrote: none may take quadratic time."""
+    text, begin = part * (30_000 // len(part)), time.process_time()
+    filters.speaks_to_judge(text)
+    filters.unfit_reply(text, True, OmegaConf.merge(LIMITS, {"min_words": 0, "max_words": 10**6}))
+    filters.strip_preamble(text), filters.closer(text), filters.near_duplicate_keys(text)
+    assert time.process_time() - begin < 2
 
 
 def test_unfit_revision():

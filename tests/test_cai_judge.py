@@ -198,6 +198,13 @@ def test_a_judge_that_knows_nothing_fails(make, cfg, odds, fails, capsys):
 def test_a_judge_that_does_not_answer_fails(make, cfg):
     found, _ = examined(make, cfg, erratic, mass=0.2)
     assert not found["passed"] and found["parsed"]["value"] == 0 and found["agreement"]["value"] == 0.5
+    assert found["kappa"]["value"] == 0
+
+
+def test_kappa_of_a_judge_that_is_always_wrong_is_minus_one(make, cfg):
+    found, _ = examined(make, cfg, lambda a, b, text: ("bad" in a) - ("bad" in b))
+    kappa = found["kappa"]
+    assert kappa["value"] == -1 and kappa["low"] == -1 and -1 < kappa["high"] < -0.8 and kappa["n"] == 120
 
 
 def test_a_temperature_is_found_and_used_where_there_are_pairs_enough(make, cfg):

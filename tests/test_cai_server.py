@@ -448,6 +448,14 @@ def test_a_caller_that_stops_early_leaves_no_thread(endpoint, leave):
     assert sum(endpoint.asked.values()) <= 1 + 16
 
 
+def test_after_a_caller_that_stopped_the_backend_answers_the_next(endpoint):
+    asked, requests = backend(endpoint), generations(20)
+    group = next(asked.answer(requests, (), "test"))
+    known = {request.key for request, _ in group}
+    assert answers(asked, requests, known).keys() == {request.key for request in requests} - known
+    assert len(answers(asked, choices(3))) == 3
+
+
 def test_ctrl_c_while_nothing_comes_ends_it(endpoint):
     def fault(text, attempt):
         os.kill(os.getpid(), signal.SIGINT)
@@ -487,6 +495,8 @@ def test_an_answer_cannot_be_begun_by_us(endpoint):
     ("changes", "told"),
     [
         ({"base_url": "localhost:8000/v1"}, "base_url: must be like http://localhost:8000/v1"),
+        ({"base_url": "http://localhost:port/v1"}, "base_url: must be like"),
+        ({"base_url": "http:///v1"}, "base_url: must be like"),
         ({"base_url": f"http://user:{KEY}@localhost/v1"}, "api_key_env"),
         ({"base_url": f"http://localhost/v1?key={KEY}"}, "api_key_env"),
         ({"api_key_env": "CAI_UNSET"}, "CAI_UNSET: not set, or not a key. export CAI_UNSET="),

@@ -93,12 +93,14 @@ class Journal:
             os.truncate(path, whole)
 
     def write(self, group: list[tuple[Request, Answer]]) -> None:
-        line = [{"prompt_id": r.prompt_id, "step": r.step, "key": r.key, "answer": answer} for r, answer in group]
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        entries = [{"prompt_id": r.prompt_id, "step": r.step, "key": r.key, "answer": answer} for r, answer in group]
+        # Half a surrogate pair, which a cut-off emoji leaves, is no UTF-8. What is remembered is what was written.
+        line = json.dumps(entries, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+        with self.path.open("ab") as file:
+            file.write(line)
             file.flush()
             os.fsync(file.fileno())
-        self.answers |= {entry["key"]: entry["answer"] for entry in line}
+        self.answers |= {entry["key"]: entry["answer"] for entry in json.loads(line)}
 
 
 def ask(backend: Backend, requests: list[Request], journal: Journal, what: str) -> list[Answer]:

@@ -50,9 +50,10 @@ INJECTIONS = (
     r"\b(?:choose|select|pick|prefer|vote for|print|say)\b[^.\n]{0,30}\b(?:this (?:reply|answer)|(?-i:[AB]))\b",
     r"\b(?:this|other|first|second|best|better|which|two) (?:reply|replies|response|responses)\b",
     r"\b(?:the|a|second) judge\b|\b(?:grader|evaluator|verdict)\b|\bsystem (?:message|prompt|notice|override)\b",
-    r"^\W*(?:human|user|assistant|system|judge)\b[^\n:]{0,20}(?::|$)",
+    r"^[^\w\n]{0,8}(?:human|user|assistant|system|judge)\b[^\n:]{0,20}(?::|$)",
     r"\b(?:reply|replies|response|option|letter|better:|winner:) (?-i:[ABC])\b|\boptions?\s*:",
-    r"\b(?:answer|antwort)\b(?: is| ist)?\W{0,6}(?:[(\[\"]|(?-i:[AB]\b))|(?-i:[(\[]\s*[AB]\s*[)\]])|(?-i:(?:\b[AB]\s){4})",
+    r"\b(?:answer|antwort)\b(?: is| ist)?\W{0,6}(?:[(\[\"]|(?-i:[AB]\b))",
+    r"(?-i:[(\[]\s*[AB]\s*[)\]])|(?-i:(?:\b[AB]\s){4})",
     r"\"(?:role|winner|choice|verdict)\"\s*:|\{[{%]|\$\{|\{\w*\} \{",
     r"\b(?:decode|rot13)\b|\b0x[0-9a-f]{16}|(?:%[0-9a-f]{2}){4}|&(?:#\d+|lt);",
     r"<\s*\|[^|\n]{1,30}\|\s*>|" + MARKER.pattern,
@@ -134,11 +135,8 @@ def unfit_pair(first: str, second: str, limits: DictConfig) -> str | None:
 
 def speaks_to_judge(*texts: str) -> bool:
     """Whether any of the texts has a phrase that could be meant for a judge, as it stands or without disguise."""
-    return any(
-        INJECTION.search(spelling)
-        for text in texts
-        for spelling in (text, unicodedata.normalize("NFKC", visible(text)))
-    )
+    spellings = {spelling for text in texts for spelling in (text, unicodedata.normalize("NFKC", visible(text)))}
+    return any(INJECTION.search(spelling) for spelling in spellings)
 
 
 def closer(text: str) -> str | None:

@@ -128,7 +128,7 @@ class Judge:
             ]  # fmt: skip
             thoughts = ask(self.backend, thinking, journal, f"{what}, thinking")
             requests = [
-                replace(r, messages=[*t.messages, _said(thought["text"]), {"role": "user", "content": THEN}])
+                replace(r, messages=[*t.messages, *layout.plain([_said(thought["text"])]), _user(THEN)])
                 for r, t, thought in zip(requests, thinking, thoughts, strict=True)
             ]
         return ask(self.backend, requests, journal, what)
@@ -190,7 +190,7 @@ def worth(judge: Judge, gold: list[dict], judgements: list[Judgement], limits: D
         ),
         "agreement": agreement,
         # With both orders of every pair counted, the two labels are equally frequent on both sides: kappa = 2 a - 1.
-        "kappa": {**agreement, **{k: agreement[k] and 2 * agreement[k] - 1 for k in ("value", "low", "high")}},
+        "kappa": agreement | {k: None if (a := agreement[k]) is None else 2 * a - 1 for k in ("value", "low", "high")},
         "position_gap": stats.estimate([j.position_gap for j in judgements], ids),
         "mass": stats.estimate([j.mass for j in judgements], ids),
         "baselines": baselines,
@@ -281,6 +281,10 @@ def _sigmoid(x: float) -> float:
 
 def _with(messages: list[Message], text: str) -> list[Message]:
     return [*messages[:-1], {**messages[-1], "content": f"{messages[-1]['content']} {text}"}]
+
+
+def _user(text: str) -> Message:
+    return {"role": "user", "content": text}
 
 
 def _said(text: str) -> Message:

@@ -16,7 +16,7 @@ from rlhf_recipes.data.tokens import TEMPLATE_MARKER
 LINE_ENDS = re.compile(r"\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 # Not to be seen, though Unicode counts them as letters, marks or symbols: fillers, variation selectors, blanks.
 BLANK = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
-UNSEEN = ("Cc", "Cf", "Cn", "Co", "Cs")
+CHECKED = re.compile(r"[^\n\t -~]")  # whatever is not plain ASCII
 # Tokens of chat templates, of families too whose tokenizer nobody has loaded: a server's, for one.
 MARKER = re.compile(
     rf"{TEMPLATE_MARKER.pattern}|<｜[^｜<>\n]{{1,40}}｜>|<(?:bos|eos|pad|unk|mask|sop|eop)>|</?think>|"
@@ -42,8 +42,7 @@ def plain(messages: list[Message]) -> list[Message]:
 
 def visible(text: str) -> str:
     """The text with plain line ends and without characters that cannot be seen."""
-    shown = (c for c in LINE_ENDS.sub("\n", text) if c in "\n\t" or unicodedata.category(c) not in UNSEEN)
-    return BLANK.sub("", "".join(shown)).strip()
+    return CHECKED.sub(lambda c: "" if _unseen(c[0]) else c[0], LINE_ENDS.sub("\n", text)).strip()
 
 
 def quote(text: str) -> str:
@@ -134,3 +133,7 @@ def _assistant(text: str) -> Message:
 
 def _without_tokens(text: str) -> str:
     return MARKER.sub(lambda marker: f"{marker[0][0]} {marker[0][1:]}", text)
+
+
+def _unseen(character: str) -> bool:
+    return unicodedata.category(character) in ("Cc", "Cf", "Cn", "Co", "Cs") or BLANK.match(character) is not None

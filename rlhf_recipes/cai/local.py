@@ -1,18 +1,18 @@
 """A model in this process as generator and judge: batches of like length, shared beginnings computed once.
 
-Shapes: B requests of a batch, G beginnings ("stems") that they share, T tokens, V vocabulary.
+Shapes: B requests of a batch, T tokens, V vocabulary.
 
 Few-shot examples stand at the start of every request of a step, a pair's conversation and replies before each of its
-questions: such a stem goes through the model once, and its keys and values are copied to the requests that begin with
-it. Batches depend on the requests of a step alone, not on which of them are answered already, so that a continued run
-rounds as an uninterrupted one.
+questions: such a beginning ("stem") goes through the model once, and its keys and values are copied to what continues
+it, which may be a longer stem. Batches depend on the requests of a step alone, not on which of them are answered
+already, so that a continued run rounds as an uninterrupted one.
 """
 
 import math
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # Tokens of one batch, completions and padding included: keys and values of so many are in memory at a time.
 BATCH_TOKENS = 16_384
 BATCH_ROWS = 64
-# A stem is worth a forward pass of its own where so many tokens are shared.
+# A stem is worth a forward pass of its own where so many tokens are shared, and saved.
 STEM_TOKENS = 16
 # Keys and values are moved to a larger buffer once in so many tokens.
 ROOM = 64
@@ -84,8 +84,8 @@ class Local:
     def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", name: str):
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.stops = stop_ids(model, tokenizer)
-        # Padding between a stem and what follows it takes places of an attention window: no sequence with a stem may
-        # be longer. A layer that is no attention knows no padding there at all.
+        # Padding behind a stem takes places of an attention window: only what is shorter, padding included, may have
+        # stems. Layers that are no attention know no such padding.
         self.window = min(
             math.inf if type(layer) is DynamicLayer else getattr(layer, "sliding_window", 0)
             for layer in DynamicCache(config=model.config).layers
@@ -113,8 +113,7 @@ class Local:
         whole = [self._ids(text + request.prefix + option) for option in request.options]
         if not whole:
             return _Row(request, self._ids(text + request.prefix), [])
-        # Where options share their first tokens, those tell nothing: they belong to the question. One token at least is
-        # left of each.
+        # First tokens that all options share tell nothing: they belong to the question. One token at least is left.
         shared = min(_shared(whole), *(len(ids) - 1 for ids in whole))
         return _Row(request, whole[0][:shared], [ids[shared:] for ids in whole])
 
@@ -141,7 +140,7 @@ class Local:
         return logps_TV.gather(1, ids_1T[0, -len(tail) :, None]).sum().item()
 
     def _generate(self, batch: list[_Row]) -> list[Answer]:
-        """A token for every row at a time. Rows that have ended leave the batch as soon as a quarter has."""
+        """A token for every row at a time; a row that has ended leaves the batch."""
         first = batch[0].request
         state = self._start(batch)
         generators = [torch.Generator(self.model.device).manual_seed(row.request.seed) for row in batch]
@@ -156,14 +155,15 @@ class Local:
                 chosen_B1 = state.logits.argmax(1, keepdim=True)
             going = []
             for place, (i, token) in enumerate(zip(active, chosen_B1[:, 0].tolist(), strict=True)):
-                if tokens[i] and (tokens[i][-1] in self.stops or len(tokens[i]) == first.max_new_tokens):
-                    continue  # it has ended, and waits for others to leave the batch with it
                 tokens[i].append(token)
                 if token not in self.stops and len(tokens[i]) < first.max_new_tokens:
                     going.append(place)
             if not going:
                 break
-            if len(going) <= 0.75 * len(active):
+            if len(going) < len(active):
+                # The last rows take the places of those that leave; all others stay where they are.
+                last = [place for place in going if place >= len(going)]
+                going = [place if place in going else last.pop() for place in range(len(going))]
                 state.keep(going)
                 active, chosen_B1 = [active[place] for place in going], chosen_B1[going]
             self._step(state, chosen_B1, torch.ones_like(chosen_B1))
@@ -192,16 +192,14 @@ class Local:
     def _start(self, batch: list[_Row]) -> "_State":
         """Stems, then what follows them: logits of the last position of every row."""
         sequences = [row.ids for row in batch]
-        stems, member = _stems(sequences, self.window - batch[0].request.max_new_tokens)
-        device, pad = self.model.device, self.tokenizer.pad_token_id
-        state = _State(self.model.config, len(stems or batch), device)
-        if stems:
-            ids_GT, mask_GT, _ = left_pad(stems, pad, device)
-            self._step(state, ids_GT, mask_GT)
-            state.keep(member)
-            sequences = [ids[len(stems[g]) :] for ids, g in zip(sequences, member, strict=True)]
-        ids_BT, mask_BT, _ = left_pad(sequences, pad, device)
-        self._step(state, ids_BT, mask_BT)
+        passes = _passes(sequences)
+        if sum(max(map(len, parts)) for parts, _ in passes) + batch[0].request.max_new_tokens > self.window:
+            passes = [(sequences, [])]
+        state = _State(self.model.config, len(passes[0][0]), self.model.device)
+        for parts, member in passes:
+            if member:
+                state.keep(member)
+            self._step(state, *left_pad(parts, self.tokenizer.pad_token_id, self.model.device)[:2])
         return state
 
     def _step(self, state: "_State", ids_BT: Tensor, mask_BT: Tensor) -> None:
@@ -234,8 +232,8 @@ class _State:
 
 
 class _Layer(DynamicLayer):
-    """Keys and values, (B, heads, T, width) each, at the start of buffers with room for more: concatenation would copy
-    all of them for every token."""
+    """Keys and values, (B, heads, T, width) each, are the start of buffers with room for more tokens, and a row that
+    leaves makes room for another: for a token nothing is copied that was there before it."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         start = self.get_seq_length()
@@ -253,8 +251,16 @@ class _Layer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        end = self.get_seq_length()
-        self.buffers = [buffer[indices] for buffer in self.buffers]
+        end, count = self.get_seq_length(), len(indices)
+        if not end:
+            return
+        if count > len(self.keys):
+            self.buffers = [buffer[indices] for buffer in self.buffers]
+        else:
+            moved = (indices != torch.arange(count, device=indices.device)).nonzero()[:, 0]
+            for buffer in self.buffers:
+                buffer[moved] = buffer[indices[moved]]
+            self.buffers = [buffer[:count] for buffer in self.buffers]
         self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
 
 
@@ -267,14 +273,12 @@ def _batches(rows: list[_Row]) -> Iterator[list[_Row]]:
 
     for _, alike in groupby(sorted(rows, key=settings, reverse=True), key=settings):
         order = sorted(alike, key=lambda row: (row.ids, row.request.key))
-        lengths = {id(row): (-len(row.ids), 0) for row in order}
-        if order[0].tails:
-            _, member = _neighbours([row.ids for row in order])
-            longest = [0] * len(order)
-            for row, g in zip(order, member, strict=True):
-                longest[g] = max(longest[g], len(row.ids))
-            lengths = {id(row): (-longest[g], g) for row, g in zip(order, member, strict=True)}
-        order.sort(key=lambda row: lengths[id(row)])
+        member = _stems([row.ids for row in order])[1] if order[0].tails else range(len(order))
+        groups = [
+            [row for _, row in group] for _, group in groupby(zip(member, order, strict=True), key=lambda x: x[0])
+        ]
+        groups.sort(key=lambda group: -max(len(row.ids) for row in group))
+        order = [row for group in groups for row in group]
         while order:
             length, size = 0, 0
             for row in order[:BATCH_ROWS]:
@@ -286,41 +290,42 @@ def _batches(rows: list[_Row]) -> Iterator[list[_Row]]:
             order = order[size:]
 
 
-def _stems(sequences: list[list[int]], longest: float = math.inf) -> tuple[list[list[int]], list[int]]:
-    """Beginnings to compute once, and for each sequence which of them is its: what neighbours share, what all share, or
-    none, whichever puts the fewest tokens through the model, padding included.
+def _passes(sequences: list[list[int]]) -> list[tuple[list[list[int]], list[int]]]:
+    """What goes through the model one after another: parts of the sequences, and for each part the row of the pass
+    before that it continues (none in the first)."""
+    stems, member = _stems(sequences)
+    rests = [ids[len(stems[g]) :] for ids, g in zip(sequences, member, strict=True)]
+    padded, stem, rest = (len(parts) * max(map(len, parts)) for parts in (sequences, stems, rests))
+    if len(stems) < len(sequences) and padded - stem - rest >= STEM_TOKENS:
+        return [*_passes(stems), (rests, member)]
+    return [(sequences, [])]
 
-    Args:
-        longest: stem and rest may have so many tokens together, padding included.
+
+def _stems(sequences: list[list[int]]) -> tuple[list[list[int]], list[int]]:
+    """Beginnings, and for each sequence which of them is its; at least one token is left of each sequence.
+
+    Sorted, sequences with a common beginning stand side by side. Of all ways to part them into runs, each with what
+    all of the run share as its stem, this is the one that saves most tokens.
     """
-    candidates = [_neighbours(sequences)]
-    shared = min(_shared(sequences), *(len(ids) - 1 for ids in sequences))
-    if shared >= STEM_TOKENS:
-        candidates.append(([sequences[0][:shared]], [0] * len(sequences)))
-    best: tuple[list[list[int]], list[int]] = [], []
-    cost = len(sequences) * max(map(len, sequences))
-    for stems, member in candidates:
-        stem = max(map(len, stems))
-        rest = max(len(ids) - len(stems[g]) for ids, g in zip(sequences, member, strict=True))
-        if stem + rest <= longest and len(stems) * stem + len(sequences) * rest < cost:
-            best, cost = (stems, member), len(stems) * stem + len(sequences) * rest
-    return best
-
-
-def _neighbours(sequences: list[list[int]]) -> tuple[list[list[int]], list[int]]:
-    """Beginnings that neighbours share, and for each sequence which one is its.
-
-    A neighbour joins a stem as long as that keeps at least half of what it shares. One token is left of each sequence.
-    """
-    stems: list[list[int]] = []
-    member: list[int] = []
-    for ids in sequences:
-        shared = _shared([stems[-1], ids[:-1]]) if stems else 0
-        if stems and shared >= max(STEM_TOKENS, len(stems[-1]) / 2):
-            stems[-1] = stems[-1][:shared]
-        else:
-            stems.append(ids[:-1])
-        member.append(len(stems) - 1)
+    order = sorted(range(len(sequences)), key=sequences.__getitem__)
+    ordered = [sequences[i] for i in order]
+    shared = [0, *(min(_shared([a, b]), len(a) - 1, len(b) - 1) for a, b in pairwise(ordered))]
+    best = [(0, 0)]  # for the first n: tokens saved, and where their last run starts
+    for end in range(1, len(ordered) + 1):
+        found, width = [(best[-1][0], end - 1)], math.inf
+        for start in range(end - 2, max(end - BATCH_ROWS, 0) - 1, -1):
+            width = min(width, shared[start + 1])
+            if width < STEM_TOKENS:
+                break
+            found.append((best[start][0] + (end - start - 1) * width, start))
+        best.append(max(found))
+    stems, member, end = [], [0] * len(order), len(order)
+    while end:
+        start = best[end][1]
+        for i in order[start:end]:
+            member[i] = len(stems)
+        stems.append(ordered[start][: min(shared[start + 1 : end], default=len(ordered[start]) - 1)])
+        end = start
     return stems, member
 
 

@@ -49,11 +49,14 @@ def card(result: dict[str, Any]) -> str:
         language="en",
         tags=["preference", "constitutional-ai", "rlhf-recipes", "synthetic"],
         configs=[
-            {
-                "config_name": kind,
-                "data_files": [{"split": s, "path": f"{s}_{kind}.parquet"} for s in ("train", "test")],
-            }
+            {"config_name": kind, "data_files": files}
             for kind in ("prefs", "sft")
+            # `datasets` takes a split without rows for an error.
+            if (
+                files := [
+                    {"split": s, "path": f"{s}_{kind}.parquet"} for s in ("train", "test") if written[f"{s}_{kind}"]
+                ]
+            )
         ],
     )
     routes = [f"| {WORDS[name]} | {count} |" for name, count in sorted(funnel["routes"].items(), key=_by_count)]

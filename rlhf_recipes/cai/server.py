@@ -18,7 +18,6 @@ import weakref
 from collections.abc import Callable, Container, Iterator
 from contextlib import suppress
 from typing import Any
-from urllib.parse import urlsplit
 
 from rlhf_recipes.cai.backend import Answer, Request
 from rlhf_recipes.config import redact
@@ -64,17 +63,18 @@ class Server:
             import openai  # noqa: F401
         except ImportError:
             raise ValueError('The server backend needs openai. pip install "rlhf-recipes[server]".') from None
-        url = urlsplit(base_url)
-        if url.scheme not in ("http", "https") or not url.hostname or "@" in url.netloc or url.query:
+        url = re.fullmatch(r"https?://(([\w.-]+|\[[\da-fA-F:.]+\])(:\d{1,5})?)(/[^\s?#@]*)?", base_url)
+        if not url:
             raise ValueError("base_url: must be like http://localhost:8000/v1; a key goes where api_key_env says.")
         if not (1 <= concurrency <= 1000 and timeout > 0 and max_attempts >= 1):
             raise ValueError("concurrency (at most 1000), timeout and max_attempts must be above 0. Change them.")
         self.base_url, self.model, self.api_key_env = base_url, model, api_key_env
         self.concurrency, self.timeout, self.max_attempts = concurrency, timeout, max_attempts
-        self.name, self.host = f"{model} at {url.hostname}", url.netloc
+        self.name, self.host = f"{model} at {url[2]}", url[1]
         self._key = os.environ.get(api_key_env, "").strip() if api_key_env else "none"
         if not (self._key and self._key.isascii() and self._key.isprintable()):
             raise ValueError(f"{api_key_env}: not set, or not a key. export {api_key_env}=<the key for {self.host}>.")
+        self._connections = _Connections(base_url, self._key, timeout)
         self._lock, self._unsaid = threading.Lock(), threading.Lock()
         self._top_logprobs, self._repeats = TOP_LOGPROBS[0], 0
 
@@ -97,7 +97,9 @@ class Server:
             raise ValueError("The server backend cannot begin a model's answer for it: a generation has no prefix.")
         line = Line(what, len(requests), len(requests) - len(todo))
         pending, ready, room = iter(todo), queue.SimpleQueue(), threading.Semaphore(BACKLOG * self.concurrency)
-        connections = _Connections(self.base_url, self._key, self.timeout)
+        if self._connections.closed.is_set():  # an earlier call was not heard out
+            self._connections = _Connections(self.base_url, self._key, self.timeout)
+        connections = self._connections
 
         def work() -> None:
             try:
@@ -114,10 +116,10 @@ class Server:
                 connections.close()  # the other threads end too
 
         threads = [threading.Thread(target=work, name="endpoint", daemon=True) for _ in todo[: self.concurrency]]
+        done, running, failures = line.first, len(threads), []
         try:
             for thread in threads:
                 thread.start()
-            done, running, failures = line.first, len(threads), []
             while running:
                 news = [ready.get()]
                 while not ready.empty():
@@ -132,9 +134,10 @@ class Server:
                     line.update(done, f"{self._repeats} sent again" if self._repeats else "")
             if failures:
                 raise failures[0]
-        finally:  # also when the caller stops early
-            connections.close()
-            room.release(self.concurrency)
+        finally:
+            if running:  # the caller stops early
+                connections.close()
+                room.release(self.concurrency)
             for thread in threads:
                 if thread.ident:  # it was started
                     thread.join()

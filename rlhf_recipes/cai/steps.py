@@ -75,11 +75,12 @@ class Maker:
             "seed": self.settings.seed,
         }
 
-    def spent(self, shards: list[Path]) -> dict[str, Any]:
-        """Calls and tokens of all shards, whenever they were made; the pace of writing in this process; the cost."""
+    def spent(self, gate: Path, shards: list[Path]) -> dict[str, Any]:
+        """Calls and tokens of the gate and all shards, whenever they were made; the pace of writing in this process;
+        the cost."""
         calls: Counter = Counter()
-        for shard in shards:
-            with (shard.parent / "answers.jsonl").open(encoding="utf-8") as lines:
+        for path in (gate, *(shard.parent / "answers.jsonl" for shard in shards)):
+            with path.open(encoding="utf-8") as lines:
                 for entry in (entry for line in lines for entry in json.loads(line)):
                     kind = "judge" if entry["step"].startswith("judge") else "generator"
                     calls[kind] += 1
@@ -103,7 +104,9 @@ class Maker:
         count = -(-len(prompts) // size)
         for n in range(count):
             done = folder / f"{n:05d}" / "records.jsonl"
-            if not done.exists():
+            if done.exists():
+                self._same_prompts(done, prompts[n * size : (n + 1) * size])
+            else:
                 what = f"shard {n + 1}/{count}: " if count > 1 else ""
                 records = self.records(
                     prompts[n * size : (n + 1) * size], Journal(done.parent / "answers.jsonl"), what
@@ -111,6 +114,14 @@ class Maker:
                 lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
                 run.write_atomically(done, "".join(lines))
             yield done
+
+    @staticmethod
+    def _same_prompts(done: Path, prompts: list[dict]) -> None:
+        if [record["prompt_id"] for record in read(done)] != [row["prompt_id"] for row in prompts]:
+            raise ValueError(
+                f"{done}: was made of other prompts than the data has. Put the data back, choose another run_name, or "
+                "start afresh with overwrite=true."
+            )
 
     def records(self, prompts: list[dict], journal: Journal, what: str) -> list[Record]:
         """Everything that is said about each prompt.
@@ -136,8 +147,8 @@ class Maker:
                 pair["unfit"] = pair["unfit"] or filters.unfit_pair(
                     pair["first"], pair["second"], self.settings.filters
                 )
-                last = record["prompt"][-1]["content"]
-                pair["speaks_to_judge"] = filters.speaks_to_judge(last, pair["first"], pair["second"])
+                asked = (turn["content"] for turn in record["prompt"])
+                pair["speaks_to_judge"] = filters.speaks_to_judge(*asked, pair["first"], pair["second"])
         self._judge(records, journal, what)
         return records
 
@@ -177,7 +188,8 @@ class Maker:
         ):
             text = filters.strip_preamble(draft["text"])
             record["draft"] = {"text": text, "unfit": self._unfit(text, draft["finished"])}
-        current = [record["draft"]["text"] for record in records]
+        # "" is asked nothing: no pair can come of a draft that is unfit.
+        current = ["" if record["draft"]["unfit"] else record["draft"]["text"] for record in records]
         for n in range(1, revise.n_revisions + 1):
             drawn = [self.constitution.draw(1, self.settings.seed, "revise", r["prompt_id"], n)[0] for r in records]
             critiques: list[Answer | None] = [None] * len(records)
@@ -199,12 +211,13 @@ class Maker:
                 text = filters.strip_preamble(answer["text"])
                 unfit = self._unfit(text, answer["finished"]) or filters.unfit_revision(current[i], said[i], text)
                 step = {"principle": drawn[i].id, "critique": said[i], "revision": text, "unfit": unfit}
-                record["steps"].append(step)
+                if current[i]:
+                    record["steps"].append(step)
                 # What is no reply is not revised further: the next step starts from the last one that was.
                 current[i] = current[i] if unfit else text
         for record in records:
             fit = [step for step in record["steps"] if not step["unfit"]]
-            last = (fit or record["steps"])[-1]
+            last = (fit or record["steps"] or [{"revision": "", "unfit": None, "principle": None}])[-1]
             record["pairs"].append(
                 self._pair("revision", last["revision"], record["draft"]["text"],
                            last["unfit"] or record["draft"]["unfit"], last["principle"])

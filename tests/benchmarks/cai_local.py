@@ -149,8 +149,8 @@ def report(quantization: str, sizes: list[int], seconds: dict[str, list[float]],
     print(f"\nquantization={quantization}, batches of {', '.join(map(str, sizes))}, median of {len(ratios)}")
     for name, row in figures.items():
         print(f"{name:15} {row['seconds']:8.2f} s  {row['tokens_per_second']:8.1f} tokens/s")
-    print(f"{statistics.median(ratios):.2f} times the plain loop ({min(ratios):.2f} to {max(ratios):.2f}); same tokens "
-          f"in {same:.1%} of the requests", flush=True)  # fmt: skip
+    print(f"{statistics.median(ratios):.2f} times the plain loop ({min(ratios):.2f} to {max(ratios):.2f}), "
+          f"same tokens in {same:.1%} of the requests", flush=True)  # fmt: skip
     return {**figures, "ratio": round(statistics.median(ratios), 3), "same": same, "batches": sizes, "rounds": seconds}
 
 
