@@ -21,8 +21,8 @@ def trainer(tiny_model, tmp_path):
         tokenizer = AutoTokenizer.from_pretrained(tiny_model)
         model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1, dtype=torch.float32)
         model.config.pad_token_id = tokenizer.pad_token_id
-        turns = {side: [[{"role": role, "content": f"{side} {n}"}] for n in range(4)]
-                 for side, role in (("prompt", "user"), ("chosen", "assistant"), ("rejected", "assistant"))}  # fmt: skip
+        roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+        turns = {side: [[{"role": role, "content": f"{side} {n}"}] for n in range(4)] for side, role in roles.items()}
         rows = Dataset.from_dict(turns | ({"p": labels} if labels else {}))
         args = RewardConfig(
             output_dir=str(tmp_path), per_device_train_batch_size=4, max_steps=1, use_cpu=True, bf16=False,
