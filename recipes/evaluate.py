@@ -21,7 +21,7 @@ def main(cfg):
 
     candidates = systems.find(cfg.runs, cfg.parent, cfg.model.id)
     scorer = systems.find_scorer(cfg.reward_model, cfg.model.id)
-    judge = config.import_function(cfg.judge, "judge") if cfg.judge else None
+    judge = config.import_function(cfg.judge_function, "judge_function") if cfg.judge_function else None
     measurements = systems.measure(cfg, candidates, scorer, pairs, judge)
     evaluation = summary.summarise(measurements, cfg.thresholds)
 

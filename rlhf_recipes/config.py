@@ -57,7 +57,7 @@ KEYS = {
     "runs": list,
     "parent": str,
     "reward_model": str | None,
-    "judge": str | None,
+    "judge_function": str | None,
     "prompts": int | None,
     "max_new_tokens": int,
     "temperature": int | float,

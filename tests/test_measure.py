@@ -386,7 +386,7 @@ def test_evaluate_with_a_judge_that_likes_what_comes_first(runs, compose, tiny_m
         "    return [1.0 for _ in prompts]\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    evaluate(compose, "by_judge", *tiny_model_overrides, "judge=biased:first")
+    evaluate(compose, "by_judge", *tiny_model_overrides, "judge_function=biased:first")
     evaluation = json.loads((runs / "by_judge" / "result.json").read_text())["evaluation"]
     for name in ("sft", "dpo"):
         rate = evaluation["systems"][name]["metrics"]["win_rate"]

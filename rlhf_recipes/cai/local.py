@@ -52,7 +52,7 @@ def load(model: "DictConfig", quantization: "DictConfig") -> "Local":
     base = models.load_base(model, quantization, AutoModelForCausalLM)
     packed = getattr(base, "is_quantized", False)
     if packed and base.device.type == "cpu":
-        base, packed = base.dequantize(base.dtype), False
+        base, packed = base.dequantize(), False
     name = model.id
     if model.adapter:
         folder = run.resolve_adapter(model.adapter)
@@ -121,28 +121,27 @@ class Local:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _choose(self, batch: list[_Row]) -> list[Answer]:
-        """log P(option | question) in nats: the sum over its tokens, most often one."""
-        if all(len(tail) == 1 for row in batch for tail in row.tails):
-            with self._exact_head():
-                logps_BV = self._start(batch).logits.log_softmax(-1)
-            logps = [[logps_V[tail[0]].item() for tail in r.tails] for logps_V, r in zip(logps_BV, batch, strict=True)]
-        else:
-            logps = [[self._sequence_logp(row.ids, tail) for tail in row.tails] for row in batch]
-        return [
-            {"logps": values, "prompt_tokens": len(row.ids), "tokens": 0}
-            for row, values in zip(batch, logps, strict=True)
-        ]
-
-    def _sequence_logp(self, ids: list[int], tail: list[int]) -> float:
-        ids_1T = torch.tensor([ids + tail], device=self.model.device)
+        """log P(option | question) in nats: the sum over its tokens, most often one, each given all before it."""
+        places: dict[tuple[int, ...], int] = {}  # of what comes before each of these tokens
+        for row in batch:
+            for tail in row.tails:
+                for k in range(len(tail)):
+                    places.setdefault((*row.ids, *tail[:k]), len(places))
         with self._exact_head():
-            logps_TV = self.model(ids_1T, logits_to_keep=len(tail) + 1).logits[0, :-1].log_softmax(-1)
-        return logps_TV.gather(1, ids_1T[0, -len(tail) :, None]).sum().item()
+            logps_BV = self._start([list(ids) for ids in places], 0).logits.log_softmax(-1)
+
+        def logp(ids: list[int], tail: list[int]) -> float:
+            return sum(logps_BV[places[(*ids, *tail[:k])], token].item() for k, token in enumerate(tail))
+
+        return [
+            {"logps": [logp(row.ids, tail) for tail in row.tails], "prompt_tokens": len(row.ids), "tokens": 0}
+            for row in batch
+        ]
 
     def _generate(self, batch: list[_Row]) -> list[Answer]:
         """A token for every row at a time; a row that has ended leaves the batch."""
         first = batch[0].request
-        state = self._start(batch)
+        state = self._start([row.ids for row in batch], first.max_new_tokens)
         generators = [torch.Generator(self.model.device).manual_seed(row.request.seed) for row in batch]
         nucleus = TopPLogitsWarper(first.top_p) if first.top_p < 1 else lambda _, logits_BV: logits_BV  # it sorts V
         tokens: list[list[int]] = [[] for _ in batch]
@@ -189,11 +188,11 @@ class Local:
         finally:
             del head.forward
 
-    def _start(self, batch: list[_Row]) -> "_State":
-        """Stems, then what follows them: logits of the last position of every row."""
-        sequences = [row.ids for row in batch]
+    def _start(self, sequences: list[list[int]], room: int) -> "_State":
+        """Stems, then what follows them, with logits of the last position of each sequence; `room` tokens are to
+        come."""
         passes = _passes(sequences)
-        if sum(max(map(len, parts)) for parts, _ in passes) + batch[0].request.max_new_tokens > self.window:
+        if sum(max(map(len, parts)) for parts, _ in passes) + room > self.window:
             passes = [(sequences, [])]
         state = _State(self.model.config, len(passes[0][0]), self.model.device)
         for parts, member in passes:
@@ -274,11 +273,11 @@ def _batches(rows: list[_Row]) -> Iterator[list[_Row]]:
     for _, alike in groupby(sorted(rows, key=settings, reverse=True), key=settings):
         order = sorted(alike, key=lambda row: (row.ids, row.request.key))
         member = _stems([row.ids for row in order])[1] if order[0].tails else range(len(order))
-        groups = [
-            [row for _, row in group] for _, group in groupby(zip(member, order, strict=True), key=lambda x: x[0])
-        ]
-        groups.sort(key=lambda group: -max(len(row.ids) for row in group))
-        order = [row for group in groups for row in group]
+        groups: dict[int, list[_Row]] = {}
+        for g, row in zip(member, order, strict=True):
+            groups.setdefault(g, []).append(row)
+        by_length = sorted(groups.values(), key=lambda group: -max(len(row.ids) for row in group))
+        order = [row for group in by_length for row in group]
         while order:
             length, size = 0, 0
             for row in order[:BATCH_ROWS]:
