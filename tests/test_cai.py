@@ -149,6 +149,7 @@ def test_the_gate_alone(run_recipe, terse, tmp_path):
         (["constitution=local", "constitution.path=absent.yaml"], "constitution.path=absent.yaml: no such file."),
         (["constitution=local", "constitution.path=broken.yaml"], "broken.yaml:3: not valid YAML"),
         (["judge=server"], "judge.model: required, but not set."),
+        (["judge.adapter=absent"], "judge.adapter=absent: does not exist."),
         (["generator.kindd=server"], "generator.kindd: there is no such key; did you mean 'generator.kind'?"),
         (["judging.min_option_mas=1"], "judging.min_option_mas: there is no such key"),
     ],

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import TINY_ID
+from conftest import TINY_ID, stir
 
 from rlhf_recipes.cai.backend import Request
 
@@ -61,15 +61,6 @@ def choices(count, *options, variants=4):
         for i in range(count)
         for n in range(variants)
     ]
-
-
-def stir(model):
-    """Weights at which every token before matters; as initialised, a tiny model repeats its last token."""
-    with torch.no_grad():
-        for weights in model.model.layers.parameters():
-            if weights.ndim == 2:
-                weights *= 6
-    return model.eval()
 
 
 @pytest.fixture(scope="module")

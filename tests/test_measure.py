@@ -1,6 +1,7 @@
 """Measurements against the definition written out: loops over full logits, one sequence at a time."""
 
 import contextlib
+import copy
 import json
 import math
 import shutil
@@ -8,7 +9,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from conftest import TINY_ID
+from conftest import TINY_ID, stir
 
 QUESTIONS = ["Hi", "Can I move my appointment to Friday, please?", "My chest hurts. " * 12]
 ANSWERS = ["Yes.", "Of course, which time suits you best? " * 5, "Please call the emergency number now."]
@@ -242,7 +243,9 @@ def test_generation_ends_each_answer_on_its_own(model, tokenizer):
 
 
 def test_greedy_is_deterministic_whatever_the_batch(model, tokenizer):
+    model = stir(copy.deepcopy(model))
     together = generated(model, tokenizer, QUESTIONS)
+    assert len({answer["text"] for answer in together}) == len(QUESTIONS)
     assert together == generated(model, tokenizer, QUESTIONS, seed=2)
     assert together == [generated(model, tokenizer, [question])[0] for question in QUESTIONS]
     assert together[::-1] == generated(model, tokenizer, QUESTIONS[::-1])

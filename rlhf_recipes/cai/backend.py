@@ -65,7 +65,7 @@ class Backend(Protocol):
         are made of all `requests`, and those whose keys are all known are left out.
 
         Args:
-            requests: with different keys; all have options, or none has.
+            requests: with different keys; all have options, or none has. Their settings may differ.
             known: keys that need no answer.
             what: for the progress line.
         """

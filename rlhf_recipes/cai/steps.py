@@ -32,7 +32,7 @@ def check(cfg: DictConfig) -> None:
     """Refuse what no run can be made of.
 
     Raises:
-        ValueError: an unknown kind of pairs, or a count that is too small.
+        ValueError: an unknown kind of pairs, a count that is too small, or an adapter that the judge cannot have.
     """
     for source in cfg.sources:
         if source not in SOURCES:
@@ -45,6 +45,11 @@ def check(cfg: DictConfig) -> None:
             raise ValueError(f"{key}={given}: must be at least {value}. Change it.")
     if not cfg.sources:
         raise ValueError(f"sources=[]: makes no pairs. Choose from {', '.join(SOURCES)}.")
+    if cfg.judge.kind == "local" and cfg.judge.adapter:
+        try:
+            run.parent_of(cfg.judge.adapter, cfg.judge.id)
+        except ValueError as error:
+            raise ValueError(str(error).replace("model.", "judge.")) from error
 
 
 @dataclass
