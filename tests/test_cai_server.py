@@ -129,10 +129,14 @@ def endpoint(monkeypatch):
 
 @pytest.fixture
 def pauses(monkeypatch):
-    """Seconds that were to be waited; nothing waits for longer than a moment."""
+    """Seconds that the backend was to wait; it waits for none of them."""
     asked, wait = [], threading.Event.wait
-    # Without a limit, it is the start of a thread that is waited for.
-    monkeypatch.setattr(threading.Event, "wait", lambda event, s=None: wait(event) if s is None else asked.append(s))
+
+    def paused(event, seconds=None):
+        own = sys._getframe(1).f_code.co_filename == server.__file__  # other threads of this process wait too
+        return asked.append(seconds) if own and seconds is not None else wait(event, seconds)
+
+    monkeypatch.setattr(threading.Event, "wait", paused)
     return asked
 
 
