@@ -136,6 +136,27 @@ def test_the_gate_alone(run_recipe, terse, tmp_path):
     assert not (tmp_path / "outputs/cai/main/shards").exists()
 
 
+def test_a_judge_that_fails_labels_nothing(run_recipe, terse, tmp_path):
+    """The random model fails the gate: by default the pairs are contrastive and without p; `stop` makes none."""
+    run = tmp_path / "outputs" / "cai" / "main"
+    stopped = run_recipe("cai", *SMALL, *terse, "gate.fails=stop", cwd=tmp_path)
+    assert stopped.returncode == 2 and "error: gate: tests/tiny fails it (" in stopped.stderr, stopped
+    assert not (run / "shards").exists() and (run / "gate.jsonl").exists()
+    done = run_recipe("cai", *SMALL, *terse, "gate.fails=contrastive", "overwrite=true", cwd=tmp_path)
+    assert done.returncode == 0 and "Its labels are not used" in done.stdout, done
+    result = json.loads((run / "result.json").read_text())
+    assert result["labelled_by"] == "construction" and not result["gate"]["passed"]
+    pairs = [
+        p
+        for path in run.rglob("records.jsonl")
+        for line in path.read_text().splitlines()
+        for p in json.loads(line)["pairs"]
+    ]
+    assert len(pairs) == 9 and {pair["source"] for pair in pairs} == {"contrastive"}
+    assert all(pair["p"] is None and pair["route"] in (None, "accepted") for pair in pairs)
+    assert "nobody has looked whether it is better" in (run / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [

@@ -70,7 +70,7 @@ class Judge:
 
     Args:
         settings: conf/cai.yaml, `judging`.
-        journal: where its answers are kept.
+        seed: decides which principles a pair is judged under.
     """
 
     def __init__(self, backend: Backend, constitution: Constitution, settings: DictConfig, seed: int):

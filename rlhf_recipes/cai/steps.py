@@ -159,11 +159,7 @@ class Maker:
 
     def _write(self, records: list[Record], step: str, messages: list, journal: Journal, what: str) -> list[Answer]:
         """A text for each record; `messages` None asks nothing."""
-        part = (
-            self.settings.generate
-            if step.partition(".")[0] in ("draft", "sample", "contrast")
-            else self.settings.revise
-        )
+        part = self.settings.revise if step.startswith(("critique", "revision")) else self.settings.generate
         asked = [
             Request(
                 record["prompt_id"],
