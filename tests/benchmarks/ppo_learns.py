@@ -54,10 +54,12 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=16, help=f"rollouts of {EPISODES} episodes")
     parser.add_argument("--rewards", nargs="+", choices=REWARDS, default=list(REWARDS))
     parser.add_argument("--plot", type=Path, help="write the curves here")
+    parser.add_argument("--folder", type=Path, help="keep the runs here; those that are finished are not run again")
     options = parser.parse_args()
     env = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count()), "PYTHONPATH": str(HERE)}
     curves = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or temporary
         if "reward model" in options.rewards:
             run(["reward", *REWARD_MODEL], env, folder)
         for reward in options.rewards:
@@ -72,7 +74,7 @@ def main() -> None:
         plot(curves, options.plot)
 
 
-def run(command: list[str], env: dict, folder: str) -> None:
+def run(command: list[str], env: dict, folder: Path | str) -> None:
     recipe, *overrides = command
     subprocess.run(
         [sys.executable, "-m", f"rlhf_recipes.recipes.{recipe}", *overrides], env=env, cwd=folder, check=True
