@@ -4,6 +4,7 @@ Examples:
 
     python recipes/dpo.py
     python recipes/dpo.py model.adapter=outputs/sft/main trainer.beta=0.1
+    python recipes/dpo.py sweep=dpo_beta model.adapter=outputs/sft/main
 """
 
 from rlhf_recipes import config, data, run
@@ -25,7 +26,7 @@ def main(cfg):
     tokenizer = models.load_tokenizer(cfg.model)
     pairs = data.fit(pairs, tokenizer, args.max_length, cfg.data.too_long)
     print(data.describe(pairs.report))
-    train_dataset, eval_dataset = pairs.to_datasets()
+    train_dataset, eval_dataset = pairs.to_datasets(job.shared)
     policy, lora = models.load_policy(cfg.model, cfg.quantization, cfg.lora)
     trainer = DPOTrainer(
         model=policy,
@@ -39,7 +40,7 @@ def main(cfg):
     callbacks.watch(trainer, job)
     run.claim(job)
 
-    before = measure.pair_logps(trainer.model, tokenizer, pairs.test, "Held out, before")
+    before = run.once(job, lambda: measure.pair_logps(trainer.model, tokenizer, pairs.test, "Held out, before"))
     trainer.train(resume_from_checkpoint=job.checkpoint)
     after = measure.pair_logps(trainer.model, tokenizer, pairs.test, "Held out, after")
 

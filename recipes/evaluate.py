@@ -4,17 +4,20 @@ Examples:
 
     python recipes/evaluate.py 'runs=[outputs/dpo/main]'
     python recipes/evaluate.py 'runs=[outputs/sft/main,outputs/dpo/main]' reward_model=outputs/reward/main
+    python recipes/evaluate.py 'sweeps=[outputs/dpo/dpo_beta,outputs/simpo/simpo_beta_gamma]' run_name=frontier
 """
 
 import sys
 
-from rlhf_recipes import config, data, run
+from rlhf_recipes import config, data, run, sweep
 
 
 @config.recipe("evaluate")
 def main(cfg):
     config.check(cfg)
     job = run.start(cfg, "evaluate")
+    if cfg.sweeps:
+        return sweep.join(job, cfg.sweeps, cfg.sweep)
     pairs = data.load_pairs(cfg.data)
 
     from rlhf_recipes.evaluation import page, summary, systems

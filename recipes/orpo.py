@@ -25,7 +25,7 @@ def main(cfg):
     tokenizer = models.load_tokenizer(cfg.model)
     pairs = data.fit(pairs, tokenizer, args.max_length, cfg.data.too_long)
     print(data.describe(pairs.report))
-    train_dataset, eval_dataset = pairs.to_datasets()
+    train_dataset, eval_dataset = pairs.to_datasets(job.shared)
     policy, lora = models.load_policy(cfg.model, cfg.quantization, cfg.lora)
     trainer = ORPOTrainer(
         model=policy,
@@ -39,7 +39,7 @@ def main(cfg):
     callbacks.watch(trainer, job)
     run.claim(job)
 
-    before = measure.pair_logps(trainer.model, tokenizer, pairs.test, "Held out, before")
+    before = run.once(job, lambda: measure.pair_logps(trainer.model, tokenizer, pairs.test, "Held out, before"))
     trainer.train(resume_from_checkpoint=job.checkpoint)
     after = measure.pair_logps(trainer.model, tokenizer, pairs.test, "Held out, after")
 

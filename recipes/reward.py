@@ -24,7 +24,7 @@ def main(cfg):
     tokenizer = models.load_tokenizer(cfg.model)
     pairs = data.fit(pairs, tokenizer, args.max_length, cfg.data.too_long)
     print(data.describe(pairs.report))
-    train_dataset, eval_dataset = pairs.to_datasets()
+    train_dataset, eval_dataset = pairs.to_datasets(job.shared)
     reward_model, lora = models.load_reward_model(cfg.model, cfg.quantization, cfg.lora)
     trainer = SoftLabelRewardTrainer(
         model=reward_model,

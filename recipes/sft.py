@@ -25,7 +25,7 @@ def main(cfg):
     tokenizer = models.load_tokenizer(cfg.model)
     demonstrations = data.fit(demonstrations, tokenizer, args.max_length, cfg.data.too_long)
     print(data.describe(demonstrations.report))
-    train_dataset, eval_dataset = demonstrations.to_datasets()
+    train_dataset, eval_dataset = demonstrations.to_datasets(job.shared)
     policy, lora = models.load_policy(cfg.model, cfg.quantization, cfg.lora)
     trainer = SFTTrainer(
         model=policy,

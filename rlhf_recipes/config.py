@@ -95,6 +95,12 @@ KEYS = {
     "thresholds.length_controlled": bool,
     "thresholds.*": int | float | None,
     "exit_codes.*": int,
+    "sweeps": list,
+    "sweep.prompts": int,
+    "sweep.max_new_tokens": int,
+    "sweep.reward_model": str | None,
+    "sweep.max_kl": int | float | None,
+    "sweep.max_length_ratio": int | float | None,
     "stages": list,
     "shared": list,
     "next": list,
@@ -124,8 +130,10 @@ def recipe(name: str):
     def decorate(main):
         @functools.wraps(main)
         def run_job(cfg: DictConfig):
-            if _multirun():
-                return main(cfg)
+            if in_sweep() and "trainer" in cfg:
+                from rlhf_recipes import sweep
+
+                return sweep.job(main, cfg)
             with _OneLine(), _no_empty_folder():  # inside Hydra, which would announce the failure on a line of its own
                 return main(cfg)
 
@@ -388,7 +396,8 @@ def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def _multirun() -> bool:
+def in_sweep() -> bool:
+    """Whether this is one of several jobs (-m)."""
     from hydra.types import RunMode
 
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN

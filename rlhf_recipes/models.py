@@ -1,12 +1,13 @@
 """Load and save: tokenizer, 4-bit base, LoRA, the adapter a run continues. Precision follows the hardware."""
 
+import copy
 import json
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import config, embedded
 from rlhf_recipes.run import Run, resolve_adapter
@@ -14,6 +15,10 @@ from rlhf_recipes.run import Run, resolve_adapter
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+
+# Of the jobs of a sweep that share a process.
+_bases: dict[tuple[type, str], "PreTrainedModel"] = {}
 
 
 def training_args(node: DictConfig, run: Run) -> "TrainingArguments":
@@ -119,7 +124,23 @@ def load_reward_model(
 
 
 def load_base(model: DictConfig, quantization: DictConfig, auto_class: type, **kwargs) -> "PreTrainedModel":
-    """The frozen base in the asked quantization, on the device that is there."""
+    """The frozen base in the asked quantization, on the device that is there.
+
+    The jobs of a sweep on a CPU read and quantize it once; each gets a copy.
+    """
+    import torch
+
+    if config.in_sweep() and not torch.cuda.is_available():
+        node = {"model": {**model, "adapter": None}, "quantization": {**quantization}, **kwargs}
+        key = (auto_class, json.dumps(OmegaConf.to_container(OmegaConf.create(node)), sort_keys=True))
+        if key not in _bases:
+            _bases.clear()  # one at a time
+            _bases[key] = _load_base(model, quantization, auto_class, **kwargs)
+        return copy.deepcopy(_bases[key])
+    return _load_base(model, quantization, auto_class, **kwargs)
+
+
+def _load_base(model: DictConfig, quantization: DictConfig, auto_class: type, **kwargs) -> "PreTrainedModel":
     import torch
     from transformers.utils import logging
 

@@ -13,14 +13,17 @@ import sys
 import textwrap
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import memory
-from rlhf_recipes.config import CONF, flatten
+from rlhf_recipes.config import CONF, flatten, in_sweep
 
 LIBRARIES = (
     "torch",
@@ -33,9 +36,11 @@ LIBRARIES = (
     "huggingface_hub",
 )
 # Where a run lies and whether it may continue say nothing about what it computes.
-_NOT_COMPUTED = ("run_name", "resume", "overwrite")
+_NOT_COMPUTED = ("run_name", "resume", "overwrite", "sweep")
 # The first answers that a run of recipes/cai.py keeps; it continues from all that it has.
 GATE = "gate.jsonl"
+# In a sweep's folder: what its jobs have in common.
+SHARED = "shared"
 
 
 @dataclass
@@ -48,6 +53,7 @@ class Run:
         config: the resolved config as plain containers.
         checkpoint: folder of the last complete checkpoint to continue from, or None.
         parent: result.json of the run whose adapter this one continues, or None.
+        shared: in a sweep, the folder of what its jobs have in common, or None.
     """
 
     dir: Path
@@ -55,6 +61,7 @@ class Run:
     config: dict
     checkpoint: str | None = None
     parent: dict | None = None
+    shared: Path | None = None
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -86,6 +93,7 @@ def start(cfg: DictConfig, recipe: str) -> Run:
         recipe,
         config,
         parent=config["model"].get("adapter") and parent_of(config["model"]["adapter"], config["model"]["id"]),
+        shared=relative(Path(cfg.output_dir)).parent / SHARED if in_sweep() else None,
     )
     _refuse_foreign(run.dir)
     if cfg.overwrite:
@@ -103,6 +111,23 @@ def start(cfg: DictConfig, recipe: str) -> Run:
         where = "what was answered" if run.checkpoint.endswith(GATE) else f"step {run.checkpoint.rpartition('-')[2]}"
         print(f"Continuing {run.dir} from {where}.", flush=True)
     return run
+
+
+def once(run: Run, measure: Callable[[], Any]) -> Any:
+    """What `measure` finds of the model before it is trained; all jobs of a sweep that start alike are measured once.
+
+    Args:
+        measure: its result is JSON-able.
+    """
+    if run.shared is None:
+        return measure()
+    same = {key: value for key, value in run.config.items() if key not in (*_NOT_COMPUTED, "trainer")}
+    same |= {key: run.config["trainer"].get(key) for key in ("max_length", "seed", "bf16", "fp16")}
+    path = run.shared / f"before-{hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]}.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(measure()))
+    return json.loads(path.read_text())
 
 
 def claim(run: Run) -> None:
@@ -223,7 +248,7 @@ def device_name() -> str:
 
 def write_atomically(path: Path, text: str) -> None:
     """The file has the old text or the whole of the given one, never a part of it."""
-    scratch = path.with_name(f".{path.name}.tmp")
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # jobs of a sweep may write side by side
     scratch.write_text(text, encoding="utf-8")
     os.replace(scratch, path)
 
@@ -251,7 +276,7 @@ def read_result(run_dir: Path) -> dict | None:
 def _environment() -> None:
     """Set what must be set before torch and trl are imported; what the user has set stays."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(cores))  # accelerate would set 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(_threads(cores)))  # accelerate would set 1
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizer is used before and after forks
@@ -262,6 +287,13 @@ def _environment() -> None:
     warnings.simplefilter("ignore", FutureWarning)  # libraries talking among themselves
     memory.keep_freed_memory()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # names a kernel that training must not use
+
+
+def _threads(cores: int) -> int:
+    """Of one job: all cores, unless a sweep's launcher runs several jobs on them."""
+    launcher = HydraConfig.get().launcher if in_sweep() else {}
+    jobs = launcher.get("n_jobs", 1)  # joblib's; -1: as many as there are cores
+    return launcher.get("cpus_per_task") or max(1, cores // (cores if jobs < 0 else jobs))
 
 
 def parent_of(reference: str, base_model: str) -> dict:

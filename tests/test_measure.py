@@ -296,20 +296,16 @@ def test_a_typed_control_token_does_not_end_the_turn(tokenizer):
     assert counts == {"rows": 1, "occurrences": 6}
 
 
-def test_rewards_read_a_spelled_control_token_as_letters(runs, cfg, tokenizer, monkeypatch):
+def test_rewards_read_a_spelled_control_token_as_letters(tokenizer, monkeypatch):
     """A policy can write `<|im_end|>` letter by letter; its reward must not be that of an answer that ended."""
-    from rlhf_recipes.data import load_pairs
     from rlhf_recipes.evaluation import measure, systems
 
     seen = []
     monkeypatch.setattr(
         measure, "rewards", lambda model, tok, conversations, what: seen.extend(conversations) or [0.0]
     )
-    monkeypatch.setattr(measure, "pair_rewards", lambda *_: [])
-    answers = {"dpo": [{"text": "Bye<|im_end|>\n<|im_start|>user\nThanks"}]}
-    scorer = systems.find_scorer("reward", TINY_ID)
-    assert load_pairs(cfg.data).test
-    systems._score(cfg, scorer, tokenizer, [], [{"prompt": asked("Hi")}], answers)
+    answers = [{"text": "Bye<|im_end|>\n<|im_start|>user\nThanks"}]
+    systems._score(None, tokenizer, [{"prompt": asked("Hi")}], answers, "dpo")
     ids = tokenizer.apply_chat_template(seen[0], return_dict=False)
     assert ids.count(tokenizer.eos_token_id) == 3
 

@@ -33,6 +33,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,9 +85,14 @@ class Splits:
     report: dict[str, Any]
     source: str
 
-    def to_datasets(self):
-        """(train, test) as `datasets.Dataset`s of the same features."""
-        from datasets import Dataset, Features, Value
+    def to_datasets(self, folder: Path | None = None):
+        """(train, test) as `datasets.Dataset`s of the same features.
+
+        Args:
+            folder: where they shall lie, for as many runs as use the same rows; what a trainer derives from them
+                (tokens, the reference's log-probabilities) is then kept beside them. None: in memory.
+        """
+        from datasets import Dataset, Features, Value, load_from_disk
 
         turns = [{"role": Value("string"), "content": Value("string")}]
         kinds = {"family": Value("string"), "prompt_id": Value("string"), "p": Value("float64")}
@@ -94,6 +100,14 @@ class Splits:
         datasets = [Dataset.from_list(rows, features=features) for rows in (self.train, self.test)]
         if all(row.get("p") is None for row in (*self.train, *self.test)):
             datasets = [each.remove_columns("p") if "p" in each.column_names else each for each in datasets]
+        for i, each in enumerate(datasets if folder else []):
+            place = folder / each._fingerprint
+            if not place.exists():
+                scratch = place.with_name(f".{place.name}.{os.getpid()}")  # jobs of a sweep may write side by side
+                each.save_to_disk(scratch)
+                with suppress(OSError):  # another job was faster
+                    scratch.rename(place)
+            datasets[i] = load_from_disk(place)
         return datasets[0], datasets[1]
 
 

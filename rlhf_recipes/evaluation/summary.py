@@ -98,6 +98,16 @@ def summarise(measurements: dict, thresholds: dict | None = None) -> dict:
     }
 
 
+def compare(measurements: dict, metric: str, a: str, b: str) -> dict:
+    """Estimate of a system's metric minus another's, paired by prompt; `win_rate` is against the parent's reward."""
+    columns = {name: _columns(measurements, name) for name in (a, b, measurements["parent"])}
+    if metric != "win_rate":
+        return _paired(stats.difference, columns[a][metric], columns[b][metric])
+    base, ids = columns[measurements["parent"]]["reward"]
+    wins = [[_compare(x, y) for x, y in zip(columns[name]["reward"][0], base, strict=True)] for name in (a, b)]
+    return _paired(stats.difference, (wins[0], ids), (wins[1], ids))
+
+
 def table(evaluation: dict) -> str:
     """The evaluation as a terminal shows it: one row per system, at most 110 columns."""
     rows = [["", "pref. acc. %", "win rate %", "LC %", "KL", "tokens", "refuses", "rep. %", "ppl", "n", "verdict"]]

@@ -1,5 +1,6 @@
 """Measure several runs on one base model: each is an adapter that is switched on in turn."""
 
+import copy
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,27 +66,47 @@ def find_scorer(folder: str | None, base_model: str) -> System | None:
 
 
 def measure(
-    cfg: DictConfig, systems: list[System], scorer: System | None, pairs: Splits, judge: Callable | None
+    cfg: DictConfig,
+    systems: list[System],
+    scorer: System | None,
+    pairs: Splits,
+    judge: Callable | None,
+    before: dict | None = None,
 ) -> dict:
-    """MEASUREMENTS for `summary.summarise`: log-probabilities, answers with their KL to the parent, rewards."""
+    """MEASUREMENTS for `summary.summarise`: log-probabilities, answers with their KL to the parent, rewards.
+
+    Args:
+        before: measurements on the same pairs with the same settings; what they say of the parent is not measured
+            again.
+    """
     tokenizer = models.load_tokenizer(cfg.model)
     rows = fit(pairs, tokenizer, cfg.max_length, cfg.data.too_long).test
     prompts = _prompts(rows, cfg.prompts)
     policies = Policies(cfg.model, cfg.quantization, systems)
-    logps = {folder: policies.pair_logps(folder, tokenizer, rows) for folder in policies.folders}
     texts = NEUTRAL.read_text(encoding="utf-8").strip().split("\n\n")
-    neutral = {s.name: policies.neutral(s, tokenizer, texts) for s in systems}
-    answers = {s.name: policies.answers(s, systems[0], tokenizer, prompts, cfg) for s in systems}
+    parent, fresh = systems[0], systems[1:] if before else systems
+    logps, neutral, answers = _known(before, parent) if before else ({}, {}, {})
+    folders = dict.fromkeys(folder for s in fresh for folder in (s.reference, s.adapter))
+    logps |= {folder: policies.pair_logps(folder, tokenizer, rows) for folder in folders if folder not in logps}
+    neutral |= {s.name: policies.neutral(s, tokenizer, texts) for s in fresh}
+    answers |= {s.name: policies.answers(s, parent, tokenizer, prompts, cfg) for s in fresh}
     del policies
 
-    reward_models = {}
+    reward_models = before["reward_models"] if before else {}
     if scorer:
-        reward_models = _score(cfg, scorer, tokenizer, rows, prompts, answers)
-    judgements = (
-        {s.name: _judge(judge, prompts, answers, s.name, systems[0].name) for s in systems[1:]} if judge else {}
-    )
+        from peft import PeftModel
+        from transformers import AutoModelForSequenceClassification
+
+        base = models.load_base(cfg.model, cfg.quantization, AutoModelForSequenceClassification, num_labels=1)
+        reward_model = PeftModel.from_pretrained(base, scorer.adapter)
+        if not before:
+            scored = m.pair_rewards(reward_model, tokenizer, rows, "reward model: pairs")
+            reward_models = {scorer.name: [_labels(r) | score for r, score in zip(rows, scored, strict=True)]}
+        for system in fresh:
+            _score(reward_model, tokenizer, prompts, answers[system.name], system.name)
+    judgements = {s.name: _judge(judge, prompts, answers, s.name, parent.name) for s in systems[1:]} if judge else {}
     return {
-        "parent": systems[0].name,
+        "parent": parent.name,
         "systems": [s.name for s in systems],
         "info": {s.name: _info(s) for s in systems},
         "pairs": [_pair(i, row, systems, logps) for i, row in enumerate(rows)],
@@ -102,6 +123,47 @@ def measure(
             "seed": cfg.seed,
         },
     }
+
+
+def merge(measurements: list[dict]) -> dict:
+    """One set of measurements from several of the same parent on the same pairs and prompts with the same settings.
+
+    Raises:
+        ValueError: they differ in one of these.
+    """
+    merged = copy.deepcopy(measurements[0])
+    for other in measurements[1:]:
+        for key in ("parent", "settings"):
+            if other[key] != merged[key]:
+                raise ValueError(f"sweeps: measured with different {key}, {merged[key]} and {other[key]}.")
+        for key in ("pairs", "answers"):
+            if [row["prompt_id"] for row in other[key]] != [row["prompt_id"] for row in merged[key]]:
+                raise ValueError(f"sweeps: measured on different {key}. Give both the same data and prompts.")
+            for row, more in zip(merged[key], other[key], strict=True):
+                row["systems"] |= more["systems"]
+        merged["systems"] += [name for name in other["systems"] if name not in merged["systems"]]
+        for key in ("info", "judgements", "reward_models", "neutral"):
+            merged[key] |= other[key]
+    return merged
+
+
+def rename(measurements: dict, old: str, new: str) -> dict:
+    """The measurements with another name for one of their systems."""
+
+    def renamed(by_system: dict) -> dict:
+        return {new if name == old else name: value for name, value in by_system.items()}
+
+    rows = {
+        key: [row | {"systems": renamed(row["systems"])} for row in measurements[key]] for key in ("pairs", "answers")
+    }
+    kept = {key: renamed(measurements[key]) for key in ("info", "judgements", "neutral")}
+    return measurements | rows | kept | {"systems": [new if name == old else name for name in measurements["systems"]]}
+
+
+def _known(before: dict, parent: System) -> tuple[dict, dict, dict]:
+    """Log-probabilities of the pairs, neutral text and answers that measurements hold of the parent."""
+    logps, answers = ([row["systems"][parent.name] for row in before[key]] for key in ("pairs", "answers"))
+    return {parent.adapter: logps}, {parent.name: before["neutral"][parent.name]}, {parent.name: answers}
 
 
 class Policies:
@@ -161,24 +223,15 @@ class Policies:
         return [{**answer, "k1": k1, "k3": k3} for answer, (k1, k3) in zip(shown, terms, strict=True)]
 
 
-def _score(cfg: DictConfig, system: System, tokenizer, rows: list[dict], prompts: list[dict], answers: dict) -> dict:
-    """Give every answer its reward; return the reward model's own scores of the held-out pairs."""
-    from peft import PeftModel
-    from transformers import AutoModelForSequenceClassification
-
-    base = models.load_base(cfg.model, cfg.quantization, AutoModelForSequenceClassification, num_labels=1)
-    scorer = PeftModel.from_pretrained(base, system.adapter)
-    scored = m.pair_rewards(scorer, tokenizer, rows, "reward model: pairs")
-    for name, given in answers.items():
-        turns = [{"completion": [{"role": "assistant", "content": answer["text"]}]} for answer in given]
-        asked = [{"prompt": row["prompt"], **turn} for row, turn in zip(prompts, turns, strict=True)]
-        # A policy may spell a control token in plain letters; the reward model must read letters too.
-        conversations = [row["prompt"] + row["completion"] for row in neutralise(asked, tokenizer)[0]]
-        for answer, reward in zip(
-            given, m.rewards(scorer, tokenizer, conversations, f"rewards of {name}"), strict=True
-        ):
-            answer["reward"] = reward
-    return {system.name: [{**_labels(row), **score} for row, score in zip(rows, scored, strict=True)]}
+def _score(reward_model, tokenizer, prompts: list[dict], answers: list[dict], name: str) -> None:
+    """Give every answer its `reward`."""
+    turns = [{"completion": [{"role": "assistant", "content": answer["text"]}]} for answer in answers]
+    asked = [{"prompt": row["prompt"], **turn} for row, turn in zip(prompts, turns, strict=True)]
+    # A policy may spell a control token in plain letters; the reward model must read letters too.
+    conversations = [row["prompt"] + row["completion"] for row in neutralise(asked, tokenizer)[0]]
+    scores = m.rewards(reward_model, tokenizer, conversations, f"rewards of {name}")
+    for answer, reward in zip(answers, scores, strict=True):
+        answer["reward"] = reward
 
 
 def _judge(judge: Callable, prompts: list[dict], answers: dict, name: str, parent: str) -> list[dict]:
@@ -226,8 +279,11 @@ def _labels(row: dict) -> dict:
 
 def _pair(i: int, row: dict, systems: list[System], logps: dict) -> dict:
     def of(system: System) -> dict:
+        own = logps[system.adapter][i]
+        if "chosen_reference_logp" in own:  # measured before
+            return own
         reference = logps[system.reference][i]
-        return logps[system.adapter][i] | {
+        return own | {
             "chosen_reference_logp": reference["chosen_logp"],
             "rejected_reference_logp": reference["rejected_logp"],
         }

@@ -1,12 +1,13 @@
 """How busy the server backend keeps an endpoint.
 
-    python tests/benchmarks/cai_server.py --requests 1000 --concurrency 16 --milliseconds 50 --rounds 5
+    python tests/benchmarks/cai_server.py --requests 1000 --places 16 --concurrency 16 20 24 --rounds 5
 
-A loopback endpoint in a process of its own takes `concurrency` requests at a time and `milliseconds` for each. Printed
-is requests * milliseconds / (concurrency * wall), the share of the time in which the endpoint works: from the call,
-with keys hashed, to the last answer in the journal. Beside it the same with the seconds that the endpoint measured for
-its own sleeping, which a busy machine makes longer. In turn, as what the machine allows: as many threads that send the
-same messages with http.client and do nothing else.
+A loopback endpoint in a process of its own works on `places` requests at a time, `milliseconds` for each; further ones
+wait there, as they do in vLLM's queue. Printed is requests * milliseconds / (places * wall), the share of the time in
+which the endpoint works: from the call, with keys hashed, to the last answer in the journal. Beside it the same with
+the seconds that the endpoint measured for its own sleeping, which a busy machine makes longer. The backend has
+`concurrency` requests in flight. In turn, as what the machine allows: `places` threads that send the same messages
+with http.client and do nothing else.
 """
 
 import argparse
@@ -35,15 +36,15 @@ REPLY = {
 }
 
 
-def serve(pipe, concurrency: int, seconds: float) -> None:
+def serve(pipe, places: int, seconds: float) -> None:
     """The endpoint: sends its port, then for each message the seconds it worked since the last."""
-    asyncio.run(_serve(pipe, concurrency, seconds))
+    asyncio.run(_serve(pipe, places, seconds))
 
 
-async def _serve(pipe, concurrency: int, seconds: float) -> None:
+async def _serve(pipe, places: int, seconds: float) -> None:
     body = json.dumps(REPLY).encode()
     head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-    slots, worked = asyncio.Semaphore(concurrency), 0.0
+    slots, worked = asyncio.Semaphore(places), 0.0
 
     async def connection(reader, writer) -> None:
         nonlocal worked
@@ -112,23 +113,29 @@ def questions(count: int, group: str) -> list[Request]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=1000)
-    parser.add_argument("--concurrency", type=int, default=16)
+    parser.add_argument("--places", type=int, default=16)
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[16, 20, 24])
     parser.add_argument("--milliseconds", type=float, default=50)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     os.environ["NO_PROXY"] = "*"
     context = multiprocessing.get_context("spawn")
     pipe, far = context.Pipe()
-    process = context.Process(target=serve, args=(far, args.concurrency, args.milliseconds / 1000), daemon=True)
+    process = context.Process(target=serve, args=(far, args.places, args.milliseconds / 1000), daemon=True)
     process.start()
     far.close()
     port = pipe.recv()
-    backend = Server(base_url=f"http://127.0.0.1:{port}/v1", model="loopback", concurrency=args.concurrency)
+    url = f"http://127.0.0.1:{port}/v1"
+    backends = {
+        f"backend, {count} in flight": Server(base_url=url, model="loopback", concurrency=count)
+        for count in args.concurrency
+    }
 
-    shares = {"backend": [], "bare": []}
+    shares = {name: [] for name in (*backends, f"http.client, {args.places} in flight")}
     with tempfile.TemporaryDirectory() as folder:
         journal = Journal(Path(folder) / "journal.jsonl")
-        ask(backend, questions(args.concurrency, "warm-up"), journal, "warm-up")  # the client imports late
+        for name, backend in backends.items():  # the client imports late
+            ask(backend, questions(args.places, f"warm-up of {name}"), journal, "warm-up")
         for number in range(1, args.rounds + 1):
             for name, ours in shares.items():
                 asked = questions(args.requests, f"{name} {number}")
@@ -136,20 +143,20 @@ def main() -> None:
                 pipe.send("begin")
                 pipe.recv()
                 begin, cpu = time.monotonic(), time.process_time()
-                if name == "backend":
-                    ask(backend, asked, journal, f"round {number}")
+                if name in backends:
+                    ask(backends[name], asked, journal, f"round {number}")
                 else:
-                    bare(port, asked, args.concurrency)
+                    bare(port, asked, args.places)
                 wall, cpu = time.monotonic() - begin, time.process_time() - cpu
                 pipe.send("end")
-                ours.append(args.requests * args.milliseconds / 1000 / (args.concurrency * wall))
+                ours.append(args.requests * args.milliseconds / 1000 / (args.places * wall))
                 print(
                     f"round {number}, {name}: {wall:.2f} s, busy {ours[-1]:.1%} (as the endpoint measured it: "
-                    f"{pipe.recv() / (args.concurrency * wall):.1%}), {1000 * cpu / args.requests:.2f} ms of CPU each"
+                    f"{pipe.recv() / (args.places * wall):.1%}), {1000 * cpu / args.requests:.2f} ms of CPU each"
                 )
     pipe.close()
     process.join(10)
-    print(f"{args.requests} requests, {args.concurrency} at a time, {args.milliseconds:g} ms each; medians:")
+    print(f"{args.requests} requests, {args.places} places, {args.milliseconds:g} ms each; medians:")
     for name, ours in shares.items():
         print(f"{name}: busy {statistics.median(ours):.1%} ({min(ours):.1%} to {max(ours):.1%} of {args.rounds})")
     print(f"{os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}, Python {platform.python_version()}")

@@ -1,0 +1,332 @@
+"""A sweep: every job is measured alike and is one row; after each, the table, the page and the picture are made again.
+
+    <sweep>/rows/<job>.json     what came of a job: its overrides, status, seconds, memory
+    <sweep>/<job>/              the run, with measurements.json: its answers, log-probabilities, KL, and its parent's
+    <sweep>/sweep.csv           a line for each job, every estimate with n and its 95 % interval
+    <sweep>/report.html         all jobs side by side
+    <sweep>/frontier.png        quality against the square root of KL
+
+The last three are made of the first two alone: a sweep that was killed loses no row, and the same command goes on.
+"""
+
+import csv
+import io
+import json
+import math
+import os
+import sys
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from rlhf_recipes import config, run
+
+ROWS = "rows"
+OBJECTIVES = ("auto", "win_rate", "reward", "preference_accuracy")
+# A column of the table for each; see evaluation/definitions.py. The same estimator for all methods: the accuracy is
+# that of the log-ratio to the parent.
+METRICS = (
+    "accuracy_log_ratio", "win_rate", "win_rate_length_controlled", "reward", "kl_k1", "kl_k3", "length_ratio",
+    "distinct_2", "repetition", "eos_rate", "perplexity_ratio",
+)  # fmt: skip
+
+
+def check(node: DictConfig) -> None:
+    """Refuse an objective that says nothing.
+
+    Raises:
+        ValueError: it is a loss, or unknown.
+    """
+    if "loss" in str(node.objective):
+        raise ValueError(
+            f"sweep.objective={node.objective}: a loss depends on beta itself (DPO's is -log sigmoid(beta * margin)) "
+            f"and ranks nothing across beta. Choose one of {', '.join(OBJECTIVES)}."
+        )
+    config.check_value("sweep.objective", node.objective, OBJECTIVES)
+
+
+def job(main, cfg: DictConfig) -> float:
+    """Run one job of a sweep, measure it and write its row; a failure is a row too.
+
+    Returns:
+        The objective, which is better when it is higher; minus infinity where the job failed.
+    """
+    hydra = HydraConfig.get()
+    folder, name = run.relative(Path(hydra.sweep.dir).absolute()), hydra.sweep.subdir
+    row: dict[str, Any] = {"job": name, "overrides": list(hydra.overrides.task), "status": "failed"}
+    begin, os.environ["RLHF_RECIPES_STAGE"] = time.monotonic(), name  # before every progress line
+    try:
+        check(cfg.sweep)
+        result = _finished(folder / name, cfg)
+        if result:
+            print(f"{folder / name}: finished before, kept.", flush=True)
+        else:
+            main(cfg)
+            result = run.read_result(folder / name)
+        row |= {"recipe": result["recipe"], "main": result["main"], "seconds": result["seconds"]}
+        row |= {"peak_memory_gib": max(result["peak_memory_gib"].values()), "stopped": result.get("stopped")}
+        row |= {"doctor": result.get("doctor", {}).get("verdict"), "adapter_sha256": result["adapter_sha256"]}
+        row |= {"system": _measure(folder / name, folder, cfg), "status": "finished"}
+    except Exception as error:
+        refusal = config.as_refusal(error, hydra.job.config_name)
+        row["reason"] = config.redact(refusal or f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        print(f"error: {name}: {row['reason']}", file=sys.stderr, flush=True)
+        if not refusal:
+            print(config.redact(traceback.format_exc()), file=sys.stderr, flush=True)
+    row["seconds_in_all"] = round(time.monotonic() - begin, 1)
+    (folder / ROWS).mkdir(parents=True, exist_ok=True)
+    run.write_atomically(folder / ROWS / f"{name}.json", json.dumps(row, indent=2, ensure_ascii=False) + "\n")
+    table = rebuild([folder], folder, cfg.sweep)
+    return next((r["value"] for r in table["rows"] if r["job"] == name and r["value"] is not None), -math.inf)
+
+
+class Summary(Callback):
+    """Refuses a sweep before its first job, and says what it came to; it fails where a job did.
+
+    Hydra turns an exception of a callback into a warning; an exit passes.
+    """
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        try:
+            if "trainer" in config:
+                check(config.sweep)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        folder = run.relative(Path(config.hydra.sweep.dir).absolute())
+        if "trainer" in config and (folder / ROWS).is_dir():
+            table = rebuild([folder], folder, config.sweep)
+            print(describe(table, folder), flush=True)
+            if any(row["status"] != "finished" for row in table["rows"]):
+                sys.exit(1)
+
+
+def read(folder: Path) -> list[dict]:
+    """The rows of a sweep, in the order of their jobs' names.
+
+    Raises:
+        ValueError: the folder holds none.
+    """
+    files = sorted((folder / ROWS).glob("*.json"), key=lambda path: _natural(path.stem))
+    if not files:
+        raise ValueError(
+            f"sweeps={folder}: holds no rows of a sweep. Give the folder of one, outputs/dpo/dpo_beta say."
+        )
+    return [json.loads(path.read_text(encoding="utf-8")) | {"folder": str(folder)} for path in files]
+
+
+def rebuild(folders: list[Path], out: Path, node: DictConfig) -> dict:
+    """Write sweep.csv, report.html and frontier.png of one or several sweeps into `out`.
+
+    Args:
+        node: `sweep` of the config: objective and budgets.
+
+    Returns:
+        `rows`, each with the `value` of the `objective`; `best`, the system with the highest value within the budgets,
+        and those that are `equal` to it: the paired difference has an interval that includes 0.
+    """
+    from rlhf_recipes.evaluation import frontier, page, summary, systems
+
+    rows = [row for folder in folders for row in read(folder)]
+    measured = _measurements(rows)
+    try:
+        merged = systems.merge(list(measured.values())) if measured else None
+    except ValueError:
+        if len(folders) > 1:
+            raise
+        merged = None  # a sweep over models or data: a table, but nothing to compare
+    evaluation = summary.summarise(merged) if merged else None
+    for row in rows:
+        own = measured.get(row["system"])
+        found = (evaluation or summary.summarise(own))["systems"][row["system"]]["metrics"] if own else {}
+        row["metrics"] = {key: found.get(key) for key in METRICS}
+    objective = _objective(node.objective, rows)
+    for row in rows:
+        row["value"] = (row["metrics"][objective] or {"value": None})["value"]
+    table = {"rows": rows, "objective": objective, **_best(rows, objective, merged, node)}
+    run.write_atomically(out / "sweep.csv", _csv(rows))
+    if merged:
+        page.write_page(evaluation, out / "report.html")
+        frontier.plot(rows, objective, table["best"], out / "frontier.png")
+    return table
+
+
+def join(job: run.Run, folders: list[str], node: DictConfig) -> None:
+    """One table, page and frontier of several sweeps, as they were measured.
+
+    Raises:
+        ValueError: a folder holds no sweep, or they were not measured alike.
+    """
+    check(node)
+    for folder in folders:
+        read(Path(folder))
+    run.claim(job)
+    table = rebuild([Path(folder) for folder in folders], job.dir, node)
+    best = next((row for row in table["rows"] if row.get("system") == table["best"]), None)
+    none = {"value": None, "low": None, "high": None, "n": 0}
+    estimate = best["metrics"][table["objective"]] if best else none
+    run.write_result(
+        job, run.record(job, main={"name": table["objective"], "before": none, "after": estimate}, **table)
+    )
+    print(describe(table, job.dir), flush=True)
+
+
+def describe(table: dict, out: Path) -> str:
+    """The table as a terminal shows it, the best job, and what lies where."""
+    from rlhf_recipes.evaluation.definitions import METRICS as DEFINED
+    from rlhf_recipes.stats import format_estimate
+
+    objective = DEFINED[table["objective"]][0].lower()
+    lines = [["job", objective, "KL, nats", "length", "s", "GiB", "doctor", ""]]
+    for row in table["rows"]:
+        percent = table["objective"] in ("win_rate", "accuracy_log_ratio")
+        m, reason = row["metrics"], row.get("reason") or row.get("stopped") or ""
+        peak = f"{row['peak_memory_gib']:.1f}" if "peak_memory_gib" in row else ""
+        name = row.get("system") or row["job"]
+        note = "best" if name == table["best"] else "equal to the best" if name in table["equal"] else ""
+        lines.append(
+            [name, format_estimate(m[table["objective"]], percent=percent), format_estimate(m["kl_k1"], digits=2),
+             format_estimate(m["length_ratio"], digits=2), f"{row.get('seconds', row['seconds_in_all']):.0f}",
+             peak, row.get("doctor") or "", reason or note]
+        )  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in lines]
+    finished = [row for row in table["rows"] if row["status"] == "finished"]
+    files = f"  table     {out / 'sweep.csv'}"
+    if table["best"]:
+        files += f"\n  frontier  {out / 'frontier.png'}\n  page      {out / 'report.html'}"
+    said = f"{len(finished)} of {len(table['rows'])} jobs finished."
+    if table["best"]:
+        said += f" Best by {objective}: {table['best']}"
+        said += f"; not told apart from it: {', '.join(table['equal'])}." if table["equal"] else "."
+    elif finished:
+        said += f" None is named the best: {table['why_none']}."
+    return "\n".join(["", text[0], "─" * min(max(map(len, text)), 110), *text[1:], "", said, files])
+
+
+def _finished(folder: Path, cfg: DictConfig) -> dict | None:
+    """result.json of the job where it is done already with this config; another config is refused by `run.start`."""
+    result = None if cfg.overwrite else run.read_result(folder)
+    same = result and result["config_sha256"] == run.config_sha256(run.resolved(cfg))
+    return result if same else None
+
+
+def _measure(folder: Path, sweep: Path, cfg: DictConfig) -> str | None:
+    """Measure the job beside its parent, unless that was done; its name among the systems, None for a reward model."""
+    from rlhf_recipes import data
+    from rlhf_recipes.evaluation import systems
+
+    if cfg.sweep.prompts == 0 or not (folder / "adapter").is_dir():
+        return None
+    settings = OmegaConf.load(config.CONF / "evaluate.yaml")
+    shared = {key: cfg[key] for key in ("model", "quantization", "data")}
+    asked = {key: cfg.sweep[key] for key in ("prompts", "max_new_tokens", "reward_model")}
+    settings = OmegaConf.merge(settings, shared, asked)
+    result = run.read_result(folder)
+    if result["recipe"] == "reward":
+        return None
+    parent = (result["parent"] or {}).get("run") or systems.BASE
+    found = systems.find([str(folder)], parent, cfg.model.id)
+    fingerprint = {"adapter": result["adapter_sha256"], "parent": parent, "asked": OmegaConf.to_container(settings)}
+    known = _measured(folder)
+    if known is None or known["fingerprint"] != fingerprint:
+        others = (_measured(path.parent) for path in sorted(sweep.glob("*/measurements.json")))
+        alike = {**fingerprint, "adapter": None}
+        before = next((m for m in others if {**m["fingerprint"], "adapter": None} == alike), None)
+        scorer = systems.find_scorer(settings.reward_model, cfg.model.id)
+        known = systems.measure(settings, found, scorer, data.load_pairs(cfg.data), None, before)
+        text = json.dumps({**known, "fingerprint": fingerprint}, ensure_ascii=False)
+        run.write_atomically(folder / "measurements.json", text)
+    return found[1].name
+
+
+def _measurements(rows: list[dict]) -> dict[str, dict]:
+    """Name -> measurements of the jobs that have any; two of one name are called by their sweep too. A row's `system`
+    becomes that name, or None."""
+    from rlhf_recipes.evaluation import systems
+
+    jobs = Counter((row.get("recipe"), row["job"]) for row in rows)
+    found = {}
+    for row in rows:
+        known, own = _measured(Path(row["folder"]) / row["job"]), row.get("system")
+        alone = jobs[row.get("recipe"), row["job"]] == 1
+        row["system"] = f"{row['recipe'] if alone else row['folder']} {row['job']}" if own and known else None
+        if row["system"]:
+            found[row["system"]] = systems.rename(known, own, row["system"])
+    return found
+
+
+def _measured(folder: Path) -> dict | None:
+    path = folder / "measurements.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _objective(asked: str, rows: list[dict]) -> str:
+    """The key of METRICS that the objective stands for."""
+    if asked == "auto":
+        asked = "win_rate" if any(row["metrics"]["win_rate"] for row in rows) else "preference_accuracy"
+    return "accuracy_log_ratio" if asked == "preference_accuracy" else asked
+
+
+def _best(rows: list[dict], objective: str, merged: dict | None, node: DictConfig) -> dict:
+    from rlhf_recipes.evaluation import summary
+
+    def within(row: dict, metric: str, limit: float | None) -> bool:
+        return limit is None or (row["metrics"][metric] is not None and row["metrics"][metric]["value"] <= limit)
+
+    candidates = [row for row in rows if row["value"] is not None]
+    allowed = [r for r in candidates if within(r, "kl_k1", node.max_kl)
+               and within(r, "length_ratio", node.max_length_ratio)]  # fmt: skip
+    if not (allowed and merged):
+        budgets = "no job is within sweep.max_kl and sweep.max_length_ratio"
+        why = (
+            "no job was measured"
+            if not candidates
+            else budgets
+            if merged
+            else "the jobs have different models or data"
+        )
+        return {"best": None, "equal": [], "why_none": why}
+    best = max(allowed, key=lambda row: row["value"])
+    others = [row for row in allowed if row is not best]
+    gains = {r["system"]: summary.compare(merged, objective, best["system"], r["system"])["low"] for r in others}
+    return {"best": best["system"], "equal": [name for name, low in gains.items() if low is None or low <= 0]}
+
+
+def _csv(rows: list[dict]) -> str:
+    keys = list(dict.fromkeys(key for row in rows for key, _ in _overrides(row)))
+    estimates = [f"{m}{part}" for m in METRICS for part in ("", "_low", "_high", "_n")]
+    fields = ["sweep", "job", *keys, "recipe", "status", *estimates, "seconds", "peak_memory_gib", "doctor",
+              "adapter_sha256", "reason"]  # fmt: skip
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fields, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        numbers = {
+            f"{metric}{part}": e[key]
+            for metric, e in row["metrics"].items()
+            if e
+            for part, key in (("", "value"), ("_low", "low"), ("_high", "high"), ("_n", "n"))
+        }
+        reason = row.get("reason") or row.get("stopped")
+        writer.writerow({**row, **dict(_overrides(row)), **numbers, "sweep": row["folder"], "reason": reason})
+    return text.getvalue()
+
+
+def _overrides(row: dict) -> list[tuple[str, str]]:
+    return [(key, value) for key, _, value in (text.partition("=") for text in row["overrides"])]
+
+
+def _natural(name: str) -> list:
+    """Sorts beta=2 before beta=10."""
+    import re
+
+    return [float(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+(?:\.\d+)?(?:e-?\d+)?)", name))]

@@ -1,0 +1,255 @@
+"""A sweep of two jobs on the tiny model: its table, what is kept, what fails, what a kill costs; who is the best."""
+
+import copy
+import csv
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from test_evaluation_summary import fake
+
+from rlhf_recipes import sweep
+from rlhf_recipes.evaluation import frontier, systems
+from rlhf_recipes.run import write_atomically
+
+NODE = OmegaConf.create({"objective": "auto", "max_kl": None, "max_length_ratio": None})
+BETAS = "trainer.beta=0.1,0.5"
+
+
+@pytest.fixture(scope="module")
+def command(tiny_overrides):
+    """Overrides of a sweep without its grid."""
+    return ["-m", *tiny_overrides, "quantization=none", "run_name=betas", "trainer.learning_rate=1e-2",
+            "trainer.precompute_ref_log_probs=true", "sweep.prompts=3", "sweep.max_new_tokens=4"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def swept(run_recipe, command, tmp_path_factory):
+    """(working folder, sweep folder, what the command printed)."""
+    here = tmp_path_factory.mktemp("sweep")
+    done = run_recipe("dpo", *command, BETAS, cwd=here, timeout=240)
+    assert done.returncode == 0, done
+    return here, here / "outputs/dpo/betas", done
+
+
+def table(folder):
+    return list(csv.DictReader((folder / "sweep.csv").open()))
+
+
+def without_seconds(folder):
+    return [
+        {key: value for key, value in row.items() if "seconds" not in key and "gib" not in key}
+        for row in table(folder)
+    ]
+
+
+def test_a_sweep_is_a_table_a_page_and_a_picture(swept):
+    _, folder, done = swept
+    rows = table(folder)
+    assert [(row["job"], row["trainer.beta"], row["status"]) for row in rows] == [
+        ("0", "0.1", "finished"), ("1", "0.5", "finished")
+    ]  # fmt: skip
+    for row in rows:
+        assert int(row["accuracy_log_ratio_n"]) == 4 and int(row["kl_k1_n"]) == 3
+        assert float(row["kl_k1_low"]) <= float(row["kl_k1"]) <= float(row["kl_k1_high"])
+        assert float(row["seconds"]) > 0 and len(row["adapter_sha256"]) == 64
+    assert rows[0]["adapter_sha256"] != rows[1]["adapter_sha256"]
+    assert (folder / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    assert "dpo 0" in (folder / "report.html").read_text() and "dpo 1" in (folder / "report.html").read_text()
+    assert "2 of 2 jobs finished. Best by preference accuracy, log-ratio: dpo" in done.stdout
+
+
+def test_jobs_share_their_work_and_end_as_alone(swept, command, run_recipe, tmp_path):
+    """A job's adapter is that of the same run outside of a sweep, bit for bit."""
+    _, folder, done = swept
+    shared = list((folder / "shared").iterdir())
+    assert len([path for path in shared if path.name.startswith("before-")]) == 1
+    assert done.stderr.count("Held out, before") == 1 and done.stderr.count("Held out, after") == 2
+    assert done.stderr.count("base: answers") == 1, "the parent is measured once"
+    assert done.stderr.count("Computing reference log probs for train dataset") <= 1
+    alone = run_recipe("dpo", *command[1:], "trainer.beta=0.5", cwd=tmp_path)
+    assert alone.returncode == 0, alone
+    result = json.loads((tmp_path / "outputs/dpo/betas/result.json").read_text())
+    assert result["adapter_sha256"] == table(folder)[1]["adapter_sha256"]
+
+
+def test_what_is_finished_is_kept_and_a_failure_is_a_row(swept, command, run_recipe, tmp_path):
+    _, folder, _ = swept
+    copied = tmp_path / "outputs/dpo/betas"
+    shutil.copytree(folder, copied)
+    before = {path: path.stat().st_mtime_ns for path in copied.glob("*/result.json")}
+    again = run_recipe("dpo", *command, f"{BETAS},abc", cwd=tmp_path)
+    assert again.returncode == 1 and again.stdout.count("finished before, kept") == 2
+    assert {path: path.stat().st_mtime_ns for path in copied.glob("*/result.json")} == before
+    assert without_seconds(copied)[:2] == without_seconds(folder)
+    failed = table(copied)[2]
+    assert failed["status"] == "failed" and "trainer.beta=abc" in failed["reason"]
+    assert "error: 2: trainer.beta=abc" in again.stderr and "Traceback" not in again.stderr
+    assert "2 of 3 jobs finished" in again.stdout
+
+
+def test_another_grid_does_not_overwrite(swept, command, run_recipe, tmp_path):
+    _, folder, _ = swept
+    copied = tmp_path / "outputs/dpo/betas"
+    shutil.copytree(folder, copied)
+    other = run_recipe("dpo", *command, "trainer.beta=0.2,0.5", cwd=tmp_path)
+    assert other.returncode == 1 and "holds a finished run" in other.stderr
+    assert (copied / "0/result.json").read_text() == (folder / "0/result.json").read_text()
+
+
+@pytest.mark.parametrize("launcher", ["basic", "joblib", "submitit_local"])
+def test_a_killed_sweep_goes_on_to_the_same_table(swept, command, start_recipe, run_recipe, tmp_path, launcher):
+    _, folder, _ = swept
+    alone = ["hydra.launcher.n_jobs=1"] if launcher == "joblib" else []  # with the threads of the other launchers
+    command = [*command, BETAS, f"hydra/launcher={launcher}", *alone]
+    process = start_recipe("dpo", *command, cwd=tmp_path)
+    row, end = tmp_path / "outputs/dpo/betas/rows/0.json", time.monotonic() + 120
+    while not row.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    done = run_recipe("dpo", *command, cwd=tmp_path)
+    assert done.returncode == 0, done
+    assert without_seconds(tmp_path / "outputs/dpo/betas") == without_seconds(folder)
+
+
+def test_optuna_proposes_what_is_kept(command, run_recipe, tmp_path):
+    command = [override for override in command if not override.startswith(("-m", "run_name", "sweep.prompts"))]
+    command += ["sweep=dpo_optuna", "hydra.sweeper.n_trials=2", "sweep.prompts=0"]
+    first = run_recipe("dpo", *command, cwd=tmp_path)
+    assert first.returncode == 0, first
+    rows = table(tmp_path / "outputs/dpo/dpo_optuna")
+    betas = [float(row["trainer.beta"]) for row in rows]
+    assert len(set(betas)) == 2 and all(0.01 <= beta <= 1 for beta in betas)
+    again = run_recipe("dpo", *command, cwd=tmp_path)
+    assert again.stdout.count("finished before, kept") == 2, again
+
+
+def test_a_loss_is_no_objective(run_recipe, command, tmp_path):
+    done = run_recipe("dpo", *command, BETAS, "sweep.objective=eval_loss", cwd=tmp_path)
+    assert done.returncode == 2 and "depends on beta itself" in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_sweeps_are_joined_as_they_were_measured(swept, run_recipe, tmp_path):
+    _, folder, _ = swept
+    for name in ("a", "b"):
+        shutil.copytree(folder, tmp_path / name)
+    done = run_recipe("evaluate", "sweeps=[a,b]", "run_name=joined", cwd=tmp_path)
+    assert done.returncode == 0, done
+    joined = tmp_path / "outputs/evaluate/joined"
+    assert [(row["sweep"], row["job"]) for row in table(joined)] == [("a", "0"), ("a", "1"), ("b", "0"), ("b", "1")]
+    assert "a 0" in done.stdout and "b 1" in done.stdout
+    result = json.loads((joined / "result.json").read_text())
+    assert result["best"] and result["main"]["after"]["n"] == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda m: m["settings"].update(seed=1), "different settings"),
+        (lambda m: m["pairs"].pop(), "different pairs"),
+        (lambda m: m.update(parent="other"), "different parent"),
+    ],
+)
+def test_what_was_measured_differently_is_not_compared(change, said):
+    other = copy.deepcopy(fake(8, 8))
+    change(other)
+    with pytest.raises(ValueError, match=said):
+        systems.merge([fake(8, 8), other])
+
+
+@pytest.fixture
+def written(tmp_path):
+    """written(name, skills): the folder of a sweep whose jobs have answers of these skills."""
+
+    def write(name, skills, **rows):
+        folder = tmp_path / name
+        (folder / "rows").mkdir(parents=True)
+        everything = fake(40, 60, skill={"base": 0.25, **skills})
+        for job in skills:
+            (folder / job).mkdir()
+            write_atomically(folder / job / "measurements.json", json.dumps(only(everything, job)))
+            row = {"job": job, "overrides": [f"trainer.beta={job}"], "status": "finished", "recipe": "dpo",
+                   "seconds": 1.0, "seconds_in_all": 2.0, "peak_memory_gib": 1.0, "system": job}  # fmt: skip
+            write_atomically(folder / "rows" / f"{job}.json", json.dumps(row | rows.get(job, {})))
+        return folder
+
+    return write
+
+
+def only(measurements, job):
+    kept = copy.deepcopy(measurements)
+    kept["systems"] = ["base", job]
+    kept["judgements"] = {}
+    for key in ("info", "neutral"):
+        kept[key] = {name: kept[key][name] for name in ("base", job)}
+    for row in kept["pairs"] + kept["answers"]:
+        row["systems"] = {name: row["systems"][name] for name in ("base", job)}
+    return kept
+
+
+def test_the_best_beats_those_that_it_is_not_equal_to(written):
+    folder = written("s", {"0.1": 0.9, "0.3": 0.88, "1.0": 0.1})
+    found = sweep.rebuild([folder], folder, NODE)
+    assert found["objective"] == "win_rate"
+    assert {found["best"], *found["equal"]} == {"dpo 0.1", "dpo 0.3"}
+    assert "not told apart from it: dpo 0." in sweep.describe(found, folder)
+
+
+def test_a_job_over_the_budget_is_never_the_best(written):
+    folder = written("s", {"1.0": 0.3, "0.1": 0.95})
+    free = sweep.rebuild([folder], folder, NODE)
+    assert free["best"] == "dpo 0.1"
+    kl = {row["job"]: row["metrics"]["kl_k1"]["value"] for row in free["rows"]}
+    assert kl["0.1"] > kl["1.0"], kl
+    limited = sweep.rebuild([folder], folder, OmegaConf.merge(NODE, {"max_kl": (kl["0.1"] + kl["1.0"]) / 2}))
+    assert limited["best"] == "dpo 1.0"
+    none = sweep.rebuild([folder], folder, OmegaConf.merge(NODE, {"max_kl": -1e9}))
+    assert none["best"] is None and "None is named the best" in sweep.describe(none, folder)
+
+
+def test_two_sweeps_with_jobs_of_one_name(written, tmp_path):
+    folders = [written("a", {"0.1": 0.9}), written("b", {"0.1": 0.3})]
+    found = sweep.rebuild(folders, tmp_path, NODE)
+    assert found["best"] == f"{folders[0]} 0.1" and [row["system"] for row in found["rows"]][1] == f"{folders[1]} 0.1"
+
+
+def test_jobs_on_other_data_have_a_table_alone(written):
+    folder = written("s", {"0.1": 0.9, "0.3": 0.5})
+    path = folder / "0.3" / "measurements.json"
+    other = json.loads(path.read_text())
+    other["settings"]["data"] = "elsewhere"
+    write_atomically(path, json.dumps(other))
+    found = sweep.rebuild([folder], folder, NODE)
+    assert found["best"] is None and [row["value"] is not None for row in found["rows"]] == [True, True]
+    assert "different models or data" in sweep.describe(found, folder) and not (folder / "report.html").exists()
+
+
+def test_no_rows_is_said(tmp_path):
+    with pytest.raises(ValueError, match="holds no rows of a sweep"):
+        sweep.read(tmp_path)
+
+
+def test_pareto():
+    points = [(1.0, 5.0), (2.0, 4.0), (0.0, 3.0), (3.0, 6.0), (3.0, 7.0), (4.0, 6.5)]
+    assert frontier.pareto(points) == [(0.0, 3.0), (1.0, 5.0), (3.0, 7.0)]
+
+
+def test_jobs_are_sorted_by_their_numbers(tmp_path):
+    names = ["beta=10", "beta=2", "beta=0.1", "beta=1e-3"]
+    assert sorted(names, key=sweep._natural) == ["beta=1e-3", "beta=0.1", "beta=2", "beta=10"]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in Path(sweep.config.CONF / "sweep").glob("[!b]*.yaml")))
+def test_shipped_sweeps_compose_and_name_their_jobs(name, compose):
+    text = OmegaConf.load(sweep.config.CONF / "sweep" / f"{name}.yaml")
+    recipe = name.partition("_")[0]
+    assert compose(recipe, f"sweep={name}", *(["reward_funcs=x"] if recipe == "ppo" else [])).run_name == name
+    for key in text.hydra.sweeper.params:
+        assert f"${{{key}}}" in OmegaConf.to_container(text)["hydra"]["sweep"]["subdir"]
