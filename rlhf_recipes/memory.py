@@ -6,8 +6,11 @@ the variety of shapes. Keeping inside a step and returning between steps is fast
 """
 
 import ctypes
+import gc
 import os
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of <malloc.h>
 
@@ -38,6 +41,19 @@ def peak_gib() -> dict[str, float]:
     if torch.cuda.is_available():
         peak["cuda"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     return peak
+
+
+def forget_peak() -> None:
+    """Free what nothing refers to any more, and count the peak from here, as the next job of a sweep needs it. Where
+    the system cannot forget a peak (it is no Linux), the process's stays that of all jobs so far."""
+    gc.collect()
+    return_freed_memory()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # man 5 proc: resets the peak resident set size
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def _glibc():

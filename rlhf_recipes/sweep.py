@@ -18,6 +18,7 @@ import sys
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import config, run
+from rlhf_recipes import config, memory, run
 
 ROWS = "rows"
+DIFFERENT = "the jobs have different models or data"
+_NONE: dict[str, Any] = {"best": None, "equal": []}
 OBJECTIVES = ("auto", "win_rate", "reward", "preference_accuracy")
 # A column of the table for each; see evaluation/definitions.py. The same estimator for all methods: the accuracy is
 # that of the log-ratio to the parent.
@@ -58,32 +61,33 @@ def job(main, cfg: DictConfig) -> float:
         The objective, which is better when it is higher; minus infinity where the job failed.
     """
     hydra = HydraConfig.get()
-    folder, name = run.relative(Path(hydra.sweep.dir).absolute()), hydra.sweep.subdir
-    row: dict[str, Any] = {"job": name, "overrides": list(hydra.overrides.task), "status": "failed"}
-    begin, os.environ["RLHF_RECIPES_STAGE"] = time.monotonic(), name  # before every progress line
+    folder, own = run.relative(Path(hydra.sweep.dir).absolute()), hydra.sweep.subdir
+    row: dict[str, Any] = {"job": own, "overrides": list(hydra.overrides.task), "status": "failed"}
+    begin, os.environ["RLHF_RECIPES_STAGE"] = time.monotonic(), own  # before every progress line
+    memory.forget_peak()
     try:
         check(cfg.sweep)
-        result = _finished(folder / name, cfg)
+        result = _finished(folder / own, cfg)
         if result:
-            print(f"{folder / name}: finished before, kept.", flush=True)
+            print(f"{folder / own}: finished before, kept.", flush=True)
         else:
             main(cfg)
-            result = run.read_result(folder / name)
+            result = run.read_result(folder / own)
         row |= {"recipe": result["recipe"], "main": result["main"], "seconds": result["seconds"]}
         row |= {"peak_memory_gib": max(result["peak_memory_gib"].values()), "stopped": result.get("stopped")}
         row |= {"doctor": result.get("doctor", {}).get("verdict"), "adapter_sha256": result["adapter_sha256"]}
-        row |= {"system": _measure(folder / name, folder, cfg), "status": "finished"}
+        row |= {"system": _measure(folder / own, folder, cfg), "status": "finished"}
     except Exception as error:
         refusal = config.as_refusal(error, hydra.job.config_name)
         row["reason"] = config.redact(refusal or f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
-        print(f"error: {name}: {row['reason']}", file=sys.stderr, flush=True)
+        print(f"error: {own}: {row['reason']}", file=sys.stderr, flush=True)
         if not refusal:
             print(config.redact(traceback.format_exc()), file=sys.stderr, flush=True)
     row["seconds_in_all"] = round(time.monotonic() - begin, 1)
     (folder / ROWS).mkdir(parents=True, exist_ok=True)
-    run.write_atomically(folder / ROWS / f"{name}.json", json.dumps(row, indent=2, ensure_ascii=False) + "\n")
+    run.write_atomically(folder / ROWS / f"{own}.json", json.dumps(row, indent=2, ensure_ascii=False) + "\n")
     table = rebuild([folder], folder, cfg.sweep)
-    return next((r["value"] for r in table["rows"] if r["job"] == name and r["value"] is not None), -math.inf)
+    return next((r["value"] for r in table["rows"] if r["job"] == own and r["value"] is not None), -math.inf)
 
 
 class Summary(Callback):
@@ -107,6 +111,11 @@ class Summary(Callback):
             print(describe(table, folder), flush=True)
             if any(row["status"] != "finished" for row in table["rows"]):
                 sys.exit(1)
+
+
+def name(row: dict) -> str:
+    """How tables call the job."""
+    return row.get("system") or row["job"]
 
 
 def read(folder: Path) -> list[dict]:
@@ -133,6 +142,7 @@ def rebuild(folders: list[Path], out: Path, node: DictConfig) -> dict:
         `rows`, each with the `value` of the `objective`; `best`, the system with the highest value within the budgets,
         and those that are `equal` to it: the paired difference has an interval that includes 0.
     """
+    from rlhf_recipes import stats
     from rlhf_recipes.evaluation import frontier, page, summary, systems
 
     rows = [row for folder in folders for row in read(folder)]
@@ -149,9 +159,19 @@ def rebuild(folders: list[Path], out: Path, node: DictConfig) -> dict:
         found = (evaluation or summary.summarise(own))["systems"][row["system"]]["metrics"] if own else {}
         row["metrics"] = {key: found.get(key) for key in METRICS}
     objective = _objective(node.objective, rows)
+    for row in rows if not measured else []:  # reward models, say: what each recipe is about
+        row["metrics"][objective] = row.get("main", {}).get("after")
     for row in rows:
         row["value"] = (row["metrics"][objective] or {"value": None})["value"]
-    table = {"rows": rows, "objective": objective, **_best(rows, objective, merged, node)}
+
+    def apart(a: dict, b: dict) -> bool:
+        if not measured:
+            return not stats.overlap(a["metrics"][objective], b["metrics"][objective])
+        low = summary.compare(merged, objective, a["system"], b["system"])["low"]
+        return low is not None and low > 0
+
+    table = {"rows": rows, "objective": objective}
+    table |= _best(rows, objective, node, apart) if merged or not measured else _NONE | {"why_none": DIFFERENT}
     run.write_atomically(out / "sweep.csv", _csv(rows))
     if merged:
         page.write_page(evaluation, out / "report.html")
@@ -170,7 +190,7 @@ def join(job: run.Run, folders: list[str], node: DictConfig) -> None:
         read(Path(folder))
     run.claim(job)
     table = rebuild([Path(folder) for folder in folders], job.dir, node)
-    best = next((row for row in table["rows"] if row.get("system") == table["best"]), None)
+    best = next((row for row in table["rows"] if name(row) == table["best"]), None)
     none = {"value": None, "low": None, "high": None, "n": 0}
     estimate = best["metrics"][table["objective"]] if best else none
     run.write_result(
@@ -184,17 +204,17 @@ def describe(table: dict, out: Path) -> str:
     from rlhf_recipes.evaluation.definitions import METRICS as DEFINED
     from rlhf_recipes.stats import format_estimate
 
-    objective = DEFINED[table["objective"]][0].lower()
+    objective = DEFINED.get(table["objective"], [table["objective"].replace("_", " ")])[0].lower()
     lines = [["job", objective, "KL, nats", "length", "s", "GiB", "doctor", ""]]
     for row in table["rows"]:
-        percent = table["objective"] in ("win_rate", "accuracy_log_ratio")
+        percent = table["objective"] in ("win_rate", "accuracy_log_ratio", "preference_accuracy")
         m, reason = row["metrics"], row.get("reason") or row.get("stopped") or ""
         peak = f"{row['peak_memory_gib']:.1f}" if "peak_memory_gib" in row else ""
-        name = row.get("system") or row["job"]
-        note = "best" if name == table["best"] else "equal to the best" if name in table["equal"] else ""
+        own = name(row)
+        note = "best" if own == table["best"] else "equal to the best" if own in table["equal"] else ""
         lines.append(
-            [name, format_estimate(m[table["objective"]], percent=percent), format_estimate(m["kl_k1"], digits=2),
-             format_estimate(m["length_ratio"], digits=2), f"{row.get('seconds', row['seconds_in_all']):.0f}",
+            [own, format_estimate(m[table["objective"]], percent=percent), format_estimate(m["kl_k1"], digits=2),
+             format_estimate(m["length_ratio"], digits=2), f"{row.get('seconds') or row['seconds_in_all']:.0f}",
              peak, row.get("doctor") or "", reason or note]
         )  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -242,7 +262,12 @@ def _measure(folder: Path, sweep: Path, cfg: DictConfig) -> str | None:
         alike = {**fingerprint, "adapter": None}
         before = next((m for m in others if {**m["fingerprint"], "adapter": None} == alike), None)
         scorer = systems.find_scorer(settings.reward_model, cfg.model.id)
-        known = systems.measure(settings, found, scorer, data.load_pairs(cfg.data), None, before)
+        try:
+            pairs = data.load_pairs(cfg.data)
+        except ValueError as error:  # ppo needs prompts alone
+            print(f"{folder}: not measured beside its parent. {error}", file=sys.stderr, flush=True)
+            return None
+        known = systems.measure(settings, found, scorer, pairs, None, before)
         text = json.dumps({**known, "fingerprint": fingerprint}, ensure_ascii=False)
         run.write_atomically(folder / "measurements.json", text)
     return found[1].name
@@ -270,40 +295,35 @@ def _measured(folder: Path) -> dict | None:
 
 
 def _objective(asked: str, rows: list[dict]) -> str:
-    """The key of METRICS that the objective stands for."""
+    """The metric that the objective stands for: a key of METRICS, or what the recipe is about where nothing is
+    measured beside a parent."""
+    if not any(row["system"] for row in rows):
+        return next((row["main"]["name"] for row in rows if "main" in row), "preference_accuracy")
     if asked == "auto":
         asked = "win_rate" if any(row["metrics"]["win_rate"] for row in rows) else "preference_accuracy"
     return "accuracy_log_ratio" if asked == "preference_accuracy" else asked
 
 
-def _best(rows: list[dict], objective: str, merged: dict | None, node: DictConfig) -> dict:
-    from rlhf_recipes.evaluation import summary
-
+def _best(rows: list[dict], objective: str, node: DictConfig, apart: Callable[[dict, dict], bool]) -> dict:
     def within(row: dict, metric: str, limit: float | None) -> bool:
         return limit is None or (row["metrics"][metric] is not None and row["metrics"][metric]["value"] <= limit)
 
     candidates = [row for row in rows if row["value"] is not None]
     allowed = [r for r in candidates if within(r, "kl_k1", node.max_kl)
                and within(r, "length_ratio", node.max_length_ratio)]  # fmt: skip
-    if not (allowed and merged):
+    if not allowed:
         budgets = "no job is within sweep.max_kl and sweep.max_length_ratio"
-        why = (
-            "no job was measured"
-            if not candidates
-            else budgets
-            if merged
-            else "the jobs have different models or data"
-        )
-        return {"best": None, "equal": [], "why_none": why}
-    best = max(allowed, key=lambda row: row["value"])
-    others = [row for row in allowed if row is not best]
-    gains = {r["system"]: summary.compare(merged, objective, best["system"], r["system"])["low"] for r in others}
-    return {"best": best["system"], "equal": [name for name, low in gains.items() if low is None or low <= 0]}
+        return _NONE | {"why_none": budgets if candidates else "no job was measured"}
+    lower = objective == "perplexity"
+    best = min(allowed, key=lambda row: row["value"] if lower else -row["value"])
+    equal = [name(row) for row in allowed if row is not best and not apart(best, row)]
+    return {"best": name(best), "equal": equal}
 
 
 def _csv(rows: list[dict]) -> str:
     keys = list(dict.fromkeys(key for row in rows for key, _ in _overrides(row)))
-    estimates = [f"{m}{part}" for m in METRICS for part in ("", "_low", "_high", "_n")]
+    metrics = dict.fromkeys(key for row in rows for key in row["metrics"])
+    estimates = [f"{m}{part}" for m in metrics for part in ("", "_low", "_high", "_n")]
     fields = ["sweep", "job", *keys, "recipe", "status", *estimates, "seconds", "peak_memory_gib", "doctor",
               "adapter_sha256", "reason"]  # fmt: skip
     text = io.StringIO()

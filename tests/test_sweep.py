@@ -231,6 +231,21 @@ def test_jobs_on_other_data_have_a_table_alone(written):
     assert "different models or data" in sweep.describe(found, folder) and not (folder / "report.html").exists()
 
 
+def test_reward_models_are_compared_by_what_they_are_about(tmp_path):
+    """They have no answers to measure: intervals that overlap are equal."""
+    (tmp_path / "rows").mkdir()
+    for job, value in (("1e-5", 0.55), ("1e-4", 0.80), ("1e-3", 0.75)):
+        after = {"value": value, "low": value - 0.06, "high": value + 0.06, "n": 200}
+        row = {"job": job, "overrides": [f"trainer.learning_rate={job}"], "status": "finished", "recipe": "reward",
+               "main": {"name": "preference_accuracy", "after": after}, "seconds": 1.0,
+               "peak_memory_gib": 1.0}  # fmt: skip
+        write_atomically(tmp_path / "rows" / f"{job}.json", json.dumps(row))
+    found = sweep.rebuild([tmp_path], tmp_path, NODE)
+    assert (found["best"], found["equal"]) == ("1e-4", ["1e-3"])
+    assert "80.0 % [74.0, 86.0]" in sweep.describe(found, tmp_path)
+    assert [row["preference_accuracy"] for row in table(tmp_path)] == ["0.55", "0.8", "0.75"]
+
+
 def test_no_rows_is_said(tmp_path):
     with pytest.raises(ValueError, match="holds no rows of a sweep"):
         sweep.read(tmp_path)
