@@ -26,6 +26,8 @@ def main(cfg):
     tokenizer = models.load_tokenizer(cfg.model)
     pairs = data.fit(pairs, tokenizer, args.max_length, cfg.data.too_long)
     print(data.describe(pairs.report))
+    if job.shared and cfg.data.too_long == "drop":
+        args.max_length = None  # none is longer; TRL's own look would tie the rows, and so their reference, to beta
     train_dataset, eval_dataset = pairs.to_datasets(job.shared)
     policy, lora = models.load_policy(cfg.model, cfg.quantization, cfg.lora)
     trainer = DPOTrainer(

@@ -134,7 +134,8 @@ def load_base(model: DictConfig, quantization: DictConfig, auto_class: type, **k
         node = {"model": {**model, "adapter": None}, "quantization": {**quantization}, **kwargs}
         key = (auto_class, json.dumps(OmegaConf.to_container(OmegaConf.create(node)), sort_keys=True))
         if key not in _bases:
-            _bases.clear()  # one at a time
+            if len(_bases) > 1:  # a policy and a reward model
+                _bases.pop(next(iter(_bases)))
             _bases[key] = _load_base(model, quantization, auto_class, **kwargs)
         return copy.deepcopy(_bases[key])
     return _load_base(model, quantization, auto_class, **kwargs)

@@ -118,6 +118,7 @@ def measure(
             "model": cfg.model.id,
             "quantization": "none" if "_target_" not in cfg.quantization else dict(cfg.quantization),
             "data": pairs.source,
+            "reward_model": scorer and f"{scorer.name} ({str(run.adapter_sha256(Path(scorer.adapter)))[:12]})",
             "temperature": cfg.temperature,
             "max_new_tokens": cfg.max_new_tokens,
             "seed": cfg.seed,

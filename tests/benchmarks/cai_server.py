@@ -58,7 +58,7 @@ async def _serve(pipe, places: int, seconds: float) -> None:
                     worked += time.monotonic() - begin
                 writer.write(head + body)
                 await writer.drain()
-        except (asyncio.IncompleteReadError, ConnectionError):
+        except (asyncio.IncompleteReadError, asyncio.CancelledError, ConnectionError):
             writer.close()
 
     server = await asyncio.start_server(connection, "127.0.0.1", 0)
