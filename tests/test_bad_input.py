@@ -91,7 +91,7 @@ def refuse(run_recipe, site, tmp_path_factory):
         ("pipeline", "experiment=pipeline/dem", "experiment=pipeline/dem: there is no such option; did you mean "),
         ("dpo", "trainer=sft", "trainer: trl.SFTConfig is not for dpo, which takes trl.DPOConfig."),
         ("dpo", "data=local", "data.path: required, but not set. Add data.path=<value>"),
-        ("evaluate", "prompts=8", "runs: required, but not set."),
+        ("evaluate", "prompts=8", "runs: a list of run folders, at least one"),
         ("pipeline", "run_name=x", "stages: required, but not set."),
         ("ppo", "run_name=x", "reward_funcs: required, but not set."),
         ("ppo", "reward_funcs=1", "reward_funcs=1: must be text or a list [a,b]."),

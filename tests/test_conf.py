@@ -23,7 +23,7 @@ EXPERIMENTS = sorted(
     str(file.relative_to(CONF / "experiment").with_suffix("")) for file in CONF.rglob("experiment/**/*.yaml")
 )
 # The keys that a user must give.
-OPEN = {"evaluate": {"runs"}, "pipeline": {"stages"}, "ppo": {"reward_funcs"}}
+OPEN = {"pipeline": {"stages"}, "ppo": {"reward_funcs"}}
 OPEN_OPTIONS = {
     ("data", "local"): {"data.path"},
     ("data", "cai_pairs"): {"data.path"},
@@ -39,12 +39,10 @@ def groups_of(recipe):
 
 
 def choices(recipe):
-    """Each option of each group of a recipe; of trainer/ its own alone, which `run.start` insists on."""
-    return [
-        (recipe, group, option)
-        for group in groups_of(recipe)
-        for option in (GROUPS[group] if group != "trainer" else [recipe])
-    ]
+    """Each option of each group of a recipe; of trainer/ its own alone, which `run.start` insists on, and of sweep/ its
+    own."""
+    own = {"trainer": [recipe], "sweep": [name for name in GROUPS["sweep"] if name.partition("_")[0] == recipe]}
+    return [(recipe, group, option) for group in groups_of(recipe) for option in own.get(group, GROUPS[group])]
 
 
 @pytest.mark.parametrize(("recipe", "group", "option"), [choice for r in RECIPES for choice in choices(r)])
@@ -205,7 +203,7 @@ def test_a_recipe_is_short_and_linear(recipe):
 
 @pytest.mark.parametrize("other", ["orpo", "simpo"])
 def test_preference_recipes_differ_in_the_method_alone(other):
-    """The docstring, the decorator and the run's name, the trainer's import and name, the reward."""
+    """The docstring, the decorator and the run's name, the trainer's import and name, the reward, DPO's reference."""
     dpo, that = ((ROOT / "recipes" / f"{name}.py").read_text().split('"""', 2)[2] for name in ("dpo", other))
     changed = [
         line[1:].strip()
@@ -219,6 +217,8 @@ def test_preference_recipes_differ_in_the_method_alone(other):
         f'run.start(cfg, "{other}")',
         'run.start(cfg, "dpo")',
         "preference_metrics",
+        "if job.shared and",
+        "their reference, to beta",
     )
     assert changed and all(any(word in line for word in method) for line in changed), changed
-    assert len(changed) <= 12
+    assert len(changed) <= 14
