@@ -1,11 +1,13 @@
-"""What a run says while it trains: a progress line with ETA, and metrics on disk."""
+"""What a run says while it trains: a progress line with ETA, metrics on disk, and what the doctor sees."""
 
 import json
+from functools import cached_property
 from pathlib import Path
 
+import torch
 from transformers import PrinterCallback, TrainerCallback
 
-from rlhf_recipes import memory, progress
+from rlhf_recipes import doctor, memory, progress
 from rlhf_recipes.run import write_atomically
 
 # What TRL and transformers count since the launch: wrong after a resume.
@@ -17,6 +19,9 @@ def watch(trainer, run) -> None:
     """Replace the trainer's own printing by `Progress`, and keep metrics.jsonl in step with the training."""
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Progress(run.recipe))
+    if run.config["doctor"] != "none":
+        run.doctor = Doctor(run.recipe, trainer, strict=run.config["doctor"] == "strict")
+        trainer.add_callback(run.doctor)  # before MetricsFile: it adds to the row
     trainer.add_callback(MetricsFile(run.dir / "metrics.jsonl"))
     trainer.add_callback(ReturnFreedMemory())
     if hasattr(trainer, "samples"):
@@ -61,6 +66,101 @@ class SamplesFile(TrainerCallback):
     def on_log(self, args, state, control, **kwargs):
         lines = [json.dumps(sample, ensure_ascii=False) for sample in self.trainer.samples]
         write_atomically(self.path, "\n".join(lines) + "\n")
+
+
+class Doctor(TrainerCallback):
+    """Asks the doctor's rules whenever the trainer logs, and prints a line when a rule first finds something.
+
+    Each row of the log gets `dead_gradients`, the share of the trained tensors without a gradient in the row's last
+    step. The rules read the log alone, which checkpoints keep: a resumed run has the verdict of one that was not.
+
+    Args:
+        strict: a broken run ends at once with its last good weights: those of the last row without such a finding, or
+            of the checkpoint that was written since.
+    """
+
+    ROWS = 256  # training replies that are looked at for their length and their EOS
+
+    def __init__(self, recipe: str, trainer, strict: bool):
+        self.recipe, self.trainer, self.strict = recipe, trainer, strict
+        self.stopped: str | None = None
+        self._said: set[tuple[str, str]] = set()
+        self._dead: float | None = None
+        self._good: list[torch.Tensor] = []
+
+    def record(self, before: dict | None = None, after: dict | None = None) -> doctor.Record:
+        """What is known of the run; `before` and `after`, its held-out metrics, when it is over."""
+        return doctor.Record(
+            self.recipe,
+            [row for row in self.trainer.state.log_history if "loss" in row],
+            self.trainer.args,
+            self.trainer.state.max_steps,
+            self.facts,
+            before or {},
+            after or {},
+            getattr(self.trainer, "stopped", None),
+        )
+
+    @cached_property
+    def facts(self) -> dict:
+        """Of the tokenised training replies: mean length in tokens, and share that ends with EOS within max_length."""
+        data, limit = self.trainer.train_dataset, getattr(self.trainer.args, "max_length", None)
+        if self.recipe in ("reward", "ppo") or not hasattr(data, "select"):
+            return {}
+        from rlhf_recipes.evaluation.measure import stop_ids
+
+        stops, ends, lengths = set(stop_ids(self.trainer.model, self.trainer.processing_class)), [], []
+        for row in data.select(range(min(self.ROWS, len(data)))):
+            reply = (
+                row.get("chosen_ids") or row.get("chosen_input_ids") or row["input_ids"]
+            )  # of DPO, of ORPO and SimPO
+            ids = [*row.get("prompt_ids", []), *reply][:limit]
+            ends.append(not stops.isdisjoint(ids[-3:]))  # a template may close a turn with a line break
+            lengths.append(len(reply))
+        return {"reply_tokens": sum(lengths) / len(lengths), "ends_with_eos": sum(ends) / len(ends)}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._remember()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        parameters = self._parameters()
+        if parameters and not (
+            self.trainer.is_deepspeed_enabled or self.trainer.is_fsdp_enabled
+        ):  # gradients in parts
+            alive = [p.grad.count_nonzero().to(args.device) for p in parameters if p.grad is not None]
+            count = (torch.stack(alive) > 0).sum().item() if alive else 0
+            self._dead = 1 - count / len(parameters)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" not in logs:
+            return
+        if self._dead is not None:
+            state.log_history[-1]["dead_gradients"] = round(self._dead, 4)
+        findings = doctor.examine(self.record())["findings"]
+        for finding in findings:
+            if state.is_world_process_zero and (finding["rule"], finding["level"]) not in self._said:
+                print(f"doctor: {doctor.line(finding)}", flush=True)
+            self._said.add((finding["rule"], finding["level"]))
+        broken = [finding for finding in findings if finding["level"] == doctor.BROKEN]
+        if not broken:
+            self._remember()
+        elif self.strict and not self.stopped and not getattr(self.trainer, "stopped", None):
+            self.stopped = f"doctor: {broken[0]['rule'].replace('_', ' ')} at step {state.global_step}"
+            control.should_training_stop = True
+            control.should_save = False  # a checkpoint of this step would be continued
+            for parameter, good in zip(self._parameters(), self._good, strict=True):
+                parameter.data.copy_(good)
+
+    def on_save(self, args, state, control, **kwargs):
+        self._remember()
+
+    def _parameters(self) -> list[torch.Tensor]:
+        optimizer = self.trainer.optimizer
+        return [p for group in optimizer.param_groups for p in group["params"]] if optimizer else []
+
+    def _remember(self) -> None:
+        if self.strict:
+            self._good = [p.detach().cpu().clone() for p in self._parameters()]
 
 
 class ReturnFreedMemory(TrainerCallback):
