@@ -393,7 +393,7 @@ def over_fitting(record: Record) -> Finding | None:
 def label_noise(record: Record) -> Finding | None:
     """The model moves and still ranks its training pairs no better than a coin with a slight bias.
 
-    Fires where accuracy + 2 sqrt(1/4 / n) < 0.65 over the n pairs after the first quarter, and the held-out replies
+    Fires where accuracy + 1.64 sqrt(1/4 / n) < 0.65 over the n pairs after the first quarter, and the held-out replies
     moved by over 0.02 nats a token (a reward model: the interval of its margin widened by half). 0.65 is what 35 % of
     flipped labels leave to a model that knows the right ones.
     """
@@ -410,7 +410,7 @@ def label_noise(record: Record) -> Finding | None:
     else:
         changes = [record.after[f"{side}_logp_change_per_token"]["value"] for side in ("chosen", "rejected")]
         moved = max(map(abs, changes)) > NOISE_MOVED
-    if not moved or pairs < NOISE_PAIRS or accuracy + 2 * math.sqrt(0.25 / pairs) >= NOISE_ACCURACY:
+    if not moved or pairs < NOISE_PAIRS or accuracy + 1.64 * math.sqrt(0.25 / pairs) >= NOISE_ACCURACY:
         return None
     saw = f"{accuracy:.0%} of {pairs:.0f} training pairs ranked right, though the model moved"
     change = "cleaner labels"

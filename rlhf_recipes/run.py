@@ -165,7 +165,7 @@ def finish(run: Run, trainer, *, main: str, before: dict, metrics: dict, counts:
     title = f"{run.recipe} · {run.dir.name}"
     if run.doctor:
         seen = run.doctor.record(before, metrics)
-        entries["doctor"] = doctor.examine(seen)
+        entries["doctor"] = {**doctor.examine(seen), "facts": seen.facts}
         doctor_page.plot(seen, entries["doctor"]["findings"], run.dir / "doctor.png", title)
         if run.doctor.stopped:
             entries["stopped"] = run.doctor.stopped

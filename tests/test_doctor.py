@@ -215,7 +215,7 @@ CASES = {
     ),
     "rewards all alike": (
         "reward_saturation", "broken", record("ppo", log={"reward_std": 0.0}),
-        [record("ppo", log=[{**row, "reward_std": 0.0} if row["step"] % 8 != 1 else row for row in record("ppo").rows])],
+        [record("ppo", log=[{**row, "reward_std": 0.2 * (row["step"] % 8 == 1)} for row in record("ppo").rows])],
     ),
     "rewards ever more alike": (
         "reward_saturation", "watch", record("ppo", log=rows(48, reward_std=lambda t: 0.5 * (t < 0.6) + 0.02)),
@@ -349,10 +349,11 @@ def broken_from(step):
 def test_what_a_run_leaves(train, tmp_path, capsys):
     done = train("dpo", tmp_path / "run", *LONG)
     report, said = done.result["doctor"], capsys.readouterr().out
+    log, facts = [row for row in done.log if "loss" in row], report.pop("facts")
     assert report == doctor.examine(
-        doctor.Record("dpo", [row for row in done.log if "loss" in row], done.trainer.args, 8,
-                      {"reply_tokens": 1.0, "ends_with_eos": 1.0}, done.result["before"], done.result["metrics"])
-    )  # fmt: skip
+        doctor.Record("dpo", log, done.trainer.args, 8, facts, done.result["before"], done.result["metrics"])
+    )
+    assert facts["ends_with_eos"] == 1 and facts["reply_tokens"] > 10
     # Four held-out pairs show nothing.
     assert report["verdict"] != "healthy" and "too_little_data" in [each["rule"] for each in report["findings"]]
     assert all(f"  doctor    {doctor.line(finding)}\n" in said for finding in report["findings"])
