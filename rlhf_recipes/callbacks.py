@@ -20,7 +20,7 @@ def watch(trainer, run) -> None:
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Progress(run.recipe))
     if run.config["doctor"] != "none":
-        run.doctor = Doctor(run.recipe, trainer, strict=run.config["doctor"] == "strict")
+        run.doctor = Doctor(run, trainer, strict=run.config["doctor"] == "strict")
         trainer.add_callback(run.doctor)  # before MetricsFile: it adds to the row
     trainer.add_callback(MetricsFile(run.dir / "metrics.jsonl"))
     trainer.add_callback(ReturnFreedMemory())
@@ -75,23 +75,25 @@ class Doctor(TrainerCallback):
     step. The rules read the log alone, which checkpoints keep: a resumed run has the verdict of one that was not.
 
     Args:
-        strict: a broken run ends at once with its last good weights: those of the last row without such a finding, or
-            of the checkpoint that was written since.
+        strict: a broken run ends at once with its last good weights. A row tells of the weights before its step, so
+            these are the ones before the step of the last row without such a finding.
     """
 
     ROWS = 256  # training replies that are looked at for their length and their EOS
+    FILE = "doctor.pt"  # the last good weights, beside a checkpoint
 
-    def __init__(self, recipe: str, trainer, strict: bool):
-        self.recipe, self.trainer, self.strict = recipe, trainer, strict
+    def __init__(self, run, trainer, strict: bool):
+        self.run, self.trainer, self.strict = run, trainer, strict
         self.stopped: str | None = None
         self._said: set[tuple[str, str]] = set()
         self._dead: float | None = None
+        self._before: list[torch.Tensor] = []  # the weights before the running step
         self._good: list[torch.Tensor] = []
 
     def record(self, before: dict | None = None, after: dict | None = None) -> doctor.Record:
         """What is known of the run; `before` and `after`, its held-out metrics, when it is over."""
         return doctor.Record(
-            self.recipe,
+            self.run.recipe,
             [row for row in self.trainer.state.log_history if "loss" in row],
             self.trainer.args,
             self.trainer.state.max_steps,
@@ -105,31 +107,31 @@ class Doctor(TrainerCallback):
     def facts(self) -> dict:
         """Of the tokenised training replies: mean length in tokens, and share that ends with EOS within max_length."""
         data, limit = self.trainer.train_dataset, getattr(self.trainer.args, "max_length", None)
-        if self.recipe in ("reward", "ppo") or not hasattr(data, "select"):
+        if self.run.recipe in ("reward", "ppo") or not hasattr(data, "select"):
             return {}
         from rlhf_recipes.evaluation.measure import stop_ids
 
+        # of DPO; of ORPO and SimPO, and of SFT, behind the prompt
+        key = next(k for k in ("chosen_ids", "chosen_input_ids", "input_ids") if k in data.column_names)
         stops, ends, lengths = set(stop_ids(self.trainer.model, self.trainer.processing_class)), [], []
         for row in data.select(range(min(self.ROWS, len(data)))):
-            reply = (
-                row.get("chosen_ids") or row.get("chosen_input_ids") or row["input_ids"]
-            )  # of DPO, of ORPO and SimPO
-            ids = [*row.get("prompt_ids", []), *reply][:limit]
+            ids = [*row.get("prompt_ids", []), *row[key]][:limit] if key == "chosen_ids" else row[key][:limit]
             ends.append(not stops.isdisjoint(ids[-3:]))  # a template may close a turn with a line break
-            lengths.append(len(reply))
+            lengths.append(len(row[key]))
         return {"reply_tokens": sum(lengths) / len(lengths), "ends_with_eos": sum(ends) / len(ends)}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._remember()
+        kept = Path(self.run.checkpoint or "") / self.FILE
+        if self.strict:
+            self._good = torch.load(kept, weights_only=True) if kept.is_file() else self._weights()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        parameters = self._parameters()
-        if parameters and not (
-            self.trainer.is_deepspeed_enabled or self.trainer.is_fsdp_enabled
-        ):  # gradients in parts
+        if self.strict:
+            self._before = self._weights()
+        if not (self.trainer.is_deepspeed_enabled or self.trainer.is_fsdp_enabled):  # each process has parts of them
+            parameters = self._parameters()
             alive = [p.grad.count_nonzero().to(args.device) for p in parameters if p.grad is not None]
-            count = (torch.stack(alive) > 0).sum().item() if alive else 0
-            self._dead = 1 - count / len(parameters)
+            self._dead = 1 - ((torch.stack(alive) > 0).sum().item() if alive else 0) / len(parameters)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" not in logs:
@@ -143,7 +145,7 @@ class Doctor(TrainerCallback):
             self._said.add((finding["rule"], finding["level"]))
         broken = [finding for finding in findings if finding["level"] == doctor.BROKEN]
         if not broken:
-            self._remember()
+            self._good = self._before
         elif self.strict and not self.stopped and not getattr(self.trainer, "stopped", None):
             self.stopped = f"doctor: {broken[0]['rule'].replace('_', ' ')} at step {state.global_step}"
             control.should_training_stop = True
@@ -152,15 +154,14 @@ class Doctor(TrainerCallback):
                 parameter.data.copy_(good)
 
     def on_save(self, args, state, control, **kwargs):
-        self._remember()
+        if self.strict and state.is_world_process_zero:
+            torch.save(self._good, Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.FILE)
 
     def _parameters(self) -> list[torch.Tensor]:
-        optimizer = self.trainer.optimizer
-        return [p for group in optimizer.param_groups for p in group["params"]] if optimizer else []
+        return [parameter for group in self.trainer.optimizer.param_groups for parameter in group["params"]]
 
-    def _remember(self) -> None:
-        if self.strict:
-            self._good = [p.detach().cpu().clone() for p in self._parameters()]
+    def _weights(self) -> list[torch.Tensor]:
+        return [parameter.detach().cpu().clone() for parameter in self._parameters()]
 
 
 class ReturnFreedMemory(TrainerCallback):

@@ -148,11 +148,12 @@ def _lower_rate(record: Record) -> str:
 
 
 def not_finite(record: Record) -> Finding | None:
-    """A loss or a gradient that is NaN or infinite; of the gradient two rows running, since float16 overflows in its
-    first steps and recovers."""
+    """A loss or a gradient that is NaN or infinite; in float16, whose scaler skips such steps at first, two rows running
+    have such a gradient."""
     losses = [row["loss"] for row in record.rows if not math.isfinite(row["loss"])]
-    norms = [row["grad_norm"] for row in record.rows[-2:] if not math.isfinite(row.get("grad_norm", 0.0))]
-    if losses or len(norms) == 2 or "not finite" in (record.stopped or ""):
+    rows = 2 if record.args.fp16 else 1
+    norms = [row["grad_norm"] for row in record.rows[-rows:] if not math.isfinite(row.get("grad_norm", 0.0))]
+    if losses or len(norms) == rows or "not finite" in (record.stopped or ""):
         saw = f"the {'loss' if losses else 'gradient'} is not finite"
         return Finding(BROKEN, saw, "no weight is worth keeping after it", _lower_rate(record))
     return None

@@ -29,6 +29,7 @@ def arguments(**changed):
             "steps_per_rollout": 2,
             "prompts_per_rollout": 8,
             "max_completion_length": 32,
+            "fp16": False,
             **changed,
         }
     )
@@ -107,7 +108,7 @@ NOISE = {"rewards/accuracies": 0.5}
 CASES = {
     "a gradient that is nan": (
         "not_finite", "broken", record(log={"grad_norm": math.nan}),
-        [record(log=[{**row, "grad_norm": math.inf} if row["step"] < 3 else row for row in record().rows])],
+        [record(log=[*record().rows[:-1], {**record().rows[-1], "grad_norm": math.inf}], args=arguments(fp16=True))],
     ),
     "a loss that is nan": ("not_finite", "broken", record(log={"loss": math.nan}), []),
     "the trainer's brake for gradients": (
@@ -385,8 +386,8 @@ def test_facts_of_the_training_replies(train, tmp_path, recipe):
 
 @pytest.mark.parametrize("logging", [1, 2])
 def test_strict_stops_with_the_last_good_weights(train, tmp_path, monkeypatch, logging):
-    """Broken at step 6: the adapter is that of step 5, or with a row every other step of the last good one, 4."""
-    good = 6 - logging
+    """Broken at step 6. The last good row, 5 (or 4), tells of the weights before its step: those of step 4 (or 3)."""
+    good = 6 - logging - 1
     whole = train("dpo", tmp_path / "good", *LONG, f"trainer.max_steps={good}", "trainer.save_strategy=no")
     monkeypatch.setattr(doctor, "RULES", (broken_from(6),))
     arguments = (*LONG, f"trainer.logging_steps={logging}", "trainer.save_strategy=no")

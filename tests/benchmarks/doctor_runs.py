@@ -53,7 +53,8 @@ BAD = {
     "own_reference": ("wrong_reference", "dpo", [*POLICY, "trainer.max_steps=8"], "no_reference"),
     "longer_labels": ("length_drift", "dpo", [*POLICY, *LOCAL, "data.path=longer.jsonl"], None),
     "longer_labels_reward": ("length_drift", "reward", [*REWARD, *LOCAL, "data.path=longer.jsonl"], None),
-    "all_longer": ("length_drift", "dpo", [*POLICY, *LOCAL, "data.path=all_longer.jsonl", "trainer.max_steps=8"], None),
+    "all_longer": ("length_drift", "dpo", [*POLICY, *LOCAL, "data.path=all_longer.jsonl", "trainer.max_steps=8"],
+                   None),
     "no_penalty": ("kl_runaway", "ppo", [*PPO, "reward_funcs=doctor_runs:letters_e"], None),
     "one_word": ("collapse", "ppo", [*PPO, "reward_funcs=doctor_runs:same_word", "trainer.max_steps=24"], None),
     "equal_rewards": ("reward_saturation", "ppo", [*PPO, "reward_funcs=doctor_runs:nothing", "trainer.max_steps=6"],
@@ -72,7 +73,8 @@ BAD = {
                      "trainer.max_steps=8", "trainer.learning_rate=1e-5"], None),
     "few_rows": ("too_little_data", "dpo", [*POLICY, "data.train_size=6", "data.eval_size=12", "trainer.max_steps=4",
                  "trainer.learning_rate=5e-6"], None),
-    "overflow": ("not_finite", "dpo", [*POLICY, "trainer.learning_rate=1e20", "trainer.max_steps=6"], None),
+    "overflow": ("not_finite", "dpo", [*POLICY, "trainer.learning_rate=1e20", "trainer.max_steps=6", "doctor=strict"],
+                 None),
 }  # fmt: skip
 
 
