@@ -28,7 +28,7 @@ MIN_ROWS = 4  # of a quarter: fewer have no standard error to speak of
 WARM_STEPS = 3
 DEAD_SHARE = 0.25  # of the trained tensors; below, a layer that the data never reach explains it
 REFERENCE_NATS = 0.05  # a token, between a policy and its reference before the first update; bfloat16 differs by 0.001
-AT_ONCE, AT_ONCE_ACCURACY, AT_ONCE_PAIRS = 0.05, 0.95, 16  # share of the steps; 16 pairs right by luck: 2^-16
+AT_ONCE, AT_ONCE_ACCURACY, AT_ONCE_PAIRS = 0.02, 0.95, 16  # share of the steps; 16 pairs right by luck: 2^-16
 # Perplexity of the chosen replies times 1.15, evaluate.py's limit on any text, and times 2.
 DISPLACED, DISPLACED_FAR = math.log(1.15), math.log(2)
 LENGTH_GAP = 0.2  # of accuracy, between pairs whose chosen reply is the longer one and the others
@@ -148,8 +148,8 @@ def _lower_rate(record: Record) -> str:
 
 
 def not_finite(record: Record) -> Finding | None:
-    """A loss or a gradient that is NaN or infinite; in float16, whose scaler skips such steps at first, two rows running
-    have such a gradient."""
+    """A loss or a gradient that is NaN or infinite. In float16, whose scaler skips such steps at first, the gradient
+    must be so in two rows running."""
     losses = [row["loss"] for row in record.rows if not math.isfinite(row["loss"])]
     rows = 2 if record.args.fp16 else 1
     norms = [row["grad_norm"] for row in record.rows[-rows:] if not math.isfinite(row.get("grad_norm", 0.0))]
@@ -203,7 +203,7 @@ def wrong_reference(record: Record) -> Finding | None:
         still = "the policy is its own reference" if first.get("grad_norm") else "nothing is trained"
         saw = f"margin exactly 0 and loss at log 2 for {record.rows[-1]['step']} steps"
         return Finding(BROKEN, saw, still, change)
-    early = [row for row in record.rows if row["step"] <= AT_ONCE * record.max_steps]
+    early = [row for row in record.rows if row["step"] <= max(1, AT_ONCE * record.max_steps)]
     if early and early[-1]["step"] * _pairs_a_step(record) >= AT_ONCE_PAIRS:
         accuracy = sum(row.get("rewards/accuracies", 0.0) for row in early) / len(early)
         if accuracy >= AT_ONCE_ACCURACY:

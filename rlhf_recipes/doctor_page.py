@@ -9,6 +9,7 @@ from rlhf_recipes.doctor import Record
 from rlhf_recipes.evaluation.page import COLOURS, INK, PARENT_COLOUR
 
 COLUMNS = 3
+REACH = 3  # a limit further from the curve than this many times its range is out of sight
 HEALTHY = "#2e9b73"
 LEVELS = {doctor.WATCH: "#c9731a", doctor.BROKEN: "#b03a48"}
 
@@ -68,12 +69,14 @@ def _draw(axes, panel: Panel) -> None:
         axes.plot(step, e["value"], "s", color=PARENT_COLOUR, markersize=5)
     limits = [limit for limit in (panel.low, panel.high) if limit is not None]
     if limits:
-        axes.update_datalim([(axes.dataLim.x0, limit) for limit in limits])  # the limits are always in sight
+        bottom, top = axes.get_ylim()
+        near = [limit for limit in limits if bottom - REACH * (top - bottom) < limit < top + REACH * (top - bottom)]
+        axes.update_datalim([(axes.dataLim.x0, limit) for limit in near])
         axes.autoscale_view()
         bottom, top = axes.get_ylim()
         low, high = (bottom if panel.low is None else panel.low), (top if panel.high is None else panel.high)
         axes.axhspan(low, high, color=HEALTHY, alpha=0.15, linewidth=0)
-        for limit in limits:
+        for limit in near:
             axes.axhline(limit, color=HEALTHY, linewidth=0.8)
         axes.set_ylim(bottom, top)
     axes.set_ylabel(panel.unit)
