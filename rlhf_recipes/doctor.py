@@ -40,6 +40,7 @@ SATURATED = 7.0  # a reward margin at which the gradient's weight, 1 - sigmoid(m
 EQUAL_REWARDS = 0.1  # of the rewards' standard deviation at the start
 FITTED, FITTED_PAIRS = 0.98, 32
 NOISE_ACCURACY, NOISE_PAIRS, NOISE_MOVED, NOISE_WIDENED = 0.65, 48, 0.02, 1.5  # see label_noise
+EOS_REPLIES = 0.25  # of the training replies keep their EOS
 EOS_SHARE, EOS_EPISODES = 0.05, 60  # none of 60: under 5 % with 95 % confidence (rule of three)
 
 
@@ -119,13 +120,17 @@ def surely_above(mean: Mean, limit: float, other_error: float = 0.0) -> bool:
     return mean.value - SIGMAS * math.hypot(mean.error, other_error) > limit
 
 
-def below(estimate: dict | None, limit: float) -> bool:
-    """Whether the whole interval lies below."""
-    return bool(estimate) and estimate["high"] is not None and estimate["high"] < limit
+def below(estimate: dict | None, limit: float | None) -> bool:
+    """Whether the whole interval lies below; a bound that a single row leaves open shows nothing."""
+    return bool(estimate) and None not in (estimate["high"], limit) and estimate["high"] < limit
 
 
-def above(estimate: dict | None, limit: float) -> bool:
-    return bool(estimate) and estimate["low"] is not None and estimate["low"] > limit
+def above(estimate: dict | None, limit: float | None) -> bool:
+    return bool(estimate) and None not in (estimate["low"], limit) and estimate["low"] > limit
+
+
+def width(estimate: dict) -> float:
+    return 0.0 if None in (estimate["low"], estimate["high"]) else estimate["high"] - estimate["low"]
 
 
 def accuracy_key(record: Record) -> str:
@@ -272,10 +277,8 @@ def length_drift(record: Record) -> Finding | None:
         saw = f"length alone ranks {share:.0%} of the held-out pairs right"
         return Finding(WATCH, saw, "what follows these data follows length", _length_change(record))
     low, high = LENGTH_RATIOS
-    found, change = (
-        ends(points(record, "completions/mean_length")),
-        "trainer.kl_coef higher, or a reward that ignores length",
-    )
+    found = ends(points(record, "completions/mean_length"))
+    change = "trainer.kl_coef higher, or a reward that ignores length"
     before, after = record.before.get("completion_tokens"), record.after.get("completion_tokens")
     if after and (above(after, high * before["value"]) or below(after, low * before["value"])):
         saw = f"held-out completions went from {before['value']:.0f} to {after['value']:.0f} tokens"
@@ -366,8 +369,8 @@ def reward_against_preference(record: Record) -> Finding | None:
     what = "reward" if record.recipe == "ppo" else "preference accuracy"
     saw = f"held-out {what} changed by {_points(record, held_out)}" + (" while the training's rose" if rose else "")
     means = "it learns what the held-out prompts do not reward" if rose else "training made it worse"
-    change = "trainer.kl_coef higher, or another reward" if record.recipe == "ppo" else "labels the right way round"
-    return Finding(BROKEN, saw, means, f"{change}; {_lower_rate(record)}")
+    change = "trainer.kl_coef higher" if record.recipe == "ppo" else "chosen and rejected the right way round"
+    return Finding(BROKEN, saw, means, f"{_lower_rate(record)}, or {change}")
 
 
 def over_fitting(record: Record) -> Finding | None:
@@ -406,7 +409,7 @@ def label_noise(record: Record) -> Finding | None:
     pairs = share * record.rows[-1]["step"] * _pairs_a_step(record)
     accuracy = sum(row[accuracy_key(record)] for row in rows) / len(rows)
     if record.recipe == "reward":
-        before, after = (e["reward_margin"]["high"] - e["reward_margin"]["low"] for e in (record.before, record.after))
+        before, after = (width(metrics["reward_margin"]) for metrics in (record.before, record.after))
         moved = after > NOISE_WIDENED * before
     else:
         changes = [record.after[f"{side}_logp_change_per_token"]["value"] for side in ("chosen", "rejected")]
@@ -423,7 +426,7 @@ def no_eos(record: Record) -> Finding | None:
     """A model that never sees an end never ends: hardly any training reply keeps its EOS (cut off at `max_length`, or
     left out by the chat template). PPO: no completion ended with it, or shown to be fewer than before."""
     share = record.facts.get("ends_with_eos")
-    if share is not None and share < 1 - LENGTH_RULE and record.recipe != "reward":
+    if share is not None and share < EOS_REPLIES:
         saw = f"{share:.0%} of the training replies end with EOS"
         change = "data.too_long=drop, or trainer.max_length higher"
         return Finding(BROKEN if share < EOS_SHARE else WATCH, saw, "it will not learn to stop", change)
@@ -448,9 +451,8 @@ def too_little_data(record: Record) -> Finding | None:
     gain = record.after.get("reward_change" if record.recipe == "ppo" else "accuracy_change")
     if not gain or gain["low"] is None or not gain["low"] <= 0 <= gain["high"]:
         return None
-    half, n = (gain["high"] - gain["low"]) / 2, gain["n"]
     unit, scale = ("", 1) if record.recipe == "ppo" else (" points", 100)
-    means = f"{n} rows cannot show an effect below {scale * half:.2g}{unit}"
+    means = f"{gain['n']} rows cannot show an effect below {scale * width(gain) / 2:.2g}{unit}"
     wanted = stats.needed(gain, 0.0)
     more = f" (about {wanted:,} would show this one)" if wanted and wanted < 100_000 else ""
     change = f"more held-out rows{more}: data.eval_size, data.test_size; or more to train on: data.train_size"
