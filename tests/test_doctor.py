@@ -2,14 +2,14 @@
 
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
-from rlhf_recipes import doctor
-from rlhf_recipes.config import CONF
+from rlhf_recipes import config, doctor
 
 STEPS = 24
 
@@ -313,14 +313,19 @@ def test_rollouts_count_once():
 
 
 def test_overrides_that_are_named_compose(compose):
-    """What a finding tells the user to type is a key of that recipe."""
-    import re
-
-    for _, _, sick, near in CASES.values():
-        for finding in (finding for each in (sick, *near) for finding in doctor.examine(each)["findings"]):
-            typed = re.findall(r"\b(?:trainer|data|lora|quantization|model)\.?\w*=[^\s,<;]+", finding["change"])
-            for override in typed:
-                compose(sick.recipe, *(["reward_funcs=a"] if sick.recipe == "ppo" else []), override.rstrip(","))
+    """What a finding tells the user to type is a key of that recipe, with a value that it takes."""
+    typed = re.compile(r"\b((?:trainer|data|lora|quantization)(?:\.\w+)?=(?:\[[^]]*\]|[^\s,;:<]+))")
+    records = [each for _, _, sick, near in CASES.values() for each in (sick, *near)]
+    named = {
+        (seen.recipe, override)
+        for seen in records
+        for finding in doctor.examine(seen)["findings"]
+        for override in typed.findall(finding["change"])
+    }
+    assert len(named) > 10
+    for recipe, override in sorted(named):
+        cfg = compose(recipe, override, *(["reward_funcs=a"] if recipe == "ppo" else []))
+        config.build(cfg.trainer, "trainer", use_cpu=True, bf16=False)
 
 
 # ---- In a run
@@ -466,8 +471,6 @@ def test_the_doctor_computes_nothing(compose):
 
 
 def test_words_are_checked(compose):
-    from rlhf_recipes import config
-
     with pytest.raises(ValueError, match="doctor=sometimes: not one of warn, strict, none"):
         config.check(compose("dpo", "doctor=sometimes"), "dpo")
 
@@ -528,4 +531,4 @@ def test_every_rule_is_drawn():
 
 def test_it_is_on_by_default():
     for recipe in ("sft", "reward", "ppo", "dpo", "orpo", "simpo"):
-        assert yaml.safe_load((CONF / f"{recipe}.yaml").read_text())["doctor"] == "warn"
+        assert yaml.safe_load((config.CONF / f"{recipe}.yaml").read_text())["doctor"] == "warn"
