@@ -71,8 +71,9 @@ class SamplesFile(TrainerCallback):
 class Doctor(TrainerCallback):
     """Asks the doctor's rules whenever the trainer logs, and prints a line when a rule first finds something.
 
-    Each row of the log gets `dead_gradients`, the share of the trained tensors without a gradient in the row's last
-    step. The rules read the log alone, which checkpoints keep: a resumed run has the verdict of one that was not.
+    Each row of the log gets `dead_gradients`, the share of the policy's (or reward model's) trained tensors without a
+    gradient in the row's last step; the first step always has a row. The rules read the log alone, which checkpoints
+    keep: a resumed run has the verdict of one that was not.
 
     Args:
         strict: a broken run ends at once with its last good weights. A row tells of the weights before its step, so
@@ -129,9 +130,11 @@ class Doctor(TrainerCallback):
         if self.strict:
             self._before = self._weights()
         if not (self.trainer.is_deepspeed_enabled or self.trainer.is_fsdp_enabled):  # each process has parts of them
-            parameters = self._parameters()
-            alive = [p.grad.count_nonzero().to(args.device) for p in parameters if p.grad is not None]
-            self._dead = 1 - ((torch.stack(alive) > 0).sum().item() if alive else 0) / len(parameters)
+            self._dead = dead_share(self.trainer.model)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 1:  # where a policy still is its reference
+            control.should_log = True
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" not in logs:
@@ -162,6 +165,21 @@ class Doctor(TrainerCallback):
 
     def _weights(self) -> list[torch.Tensor]:
         return [parameter.detach().cpu().clone() for parameter in self._parameters()]
+
+
+def dead_share(model) -> float:
+    """Share of the trained tensors of `model` whose gradient is exactly zero or missing.
+
+    With LoRA only those of the adapter "default". An A whose B is zero has no gradient by construction.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad or p.grad is not None}
+    trained = {name: p for name, p in trained.items() if ".default" in name} or trained
+    none = torch.zeros((), dtype=torch.bool, device=next(iter(trained.values())).device)
+    alive = torch.stack([none if p.grad is None else p.grad.any() for p in trained.values()])
+    counts = torch.stack(
+        [trained[name.replace("_A.", "_B.")].any() if ".lora_A." in name else ~none for name in trained]
+    )
+    return (counts & ~alive).sum().item() / counts.sum().item()
 
 
 class ReturnFreedMemory(TrainerCallback):

@@ -6,7 +6,8 @@ all, `examine` asks them. Nothing here needs a model or a forward pass.
 
 The rewards of one training step are noise from few pairs. A rule about the log therefore compares the means of its
 first and last quarter and asks for SIGMAS standard errors beyond the limit; a rule about held-out metrics asks for
-their whole 95 % interval beyond it. No rule compares losses, whose scale depends on beta.
+their whole 95 % interval beyond it, and for 20 prompts at least: with fewer it is too narrow. No rule compares losses,
+whose scale depends on beta.
 
 Estimates are those of `stats`: `value`, `low`, `high`, `n`. Log-probabilities and KL are in nats.
 """
@@ -24,10 +25,12 @@ PAIRS = (*POLICIES, "reward")
 
 SIGMAS = 3.0  # standard errors: the log is looked at some 50 times in a run, by a dozen rules
 MIN_ROWS = 4  # of a quarter: fewer have no standard error to speak of
-# LoRA's B starts at zero, the first rate of a warm-up is zero, a critic's head may be: A has no gradient before.
-WARM_STEPS = 3
+MIN_PROMPTS = 20  # held out: evaluate.py's limit
 DEAD_SHARE = 0.25  # of the trained tensors; below, a layer that the data never reach explains it
-REFERENCE_NATS = 0.05  # a token, between a policy and its reference before the first update; bfloat16 differs by 0.001
+WARM_STEPS = 3  # before a margin of exactly zero is odd: the first rate of a warm-up is zero
+REFERENCE_NATS = (
+    0.01  # a token, between a policy and its reference before the first update: in these recipes exactly 0
+)
 AT_ONCE, AT_ONCE_ACCURACY, AT_ONCE_PAIRS = 0.02, 0.95, 16  # share of the steps; 16 pairs right by luck: 2^-16
 # Perplexity of the chosen replies times 1.15, evaluate.py's limit on any text, and times 2.
 DISPLACED, DISPLACED_FAR = math.log(1.15), math.log(2)
@@ -121,12 +124,16 @@ def surely_above(mean: Mean, limit: float, other_error: float = 0.0) -> bool:
 
 
 def below(estimate: dict | None, limit: float | None) -> bool:
-    """Whether the whole interval lies below; a bound that a single row leaves open shows nothing."""
-    return bool(estimate) and None not in (estimate["high"], limit) and estimate["high"] < limit
+    """Whether the whole interval lies below."""
+    return decides(estimate) and limit is not None and estimate["high"] < limit
 
 
 def above(estimate: dict | None, limit: float | None) -> bool:
-    return bool(estimate) and None not in (estimate["low"], limit) and estimate["low"] > limit
+    return decides(estimate) and limit is not None and estimate["low"] > limit
+
+
+def decides(estimate: dict | None) -> bool:
+    return bool(estimate) and estimate["clusters"] >= MIN_PROMPTS
 
 
 def width(estimate: dict) -> float:
@@ -165,17 +172,21 @@ def not_finite(record: Record) -> Finding | None:
 
 
 def dead_gradients(record: Record) -> Finding | None:
-    """Trained tensors whose gradient is exactly zero at every logged step after the first three; a gradient norm of
+    """Trained tensors whose gradient is exactly zero in the first step, or in every logged one; a gradient norm of
     exactly zero; or held-out figures that training left as they were, to the last bit.
 
-    bitsandbytes on a CPU repacks 4-bit weights when it evaluates: the LoRA of q, k, v, gate and up then gets none.
+    bitsandbytes on a CPU repacks 4-bit weights when it evaluates: the LoRA of q, k, v, gate and up then has none,
+    until the LoRA of the layers behind them has moved and passes a little. A does not count while its B is zero.
     """
-    late = [row for row in record.rows if row["step"] > WARM_STEPS and not record.stopped]
-    shares = [row["dead_gradients"] for row in late if "dead_gradients" in row]
-    norms = [row["grad_norm"] for row in late if "grad_norm" in row][-MIN_ROWS:]
-    means = "these weights stay as they are, while the loss looks plausible"
+    rows = [row for row in record.rows if not record.stopped]
+    shares = [row["dead_gradients"] for row in rows if "dead_gradients" in row]
+    norms = [row["grad_norm"] for row in rows if "grad_norm" in row][-MIN_ROWS:]
+    means = "these weights do not learn what they should, while the loss looks plausible"
     change = "quantization=none, or lora.target_modules=all-linear"
-    if len(shares) >= 2 and min(shares) > 0:
+    if shares and rows[0]["step"] == 1 and shares[0] >= DEAD_SHARE:
+        saw = f"{shares[0]:.0%} of the trained tensors had no gradient in the first step"
+        return Finding(BROKEN, saw, means, change)
+    if len(shares) >= MIN_ROWS and min(shares) > 0:
         level = BROKEN if min(shares) >= DEAD_SHARE else WATCH
         return Finding(level, f"{min(shares):.0%} of the trained tensors never had a gradient", means, change)
     if len(norms) == MIN_ROWS and max(norms) == 0 and not reward_saturation(record):
@@ -238,7 +249,7 @@ def likelihood_displacement(record: Record) -> Finding | None:
         saw = f"held-out chosen replies changed by {_nats(held_out)} a token while the margin {grew}"
         return Finding(level, saw, means, change)
     found = ends(displacements(record))
-    if not held_out and found and surely_below(found[1], -DISPLACED, found[0].error):
+    if not decides(held_out) and found and surely_below(found[1], -DISPLACED, found[0].error):
         level = BROKEN if surely_below(found[1], -DISPLACED_FAR, found[0].error) else WATCH
         return Finding(level, f"chosen replies changed by {found[1].value:+.2f} nats a token", means, change)
     return None
@@ -280,10 +291,10 @@ def length_drift(record: Record) -> Finding | None:
     found = ends(points(record, "completions/mean_length"))
     change = "trainer.kl_coef higher, or a reward that ignores length"
     before, after = record.before.get("completion_tokens"), record.after.get("completion_tokens")
-    if after and (above(after, high * before["value"]) or below(after, low * before["value"])):
+    if decides(after) and (above(after, high * before["value"]) or below(after, low * before["value"])):
         saw = f"held-out completions went from {before['value']:.0f} to {after['value']:.0f} tokens"
         return Finding(WATCH, saw, "the reward pays for length", change)
-    if not after and found and (
+    if not decides(after) and found and (
         surely_above(found[1], high * found[0].value, high * found[0].error)
         or surely_below(found[1], low * found[0].value, low * found[0].error)
     ):  # fmt: skip
@@ -384,7 +395,7 @@ def over_fitting(record: Record) -> Finding | None:
     gain = record.after.get("accuracy_change")
     rows = [value for _, value in points(record, accuracy_key(record))]
     size = max(1, len(rows) // 4)
-    if record.recipe not in PAIRS or not gain or not rows or gain["low"] is None or gain["low"] > 0:
+    if record.recipe not in PAIRS or not gain or not rows or (decides(gain) and gain["low"] > 0):
         return None
     pairs = size * record.rows[-1]["step"] / len(rows) * _pairs_a_step(record)
     accuracy = sum(rows[-size:]) / size
@@ -434,11 +445,11 @@ def no_eos(record: Record) -> Finding | None:
         return None
     before, after = record.before.get("eos_rate"), record.after.get("eos_rate")
     change = f"trainer.max_completion_length={record.args.max_completion_length * 2}, or trainer.missing_eos_penalty=1"
-    if after and below(after, before["low"]) and after["value"] < EOS_SHARE:
+    if before and below(after, before["low"]) and after["value"] < EOS_SHARE:
         saw = f"completions that end: {before['value']:.0%} before, {after['value']:.0%} after"
         return Finding(BROKEN, saw, "it has unlearned to stop", change)
     rates = [value for _, value in points(record, "completions/eos_rate")]
-    last = rates[-max(1, len(rates) // 4) :] if after else rates
+    last = rates[-math.ceil(EOS_EPISODES / record.args.prompts_per_rollout) :]
     episodes = len(last) * record.args.prompts_per_rollout
     if rates and not any(last) and episodes >= EOS_EPISODES:
         saw = f"none of the last {episodes} completions ended within {record.args.max_completion_length} tokens"
@@ -447,16 +458,21 @@ def no_eos(record: Record) -> Finding | None:
 
 
 def too_little_data(record: Record) -> Finding | None:
-    """The 95 % interval of the change on held-out rows, paired, includes no change."""
+    """The 95 % interval of the change on held-out rows, paired, includes no change, or fewer than 20 prompts are held
+    out. A reward model's head is new: what it must beat is a coin, not what the random head happened to rank right."""
     gain = record.after.get("reward_change" if record.recipe == "ppo" else "accuracy_change")
-    if not gain or gain["low"] is None or not gain["low"] <= 0 <= gain["high"]:
+    if gain and record.recipe == "reward":
+        accuracy = record.after["preference_accuracy"]
+        gain = {**accuracy, **{key: accuracy[key] and accuracy[key] - 0.5 for key in ("value", "low", "high")}}
+    if not gain or above(gain, 0.0) or below(gain, 0.0):
         return None
     unit, scale = ("", 1) if record.recipe == "ppo" else (" points", 100)
     means = f"{gain['n']} rows cannot show an effect below {scale * width(gain) / 2:.2g}{unit}"
-    wanted = stats.needed(gain, 0.0)
+    wanted = max(stats.needed(gain, 0.0) or 0, MIN_PROMPTS)
     more = f" (about {wanted:,} would show this one)" if wanted and wanted < 100_000 else ""
     change = f"more held-out rows{more}: data.eval_size, data.test_size; or more to train on: data.train_size"
-    return Finding(WATCH, f"change {_points(record, gain)}", means, change)
+    against = "against a coin" if record.recipe == "reward" else "change"
+    return Finding(WATCH, f"{against} {_points(record, gain)}", means, change)
 
 
 RULES: tuple[Callable[[Record], Finding | None], ...] = (
@@ -505,5 +521,5 @@ def _points(record: Record, estimate: dict) -> str:
     """A change of accuracy in points of 100, or of a reward as it is."""
     if record.recipe == "ppo":
         return stats.format_estimate(estimate, sign=True)
-    return stats.format_estimate({**estimate, **{k: 100 * estimate[k] for k in ("value", "low", "high")}}, digits=1,
-                                 sign=True).replace(" [", " points [")  # fmt: skip
+    percent = {key: estimate[key] and 100 * estimate[key] for key in ("value", "low", "high")}
+    return stats.format_estimate({**estimate, **percent}, digits=1, sign=True).replace(" [", " points [")

@@ -143,5 +143,5 @@ def panels(record: Record) -> list[Panel]:
               None if record.recipe == "sft" else of_start("entropy", doctor.COLLAPSING)),
         Panel("Gradient norm", "before clipping", ("not_finite",), curve("grad_norm"), []),
         Panel("Without a gradient", "share of the tensors", ("dead_gradients",),
-              [(step, share) for step, share in curve("dead_gradients") if step > doctor.WARM_STEPS], [], 0, 0),
+              curve("dead_gradients"), [], 0, 0),
     ]  # fmt: skip

@@ -117,9 +117,13 @@ CASES = {
     ),
     "some tensors without gradients": (
         "dead_gradients", "broken", record(log={"dead_gradients": 0.71}),
-        # lora_A before lora_B has moved; a step whose batch missed a layer
-        [record(log=[{**row, "dead_gradients": 0.5 if row["step"] <= 3 else 0.0} for row in record().rows]),
-         record(log=[{**row, "dead_gradients": 0.5 if row["step"] % 2 else 0.0} for row in record().rows])],
+        # a step whose batch missed a layer
+        [record(log=[{**row, "dead_gradients": 0.0 if row["step"] % 2 else 0.5} for row in record().rows])],
+    ),
+    "some without gradients in the first step": (
+        "dead_gradients", "broken",
+        record(log=[{**row, "dead_gradients": 0.71 if row["step"] == 1 else 0.0} for row in record().rows]),
+        [record(log=[{**row, "dead_gradients": 0.2 if row["step"] == 1 else 0.0} for row in record().rows])],
     ),
     "few tensors without gradients": ("dead_gradients", "watch", record(log={"dead_gradients": 0.02}), []),
     "no gradient at all": (

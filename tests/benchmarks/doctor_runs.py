@@ -29,6 +29,7 @@ SHORT = ["quantization=none", "trainer.max_length=120", "trainer.save_strategy=n
 PAIRS = [*SHORT, "data.eval_size=40", "trainer.max_steps=20"]
 POLICY = [*PAIRS, "trainer.learning_rate=3e-4"]
 REWARD = [*PAIRS, "trainer.learning_rate=5e-4", "trainer.max_steps=36"]
+LONGER = ["trainer.max_length=160", "data.eval_size=54", "trainer.learning_rate=1e-3", "trainer.max_steps=24"]
 BRIEF = ["data.eval_size=8", "trainer.max_steps=6"]  # where the log says it all
 PPO = ["quantization=none", "trainer.value=head", "trainer.num_ppo_epochs=1", "trainer.per_device_train_batch_size=8",
        "trainer.gradient_accumulation_steps=1", "trainer.max_completion_length=16", "trainer.max_steps=8",
@@ -40,8 +41,9 @@ PPO = ["quantization=none", "trainer.value=head", "trainer.num_ppo_epochs=1", "t
 GOOD = {
     "dpo": ("dpo", POLICY),
     "reward": ("reward", REWARD),
-    "simpo": ("simpo", POLICY),
-    "orpo": ("orpo", [*POLICY, "trainer.beta=1.0"]),
+    # What a sum of log-probabilities shows at once, an average over tokens shows later.
+    "simpo": ("simpo", [*POLICY, *LONGER]),
+    "orpo": ("orpo", [*POLICY, *LONGER, "trainer.beta=1.0"]),
 }
 # name -> rule, recipe, overrides, what else is done to it
 BAD = {
@@ -50,7 +52,8 @@ BAD = {
     "rate_of_zero": ("dead_gradients", "dpo", [*POLICY, *BRIEF, "trainer.learning_rate=0.0"], None),
     "policy_elsewhere": ("wrong_reference", "dpo", [*POLICY, *BRIEF, "trainer.max_steps=2"], "move_policy"),
     "own_reference": ("wrong_reference", "dpo", [*POLICY, *BRIEF], "no_reference"),
-    "far_too_high_rate": ("likelihood_displacement", "dpo", [*POLICY, "trainer.learning_rate=3e-3"], None),
+    "far_too_high_rate": ("likelihood_displacement", "dpo", [*POLICY, "trainer.learning_rate=3e-3",
+                          "trainer.max_steps=16"], None),
     "simpo_too_high_rate": ("likelihood_displacement", "simpo", [*POLICY, "trainer.learning_rate=3e-3"], None),
     "longer_labels": ("length_drift", "reward", [*REWARD, "data=local", "data.path=longer.jsonl"], None),
     "all_longer": ("length_drift", "dpo", [*POLICY, "data=local", "data.path=all_longer.jsonl", "trainer.max_steps=4"],
