@@ -137,11 +137,11 @@ CASES = {
     "another reference": (
         "wrong_reference", "broken",
         record(log={"rewards/chosen": 0.9, "rewards/margins": 0.5}),
-        [record(log={"rewards/chosen": 0.1}),
+        [record(log={"rewards/chosen": 0.02}),
          record(log=[row for row in record(log={"rewards/chosen": 0.9}).rows if row["step"] > 1])],
     ),
     "another reference of PPO": (
-        "wrong_reference", "broken", record("ppo", log={"kl_k3": 3.0}), [record("ppo", log={"kl_k3": 1.0})]
+        "wrong_reference", "broken", record("ppo", log={"kl_k3": 0.5}), [record("ppo", log={"kl_k3": 0.2})]
     ),
     "right at once": (
         "wrong_reference", "broken",
@@ -266,7 +266,7 @@ CASES = {
     ),
     "never an end": (
         "no_eos", "watch", record("ppo", log={"completions/eos_rate": 0.0}, held_out=False),
-        [record("ppo", log=[{**row, "completions/eos_rate": 0.01 * (row["step"] < 3)} for row in record("ppo").rows],
+        [record("ppo", log=[{**row, "completions/eos_rate": 0.01 * (row["step"] == 17)} for row in record("ppo").rows],
                 held_out=False),
          record("ppo", log={"completions/eos_rate": 0.0}, held_out=False, args=arguments(prompts_per_rollout=4))],
     ),
