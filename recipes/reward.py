@@ -50,8 +50,8 @@ def main(cfg):
         job,
         trainer,
         main="preference_accuracy",
-        before=metrics.reward_metrics(pairs.test, before),
-        metrics=metrics.reward_metrics(pairs.test, after),
+        before=metrics.reward_metrics(pairs.test, before, before),
+        metrics=metrics.reward_metrics(pairs.test, after, before),
         counts=pairs.report,
     )
 

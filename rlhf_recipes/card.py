@@ -1,5 +1,6 @@
 """README.md of a run: the model card as it would be published."""
 
+import html
 import json
 from pathlib import PureWindowsPath  # takes both kinds of slashes
 
@@ -68,7 +69,7 @@ Brackets are 95 % intervals (bootstrap over prompts).
 | --- | --- | --- | --- |
 {chr(10).join(metrics)}
 
-## Chain
+{examined(result.get("doctor"))}## Chain
 
 {chain(base, result)}
 
@@ -82,6 +83,17 @@ Seed {result["seed"]}, {result["steps"]} steps, {result["seconds"]:.0f} s on {re
 {", ".join(f"{name} {version}" for name, version in result["versions"].items())}.
 """
     return str(ModelCard(f"---\n{head.to_yaml()}\n---\n\n{body}"))
+
+
+def examined(report: dict | None) -> str:
+    """The section about what the doctor saw; nothing where it was not asked."""
+    if not report:
+        return ""
+    keys = ("level", "rule", "step", "saw", "means", "change")
+    cells = [[html.escape(escape(str(finding[key])), quote=False) for key in keys] for finding in report["findings"]]
+    rows = [f"| {' | '.join(row)} |" for row in cells]
+    head = ["", "| level | rule | step | seen | means | what changes it |", "| --- | --- | --- | --- | --- | --- |"]
+    return "\n".join(["## Doctor", "", f"Verdict: **{report['verdict']}**.", *(head if rows else []), *rows, "", ""])
 
 
 def chain(base: str, result: dict) -> str:

@@ -54,6 +54,7 @@ KEYS = {
     "run_name": str,
     "resume": ("auto", "never"),
     "overwrite": bool,
+    "doctor": ("warn", "strict", "none"),
     "runs": list,
     "parent": str,
     "reward_model": str | None,

@@ -1,7 +1,7 @@
 """One run, one folder: refuse to overwrite, continue what was interrupted, leave results that explain themselves.
 
 A run folder holds `config.yaml` (resolved), `checkpoints/` while it runs, `metrics.jsonl` (ppo: `samples.jsonl` too),
-`curves.png`, `adapter/`, `README.md` and, when the run is finished, `result.json`.
+`curves.png`, `doctor.png`, `adapter/`, `README.md` and, when the run is finished, `result.json`.
 """
 
 import hashlib
@@ -17,13 +17,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import memory
 from rlhf_recipes.config import CONF, flatten, in_sweep
+
+if TYPE_CHECKING:
+    from rlhf_recipes.callbacks import Doctor
 
 LIBRARIES = (
     "torch",
@@ -54,6 +57,7 @@ class Run:
         checkpoint: folder of the last complete checkpoint to continue from, or None.
         parent: result.json of the run whose adapter this one continues, or None.
         shared: in a sweep, the folder of what its jobs have in common, or None.
+        doctor: the callback that watches the training, or None.
     """
 
     dir: Path
@@ -62,6 +66,7 @@ class Run:
     checkpoint: str | None = None
     parent: dict | None = None
     shared: Path | None = None
+    doctor: "Doctor | None" = None
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -165,7 +170,7 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 def finish(run: Run, trainer, *, main: str, before: dict, metrics: dict, counts: dict, **entries) -> float:
-    """Write curves, card and result.json of a training, drop its checkpoints, print the summary.
+    """Write curves, the doctor's page, card and result.json of a training, drop its checkpoints, print the summary.
 
     Args:
         trainer: after training; its log history becomes curves.png.
@@ -178,9 +183,16 @@ def finish(run: Run, trainer, *, main: str, before: dict, metrics: dict, counts:
     Returns:
         The value of the main metric, which makes the recipe an objective for sweeps.
     """
-    from rlhf_recipes import card
+    from rlhf_recipes import card, doctor, doctor_page
     from rlhf_recipes.evaluation.page import plot_curves
 
+    title = f"{run.recipe} · {run.dir.name}"
+    if run.doctor:
+        seen = run.doctor.record(before, metrics)
+        entries["doctor"] = {**doctor.examine(seen), "facts": seen.facts}
+        doctor_page.plot(seen, entries["doctor"]["findings"], run.dir / "doctor.png", title)
+        if run.doctor.stopped:
+            entries["stopped"] = run.doctor.stopped
     result = record(
         run,
         main={"name": main, "before": before[main], "after": metrics[main]},
@@ -194,7 +206,7 @@ def finish(run: Run, trainer, *, main: str, before: dict, metrics: dict, counts:
         parent=run.parent and run.parent["lineage"],
         **entries,
     )
-    plot_curves(trainer.state.log_history, run.dir / "curves.png", f"{run.recipe} · {run.dir.name}")
+    plot_curves(trainer.state.log_history, run.dir / "curves.png", title)
     write_atomically(run.dir / "README.md", card.write(result, run.config))
     write_result(run, result)
     shutil.rmtree(run.checkpoints, ignore_errors=True)
@@ -224,8 +236,13 @@ def write_result(run: Run, result: dict) -> None:
 
 def config_sha256(config: dict) -> str:
     """Hash of what a run computes: the config without its place and name."""
-    computed = {key: value for key, value in config.items() if key not in _NOT_COMPUTED}
-    return hashlib.sha256(json.dumps(computed, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(_computed(config), sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _computed(config: dict) -> dict:
+    """The config without what says nothing about the result: unless it is strict, the doctor only reads."""
+    watched = () if config.get("doctor") == "strict" else ("doctor",)
+    return {key: value for key, value in config.items() if key not in (*_NOT_COMPUTED, *watched)}
 
 
 def versions() -> dict[str, str]:
@@ -326,10 +343,10 @@ def adapter_sha256(adapter: Path) -> str | None:
 
 
 def _refuse_other_config(run: Run) -> None:
-    stored = dict(flatten(OmegaConf.to_container(OmegaConf.load(run.dir / "config.yaml"))))
-    given = dict(flatten(run.config))
+    stored = dict(flatten(_computed(OmegaConf.to_container(OmegaConf.load(run.dir / "config.yaml")))))
+    given = dict(flatten(_computed(run.config)))
     for key in sorted(stored.keys() | given.keys()):
-        if key not in _NOT_COMPUTED and stored.get(key) != given.get(key):
+        if stored.get(key) != given.get(key):
             raise ValueError(
                 f"{key}={given.get(key)}: {run.dir} holds an interrupted run with {key}={stored.get(key)}. Give that "
                 "value to continue it, choose another run_name, or start afresh with overwrite=true."
@@ -365,6 +382,7 @@ def _refuse_other_trainer(config: dict, recipe: str) -> None:
 
 
 def _print_summary(run: Run, result: dict) -> None:
+    from rlhf_recipes import doctor
     from rlhf_recipes.stats import format_estimate
 
     main = result["main"]
@@ -373,6 +391,9 @@ def _print_summary(run: Run, result: dict) -> None:
     print(f"  {main['name'].replace('_', ' ')}: {format_estimate(main['before'])} -> {format_estimate(main['after'])}")
     if result.get("stopped"):
         print(f"  stopped   {result['stopped']}")
+    if result.get("doctor"):
+        findings = [doctor.line(finding) for finding in result["doctor"]["findings"]]
+        print("\n".join(f"  doctor    {said}" for said in findings or [result["doctor"]["verdict"]]))
     for sample in result.get("samples", []):
         said = textwrap.shorten(sample["completion"], 80, placeholder=" …")
         print(f"  sample    {sample['reward']:+.3f}  {said or '(empty)'}")

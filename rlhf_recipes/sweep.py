@@ -75,7 +75,7 @@ def job(main, cfg: DictConfig) -> float:
             result = run.read_result(folder / own)
         row |= {"recipe": result["recipe"], "main": result["main"], "seconds": result["seconds"]}
         row |= {"peak_memory_gib": max(result["peak_memory_gib"].values()), "stopped": result.get("stopped")}
-        row |= {"doctor": result.get("doctor", {}).get("verdict"), "adapter_sha256": result["adapter_sha256"]}
+        row |= {"doctor": (result.get("doctor") or {}).get("verdict"), "adapter_sha256": result["adapter_sha256"]}
         row |= {"system": _measure(folder / own, folder, cfg), "status": "finished"}
     except Exception as error:
         refusal = config.as_refusal(error, hydra.job.config_name)

@@ -39,8 +39,7 @@ def groups_of(recipe):
 
 
 def choices(recipe):
-    """Each option of each group of a recipe; of trainer/ its own alone, which `run.start` insists on, and of sweep/ its
-    own."""
+    """Each option of each group of a recipe; of sweep/ its own alone, and of trainer/, as `run.start` insists."""
     own = {"trainer": [recipe], "sweep": [name for name in GROUPS["sweep"] if name.partition("_")[0] == recipe]}
     return [(recipe, group, option) for group in groups_of(recipe) for option in own.get(group, GROUPS[group])]
 

@@ -130,7 +130,7 @@ def test_run_folder(trained):
     result, folder = trained.result, trained.dir
     recipe = result["recipe"]
     assert {path.name for path in folder.iterdir()} == {
-        "adapter", "README.md", "config.yaml", "curves.png", "metrics.jsonl", "result.json"
+        "adapter", "README.md", "config.yaml", "curves.png", "doctor.png", "metrics.jsonl", "result.json"
     }  # fmt: skip
     assert (result["status"], result["base_model"], result["steps"], result["seed"]) == ("finished", TINY_ID, 2, 42)
     assert result["parent"] is None and result["resumed_from"] is None

@@ -180,7 +180,7 @@ def test_killed_run_ends_with_the_same_adapter(launch, room, tiny_model_override
 
     assert adapter(killed) == adapter(whole)
     assert metrics(killed) == metrics(whole)
-    for key in ("main", "before", "metrics", "adapter_sha256", "steps"):
+    for key in ("main", "before", "metrics", "adapter_sha256", "steps", "doctor"):
         assert result(killed)[key] == result(whole)[key], key
     assert not (killed / "checkpoints").exists()
 

@@ -24,20 +24,29 @@ def preference_metrics(rows: list[dict], logps: list[dict], reference: list[dict
     margins = preference_margins(logps, reference, reward)
     pairs = list(zip(logps, reference, strict=True))
     return {
-        "preference_accuracy": stats.estimate(wins(margins), prompts),
+        **accuracy_metrics(rows, margins, preference_margins(reference, reference, reward)),
         "reward_margin": stats.estimate(margins, prompts),
         "chosen_logp_change": stats.estimate([p["chosen_logp"] - q["chosen_logp"] for p, q in pairs], prompts),
         "rejected_logp_change": stats.estimate([p["rejected_logp"] - q["rejected_logp"] for p, q in pairs], prompts),
+        **{
+            f"{side}_logp_change_per_token": stats.ratio_of_sums(
+                [p[f"{side}_logp"] - q[f"{side}_logp"] for p, q in pairs],
+                [p[f"{side}_tokens"] for p, _ in pairs],
+                prompts,
+            )
+            for side in ("chosen", "rejected")
+        },
         "baseline_shorter_wins": stats.estimate(data.shorter_wins(rows), prompts),
     }
 
 
-def reward_metrics(rows: list[dict], scores: list[dict]) -> dict:
-    """Held-out metrics of a reward model: accuracy on pairs, margin, mean reward."""
+def reward_metrics(rows: list[dict], scores: list[dict], before: list[dict]) -> dict:
+    """Held-out metrics of a reward model: accuracy on pairs, margin, mean reward; `before` are the scores before
+    training."""
     prompts = [row["prompt_id"] for row in rows]
-    margins = [s["chosen"] - s["rejected"] for s in scores]
+    margins, margins_before = ([s["chosen"] - s["rejected"] for s in each] for each in (scores, before))
     return {
-        "preference_accuracy": stats.estimate(wins(margins), prompts),
+        **accuracy_metrics(rows, margins, margins_before),
         "reward_margin": stats.estimate(margins, prompts),
         "mean_reward": stats.estimate([(s["chosen"] + s["rejected"]) / 2 for s in scores], prompts),
         "baseline_shorter_wins": stats.estimate(data.shorter_wins(rows), prompts),
@@ -66,6 +75,25 @@ def episode_metrics(rows: list[dict], episodes: list[dict], before: list[dict]) 
         **means,
         "reward_change": change,
         "eos_rate": stats.estimate([e["completions/eos_rate"] for e in episodes], prompts),
+    }
+
+
+def accuracy_metrics(rows: list[dict], margins: list[float], before: list[float]) -> dict:
+    """Share of the pairs whose margin is positive, how it changed (paired), and what length has to do with it.
+
+    `length_bias` is the accuracy where the chosen reply is the longer one, less that where it is the shorter: the
+    slope of being right, w, on z = 1 (longer) or -1 (shorter), twice; row by row 2 (w - mean w)(z - mean z) / var z.
+    """
+    prompts, right = [row["prompt_id"] for row in rows], wins(margins)
+    longer = [1 - 2 * shorter for shorter in data.shorter_wins(rows)]
+    mean_right, mean_longer = (sum(values) / max(len(rows), 1) for values in (right, longer))
+    variance = sum((z - mean_longer) ** 2 for z in longer) / max(len(rows), 1)
+    slopes = [2 * (w - mean_right) * (z - mean_longer) / (variance or 1) for w, z in zip(right, longer, strict=True)]
+    return {
+        "preference_accuracy": stats.estimate(right, prompts),
+        # No share either: a difference that is the same for all pairs is no point on a scale from 0 to 1.
+        "accuracy_change": stats.difference(right, wins(before), prompts),
+        "length_bias": stats.ratio_of_sums(slopes, [1] * len(rows), prompts),
     }
 
 

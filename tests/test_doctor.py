@@ -1,0 +1,536 @@
+"""The doctor: each rule on a history that it must see and on a near miss, and what a run does with the findings."""
+
+import json
+import math
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+
+from rlhf_recipes import config, doctor
+
+STEPS = 24
+
+
+def arguments(**changed):
+    """As the trainers have them."""
+    return SimpleNamespace(
+        **{
+            "beta": 0.1,
+            "learning_rate": 1e-4,
+            "num_train_epochs": 1,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "simpo_gamma": 1.0,
+            "kl_target": 6.0,
+            "kl_coef": 0.05,
+            "steps_per_rollout": 2,
+            "prompts_per_rollout": 8,
+            "max_completion_length": 32,
+            "fp16": False,
+            **changed,
+        }
+    )
+
+
+def rows(steps=STEPS, every=1, **series):
+    """Log rows: a number for each key, or a function of the share of the run that is done, 0 to 1."""
+    found = []
+    for step in range(every, steps + 1, every):
+        # A wobble that no trend explains: real batches differ.
+        wobble = 0.01 * math.sin(7.0 * step)
+        values = {key: value((step - 1) / (steps - 1)) + wobble if callable(value) else value for key, value in
+                  series.items()}  # fmt: skip
+        found.append({"loss": 0.5, "grad_norm": 1.0, "step": step, "dead_gradients": 0.0, **values})
+    return found
+
+
+def estimate(value, half=0.05, n=54):
+    return {"value": value, "low": value - half, "high": value + half, "n": n, "clusters": n}
+
+
+HELD_OUT = {
+    "preference_accuracy": (0.5, 0.8),
+    "accuracy_change": (0.0, 0.3),
+    "length_bias": (0.0, 0.1),
+    "reward_margin": (0.0, 2.0),
+    "chosen_logp_change": (0.0, -1.0),
+    "chosen_logp_change_per_token": (0.0, -0.02),
+    "rejected_logp_change_per_token": (0.0, -0.2),
+    "baseline_shorter_wins": (0.4, 0.4),
+}
+OF_ANSWERS = {
+    "reward": (0.2, 0.5),
+    "reward_change": (0.0, 0.3),
+    "kl": (0.0, 5.0),
+    "completion_tokens": (30.0, 31.0),
+    "eos_rate": (0.5, 0.5),
+}
+
+
+def record(recipe="dpo", log=None, args=None, facts=None, stopped=None, held_out=True, half=0.05, **changed):
+    """A healthy run, and what `changed` says of its held-out metrics: name=(before, after), or after=estimate."""
+    of_recipe = {"ppo": OF_ANSWERS, "sft": {"perplexity": (50.0, 20.0)}}.get(recipe, HELD_OUT)
+    both = {**of_recipe, **changed} if held_out else {}
+    healthy = {
+        "dpo": {"rewards/chosen": lambda t: 0.2 * t, "rewards/margins": lambda t: t, "entropy": 3.0,
+                "rewards/accuracies": lambda t: 0.5 + 0.4 * t},
+        "ppo": {"reward": lambda t: t, "reward_std": 0.2, "kl": lambda t: 5 * t, "kl_k3": lambda t: 5 * t,
+                "entropy": 3.0, "completions/mean_length": 30.0, "completions/eos_rate": 0.5,
+                "completions/distinct_2": 0.95},
+        "reward": {"accuracy": lambda t: 0.5 + 0.4 * t, "margin": lambda t: t},
+        "sft": {"entropy": lambda t: 3 - 2.5 * t},
+    }.get(recipe, {"logps/chosen": -2.0, "rewards/margins": lambda t: t, "rewards/accuracies": 0.8})  # fmt: skip
+    log = rows(**{**healthy, **(log or {})}) if not isinstance(log, list) else log
+    sides = [{key: pair[side] if isinstance(pair[side], dict) else estimate(pair[side], half if side else 0.0)
+              for key, pair in both.items()} for side in (0, 1)]  # fmt: skip
+    facts = facts or {"reply_tokens": 40.0, "ends_with_eos": 1.0}
+    return doctor.Record(recipe, log, args or arguments(), STEPS, facts, *sides, stopped)
+
+
+@pytest.mark.parametrize("recipe", ["dpo", "orpo", "simpo", "reward", "ppo", "sft"])
+@pytest.mark.parametrize("held_out", [True, False])
+def test_a_good_run_is_healthy(recipe, held_out):
+    assert doctor.examine(record(recipe, held_out=held_out)) == {"verdict": "healthy", "findings": []}
+
+
+def drop(at):
+    """Rewards of DPO whose chosen replies lose `at` nats a token, by the end: beta 0.1, 40 tokens."""
+    return {"rewards/chosen": lambda t: -0.1 * 40 * at * min(1.0, 1.5 * t), "rewards/margins": lambda t: t}
+
+
+STOPPED_KL = "KL 31.0 nats, over 5 times kl_target=6 at step 12"
+OTHER_FACTS = {"reply_tokens": 40.0}
+NOISE = {"rewards/accuracies": 0.5}
+# rule, level, a run that it must see, near misses
+CASES = {
+    "a gradient that is nan": (
+        "not_finite", "broken", record(log={"grad_norm": math.nan}),
+        [record(log=[*record().rows[:-1], {**record().rows[-1], "grad_norm": math.inf}], args=arguments(fp16=True))],
+    ),
+    "a loss that is nan": ("not_finite", "broken", record(log={"loss": math.nan}), []),
+    "the trainer's brake for gradients": (
+        "not_finite", "broken", record("ppo", stopped="the gradient is not finite at step 3"),
+        [record("ppo", stopped="KL 6.20 nats reached kl_target=6 at step 12")],
+    ),
+    "some tensors without gradients": (
+        "dead_gradients", "broken", record(log={"dead_gradients": 0.71}),
+        # a step whose batch missed a layer
+        [record(log=[{**row, "dead_gradients": 0.0 if row["step"] % 2 else 0.5} for row in record().rows])],
+    ),
+    "some without gradients in the first step": (
+        "dead_gradients", "broken",
+        record(log=[{**row, "dead_gradients": 0.71 if row["step"] == 1 else 0.0} for row in record().rows]),
+        [record(log=[{**row, "dead_gradients": 0.2 if row["step"] == 1 else 0.0} for row in record().rows])],
+    ),
+    "few tensors without gradients": ("dead_gradients", "watch", record(log={"dead_gradients": 0.02}), []),
+    "no gradient at all": (
+        "dead_gradients", "broken", record(log={"grad_norm": 0.0}),
+        [record(log=[{**row, "grad_norm": 0.0} if row["step"] % 4 else row for row in record().rows])],
+    ),
+    "nothing moved": (
+        "dead_gradients", "broken",
+        record(**{key: (estimate(0.5),) * 2 for key in HELD_OUT}), [record(accuracy_change=(0.0, 0.0))],
+    ),
+    "another reference": (
+        "wrong_reference", "broken",
+        record(log={"rewards/chosen": 0.9, "rewards/margins": 0.5}),
+        [record(log={"rewards/chosen": 0.02}),
+         record(log=[row for row in record(log={"rewards/chosen": 0.9}).rows if row["step"] > 1])],
+    ),
+    "another reference of PPO": (
+        "wrong_reference", "broken", record("ppo", log={"kl_k3": 0.5}), [record("ppo", log={"kl_k3": 0.2})]
+    ),
+    "right at once": (
+        "wrong_reference", "broken",
+        record(log={"rewards/accuracies": 1.0, "rewards/chosen": 0.0}, args=arguments(per_device_train_batch_size=8)),
+        [record(log={"rewards/accuracies": 1.0, "rewards/chosen": 0.0}),  # four pairs by luck
+         record(log={"rewards/accuracies": 0.9, "rewards/chosen": 0.0},
+                args=arguments(per_device_train_batch_size=8))],
+    ),
+    "its own reference": (
+        "wrong_reference", "broken", record(log={"rewards/margins": 0.0}),
+        [record(log=[row for row in record(log={"rewards/margins": 0.0}).rows if row["step"] <= 3])],
+    ),
+    "displacement in the log": (
+        "likelihood_displacement", "watch", record(log=drop(0.3), held_out=False),
+        [record(log=drop(0.14), held_out=False), record(log=drop(0.3))],  # held-out pairs know better
+    ),
+    "far displacement in the log": (
+        "likelihood_displacement", "broken", record(log=drop(1.0), held_out=False), []
+    ),
+    "displacement of SimPO in the log": (
+        "likelihood_displacement", "watch",
+        record("simpo", log={"logps/chosen": lambda t: -2 - 0.5 * t}, held_out=False),
+        [record("simpo", log={"logps/chosen": lambda t: -2 - 0.15 * t}, held_out=False),
+         record("simpo", log={"logps/chosen": lambda t: -2 + 0.5 * math.sin(40 * t)}, held_out=False)],
+    ),
+    "displacement held out": (
+        "likelihood_displacement", "watch", record(chosen_logp_change_per_token=(0.0, -0.2)),
+        [record(chosen_logp_change_per_token=(0.0, -0.18)), record(chosen_logp_change_per_token=(0.0, 0.2))],
+    ),
+    "far displacement held out": (
+        "likelihood_displacement", "broken", record("orpo", chosen_logp_change_per_token=(0.0, -0.8)), []
+    ),
+    "longer passes for better": (
+        "length_drift", "watch", record(length_bias=(0.0, 0.3)),
+        [record(length_bias=(0.0, 0.24)), record(length_bias=(0.4, 0.3)), record(length_bias=(0.0, -0.24))],
+    ),
+    "shorter passes for better": ("length_drift", "watch", record("reward", length_bias=(0.1, -0.5)), []),
+    "length tells the labels": (
+        "length_drift", "watch", record(baseline_shorter_wins=(0.1, 0.1)), [record(baseline_shorter_wins=(0.25, 0.25))]
+    ),
+    "longer completions": (
+        "length_drift", "watch", record("ppo", completion_tokens=(20.0, 31.0)),
+        [record("ppo", completion_tokens=(21.0, 31.0))],
+    ),
+    "longer completions in the log": (
+        "length_drift", "watch",
+        record("ppo", log=rows(48, **{"completions/mean_length": lambda t: 10 + 15 * t}), held_out=False),
+        [record("ppo", log=rows(48, **{"completions/mean_length": lambda t: 20 + 10 * t}), held_out=False)],
+    ),
+    "kl of the last rollouts": (
+        "kl_runaway", "watch", record("ppo", log={"kl": 13.0, "kl_k3": 0.0}, held_out=False),
+        [record("ppo", log={"kl": lambda t: 26.0 * (t > 0.95), "kl_k3": 0.0}, held_out=False)],
+    ),
+    "kl held out": ("kl_runaway", "broken", record("ppo", kl=(0.0, 31.0)), [record("ppo", kl=(0.0, 11.9))]),
+    "the trainer's brake for the KL": (
+        "kl_runaway", "broken", record("ppo", stopped=STOPPED_KL),
+        [record("ppo", stopped="KL 6.20 nats reached kl_target=6 at step 12")],
+    ),
+    "less entropy": (
+        "collapse", "watch", record(log={"entropy": lambda t: 3 - 2 * min(1, 2 * t)}),
+        [record(log={"entropy": lambda t: 3 - t})],
+    ),
+    "no entropy": ("collapse", "broken", record(log={"entropy": lambda t: 3 * (t < 0.5)}), []),
+    "repetition": (
+        "collapse", "broken",
+        record("ppo", log=rows(48, **{"completions/distinct_2": lambda t: 0.95 - 0.94 * min(1, 2 * t)})),
+        [record("ppo", log=rows(48, **{"completions/distinct_2": lambda t: 0.95 - 0.3 * t}))],
+    ),
+    "the trainer's brake for the entropy": (
+        "collapse", "broken", record("ppo", stopped="entropy 0.0040 nats per token, under entropy_floor=0.01"), []
+    ),
+    "margins without end": (
+        "reward_saturation", "watch", record("reward", log={"margin": lambda t: 30 * t}),
+        [record("reward", log={"margin": lambda t: 7 * t}),
+         record("simpo", log={"rewards/margins": lambda t: 8.5 * t})],  # gamma is 1
+    ),
+    "rewards all alike": (
+        "reward_saturation", "broken", record("ppo", log={"reward_std": 0.0}),
+        [record("ppo", log=[{**row, "reward_std": 0.2 * (row["step"] % 8 == 1)} for row in record("ppo").rows])],
+    ),
+    "rewards ever more alike": (
+        "reward_saturation", "watch", record("ppo", log=rows(48, reward_std=lambda t: 0.5 * (t < 0.6) + 0.02)),
+        [record("ppo", log=rows(48, reward_std=lambda t: 0.5 - 0.4 * t))],
+    ),
+    "worse pairs": (
+        "reward_against_preference", "broken", record(accuracy_change=(0.0, -0.1)),
+        [record(accuracy_change=(0.0, -0.04))],
+    ),
+    "worse answers": ("reward_against_preference", "broken", record("ppo", reward_change=(0.0, -0.2)), []),
+    "by heart": (
+        "over_fitting", "watch",
+        record("reward", log={"accuracy": lambda t: 0.7 + 0.3 * min(1, 2 * t) - 0.01}, accuracy_change=(0.0, 0.02),
+               args=arguments(per_device_train_batch_size=8)),
+        [record("reward", log={"accuracy": 1.0}, args=arguments(per_device_train_batch_size=8)),  # and held out too
+         record("reward", log={"accuracy": 1.0}, accuracy_change=(0.0, 0.02),
+                args=arguments(gradient_accumulation_steps=1)),  # of 12 pairs
+         record("reward", log={"accuracy": 0.95}, accuracy_change=(0.0, 0.02),
+                args=arguments(per_device_train_batch_size=8))],
+    ),
+    "worse perplexity": (
+        "over_fitting", "broken", record("sft", perplexity=(50.0, 51.0)), [record("sft", perplexity=(50.0, 49.0))]
+    ),
+    "labels at random": (
+        "label_noise", "watch", record(log=NOISE),
+        [record(log={"rewards/accuracies": 0.6}), record(log=NOISE, held_out=False),
+         record(log=NOISE, chosen_logp_change_per_token=(0.0, 0.01), rejected_logp_change_per_token=(0.0, -0.01)),
+         record(log=NOISE, args=arguments(gradient_accumulation_steps=1))],  # 36 pairs
+    ),
+    "labels at random for a reward model": (
+        "label_noise", "watch",
+        record("reward", log={"accuracy": 0.5}, reward_margin=(estimate(0.0, 0.02), estimate(0.0, 0.2))),
+        [record("reward", log={"accuracy": 0.5}, reward_margin=(estimate(0.0, 0.02), estimate(0.0, 0.025)))],
+    ),
+    "replies cut off": (
+        "no_eos", "broken", record(facts={**OTHER_FACTS, "ends_with_eos": 0.0}),
+        [record(facts={**OTHER_FACTS, "ends_with_eos": 0.3}), record(facts=OTHER_FACTS)],
+    ),
+    "most replies cut off": ("no_eos", "watch", record("sft", facts={**OTHER_FACTS, "ends_with_eos": 0.2}), []),
+    "unlearned to end": (
+        "no_eos", "broken", record("ppo", eos_rate=(estimate(0.5, 0.1), estimate(0.02, 0.02))),
+        [record("ppo", eos_rate=(estimate(0.07, 0.06), estimate(0.0, 0.03)))],
+    ),
+    "never an end": (
+        "no_eos", "watch", record("ppo", log={"completions/eos_rate": 0.0}, held_out=False),
+        [record("ppo", log=[{**row, "completions/eos_rate": 0.01 * (row["step"] == 17)} for row in record("ppo").rows],
+                held_out=False),
+         record("ppo", log={"completions/eos_rate": 0.0}, held_out=False, args=arguments(prompts_per_rollout=4))],
+    ),
+    "no effect on pairs": (
+        "too_little_data", "watch", record(accuracy_change=(0.0, 0.04)), [record(accuracy_change=(0.0, 0.06))]
+    ),
+    "no effect on answers": (
+        "too_little_data", "watch", record("ppo", reward_change=(0.0, -0.04)),
+        [record("ppo", reward_change=(0.0, 0.1))],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rule_sees_it_and_not_the_near_miss(case):
+    name, level, sick, near = CASES[case]
+    found = [finding for finding in doctor.examine(sick)["findings"] if finding["rule"] == name]
+    assert [finding["level"] for finding in found] == [level]
+    said = doctor.line(found[0])
+    assert "\n" not in said and all(found[0][key] for key in ("saw", "means", "change"))
+    for number, miss in enumerate(near):
+        seen = {finding["rule"]: finding["saw"] for finding in doctor.examine(miss)["findings"]}
+        assert name not in seen, (number, seen)
+
+
+def test_every_rule_has_a_case():
+    assert {rule.__name__ for rule in doctor.RULES} == {case[0] for case in CASES.values()}
+
+
+def test_the_worst_decides_and_comes_first():
+    report = doctor.examine(record(accuracy_change=(0.0, 0.0), chosen_logp_change_per_token=(0.0, -0.9)))
+    assert report["verdict"] == "broken"
+    assert [finding["level"] for finding in report["findings"]] == ["broken", "watch"]
+    assert doctor.examine(record(log=[]))["verdict"] == "healthy"
+    json.dumps(report, allow_nan=False)
+
+
+def test_no_rule_reads_the_loss_of_another_beta():
+    """The loss says nothing between betas: whatever its level, the findings are the same."""
+    sick = record(accuracy_change=(0.0, 0.0))
+    for loss in (0.01, 0.69, 30.0):
+        log = [{**row, "loss": loss} for row in sick.rows]
+        assert doctor.examine(record(log=log, accuracy_change=(0.0, 0.0))) == doctor.examine(sick)
+
+
+def test_rollouts_count_once():
+    log = [{"loss": 0.0, "step": step, "kl": float((step - 1) // 2)} for step in range(1, 9)]
+    assert doctor.points(record("ppo", log=log), "kl") == [(1, 0.0), (3, 1.0), (5, 2.0), (7, 3.0)]
+
+
+def test_overrides_that_are_named_compose(compose):
+    """What a finding tells the user to type is a key of that recipe, with a value that it takes."""
+    typed = re.compile(r"\b((?:trainer|data|lora|quantization)(?:\.\w+)?=(?:\[[^]]*\]|[^\s,;:<]+))")
+    records = [each for _, _, sick, near in CASES.values() for each in (sick, *near)]
+    named = {
+        (seen.recipe, override)
+        for seen in records
+        for finding in doctor.examine(seen)["findings"]
+        for override in typed.findall(finding["change"])
+    }
+    assert len(named) > 10
+    for recipe, override in sorted(named):
+        cfg = compose(recipe, override, *(["reward_funcs=a"] if recipe == "ppo" else []))
+        config.build(cfg.trainer, "trainer", use_cpu=True, bf16=False)
+
+
+# ---- In a run
+
+LONG = (
+    "quantization=none",
+    "trainer.max_steps=8",
+    "trainer.logging_steps=1",
+    "trainer.save_steps=3",
+    "trainer.learning_rate=1e-3",
+    "trainer.lr_scheduler_type=constant",
+    "data.train_size=40",
+)
+
+
+def broken_from(step):
+    def rule(record):
+        """Broken from a step on."""
+        if record.rows[-1]["step"] >= step:
+            return doctor.Finding("broken", "a cough", "a cold", "trainer.learning_rate=0.0")
+        return None
+
+    rule.__name__ = "cough"
+    return rule
+
+
+def test_what_a_run_leaves(train, tmp_path, capsys):
+    done = train("dpo", tmp_path / "run", *LONG)
+    report, said = done.result["doctor"], capsys.readouterr().out
+    log, facts = [row for row in done.log if "loss" in row], report.pop("facts")
+    assert report == doctor.examine(
+        doctor.Record("dpo", log, done.trainer.args, 8, facts, done.result["before"], done.result["metrics"])
+    )
+    assert facts["ends_with_eos"] == 1 and facts["reply_tokens"] > 10
+    # Four held-out pairs show nothing.
+    assert report["verdict"] != "healthy" and "too_little_data" in [each["rule"] for each in report["findings"]]
+    assert all(f"  doctor    {doctor.line(finding)}\n" in said for finding in report["findings"])
+    assert (done.dir / "doctor.png").read_bytes().startswith(b"\x89PNG\r\n")
+    card = (done.dir / "README.md").read_text(encoding="utf-8")
+    assert f"Verdict: **{report['verdict']}**." in card and "| watch | too_little_data | 8 |" in card
+    late = [row for row in done.log if "loss" in row and row["step"] > doctor.WARM_STEPS]
+    assert all(row["dead_gradients"] == 0 for row in late)
+    assert "stopped" not in done.result
+
+
+def test_nobody_is_asked(train, tmp_path, capsys):
+    done = train("dpo", tmp_path / "run", "quantization=none", "doctor=none")
+    assert "doctor" not in done.result and not (done.dir / "doctor.png").exists()
+    assert "doctor" not in capsys.readouterr().out
+    assert "## Doctor" not in (done.dir / "README.md").read_text(encoding="utf-8")
+    assert all("dead_gradients" not in row for row in done.log)
+
+
+@pytest.mark.parametrize("recipe", ["dpo", "simpo", "orpo", "sft"])
+def test_replies_that_are_cut_off_are_seen(train, tmp_path, recipe):
+    keys = ("completion",) if recipe == "sft" else ("chosen", "rejected")
+    data = [{"prompt": f"question {i}", **{key: f"{key} " * (99 + i) for key in keys}} for i in range(16)]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
+    arguments = ("quantization=none", "data=local", "data.path=long.jsonl", "data.too_long=truncate")
+    done = train(recipe, tmp_path / "cut", *arguments, "trainer.max_length=128")
+    found = {finding["rule"]: finding for finding in done.result["doctor"]["findings"]}
+    assert found["no_eos"]["saw"].startswith("0% of the training replies")
+
+
+@pytest.mark.parametrize("logging", [1, 2])
+def test_strict_stops_with_the_last_good_weights(train, tmp_path, monkeypatch, logging):
+    """Broken at step 6. The last good row, 5 (or 4), tells of the weights before its step: those of step 4 (or 3)."""
+    good = 6 - logging - 1
+    whole = train("dpo", tmp_path / "good", *LONG, f"trainer.max_steps={good}", "trainer.save_strategy=no")
+    monkeypatch.setattr(doctor, "RULES", (broken_from(6),))
+    arguments = (*LONG, f"trainer.logging_steps={logging}", "trainer.save_strategy=no")
+    warned = train("dpo", tmp_path / "warned", *arguments)
+    assert warned.result["steps"] == 8 and "stopped" not in warned.result
+    done = train("dpo", tmp_path / "strict", *arguments, "doctor=strict")
+    assert done.result["steps"] == 6 and done.result["stopped"] == "doctor: cough at step 6"
+    assert done.result["doctor"]["verdict"] == "broken"
+    assert all(torch.equal(weight, whole.weights[name]) for name, weight in done.weights.items())
+    assert not all(torch.equal(weight, warned.weights[name]) for name, weight in done.weights.items())
+    assert done.result["metrics"] == whole.result["metrics"]
+
+
+def test_a_resumed_run_has_the_same_verdict(train, tmp_path, monkeypatch):
+    """Interrupted at step 4, behind the checkpoint of step 3, whose last good weights are those of step 1."""
+    from rlhf_recipes import callbacks
+
+    monkeypatch.setattr(doctor, "RULES", (*doctor.RULES, broken_from(4)))
+    arguments = (*LONG, "trainer.logging_steps=2", "doctor=strict")
+    whole = train("dpo", tmp_path / "whole", *arguments)
+
+    def interrupt(self, args, state, control, **kwargs):
+        if state.global_step == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(callbacks.Progress, "on_step_end", interrupt)
+        train("dpo", tmp_path / "again", *arguments)
+    again = train("dpo", tmp_path / "again", *arguments)
+    assert again.result["resumed_from"] == "checkpoint-3"
+    for key in ("doctor", "steps", "adapter_sha256", "metrics", "stopped"):
+        assert again.result[key] == whole.result[key], key
+    assert whole.result["steps"] == 4
+
+
+def test_strict_stops_a_run_that_really_breaks(train, tmp_path, capsys):
+    """A rate at which the first real step is the last: what is kept are the weights before it."""
+    done = train("dpo", tmp_path / "run", *LONG, "trainer.learning_rate=1e20", "doctor=strict")
+    assert done.result["steps"] < 8 and done.result["stopped"] == f"doctor: not finite at step {done.result['steps']}"
+    assert done.result["doctor"]["findings"][0]["rule"] == "not_finite"
+    assert all(weight.isfinite().all() and weight.abs().max() < 1 for weight in done.weights.values())
+    assert capsys.readouterr().out.count("\ndoctor: broken: not finite (step") == 1
+
+
+def test_dead_tensors_are_counted(train, tmp_path, monkeypatch):
+    """Layers whose gradients vanish on the way: as bitsandbytes does on a CPU, unless `keep_gradients_on_cpu`."""
+    from rlhf_recipes import models
+
+    def cut(trainer, continued):
+        keep(trainer, continued)
+        for name, parameter in trainer.model.named_parameters():
+            if "layers.0" in name and parameter.requires_grad:
+                parameter.register_hook(torch.zeros_like)
+
+    keep = models.keep_adapter_in_float32
+    monkeypatch.setattr(models, "keep_adapter_in_float32", cut)
+    done = train("dpo", tmp_path / "run", *LONG)
+    found = {finding["rule"]: finding for finding in done.result["doctor"]["findings"]}
+    assert found["dead_gradients"]["level"] == "broken" and found["dead_gradients"]["saw"].startswith("50%")
+
+
+def test_the_doctor_computes_nothing(compose):
+    from rlhf_recipes import run
+
+    def sha(*overrides):
+        return run.config_sha256(run.resolved(compose("dpo", *overrides)))
+
+    assert sha() == sha("doctor=none") == sha("doctor=warn") != sha("doctor=strict")
+    config = run.resolved(compose("dpo"))
+    del config["doctor"]
+    assert run.config_sha256(config) == sha()  # of a run from before there was the key
+
+
+def test_words_are_checked(compose):
+    with pytest.raises(ValueError, match="doctor=sometimes: not one of warn, strict, none"):
+        config.check(compose("dpo", "doctor=sometimes"), "dpo")
+
+
+def test_text_of_a_finding_cannot_break_the_card():
+    from rlhf_recipes import card
+
+    nasty = "a|b `c` <script>\n# Title"
+    finding = {
+        "rule": "cough",
+        "level": "broken",
+        "step": 3,
+        "saw": nasty,
+        "means": nasty,
+        "change": "data.path=<yours>",
+    }
+    text = card.examined({"verdict": "broken", "findings": [finding]})
+    assert "<script>" not in text and "\n# Title" not in text and "data.path=&lt;yours&gt;" in text
+    assert text.count("\n| ") == 3 and card.examined(None) == ""
+
+
+def test_length_bias_is_the_difference_of_two_accuracies():
+    """By hand: 3 pairs whose chosen reply is the longer, 2 of them right; 2 pairs with the shorter, 1 right."""
+    from rlhf_recipes.evaluation.metrics import accuracy_metrics
+
+    def pair(number, chosen, rejected):
+        return {
+            "prompt_id": str(number),
+            "chosen": [{"content": "x" * chosen}],
+            "rejected": [{"content": "x" * rejected}],
+        }
+
+    pairs = [pair(0, 9, 5), pair(1, 9, 5), pair(2, 9, 5), pair(3, 5, 9), pair(4, 5, 9)]
+    found = accuracy_metrics(pairs, [1.0, 2.0, -1.0, 1.0, -1.0], [0.0] * 5)
+    assert found["length_bias"]["value"] == pytest.approx(2 / 3 - 1 / 2)
+    assert found["preference_accuracy"]["value"] == pytest.approx(0.6)
+    assert found["accuracy_change"]["value"] == pytest.approx(0.1) and found["accuracy_change"]["n"] == 5
+    blind = accuracy_metrics(pairs[:3], [1.0, 1.0, -1.0], [0.0] * 3)
+    assert blind["length_bias"]["value"] == 0  # one side alone says nothing
+
+
+def test_page_draws_every_recipe(tmp_path):
+    from rlhf_recipes import doctor_page
+
+    whole = [record(recipe) for recipe in ("dpo", "orpo", "ppo", "sft")]
+    for number, seen in enumerate([*whole, record("reward", log=[]), record("simpo", held_out=False)]):
+        path = tmp_path / f"{number}.png"
+        doctor_page.plot(seen, doctor.examine(seen)["findings"], path, "run $x_1$ <b>")
+        assert path.read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_every_rule_is_drawn():
+    from rlhf_recipes import doctor_page
+
+    drawn = {rule for recipe in ("dpo", "ppo") for panel in doctor_page.panels(record(recipe)) for rule in panel.rules}
+    assert drawn == {rule.__name__ for rule in doctor.RULES}
+
+
+def test_it_is_on_by_default():
+    for recipe in ("sft", "reward", "ppo", "dpo", "orpo", "simpo"):
+        assert yaml.safe_load((config.CONF / f"{recipe}.yaml").read_text())["doctor"] == "warn"
