@@ -321,7 +321,12 @@ def _best(rows: list[dict], objective: str, node: DictConfig, apart: Callable[[d
 
 
 def _csv(rows: list[dict]) -> str:
-    keys = list(dict.fromkeys(key for row in rows for key, _ in _overrides(row)))
+    given = [dict(_overrides(row)) for row in rows]
+    keys = [
+        key
+        for key in dict.fromkeys(key for each in given for key in each)
+        if len({each.get(key) for each in given}) > 1
+    ]  # what is the same for all is in their config.yaml
     metrics = dict.fromkeys(key for row in rows for key in row["metrics"])
     estimates = [f"{m}{part}" for m in metrics for part in ("", "_low", "_high", "_n")]
     fields = ["sweep", "job", *keys, "recipe", "status", *estimates, "seconds", "peak_memory_gib", "doctor",
@@ -337,12 +342,13 @@ def _csv(rows: list[dict]) -> str:
             for part, key in (("", "value"), ("_low", "low"), ("_high", "high"), ("_n", "n"))
         }
         reason = row.get("reason") or row.get("stopped")
-        writer.writerow({**row, **dict(_overrides(row)), **numbers, "sweep": row["folder"], "reason": reason})
+        writer.writerow({**dict(_overrides(row)), **row, **numbers, "sweep": row["folder"], "reason": reason})
     return text.getvalue()
 
 
 def _overrides(row: dict) -> list[tuple[str, str]]:
-    return [(key, value) for key, _, value in (text.partition("=") for text in row["overrides"])]
+    split = (text.partition("=") for text in row["overrides"])
+    return [(key, value) for key, _, value in split if key not in ("sweep", "run_name")]
 
 
 def _natural(name: str) -> list:
