@@ -20,7 +20,7 @@ from pathlib import Path
 
 BETAS = ("0.01", "0.03", "0.1", "0.3", "1.0")
 SHARED = [
-    "data.train_size=48",
+    "data.train_size=24",
     "data.eval_size=20",
     "trainer.learning_rate=1e-4",
     "trainer.per_device_train_batch_size=2",
