@@ -41,10 +41,10 @@ def main() -> None:
             sweep = time.monotonic() - begin
             begin = time.monotonic()
             for beta in BETAS:
-                run(folder, f"trainer.beta={beta}", f"run_name=beta={beta}", *SHARED)
+                run(folder, f"trainer.beta={beta}", f"run_name=beta_{beta}", *SHARED)
             runs = time.monotonic() - begin
             outputs = Path(folder) / "outputs" / "dpo"
-            same = [adapter(outputs / "dpo_beta" / f"beta={b}") == adapter(outputs / f"beta={b}") for b in BETAS]
+            same = [adapter(outputs / "dpo_beta" / f"beta={b}") == adapter(outputs / f"beta_{b}") for b in BETAS]
         ratios.append(sweep / runs)
         print(f"round {number}: sweep {sweep:.1f} s, five runs {runs:.1f} s; {sum(same)} of 5 adapters are the same")
     print(f"{datetime.date.today()} ratio {statistics.median(ratios):.2f}, {os.cpu_count()} CPUs")
