@@ -42,7 +42,9 @@ def main(cfg):
     callbacks.watch(trainer, job)
     run.claim(job)
 
-    before = run.once(job, lambda: measure.pair_logps(trainer.model, tokenizer, pairs.test, "Held out, before"))
+    before = run.once(
+        job, pairs.test, lambda: measure.pair_logps(trainer.model, tokenizer, pairs.test, "Held out, before")
+    )
     trainer.train(resume_from_checkpoint=job.checkpoint)
     after = measure.pair_logps(trainer.model, tokenizer, pairs.test, "Held out, after")
 

@@ -118,16 +118,17 @@ def start(cfg: DictConfig, recipe: str) -> Run:
     return run
 
 
-def once(run: Run, measure: Callable[[], Any]) -> Any:
+def once(run: Run, rows: list[dict], measure: Callable[[], Any]) -> Any:
     """What `measure` finds of the model before it is trained; all jobs of a sweep that start alike are measured once.
 
     Args:
+        rows: what it is measured on.
         measure: its result is JSON-able.
     """
     if run.shared is None:
         return measure()
-    same = {key: value for key, value in run.config.items() if key not in (*_NOT_COMPUTED, "trainer")}
-    same |= {key: run.config["trainer"].get(key) for key in ("max_length", "seed", "bf16", "fp16")}
+    same = {"rows": rows, **{key: run.config[key] for key in ("model", "quantization", "lora")}}
+    same |= {key: run.config["trainer"].get(key) for key in ("seed", "bf16", "fp16")}
     path = run.shared / f"before-{hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

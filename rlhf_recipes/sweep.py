@@ -140,7 +140,8 @@ def rebuild(folders: list[Path], out: Path, node: DictConfig) -> dict:
 
     Returns:
         `rows`, each with the `value` of the `objective`; `best`, the system with the highest value within the budgets,
-        and those that are `equal` to it: the paired difference has an interval that includes 0.
+        and those that are `equal` to it: the paired difference has an interval that includes 0; whether page and
+        picture were `drawn`.
     """
     from rlhf_recipes import stats
     from rlhf_recipes.evaluation import frontier, page, summary, systems
@@ -170,7 +171,7 @@ def rebuild(folders: list[Path], out: Path, node: DictConfig) -> dict:
         low = summary.compare(merged, objective, a["system"], b["system"])["low"]
         return low is not None and low > 0
 
-    table = {"rows": rows, "objective": objective}
+    table = {"rows": rows, "objective": objective, "drawn": merged is not None}
     table |= _best(rows, objective, node, apart) if merged or not measured else _NONE | {"why_none": DIFFERENT}
     run.write_atomically(out / "sweep.csv", _csv(rows))
     if merged:
@@ -221,7 +222,7 @@ def describe(table: dict, out: Path) -> str:
     text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in lines]
     finished = [row for row in table["rows"] if row["status"] == "finished"]
     files = f"  table     {out / 'sweep.csv'}"
-    if table["best"]:
+    if table["drawn"]:
         files += f"\n  frontier  {out / 'frontier.png'}\n  page      {out / 'report.html'}"
     said = f"{len(finished)} of {len(table['rows'])} jobs finished."
     if table["best"]:

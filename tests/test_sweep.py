@@ -242,7 +242,9 @@ def test_reward_models_are_compared_by_what_they_are_about(tmp_path):
         write_atomically(tmp_path / "rows" / f"{job}.json", json.dumps(row))
     found = sweep.rebuild([tmp_path], tmp_path, NODE)
     assert (found["best"], found["equal"]) == ("1e-4", ["1e-3"])
-    assert "80.0 % [74.0, 86.0]" in sweep.describe(found, tmp_path)
+    said = sweep.describe(found, tmp_path)
+    assert "80.0 % [74.0, 86.0]" in said
+    assert "frontier" not in said and not (tmp_path / "frontier.png").exists()
     assert [row["preference_accuracy"] for row in table(tmp_path)] == ["0.55", "0.8", "0.75"]
 
 
