@@ -39,7 +39,7 @@ LIBRARIES = (
     "huggingface_hub",
 )
 # Where a run lies and whether it may continue say nothing about what it computes.
-_NOT_COMPUTED = ("run_name", "resume", "overwrite", "sweep")
+_NOT_COMPUTED = ("run_name", "resume", "overwrite", "sweep", "preflight")
 # The first answers that a run of recipes/cai.py keeps; it continues from all that it has.
 GATE = "gate.jsonl"
 # In a sweep's folder: what its jobs have in common.
@@ -90,7 +90,7 @@ def start(cfg: DictConfig, recipe: str) -> Run:
             `model.adapter` names no adapter, or one that was trained on another base model; or `trainer` belongs to
             another recipe.
     """
-    _environment()
+    environment()
     config = resolved(cfg)
     _refuse_other_trainer(config, recipe)
     run = Run(
@@ -291,7 +291,7 @@ def read_result(run_dir: Path) -> dict | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def _environment() -> None:
+def environment() -> None:
     """Set what must be set before torch and trl are imported; what the user has set stays."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(_threads(cores)))  # accelerate would set 1
@@ -369,7 +369,7 @@ def _refuse_foreign(folder: Path) -> None:
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     config = folder / "config.yaml"
     text = config.read_text(errors="replace") if config.is_file() else ""
-    if not (names <= {"checkpoints"} or "\nrun_name:" in f"\n{text}"):
+    if not (names <= {"checkpoints", "preflight.json"} or "\nrun_name:" in f"\n{text}"):
         raise ValueError(
             f"hydra.run.dir={folder}: holds {sorted(names)[0]} and is no run folder. Choose an empty or a new one."
         )

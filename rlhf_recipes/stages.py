@@ -29,6 +29,7 @@ class Stage:
     recipe: str
     dir: Path
     overrides: list[str]
+    cfg: DictConfig
     config_sha256: str
     status: str = "pending"
     seconds: float = 0.0
@@ -71,7 +72,9 @@ def plan(cfg: DictConfig) -> Plan:
     for entry in cfg.stages:
         _check_entry(entry, [stage.name for stage in stages], recipes)
         overrides = [text.replace("{dir}", str(folder)) for text in [*cfg.shared, *entry.get("overrides", [])]]
-        stage = Stage(entry.name, entry.recipe, folder / entry.name, overrides, _config_sha256(entry, overrides))
+        own = _compose(entry, overrides)
+        sha256 = run.config_sha256(run.resolved(own))
+        stage = Stage(entry.name, entry.recipe, folder / entry.name, overrides, own, sha256)
         result = None if cfg.overwrite else stage.result()
         if result and result["config_sha256"] != stage.config_sha256:
             raise ValueError(
@@ -146,7 +149,7 @@ def _run(stage: Stage, label: str) -> tuple[int, float]:
     return code, round(time.monotonic() - begin, 1)
 
 
-def _config_sha256(entry: DictConfig, overrides: list[str]) -> str:
+def _compose(entry: DictConfig, overrides: list[str]) -> DictConfig:
     GlobalHydra.instance().clear()  # of the pipeline's own composition
     try:
         with hydra.initialize_config_module("rlhf_recipes.conf", version_base="1.3"):
@@ -156,7 +159,7 @@ def _config_sha256(entry: DictConfig, overrides: list[str]) -> str:
             data.check(cfg.data)
     except Exception as error:
         raise ValueError(f"stages.{entry.name}: {config.as_refusal(error, entry.recipe) or error}") from error
-    return run.config_sha256(run.resolved(cfg))
+    return cfg
 
 
 def _check_entry(entry: DictConfig, names: list[str], recipes: set[str]) -> None:
