@@ -24,8 +24,9 @@ from rlhf_recipes import config, models
 GIB = 2**30
 # TRL's tile of logits (trl.kernels.chunked_logprob): tokens, and entries of the vocabulary in dpo and sft; PPO's.
 TILE_TOKENS, TILE_ENTRIES, TILE_ENTRIES_PPO = 4096, 32768, 8192
-# Bytes for a number of the tile: a GPU's kernel works in place; elsewhere seven float32 copies come and go.
-TILE_BYTES = {"cuda": 2, "cpu": 31}
+# Bytes for a number of the tile beside its buffer: a GPU's kernel works in place; elsewhere seven float32 copies and a
+# mask come and go.
+TILE_BYTES = {"cuda": 0, "cpu": 29}
 # Bytes for each of the logits where a trainer makes them all: bfloat16, float32, gradients, what the loss keeps.
 LOGIT_BYTES = {"simpo": 12, "orpo": 14}
 # Bytes for each logit of a forward pass without gradients, and of sampling, which copies, draws and masks.
@@ -223,8 +224,9 @@ def _step(base: Backbone, batch: Batch, where: str, recipe: str, args) -> dict[s
         logits = 0.0
     else:
         predicted = batch.sequences * batch.completion if recipe == "ppo" else tokens
-        entries = min(TILE_ENTRIES_PPO if recipe == "ppo" else TILE_ENTRIES, base.config.vocab_size)
-        logits = TILE_BYTES[where] * min(predicted, TILE_TOKENS) * entries
+        buffer = TILE_ENTRIES_PPO if recipe == "ppo" else TILE_ENTRIES
+        used = min(buffer, base.config.vocab_size)
+        logits = min(predicted, TILE_TOKENS) * (buffer * base.item + used * TILE_BYTES[where])
     if not args.gradient_checkpointing:
         return {"activations": tokens * (layers + 0.5) * base.kept, "logits": logits}
     inputs = layers * base.config.hidden_size * base.item * (1 + base.wide)
@@ -238,7 +240,9 @@ def _held_out(base: Backbone, batch: Batch, where: str, recipe: str) -> dict[str
     """A forward pass without gradients: one layer's activations, and logits up to what evaluation.measure allows."""
     from rlhf_recipes.evaluation import measure
 
-    if recipe in ("reward", "ppo"):
+    if recipe == "reward":
+        return {"activations": measure.BATCH_TOKENS * base.kept}
+    if recipe == "ppo":  # it answers, as in a rollout
         return {"activations": batch.sequences * batch.tokens * base.kept}
     row = 4 * batch.tokens * base.config.vocab_size
     limit = measure.LOGITS_BYTES_ON_CPU if where == "cpu" else measure.LOGITS_BYTES

@@ -69,18 +69,16 @@ def settings(recipe: str, size: str, folder: Path) -> list[str]:
     rows = folder / f"{recipe}_{size}.jsonl"
     if not rows.exists():
         write_rows(rows, recipe, tokens, 8 * STEPS * batch)
-    found = [f"data.path={rows}", "data=local", f"trainer.per_device_train_batch_size={batch}"]
+    found = [f"data.path={rows}", "data=local", "data.test_size=4", f"trainer.per_device_train_batch_size={batch}"]
     found += ["trainer.gradient_accumulation_steps=1", f"trainer.max_steps={STEPS}", "trainer.save_strategy=no"]
-    found += [f"data.train_size={STEPS * batch}", "data.test_size=4"]
-    if size == "large":
-        found.append(f"model.path={large_model(folder)}")
-    if recipe == "ppo":
-        return [
-            *found[:-2], "data.test_size=4", f"max_prompt_length={tokens // 2}", "trainer.num_mini_batches=2",
-            f"trainer.max_completion_length={tokens // 4}", "trainer.num_ppo_epochs=1",
-            "reward_funcs=preflight_predicts:shortness", "trainer.missing_eos_penalty=null",
-        ]  # fmt: skip
-    return [*found, f"trainer.max_length={tokens}"]
+    found += [f"model.path={large_model(folder)}"] if size == "large" else []
+    if recipe != "ppo":
+        return [*found, f"data.train_size={STEPS * batch}", f"trainer.max_length={tokens}"]
+    return [
+        *found, f"max_prompt_length={tokens // 2}", f"trainer.max_completion_length={tokens // 4}",
+        "trainer.num_mini_batches=2", "trainer.num_ppo_epochs=1", "trainer.missing_eos_penalty=null",
+        "reward_funcs=preflight_predicts:shortness",
+    ]  # fmt: skip
 
 
 def write_rows(path: Path, recipe: str, tokens: int, count: int) -> None:
