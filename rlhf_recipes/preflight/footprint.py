@@ -35,6 +35,8 @@ MEASURED_BYTES, SAMPLED_BYTES = 10, 24
 STATE_BYTES = {"8bit": 2.0, "sgd": 0.0, "adafactor": 0.1, "lion": 4.0}
 # Code that is read from disk when it first runs, tokenizer and rows: bytes beside the libraries.
 STARTED = 0.13 * GIB
+# oneDNN compiles bfloat16 products for every shape of a batch and keeps 1,024 of them: bytes for a shape, shapes kept.
+KERNEL_BYTES, KERNELS_KEPT = 0.02 * GIB, 50
 # What the heap takes for a byte of activations and logits: a buffer rarely fits the hole that another one left. The
 # peak of a GPU counts allocated bytes alone.
 HEAP = {"cuda": 1.0, "cpu": 1.45}
@@ -76,10 +78,17 @@ class Backbone:
 
 @dataclass(frozen=True)
 class Batch:
-    """The largest micro-batch: `sequences` (pairs are two) of `tokens` each; for PPO, of `prompts` in a rollout."""
+    """The largest micro-batch: `sequences` (pairs are two) of `tokens` each.
+
+    Attributes:
+        shapes: lengths to which the micro-batches of the run are padded, how many different ones.
+        completion: of PPO, how many of the tokens are sampled.
+        prompts: of PPO, in a rollout.
+    """
 
     sequences: int
     tokens: int
+    shapes: int = 1
     completion: int = 0
     prompts: int = 0
 
@@ -184,6 +193,8 @@ def predict(
         if where == "cpu"
         else {"base": base.weights}
     )
+    if where == "cpu" and base.item == 2:
+        always["kernels"] = KERNEL_BYTES * min(batch.shapes, KERNELS_KEPT)
     trained = base.lora * (1 + (recipe == "ppo" and args.value == "separate"))
     always["LoRA"] = 4.0 * trained
     always["optimizer"] = state_bytes(args.optim) * trained

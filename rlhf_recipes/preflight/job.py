@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import itertools
 import json
 import shutil
 from dataclasses import dataclass, field
@@ -24,8 +25,8 @@ READ = {
     "ppo": data.load_prompts,
 }
 GIB = footprint.GIB
-# Predictions were off by so much: within it a job is warned of, not stopped.
-MARGIN = 0.15
+# Runs over many lengths took up to so much more than predicted: within it a job is warned of, not stopped.
+MARGIN = 0.5
 SHORTEST = 128  # tokens that a proposal leaves
 FEW_ENDS, MANY_CUT, SOME_REFUSALS = 0.9, 0.05, 0.01
 
@@ -114,7 +115,7 @@ def _look(job: Job, looked_at: LookedAt, found: dict[str, Any]) -> None:
     found["watch"] += _remarks(found["rows"], found["example"], recipe)
     steps = step.total_steps(recipe, args, len(splits.train))
     found["settings"]["steps"] = steps
-    base, batch = footprint.backbone(cfg, recipe), _largest(recipe, args, sizes)
+    base, batch = footprint.backbone(cfg, recipe), _largest(recipe, args, sizes, steps)
     found["lora"] = {"numbers": base.lora, "bytes": base.lora * (4 + 4 + footprint.state_bytes(args.optim))}
     found["memory"] = footprint.predict(cfg, recipe, args, base, batch, libraries, rewards)
     found["memory"]["free_gib"] = None if looked_at.elsewhere else memory.free() / GIB
@@ -196,14 +197,17 @@ def _rows(job: Job, args, tokenizer, looked_at: LookedAt) -> tuple:
     return looked_at.rows[key]
 
 
-def _largest(recipe: str, args, sizes: list[int]) -> footprint.Batch:
+def _largest(recipe: str, args, sizes: list[int], steps: int) -> footprint.Batch:
     """The micro-batch with the longest row: every other is padded to it."""
     batch = args.per_device_train_batch_size
-    if recipe == "ppo":
+    count = steps * args.gradient_accumulation_steps
+    if recipe == "ppo":  # where a completion ends nobody knows
         completion = args.max_completion_length
-        return footprint.Batch(batch, max(sizes) + completion, completion, args.prompts_per_rollout)
+        tokens = max(sizes) + completion
+        return footprint.Batch(batch, tokens, count, completion, args.prompts_per_rollout)
+    padded = list(itertools.islice(step.padded_lengths(sizes, batch), count))
     longest = args.max_length if getattr(args, "packing", False) else max(sizes)
-    return footprint.Batch(batch if recipe == "sft" else 2 * batch, longest)
+    return footprint.Batch(batch if recipe == "sft" else 2 * batch, longest, len(set(padded)))
 
 
 def _judge_memory(found: dict, cfg: DictConfig, recipe: str, args, base, batch, libraries, rewards) -> None:

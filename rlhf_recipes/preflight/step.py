@@ -3,19 +3,21 @@
 The rows are the longest of the data, two micro-batches of them, so that what a run takes at most is taken here.
 """
 
+import itertools
 import json
 import math
 import random
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from rlhf_recipes.data import Splits
 
 MICRO_BATCHES = 2
 TEST_ROWS = 4
-SIMULATED = 200  # micro-batches drawn to know the mean of what padding makes of them
+SIMULATED = 200  # micro-batches drawn to know what padding makes of the rows
 
 
 def measure(recipe: str, overrides: list[str], args, splits: Splits, sizes: list[int]) -> dict:
@@ -77,8 +79,7 @@ def _overrides(recipe: str, overrides: list[str], args, folder: str) -> list[str
 def _seconds(log: list[dict], args, sizes: list[int], longest: list[int]) -> float:
     """Of an optimizer step: those of the long micro-batches, less what the data's own are shorter after padding."""
     batch = args.per_device_train_batch_size
-    draw = random.Random(0)
-    padded = [max(draw.choices(sizes, k=batch)) for _ in range(SIMULATED)]
+    padded = list(itertools.islice(padded_lengths(sizes, batch), SIMULATED))
     here = [max(sizes[i] for i in longest[start : start + batch]) for start in range(0, len(longest), batch)]
     share = (sum(padded) / len(padded)) / (sum(here) / len(here))
     micro = next(row["train_runtime"] for row in reversed(log) if "train_runtime" in row) / MICRO_BATCHES
@@ -89,6 +90,14 @@ def _ppo_seconds(log: list[dict], args) -> float:
     """Of an optimizer step: its update, and its part of the rollout."""
     row = next(row for row in log if "seconds/rollout" in row)
     return row["seconds/update"] + (row["seconds/rollout"] + row["seconds/scoring"]) / args.steps_per_rollout
+
+
+def padded_lengths(sizes: list[int], batch: int) -> Iterator[int]:
+    """Lengths to which micro-batches are padded, epoch after epoch in a drawn order."""
+    draw = random.Random(0)
+    while True:
+        order = draw.sample(sizes, len(sizes))
+        yield from (max(order[start : start + batch]) for start in range(0, len(order), batch))
 
 
 def total_steps(recipe: str, args, rows: int) -> int:
