@@ -26,7 +26,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import config, memory, preflight, run
+from rlhf_recipes import config, doctor, memory, preflight, run
 from rlhf_recipes.config import redact
 
 ROWS = "rows"
@@ -88,7 +88,7 @@ def job(main, cfg: DictConfig) -> float:
     (folder / ROWS).mkdir(parents=True, exist_ok=True)
     run.write_atomically(folder / ROWS / f"{own}.json", json.dumps(row, indent=2, ensure_ascii=False) + "\n")
     table = rebuild([folder], folder, cfg.sweep)
-    return next((r["value"] for r in table["rows"] if r["job"] == own and r["value"] is not None), -math.inf)
+    return next((r["value"] for r in table["rows"] if r["job"] == own and _counts(r)), -math.inf)
 
 
 class Summary(Callback):
@@ -232,6 +232,8 @@ def describe(table: dict, out: Path) -> str:
     if table["best"]:
         said += f" Best by {objective}: {table['best']}"
         said += f"; not told apart from it: {', '.join(table['equal'])}." if table["equal"] else "."
+        best = next(row for row in table["rows"] if name(row) == table["best"])
+        files += f"\n  next      python recipes/evaluate.py 'runs=[\"{Path(best['folder']) / best['job']}\"]'"
     elif finished:
         said += f" None is named the best: {table['why_none']}."
     return "\n".join(["", text[0], "─" * min(max(map(len, text)), 110), *text[1:], "", said, files])
@@ -309,16 +311,21 @@ def _objective(asked: str, rows: list[dict]) -> str:
     return "accuracy_log_ratio" if asked == "preference_accuracy" else asked
 
 
+def _counts(row: dict) -> bool:
+    """Whether a job may be the best: it was measured, and the doctor does not call it broken."""
+    return row["value"] is not None and row.get("doctor") != doctor.BROKEN
+
+
 def _best(rows: list[dict], objective: str, node: DictConfig, apart: Callable[[dict, dict], bool]) -> dict:
     def within(row: dict, metric: str, limit: float | None) -> bool:
         return limit is None or (row["metrics"][metric] is not None and row["metrics"][metric]["value"] <= limit)
 
-    candidates = [row for row in rows if row["value"] is not None]
+    candidates = [row for row in rows if _counts(row)]
     allowed = [r for r in candidates if within(r, "kl_k1", node.max_kl)
                and within(r, "length_ratio", node.max_length_ratio)]  # fmt: skip
     if not allowed:
         budgets = "no job is within sweep.max_kl and sweep.max_length_ratio"
-        return _NONE | {"why_none": budgets if candidates else "no job was measured"}
+        return _NONE | {"why_none": budgets if candidates else "no job was measured and is not broken"}
     lower = objective == "perplexity"
     best = min(allowed, key=lambda row: row["value"] if lower else -row["value"])
     equal = [name(row) for row in allowed if row is not best and not apart(best, row)]

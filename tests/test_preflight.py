@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
@@ -237,6 +238,12 @@ def test_what_does_not_fit_is_named_with_what_would(compose, tiny_overrides, tmp
     monkeypatch.setattr(memory, "free", lambda: 1)
     with pytest.raises(ValueError, match="Choose a smaller model"):
         look(compose, tmp_path / "f", *settings)
+
+
+def test_a_model_that_the_counts_are_not_of_is_no_reason_to_stop(compose, tiny_overrides, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "load_config", lambda model: SimpleNamespace(hidden_size=64))
+    seen = look(compose, tmp_path, *tiny_overrides)["jobs"][0]
+    assert seen["stops"] == [] and seen["memory"] is None and "no intermediate_size" in seen["watch"][0]
 
 
 def test_a_job_that_is_refused_does_not_hide_the_others(compose, tiny_overrides, tmp_path, capsys):

@@ -215,6 +215,13 @@ def test_a_job_over_the_budget_is_never_the_best(written):
     assert none["best"] is None and "None is named the best" in sweep.describe(none, folder)
 
 
+def test_a_broken_job_is_never_the_best(written):
+    folder = written("s", {"1.0": 0.3, "0.1": 0.95}, **{"0.1": {"doctor": "broken"}})
+    found = sweep.rebuild([folder], folder, NODE)
+    assert found["best"] == "dpo 1.0" and found["equal"] == []
+    assert f"next      python recipes/evaluate.py 'runs=[\"{folder}/1.0\"]'" in sweep.describe(found, folder)
+
+
 def test_two_sweeps_with_jobs_of_one_name(written, tmp_path):
     folders = [written("a", {"0.1": 0.9}), written("b", {"0.1": 0.3})]
     found = sweep.rebuild(folders, tmp_path, NODE)

@@ -5,7 +5,8 @@ import hashlib
 import itertools
 import json
 import shutil
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -110,17 +111,12 @@ def _look(job: Job, looked_at: LookedAt, found: dict[str, Any]) -> None:
     if str(cfg.data.path) in later:
         found["watch"].append(f"{cfg.data.path} is made by an earlier stage: not looked at")
         return
-    rewards = _rewards_on_base(cfg) if recipe == "ppo" else 0
+    _find_rewards(cfg)
     splits, sizes, found["rows"], found["example"] = _rows(job, args, tokenizer, looked_at)
     found["watch"] += _remarks(found["rows"], found["example"], recipe)
     steps = step.total_steps(recipe, args, len(splits.train))
     found["settings"]["steps"] = steps
-    base, batch = footprint.backbone(cfg, recipe), _largest(recipe, args, sizes, steps)
-    found["lora"] = {"numbers": base.lora, "bytes": base.lora * (4 + 4 + footprint.state_bytes(args.optim))}
-    found["memory"] = footprint.predict(cfg, recipe, args, base, batch, libraries, rewards)
-    found["memory"]["free_gib"] = None if looked_at.elsewhere else memory.free() / GIB
-    if not looked_at.elsewhere:
-        _judge_memory(found, cfg, recipe, args, base, batch, libraries, rewards)
+    _memory(found, job, args, _largest(recipe, args, sizes, steps), libraries, looked_at.elsewhere)
     if looked_at.measure and not found["stops"] and not later:
         shape = _shape(cfg, recipe)
         if shape not in looked_at.measured:
@@ -172,13 +168,11 @@ def _rewards(cfg: DictConfig) -> list[str]:
     return [given] if isinstance(given, str) else list(given)
 
 
-def _rewards_on_base(cfg: DictConfig) -> int:
-    """How many of PPO's rewards are adapters on the policy's own base."""
-    functions = [reference for reference in _rewards(cfg) if ":" in reference]
-    present = [reference for reference in _rewards(cfg) if Path(reference).is_dir() or reference in functions]
+def _find_rewards(cfg: DictConfig) -> None:
+    """Refuse what `reward_funcs` names, but for what an earlier stage has yet to make."""
+    present = [each for each in _rewards(cfg) if ":" in each or Path(each).is_dir()]
     if present:
         ppo.find_rewards(present)
-    return len(_rewards(cfg)) - len(functions)
 
 
 def _rows(job: Job, args, tokenizer, looked_at: LookedAt) -> tuple:
@@ -210,45 +204,57 @@ def _largest(recipe: str, args, sizes: list[int], steps: int) -> footprint.Batch
     return footprint.Batch(batch if recipe == "sft" else 2 * batch, longest, len(set(padded)))
 
 
-def _judge_memory(found: dict, cfg: DictConfig, recipe: str, args, base, batch, libraries, rewards) -> None:
-    peak, free = found["memory"]["peak_gib"], found["memory"]["free_gib"]
-    where = f"{found['name'] or recipe}: needs about {peak:.1f} GiB at its peak, {free:.1f} GiB are free."
+def _memory(found: dict, job: Job, args, batch: footprint.Batch, libraries: int, elsewhere: bool) -> None:
+    """Fill in `lora` and `memory`, and judge what is needed by what is free."""
+    try:
+        base = footprint.backbone(job.cfg, job.recipe)
+    except ValueError as error:  # not the kind of model that the counts are of
+        found["watch"].append(str(error))
+        return
+    rewards = sum(":" not in each for each in _rewards(job.cfg))  # as adapters on the policy's base
+
+    def predicted(args, batch: footprint.Batch) -> dict:
+        return footprint.predict(job.cfg, job.recipe, args, base, batch, libraries, rewards)
+
+    found["lora"] = {"numbers": base.lora, "bytes": base.lora * (4 + 4 + footprint.state_bytes(args.optim))}
+    found["memory"] = predicted(args, batch) | {"free_gib": None}
+    if elsewhere:
+        return
+    peak, free = found["memory"]["peak_gib"], memory.free() / GIB
+    found["memory"]["free_gib"] = free
+    needs = f"{job.name or job.recipe}: needs about {peak:.1f} GiB at its peak, {free:.1f} GiB are free."
     if peak > free:
-        fitting = proposal(cfg, recipe, args, base, batch, libraries, rewards, free)
-        found["memory"]["proposal"] = fitting
+        fitting = proposal(job.recipe, args, batch, lambda *asked: predicted(*asked)["peak_gib"] <= free)
         advice = f"It fits with {' '.join(fitting)}" if fitting else "Choose a smaller model or another machine"
-        found["stops"].append(f"{where} {advice}.")
+        found["stops"].append(f"{needs} {advice}.")
     elif peak * (1 + MARGIN) > free:
-        found["watch"].append(f"memory is tight: {where}")
+        found["watch"].append(f"memory is tight: {needs}")
 
 
-def proposal(cfg, recipe: str, args, base, batch, libraries, rewards, free: float) -> list[str]:
-    """The overrides nearest to what was asked that are predicted to fit into `free` GiB; empty where none are.
+def proposal(recipe: str, args, batch: footprint.Batch, fits: Callable[[Any, footprint.Batch], bool]) -> list[str]:
+    """The overrides nearest to what was asked that fit; empty where none do.
 
     First a smaller micro-batch, which changes nothing that is learned; then checkpointing, which costs time; then
     PPO's value head; last shorter rows.
     """
     args, changes = copy.copy(args), {}
 
-    def fits() -> bool:
-        return footprint.predict(cfg, recipe, args, base, batch, libraries, rewards)["peak_gib"] <= free
-
     def change(key: str, value) -> None:
         setattr(args, key, value)
         changes[f"trainer.{key}"] = str(value).lower()
 
-    while not fits() and args.per_device_train_batch_size > 1 and args.per_device_train_batch_size % 2 == 0:
+    while not fits(args, batch) and args.per_device_train_batch_size % 2 == 0:
         change("per_device_train_batch_size", args.per_device_train_batch_size // 2)
         change("gradient_accumulation_steps", args.gradient_accumulation_steps * 2)
-        batch = footprint.replace(batch, sequences=batch.sequences // 2)
-    if not fits() and not args.gradient_checkpointing:
+        batch = replace(batch, sequences=batch.sequences // 2)
+    if not fits(args, batch) and not args.gradient_checkpointing:
         change("gradient_checkpointing", True)
-    if not fits() and recipe == "ppo" and args.value == "separate":
+    if not fits(args, batch) and recipe == "ppo" and args.value == "separate":
         change("value", "head")
-    while not fits() and recipe != "ppo" and batch.tokens // 2 >= SHORTEST:
-        batch = footprint.replace(batch, tokens=batch.tokens // 2)
+    while not fits(args, batch) and recipe != "ppo" and batch.tokens // 2 >= SHORTEST:
+        batch = replace(batch, tokens=batch.tokens // 2)
         change("max_length", batch.tokens)
-    return [f"{key}={value}" for key, value in changes.items()] if fits() else []
+    return [f"{key}={value}" for key, value in changes.items()] if fits(args, batch) else []
 
 
 def _shape(cfg: DictConfig, recipe: str) -> str:
