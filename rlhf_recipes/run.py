@@ -90,7 +90,7 @@ def start(cfg: DictConfig, recipe: str) -> Run:
             `model.adapter` names no adapter, or one that was trained on another base model; or `trainer` belongs to
             another recipe.
     """
-    _environment()
+    environment()
     config = resolved(cfg)
     _refuse_other_trainer(config, recipe)
     run = Run(
@@ -220,7 +220,7 @@ def record(run: Run, **entries) -> dict:
     return {
         "recipe": run.recipe,
         "status": "finished",
-        "base_model": run.config["model"]["id"],
+        "base_model": run.config.get("model", {}).get("id"),
         **entries,
         "seconds": run.seconds(),
         "peak_memory_gib": memory.peak_gib(),
@@ -243,7 +243,8 @@ def config_sha256(config: dict) -> str:
 def _computed(config: dict) -> dict:
     """The config without what says nothing about the result: unless it is strict, the doctor only reads."""
     watched = () if config.get("doctor") == "strict" else ("doctor",)
-    return {key: value for key, value in config.items() if key not in (*_NOT_COMPUTED, *watched)}
+    published = ("publish", "repo_id") if "publish" in config else ()
+    return {key: value for key, value in config.items() if key not in (*_NOT_COMPUTED, *watched, *published)}
 
 
 def versions() -> dict[str, str]:
@@ -291,7 +292,7 @@ def read_result(run_dir: Path) -> dict | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def _environment() -> None:
+def environment() -> None:
     """Set what must be set before torch and trl are imported; what the user has set stays."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(_threads(cores)))  # accelerate would set 1

@@ -1,0 +1,333 @@
+"""README.md of what is published: metadata that the Hub reads, the snippet that loads it, what was measured, limits.
+
+Text that comes from data or from a config is escaped.
+"""
+
+import html
+import importlib
+import inspect
+import json
+import re
+from typing import Any
+
+from rlhf_recipes.cai import report
+from rlhf_recipes.card import PAPERS, chain, escape, examined, measured, without_folder
+from rlhf_recipes.config import flatten
+from rlhf_recipes.hub.contents import PAGE, Source
+from rlhf_recipes.hub.upload import MARK
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+PROVEN = "Proven by a round trip"
+
+
+def write(source: Source, facts: dict[str, Any], proof: dict | str | None) -> str:
+    """The card.
+
+    Args:
+        facts: `repo_id`, `base`, `evaluation`, `merged`, `fingerprint`, as `hub.publish` gathers them.
+        proof: what the round trip found; None before it; a sentence where it failed.
+    """
+    return (_data_card if source.key == "pairs" else _model_card)(source, facts, proof)
+
+
+def is_proven(card: str, fingerprint: str) -> bool:
+    """Whether a card on the Hub says that exactly these files came back as they went."""
+    return PROVEN in card and fingerprint in card
+
+
+def _model_card(source: Source, facts: dict[str, Any], proof: dict | str | None) -> str:
+    from huggingface_hub import ModelCard
+
+    result, base = source.result, facts["base"]
+    method, paper = PAPERS[source.recipe]
+    what = "Merged weights" if facts["merged"] else "LoRA adapter"
+    parts = [
+        f"# {what}: {source.recipe} on {base['id']}",
+        f"{method} ([arXiv:{paper}](https://arxiv.org/abs/{paper})), trained with TRL by rlhf-recipes.",
+        _proof(proof, facts),
+        "## Use",
+        f"```python\n{snippet(source, facts)}```",
+        "## Held-out metrics",
+        f"{_parent(result)} {measured(result)}",
+        examined(result.get("doctor")).rstrip(),
+        _evaluated(facts["evaluation"]),
+        _merged(facts["merged"]),
+        "## Chain",
+        chain(f"{base['id']}{'@' + base['revision'][:12] if base['revision'] else ''}", result),
+        _base(base),
+        "## Settings",
+        _settings(source.config),
+        _hardware(result),
+        "## Limits",
+        "\n".join(f"- {limit}" for limit in _limits(source, facts)),
+    ]
+    head = ModelCard(f"---\n{_metadata(source, facts, broken=isinstance(proof, str)).to_yaml()}\n---\n")
+    return str(head) + "\n" + "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _metadata(source: Source, facts: dict[str, Any], broken: bool):
+    from huggingface_hub import ModelCardData
+
+    reward, base = source.recipe == "reward", facts["base"]
+    data = source.config["data"]["path"]
+    terms = {key: base[key] for key in ("license", "license_name", "license_link") if base[key]}
+    return ModelCardData(
+        base_model=base["id"],
+        base_model_relation="finetune" if facts["merged"] else "adapter",
+        datasets=[data] if HUB_ID.fullmatch(data) and not _is_local(data) else None,
+        library_name="transformers" if facts["merged"] else "peft",
+        pipeline_tag="text-classification" if reward else "text-generation",
+        tags=[MARK, "trl", *([] if facts["merged"] else ["lora"]), source.recipe, *(["broken"] if broken else [])],
+        model_name=f"{source.recipe} on {base['id'].rpartition('/')[2]}",
+        eval_results=_eval_results(source),
+        **terms,
+    )
+
+
+def _eval_results(source: Source) -> list:
+    """The held-out metrics in the form that the Hub shows; n, interval and the value before as arguments."""
+    from huggingface_hub import EvalResult
+
+    task = "text-classification" if source.recipe == "reward" else "text-generation"
+    data = source.config["data"]
+    name = escape(str(without_folder(data["path"])))
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=name,
+            dataset_name=f"{name} (held-out prompts)",
+            dataset_split=data["test_split"],
+            metric_type=key,
+            metric_name=key.replace("_", " "),
+            metric_value=round(after["value"], 6),
+            metric_args={
+                "n": after["n"],
+                "low": _rounded(after["low"]),
+                "high": _rounded(after["high"]),
+                "before": _rounded(source.result["before"][key]["value"]),
+            },
+        )
+        for key, after in source.result["metrics"].items()
+        if after["value"] is not None
+    ]
+
+
+def snippet(source: Source, facts: dict[str, Any]) -> str:
+    """Plain peft and transformers: the base as it was trained on, what is published, one use of it."""
+    repo_id, base, reward = facts["repo_id"], facts["base"], source.recipe == "reward"
+    auto = "AutoModelForSequenceClassification" if reward else "AutoModelForCausalLM"
+    quantization = {} if facts["merged"] else _arguments(source.config["quantization"])
+    names = [auto, "AutoTokenizer", *(["BitsAndBytesConfig"] if quantization else [])]
+    lines = ["import torch", *([] if facts["merged"] else ["from peft import PeftModel"])]
+    lines += [f"from transformers import {', '.join(names)}", ""]
+    dtype = f"torch.{facts['dtype']}"
+    options = [*(["num_labels=1"] if reward else []), f"dtype={dtype}"]
+    name = "reward_model" if reward else "policy"
+    if facts["merged"]:
+        lines += [f"{name} = {auto}.from_pretrained({repo_id!r}, {', '.join(options)})"]
+    else:
+        if base["revision"]:
+            options.insert(0, f"revision={base['revision']!r}")
+        if quantization:
+            given = {**quantization, **({"bnb_4bit_compute_dtype": None} if quantization.get("load_in_4bit") else {})}
+            given |= {"llm_int8_skip_modules": ["lm_head", "score"]}
+            shown = [f"{key}={dtype if value is None else repr(value)}" for key, value in given.items()]
+            lines += ["quantization = BitsAndBytesConfig(", *(f"    {line}," for line in shown), ")"]
+            options.append("quantization_config=quantization")
+        lines += [f"base = {auto}.from_pretrained(", f"    {base['id']!r},", f"    {', '.join(options)},", ")"]
+        lines += [f"{name} = PeftModel.from_pretrained(base, {repo_id!r})"]
+    lines += [f"tokenizer = AutoTokenizer.from_pretrained({repo_id!r})", ""]
+    return "\n".join(lines + (_scoring() if reward else _answering())) + "\n"
+
+
+def _answering() -> list[str]:
+    return [
+        'messages = [{"role": "user", "content": "Can I move my appointment to Friday?"}]',
+        'inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)',
+        "answer = policy.generate(**inputs.to(policy.device), max_new_tokens=64)",
+        'print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+    ]
+
+
+def _scoring() -> list[str]:
+    return [
+        "messages = [",
+        '    {"role": "user", "content": "Can I move my appointment to Friday?"},',
+        '    {"role": "assistant", "content": "Yes. Which time on Friday suits you?"},',
+        "]",
+        'inputs = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True).to(reward_model.device)',
+        "with torch.no_grad():",
+        "    print(reward_model(**inputs).logits[0, 0].item())  # higher is better; only differences mean something",
+    ]
+
+
+def _proof(proof: dict | str | None, facts: dict[str, Any]) -> str:
+    """What stands at the top: a reader must not take what is not proven for what is."""
+    if proof is None:
+        return "> **Not proven.** These files were not yet loaded again after their upload. Do not use this revision."
+    if isinstance(proof, str):
+        return f"> **Broken.** What was downloaded is not what was uploaded: {_plain(proof)} Do not use this revision."
+    return (
+        f"**{PROVEN}**: downloaded into an empty cache and loaded in a fresh process, {found(proof)}. Fingerprint: "
+        f"`{facts['fingerprint']}`."
+    )
+
+
+def found(proof: dict[str, Any]) -> str:
+    """What a round trip found, in words."""
+    if "largest" not in proof:
+        return f"{proof['files']} files and {proof['n']} rows are as they were"
+    return (
+        f"{proof['files']} files have the same hashes, and {proof['n']} {proof['what']} are within "
+        f"{_short(proof['largest'])} {proof['unit']} of what they were ({_short(proof['allowed'])} is allowed)"
+    )
+
+
+def _parent(result: dict) -> str:
+    parent = result["parent"]
+    after = f"the {parent['recipe'] or 'adapter'} run that it continues" if parent else "the base model"
+    return f"Before: {after}. On rows that were held out of the training."
+
+
+def _evaluated(entry: dict | None) -> str:
+    if not entry:
+        return ""
+    reasons = " ".join(_plain(reason) for reason in entry["verdict"]["reasons"])
+    return (
+        f"## Evaluation\n\nAgainst {_plain(entry['parent'])}: **{entry['verdict']['verdict']}**. {reasons} "
+        f"The page with all answers: [{PAGE}]({PAGE})."
+    )
+
+
+def _merged(merged: dict | None) -> str:
+    if not merged:
+        return ""
+    return (
+        "## Merge\n\nThe adapter was merged into its base, de-quantized. On 32 replies of the clinic set the merged weights "
+        f"differ from the adapter on the base that it was trained on by {_short(merged['drift'])} {merged['unit']} on "
+        f"average ({merged['limit']} is allowed)."
+    )
+
+
+def _base(base: dict[str, Any]) -> str:
+    said = [f"Base: `{base['id']}` at `{base['revision'] or 'its newest revision'}`, under {base['license']}."]
+    if base["origin"]:
+        said.append(f"It was trained on these weights: {_plain(base['origin'])}.")
+    if base.get("drift") is not None:
+        said.append(
+            "They are not the weights of this name on the Hub: with those, 32 log-probabilities or scores differ by "
+            f"{_short(base['drift'])} on average (nats per token, or units of the score)."
+        )
+    if base["same"] is None:
+        said.append("The weights that it was trained on were not compared with those on the Hub.")
+    return " ".join(said)
+
+
+def _settings(config: dict[str, Any]) -> str:
+    """Every setting that is not the default of the class behind it."""
+    rows = []
+    for group in ("reward_funcs", "trainer", "lora", "quantization", "data"):
+        node = config.get(group)
+        defaults = _defaults(node) if isinstance(node, dict) else {}
+        for key, value in flatten({group: node}) if node is not None else []:
+            plain = key.removeprefix(f"{group}.")
+            if value is None or key.endswith("_target_") or plain.startswith("columns."):
+                continue
+            if plain not in defaults or defaults[plain] != value:
+                shown = json.dumps(without_folder(value), ensure_ascii=False)
+                rows.append(f"| `{escape(key)}` | `{escape(shown)}` |")
+    return "\n".join(
+        ["What differs from the default of the class behind it:", "", "| key | value |", "| --- | --- |", *rows]
+    )
+
+
+def _defaults(node: dict[str, Any]) -> dict[str, Any]:
+    if "_target_" not in node:
+        return {}
+    module, _, name = node["_target_"].rpartition(".")
+    target = getattr(importlib.import_module(module), name)
+    return {p.name: p.default for p in inspect.signature(target).parameters.values() if p.default is not p.empty}
+
+
+def _hardware(result: dict) -> str:
+    peak = ", ".join(f"{gib} GiB {where}" for where, gib in result["peak_memory_gib"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    return (
+        f"Seed {result['seed']}, {result['steps']} steps, {result['seconds']:.0f} s on {_plain(result['device'])}, peak "
+        f"{peak}. Versions: {versions}."
+    )
+
+
+def _limits(source: Source, facts: dict[str, Any]) -> list[str]:
+    result, limits = source.result, []
+    main = result["main"]
+    n = main["after"]["n"]
+    limits.append(
+        f"Measured on {n} held-out rows of the data that it was trained on{', too few to decide much' if n < 100 else ''}. "
+        "Other topics, languages and lengths were not looked at."
+    )
+    if (
+        main["after"]["low"] is not None
+        and main["after"]["low"] <= (main["before"]["value"] or 0) <= main["after"]["high"]
+    ):
+        limits.append(
+            f"The interval of the {main['name'].replace('_', ' ')} does not exclude that nothing was gained."
+        )
+    if not facts["evaluation"]:
+        limits.append("Its answers were not compared with those of its parent: only held-out numbers were.")
+    if source.recipe == "reward":
+        limits.append("A score means nothing alone: compare scores of replies to the same prompt.")
+        limits.append("A policy that is trained against it for long will find what it rewards by mistake.")
+    else:
+        limits.append("It can be wrong, and refuse or comply where it should not. Nobody has tested it for safety.")
+    if source.config["quantization"].get("_target_") and not facts["merged"]:
+        limits.append("It was trained on a quantized base. On an unquantized one its log-probabilities differ.")
+    limits.append("The terms of the base model and of the data apply.")
+    return limits
+
+
+def _data_card(source: Source, facts: dict[str, Any], proof: dict | str | None) -> str:
+    """The card that recipes/cai.py wrote, with licence, proof and snippet."""
+    from huggingface_hub import DatasetCard
+
+    card = DatasetCard(report.card(without_folder(source.result)))
+    card.data.license = facts["base"]["license"]
+    for key in ("license_name", "license_link"):
+        if facts["base"][key]:
+            card.data[key] = facts["base"][key]
+    if isinstance(proof, str):
+        card.data.tags.append("broken")
+    title, _, rest = card.text.strip().partition("\n\n")
+    constitution = source.result["constitution"]
+    code = f'from datasets import load_dataset\n\npairs = load_dataset({facts["repo_id"]!r}, "prefs")\nprint(pairs)\n'
+    limits = [
+        "The text is a language model's, and so are the labels or the rule behind them: nobody has read all of it.",
+        f"The constitution is `constitution.yaml`, SHA-256 `{constitution['sha256']}`.",
+        "The terms of the generator's base model and of the prompts apply.",
+    ]
+    parts = [title, _proof(proof, facts), f"## Use\n\n```python\n{code}```", rest.strip()]
+    parts += ["## Limits\n\n" + "\n".join(f"- {limit}" for limit in limits)]
+    return f"---\n{card.data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
+
+
+def _arguments(node: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in node.items() if key != "_target_" and value is not None}
+
+
+def _is_local(path: str) -> bool:
+    from pathlib import Path
+
+    return Path(path).exists()
+
+
+def _plain(text: str) -> str:
+    """Text of data or config inside a paragraph."""
+    return html.escape(escape(str(text)), quote=False)
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)
+
+
+def _short(value: float) -> str:
+    return f"{value:.2g}" if value else "0"
