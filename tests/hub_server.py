@@ -63,6 +63,7 @@ class Hub(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
+        self.cdn = f"http://localhost:{self.server_port}/cdn"  # another host to the client, which keeps its token back
         self.lock = threading.RLock()
         self.repos: dict[tuple[str, str], Repo] = {}
         self.lfs: dict[str, bytes] = {}
@@ -341,7 +342,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.send_data(data, ETag=f'"{oid_of(path, data)}"', **headers)
         linked = {"X-Linked-Size": str(len(data)), "X-Linked-ETag": f'"{sha256(data)}"'}
         self.server.lfs.setdefault(sha256(data), data)
-        return self.answer(302, b"", Location=f"{self.server.url}/cdn/{sha256(data)}", **headers, **linked)
+        return self.answer(302, b"", Location=f"{self.server.cdn}/{sha256(data)}", **headers, **linked)
 
     def do_download(self, oid):
         return self.send_data(self.server.lfs[oid], ETag=f'"{oid}"')
