@@ -69,6 +69,7 @@ class Hub(ThreadingHTTPServer):
         self.lfs: dict[str, bytes] = {}
         self.tokens = {TOKEN: {"name": OWNER, "role": "write", "orgs": []}}
         self.seen: Counter = Counter()
+        self.tokens_at_cdn = 0
         self.log: list[tuple[str, str, str]] = []  # step, method, path
         self.error_headers: dict[str, str] = {}
         self.fault = lambda step, number, path: None
@@ -345,6 +346,7 @@ class Handler(BaseHTTPRequestHandler):
         return self.answer(302, b"", Location=f"{self.server.cdn}/{sha256(data)}", **headers, **linked)
 
     def do_download(self, oid):
+        self.server.tokens_at_cdn += "Authorization" in self.headers
         return self.send_data(self.server.lfs[oid], ETag=f'"{oid}"')
 
     # ---- answers

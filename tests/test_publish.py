@@ -11,6 +11,7 @@ import pytest
 import yaml
 from conftest import TINY_ID, merged
 from hub_server import TOKEN
+from test_cai import SMALL, terse  # noqa: F401  a fixture
 
 LEARNS = ("trainer.learning_rate=0.01", "trainer.warmup_steps=0", "data.eval_size=24")
 BASE = {"README.md": b"---\nlicense: apache-2.0\n---\n# Tiny\n"}
@@ -129,3 +130,135 @@ def test_an_sft_dpo_adapter(hub, here, publish, plain):
     probe = probe_of(hub, "ada/desk")
     stored = [value / scale for value, scale in zip(probe["values"], probe["scale"], strict=True)]
     assert [float(line) for line in found] == pytest.approx(stored[:4], abs=0.02)
+
+
+def test_again_it_uploads_nothing(hub, publish):
+    repo, before = hub.repos["model", "ada/desk"], hub.seen.copy()
+    head = repo.branches["main"]
+    done = publish("run=dpo", "repo_id=ada/desk", "force=true")
+    assert done.returncode == 0 and "nothing is uploaded" in done.stdout, done
+    assert f"published {hub.url}/ada/desk/tree/{head}" in done.stdout
+    writes = ("create", "preupload", "batch", "upload", "commit", "branch", "tag", "settings")
+    assert repo.branches["main"] == head and all(hub.seen[step] == before[step] for step in writes)
+
+
+def test_the_token_goes_to_the_hub_alone(hub, here):
+    assert all(TOKEN not in path for _, _, path in hub.log)
+    assert hub.tokens_at_cdn == 0 and hub.seen["download"] > 0
+    files = [path.read_bytes() for path in here.rglob("*") if path.is_file()]
+    files += [data for repo in hub.repos.values() for commit in repo.commits.values() for data in commit["files"].values()]
+    assert files and not any(TOKEN.encode() in data for data in files)
+
+
+def test_a_reward_model_with_its_score_head(hub, publish, plain):
+    from rlhf_recipes.data import CLINIC
+
+    done = publish("run=reward", "repo_id=ada/judge", "public=true", "revision=trial", "commit_message=First")
+    assert done.returncode == 0, done
+    repo = hub.repos["model", "ada/judge"]
+    assert not repo.private and list(repo.files) == [".gitattributes"]  # main is as it was made
+    repo.branches["main"] = repo.branches["trial"]
+    text, head = card_of(hub, "ada/judge")
+    assert head["pipeline_tag"] == "text-classification" and "32 scores" in text
+    assert [c["title"] for c in repo.commits.values()][1:] == ["First", "First, proven"]
+    found = plain(snippet_of(text) + PROBES.format(pairs=str(CLINIC / "pairs.jsonl")) + SCORES).splitlines()[-4:]
+    assert [float(line) for line in found] == pytest.approx(probe_of(hub, "ada/judge")["values"][:4], abs=0.02)
+
+
+def test_merged_weights(hub, publish, plain):
+    from rlhf_recipes.data import CLINIC
+
+    done = publish("run=dpo", "repo_id=ada/desk-merged", "merged=true", "force=true", "max_merge_drift=0.5")
+    assert done.returncode == 0, done
+    repo = hub.repos["model", "ada/desk-merged"]
+    assert "model.safetensors" in repo.files and "adapter_config.json" not in repo.files
+    text, head = card_of(hub, "ada/desk-merged")
+    assert head["base_model_relation"] == "finetune" and head["library_name"] == "transformers"
+    assert "lora" not in head["tags"] and "peft" not in snippet_of(text)
+    drift = float(re.search(r"by ([\d.e-]+) nats per reply token on average", text)[1])
+    assert 0 < drift < 0.5
+    found = plain(snippet_of(text) + PROBES.format(pairs=str(CLINIC / "pairs.jsonl")) + LOGPS).splitlines()[-4:]
+    probe = probe_of(hub, "ada/desk-merged")
+    stored = [value / scale for value, scale in zip(probe["values"], probe["scale"], strict=True)]
+    assert [float(line) for line in found] == pytest.approx(stored[:4], abs=0.02)
+    adapter = probe_of(hub, "ada/desk")
+    both = zip(probe["values"], adapter["values"], adapter["scale"], strict=True)
+    assert sum(abs(a - b) / n for a, b, n in both) / 32 == pytest.approx(drift, rel=0.1)
+
+    done = publish("run=dpo", "repo_id=ada/too-far", "merged=true", "force=true", f"max_merge_drift={drift / 2}")
+    assert done.returncode == 2 and "merged weights differ from the adapter on its base by" in done.stderr
+    assert ("model", "ada/too-far") not in hub.repos
+
+
+def test_a_pull_request(hub, publish):
+    hub.put("ada/asked", None, **{"README.md": b"---\ntags:\n- rlhf-recipes\n---\n# Old\n"}, private=True)
+    repo = hub.repos["model", "ada/asked"]
+    head = repo.branches["main"]
+    done = publish("run=sft", "repo_id=ada/asked", "create_pr=true", "force=true")
+    assert done.returncode == 0, done
+    assert f"published {hub.url}/ada/asked/tree/refs/pr/1" in done.stdout
+    assert repo.branches["main"] == head and list(repo.pulls) == ["refs/pr/1"]
+    proposed = repo.at("refs/pr/1")["files"]
+    assert b"Proven by a round trip" in proposed["README.md"] and "adapter_model.safetensors" in proposed
+
+
+@pytest.fixture(scope="module")
+def pairs(run_recipe, terse, here):  # noqa: F811
+    done = run_recipe("cai", *SMALL, *terse, "gate.fails=contrastive", cwd=here)
+    assert done.returncode == 0, done
+    return here / "outputs" / "cai" / "main"
+
+
+def test_a_data_set(hub, publish, plain, pairs):
+    done = publish(f"pairs={pairs.relative_to(pairs.parents[2])}", "repo_id=ada/pairs", "license=mit")
+    assert done.returncode == 0, done
+    repo = hub.repos["dataset", "ada/pairs"]
+    assert f"published {hub.url}/datasets/ada/pairs/tree/" in done.stdout
+    text, head = card_of(hub, "ada/pairs", "dataset")
+    result = json.loads((pairs / "result.json").read_text())
+    assert head["license"] == "mit" and "Proven by a round trip" in text
+    assert result["constitution"]["sha256"] in text and b"principles:" in repo.files["constitution.yaml"]
+    rows = plain(snippet_of(text) + "print([pairs[name].num_rows for name in pairs])\nprint(pairs['train'][0]['chosen'])")
+    written = result["funnel"]["written"]
+    assert str([written["train_prefs"], written["test_prefs"]]) in rows and "'role': 'assistant'" in rows
+
+    (pairs / "result.json").write_text(json.dumps(result | {"generator": f"{pairs}/model"}))
+    done = publish(f"pairs={pairs}", "repo_id=ada/pairs", "license=mit")
+    assert done.returncode == 0 and b"/tmp" not in b"".join(repo.files.values()), done
+
+
+def test_publish_true_on_a_recipe(hub, publish, tiny_overrides):
+    options = [*tiny_overrides, *LEARNS, "quantization=none", "run_name=direct"]
+    done = publish(*options, "publish=true", "repo_id=ada/direct", recipe="sft")
+    assert done.returncode == 0, done
+    assert "sft finished in" in done.stdout and f"published {hub.url}/ada/direct/tree/" in done.stdout
+    assert b"Proven by a round trip" in hub.repos["model", "ada/direct"].files["README.md"]
+
+
+def test_publish_true_is_refused_before_the_training(hub, publish, here, tiny_overrides):
+    for options, says in [
+        (["publish=true"], "publish=true: goes with repo_id=<user/name>."),
+        (["repo_id=ada/x"], "publish=false: goes with repo_id=<user/name>."),
+        (["publish=true", "repo_id=bob/x"], "repo_id=bob/x: your token is ada's, who may not make repos of bob."),
+    ]:
+        done = publish(*tiny_overrides, *options, "run_name=refused", recipe="sft")
+        assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1, done
+        assert not (here / "outputs" / "sft" / "refused").exists()
+
+
+def test_a_dry_run(here, run_recipe):
+    """Without a Hub: the same files in a folder, loaded from there."""
+    done = run_recipe("publish", "run=sft", "folder=dry", "license=mit", "force=true", cwd=here)
+    assert done.returncode == 0, done
+    assert "next      python recipes/publish.py run=sft repo_id=<user>/<name>" in done.stdout
+    assert "32 log-probabilities are within" in done.stdout
+    assert "**Not proven.**" in (here / "dry" / "README.md").read_text()
+    result = json.loads((here / "outputs" / "publish" / "main" / "result.json").read_text())
+    assert result["published"]["files"].keys() == {path.name for path in (here / "dry").iterdir()}
+    again = run_recipe("publish", "run=sft", "folder=dry", "license=mit", "force=true", cwd=here)
+    assert again.returncode == 0, again
+    (here / "mine").mkdir()
+    (here / "mine" / "thesis.txt").write_text("mine")
+    done = run_recipe("publish", "run=sft", "folder=mine", "license=mit", "force=true", cwd=here)
+    assert done.returncode == 2 and "holds thesis.txt and is no earlier dry run" in done.stderr, done
+    shutil.rmtree(here / "dry")
