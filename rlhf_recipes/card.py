@@ -78,8 +78,9 @@ Seed {result["seed"]}, {result["steps"]} steps, {result["seconds"]:.0f} s on {re
 
 def measured(result: dict) -> str:
     """The table of the held-out metrics."""
+    before = result["before"]
     rows = [
-        f"| {name.replace('_', ' ')} | {format_estimate(result['before'][name])} | {format_estimate(after)} | {after['n']} |"
+        f"| {name.replace('_', ' ')} | {format_estimate(before[name])} | {format_estimate(after)} | {after['n']} |"
         for name, after in result["metrics"].items()
     ]
     head = ["Brackets are 95 % intervals (bootstrap over prompts).", "", "| metric | before | after | n |"]

@@ -2,7 +2,8 @@
 
 What it answers to, by the names that `fault` and `seen` use:
 
-    whoami create settings info auth tree paths preupload batch upload verify commit refs branch tag yaml resolve download
+    whoami create settings info auth tree paths preupload batch upload verify commit refs branch tag yaml resolve
+    download
 
 Small files are git blobs; what is larger than LARGE or safetensors or parquet goes through LFS: batch, upload with the
 SHA-256 checked, verify, and a redirect to /cdn on the way back, which takes range requests.
@@ -67,6 +68,7 @@ class Hub(ThreadingHTTPServer):
         self.lock = threading.RLock()
         self.repos: dict[tuple[str, str], Repo] = {}
         self.lfs: dict[str, bytes] = {}
+        self.verified: set[str] = set()
         self.tokens = {TOKEN: {"name": OWNER, "role": "write", "orgs": []}}
         self.seen: Counter = Counter()
         self.tokens_at_cdn = 0
@@ -84,7 +86,8 @@ class Hub(ThreadingHTTPServer):
         content |= {str(path.relative_to(folder)): path.read_bytes() for path in paths if path.is_file()}
         repo = self.repos[kind, repo_id] = Repo(private)
         repo.add("main", "initial commit", content)
-        self.lfs |= {sha256(data): data for path, data in content.items() if large(path, len(data))}
+        self.lfs |= (objects := {sha256(data): data for path, data in content.items() if large(path, len(data))})
+        self.verified |= objects.keys()
         return repo
 
     def environment(self, home) -> dict[str, str]:
@@ -101,11 +104,10 @@ class Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         self.query, self.body = parse_qs(url.query), self.read_body()
         self.applied = False
-        for pattern, step in ROUTES:
-            if found := re.fullmatch(pattern, url.path):
-                break
-        else:
+        routes = [(found, step) for pattern, step in ROUTES if (found := re.fullmatch(pattern, url.path))]
+        if not routes:
             return self.answer(404, {"error": "no such route"})
+        found, step = routes[0]
         hub = self.server
         with hub.lock:
             hub.seen[step] += 1
@@ -250,7 +252,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.repo(KINDS.get(kind.strip("/"), "model"), repo_id, write=True):
             objects = []
             for asked in json.loads(self.body)["objects"]:
-                there = asked["oid"] in self.server.lfs
+                there = asked["oid"] in self.server.verified
                 actions = {
                     "upload": {"href": f"{self.server.url}/lfs/{asked['oid']}"},
                     "verify": {"href": f"{self.server.url}/lfs-verify/{asked['oid']}"},
@@ -266,8 +268,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_verify(self, oid):
         asked = json.loads(self.body)
-        there = len(self.server.lfs.get(oid, b"")) == asked["size"]
-        return self.answer(200, {}) if there else self.refuse(404, "", "the object is not there")
+        if len(self.server.lfs.get(oid, b"")) != asked["size"]:
+            return self.refuse(404, "", "the object is not there")
+        self.server.verified.add(oid)
+        return self.answer(200, {})
 
     def do_commit(self, kind, repo_id, revision):
         if not (repo := self.repo(kind, repo_id, write=True)) or not (parent := self.commit_at(repo, revision)):
@@ -281,7 +285,7 @@ class Handler(BaseHTTPRequestHandler):
             if line["key"] == "file":
                 files[value["path"]] = self.damaged(base64.b64decode(value["content"]))
             elif line["key"] == "lfsFile":
-                if value["oid"] not in self.server.lfs:
+                if value["oid"] not in self.server.verified:
                     return self.refuse(400, "", "an LFS object is missing")
                 files[value["path"]] = self.server.lfs[value["oid"]]
             elif line["key"] == "deletedFile":

@@ -50,13 +50,13 @@ def publish(run_recipe, hub, here, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain(hub, clean_env, tmp_path_factory):
-    """plain(code): what Python prints in an empty folder with an empty cache, where this package is not on the path."""
+    """plain(code): what Python prints in an empty folder with an empty cache, without this package."""
 
     def run(code):
         folder = tmp_path_factory.mktemp("empty")
         env = merged(clean_env, {**hub.environment(folder / "home"), "PYTHONPATH": None})
-        blocked = "import sys\nsys.modules['rlhf_recipes'] = None\n"
-        done = subprocess.run([sys.executable, "-c", blocked + code], cwd=folder, env=env, capture_output=True, text=True)
+        command = [sys.executable, "-c", f"import sys\nsys.modules['rlhf_recipes'] = None\n{code}"]
+        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -95,8 +95,9 @@ for row in rows:
 SCORES = """
 for row in rows:
     reply = [{"role": "assistant", "content": row["chosen"]}]
+    ids = tokenizer.apply_chat_template(row["prompt"] + reply, return_dict=False)
     with torch.no_grad():
-        print(reward_model(torch.tensor([tokenizer.apply_chat_template(row["prompt"] + reply, return_dict=False)])).logits.item())
+        print(reward_model(torch.tensor([ids])).logits.item())
 """
 
 
@@ -110,8 +111,8 @@ def test_an_sft_dpo_adapter(hub, here, publish, plain):
     repo = hub.repos["model", "ada/desk"]
     assert repo.private and [c["title"] for c in repo.commits.values()][-1].endswith("proven")
     assert repo.tags["v1"] == repo.branches["main"]
-    assert {"adapter_model.safetensors", "adapter_config.json", "config.yaml", "result.json", "probe.json", "curves.png",
-            "tokenizer.json", "chat_template.jinja"} <= repo.files.keys()  # fmt: skip
+    assert {"adapter_config.json", "config.yaml", "result.json", "probe.json", "curves.png"} <= repo.files.keys()
+    assert {"tokenizer.json", "chat_template.jinja"} <= repo.files.keys()
     assert repo.files["adapter_model.safetensors"] == (here / "dpo/adapter/adapter_model.safetensors").read_bytes()
     text, head = card_of(hub, "ada/desk")
     sha = hub.repos["model", TINY_ID].branches["main"]
@@ -146,7 +147,8 @@ def test_the_token_goes_to_the_hub_alone(hub, here):
     assert all(TOKEN not in path for _, _, path in hub.log)
     assert hub.tokens_at_cdn == 0 and hub.seen["download"] > 0
     files = [path.read_bytes() for path in here.rglob("*") if path.is_file()]
-    files += [data for repo in hub.repos.values() for commit in repo.commits.values() for data in commit["files"].values()]
+    commits = [commit for repo in hub.repos.values() for commit in repo.commits.values()]
+    files += [data for commit in commits for data in commit["files"].values()]
     assert files and not any(TOKEN.encode() in data for data in files)
 
 
@@ -218,7 +220,8 @@ def test_a_data_set(hub, publish, plain, pairs):
     result = json.loads((pairs / "result.json").read_text())
     assert head["license"] == "mit" and "Proven by a round trip" in text
     assert result["constitution"]["sha256"] in text and b"principles:" in repo.files["constitution.yaml"]
-    rows = plain(snippet_of(text) + "print([pairs[name].num_rows for name in pairs])\nprint(pairs['train'][0]['chosen'])")
+    shown = "print([pairs[name].num_rows for name in pairs], pairs['train'][0]['chosen'])"
+    rows = plain(snippet_of(text) + shown)
     written = result["funnel"]["written"]
     assert str([written["train_prefs"], written["test_prefs"]]) in rows and "'role': 'assistant'" in rows
 
@@ -260,5 +263,5 @@ def test_a_dry_run(here, run_recipe):
     (here / "mine").mkdir()
     (here / "mine" / "thesis.txt").write_text("mine")
     done = run_recipe("publish", "run=sft", "folder=mine", "license=mit", "force=true", cwd=here)
-    assert done.returncode == 2 and "holds thesis.txt and is no earlier dry run" in done.stderr, done
+    assert done.returncode == 2 and "holds thesis.txt, no part of a publication" in done.stderr, done
     shutil.rmtree(here / "dry")

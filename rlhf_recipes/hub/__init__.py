@@ -19,7 +19,6 @@ from omegaconf import DictConfig, OmegaConf
 from rlhf_recipes import config, run
 from rlhf_recipes.hub import base, card, checks, contents, merge, proof, upload
 
-CARD = "README.md"
 PLACEHOLDER = "<user>/<name>"
 
 
@@ -41,26 +40,27 @@ def publish(cfg: DictConfig) -> dict[str, Any]:
     source = contents.find(cfg.run, cfg.pairs)
     evaluation, page = checks.evaluation(cfg.evaluation, source, cfg.force)
     checks.source(source, cfg.force)
-    if cfg.folder:
-        checks.foreign(Path(cfg.folder))
     target = connect(cfg, source.repo_type) if cfg.repo_id else None
     with upload.told(target) if target else nullcontext(), tempfile.TemporaryDirectory() as scratch:
         staged = Path(scratch) / "files"
         staged.mkdir()
+        describe = base.describe_generator if source.key == "pairs" else base.describe
         facts = {
             "repo_id": cfg.repo_id or PLACEHOLDER,
-            "base": base.describe(source.config, cfg.license, target and target.api),
+            "base": describe(source, cfg.license, target and target.api),
             "evaluation": evaluation,
             "merged": None,
         }
         contents.gather(source, facts["base"], page, staged)
-        checks.files(staged, cfg.max_file_gib)
+        if cfg.folder:
+            checks.place(Path(cfg.folder), set(contents.hashes(staged)))
+        checks.files(staged, cfg.max_file_gib, cfg.force)  # before a model loads; once more when all is there
         expected = _measure(source, facts, cfg, staged)
         facts |= {"dtype": expected.get("dtype"), "fingerprint": ""}
         digests = [contents.hashes(staged), card.write(source, facts, None)]
         facts["fingerprint"] = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
-        run.write_atomically(staged / CARD, card.write(source, facts, None))
-        checks.files(staged, cfg.max_file_gib)
+        run.write_atomically(staged / contents.CARD, card.write(source, facts, None))
+        checks.files(staged, cfg.max_file_gib, cfg.force)
         if target:
             return _upload(source, facts, expected, staged, target, cfg)
         return _dry_run(source, facts, expected, staged, Path(cfg.folder))
@@ -74,11 +74,9 @@ def connect(cfg: DictConfig, repo_type: str) -> upload.Target:
 def options(cfg: DictConfig, recipe: str) -> DictConfig:
     """The options of conf/publish.yaml for a recipe with `publish=true`."""
     defaults = OmegaConf.load(config.CONF / "publish.yaml")
-    key = "pairs" if recipe == "cai" else "run"
-    named = {key: str(run.relative(Path(cfg.output_dir))), "repo_id": cfg.repo_id}
-    return OmegaConf.merge(
-        OmegaConf.masked_copy(defaults, [k for k in defaults if k not in ("defaults", "hydra")]), named
-    )
+    own = OmegaConf.masked_copy(defaults, [key for key in defaults if key not in ("defaults", "hydra")])
+    folder = str(run.relative(Path(cfg.output_dir)))
+    return OmegaConf.merge(own, {"pairs" if recipe == "cai" else "run": folder, "repo_id": cfg.repo_id})
 
 
 def check_ready(cfg: DictConfig, recipe: str) -> None:
@@ -103,9 +101,8 @@ def record(cfg: DictConfig, published: dict[str, Any]) -> float | None:
     job = run.Run(run.relative(Path(cfg.output_dir)), "publish", run.resolved(cfg))
     job.dir.mkdir(parents=True, exist_ok=True)
     after = {"value": largest, "low": None, "high": None, "n": found.get("n", 0), "clusters": found.get("n", 0)}
-    result = run.record(
-        job, main={"name": "round_trip_difference", "before": None, "after": after}, published=published
-    )
+    main = {"name": "round_trip_difference", "before": None, "after": after}
+    result = run.record(job, main=main, published=published)
     run.write_atomically(job.dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(job.config)))
     run.write_result(job, result)
     tell(cfg, published)
@@ -166,16 +163,14 @@ def _drift_on_public_base(source: contents.Source, origin: dict, numbers: dict, 
     drift = proof.drift(numbers, proof.measure(task))
     if not drift <= limit:
         raise ValueError(
-            f"{source.key}={source.dir}: was trained on other weights than {origin['id']} has on the Hub; with those its "
-            f"numbers differ by {drift:.4f} (nats per token, or units of the score), more than max_base_drift={limit}. "
-            "Train on the Hub's weights, or raise the limit."
+            f"{source.key}={source.dir}: was trained on other weights than {origin['id']} has on the Hub; with those "
+            f"its numbers differ by {drift:.4f} (nats per token, or units of the score), more than "
+            f"max_base_drift={limit}. Train on the Hub's weights, or raise the limit."
         )
     return drift
 
 
-def _upload(
-    source, facts: dict, expected: dict, staged: Path, target: upload.Target, cfg: DictConfig
-) -> dict[str, Any]:
+def _upload(source, facts: dict, expected: dict, staged: Path, target: upload.Target, cfg) -> dict[str, Any]:
     """From the first word to the Hub that changes something to the last; see the head of this module."""
     upload.make(target)
     revision, sent, found, branch = _proven_before(facts, staged, target), False, None, target.revision
@@ -186,7 +181,7 @@ def _upload(
         target.state = f"Revision {revision[:12]} is there; its card says 'not proven'."
         print(f"uploaded  {target.repo_id} at {revision[:12]}, to be downloaded and loaded", flush=True)
         found = _come_back(source, facts, expected, staged, target, revision, branch)
-        run.write_atomically(staged / CARD, card.write(source, facts, found))
+        run.write_atomically(staged / contents.CARD, card.write(source, facts, found))
         revision, _, _ = upload.commit(target, staged, f"{message}, proven", branch)
         _, remote = upload.remote_files(target, revision)
         if wrong := upload.differing(staged, remote):
@@ -203,10 +198,12 @@ def _upload(
 def _proven_before(facts: dict, staged: Path, target: upload.Target) -> str | None:
     """The revision at which an earlier publication has proven exactly these files."""
     revision, remote = upload.remote_files(target, target.revision)
-    if upload.differing(staged, remote) != [CARD] or CARD not in remote:
+    if upload.differing(staged, remote) != [contents.CARD] or contents.CARD not in remote:
         return None
     with tempfile.TemporaryDirectory() as cache:
-        text = (upload.download(target, revision, Path(cache), CARD) / CARD).read_text(encoding="utf-8")
+        text = (upload.download(target, revision, Path(cache), contents.CARD) / contents.CARD).read_text(
+            encoding="utf-8"
+        )
     if not card.is_proven(text, facts["fingerprint"]):
         return None
     print(f"unchanged {target.repo_id} has these files, proven: nothing is uploaded", flush=True)
@@ -220,7 +217,8 @@ def _come_back(source, facts, expected, staged, target: upload.Target, revision:
             folder = upload.download(target, revision, Path(cache))
             return _round_trip(source, facts, expected, contents.hashes(staged), folder)
     except Mismatch as mismatch:
-        run.write_atomically(staged / CARD, card.write(source, facts, str(mismatch)))
+        target.state = f"Revision {revision[:12]} is there and broken ({mismatch}) Its card says 'not proven'."
+        run.write_atomically(staged / contents.CARD, card.write(source, facts, str(mismatch)))
         upload.commit(target, staged, "broken: not what was uploaded", branch)
         target.state = f"Revision {revision[:12]} is there; its card says 'broken'."
         raise ValueError(
@@ -267,8 +265,9 @@ def _dry_run(source, facts: dict, expected: dict, staged: Path, folder: Path) ->
         ValueError: what lies there is not what was trained.
     """
     sent = contents.hashes(staged)
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(staged, folder)
+    shutil.copytree(staged, folder, dirs_exist_ok=True)
+    for stale in contents.hashes(folder).keys() - sent.keys():
+        (folder / stale).unlink()
     try:
         found = _round_trip(source, facts, expected, sent, folder)
     except Mismatch as mismatch:

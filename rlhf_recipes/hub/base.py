@@ -7,6 +7,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from rlhf_recipes import models
+from rlhf_recipes.card import without_folder
 from rlhf_recipes.hub import contents
 
 # Licences that let a work built on theirs have another one.
@@ -14,11 +15,11 @@ PERMISSIVE = ("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "isc", "cc0-1
 LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
-def describe(config: dict[str, Any], licence: str | None, api) -> dict[str, Any]:
+def describe(source: contents.Source, licence: str | None, api) -> dict[str, Any]:
     """What a card says of the base.
 
     Args:
-        config: the run's.
+        source: the run of a training.
         licence: `license` of the command line, or None.
         api: huggingface_hub.HfApi, or None where the Hub is not asked.
 
@@ -30,7 +31,7 @@ def describe(config: dict[str, Any], licence: str | None, api) -> dict[str, Any]
     Raises:
         ValueError: the base is not on the Hub, its licence is not known, or it does not allow the given one.
     """
-    node = OmegaConf.create(config["model"])
+    node = OmegaConf.create(source.config["model"])
     folder = local_folder(node)
     base = {"id": node.id, "revision": node.revision, "same": None, "origin": _origin(folder)}
     terms = _local_terms(folder)
@@ -38,9 +39,26 @@ def describe(config: dict[str, Any], licence: str | None, api) -> dict[str, Any]
         info = _ask(api, node.id, node.revision)
         base["revision"] = _cached_commit(folder) or info.sha
         base["same"] = node.path is None or (folder is not None and _weights(folder) == _hub_weights(info))
-        card = info.card_data or {}
-        terms = {key: card.get(key) for key in LICENCE_KEYS if card.get(key)} or terms
+        terms = _terms(info.card_data) or terms
     return base | _carried_over(node.id, terms, licence)
+
+
+def describe_generator(source: contents.Source, licence: str | None, api) -> dict[str, Any]:
+    """The terms of a data set: the generator's, where its prompts are the clinic set, which allows any.
+
+    Raises:
+        ValueError: nothing here knows the terms of the prompts, or of the model behind a server.
+    """
+    config = source.config
+    known = config["data"]["path"] == "clinic" and config["generator"]["kind"] == "local"
+    if known and not licence:
+        return describe(source, licence, api)
+    if not licence:
+        raise ValueError(
+            f"license: the terms of the prompts (data.path={without_folder(config['data']['path'])}) and of the "
+            "replies are not known here. Look them up, then license=<id>."
+        )
+    return {"license": licence, "license_name": None, "license_link": None}
 
 
 def local_folder(node) -> Path | None:
@@ -98,9 +116,13 @@ def _local_terms(folder: Path | None) -> dict[str, str]:
     if folder and (folder / "README.md").is_file():
         from huggingface_hub import ModelCard
 
-        card = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data
-        return {key: card.get(key) for key in LICENCE_KEYS if card.get(key)}
+        return _terms(ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data)
     return {}
+
+
+def _terms(metadata) -> dict[str, str]:
+    """The licence in the metadata of a card, which may be missing."""
+    return {key: metadata.get(key) for key in LICENCE_KEYS if metadata and metadata.get(key)}
 
 
 def _carried_over(base: str, terms: dict[str, str], given: str | None) -> dict[str, str | None]:
@@ -114,7 +136,7 @@ def _carried_over(base: str, terms: dict[str, str], given: str | None) -> dict[s
         )
     if given and theirs and given != theirs and theirs not in PERMISSIVE:
         raise ValueError(
-            f"license={given}: {base} is under {theirs}, whose terms go over to what is built on it. Leave license out."
+            f"license={given}: {base} is under {theirs}, whose terms hold for what is built on it. Leave license out."
         )
     if given and given != theirs:
         return {"license": given, "license_name": None, "license_link": None}

@@ -10,9 +10,11 @@ import json
 import re
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from rlhf_recipes.cai import report
 from rlhf_recipes.card import PAPERS, chain, escape, examined, measured, without_folder
-from rlhf_recipes.config import flatten
+from rlhf_recipes.config import CONF, flatten
 from rlhf_recipes.hub.contents import PAGE, Source
 from rlhf_recipes.hub.upload import MARK
 
@@ -143,7 +145,9 @@ def snippet(source: Source, facts: dict[str, Any]) -> str:
 def _answering() -> list[str]:
     return [
         'messages = [{"role": "user", "content": "Can I move my appointment to Friday?"}]',
-        'inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)',
+        "inputs = tokenizer.apply_chat_template(",
+        '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
+        ")",
         "answer = policy.generate(**inputs.to(policy.device), max_new_tokens=64)",
         'print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
     ]
@@ -155,9 +159,10 @@ def _scoring() -> list[str]:
         '    {"role": "user", "content": "Can I move my appointment to Friday?"},',
         '    {"role": "assistant", "content": "Yes. Which time on Friday suits you?"},',
         "]",
-        'inputs = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True).to(reward_model.device)',
+        'inputs = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)',
         "with torch.no_grad():",
-        "    print(reward_model(**inputs).logits[0, 0].item())  # higher is better; only differences mean something",
+        "    score = reward_model(**inputs.to(reward_model.device)).logits[0, 0]",
+        "print(score.item())  # higher is better; only differences mean something",
     ]
 
 
@@ -203,9 +208,9 @@ def _merged(merged: dict | None) -> str:
     if not merged:
         return ""
     return (
-        "## Merge\n\nThe adapter was merged into its base, de-quantized. On 32 replies of the clinic set the merged weights "
-        f"differ from the adapter on the base that it was trained on by {_short(merged['drift'])} {merged['unit']} on "
-        f"average ({merged['limit']} is allowed)."
+        "## Merge\n\nThe adapter was merged into its base, de-quantized. On 32 replies of the clinic set the merged "
+        "weights differ from the adapter on the base that it was trained on by "
+        f"{_short(merged['drift'])} {merged['unit']} on average ({merged['limit']} is allowed)."
     )
 
 
@@ -228,51 +233,46 @@ def _settings(config: dict[str, Any]) -> str:
     rows = []
     for group in ("reward_funcs", "trainer", "lora", "quantization", "data"):
         node = config.get(group)
-        defaults = _defaults(node) if isinstance(node, dict) else {}
+        defaults = _defaults(group, node) if isinstance(node, dict) else {}
         for key, value in flatten({group: node}) if node is not None else []:
             plain = key.removeprefix(f"{group}.")
-            if value is None or key.endswith("_target_") or plain.startswith("columns."):
-                continue
-            if plain not in defaults or defaults[plain] != value:
+            if value is not None and plain != "_target_" and (plain not in defaults or defaults[plain] != value):
                 shown = json.dumps(without_folder(value), ensure_ascii=False)
                 rows.append(f"| `{escape(key)}` | `{escape(shown)}` |")
-    return "\n".join(
-        ["What differs from the default of the class behind it:", "", "| key | value |", "| --- | --- |", *rows]
-    )
+    head = ["What differs from the default of the class behind it:", "", "| key | value |", "| --- | --- |"]
+    return "\n".join([*head, *rows])
 
 
-def _defaults(node: dict[str, Any]) -> dict[str, Any]:
+def _defaults(group: str, node: dict[str, Any]) -> dict[str, Any]:
+    """Dotted key -> default: of the class that a node builds, of conf/data/base.yaml for `data`."""
+    if group == "data":
+        return dict(flatten(OmegaConf.to_container(OmegaConf.load(CONF / "data" / "base.yaml"))))
     if "_target_" not in node:
         return {}
     module, _, name = node["_target_"].rpartition(".")
     target = getattr(importlib.import_module(module), name)
-    return {p.name: p.default for p in inspect.signature(target).parameters.values() if p.default is not p.empty}
+    return {p.name: p.default for p in inspect.signature(target).parameters.values()}
 
 
 def _hardware(result: dict) -> str:
     peak = ", ".join(f"{gib} GiB {where}" for where, gib in result["peak_memory_gib"].items())
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     return (
-        f"Seed {result['seed']}, {result['steps']} steps, {result['seconds']:.0f} s on {_plain(result['device'])}, peak "
-        f"{peak}. Versions: {versions}."
+        f"Seed {result['seed']}, {result['steps']} steps, {result['seconds']:.0f} s on {_plain(result['device'])}, "
+        f"peak {peak}. Versions: {versions}."
     )
 
 
 def _limits(source: Source, facts: dict[str, Any]) -> list[str]:
-    result, limits = source.result, []
-    main = result["main"]
-    n = main["after"]["n"]
-    limits.append(
-        f"Measured on {n} held-out rows of the data that it was trained on{', too few to decide much' if n < 100 else ''}. "
-        "Other topics, languages and lengths were not looked at."
-    )
-    if (
-        main["after"]["low"] is not None
-        and main["after"]["low"] <= (main["before"]["value"] or 0) <= main["after"]["high"]
-    ):
-        limits.append(
-            f"The interval of the {main['name'].replace('_', ' ')} does not exclude that nothing was gained."
-        )
+    main = source.result["main"]
+    n, low, high = (main["after"][key] for key in ("n", "low", "high"))
+    few = ", too few to decide much" if n < 100 else ""
+    limits = [
+        f"Measured on {n} held-out rows of the data that it was trained on{few}. Other topics, languages and lengths "
+        "were not looked at."
+    ]
+    if low is not None and low <= main["before"]["value"] <= high:
+        limits.append(f"The interval of the {main['name'].replace('_', ' ')} includes the value before the training.")
     if not facts["evaluation"]:
         limits.append("Its answers were not compared with those of its parent: only held-out numbers were.")
     if source.recipe == "reward":

@@ -1,15 +1,17 @@
 """What is refused before anything is uploaded: a broken or unchanged adapter, one that got worse, secrets, sizes."""
 
+import functools
 import getpass
 import json
 import math
 import re
 import struct
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from rlhf_recipes import run
-from rlhf_recipes.config import SECRET_VALUES, check_value, flatten
+from rlhf_recipes.config import SECRET_VALUES, flatten
 from rlhf_recipes.hub import contents
 from rlhf_recipes.stats import format_estimate
 
@@ -20,7 +22,7 @@ SECRETS = re.compile(
 )
 # A home or temporary folder of somebody's machine.
 FOLDERS = re.compile(
-    r"(?<![\w.])(?:/(?:home|Users|root|tmp|mnt|data|scratch|workspace)/[\w.@-]+|[A-Za-z]:\\+Users\\+\w+)"
+    r"(?<![\w./])/(?:home|Users|root|tmp|mnt|scratch|workspace)/[\w.@-]+|(?<!\w)[A-Za-z]:\\+Users\\+\w+"
 )
 NOBODY = ("root", "user", "ubuntu", "admin", "runner", "jovyan", "nobody", "app")  # names that tell nothing
 LOWER_IS_BETTER = ("perplexity",)
@@ -44,18 +46,14 @@ def options(cfg) -> None:
                 raise ValueError(f"{key}={cfg[key]}: folder={cfg.folder} uploads nothing. Leave one of them out.")
     for key in ("tag", "public"):
         if cfg.create_pr and cfg[key]:
-            raise ValueError(
-                f"{key}={cfg[key]}: belongs to what is merged, not to a pull request. Leave one of them out."
-            )
+            raise ValueError(f"{key}={cfg[key]}: not for a pull request, which is yet to be merged. Leave one out.")
     for key in ("revision", "tag", "commit_message"):
         if cfg[key] is not None and not cfg[key].strip():
             raise ValueError(f"{key}=: empty. Leave it out, or give it a value.")
     if cfg.pairs is not None:
         for key in ("merged", "evaluation"):
             if cfg[key]:
-                raise ValueError(
-                    f"{key}={cfg[key]}: is for a model, and pairs={cfg.pairs} is a data set. Leave it out."
-                )
+                raise ValueError(f"{key}={cfg[key]}: is for a model; pairs={cfg.pairs} is a data set. Leave it out.")
     for key in ("max_merge_drift", "max_base_drift", "max_file_gib"):
         if not 0 < cfg[key] < math.inf:
             raise ValueError(f"{key}={cfg[key]}: must be above 0.")
@@ -69,9 +67,8 @@ def repo_id(given: str) -> None:
     try:
         validate_repo_id(given)
     except HFValidationError as error:
-        raise ValueError(
-            f"repo_id={given}: {str(error).splitlines()[0].partition(':')[0]}. Use <user>/<name>."
-        ) from error
+        said = str(error).splitlines()[0].partition(":")[0].rstrip(".")
+        raise ValueError(f"repo_id={given}: {said}. Use <user>/<name>.") from error
     if not REPO_ID.fullmatch(given):
         raise ValueError(f"repo_id={given}: must be <user>/<name>. Add the name of its owner.")
 
@@ -118,7 +115,8 @@ def _weights(where: str, source: contents.Source) -> None:
         raise ValueError(f"{where}: adapter/{config.name} is not valid JSON. Restore it.") from error
     if base != source.config["model"]["id"]:
         raise ValueError(
-            f"{where}: the adapter names the base {base}, its run {source.config['model']['id']}. Which one?"
+            f"{where}: the adapter is for the base {base}, and config.yaml says {source.config['model']['id']}. "
+            "Restore the one that was changed."
         )
     digest = run.adapter_sha256(source.adapter)
     if digest != source.result.get("adapter_sha256"):
@@ -127,7 +125,7 @@ def _weights(where: str, source: contents.Source) -> None:
             f"{str(source.result.get('adapter_sha256'))[:12]}). Restore it, or train it again."
         )
     if digest == (source.result.get("parent") or {}).get("adapter_sha256"):
-        raise ValueError(f"{where}: the adapter is its parent's, unchanged. Train it before it is published.")
+        raise ValueError(f"{where}: the adapter is its parent's, unchanged. Train it first.")
     _tensors(where, weights, source.recipe)
 
 
@@ -141,25 +139,22 @@ def _tensors(where: str, weights: Path, recipe: str) -> None:
         raise ValueError(f"{where}: adapter/{weights.name} cannot be read ({error}). Train it again.") from error
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise ValueError(
-                f"{where}: {name} has values that are not finite. Train it again at a lower learning rate."
-            )
+            raise ValueError(f"{where}: {name} is not finite. Train it again at a lower learning rate.")
     second = [tensor for name, tensor in tensors.items() if "lora_B" in name]  # B starts at zero
     if second and not any(tensor.any() for tensor in second):
-        raise ValueError(
-            f"{where}: the adapter changes nothing (every lora_B is zero). Train it before it is published."
-        )
+        raise ValueError(f"{where}: the adapter changes nothing (every lora_B is zero). Train it first.")
     if recipe == "reward" and not any("score" in name for name in tensors):
         raise ValueError(f"{where}: the score head is missing, and without it rewards are random. Train it again.")
 
 
 def _worse(where: str, result: dict[str, Any]) -> None:
     main = result["main"]
-    before, after = main["before"]["value"], main["after"]["value"]
-    if (after > before) if main["name"] in LOWER_IS_BETTER else (after < before):
+    gain = main["after"]["value"] - main["before"]["value"]
+    if gain * (-1 if main["name"] in LOWER_IS_BETTER else 1) < 0:
         shown = f"{format_estimate(main['before'])} -> {format_estimate(main['after'])}"
         raise ValueError(
-            f"{where}: {main['name']} is worse than before the training, {shown}. Publish it all the same with force=true."
+            f"{where}: {main['name']} is worse than before the training, {shown}. Publish it all the same with "
+            "force=true."
         )
     if (result.get("doctor") or {}).get("verdict") == "broken":
         raise ValueError(f"{where}: the doctor's verdict is broken. Publish it all the same with force=true.")
@@ -181,19 +176,15 @@ def evaluation(folder: str | None, source: contents.Source, force: bool) -> tupl
     if "evaluation" not in result:
         raise ValueError(f"{where}: no finished run of recipes/evaluate.py. Name one, or leave it out.")
     found = result["evaluation"]
-    named = {
-        name: s for name, s in found["systems"].items() if _same(s["info"]["path"], source.dir) and "verdict" in s
-    }
-    if not named:
-        others = ", ".join(s["info"]["path"] for s in found["systems"].values() if s["info"]["path"])
-        raise ValueError(
-            f"{where}: does not speak of run={source.dir}, but of {others or 'no run'}. Evaluate this one."
-        )
-    name, entry = next(iter(named.items()))
+    tuned = {name: entry for name, entry in found["systems"].items() if "verdict" in entry}
+    name = next((name for name, entry in tuned.items() if _same(entry["info"]["path"], source.dir)), None)
+    if name is None:
+        raise ValueError(f"{where}: speaks of {', '.join(tuned)}, not of run={source.dir}. Evaluate this one.")
+    entry = tuned[name]
     if entry["verdict"]["verdict"] == "worse" and not force:
         raise ValueError(
-            f"{where}: its verdict on {name} is worse: {entry['verdict']['reasons'][0].rstrip('.')}. Publish it all the "
-            "same with force=true."
+            f"{where}: its verdict on {name} is worse: {entry['verdict']['reasons'][0].rstrip('.')}. Publish it all "
+            "the same with force=true."
         )
     page = Path(folder) / "report.html"
     return {"name": name, "parent": found["parent"], **entry}, page if page.is_file() else None
@@ -203,66 +194,55 @@ def _same(path: str | None, folder: Path) -> bool:
     return path is not None and Path(path).resolve() == folder.resolve()
 
 
-def foreign(folder: Path) -> None:
-    """Refuse a place for a dry run that holds anything but an earlier one.
+def place(folder: Path, names: set[str]) -> None:
+    """Refuse a place for a dry run that holds anything but files with the names of a publication's.
 
     Raises:
         ValueError: it does, or is a file.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder={folder}: is a file. Name a folder.")
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if (
-        (names
-        and not {"README.md", "result.json", "config.yaml"} <= names)
-        or "checkpoints" in names
-        or "adapter" in names
-    ):
-        raise ValueError(
-            f"folder={folder}: holds {min(names)} and is no earlier dry run. Name an empty or another one."
-        )
+    there = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if others := [name for name in there if name not in names and not contents.is_replaceable(name)]:
+        raise ValueError(f"folder={folder}: holds {min(others)}, no part of a publication. Name an empty folder.")
 
 
-def files(folder: Path, max_file_gib: float) -> None:
-    """Refuse what must not leave this machine, and what is too large.
+def files(folder: Path, max_file_gib: float, force: bool) -> None:
+    """Refuse what must not leave this machine, and what is too large. `force` lets folders and user names pass.
 
     Raises:
         ValueError: names file and line, and the kind of what was found, never the thing itself.
     """
-    check_value("max_file_gib", max_file_gib, int | float)
+    here = [str(path) for path in (Path.home(), Path.cwd(), Path(tempfile.gettempdir())) if len(path.parts) > 2]
     for file in sorted(folder.rglob("*")):
         if not file.is_file():
             continue
         name, gib = file.relative_to(folder), file.stat().st_size / 2**30
         if gib > max_file_gib:
-            raise ValueError(
-                f"{name}: {gib:.3g} GiB, more than max_file_gib={max_file_gib}. Raise it, or publish less."
-            )
+            raise ValueError(f"{name}: {gib:.3g} GiB, more than max_file_gib={max_file_gib}. Raise the limit.")
         for number, text in _texts(file):
-            if kind := _found(text):
-                at = f"{name}:{number}" if number else f"{name}"
-                raise ValueError(f"{at}: holds {kind}, and would be uploaded. Remove it from the run's files.")
+            at = f"{name}:{number}" if number else f"{name}"
+            if SECRET_VALUES.search(text) or SECRETS.search(text):
+                raise ValueError(f"{at}: holds what looks like a token or a key. Remove it from the run's files.")
+            if not force and (kind := _private(text, here)):
+                raise ValueError(
+                    f"{at}: holds {kind}. Remove it from the run's files, or publish it all the same with force=true."
+                )
 
 
-def _found(text: str) -> str | None:
-    if SECRET_VALUES.search(text) or SECRETS.search(text):
-        return "what looks like a token or a key"
-    if str(Path.home()) in text and len(str(Path.home())) > 5:
-        return "the path of your home folder"
-    if FOLDERS.search(text):
-        return "the path of a folder of a machine"
-    user = _user()
-    if user and re.search(rf"(?<![\w-]){re.escape(user)}(?![\w-])", text):
-        return "your user name"
-    return None
+def _private(text: str, folders: list[str]) -> str | None:
+    if FOLDERS.search(text) or any(folder in text for folder in folders):
+        return "a path of this or another machine"
+    return "your user name" if (user := _user()) and user.search(text) else None
 
 
-def _user() -> str | None:
+@functools.cache
+def _user() -> re.Pattern | None:
     try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # no name, as in a container
+        name = getpass.getuser()
+    except (KeyError, OSError):  # none, as in a container
         return None
-    return user if len(user) > 3 and user not in NOBODY else None
+    return None if len(name) < 4 or name in NOBODY else re.compile(rf"(?<![\w-]){re.escape(name)}(?![\w-])")
 
 
 def _texts(file: Path):

@@ -1,9 +1,10 @@
 """What is published of a run: its files, gathered in one folder, without what is of no use to others.
 
-Of a training: the adapter in safetensors with tokenizer and chat template, `config.yaml`, `result.json`, the curves and
-`probe.json`. Of recipes/cai.py: the splits, the accounts of what became of the pairs, and the constitution.
+Of a training: the adapter in safetensors with tokenizer and chat template, `config.yaml`, `result.json`, the curves
+and `probe.json`. Of recipes/cai.py: the splits, the accounts of what became of the pairs, and the constitution.
 """
 
+import fnmatch
 import hashlib
 import json
 import shutil
@@ -21,7 +22,10 @@ WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja")
 PICTURES = ("curves.png", "doctor.png", "metrics.jsonl")
 DATA = ("*.parquet", "funnel.json", "ledger.json", "funnel.png")
-PROBE, PAGE = "probe.json", "evaluation.html"
+CARD, PROBE, PAGE = "README.md", "probe.json", "evaluation.html"
+# What an earlier publication may have left where this one is of another kind: adapter or merged, with a page or not.
+REPLACEABLE = ("*.safetensors", "*.safetensors.index.json", ADAPTER_CONFIG, "config.json", "generation_config.json",
+               CARD, PROBE, PAGE)  # fmt: skip
 
 
 @dataclass
@@ -127,6 +131,11 @@ def gather(source: Source, base: dict, page: Path | None, folder: Path) -> None:
 
 def _copy(file: Path, to: Path) -> None:
     shutil.copyfile(file, to)  # the content alone: neither dates nor permissions
+
+
+def is_replaceable(path: str) -> bool:
+    """Whether a file may be of an earlier publication that this one takes the place of."""
+    return any(fnmatch.fnmatch(path, pattern) for pattern in REPLACEABLE)
 
 
 def hashes(folder: Path) -> dict[str, str]:

@@ -47,9 +47,9 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     """The 32 numbers.
 
     Returns:
-        `values`: log-probabilities of the replies in nats, summed over their tokens, or scores; `scale`: tokens of each
-        reply, or ones; `effect`: what the adapter changes against its base in nats per token, or the mean absolute
-        deviation of the scores (None for merged weights); `dtype`, `quantization`, `probes` (hash of the conversations).
+        `values`: log-probabilities of the replies in nats, summed over their tokens, or scores; `scale`: tokens of
+        each reply, or ones; `effect`: what the adapter changes against its base in nats per token, or the mean
+        absolute deviation of the scores (None for merged weights); `dtype`, `quantization`, `probes` (their hash).
     """
     from omegaconf import OmegaConf
     from peft import PeftModel
@@ -114,7 +114,7 @@ def drift(expected: dict[str, Any], found: dict[str, Any]) -> float:
 
 
 def _differences(expected: dict[str, Any], values: list[float]) -> list[float]:
-    return [abs(a - b) / s for a, b, s in zip(expected["values"], values, expected["scale"], strict=False)]
+    return [abs(a - b) / s for a, b, s in zip(expected["values"], values, expected["scale"], strict=True)]
 
 
 def _mean(numbers: list[float]) -> float:

@@ -5,6 +5,7 @@ is looked up whether it has arrived, and it is sent again only on top of the rev
 """
 
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,9 +19,6 @@ ATTEMPTS, WAIT_SECONDS, LONGEST_WAIT = 4, 1.0, 60.0
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 MARK = "rlhf-recipes"  # tag of every card that is written here
 KINDS = ("model", "dataset", "space")
-# What an earlier publication may have left where this one is of another kind.
-OURS = (contents.WEIGHTS, contents.ADAPTER_CONFIG, "*.safetensors", "model.safetensors.index.json", "config.json",
-        "generation_config.json", contents.PAGE)  # fmt: skip
 
 
 @dataclass
@@ -47,18 +45,13 @@ class Target:
 
 @contextmanager
 def told(target: Target):
-    """Errors of the network and of the Hub as one line that says what state the repo is in."""
-    from huggingface_hub.errors import HFValidationError, HTTPError
-
+    """What goes wrong between the client and the Hub as one line that says what state the repo is in."""
     try:
         yield
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"Interrupted. {target.state} The same command goes on from there.") from None
-    except HFValidationError as error:
-        raise ValueError(f"{_first_line(error)} {target.state}") from error
-    except (HTTPError, OSError, RuntimeError, ValueError) as error:
-        # RuntimeError: one of several uploads; ValueError: ours, or that the Hub answers what the client cannot read.
-        if config.raised_here(error):
+    except Exception as error:
+        if not _came_through_the_client(error):
             raise
         raise ValueError(f"repo_id={target.repo_id}: {reason(error)} {target.state}") from error
 
@@ -125,8 +118,8 @@ def connect(repo_id: str, repo_type: str, revision: str, tag: str | None, public
         names = {file.rfilename for file in info.siblings} - {".gitattributes"}
         if names and MARK not in (info.tags or []) and not force:
             raise ValueError(
-                f"repo_id={repo_id}: holds {len(names)} files that were not published from here ({min(names)}). Choose "
-                "another name, or add to them with force=true."
+                f"repo_id={repo_id}: holds {len(names)} files that were not published from here ({min(names)}). "
+                "Choose another name, or add to them with force=true."
             )
         if tag:
             _refuse_taken_tag(target, tag)
@@ -199,12 +192,10 @@ def differing(folder: Path, remote: dict[str, str]) -> list[str]:
     """Paths below `folder` that the repo lacks or has with another content."""
     from huggingface_hub.utils.sha import git_hash
 
-    local = contents.hashes(folder)
-    return [
-        path
-        for path, digest in local.items()
-        if remote.get(path) not in (digest, git_hash((folder / path).read_bytes()))
-    ]
+    def there(path: str, digest: str) -> bool:
+        return remote.get(path) in (digest, git_hash((folder / path).read_bytes()))
+
+    return [path for path, digest in contents.hashes(folder).items() if not there(path, digest)]
 
 
 def commit(target: Target, folder: Path, message: str, revision: str, create_pr: bool = False):
@@ -213,26 +204,18 @@ def commit(target: Target, folder: Path, message: str, revision: str, create_pr:
     Returns:
         (commit, whether anything was sent, pull request's reference or None).
     """
-    import fnmatch
-
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
+    before = target.state
     for attempt in range(1, ATTEMPTS + 1):
         head, remote = remote_files(target, revision)
         changed = differing(folder, remote)
-        stale = [
-            path
-            for path in remote
-            if not (folder / path).exists() and any(fnmatch.fnmatch(path, pattern) for pattern in OURS)
-        ]
+        stale = [path for path in remote if contents.is_replaceable(path) and not (folder / path).exists()]
         if not changed and not stale:
-            return head, False, None
+            return head, attempt > 1, None  # a commit whose answer was lost has arrived
         operations = [CommitOperationAdd(path, str(folder / path)) for path in changed]
         operations += [CommitOperationDelete(path) for path in stale]
-        before, target.state = (
-            target.state,
-            "It is not known whether the upload has arrived; its card says 'not proven'.",
-        )
+        target.state = f"{before} It is not known whether the last commit has arrived."
         try:
             done = target.api.create_commit(
                 target.repo_id, operations, commit_message=message, repo_type=target.repo_type, revision=revision,
@@ -240,8 +223,8 @@ def commit(target: Target, folder: Path, message: str, revision: str, create_pr:
             )  # fmt: skip
             return done.oid, True, done.pr_revision
         except Exception as error:
-            if _status(error) and _status(error) < 500:
-                target.state = before  # an answer that says no
+            if (_status(error) or 500) < 500:  # an answer that says no
+                target.state = before
             # A second pull request would be one too many.
             if attempt == ATTEMPTS or create_pr or not _is_transient(error):
                 raise
@@ -291,6 +274,11 @@ def _response(error: BaseException):
 def _status(error: BaseException) -> int | None:
     response = _response(error)
     return None if response is None else response.status_code
+
+
+def _came_through_the_client(error: BaseException) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    return any("huggingface_hub" in Path(frame.filename).parts for frame in frames)
 
 
 def _is_network(error: BaseException) -> bool:
