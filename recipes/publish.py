@@ -6,17 +6,17 @@ Examples:
     python recipes/publish.py run=outputs/dpo/main repo_id=<user>/<name> evaluation=outputs/evaluate/main
 """
 
-from rlhf_recipes import config, run
+from rlhf_recipes import config
 
 
 @config.recipe("publish")
 def main(cfg):
     config.check(cfg)
-    run.environment()
 
     from rlhf_recipes import hub
 
-    return hub.record(cfg, hub.publish(cfg))
+    job = hub.start(cfg)
+    return hub.record(job, cfg, hub.publish(cfg))
 
 
 if __name__ == "__main__":

@@ -291,15 +291,15 @@ def test_what_is_worse_is_published_with_force(server, run, publish):
         (lambda s, m: m.setenv("HF_TOKEN", "hf_" + "wrong"), [], "repo_id=ada/x: the Hub does not accept the token"),
         (lambda s, m: s.tokens[TOKEN].update(role="read"), [], "repo_id=ada/x: the token may only read."),
         (lambda s, m: None, ["repo_id=bob/x"], "repo_id=bob/x: your token is ada's, who may not make repos of bob."),
-        (lambda s, m: None, ["repo_id=adda/x"], "repo_id=adda/x: your token is ada's, who may not make repos of adda; d"),
+        (lambda s, m: None, ["repo_id=adda/x"], "repo_id=adda/x: your token is ada's, who may not make repos of adda"),
         (lambda s, m: s.put("bob/x", None), ["repo_id=bob/x"], "repo_id=bob/x: the token may not do that (403)."),
-        (lambda s, m: s.put("bob/x", None, private=True), ["repo_id=bob/x"], "repo_id=bob/x: your token is ada's, who"),
+        (lambda s, m: s.put("bob/x", None, private=True), ["repo_id=bob/x"], "repo_id=bob/x: your token is ada's"),
         (lambda s, m: s.put("ada/x", None, "dataset"), [], "repo_id=ada/x: is the name of a data set already."),
         (lambda s, m: s.put("ada/x", None, "space"), [], "repo_id=ada/x: is the name of a space already."),
         (lambda s, m: s.put("ada/x", None), [], "repo_id=ada/x: is public already. Add public=true"),
         (lambda s, m: s.put("ada/x", None, private=True, **{"thesis.txt": b"mine"}), [],
          "repo_id=ada/x: holds 1 files that were not published from here (thesis.txt)."),
-        (lambda s, m: s.put("ada/x", None, private=True).tags.update(v1="0"), ["tag=v1"], "tag=v1: ada/x has a tag of"),
+        (lambda s, m: s.put("ada/x", None, private=True).tags.update(v1="0"), ["tag=v1"], "tag=v1: ada/x has a tag"),
         (lambda s, m: s.repos.clear(), [], f"model.id={TINY_ID}: the base is not on the Hub, or your token may"),
         (lambda s, m: s.put(TINY_ID, None), [], f"license: {TINY_ID} states none, and what is built on it needs one."),
         (lambda s, m: s.put(TINY_ID, None, **{"README.md": b"---\nlicense: llama3.1\n---\n"}), ["license=mit"],
@@ -393,7 +393,8 @@ def test_text_cannot_break_the_card(run):
     head = ModelCard(text).data.to_dict()
     assert head["license_name"] == "x: y" and "broken" in head["tags"]
     assert text.count("```") == plain.count("```")
-    assert all("`" in line.partition("<b>")[0] for line in text.splitlines() if "<b>" in line)  # as code
+    body = text[text.index("\n# LoRA") :]
+    assert all("`" in line.partition("<b>")[0] for line in body.splitlines() if "<b>" in line), body  # as code
     lines = [line for line in text.splitlines() if line.startswith("#")]
     assert [line for line in lines if line not in plain.splitlines()] == ["## Evaluation"]
     assert yaml.safe_load(text.split("---\n")[1])["base_model"] == TINY_ID

@@ -1,4 +1,4 @@
-"""A Hub that fails at any step, a push in between, Ctrl-C: never "published", and it is said what state the repo is in."""
+"""A Hub that fails at any step, a push in between, Ctrl-C: never "published", and the state of the repo is said."""
 
 import shutil
 

@@ -125,7 +125,7 @@ def test_an_sft_dpo_adapter(hub, here, publish, plain):
     assert metrics["preference_accuracy"]["args"]["n"] == measured["n"] == 24
     assert "**Proven by a round trip**" in text and "32 log-probabilities" in text and "Not proven" not in text
     code = snippet_of(text)
-    assert f"revision={sha!r}" in code and "load_in_4bit=True" in code
+    assert f'revision="{sha}"' in code and "load_in_4bit=True" in code
 
     found = plain(code + PROBES.format(pairs=str(CLINIC / "pairs.jsonl")) + LOGPS).splitlines()[-4:]
     probe = probe_of(hub, "ada/desk")
@@ -257,7 +257,7 @@ def test_a_dry_run(here, run_recipe):
     assert "32 log-probabilities are within" in done.stdout
     assert "**Not proven.**" in (here / "dry" / "README.md").read_text()
     result = json.loads((here / "outputs" / "publish" / "main" / "result.json").read_text())
-    assert result["published"]["files"].keys() == {path.name for path in (here / "dry").iterdir()}
+    assert result["files"].keys() == {path.name for path in (here / "dry").iterdir()}
     again = run_recipe("publish", "run=sft", "folder=dry", "license=mit", "force=true", cwd=here)
     assert again.returncode == 0, again
     (here / "mine").mkdir()

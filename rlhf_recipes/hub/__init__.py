@@ -90,19 +90,24 @@ def check_ready(cfg: DictConfig, recipe: str) -> None:
     connect(asked, "dataset" if recipe == "cai" else "model")
 
 
-def record(cfg: DictConfig, published: dict[str, Any]) -> float | None:
-    """Write result.json, print where it is.
+def start(cfg: DictConfig) -> run.Run:
+    """The run of recipes/publish.py, whose folder takes the record of what was published."""
+    run.environment()
+    return run.Run(run.relative(Path(cfg.output_dir)), "publish", run.resolved(cfg))
+
+
+def record(job: run.Run, cfg: DictConfig, published: dict[str, Any]) -> float | None:
+    """Write result.json, print where all is.
 
     Returns:
         The largest difference that the round trip found.
     """
     found = published["proof"] or {}
     largest = found.get("largest")
-    job = run.Run(run.relative(Path(cfg.output_dir)), "publish", run.resolved(cfg))
     job.dir.mkdir(parents=True, exist_ok=True)
     after = {"value": largest, "low": None, "high": None, "n": found.get("n", 0), "clusters": found.get("n", 0)}
     main = {"name": "round_trip_difference", "before": None, "after": after}
-    result = run.record(job, main=main, published=published)
+    result = run.record(job, main=main, **published)
     run.write_atomically(job.dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(job.config)))
     run.write_result(job, result)
     tell(cfg, published)
@@ -192,7 +197,8 @@ def _upload(source, facts: dict, expected: dict, staged: Path, target: upload.Ta
     if cfg.public and target.private:
         upload.make_public(target)
     where = target.link(branch if cfg.create_pr and sent else revision)
-    return {"where": where, "revision": revision, "uploaded": sent, "proof": found, "files": contents.hashes(staged)}
+    return {"where": where, "revision": revision, "uploaded": sent, "proof": found, "files": contents.hashes(staged),
+            "base_model": source.config["model"]["id"]}  # fmt: skip
 
 
 def _proven_before(facts: dict, staged: Path, target: upload.Target) -> str | None:
@@ -272,4 +278,5 @@ def _dry_run(source, facts: dict, expected: dict, staged: Path, folder: Path) ->
         found = _round_trip(source, facts, expected, sent, folder)
     except Mismatch as mismatch:
         raise ValueError(f"folder={folder}: {mismatch} Look at the run before it is published.") from None
-    return {"where": str(folder), "revision": None, "uploaded": False, "proof": found, "files": sent}
+    return {"where": str(folder), "revision": None, "uploaded": False, "proof": found, "files": sent,
+            "base_model": source.config["model"]["id"]}  # fmt: skip

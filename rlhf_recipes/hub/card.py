@@ -15,8 +15,10 @@ from omegaconf import OmegaConf
 from rlhf_recipes.cai import report
 from rlhf_recipes.card import PAPERS, chain, escape, examined, measured, without_folder
 from rlhf_recipes.config import CONF, flatten
+from rlhf_recipes.evaluation.definitions import METRICS
 from rlhf_recipes.hub.contents import PAGE, Source
 from rlhf_recipes.hub.upload import MARK
+from rlhf_recipes.stats import format_estimate
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PROVEN = "Proven by a round trip"
@@ -50,7 +52,7 @@ def _model_card(source: Source, facts: dict[str, Any], proof: dict | str | None)
         "## Use",
         f"```python\n{snippet(source, facts)}```",
         "## Held-out metrics",
-        f"{_parent(result)} {measured(result)}",
+        f"{_before(result)} {measured(result)}",
         examined(result.get("doctor")).rstrip(),
         _evaluated(facts["evaluation"]),
         _merged(facts["merged"]),
@@ -60,6 +62,7 @@ def _model_card(source: Source, facts: dict[str, Any], proof: dict | str | None)
         "## Settings",
         _settings(source.config),
         _hardware(result),
+        "![The training](curves.png)" if (source.dir / "curves.png").is_file() else "",
         "## Limits",
         "\n".join(f"- {limit}" for limit in _limits(source, facts)),
     ]
@@ -110,36 +113,47 @@ def _eval_results(source: Source) -> list:
             },
         )
         for key, after in source.result["metrics"].items()
-        if after["value"] is not None
+        if after["value"] is not None and not key.startswith("baseline_")
     ]
 
 
 def snippet(source: Source, facts: dict[str, Any]) -> str:
     """Plain peft and transformers: the base as it was trained on, what is published, one use of it."""
-    repo_id, base, reward = facts["repo_id"], facts["base"], source.recipe == "reward"
-    auto = "AutoModelForSequenceClassification" if reward else "AutoModelForCausalLM"
-    quantization = {} if facts["merged"] else _arguments(source.config["quantization"])
-    names = [auto, "AutoTokenizer", *(["BitsAndBytesConfig"] if quantization else [])]
-    lines = ["import torch", *([] if facts["merged"] else ["from peft import PeftModel"])]
-    lines += [f"from transformers import {', '.join(names)}", ""]
-    dtype = f"torch.{facts['dtype']}"
-    options = [*(["num_labels=1"] if reward else []), f"dtype={dtype}"]
-    name = "reward_model" if reward else "policy"
+    reward, here = source.recipe == "reward", json.dumps(facts["repo_id"])
+    auto, name = "AutoModelForCausalLM", "policy"
+    if reward:
+        auto, name = "AutoModelForSequenceClassification", "reward_model"
+    options = [*(["num_labels=1"] if reward else []), f"dtype=torch.{facts['dtype']}"]
     if facts["merged"]:
-        lines += [f"{name} = {auto}.from_pretrained({repo_id!r}, {', '.join(options)})"]
+        lines = ["import torch", f"from transformers import {auto}, AutoTokenizer", ""]
+        lines += [f"{name} = {auto}.from_pretrained({here}, {', '.join(options)})"]
     else:
-        if base["revision"]:
-            options.insert(0, f"revision={base['revision']!r}")
-        if quantization:
-            given = {**quantization, **({"bnb_4bit_compute_dtype": None} if quantization.get("load_in_4bit") else {})}
-            given |= {"llm_int8_skip_modules": ["lm_head", "score"]}
-            shown = [f"{key}={dtype if value is None else repr(value)}" for key, value in given.items()]
-            lines += ["quantization = BitsAndBytesConfig(", *(f"    {line}," for line in shown), ")"]
-            options.append("quantization_config=quantization")
-        lines += [f"base = {auto}.from_pretrained(", f"    {base['id']!r},", f"    {', '.join(options)},", ")"]
-        lines += [f"{name} = PeftModel.from_pretrained(base, {repo_id!r})"]
-    lines += [f"tokenizer = AutoTokenizer.from_pretrained({repo_id!r})", ""]
+        quantization = _quantization(source.config["quantization"], facts["dtype"])
+        more = ", BitsAndBytesConfig" if quantization else ""
+        lines = ["import torch", "from peft import PeftModel"]
+        lines += [f"from transformers import {auto}, AutoTokenizer{more}", "", *quantization]
+        base = facts["base"]
+        options = [*([f'revision="{base["revision"]}"'] if base["revision"] else []), *options]
+        options += ["quantization_config=quantization"] if quantization else []
+        lines += [f"base = {auto}.from_pretrained(", f"    {json.dumps(base['id'])},"]
+        lines += [*(f"    {option}," for option in options), ")", f"{name} = PeftModel.from_pretrained(base, {here})"]
+    lines += [f"tokenizer = AutoTokenizer.from_pretrained({here})", ""]
     return "\n".join(lines + (_scoring() if reward else _answering())) + "\n"
+
+
+def _quantization(node: dict[str, Any], dtype: str) -> list[str]:
+    """The lines that quantize the base as `models.build_quantization` does."""
+    if "_target_" not in node:
+        return []
+    given = {key: _literal(value) for key, value in node.items() if key != "_target_" and value is not None}
+    if node.get("load_in_4bit"):
+        given.setdefault("bnb_4bit_compute_dtype", f"torch.{dtype}")
+    given.setdefault("llm_int8_skip_modules", '["lm_head", "score"]')
+    return ["quantization = BitsAndBytesConfig(", *(f"    {key}={value}," for key, value in given.items()), ")"]
+
+
+def _literal(value: Any) -> str:
+    return repr(value) if isinstance(value, bool | int | float) else json.dumps(value)
 
 
 def _answering() -> list[str]:
@@ -188,20 +202,35 @@ def found(proof: dict[str, Any]) -> str:
     )
 
 
-def _parent(result: dict) -> str:
+def _before(result: dict) -> str:
     parent = result["parent"]
-    after = f"the {parent['recipe'] or 'adapter'} run that it continues" if parent else "the base model"
-    return f"Before: {after}. On rows that were held out of the training."
+    start = f"the {parent['recipe'] or 'adapter'} run that it continues" if parent else "the base model"
+    head = " with a score head that was not trained" if result["recipe"] == "reward" else ""
+    return f"Before: {start}{head}. On rows that were held out of the training."
 
 
 def _evaluated(entry: dict | None) -> str:
     if not entry:
         return ""
     reasons = " ".join(_plain(reason) for reason in entry["verdict"]["reasons"])
-    return (
-        f"## Evaluation\n\nAgainst {_plain(entry['parent'])}: **{entry['verdict']['verdict']}**. {reasons} "
-        f"The page with all answers: [{PAGE}]({PAGE})."
+    rows = [
+        f"| {METRICS[key][0]} | {_with_unit(e, METRICS[key][1])} | {e['n']} |"
+        for key, e in entry["metrics"].items()
+        if key in METRICS and e["value"] is not None
+    ]
+    table = ["| metric | value | n |", "| --- | --- | --- |", *rows] if rows else []
+    return "\n".join(
+        [
+            f"## Evaluation\n\nAgainst {_plain(entry['parent'])}: **{entry['verdict']['verdict']}**. {reasons} "
+            f"The page with all answers: [{PAGE}]({PAGE}).\n",
+            *table,
+        ]
     )
+
+
+def _with_unit(estimate: dict, unit: str) -> str:
+    shown = format_estimate(estimate, percent=unit == "%", digits=1 if unit == "%" else 2)
+    return f"{shown} {unit}".rstrip() if unit != "%" else shown
 
 
 def _merged(merged: dict | None) -> str:
@@ -215,7 +244,8 @@ def _merged(merged: dict | None) -> str:
 
 
 def _base(base: dict[str, Any]) -> str:
-    said = [f"Base: `{base['id']}` at `{base['revision'] or 'its newest revision'}`, under {base['license']}."]
+    at = f"at revision `{base['revision']}`" if base["revision"] else "at its newest revision"
+    said = [f"Base: `{base['id']}` {at}, under {base['license']}."]
     if base["origin"]:
         said.append(f"It was trained on these weights: {_plain(base['origin'])}.")
     if base.get("drift") is not None:
@@ -273,15 +303,15 @@ def _limits(source: Source, facts: dict[str, Any]) -> list[str]:
     ]
     if low is not None and low <= main["before"]["value"] <= high:
         limits.append(f"The interval of the {main['name'].replace('_', ' ')} includes the value before the training.")
-    if not facts["evaluation"]:
-        limits.append("Its answers were not compared with those of its parent: only held-out numbers were.")
     if source.recipe == "reward":
         limits.append("A score means nothing alone: compare scores of replies to the same prompt.")
         limits.append("A policy that is trained against it for long will find what it rewards by mistake.")
     else:
+        if not facts["evaluation"]:
+            limits.append("Its answers were not compared with those of its parent: only held-out numbers were.")
         limits.append("It can be wrong, and refuse or comply where it should not. Nobody has tested it for safety.")
-    if source.config["quantization"].get("_target_") and not facts["merged"]:
-        limits.append("It was trained on a quantized base. On an unquantized one its log-probabilities differ.")
+    if "_target_" in source.config["quantization"] and not facts["merged"]:
+        limits.append("It was trained on a quantized base. On an unquantized one its numbers differ.")
     limits.append("The terms of the base model and of the data apply.")
     return limits
 
@@ -297,21 +327,18 @@ def _data_card(source: Source, facts: dict[str, Any], proof: dict | str | None) 
             card.data[key] = facts["base"][key]
     if isinstance(proof, str):
         card.data.tags.append("broken")
-    title, _, rest = card.text.strip().partition("\n\n")
+    title, about, rest = card.text.strip().split("\n\n", 2)
     constitution = source.result["constitution"]
-    code = f'from datasets import load_dataset\n\npairs = load_dataset({facts["repo_id"]!r}, "prefs")\nprint(pairs)\n'
+    load = f'load_dataset({json.dumps(facts["repo_id"])}, "prefs")'
+    code = f"from datasets import load_dataset\n\npairs = {load}\nprint(pairs)\n"
     limits = [
         "The text is a language model's, and so are the labels or the rule behind them: nobody has read all of it.",
         f"The constitution is `constitution.yaml`, SHA-256 `{constitution['sha256']}`.",
         "The terms of the generator's base model and of the prompts apply.",
     ]
-    parts = [title, _proof(proof, facts), f"## Use\n\n```python\n{code}```", rest.strip()]
+    parts = [title, about, _proof(proof, facts), f"## Use\n\n```python\n{code}```", rest]
     parts += ["## Limits\n\n" + "\n".join(f"- {limit}" for limit in limits)]
     return f"---\n{card.data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
-
-
-def _arguments(node: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in node.items() if key != "_target_" and value is not None}
 
 
 def _is_local(path: str) -> bool:

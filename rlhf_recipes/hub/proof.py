@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 PROBES = 32
+# Of these many replies the effect of the adapter is measured: a scale, for which few are enough.
+EFFECT_PROBES = 8
 # Most that two processes may differ by: nats per reply token, or units of the score. On one machine they do not differ
 # at all; other kernels round otherwise, by 2^-24 (float32), 2^-11 (float16), 2^-8 (bfloat16) of a logit of about 20,
 # averaged over a reply. What an adapter changes is often less: see `compare`.
@@ -70,13 +72,13 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         base = models.load_base(node, OmegaConf.create(task["quantization"]), auto, **options)
         model = PeftModel.from_pretrained(base, task["folder"])
 
-    def numbers(what: str) -> tuple[list[float], list[int]]:
+    def numbers(asked: list, what: str) -> tuple[list[float], list[int]]:
         if task["reward"]:
             return m.rewards(model, tokenizer, [prompt + reply for prompt, reply in asked], what), [1] * len(asked)
         logps = m.completion_logps(model, tokenizer, asked, what)
         return [logp for logp, _ in logps], [tokens for _, tokens in logps]
 
-    values, scale = numbers("Round trip")
+    values, scale = numbers(asked, "Round trip")
     found = {"values": values, "scale": scale, "effect": None, "dtype": str(dtype).removeprefix("torch."),
              "quantization": task["quantization"], "probes": probes_sha256()}  # fmt: skip
     if task["reward"]:
@@ -84,7 +86,9 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         found["effect"] = _mean([abs(value - mean) for value in values])
     elif not task["merged"]:
         with model.disable_adapter():
-            found["effect"] = drift(found, {"values": numbers("Base alone")[0]})
+            alone, _ = numbers(asked[:EFFECT_PROBES], "Base alone")
+        few = {key: found[key][:EFFECT_PROBES] for key in ("values", "scale")}
+        found["effect"] = drift(few, {"values": alone})
     return found
 
 
