@@ -167,13 +167,15 @@ def recipe(name: str):
 
 
 def _published(main, cfg: DictConfig, recipe: str):
-    """`publish=true`: look whether it may be published, run the recipe, publish when its model is out of memory."""
-    from rlhf_recipes import hub
+    """`publish=true`: look whether it may be published, run the recipe, publish what it made."""
+    from rlhf_recipes import hub, memory
 
     check(cfg, recipe)
     hub.check_ready(cfg, recipe)
     value = main(cfg)
-    hub.tell(asked := hub.options(cfg, recipe), hub.publish(asked))
+    memory.forget_peak()  # the model, too: it is loaded again
+    asked = hub.options(cfg, recipe)
+    hub.tell(asked, hub.publish(asked))
     return value
 
 

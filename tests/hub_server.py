@@ -56,7 +56,7 @@ class Repo:
 
 class Hub(ThreadingHTTPServer):
     """`fault(step, number, path)` decides about the number-th request of a step (from 1): None, a status, "lost" (the
-    connection is dropped unanswered), "applied" (done, but the answer is lost) or "corrupt" (a byte is changed)."""
+    connection is dropped unanswered), "hang", "applied" (done, but the answer is lost) or "corrupt" (a wrong byte)."""
 
     daemon_threads = True
     request_queue_size = 64
@@ -74,6 +74,7 @@ class Hub(ThreadingHTTPServer):
         self.tokens_at_cdn = 0
         self.log: list[tuple[str, str, str]] = []  # step, method, path
         self.error_headers: dict[str, str] = {}
+        self.go_on = threading.Event()  # ends what hangs
         self.fault = lambda step, number, path: None
 
     def handle_error(self, request, client_address):
@@ -116,7 +117,9 @@ class Handler(BaseHTTPRequestHandler):
         self.corrupt = fault == "corrupt"
         if isinstance(fault, int):
             return self.answer(fault, {"error": "told to fail"}, **hub.error_headers)
-        if fault == "lost":
+        if fault == "hang":
+            hub.go_on.wait(60)
+        if fault in ("lost", "hang"):
             self.close_connection = True
             return None
         self.silent = fault == "applied"

@@ -272,6 +272,15 @@ def test_a_place_for_a_dry_run(run, refused):
     assert snapshot(run) == before
 
 
+def test_a_dry_run_again(run, publish):
+    """It takes the place of the earlier one, of another kind too."""
+    publish("run=dpo", "license=mit", "folder=x")
+    done = publish("run=dpo", "license=mit", "folder=x", "merged=true", "max_merge_drift=1")
+    assert done["files"].keys() == {path.name for path in (run.parent / "x").iterdir()}
+    assert "model.safetensors" in done["files"] and "adapter_config.json" not in done["files"]
+    assert done["revision"] is None and not done["uploaded"]
+
+
 def test_what_is_worse_is_published_with_force(server, run, publish):
     worse(run)
     evaluated("worse")(run)
@@ -359,6 +368,66 @@ def test_how_far_numbers_may_differ():
     assert proof.drift(expected, numbers([-11.0, -20.0])) == pytest.approx(0.05)
 
 
+def test_the_fresh_process_gets_no_token(run, server, monkeypatch):
+    """Nor has it one among its arguments, which everybody on the machine can list."""
+    from rlhf_recipes.hub import proof
+
+    seen = []
+
+    def note(command, env, **_):
+        seen.append((command, env))
+        raise ValueError("seen")
+
+    monkeypatch.setattr(proof.subprocess, "run", note)
+    with pytest.raises(ValueError, match="seen"):
+        proof.in_fresh_process({"folder": str(run)})
+    ((command, env),) = seen
+    assert TOKEN not in " ".join(command) and TOKEN not in env.values() and env["HF_HUB_OFFLINE"] == "1"
+
+
+def test_merged_weights_that_are_too_far(server, run, refused):
+    line = refused("run=dpo", "repo_id=ada/x", "merged=true", "max_merge_drift=1e-9")
+    assert line.startswith("merged=true: merged weights differ from the adapter on its base by 0.0"), line
+    assert ("model", "ada/x") not in server.repos
+
+
+def test_a_pull_request(server, run, publish):
+    server.put("ada/asked", None, **{"README.md": b"---\ntags:\n- rlhf-recipes\n---\n# Old\n"}, private=True)
+    repo = server.repos["model", "ada/asked"]
+    head = repo.branches["main"]
+    done = publish("run=dpo", "repo_id=ada/asked", "create_pr=true")
+    assert done["where"] == f"{server.url}/ada/asked/tree/refs/pr/1"
+    assert repo.branches["main"] == head and list(repo.pulls) == ["refs/pr/1"]
+    proposed = repo.at("refs/pr/1")["files"]
+    assert b"Proven by a round trip" in proposed["README.md"] and "adapter_model.safetensors" in proposed
+
+
+def test_merged_takes_the_place_of_the_adapter(server, run, publish):
+    publish("run=dpo", "repo_id=ada/x", "tag=v1")
+    repo = server.repos["model", "ada/x"]
+    repo.add("main", "by hand", {**repo.files, "picture.png": b"mine"})
+    publish("run=dpo", "repo_id=ada/x", "merged=true", "max_merge_drift=1")
+    assert "adapter_model.safetensors" not in repo.files and "adapter_config.json" not in repo.files
+    assert {"model.safetensors", "picture.png"} <= repo.files.keys()
+    assert "adapter_model.safetensors" in repo.at("v1")["files"]
+
+
+def test_the_constitution_of_its_pairs(server, run, publish):
+    made = run.parent / "pairs"
+    made.mkdir()
+    constitution = {"name": "mine | <b>", "version": "2", "principles": 3, "sha256": "c" * 64}
+    (made / "result.json").write_text(
+        json.dumps({"recipe": "cai", "status": "finished", "constitution": constitution, "labelled_by": "judge"})
+    )
+    (made / "config.yaml").write_text("run_name: pairs\nconstitution:\n  name: mine\n")
+    configured("data.path", "pairs")(run)
+    publish("run=dpo", "repo_id=ada/x")
+    files = server.repos["model", "ada/x"].files
+    assert files["constitution.yaml"] == b"name: mine\n"
+    card = files["README.md"].decode()
+    assert f"constitution *mine \\| &lt;b&gt;* (version 2, `constitution.yaml`, SHA-256 `{'c' * 64}`)" in card
+
+
 def test_what_cannot_be_loaded(run, tmp_path):
     from rlhf_recipes import hub
 
@@ -386,12 +455,14 @@ def test_text_cannot_break_the_card(run):
     facts["base"] = {"id": TINY_ID, "revision": None, "same": True, "origin": None, **terms}
     plain = card.write(source, facts, None)
     reasons = {"verdict": "hold", "reasons": [nasty]}
-    facts |= {"evaluation": {"name": "dpo", "parent": nasty, "verdict": reasons}}
+    rate = {"win_rate": {"value": 0.6, "low": 0.4, "high": 0.8, "n": 20, "clusters": 20}}
+    facts |= {"evaluation": {"name": "dpo", "parent": nasty, "verdict": reasons, "metrics": rate}}
     facts["base"] |= {"origin": nasty}
     source.config["data"]["path"] = source.config["trainer"]["run_name"] = source.result["device"] = nasty
     text = card.write(source, facts, nasty)
     head = ModelCard(text).data.to_dict()
     assert head["license_name"] == "x: y" and "broken" in head["tags"]
+    assert "| Win rate against the parent | 60.0 % [40.0, 80.0] | 20 |" in text
     assert text.count("```") == plain.count("```")
     body = text[text.index("\n# LoRA") :]
     assert all("`" in line.partition("<b>")[0] for line in body.splitlines() if "<b>" in line), body  # as code

@@ -44,10 +44,9 @@ def publish(cfg: DictConfig) -> dict[str, Any]:
     with upload.told(target) if target else nullcontext(), tempfile.TemporaryDirectory() as scratch:
         staged = Path(scratch) / "files"
         staged.mkdir()
-        describe = base.describe_generator if source.key == "pairs" else base.describe
         facts = {
             "repo_id": cfg.repo_id or PLACEHOLDER,
-            "base": describe(source, cfg.license, target and target.api),
+            "base": _terms(source, cfg.license, target and target.api),
             "evaluation": evaluation,
             "merged": None,
         }
@@ -64,6 +63,10 @@ def publish(cfg: DictConfig) -> dict[str, Any]:
         if target:
             return _upload(source, facts, expected, staged, target, cfg)
         return _dry_run(source, facts, expected, staged, Path(cfg.folder))
+
+
+def _terms(source: contents.Source, licence: str | None, api) -> dict[str, Any]:
+    return (base.describe_generator if source.key == "pairs" else base.describe)(source, licence, api)
 
 
 def connect(cfg: DictConfig, repo_type: str) -> upload.Target:
@@ -87,7 +90,10 @@ def check_ready(cfg: DictConfig, recipe: str) -> None:
     """
     asked = options(cfg, recipe)
     checks.options(asked)
-    connect(asked, "dataset" if recipe == "cai" else "model")
+    source = contents.Source("pairs" if recipe == "cai" else "run", Path(cfg.output_dir), run.resolved(cfg), {})
+    target = connect(asked, source.repo_type)
+    with upload.told(target):
+        _terms(source, None, target.api)
 
 
 def start(cfg: DictConfig) -> run.Run:

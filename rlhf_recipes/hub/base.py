@@ -56,7 +56,7 @@ def describe_generator(source: contents.Source, licence: str | None, api) -> dic
     if not licence:
         raise ValueError(
             f"license: the terms of the prompts (data.path={without_folder(config['data']['path'])}) and of the "
-            "replies are not known here. Look them up, then license=<id>."
+            "replies are not known here. Look them up, then recipes/publish.py with license=<id>."
         )
     return {"license": licence, "license_name": None, "license_link": None}
 
@@ -132,7 +132,8 @@ def _carried_over(base: str, terms: dict[str, str], given: str | None) -> dict[s
         theirs = theirs[0] if len(theirs) == 1 else None
     if not theirs and not given:
         raise ValueError(
-            f"license: {base} states none, and what is built on it needs one. Look up its terms, then license=<id>."
+            f"license: {base} states none, and what is built on it needs one. Look up its terms, then "
+            "recipes/publish.py with license=<id>."
         )
     if given and theirs and given != theirs and theirs not in PERMISSIVE:
         raise ValueError(

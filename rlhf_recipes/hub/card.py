@@ -59,6 +59,7 @@ def _model_card(source: Source, facts: dict[str, Any], proof: dict | str | None)
         "## Chain",
         chain(f"{base['id']}{'@' + base['revision'][:12] if base['revision'] else ''}", result),
         _base(base),
+        _constitution(source.pairs),
         "## Settings",
         _settings(source.config),
         _hardware(result),
@@ -256,6 +257,16 @@ def _base(base: dict[str, Any]) -> str:
     if base["same"] is None:
         said.append("The weights that it was trained on were not compared with those on the Hub.")
     return " ".join(said)
+
+
+def _constitution(pairs: Source | None) -> str:
+    if pairs is None:
+        return ""
+    said = pairs.result["constitution"]
+    return (
+        f"Its pairs were made under the constitution *{_plain(said['name'])}* (version {_plain(said['version'])}, "
+        f"`constitution.yaml`, SHA-256 `{said['sha256']}`), labelled by {_plain(pairs.result['labelled_by'])}."
+    )
 
 
 def _settings(config: dict[str, Any]) -> str:

@@ -57,6 +57,13 @@ class Source:
         return self.dir / "adapter"
 
     @property
+    def pairs(self) -> "Source | None":
+        """Of a training, the run of recipes/cai.py that made its pairs, where it is still there."""
+        folder = Path(self.config["data"]["path"])
+        made_by = run.read_result(folder) if folder.is_dir() else None
+        return find(None, str(folder)) if self.key == "run" and made_by and made_by.get("recipe") == "cai" else None
+
+    @property
     def splits(self) -> list[str]:
         """Of a data set, those that the card's metadata names: not empty, of train and test."""
         written = self.result["funnel"]["written"]
@@ -118,8 +125,10 @@ def gather(source: Source, base: dict, page: Path | None, folder: Path) -> None:
             _copy(file, folder / file.name)
     if page:
         _copy(page, folder / PAGE)
+    made = source if source.key == "pairs" else source.pairs
+    if made:
+        run.write_atomically(folder / "constitution.yaml", OmegaConf.to_yaml(made.config["constitution"]))
     if source.key == "pairs":
-        run.write_atomically(folder / "constitution.yaml", OmegaConf.to_yaml(source.config["constitution"]))
         return
     for pattern in TOKENIZER:
         for file in sorted(source.adapter.glob(pattern)):
