@@ -482,3 +482,19 @@ def test_every_setting_that_is_no_default(run):
     for default in ("trainer.beta", "lora.lora_dropout", "data.format", "data.columns", "trainer.save_strategy"):
         assert default not in table
     assert "| `data.train_size` | `8` |" in table
+
+
+@pytest.mark.parametrize(
+    ("path", "there"),
+    [("Anthropic/hh-rlhf", True), ("org/name-v1.1", True), ("mine/prefs.jsonl", False), ("a/b.csv.gz", False),
+     ("clinic", False), ("dpo/adapter", False)],
+)  # fmt: skip
+def test_data_that_the_metadata_names(run, path, there):
+    from rlhf_recipes.hub import card, contents
+
+    configured("data.path", path)(run)
+    facts = {"repo_id": "ada/x", "merged": None, "dtype": "bfloat16", "fingerprint": "", "evaluation": None}
+    facts["base"] = {"id": TINY_ID, "revision": None, "same": True, "origin": None, "license": "mit",
+                     "license_name": None, "license_link": None}  # fmt: skip
+    text = card.write(contents.find("dpo", None), facts, None)
+    assert (f"datasets:\n- {path}\n" in text) == there

@@ -71,6 +71,16 @@ def test_a_byte_that_is_changed(server, run, refused, capsys, step):
         assert b"> **Broken.**" in repo.files["README.md"] and b"- broken" in repo.files["README.md"]
 
 
+def test_what_was_broken_is_proven_anew(server, run, refused, publish):
+    """A card that says "broken" is no proof: the same files are downloaded and loaded again."""
+    server.fault = lambda name, number, path: "corrupt" if name == "download" and TINY_ID not in path else None
+    refused("run=dpo", "repo_id=ada/x")
+    server.fault = lambda name, number, path: None
+    done = publish("run=dpo", "repo_id=ada/x")
+    card = server.repos["model", "ada/x"].files["README.md"]
+    assert done["proof"]["passed"] and b"Proven by a round trip" in card and b"- broken" not in card
+
+
 def test_a_server_that_keeps_another_card(server, run, refused, capsys):
     """The last commit is looked at as well: its card is the one that says "proven"."""
     server.fault = lambda name, number, path: "corrupt" if name == "commit" and server.seen["commit"] == 2 else None

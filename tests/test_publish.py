@@ -211,6 +211,13 @@ def test_a_data_set(hub, publish, plain, pairs):
     written = result["funnel"]["written"]
     assert str([written["train_prefs"], written["test_prefs"]]) in rows and "'role': 'assistant'" in rows
 
+    hub.fault = lambda step, number, path: "corrupt" if step == "download" else None
+    done = publish(f"pairs={pairs}", "repo_id=ada/spoiled", "license=mit")
+    hub.fault = lambda step, number, path: None
+    assert done.returncode == 2 and "came back with SHA-256" in done.stderr and "published" not in done.stdout, done
+    text, head = card_of(hub, "ada/spoiled", "dataset")
+    assert "broken" in head["tags"] and "> **Broken.**" in text
+
     (pairs / "result.json").write_text(json.dumps(result | {"generator": f"{pairs}/model"}))
     done = publish(f"pairs={pairs}", "repo_id=ada/pairs", "license=mit")
     assert done.returncode == 0 and b"/tmp" not in b"".join(repo.files.values()), done

@@ -8,6 +8,7 @@ import importlib
 import inspect
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -15,6 +16,7 @@ from omegaconf import OmegaConf
 from rlhf_recipes.cai import report
 from rlhf_recipes.card import PAPERS, chain, escape, examined, measured, without_folder
 from rlhf_recipes.config import CONF, flatten
+from rlhf_recipes.data.readers import KINDS
 from rlhf_recipes.evaluation.definitions import METRICS
 from rlhf_recipes.hub.contents import PAGE, Source
 from rlhf_recipes.hub.upload import MARK
@@ -80,7 +82,7 @@ def _metadata(source: Source, facts: dict[str, Any], broken: bool):
     return ModelCardData(
         base_model=base["id"],
         base_model_relation="finetune" if facts["merged"] else "adapter",
-        datasets=[data] if HUB_ID.fullmatch(data) and not _is_local(data) else None,
+        datasets=[data] if _is_on_the_hub(data) else None,
         library_name="transformers" if facts["merged"] else "peft",
         pipeline_tag="text-classification" if reward else "text-generation",
         tags=[MARK, "trl", *([] if facts["merged"] else ["lora"]), source.recipe, *(["broken"] if broken else [])],
@@ -352,10 +354,10 @@ def _data_card(source: Source, facts: dict[str, Any], proof: dict | str | None) 
     return f"---\n{card.data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
 
 
-def _is_local(path: str) -> bool:
-    from pathlib import Path
-
-    return Path(path).exists()
+def _is_on_the_hub(data: str) -> bool:
+    """Whether `data.path` is the id of a data set, rather than a file or folder of somebody's machine."""
+    path = Path(data)
+    return bool(HUB_ID.fullmatch(data)) and not path.exists() and path.suffix not in (*KINDS, ".gz")
 
 
 def _plain(text: str) -> str:
