@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from rlhf_recipes.cai import report
 from rlhf_recipes.card import PAPERS, chain, escape, examined, measured, without_folder
 from rlhf_recipes.config import CONF, flatten
-from rlhf_recipes.data.readers import KINDS
+from rlhf_recipes.data.readers import FILE_ENDINGS
 from rlhf_recipes.evaluation.definitions import METRICS
 from rlhf_recipes.hub.contents import PAGE, Source
 from rlhf_recipes.hub.upload import MARK
@@ -357,7 +357,7 @@ def _data_card(source: Source, facts: dict[str, Any], proof: dict | str | None) 
 def _is_on_the_hub(data: str) -> bool:
     """Whether `data.path` is the id of a data set, rather than a file or folder of somebody's machine."""
     path = Path(data)
-    return bool(HUB_ID.fullmatch(data)) and not path.exists() and path.suffix not in (*KINDS, ".gz")
+    return bool(HUB_ID.fullmatch(data)) and not path.exists() and path.suffix not in FILE_ENDINGS
 
 
 def _plain(text: str) -> str:
