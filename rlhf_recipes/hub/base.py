@@ -38,7 +38,7 @@ def describe(source: contents.Source, licence: str | None, api) -> dict[str, Any
     if api is not None:
         info = _ask(api, node.id, node.revision)
         base["revision"] = _cached_commit(folder) or info.sha
-        base["same"] = node.path is None or (folder is not None and _weights(folder) == _hub_weights(info))
+        base["same"] = node.path is None or _are_the_hubs(folder, info)
         terms = _terms(info.card_data) or terms
     return base | _carried_over(node.id, terms, licence)
 
@@ -91,13 +91,11 @@ def _ask(api, repo_id: str, revision: str | None):
         ) from error
 
 
-def _weights(folder: Path) -> set[str]:
-    return {contents.sha256(file) for file in folder.glob("*.safetensors")}
-
-
-def _hub_weights(info) -> set[str]:
-    files = [file for file in info.siblings or [] if file.rfilename.endswith(".safetensors")]
-    return {file.lfs.sha256 for file in files if file.lfs and "/" not in file.rfilename}
+def _are_the_hubs(folder: Path | None, info) -> bool:
+    """Whether every file of weights in a folder is one that the Hub has; it may have others, in other formats."""
+    theirs = {file.lfs.sha256 for file in info.siblings or [] if file.lfs}
+    own = {contents.sha256(file) for file in folder.glob("*.safetensors")} if folder else set()
+    return bool(own) and own <= theirs
 
 
 def _origin(folder: Path | None) -> str | None:
