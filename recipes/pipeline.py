@@ -8,16 +8,20 @@ Examples:
 
 import sys
 
-from rlhf_recipes import config, stages
+from rlhf_recipes import config, preflight, stages
 
 
 @config.recipe("pipeline")
 def main(cfg):
     config.check(cfg)
     plan = stages.plan(cfg)
+    preflight.before_pipeline(plan.stages, plan.dir, cfg.preflight)
+    if cfg.preflight.only:
+        return
     status = stages.execute(plan)
     stages.print_summary(plan, cfg.next)
-    return sys.exit(status) if status else None
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,9 @@ KEYS = {
     "resume": ("auto", "never"),
     "overwrite": bool,
     "doctor": ("warn", "strict", "none"),
+    "preflight.only": bool,
+    "preflight.measure": bool,
+    "preflight.fails": ("stop", "warn"),
     "runs": list,
     "parent": str,
     "reward_model": str | None,
@@ -153,17 +156,27 @@ def recipe(name: str):
 
                 return sweep.job(main, cfg)
             with _OneLine(), _no_empty_folder():  # inside Hydra, which would announce the failure on a line of its own
-                return main(cfg) if not cfg.get("publish") else _published(main, cfg, name)
+                if "trainer" in cfg and cfg.preflight.only:
+                    from rlhf_recipes import preflight
+
+                    return preflight.alone(cfg, name, list(HydraConfig.get().overrides.task))
+                return _published(main, cfg, name) if cfg.get("publish") else main(cfg)
 
         @functools.wraps(main)
         def launch():
             _leave_script_folder()
+            sys.argv[1:] = spelled_out(sys.argv[1:])
             with _OneLine(name):
                 hydra.main(version_base="1.3", config_path="../conf", config_name=name)(run_job)()
 
         return launch
 
     return decorate
+
+
+def spelled_out(arguments: list[str]) -> list[str]:
+    """The command line with `preflight=true` written as Hydra takes it: a node cannot be a switch as well."""
+    return [re.sub(r"^preflight=(true|false)$", r"preflight.only=\1", each, flags=re.IGNORECASE) for each in arguments]
 
 
 def _published(main, cfg: DictConfig, recipe: str):

@@ -13,6 +13,11 @@ from contextlib import suppress
 from pathlib import Path
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of <malloc.h>
+# Where a container says how much memory it may have, and has: version 2, version 1.
+CGROUP = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
 
 
 def keep_freed_memory() -> None:
@@ -41,6 +46,28 @@ def peak_gib() -> dict[str, float]:
     if torch.cuda.is_available():
         peak["cuda"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     return peak
+
+
+def resident() -> int:
+    """Bytes of this process in main memory."""
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
+def free() -> int:
+    """Bytes that a training could take: of the GPU where there is one, else of main memory, within the container's
+    limit."""
+    import psutil
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    left = [psutil.virtual_memory().available]
+    for limit, used in CGROUP:
+        with suppress(OSError, ValueError):  # no such version of cgroups, or the word "max"
+            left.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
+    return min(left)
 
 
 def forget_peak() -> None:

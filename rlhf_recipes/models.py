@@ -14,7 +14,7 @@ from rlhf_recipes.run import Run, resolve_adapter
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 
 # Of the jobs of a sweep that share a process.
@@ -79,6 +79,39 @@ def load_tokenizer(model: DictConfig) -> "PreTrainedTokenizerBase":
             f"model.id={model.id}: its tokenizer has no chat template. Choose an instruction-tuned model."
         )
     return tokenizer
+
+
+def load_config(model: DictConfig) -> "PretrainedConfig":
+    """What the model's config.json says, of its text part where it has several; no weights.
+
+    Raises:
+        ValueError: the model cannot be found or fetched.
+    """
+    from transformers import AutoConfig
+
+    return _from_hub(model, AutoConfig.from_pretrained, model_path(model), revision=model.revision).get_text_config()
+
+
+def download_bytes(model: DictConfig) -> int:
+    """What is to be fetched before the model can be loaded: its weights on the Hub, where the cache lacks them.
+
+    Raises:
+        ValueError: they cannot be found.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HTTPError
+
+    path = model_path(model)
+    names = ("model.safetensors", "model.safetensors.index.json")
+    if Path(path).is_dir() or any(
+        isinstance(try_to_load_from_cache(path, n, revision=model.revision), str) for n in names
+    ):
+        return 0
+    try:
+        files = HfApi().model_info(path, revision=model.revision, files_metadata=True).siblings or []
+    except (OSError, HTTPError) as error:
+        raise ValueError(f"model.id={model.id}: {_hub_refusal(error)}") from error
+    return sum(file.size or 0 for file in files if file.rfilename.endswith(".safetensors"))
 
 
 def load_policy(

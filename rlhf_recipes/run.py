@@ -39,7 +39,7 @@ LIBRARIES = (
     "huggingface_hub",
 )
 # Where a run lies and whether it may continue say nothing about what it computes.
-_NOT_COMPUTED = ("run_name", "resume", "overwrite", "sweep")
+_NOT_COMPUTED = ("run_name", "resume", "overwrite", "sweep", "preflight")
 # The first answers that a run of recipes/cai.py keeps; it continues from all that it has.
 GATE = "gate.jsonl"
 # In a sweep's folder: what its jobs have in common.
@@ -370,7 +370,7 @@ def _refuse_foreign(folder: Path) -> None:
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     config = folder / "config.yaml"
     text = config.read_text(errors="replace") if config.is_file() else ""
-    if not (names <= {"checkpoints"} or "\nrun_name:" in f"\n{text}"):
+    if not (names <= {"checkpoints", "preflight.json"} or "\nrun_name:" in f"\n{text}"):
         raise ValueError(
             f"hydra.run.dir={folder}: holds {sorted(names)[0]} and is no run folder. Choose an empty or a new one."
         )

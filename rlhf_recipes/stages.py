@@ -29,6 +29,7 @@ class Stage:
     recipe: str
     dir: Path
     overrides: list[str]
+    cfg: DictConfig
     config_sha256: str
     status: str = "pending"
     seconds: float = 0.0
@@ -72,7 +73,9 @@ def plan(cfg: DictConfig) -> Plan:
         _check_entry(entry, [stage.name for stage in stages], recipes)
         shared = [text for text in cfg.shared if _takes(entry.recipe, text)]
         overrides = [text.replace("{dir}", str(folder)) for text in [*shared, *entry.get("overrides", [])]]
-        stage = Stage(entry.name, entry.recipe, folder / entry.name, overrides, _config_sha256(entry, overrides))
+        own = _compose(entry, overrides)
+        sha256 = run.config_sha256(run.resolved(own))
+        stage = Stage(entry.name, entry.recipe, folder / entry.name, overrides, own, sha256)
         result = None if cfg.overwrite else stage.result()
         if result and result["config_sha256"] != stage.config_sha256:
             raise ValueError(
@@ -147,7 +150,7 @@ def _run(stage: Stage, label: str) -> tuple[int, float]:
     return code, round(time.monotonic() - begin, 1)
 
 
-def _config_sha256(entry: DictConfig, overrides: list[str]) -> str:
+def _compose(entry: DictConfig, overrides: list[str]) -> DictConfig:
     GlobalHydra.instance().clear()  # of the pipeline's own composition
     try:
         with hydra.initialize_config_module("rlhf_recipes.conf", version_base="1.3"):
@@ -157,7 +160,7 @@ def _config_sha256(entry: DictConfig, overrides: list[str]) -> str:
             data.check(cfg.data)
     except Exception as error:
         raise ValueError(f"stages.{entry.name}: {config.as_refusal(error, entry.recipe) or error}") from error
-    return run.config_sha256(run.resolved(cfg))
+    return cfg
 
 
 def _takes(recipe: str, override: str) -> bool:

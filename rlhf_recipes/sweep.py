@@ -26,7 +26,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import config, memory, run
+from rlhf_recipes import config, memory, preflight, run
+from rlhf_recipes.config import redact
 
 ROWS = "rows"
 DIFFERENT = "the jobs have different models or data"
@@ -100,9 +101,12 @@ class Summary(Callback):
         try:
             if "trainer" in config:
                 check(config.sweep)
+                preflight.before_sweep(config)
         except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {redact(str(error))}", file=sys.stderr)
             sys.exit(2)
+        if "trainer" in config and config.preflight.only:
+            sys.exit(0)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         folder = run.relative(Path(config.hydra.sweep.dir).absolute())

@@ -6,6 +6,7 @@ from pathlib import Path
 from rlhf_recipes.evaluation.definitions import METRICS
 from rlhf_recipes.evaluation.page import COLOURS, MARKERS, PARENT_COLOUR
 
+FEW = 8  # jobs whose names and intervals have room
 DRAWS = {"win_rate": 0.5, "accuracy_log_ratio": 0.5}
 
 
@@ -28,16 +29,16 @@ def plot(rows: list[dict], objective: str, best: str | None, path: Path) -> None
     ]
     points.sort(key=lambda point: point[0][1])
     with rc_context({"font.size": 9, "text.parse_math": False}):
-        figure = Figure(figsize=(8, 5), dpi=110, layout="constrained")
+        figure = Figure(figsize=(8, 5) if len(points) <= FEW else (10, 6.5), dpi=110, layout="constrained")
         axes = figure.add_subplot()
         for i, method in enumerate(dict.fromkeys(row["recipe"] for _, _, row in points)):
             own = [point for point in points if point[2]["recipe"] == method]
             colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
             axes.plot([x[1] for x, _, _ in own], [y[1] for _, y, _ in own], color=colour, linewidth=0.9, alpha=0.6)
             for x, y, row in own:
-                axes.plot([x[1]] * 2, [y[0], y[2]], color=colour, linewidth=1.2, alpha=0.7)
-                axes.plot([x[0], x[2]], [y[1]] * 2, color=colour, linewidth=1.2, alpha=0.7)
-                axes.annotate(row["job"], (x[1], y[1]), xytext=(5, 5), textcoords="offset points", fontsize=7.5)
+                faint = 0.7 if len(points) <= FEW else 0.25
+                axes.plot([x[1]] * 2, [y[0], y[2]], color=colour, linewidth=1.2, alpha=faint)
+                axes.plot([x[0], x[2]], [y[1]] * 2, color=colour, linewidth=1.2, alpha=faint)
                 if row["system"] == best:
                     axes.plot(x[1], y[1], "o", markersize=15, markerfacecolor="none", markeredgecolor=colour)
             axes.plot([x[1] for x, _, _ in own], [y[1] for _, y, _ in own], marker, color=colour, label=method)
@@ -51,6 +52,8 @@ def plot(rows: list[dict], objective: str, best: str | None, path: Path) -> None
         axes.grid(alpha=0.2)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
+        first = [point for point in points if point[2]["system"] == best or (point[0][1], point[1][1]) in hull]
+        _name(figure, axes, [*first, *(point for point in points if point not in first)])
         figure.savefig(path)
 
 
@@ -61,6 +64,30 @@ def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
         if not kept or y > kept[-1][1]:
             kept.append((x, y))
     return kept
+
+
+def _name(figure, axes, points: list) -> None:
+    """Write the jobs' names beside their points, where no other name is yet; who finds no place has the table."""
+    figure.draw_without_rendering()  # the layout decides how far apart points are
+    taken: list = []
+    for x, y, row in points:
+        for right, up in ((5, 5), (5, -11), (-5, 5), (-5, -11)):
+            side = "left" if right > 0 else "right"
+            text = axes.annotate(
+                row["job"],
+                (x[1], y[1]),
+                (right, up),
+                textcoords="offset points",
+                ha=side,
+                fontsize=7.5,
+                annotation_clip=True,
+            )
+            box = text.get_window_extent()
+            inside = axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1
+            if inside and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            text.remove()
 
 
 def _bounds(e: dict) -> list[float]:

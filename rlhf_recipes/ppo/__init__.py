@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from rlhf_recipes import config, run
+from rlhf_recipes import run
+from rlhf_recipes.config import import_function  # not `config`: ppo has a module of that name
 
 MODEL_FILES = ("adapter/adapter_config.json", "adapter_config.json", "config.json")
 
@@ -24,7 +25,7 @@ def find_rewards(references: str | list[str]) -> list[str]:
             if not any((Path(reference) / name).is_file() for name in MODEL_FILES):
                 raise ValueError(f"reward_funcs={reference}: holds no model (is the run finished?). Give another.")
         elif ":" in reference:
-            config.import_function(reference, "reward_funcs")
+            import_function(reference, "reward_funcs")
     return found
 
 

@@ -1,0 +1,360 @@
+"""Preflight: what is counted of rows and of memory, real steps, and what stops a run, a sweep or a pipeline."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from rlhf_recipes import config, data, memory, models, ppo, preflight, run
+from rlhf_recipes.preflight import footprint, rows, step
+from rlhf_recipes.preflight import job as examination
+
+GIB = 2**30
+
+
+def pair(number, chosen, rejected, prompt=None):
+    turns = lambda role, text: [{"role": role, "content": text}]  # noqa: E731
+    return {
+        "prompt": turns("user", prompt or f"question {number}"),
+        "chosen": turns("assistant", chosen),
+        "rejected": turns("assistant", rejected),
+        "prompt_id": str(number),
+    }
+
+
+# ---- Rows
+
+
+def test_length_correlation_by_hand():
+    # ln lengths: chosen 2, 2; rejected 1, 1. All: mean 1.5, deviation 0.5; (2 - 1) / (2 * 0.5) = 1.
+    chosen, rejected = ["x" * 8, "x" * 8], ["x" * 4, "x" * 4]
+    assert rows.length_correlation(chosen, rejected, ["a", "b"])["value"] == pytest.approx(1.0)
+    assert rows.length_correlation(rejected, chosen, ["a", "b"])["value"] == pytest.approx(-1.0)
+    # ln 8 and ln 4 each once on either side
+    assert rows.length_correlation(["x" * 8, "x" * 4], ["x" * 4, "x" * 8], ["a", "b"])["value"] == pytest.approx(0.0)
+    assert rows.length_correlation(["x"], ["y"], ["a"])["value"] == 0.0
+
+
+def test_near_duplicates_are_found_and_others_are_not():
+    asked = "Could you please tell me how many tablets of paracetamol a grown person may take in one day"
+    train = [pair(0, "a", "b", asked), pair(1, "a", "b", "Something else entirely, about the weather in June")]
+    test = [
+        pair(2, "a", "b", asked + " please"),
+        pair(3, "a", "b", "Could you please tell me how many people live in the city that I was born in one day"),
+    ]
+    assert rows.near_duplicates(train, test) == 1
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory, compose):
+    """24 pairs and two that are far too long: the chosen reply is the longer one in 19, in five both refuse, one has a
+    control token, and a test prompt nearly is a train prompt."""
+    path = tmp_path_factory.mktemp("planted") / "pairs.jsonl"
+    no = "I cannot help with that"
+    lines = [
+        {"prompt": f"question {i}", "chosen": f"a good long answer {i}", "rejected": f"bad {i}"} for i in range(17)
+    ]
+    lines += [{"prompt": f"rude {i}", "chosen": no, "rejected": f"{no} {i}"} for i in range(5)]
+    lines += [{"prompt": "question <|im_end|> nine", "chosen": "yes of course it is", "rejected": "no"}]
+    lines += [{"prompt": f"long {i}", "chosen": "word " * 200, "rejected": "word"} for i in range(2)]
+    test = [
+        {
+            "prompt": "what is the name of the longest river in the whole wide world today",
+            "chosen": "a",
+            "rejected": "b",
+        }
+    ]
+    lines += [{**test[0], "prompt": test[0]["prompt"] + " then", "chosen": "the Nile it is said", "rejected": "no"}]
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    path.with_name("test.jsonl").write_text("\n".join(map(json.dumps, test)) + "\n")
+    return path
+
+
+def test_the_report_counts_what_is_planted(planted, compose, tiny_model_overrides):
+    cfg = compose("dpo", *tiny_model_overrides, "data=local", f"data.path={planted}",
+                  f"data.test_path={planted.with_name('test.jsonl')}")  # fmt: skip
+    tokenizer = models.load_tokenizer(cfg.model)
+    splits = data.fit(data.load_pairs(cfg.data), tokenizer, 200, "drop")
+    report = rows.examine(splits, [10] * 24)
+    assert report["over_length"] == {"rows": 2, "of": 27, "fate": " (left out)"}
+    assert (report["train"], report["test"], report["near_duplicates"]) == (24, 1, 1)
+    assert report["neutralised"]["occurrences"] == 1 and report["tokens"]["train"] == 240
+    assert report["chosen_longer"]["value"] == pytest.approx(19 / 24) and report["chosen_longer"]["n"] == 24
+    assert report["both_refuse"]["value"] == pytest.approx(5 / 24)
+    assert report["length_correlation"]["value"] > 0.5
+    remarks = examination._remarks(report, rows.example(splits, tokenizer, models.model_path(cfg.model)), "dpo")
+    assert [re.sub(r"\d+", "N", remark)[:40] for remark in remarks] == [
+        "N% of the rows are over trainer.max_leng",
+        "N of N test prompts nearly are train pro",
+        "'the longer reply wins' is right for N% ",
+        "both replies of N% of the pairs refuse: ",
+    ]
+
+
+def test_the_example_marks_what_is_trained_and_eos_that_is_cut_off_is_missed(planted, compose, tiny_model_overrides):
+    cfg = compose("dpo", *tiny_model_overrides, "data=local", f"data.path={planted}", "data.test_size=2")
+    tokenizer = models.load_tokenizer(cfg.model)
+    splits = data.fit(data.load_pairs(cfg.data), tokenizer, None)
+    found = rows.example(splits, tokenizer, models.model_path(cfg.model))
+    text, first = found["text"], splits.train[0]
+    assert first["chosen"][0]["content"] in text.partition("⟦")[2].partition("⟧")[0]
+    assert first["prompt"][0]["content"] in text.partition("⟦")[0] and first["rejected"][0]["content"] not in text
+    assert found["eos"] == ["<|im_end|>"] and found["ends"]["value"] == 1.0
+    splits.report["max_length"] = 30
+    assert rows.example(splits, tokenizer, models.model_path(cfg.model))["ends"]["value"] < 0.5
+
+
+# ---- Memory
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+@pytest.mark.parametrize("recipe", ["dpo", "reward"])
+def test_a_backbone_counts_what_a_loaded_model_has(recipe, quantization, compose, tiny_model_overrides):
+    from peft import get_peft_model
+
+    cfg = compose(recipe, *tiny_model_overrides, f"quantization={quantization}")
+    load = models.load_reward_model if recipe == "reward" else models.load_policy
+    model, lora = load(cfg.model, cfg.quantization, cfg.lora)
+    found = footprint.backbone(cfg, recipe)
+    base = sum(weight.nbytes for weight in model.parameters())
+    if recipe == "reward":
+        base -= model.score.weight.nbytes  # counted with LoRA: it is trained
+    scales = 0.03 * base if quantization != "none" else 256  # of the quantized weights, which lie beside them
+    assert found.weights == pytest.approx(base, abs=scales)
+    trained = sum(p.numel() for p in get_peft_model(model, lora).parameters() if p.requires_grad)
+    assert found.lora == trained
+
+
+@pytest.mark.parametrize("recipe", ["reward", "dpo", "simpo"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_allocates_what_is_predicted(recipe, checkpointing, train, tmp_path, monkeypatch):
+    """The live bytes of a step, counted by torch's profiler, against the roles that come and go."""
+    from torch.profiler import ProfilerActivity, profile
+    from transformers import TrainerCallback
+
+    from rlhf_recipes import callbacks
+
+    class Count(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                self.profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+                self.profile.__enter__()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                self.profile.__exit__(None, None, None)
+                events = [e for e in self.profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+                live = peak = 0
+                for event in sorted(events, key=lambda e: e.start_ns()):
+                    live += event.nbytes()
+                    peak = max(peak, live)
+                self.peak = peak
+
+    count = Count()
+    watch = callbacks.watch
+    monkeypatch.setattr(callbacks, "watch", lambda trainer, job: (watch(trainer, job), trainer.add_callback(count)))
+    pairs = tmp_path / "pairs.jsonl"
+    reply = "a good answer of some length, and then more of it, and more. " * 6
+    pairs.write_text(
+        "".join(
+            json.dumps({"prompt": f"q {i}", "chosen": reply, "rejected": reply[:-2] + "x"}) + "\n" for i in range(12)
+        )
+    )
+    settings = ["data=local", f"data.path={pairs}", "data.test_size=4", "trainer.gradient_accumulation_steps=1",
+                "doctor=none", f"trainer.gradient_checkpointing={str(checkpointing).lower()}"]  # fmt: skip
+    trained = train(recipe, tmp_path / "run", *settings)
+    base = footprint.backbone(trained.cfg, recipe)
+    longest = trained.result["counts"]["tokens"]["max"]
+    parts = footprint._step(base, footprint.Batch(4, longest), "cpu", recipe, trained.trainer.args)
+    assert sum(parts.values()) == pytest.approx(count.peak, rel=0.2)
+
+
+def test_peaks_by_hand(compose, tiny_model_overrides):
+    """Two layers, 1,000 tokens in the vocabulary; bfloat16 or float32 as the processor has it."""
+    cfg = compose("dpo", *tiny_model_overrides, "quantization=none", "lora.r=4")
+    args = models.training_args(cfg.trainer, run.Run(Path("x"), "dpo", {}))
+    base = footprint.backbone(cfg, "dpo")
+    shape = base.config
+    d, f, half = shape.hidden_size, shape.intermediate_size, base.item // 2
+    kept = half * (10 * d + 8 * f + 4 * base.keys + 2 * 7 * 4) + 8 * d + 4 * shape.num_attention_heads
+    assert base.kept == kept
+    seen = footprint.predict(cfg, "dpo", args, base, footprint.Batch(64, 1000, shapes=3), libraries=GIB)
+    expected = {
+        "libraries": GIB + footprint.STARTED,
+        "base": base.stored,
+        "kernels": footprint.KERNEL_BYTES * 3 if base.item == 2 else 0,
+        "LoRA": 4 * base.lora,
+        "optimizer": 8 * base.lora,
+        "gradients": 4 * base.lora,
+        "activations": 1.45 * 64000 * 2.5 * kept,
+        "logits": 1.45 * 4096 * (32768 * base.item + 29 * 1000),
+    }
+    expected = {role: size for role, size in expected.items() if size}
+    assert seen["when"] == "step" and seen["where"] == "cpu"
+    assert seen["roles"] == pytest.approx({role: size / GIB for role, size in expected.items()})
+    assert seen["peak_gib"] == pytest.approx(sum(expected.values()) / GIB)
+
+
+def test_free_memory_is_that_of_the_container(tmp_path, monkeypatch):
+    (tmp_path / "max").write_text("3000\n")
+    (tmp_path / "current").write_text("1000\n")
+    monkeypatch.setattr(memory, "CGROUP", ((str(tmp_path / "max"), str(tmp_path / "current")),))
+    assert memory.free() == 2000
+    (tmp_path / "max").write_text("max\n")
+    assert memory.free() > 2**20
+
+
+# ---- Jobs
+
+
+def look(compose, folder, *overrides, recipe="dpo", names=("",)):
+    cfg = compose(recipe, *overrides, "preflight.measure=false")
+    jobs = [examination.Job(name, recipe, cfg, list(overrides)) for name in names]
+    preflight.look(jobs, folder, cfg.preflight)
+    return json.loads((folder / preflight.FILE).read_text())
+
+
+def test_what_does_not_fit_is_named_with_what_would(compose, tiny_overrides, tmp_path, monkeypatch, capsys):
+    settings = [*tiny_overrides, "quantization=none", "trainer.per_device_train_batch_size=4096"]
+    first = look(compose, tmp_path / "a", *settings)["jobs"][0]["memory"]
+    small = look(compose, tmp_path / "b", *settings[:-1], "trainer.per_device_train_batch_size=16")["jobs"][0][
+        "memory"
+    ]
+    free = (first["peak_gib"] + small["peak_gib"]) / 2
+    monkeypatch.setattr(memory, "free", lambda: free * GIB)
+    with pytest.raises(ValueError, match="fails=warn") as refused:
+        look(compose, tmp_path / "c", *settings)
+    said = str(refused.value)
+    assert "\n" not in said and f"{free:.1f} GiB are free" in said
+    proposed = re.search(r"It fits with (.*)\. Or start", said).group(1).split()
+    fitting = look(compose, tmp_path / "d", *settings, *proposed)["jobs"][0]["memory"]
+    assert fitting["peak_gib"] <= free < first["peak_gib"]
+    assert "trainer.gradient_accumulation_steps=" in said, "a smaller batch is made up for"
+    report = look(compose, tmp_path / "e", *settings, "preflight.fails=warn")
+    assert report["jobs"][0]["stops"] and "STOP" in capsys.readouterr().out
+    monkeypatch.setattr(memory, "free", lambda: 1)
+    with pytest.raises(ValueError, match="Choose a smaller model"):
+        look(compose, tmp_path / "f", *settings)
+
+
+def test_a_job_that_is_refused_does_not_hide_the_others(compose, tiny_overrides, tmp_path, capsys):
+    good = compose("dpo", *tiny_overrides, "preflight.measure=false")
+    bad = compose("dpo", *tiny_overrides, "trainer.betaa=1")
+    jobs = [examination.Job(name, "dpo", cfg, []) for name, cfg in (("bad", bad), ("good", good))]
+    with pytest.raises(ValueError, match=r"preflight: bad: trainer\.betaa: .* did you mean 'beta'"):
+        preflight.look(jobs, tmp_path, good.preflight)
+    seen = json.loads((tmp_path / preflight.FILE).read_text())["jobs"]
+    assert seen[0]["memory"] is None and seen[1]["memory"]["peak_gib"] > 0
+    assert "reasons to stop: 1" in capsys.readouterr().out
+
+
+def test_a_shape_is_one_whatever_the_rates_are(compose, tiny_overrides):
+    def shape(*overrides):
+        return examination._shape(compose("dpo", *tiny_overrides, *overrides), "dpo")
+
+    assert shape() == shape("trainer.beta=0.5", "trainer.learning_rate=1e-3", "trainer.seed=7", "run_name=x")
+    assert (
+        len({shape(), shape("trainer.per_device_train_batch_size=1"), shape("lora.r=8"), shape("data.train_size=4")})
+        == 4
+    )
+
+
+def test_steps_are_those_of_the_run(train, tmp_path):
+    trained = train("dpo", tmp_path / "run", "trainer.max_steps=-1", "data.train_size=7", "trainer.num_train_epochs=3")
+    assert step.total_steps("dpo", trained.trainer.args, 7) == trained.trainer.state.global_step == 6
+
+
+def test_real_steps_are_measured_and_their_failure_is_one_line(
+    compose, tiny_overrides, tmp_path, monkeypatch, clean_env
+):
+    monkeypatch.setattr("os.environ", dict(clean_env))
+    cfg = compose("dpo", *tiny_overrides)
+    args = models.training_args(cfg.trainer, run.Run(Path("x"), "dpo", {}))
+    splits = data.fit(data.load_pairs(cfg.data), models.load_tokenizer(cfg.model), args.max_length)
+    sizes = [100 + i for i in range(len(splits.train))]
+    took = step.measure("dpo", tiny_overrides, args, splits, sizes)
+    assert took["seconds"] > 0 and 0.3 < took["peak_gib"] < 8
+    failed = step.measure("dpo", [*tiny_overrides, "trainer.loss_type=[nonsense]"], args, splits, sizes)
+    assert list(failed) == ["error"] and "\n" not in failed["error"] and "nonsense" in failed["error"]
+
+
+def test_a_function_as_reward_is_found_after_ppo_was_imported():
+    from rlhf_recipes.ppo.config import PPOConfig  # noqa: F401  a module named as one that ppo once had for itself
+
+    assert ppo.find_rewards("json:loads") == ["json:loads"]
+
+
+# ---- The command line
+
+
+def test_preflight_true_is_spelled_out():
+    given = ["trainer.beta=0.1", "preflight=true", "preflight.measure=false", "run_name=preflight=true"]
+    assert config.spelled_out(given) == ["trainer.beta=0.1", "preflight.only=true", *given[2:]]
+
+
+def test_preflight_alone_trains_nothing_and_says_the_next_command(run_recipe, tiny_overrides, tmp_path):
+    done = run_recipe("dpo", *tiny_overrides, "preflight=true", "preflight.measure=false", cwd=tmp_path)
+    assert done.returncode == 0, done
+    assert [path.name for path in (tmp_path / "outputs/dpo/main").iterdir()] == ["preflight.json"]
+    for word in ("config", "rows", "example", "memory", "disk", "nothing stands in the way", "next"):
+        assert word in done.stdout, word
+    assert "preflight" not in done.stdout.rpartition("next")[2]
+    started = run_recipe("dpo", *tiny_overrides, cwd=tmp_path)
+    assert started.returncode == 0, "a preflight is no run that would have to be replaced"
+    again = run_recipe("dpo", *tiny_overrides, "preflight=true", cwd=tmp_path)
+    assert again.returncode == 2 and "holds a finished run" in again.stderr and len(again.stderr.splitlines()) == 1
+
+
+def test_a_sweep_looks_at_all_jobs_first_and_measures_a_shape_once(run_recipe, tiny_overrides, tmp_path):
+    grid = ["-m", *tiny_overrides, "quantization=none", "sweep.prompts=0", "run_name=s", "trainer.beta=0.1,0.5"]
+    looked = run_recipe("dpo", *grid, "preflight=true", cwd=tmp_path, timeout=240)
+    assert looked.returncode == 0, looked
+    assert looked.stdout.count("real ones of") == 1 and "beta 0.5" in looked.stdout
+    folder = tmp_path / "outputs/dpo/s"
+    assert [path.name for path in folder.iterdir()] == ["preflight.json"]
+    assert len(json.loads((folder / "preflight.json").read_text())["measured"]) == 1
+    refused = run_recipe("dpo", *grid[:-1], "trainer.beta=0.1,abc", cwd=tmp_path)
+    assert refused.returncode == 2 and "beta=abc" in refused.stderr, refused
+    assert len(refused.stderr.splitlines()) == 1 and not (folder / "rows").exists()
+    done = run_recipe("dpo", *grid, cwd=tmp_path, timeout=240)
+    assert done.returncode == 0 and "real ones of" not in done.stdout, "what was measured is kept"
+    assert done.stdout.index("nothing stands in the way") < done.stdout.index("dpo finished in")
+
+
+@pytest.mark.parametrize("sweep", ["dpo_beta", "dpo_optuna"])
+def test_jobs_of_a_sweep_are_its_grid_or_the_corners_of_its_space(sweep, compose, tiny_overrides):
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    overrides = [f"sweep={sweep}", *tiny_overrides]
+    with hydra.initialize_config_module("rlhf_recipes.conf", version_base="1.3", job_name="dpo"):
+        cfg = hydra.compose("dpo", overrides=overrides, return_hydra_config=True)
+        with_task = OmegaConf.merge(cfg, {})
+        OmegaConf.set_readonly(with_task.hydra, False)
+        with_task.hydra.overrides.task = overrides
+        with_task.hydra.job.config_name = "dpo"
+        jobs = list(preflight.sweep_jobs(with_task))
+    names = [name for name, *_ in jobs]
+    if sweep == "dpo_beta":
+        assert names == [f"beta={beta}" for beta in ("0.01", "0.03", "0.1", "0.3", "1.0")]
+        assert [cfg.trainer.beta for _, _, cfg, _ in jobs] == [0.01, 0.03, 0.1, 0.3, 1.0]
+        assert "trainer.beta=0.03" in jobs[1][3] and tiny_overrides[0] in jobs[1][3]
+    else:
+        assert names == [f"beta={b},epsilon={e}" for b in ("0.01", "1.0") for e in ("0.0", "0.3")]
+
+
+def test_a_pipeline_looks_at_stages_whose_input_is_not_there_yet(run_recipe, tiny_model_overrides, tmp_path):
+    stages = """stages=[{name:sft,recipe:sft,overrides:['data.train_size=8','trainer.max_steps=1']},
+        {name:dpo,recipe:dpo,overrides:['model.adapter={dir}/sft','data.train_size=8']},
+        {name:made,recipe:reward,overrides:['data=cai_pairs','data.path={dir}/cai/pairs']}]"""
+    stages = "".join(line.strip() for line in stages.splitlines())
+    shared = f"shared=[{','.join(map(repr, [*tiny_model_overrides, 'data.eval_size=4']))}]"
+    done = run_recipe("pipeline", stages, shared, "preflight=true", "preflight.measure=false", cwd=tmp_path)
+    assert done.returncode == 0, done
+    assert (
+        "cai/pairs is made by an earlier stage" in done.stdout and "adapter outputs/pipeline/main/sft" in done.stdout
+    )
+    assert [path.name for path in (tmp_path / "outputs/pipeline/main").iterdir()] == ["preflight.json"]
