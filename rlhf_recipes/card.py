@@ -38,11 +38,6 @@ def write(result: dict, config: dict) -> str:
     )
     auto = "AutoModelForSequenceClassification" if recipe == "reward" else "AutoModelForCausalLM"
     snippet = LOAD["reward" if recipe == "reward" else "policy"].format(base=base, adapter="<this adapter>")
-    before = result["before"]
-    metrics = [
-        f"| {name.replace('_', ' ')} | {format_estimate(before[name])} | {format_estimate(after)} | {after['n']} |"
-        for name, after in result["metrics"].items()
-    ]
     settings = [
         f"| `{escape(key)}` | `{escape(json.dumps(without_folder(value), ensure_ascii=False))}` |"
         for group in ("reward_funcs", "trainer", "lora", "quantization", "data")
@@ -63,11 +58,7 @@ from transformers import {auto}
 
 ## Held-out metrics
 
-Brackets are 95 % intervals (bootstrap over prompts).
-
-| metric | before | after | n |
-| --- | --- | --- | --- |
-{chr(10).join(metrics)}
+{measured(result)}
 
 {examined(result.get("doctor"))}## Chain
 
@@ -83,6 +74,17 @@ Seed {result["seed"]}, {result["steps"]} steps, {result["seconds"]:.0f} s on {re
 {", ".join(f"{name} {version}" for name, version in result["versions"].items())}.
 """
     return str(ModelCard(f"---\n{head.to_yaml()}\n---\n\n{body}"))
+
+
+def measured(result: dict) -> str:
+    """The table of the held-out metrics."""
+    before = result["before"]
+    rows = [
+        f"| {name.replace('_', ' ')} | {format_estimate(before[name])} | {format_estimate(after)} | {after['n']} |"
+        for name, after in result["metrics"].items()
+    ]
+    head = ["Brackets are 95 % intervals (bootstrap over prompts).", "", "| metric | before | after | n |"]
+    return "\n".join([*head, "| --- | --- | --- | --- |", *rows])
 
 
 def examined(report: dict | None) -> str:
@@ -107,6 +109,8 @@ def chain(base: str, result: dict) -> str:
 
 def without_folder(value):
     """A file of this machine by its name alone; anything else as it is."""
+    if isinstance(value, dict):
+        return {key: without_folder(each) for key, each in value.items()}
     if isinstance(value, list):
         return [without_folder(each) for each in value]
     if isinstance(value, str) and (value.startswith(("/", "~")) or PureWindowsPath(value).is_absolute()):

@@ -108,6 +108,23 @@ KEYS = {
     "stages": list,
     "shared": list,
     "next": list,
+    "publish": bool,
+    "run": str | None,
+    "pairs": str | None,
+    "repo_id": str | None,
+    "folder": str | None,
+    "public": bool,
+    "revision": str,
+    "tag": str | None,
+    "commit_message": str | None,
+    "create_pr": bool,
+    "license": str | None,
+    "evaluation": str | None,
+    "merged": bool,
+    "force": bool,
+    "max_merge_drift": int | float,
+    "max_base_drift": int | float,
+    "max_file_gib": int | float,
 }
 WORDS = {
     "str": "text",
@@ -143,7 +160,7 @@ def recipe(name: str):
                     from rlhf_recipes import preflight
 
                     return preflight.alone(cfg, name, list(HydraConfig.get().overrides.task))
-                return main(cfg)
+                return _published(main, cfg, name) if cfg.get("publish") else main(cfg)
 
         @functools.wraps(main)
         def launch():
@@ -160,6 +177,19 @@ def recipe(name: str):
 def spelled_out(arguments: list[str]) -> list[str]:
     """The command line with `preflight=true` written as Hydra takes it: a node cannot be a switch as well."""
     return [re.sub(r"^preflight=(true|false)$", r"preflight.only=\1", each, flags=re.IGNORECASE) for each in arguments]
+
+
+def _published(main, cfg: DictConfig, recipe: str):
+    """`publish=true`: look whether it may be published, run the recipe, publish what it made."""
+    from rlhf_recipes import hub, memory
+
+    check(cfg, recipe)
+    hub.check_ready(cfg, recipe)
+    value = main(cfg)
+    memory.forget_peak()  # the model, too: it is loaded again
+    asked = hub.options(cfg, recipe)
+    hub.tell(asked, hub.publish(asked))
+    return value
 
 
 def check(cfg: DictConfig, recipe: str | None = None) -> None:
@@ -185,6 +215,10 @@ def check(cfg: DictConfig, recipe: str | None = None) -> None:
         rule = KEYS.get(key) or KEYS.get(key.rpartition(".")[0] + ".*")
         if rule and not (isinstance(value, str) and "${" in value):
             check_value(key, value, rule)
+    if "publish" in cfg and cfg.publish != (cfg.repo_id is not None):
+        raise ValueError(f"publish={str(cfg.publish).lower()}: goes with repo_id=<user/name>. Give both, or none.")
+    if cfg.get("publish") and in_sweep():
+        raise ValueError("publish=true: not in a sweep. Publish its best job: python recipes/publish.py run=<job>.")
     quantization = OmegaConf.select(cfg, "quantization._target_") or ""
     if quantization.endswith("BitsAndBytesConfig") and not _installed("bitsandbytes"):
         raise ValueError(
@@ -303,7 +337,8 @@ class _OneLine:
             sys.exit(141)  # 128 + SIGPIPE
         if isinstance(error, KeyboardInterrupt):
             below = "\n" if sys.stderr.isatty() else ""  # the progress line is still being written
-            print(f"{below}Interrupted. The same command continues from the last checkpoint.", file=sys.stderr)
+            said = redact(str(error)) or "Interrupted. The same command continues from the last checkpoint."
+            print(f"{below}{said}", file=sys.stderr)
             sys.exit(130)
         line = as_refusal(error, self.config_name)
         if line is None:
@@ -331,7 +366,7 @@ def as_refusal(error: BaseException, config_name: str | None) -> str | None:
         return _unknown_option(error)
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _unknown_key(error, config_name) or _not_taken(error) or " ".join(str(error).split())
-    if isinstance(error, ValueError) and _raised_here(error):
+    if isinstance(error, ValueError) and raised_here(error):
         return " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}. What was saved before is untouched."
@@ -343,7 +378,7 @@ def as_refusal(error: BaseException, config_name: str | None) -> str | None:
     return None
 
 
-def _raised_here(error: BaseException) -> bool:
+def raised_here(error: BaseException) -> bool:
     package = Path(__file__).parent
     frames = traceback.extract_tb(error.__traceback__)
     return bool(frames) and package in Path(frames[-1].filename).resolve().parents

@@ -220,7 +220,7 @@ def record(run: Run, **entries) -> dict:
     return {
         "recipe": run.recipe,
         "status": "finished",
-        "base_model": run.config["model"]["id"],
+        "base_model": run.config.get("model", {}).get("id"),
         **entries,
         "seconds": run.seconds(),
         "peak_memory_gib": memory.peak_gib(),
@@ -243,7 +243,8 @@ def config_sha256(config: dict) -> str:
 def _computed(config: dict) -> dict:
     """The config without what says nothing about the result: unless it is strict, the doctor only reads."""
     watched = () if config.get("doctor") == "strict" else ("doctor",)
-    return {key: value for key, value in config.items() if key not in (*_NOT_COMPUTED, *watched)}
+    published = ("publish", "repo_id") if "publish" in config else ()
+    return {key: value for key, value in config.items() if key not in (*_NOT_COMPUTED, *watched, *published)}
 
 
 def versions() -> dict[str, str]:

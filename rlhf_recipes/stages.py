@@ -12,7 +12,7 @@ from pathlib import Path
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import config, data, run
 
@@ -71,7 +71,8 @@ def plan(cfg: DictConfig) -> Plan:
     stages, before = [], _previous_seconds(folder)
     for entry in cfg.stages:
         _check_entry(entry, [stage.name for stage in stages], recipes)
-        overrides = [text.replace("{dir}", str(folder)) for text in [*cfg.shared, *entry.get("overrides", [])]]
+        shared = [text for text in cfg.shared if _takes(entry.recipe, text)]
+        overrides = [text.replace("{dir}", str(folder)) for text in [*shared, *entry.get("overrides", [])]]
         own = _compose(entry, overrides)
         sha256 = run.config_sha256(run.resolved(own))
         stage = Stage(entry.name, entry.recipe, folder / entry.name, overrides, own, sha256)
@@ -162,6 +163,14 @@ def _compose(entry: DictConfig, overrides: list[str]) -> DictConfig:
     return cfg
 
 
+def _takes(recipe: str, override: str) -> bool:
+    """Whether a recipe has the group that an override is about; a key of no group is for all."""
+    group = override.lstrip("+~").partition("=")[0].partition(".")[0]
+    defaults = OmegaConf.load(config.CONF / f"{recipe}.yaml").defaults
+    groups = {name for entry in defaults if isinstance(entry, DictConfig) for name in entry}
+    return group in groups or not (config.CONF / group).is_dir()
+
+
 def _check_entry(entry: DictConfig, names: list[str], recipes: set[str]) -> None:
     shape = "{name: sft, recipe: sft, overrides: [...]}"
     if not isinstance(entry, DictConfig) or not {"name", "recipe"} <= entry.keys():
@@ -194,7 +203,7 @@ def _table(results: list[tuple[Stage, dict | None]]) -> str:
             continue
         main = result["main"]
         peak = "/".join(f"{gib:.1f}" for gib in result["peak_memory_gib"].values())
-        estimates = [format_estimate(main[when]) for when in ("before", "after")]
+        estimates = [format_estimate(main[when]) if main[when] else "" for when in ("before", "after")]
         name, n = main["name"].replace("_", " "), str(main["after"]["n"])
         rows.append([stage.name, name, *estimates, n, f"{stage.seconds:.0f}", peak])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -13,7 +13,7 @@ from rlhf_recipes import config
 
 CONF = ROOT / "conf"
 TRAINING = ("sft", "reward", "ppo", "dpo", "orpo", "simpo")
-RECIPES = (*TRAINING, "cai", "evaluate", "pipeline")
+RECIPES = (*TRAINING, "cai", "evaluate", "publish", "pipeline")
 GROUPS = {
     folder.name: sorted(file.stem for file in folder.glob("*.yaml") if file.stem not in config.PARTS)
     for folder in CONF.iterdir()

@@ -143,3 +143,19 @@ def test_a_stage_that_fails_stops_it(after_sft, run_recipe, tiny_overrides):
     done = run_recipe("pipeline", *line, cwd=here)
     assert done.returncode == 2, done
     assert summary(folder) == [("sft", "finished", False), ("dpo", "finished", True), ("orpo", "failed", True)]
+
+
+def test_it_may_end_with_a_dry_run_of_publishing(after_sft, run_recipe, tiny_overrides):
+    """What the stages share goes to those that have its group; publishing has neither model nor data."""
+    here, folder = after_sft("published")
+    publish = ("publish", "publish", "run={dir}/sft", "folder={dir}/publish/files", "license=mit", "force=true")
+    line = command(tiny_overrides, SFT, publish, run_name="published")
+    done = run_recipe("pipeline", *line, cwd=here)
+    assert done.returncode == 0, done
+    assert summary(folder) == [("sft", "finished", False), ("publish", "finished", True)]
+    table = done.stdout[done.stdout.index("stage ") :]
+    assert "round trip difference" in table and f"adapter  {RUN.format('published')}/sft/adapter" in table
+    assert (folder / "publish" / "files" / "adapter_model.safetensors").is_file()
+    assert f"next      python recipes/publish.py run={RUN.format('published')}/sft repo_id=" in done.stdout
+    again = run_recipe("pipeline", *line, cwd=here)
+    assert again.returncode == 0 and "[2/2 publish] finished before, kept" in again.stdout, again
