@@ -52,7 +52,7 @@ def parsed(command):
     overrides = [word for word in words if "=" in word]
     rest = set(words) - set(overrides) - {"-m", "--multirun", "--help", "--cfg", "job"}
     assert not rest, f"no override: {rest}"
-    return recipe, overrides, sweep
+    return recipe, config.spelled_out(overrides), sweep
 
 
 def check(compose, command):

@@ -133,6 +133,9 @@ def test_a_stage_that_fails_stops_it(after_sft, run_recipe, tiny_overrides):
         ("orpo", "orpo", *local, "data.path=never.jsonl"),
         run_name="failed",
     )
+    refused = run_recipe("pipeline", *line, cwd=here)
+    assert refused.returncode == 2 and "error: preflight: dpo: late.jsonl: no such file" in refused.stderr, refused
+    line.append("preflight.fails=warn")
     done = run_recipe("pipeline", *line, cwd=here)
     assert done.returncode == 2, done
     assert "error: late.jsonl: no such file" in done.stderr and "Traceback" not in done.stderr

@@ -11,7 +11,7 @@ from rlhf_recipes.card import without_folder
 from rlhf_recipes.hub import contents
 
 # Licences that let a work built on theirs have another one.
-PERMISSIVE = ("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "isc", "cc0-1.0", "unlicense", "openrail")
+PERMISSIVE = ("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "isc", "cc0-1.0", "unlicense")
 LICENCE_KEYS = ("license", "license_name", "license_link")
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import config, run
+from rlhf_recipes import config, hub, run
 
 FILE = "preflight.json"
 
@@ -34,6 +34,8 @@ def alone(cfg: DictConfig, recipe: str, overrides: list[str]) -> None:
 
     config.check(cfg)
     job = run.start(cfg, recipe)
+    if cfg.publish:
+        hub.check_ready(cfg, recipe)
     look([Job("", recipe, cfg, overrides)], job.dir, cfg.preflight)
     wanted = [f"'{each}'" if set("[]{}() ") & set(each) else each for each in _without_preflight(overrides)]
     print(f"next      {' '.join([f'python recipes/{recipe}.py', *wanted])}", flush=True)
