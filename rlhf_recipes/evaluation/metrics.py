@@ -25,9 +25,9 @@ def preference_metrics(rows: list[dict], logps: list[dict], reference: list[dict
     pairs = list(zip(logps, reference, strict=True))
     return {
         **accuracy_metrics(rows, margins, preference_margins(reference, reference, reward)),
-        "reward_margin": stats.estimate(margins, prompts),
-        "chosen_logp_change": stats.estimate([p["chosen_logp"] - q["chosen_logp"] for p, q in pairs], prompts),
-        "rejected_logp_change": stats.estimate([p["rejected_logp"] - q["rejected_logp"] for p, q in pairs], prompts),
+        "reward_margin": _mean(margins, prompts),
+        "chosen_logp_change": _mean([p["chosen_logp"] - q["chosen_logp"] for p, q in pairs], prompts),
+        "rejected_logp_change": _mean([p["rejected_logp"] - q["rejected_logp"] for p, q in pairs], prompts),
         **{
             f"{side}_logp_change_per_token": stats.ratio_of_sums(
                 [p[f"{side}_logp"] - q[f"{side}_logp"] for p, q in pairs],
@@ -47,8 +47,8 @@ def reward_metrics(rows: list[dict], scores: list[dict], before: list[dict]) -> 
     margins, margins_before = ([s["chosen"] - s["rejected"] for s in each] for each in (scores, before))
     return {
         **accuracy_metrics(rows, margins, margins_before),
-        "reward_margin": stats.estimate(margins, prompts),
-        "mean_reward": stats.estimate([(s["chosen"] + s["rejected"]) / 2 for s in scores], prompts),
+        "reward_margin": _mean(margins, prompts),
+        "mean_reward": _mean([(s["chosen"] + s["rejected"]) / 2 for s in scores], prompts),
         "baseline_shorter_wins": stats.estimate(data.shorter_wins(rows), prompts),
     }
 
@@ -66,10 +66,9 @@ def episode_metrics(rows: list[dict], episodes: list[dict], before: list[dict]) 
     `before` are the answers before training; `reward_change` pairs the two answers to each prompt, so that its
     interval is free of how much prompts differ.
     """
-    prompts, ones = [row["prompt_id"] for row in rows], [1] * len(rows)
+    prompts = [row["prompt_id"] for row in rows]
     names = {"reward": "reward", "kl": "kl", "kl_k3": "kl_k3", "completion_tokens": "completions/mean_length"}
-    # No shares: where all are alike, as the KL is before training, so is every resample.
-    means = {k: stats.ratio_of_sums([e[key] for e in episodes], ones, prompts) for k, key in names.items()}
+    means = {k: _mean([e[key] for e in episodes], prompts) for k, key in names.items()}
     change = stats.difference([e["reward"] for e in episodes], [e["reward"] for e in before], prompts)
     return {
         **means,
@@ -93,10 +92,15 @@ def accuracy_metrics(rows: list[dict], margins: list[float], before: list[float]
         "preference_accuracy": stats.estimate(right, prompts),
         # No share either: a difference that is the same for all pairs is no point on a scale from 0 to 1.
         "accuracy_change": stats.difference(right, wins(before), prompts),
-        "length_bias": stats.ratio_of_sums(slopes, [1] * len(rows), prompts),
+        "length_bias": _mean(slopes, prompts),
     }
 
 
 def wins(margins: list[float]) -> list[float]:
     """1 where the margin is positive, 0.5 where it is exactly zero, else 0."""
     return [0.5 if margin == 0 else float(margin > 0) for margin in margins]
+
+
+def _mean(values: list[float], prompts: list[str]) -> dict:
+    """The mean of what is no share: where all values are alike, as a KL is before training, so is every resample."""
+    return stats.ratio_of_sums(values, [1] * len(values), prompts)
