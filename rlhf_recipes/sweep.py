@@ -66,6 +66,7 @@ def job(main, cfg: DictConfig) -> float:
     row: dict[str, Any] = {"job": own, "overrides": list(hydra.overrides.task), "status": "failed"}
     begin, os.environ["RLHF_RECIPES_STAGE"] = time.monotonic(), own  # before every progress line
     memory.forget_peak()
+    take_gpu(hydra.launcher.get("n_jobs", 1), hydra.job.num)
     try:
         check(cfg.sweep)
         result = _finished(folder / own, cfg)
@@ -89,6 +90,24 @@ def job(main, cfg: DictConfig) -> float:
     run.write_atomically(folder / ROWS / f"{own}.json", json.dumps(row, indent=2, ensure_ascii=False) + "\n")
     table = rebuild([folder], folder, cfg.sweep)
     return next((r["value"] for r in table["rows"] if r["job"] == own and _counts(r)), -math.inf)
+
+
+def take_gpu(jobs_at_a_time: int, number: int) -> None:
+    """Give a worker of a launcher that runs several jobs on one machine a GPU of its own: that of its first job, which
+    it keeps.
+
+    Args:
+        jobs_at_a_time: joblib's `n_jobs`.
+        number: of the job in the sweep.
+    """
+    import torch
+
+    if jobs_at_a_time == 1 or torch.cuda.is_initialized():
+        return
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = shown.split(",") if shown else [str(each) for each in range(torch.cuda.device_count())]
+    if len(gpus) > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
 
 
 class Summary(Callback):
