@@ -16,7 +16,7 @@ def command(tiny_overrides, *stages, run_name="main"):
     """The overrides of a pipeline; a stage is (name, recipe, *overrides)."""
     entries = [f"{{name:{n},recipe:{r},overrides:[{','.join(map(repr, o))}]}}" for n, r, *o in stages]
     shared = ",".join(repr(override) for override in [*tiny_overrides, "quantization=none"])
-    return [f"shared=[{shared}]", f"stages=[{','.join(entries)}]", f"run_name={run_name}"]
+    return [f"shared=[{shared}]", f"stages=[{','.join(entries)}]", f"run_name={run_name}", "preflight.measure=false"]
 
 
 SFT = ("sft", "sft")
