@@ -71,7 +71,7 @@ def plan(cfg: DictConfig) -> Plan:
     stages, before = [], _previous_seconds(folder)
     for entry in cfg.stages:
         _check_entry(entry, [stage.name for stage in stages], recipes)
-        shared = [text for text in cfg.shared if _takes(entry.recipe, text)]
+        shared = [text for text in cfg.shared if takes(entry.recipe, text)]
         overrides = [text.replace("{dir}", str(folder)) for text in [*shared, *entry.get("overrides", [])]]
         own = _compose(entry, overrides)
         sha256 = run.config_sha256(run.resolved(own))
@@ -163,7 +163,7 @@ def _compose(entry: DictConfig, overrides: list[str]) -> DictConfig:
     return cfg
 
 
-def _takes(recipe: str, override: str) -> bool:
+def takes(recipe: str, override: str) -> bool:
     """Whether a recipe has the group that an override is about; a key of no group is for all."""
     group = override.lstrip("+~").partition("=")[0].partition(".")[0]
     defaults = OmegaConf.load(config.CONF / f"{recipe}.yaml").defaults
