@@ -1,4 +1,4 @@
-"""README.md of a run: the model card as it would be published."""
+"""README.md of a run: its model card; hub/card.py writes that of what is published."""
 
 import html
 import json

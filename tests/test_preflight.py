@@ -287,6 +287,24 @@ def test_real_steps_are_measured_and_their_failure_is_one_line(
     assert list(failed) == ["error"] and "\n" not in failed["error"] and "nonsense" in failed["error"]
 
 
+def test_two_steps_are_never_published(compose, tiny_overrides):
+    args = models.training_args(compose("dpo", *tiny_overrides).trainer, run.Run(Path("x"), "dpo", {}))
+    told = step._overrides("dpo", [*tiny_overrides, "publish=true", "repo_id=a/b", "data=hh_rlhf"], args, "f")
+    assert not any(each.startswith(("publish", "repo_id", "data=hh")) for each in told) and "data=local" in told
+
+
+def test_a_failure_is_measured_again_and_a_success_is_not(compose, tiny_overrides, tmp_path, monkeypatch):
+    answers = [{"error": "no network"}, {"seconds": 1.0, "peak_gib": 1.0}]
+    monkeypatch.setattr(step, "measure", lambda *_: answers.pop(0))
+    cfg = compose("dpo", *tiny_overrides)
+    jobs = [examination.Job("", "dpo", cfg, tiny_overrides)]
+    with pytest.raises(ValueError, match="its first step fails: no network"):
+        preflight.look(jobs, tmp_path, cfg.preflight)
+    for _ in range(2):
+        preflight.look(jobs, tmp_path, cfg.preflight)
+    assert answers == []
+
+
 def test_a_function_as_reward_is_found_after_ppo_was_imported():
     from rlhf_recipes.ppo.config import PPOConfig  # noqa: F401  a module named as one that ppo once had for itself
 

@@ -88,6 +88,7 @@ def look(jobs: list, folder: Path, settings: DictConfig, elsewhere: bool = False
 
     kept = folder / FILE
     measured = json.loads(kept.read_text())["measured"] if kept.is_file() else {}
+    measured = {shape: took for shape, took in measured.items() if "error" not in took}  # it may have been mended
     looked_at = examination.LookedAt(measured, settings.measure and not elsewhere, elsewhere)
     found: list[dict] = []
     print(page.head(jobs), flush=True)

@@ -16,6 +16,8 @@ from pathlib import Path
 from rlhf_recipes.data import Splits
 
 MICRO_BATCHES = 2
+# What the process that takes the steps is not told: two steps of a model must never be published.
+NOT_THE_STEPS = ("data=", "data.", "run_name=", "preflight", "publish=", "repo_id=")
 TEST_ROWS = 4
 SIMULATED = 200  # micro-batches drawn to know what padding makes of the rows
 
@@ -62,9 +64,7 @@ def _overrides(recipe: str, overrides: list[str], args, folder: str) -> list[str
         **dict.fromkeys(("name", "revision", "train_size", "eval_size", "test_size"), "null"),
         "too_long": "truncate",
     }
-    own = [
-        each for each in overrides if not each.lstrip("+~").startswith(("data=", "data.", "run_name=", "preflight"))
-    ]
+    own = [each for each in overrides if not each.lstrip("+~").startswith(NOT_THE_STEPS)]
     steps = {"max_steps": args.num_mini_batches, "num_ppo_epochs": 1} if recipe == "ppo" else {
         "max_steps": MICRO_BATCHES, "gradient_accumulation_steps": 1,
     }  # fmt: skip
