@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rlhf_recipes import doctor
 from rlhf_recipes.doctor import Record
-from rlhf_recipes.evaluation.page import COLOURS, INK, PARENT_COLOUR
+from rlhf_recipes.drawing import COLOURS, INK, PARENT_COLOUR
 
 COLUMNS = 3
 REACH = 3  # a limit further from the curve than this many times its range is out of sight

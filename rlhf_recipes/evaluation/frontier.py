@@ -3,8 +3,8 @@
 import math
 from pathlib import Path
 
+from rlhf_recipes.drawing import COLOURS, MARKERS, PARENT_COLOUR
 from rlhf_recipes.evaluation.definitions import METRICS
-from rlhf_recipes.evaluation.page import COLOURS, MARKERS, PARENT_COLOUR
 
 FEW = 8  # jobs whose names and intervals have room
 DRAWS = {"win_rate": 0.5, "accuracy_log_ratio": 0.5}

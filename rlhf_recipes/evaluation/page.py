@@ -1,22 +1,14 @@
-"""What a person looks at: report.html of an evaluation and curves.png of a training run.
-
-The page is one file without scripts or requests. Figures are inline SVG whose ink is `currentColor`, so that they
-follow the light or dark scheme of the reader; every series differs in its marker as well as in its colour.
-"""
+"""What a person looks at: report.html of an evaluation and curves.png of a training run."""
 
 import json
 import math
-import re
 from pathlib import Path
 
+from rlhf_recipes.drawing import COLOURS, INK, MARKERS, PARENT_COLOUR, clip, dot, figure, legend, name_rows, write
 from rlhf_recipes.evaluation.definitions import METRICS
 from rlhf_recipes.evaluation.summary import BASELINES
-from rlhf_recipes.stats import format_estimate, format_number
+from rlhf_recipes.stats import format_estimate
 
-INK = "#010203"  # replaced by currentColor in the SVG
-PARENT_COLOUR = "#7d858c"
-COLOURS = ("#2b7bba", "#c9731a", "#2e9b73", "#a2589f", "#b03a48", "#8a7a1f")  # legible on white and on near-black
-MARKERS = "Ds^vPX"
 SHOWN_ANSWERS = 200
 
 # what an estimate is compared with to call it better or worse, where that is no difference to the parent
@@ -53,14 +45,9 @@ PANELS = (
 
 def write_page(evaluation: dict, path: str | Path) -> None:
     """Write the evaluation (of `summary.summarise`) as one self-contained HTML file."""
-    import jinja2
-
-    folder = Path(__file__).parent
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["number"] = format_number
-    page = environment.get_template("page.html.jinja").render(
+    write(
+        Path(__file__).with_name("page.html.jinja"),
+        path,
         **evaluation,
         headline=_headline(evaluation),
         symbols=SYMBOLS,
@@ -71,7 +58,6 @@ def write_page(evaluation: dict, path: str | Path) -> None:
         definitions=[(title, text) for title, _, _, text in METRICS.values()],
         settings_rows=[(key, _plain(value)) for key, value in evaluation["settings"].items()],
     )
-    Path(path).write_text(page, encoding="utf-8")
 
 
 def plot_curves(history: list[dict], path: str | Path, title: str) -> None:
@@ -227,14 +213,14 @@ def _accuracy_plot(evaluation: dict) -> dict | None:
 
     def draw(axes):
         for y, (_, e, colour, marker) in enumerate(rows):
-            _dot(axes, e, y, colour, marker)
-        _name_rows(axes, [_clip(row[0]) for row in rows])
+            dot(axes, e, y, colour, marker)
+        name_rows(axes, [clip(row[0]) for row in rows])
         axes.axvline(50, color=INK, linewidth=0.8, linestyle=":")
         axes.set_xlabel("held-out pairs ranked correctly, %")
 
     said = ", ".join(f"{name} {format_estimate(e, percent=True)}" for name, e, *_ in rows)
     caption = "Preference accuracy (dotted line: a coin)"
-    return _figure(caption, f"Preference accuracy. {said}.", draw, 0.9 + 0.34 * len(rows))
+    return figure(caption, f"Preference accuracy. {said}.", draw, 0.9 + 0.34 * len(rows))
 
 
 def _frontier_plot(evaluation: dict) -> dict | None:
@@ -257,15 +243,15 @@ def _frontier_plot(evaluation: dict) -> dict | None:
             colour, marker = styles[name]
             low, high = (y["value"] if y[k] is None else y[k] for k in ("low", "high"))
             axes.plot([x, x], [100 * low, 100 * high], color=colour, linewidth=1.6)
-            axes.plot(x, 100 * y["value"], marker, color=colour, markersize=7, label=_clip(name))
+            axes.plot(x, 100 * y["value"], marker, color=colour, markersize=7, label=clip(name))
         axes.axhline(50, color=INK, linewidth=0.8, linestyle=":")
         axes.set_xlim(left=-0.04 * (axes.get_xlim()[1] or 1))
         axes.set_xlabel("√KL to the parent, √nats per answer")
         axes.set_ylabel(f"{title.lower()}, %")
-        _legend(axes)
+        legend(axes)
 
     said = ", ".join(f"{n}: {format_estimate(y, percent=True)} at √KL {x:.1f}" for n, x, y in points)
-    return _figure(f"{title} by how far the model moved", f"{title} by square root of KL. {said}.", draw, 3.0)
+    return figure(f"{title} by how far the model moved", f"{title} by square root of KL. {said}.", draw, 3.0)
 
 
 def _length_plot(evaluation: dict) -> dict | None:
@@ -288,12 +274,12 @@ def _length_plot(evaluation: dict) -> dict | None:
                 line.set_color(INK)
         for box, name in zip(boxes["boxes"], lengths, strict=True):
             box.set(facecolor=styles[name][0], edgecolor=INK, alpha=0.75)
-        _name_rows(axes, [_clip(name) for name in lengths])
+        name_rows(axes, [clip(name) for name in lengths])
         axes.set_xlim(left=0)
         axes.set_xlabel("tokens per answer")
 
     said = ", ".join(f"{name} median {sorted(v)[len(v) // 2]} tokens" for name, v in lengths.items())
-    return _figure(
+    return figure(
         "Length of the answers (box: middle half, line: median)",
         f"Answer length. {said}.",
         draw,
@@ -314,71 +300,16 @@ def _family_plot(evaluation: dict) -> dict | None:
             colour, marker = styles[name]
             for y, family in enumerate(families):
                 if family in system["families"]:
-                    _dot(axes, system["families"][family], y + shift, colour, marker, size=5)
-            axes.plot([], [], marker, color=colour, label=_clip(name))
-        _name_rows(axes, [f"{_clip(f, 26)} ({counts[f]})" for f in families])
+                    dot(axes, system["families"][family], y + shift, colour, marker, size=5)
+            axes.plot([], [], marker, color=colour, label=clip(name))
+        name_rows(axes, [f"{clip(f, 26)} ({counts[f]})" for f in families])
         axes.axvline(50, color=INK, linewidth=0.8, linestyle=":")
         axes.set_xlabel("held-out pairs ranked correctly, %")
-        _legend(axes)
+        legend(axes)
 
     said = "; ".join(
         f"{f}: " + ", ".join(f"{n} {format_estimate(s['families'].get(f), percent=True)}" for n, s in systems.items())
         for f in families
     )
     caption = "Preference accuracy by family (pairs in brackets)"
-    return _figure(caption, f"{caption}. {said}.", draw, 1.2 + (0.15 + 0.1 * len(systems)) * len(families))
-
-
-def _dot(axes, e: dict, y: float, colour: str, marker: str, size: float = 7) -> None:
-    if e["low"] is not None:
-        axes.plot([100 * e["low"], 100 * e["high"]], [y, y], color=colour, linewidth=1.6)
-    axes.plot(100 * e["value"], y, marker, color=colour, markersize=size, markeredgewidth=1.6)
-
-
-def _legend(axes) -> None:
-    axes.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2)
-
-
-def _name_rows(axes, names: list[str]) -> None:
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.tick_params(axis="y", length=0)
-
-
-def _clip(name: str, width: int = 20) -> str:
-    return name if len(name) <= width else name[: width - 1] + "…"
-
-
-def _figure(caption: str, alt: str, draw, height: float) -> dict:
-    """An SVG of 4.6 inches width, which a phone shows at about its natural size."""
-    import io
-
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    style = {
-        "svg.fonttype": "none", "svg.hashsalt": caption, "text.parse_math": False, "font.size": 9, "text.color": INK,
-        "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.linewidth": 0.7,
-    }  # fmt: skip
-    text = io.StringIO()
-    with rc_context(style):
-        figure = Figure(figsize=(4.6, height), layout="constrained")
-        axes = figure.add_subplot()
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.15, color=INK)
-        axes.set_axisbelow(True)
-        draw(axes)
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-    return {"caption": caption, "alt": alt, "svg": _inline(text.getvalue())}
-
-
-def _inline(svg: str):
-    """The <svg> element for use inside HTML: ink follows the page, no prolog or metadata, no id that could clash."""
-    from markupsafe import Markup
-
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', svg))
-    svg = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", svg)
-    # matplotlib escapes the names that it draws, so this text is safe to mark as such
-    return Markup(svg.replace("<svg", '<svg aria-hidden="true" focusable="false"', 1))
+    return figure(caption, f"{caption}. {said}.", draw, 1.2 + (0.15 + 0.1 * len(systems)) * len(families))
