@@ -1,7 +1,8 @@
 """What every part of an audit comes to: figures, tables, plots and examples, all plain JSON-able dicts.
 
-A part is a module with one function `audit(...)` that takes rows and numbers, loads no model, and returns `section(...)`,
-or `skipped(...)` with what to give it. `page` draws them, `verdict` holds their figures against its gates.
+A part is a module with one function `audit(...)` that takes rows and numbers, loads no model, and returns
+`section(...)`, or `skipped(...)` with what to give it. `page` draws them, `verdict` holds their figures against its
+gates.
 
 An estimate is what `stats` returns: value, low, high (95 %), n (rows) and clusters (prompts); shares are in [0, 1].
 """
