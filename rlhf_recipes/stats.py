@@ -9,6 +9,7 @@ None without rows; `low` and `high` are None where a single cluster leaves nothi
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -70,6 +71,48 @@ def ratio_of_sums(
     if exponential:
         numbers = [None if x is None else _exp(x) for x in numbers]
     return _result(*numbers, len(numerators), groups)
+
+
+def resampled(statistic: Callable, n: int, clusters=None, resamples: int = 1000, seed: int = 0) -> dict:
+    """Any statistic of weighted rows, with a 95 % interval over clusters; one resample at a time, so in flat memory.
+
+    Args:
+        statistic: weights of the n rows (how often each was drawn, all 1 for the value itself) -> a number, or nan
+            where such a draw does not define it; those resamples are left out.
+    """
+    ids = _codes(clusters, n)
+    value = statistic(np.ones(n)) if n else math.nan
+    groups = int(ids.max()) + 1 if n else 0
+    if math.isnan(value):
+        return _result(None, None, None, n, groups)
+    if groups < 2:
+        return _result(value, None, None, n, groups)
+    rng = np.random.default_rng(seed)
+    draws = (rng.multinomial(groups, np.full(groups, 1 / groups)).astype(float) for _ in range(resamples))
+    found = [x for x in (statistic(weights_G[ids]) for weights_G in draws) if not math.isnan(x)]
+    return _result(value, *np.quantile(found, (0.025, 0.975)), n, groups)
+
+
+def auroc(scores, positive, clusters=None, resamples: int = 1000, seed: int = 0) -> dict:
+    """Probability that a positive row scores above a negative one, a tie counting one half; 1/2 is a coin.
+
+    Args:
+        scores: n finite numbers.
+        positive: n booleans. All alike: `value` is None.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    scores, positive = _finite(scores, "scores"), np.asarray(list(positive), dtype=bool)
+    if len(scores) != len(positive):
+        raise ValueError(f"positive = {len(positive)} rows: {len(scores)} scores. Pass as many.")
+
+    def area(weights_N):
+        drawn = weights_N > 0
+        if positive[drawn].all() or not positive[drawn].any():
+            return math.nan
+        return float(roc_auc_score(positive, scores, sample_weight=weights_N))
+
+    return resampled(area, len(scores), clusters, resamples, seed)
 
 
 def length_controlled_win_rate(wins, length_differences, clusters=None, resamples: int = 1000, seed: int = 0) -> dict:

@@ -150,3 +150,20 @@ def test_format():
 def test_refusals(call, said):
     with pytest.raises(ValueError, match=said):
         call()
+
+
+def test_auroc_by_hand():
+    # of the four pairs (positive, negative): 3 > 1, 3 > 2, 2 > 1 and one tie
+    e = stats.auroc([3, 2, 2, 1], [True, True, False, False], resamples=200)
+    assert e["value"] == pytest.approx(3.5 / 4) and e["n"] == 4 and e["low"] <= e["value"] <= e["high"]
+    assert stats.auroc([1, 2], [True, True])["value"] is None
+    assert stats.auroc([], []) == {"value": None, "low": None, "high": None, "n": 0, "clusters": 0}
+
+
+def test_resampled_covers_as_the_bootstrap_of_a_mean_does():
+    x = np.random.default_rng(5).normal(size=400)
+    clusters = np.arange(400) // 2
+    mine = stats.resampled(lambda w: float((w * x).sum() / w.sum()), 400, clusters)
+    mean = stats.estimate(x, clusters)
+    assert mine["value"] == pytest.approx(mean["value"]) and mine["clusters"] == 200
+    assert mine["low"] == pytest.approx(mean["low"], abs=0.01) and mine["high"] == pytest.approx(mean["high"], abs=0.01)
