@@ -42,6 +42,7 @@ LIBRARIES = (
 _NOT_COMPUTED = ("run_name", "resume", "overwrite", "sweep", "preflight")
 # The first answers that a run of recipes/cai.py keeps; it continues from all that it has.
 GATE = "gate.jsonl"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 # In a sweep's folder: what its jobs have in common.
 SHARED = "shared"
 
@@ -171,7 +172,7 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 def finish(run: Run, trainer, *, main: str, before: dict, metrics: dict, counts: dict, **entries) -> float:
-    """Write curves, the doctor's page, card and result.json of a training, drop its checkpoints, print the summary.
+    """Write curves, the doctor's page, card and result.json of a training, end its checkpoints, print the summary.
 
     Args:
         trainer: after training; its log history becomes curves.png.
@@ -210,9 +211,25 @@ def finish(run: Run, trainer, *, main: str, before: dict, metrics: dict, counts:
     plot_curves(trainer.state.log_history, run.dir / "curves.png", title)
     write_atomically(run.dir / "README.md", card.write(result, run.config))
     write_result(run, result)
-    shutil.rmtree(run.checkpoints, ignore_errors=True)
+    _end_checkpoints(run)
     _print_summary(run, result)
     return metrics[main]["value"]
+
+
+def _end_checkpoints(run: Run) -> None:
+    """Drop them, or keep the adapter of each where the user asked for all: `trainer.save_total_limit=null`."""
+    if run.config["trainer"].get("save_total_limit", 0) is not None:
+        shutil.rmtree(run.checkpoints, ignore_errors=True)
+    for checkpoint in run.checkpoints.glob("checkpoint-*"):
+        for path in checkpoint.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in ADAPTER_FILES:
+                path.unlink()
+        path = checkpoint / "adapter_config.json"
+        if path.exists():  # where it was trained is no name that another machine knows
+            adapter = {**json.loads(path.read_text()), "base_model_name_or_path": run.config["model"]["id"]}
+            write_atomically(path, json.dumps(adapter, indent=2, sort_keys=True) + "\n")
 
 
 def record(run: Run, **entries) -> dict:

@@ -141,6 +141,8 @@ def test_ensembles():
     assert combined["mean"] == [3.5, 2.0]
     assert combined["min"] == [1.0, 2.0]
     assert combined["uwo"] == [3.5 - 0.5 * 6.25, 2.0]  # variance of 1 and 6: 2.5 squared
+    watched = torch.tensor([1.0, 0.0])
+    assert {algorithm.combine_rewards(rewards, watched, how, 0.5)[0].item() for how in algorithm.ENSEMBLES} == {1.0}
     with pytest.raises(ValueError, match="every function returned None"):
         algorithm.combine_rewards(torch.tensor([[torch.nan]]), torch.ones(1), "sum", 0.5)
 

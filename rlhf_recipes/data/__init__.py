@@ -22,8 +22,9 @@ What becomes of what is found (`Splits.report` has the counts, with up to three 
 | more than `max_length` tokens (`fit`)                           | `data.too_long`: drop, truncate, stop |
 | control tokens typed into a message (`fit`)                     | rewritten, counted: `neutralised`     |
 | more rows than `train_size` or `eval_size`                      | left out, counted: `capped`           |
+| a train row drawn again by `bootstrap`                          | kept, counted: `repeated`             |
 
-`candidates` (one a row; more for ratings reduced to all pairs) = all dropped and capped + train + test.
+`candidates` (one a row; more for ratings reduced to all pairs) = all dropped and capped + train - repeated + test.
 Prompts are held out by the turn that opens them, so that no conversation continues on the other side.
 """
 
@@ -58,6 +59,7 @@ KEYS = {
     "test_size": int | float | None,
     "train_size": int | None,
     "eval_size": int | None,
+    "bootstrap": int | None,
     "too_long": ("drop", "truncate", "stop"),
     "seed": int,
 }
@@ -159,7 +161,12 @@ def _load(node: DictConfig, sides: tuple[str, ...]) -> Splits:
     train, test = _unique(train, tally), _unique(test, tally)
     train = _without_leakage(train, test, tally)
     found = {"train": len(train), "test": len(test)}
-    train = _shuffled(train, data["seed"])[: data["train_size"]]
+    repeated = 0
+    if data["bootstrap"] is None:
+        train = _shuffled(train, data["seed"])[: data["train_size"]]
+    elif train:
+        train = random.Random(data["bootstrap"]).choices(train, k=data["train_size"] or len(train))
+        repeated = len(train) - len(set(map(id, train)))
     test = _shuffled(test, data["seed"])[: data["eval_size"]]
     report = {
         "source": _source_name(data["path"]),
@@ -169,7 +176,8 @@ def _load(node: DictConfig, sides: tuple[str, ...]) -> Splits:
         "candidates": tally.candidates,
         "dropped": dict(tally.dropped),
         "examples": tally.examples,
-        "capped": {"train": found["train"] - len(train), "test": found["test"] - len(test)},
+        "capped": {"train": found["train"] - len(train) + repeated, "test": found["test"] - len(test)},
+        "repeated": repeated,
     }
     return _finished([place.example for place in train], [place.example for place in test], report)
 
@@ -416,6 +424,8 @@ def describe(report: dict[str, Any]) -> str:
     used = f"data: {report['source']}: {report['train']} train, {report['test']} test rows of {report['rows']}"
     left = [f"{count} {reason}" for reason, count in report["dropped"].items() if count]
     notes = [f"dropped {', '.join(left)}" if left else "dropped none"]
+    if report.get("repeated"):
+        notes.append(f"drawn with replacement, {report['train'] - report['repeated']} different train rows")
     if any(report["capped"].values()):
         notes.append("capped {train} train, {test} test".format(**report["capped"]))
     if report.get("over_length_truncated"):

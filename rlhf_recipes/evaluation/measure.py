@@ -76,16 +76,28 @@ def demonstration_logps(model, tokenizer, rows: list[dict], what: str = "Demonst
 
 def rewards(model, tokenizer, conversations: list[list[Message]], what: str = "Rewards") -> list[float]:
     """r(x, y) of a reward model for each conversation, read at its last token."""
+    return [score for score, _ in rewards_and_features(model, tokenizer, conversations, what)]
+
+
+def rewards_and_features(model, tokenizer, conversations: list[list[Message]], what: str) -> list[tuple]:
+    """(r(x, y), what its score head read, a float32 array of F features) for each conversation."""
     encoded = [(tokenizer.apply_chat_template(c, return_dict=False), 0) for c in conversations]
     results: list[Any] = [None] * len(encoded)
-    with _measuring(model):
-        for indices in _batches(encoded, what, model.device):
-            ids_BT, mask_BT, positions_BT = left_pad(
-                [encoded[i][0] for i in indices], tokenizer.pad_token_id, model.device
-            )
-            scores_B = model(input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT).logits[:, 0].float()
-            for i, score in zip(indices, scores_B.tolist(), strict=True):
-                results[i] = score
+    read: list[Any] = []
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hook = base.score.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0][:, -1].float().cpu()))
+    try:
+        with _measuring(model):
+            for indices in _batches(encoded, what, model.device):
+                ids_BT, mask_BT, positions_BT = left_pad(
+                    [encoded[i][0] for i in indices], tokenizer.pad_token_id, model.device
+                )
+                output = model(input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT)
+                scores_B, features_BF = output.logits[:, 0].float().tolist(), read.pop().numpy()
+                for i, score, features in zip(indices, scores_B, features_BF, strict=True):
+                    results[i] = score, features
+    finally:
+        hook.remove()
     return results
 
 

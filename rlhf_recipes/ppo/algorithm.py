@@ -95,12 +95,12 @@ def combine_rewards(rewards_BR: Tensor, weights_R: Tensor, how: str, uwo_coef: f
     """One reward for each episode; NaN marks a function that does not apply to it.
 
     `sum` of the weighted rewards; over an ensemble `mean`, `min` (worst case) or `uwo`, the mean less `uwo_coef` times
-    the variance (Coste et al., arXiv:2310.02743).
+    the variance (Coste et al., arXiv:2310.02743). A weight of 0 takes a function out: it is logged, and nothing more.
 
     Raises:
         ValueError: no function applies to an episode.
     """
-    weighted_BR = rewards_BR * weights_R
+    weighted_BR = (rewards_BR * weights_R)[:, weights_R != 0]
     if weighted_BR.isnan().all(1).any():
         raise ValueError("reward_funcs: every function returned None for a completion. One at least must score it.")
     if how == "sum":

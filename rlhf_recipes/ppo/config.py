@@ -78,7 +78,9 @@ class PPOConfig(BaseConfig):
         default=0.01, metadata={"help": "End the run where the entropy, nats per token, falls below. None: never."}
     )
 
-    reward_weights: list[float] | None = field(default=None, metadata={"help": "One for each function. None: 1."})
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "One for each function; 0: only logged. None: 1."}
+    )
     reward_ensemble: str = field(
         default="sum", metadata={"help": "What becomes of several rewards: `sum`, `mean`, `min` or `uwo`."}
     )

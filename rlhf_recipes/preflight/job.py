@@ -179,8 +179,9 @@ def _rows(job: Job, args, tokenizer, looked_at: LookedAt) -> tuple:
     """(splits, tokens of each train row, the report about them, an example), read once for jobs with the same data."""
     cfg = job.cfg
     max_length = cfg.max_prompt_length if job.recipe == "ppo" else args.max_length
-    node = {"read": READ[job.recipe].__name__, "data": cfg.data, "model": cfg.model, "max_length": max_length}
-    key = json.dumps(OmegaConf.to_container(OmegaConf.create(node), resolve=True), sort_keys=True)
+    read = {key: OmegaConf.to_container(cfg[key], resolve=True) for key in ("data", "model")}
+    node = {"read": READ[job.recipe].__name__, **read, "max_length": max_length}
+    key = json.dumps(node, sort_keys=True)
     if key not in looked_at.rows:
         splits = data.fit(READ[job.recipe](cfg.data), tokenizer, max_length, cfg.data.too_long)
         sizes = [min(size, max_length or size) for size in lengths(splits.train, tokenizer, "train")]

@@ -1,0 +1,119 @@
+"""Scores of an ensemble of reward models: one base, an adapter with a score head for each member, each on in turn.
+
+What was scored is kept in the run's folder, `scores/<part>.<member>.npz`: an interrupted audit goes on where it was.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from omegaconf import DictConfig
+
+from rlhf_recipes import run
+from rlhf_recipes.data import neutralise
+
+Message = dict[str, str]
+
+
+def members(reference: str | list[str], base_model: str, key: str = "reward_model") -> list[Path]:
+    """Adapter folders of the reward models that `reference` names: a run of recipes/reward.py, several, or the folder of
+    an ensemble (`reward=ensemble`), its members in the order of their names.
+
+    Raises:
+        ValueError: one is not there or not finished, is no reward model, or was trained on another base.
+    """
+    found: list[Path] = []
+    for each in [reference] if isinstance(reference, str) else list(reference):
+        folder = Path(each)
+        jobs = sorted(path.parent for path in folder.glob("*/config.yaml")) if folder.is_dir() else []
+        for one in jobs if jobs and not (folder / "adapter").is_dir() else [folder]:
+            found.append(_adapter(str(one), base_model, key))
+    return list(dict.fromkeys(found))
+
+
+def _adapter(folder: str, base_model: str, key: str) -> Path:
+    try:
+        adapter = Path(run.parent_of(folder, base_model)["adapter"])
+    except ValueError as error:
+        raise ValueError(str(error).replace("model.adapter=", f"{key}=", 1)) from error
+    made_by = (run.read_result(adapter.parent) or {}).get("recipe")
+    if made_by not in (None, "reward"):
+        raise ValueError(f"{key}={folder}: is a run of {made_by}. Give a run of recipes/reward.py.")
+    return adapter
+
+
+@dataclass
+class Scored:
+    """Scores of C conversations by M members.
+
+    Attributes:
+        rewards_MC: float64.
+        features_CF: what the first member's score head read, float32; None where nobody asked.
+    """
+
+    rewards_MC: np.ndarray
+    features_CF: np.ndarray | None = None
+
+
+class Ensemble:
+    """Reward models on one base. The base is loaded when the first conversation is scored.
+
+    Args:
+        folders: of `members`.
+        keep: folder for what was scored.
+    """
+
+    def __init__(self, model: DictConfig, quantization: DictConfig, tokenizer, folders: list[Path], keep: Path):
+        self.settings, self.tokenizer, self.folders, self.keep = (model, quantization), tokenizer, folders, keep
+        self.names = [str(folder.parent) for folder in folders]
+        self.hashes = [run.adapter_sha256(folder) for folder in folders]
+        self._model = None
+
+    def score(self, conversations: list[list[Message]], part: str, features: bool = False) -> Scored:
+        """Rewards of whole conversations, each the prompt's turns and one of the assistant.
+
+        Args:
+            part: names them in progress lines and in the folder.
+        """
+        rows = [{"prompt": turns[:-1], "completion": turns[-1:]} for turns in conversations]
+        turns = [row["prompt"] + row["completion"] for row in neutralise(rows, self.tokenizer)[0]]
+        asked = hashlib.sha256(json.dumps(turns).encode()).hexdigest()
+        found = [self._member(m, turns, part, asked, features and m == 0) for m in range(len(self.folders))]
+        return Scored(np.array([each["rewards"] for each in found]), found[0].get("features"))
+
+    def _member(self, m: int, turns: list, part: str, asked: str, features: bool) -> dict:
+        from rlhf_recipes.evaluation import measure
+
+        path, key = self.keep / f"{part}.{m}.npz", f"{self.hashes[m]} {asked}"
+        if path.is_file():
+            with np.load(path) as known:
+                if str(known["key"]) == key and (not features or "features" in known):
+                    return {name: known[name] for name in known.files}
+        model = self._loaded()
+        model.set_adapter(f"member{m}")
+        what = f"{part}, reward model {m + 1}/{len(self.folders)}" if len(self.folders) > 1 else part
+        scored = measure.rewards_and_features(model, self.tokenizer, turns, what)
+        found = {"key": np.array(key), "rewards": np.array([score for score, _ in scored], dtype=np.float64)}
+        if features:
+            found["features"] = np.array([each for _, each in scored], dtype=np.float32)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_name(f".{path.name}")
+        np.savez(scratch, **found)
+        scratch.replace(path)
+        return found
+
+    def _loaded(self):
+        if self._model is None:
+            from peft import PeftModel
+            from transformers import AutoModelForSequenceClassification
+
+            from rlhf_recipes import models
+
+            base = models.load_base(*self.settings, AutoModelForSequenceClassification, num_labels=1)
+            model = PeftModel.from_pretrained(base, str(self.folders[0]), adapter_name="member0")
+            for m, folder in enumerate(self.folders[1:], 1):
+                model.load_adapter(str(folder), adapter_name=f"member{m}")
+            self._model = model
+        return self._model
