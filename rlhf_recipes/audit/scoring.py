@@ -18,8 +18,8 @@ Message = dict[str, str]
 
 
 def members(reference: str | list[str], base_model: str, key: str = "reward_model") -> list[Path]:
-    """Adapter folders of the reward models that `reference` names: a run of recipes/reward.py, several, or the folder of
-    an ensemble (`reward=ensemble`), its members in the order of their names.
+    """Adapter folders of the reward models that `reference` names: a run of recipes/reward.py, several, or the folder
+    of an ensemble (`reward=ensemble`), its members in the order of their names.
 
     Raises:
         ValueError: one is not there or not finished, is no reward model, or was trained on another base.

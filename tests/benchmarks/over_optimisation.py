@@ -1,0 +1,131 @@
+"""Does gold peak while the proxy climbs, and does the worst case of an ensemble move the peak?
+
+    python tests/benchmarks/over_optimisation.py --seeds 3 --folder runs
+
+Gold is a rule: courtesy. An answer earns a point for each different courteous word, up to three, and loses half a
+point for each one further or said again. For every seed the embedded model answers the clinic's prompts, gold labels
+pairs of its answers, a quarter of the train labels is flipped, and four reward models learn from them
+(`reward=ensemble`). Then two PPO runs without a KL penalty: against one of them, and against the worst case of the
+four; gold is logged beside. `recipes/audit.py` measures best-of-n and the checkpoints of both runs with gold.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+WORDS = "please|thank|thanks|sorry|welcome|glad|happy|appreciate|kindly|help|understand|certainly|pleasure|assist"
+SAMPLES, PAIRS, TOKENS, FLIPPED = 6, 2, 24, 0.25
+REWARD = [
+    "trainer.learning_rate=5e-4",
+    "trainer.per_device_train_batch_size=4",
+    "trainer.gradient_accumulation_steps=2",
+    "trainer.save_strategy=no",
+    "sweep.prompts=0",
+]
+PPO = [
+    "trainer.value=head",
+    "trainer.num_ppo_epochs=1",
+    "trainer.per_device_train_batch_size=8",
+    "trainer.gradient_accumulation_steps=4",
+    f"trainer.max_completion_length={TOKENS}",
+    "trainer.learning_rate=4e-4",
+    "trainer.lam=1.0",
+    "trainer.value_learning_rate=2e-5",
+    "trainer.missing_eos_penalty=null",
+    "trainer.kl_coef=0",
+    "trainer.kl_brake=null",
+    "trainer.max_steps=20",
+    "trainer.save_steps=4",
+    "trainer.save_total_limit=null",
+    "trainer.per_device_eval_batch_size=16",
+    "data.eval_size=16",
+]
+
+
+def gold(completions, **_) -> list[float]:
+    """Different courteous words up to three, less half of those that are further or repeated."""
+    found = [re.findall(rf"\b(?:{WORDS})\b", turns[0]["content"].lower()) for turns in completions]
+    return [min(len(set(words)), 3) - 0.5 * (len(words) - min(len(set(words)), 3)) for words in found]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, required=True, help="what is finished there is not run again")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    for seed in range(options.seeds):
+        pairs = options.folder / f"pairs_{seed}.jsonl"
+        if not pairs.exists():
+            pairs.write_text("".join(json.dumps(row) + "\n" for row in label(seed)))
+        local = ["data=local", f"data.path={pairs.name}"]
+        run("reward", f"rm_{seed}", ["reward=ensemble", *local, *REWARD], options.folder, "member=3")
+        models = [f"outputs/reward/rm_{seed}/member={m}" for m in range(4)]
+        for name, proxies in (("single", models[:1]), ("worst", models)):
+            functions = ",".join([*(f'"{m}"' for m in proxies), "over_optimisation:gold"])
+            rewards = [f"reward_funcs=[{functions}]", f"trainer.reward_weights={[1.0] * len(proxies) + [0.0]}"]
+            how = [f"trainer.reward_ensemble={'min' if len(proxies) > 1 else 'sum'}", f"trainer.seed={seed}"]
+            run("ppo", f"{name}_{seed}", [*PPO, *rewards, *how], options.folder)
+            describe(name, seed, options.folder / "outputs" / "ppo" / f"{name}_{seed}")
+
+
+def label(seed: int) -> list[dict]:
+    """Pairs of the model's answers to the clinic's prompts, by gold; a quarter of the train labels flipped."""
+    import hydra
+
+    from rlhf_recipes import config, data, models, run
+    from rlhf_recipes.evaluation import measure
+
+    run.environment()
+    from transformers import AutoModelForCausalLM
+
+    with hydra.initialize_config_dir(str(config.CONF), version_base="1.3"):
+        cfg = hydra.compose("evaluate")
+    policy = models.load_base(cfg.model, cfg.quantization, AutoModelForCausalLM)
+    tokenizer = models.load_tokenizer(cfg.model)
+    splits, dice, rows = data.load_prompts(cfg.data), random.Random(seed), []
+    for split, prompts in (("train", splits.train), ("test", splits.test)):
+        asked = [row["prompt"] for row in prompts for _ in range(SAMPLES)]
+        answers = measure.generate(
+            policy, tokenizer, asked, max_new_tokens=TOKENS, temperature=1.0, seed=seed, what=f"{split} answers"
+        )
+        texts = [answer["text"] for answer in answers]
+        scores = gold([[{"role": "assistant", "content": text}] for text in texts])
+        for n, prompt in enumerate(prompts):
+            own = list(zip(scores, texts, strict=True))[n * SAMPLES : (n + 1) * SAMPLES]
+            different = [(a, b) for i, a in enumerate(own) for b in own[:i] if a[0] != b[0] and a[1] and b[1]]
+            for pair in dice.sample(different, min(PAIRS, len(different))):
+                worse, better = sorted(pair)
+                if split == "train" and dice.random() < FLIPPED:
+                    worse, better = better, worse
+                rows.append(
+                    {"prompt": prompt["prompt"], "chosen": [_said(better)], "rejected": [_said(worse)], "split": split}
+                )
+    return rows
+
+
+def _said(answer: tuple[float, str]) -> dict:
+    return {"role": "assistant", "content": answer[1]}
+
+
+def run(recipe: str, name: str, overrides: list[str], folder: Path, last: str = ".") -> None:
+    if not (folder / "outputs" / recipe / name / last / "result.json").exists():
+        command = [sys.executable, "-m", f"rlhf_recipes.recipes.{recipe}", f"run_name={name}", *overrides]
+        subprocess.run(command, env={**os.environ, "PYTHONPATH": str(HERE)}, cwd=folder, check=True)
+
+
+def describe(name: str, seed: int, folder: Path) -> None:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    said = [f"{r['kl']:.1f}: {r['reward']:+.2f} {r['rewards/gold']:+.2f}" for r in rows if "rewards/gold" in r]
+    print(f"{datetime.date.today()} {name}, seed {seed}; KL: proxy, gold  " + "  ".join(said), flush=True)
+
+
+if __name__ == "__main__":
+    main()
