@@ -40,8 +40,9 @@ LIBRARIES = (
 )
 # Where a run lies and whether it may continue say nothing about what it computes.
 _NOT_COMPUTED = ("run_name", "resume", "overwrite", "sweep", "preflight")
-# The first answers that a run of recipes/cai.py keeps; it continues from all that it has.
-GATE = "gate.jsonl"
+# What an interrupted cai or audit goes on from: the first file or folder of many that it keeps.
+GATE, SCORES = "gate.jsonl", "scores"
+KEPT = {GATE: "what was answered", SCORES: "what was scored"}
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 # In a sweep's folder: what its jobs have in common.
 SHARED = "shared"
@@ -110,11 +111,12 @@ def start(cfg: DictConfig, recipe: str) -> Run:
             "overwrite=true."
         )
     run.checkpoint = last_checkpoint(run.checkpoints) if cfg.resume == "auto" else None
-    if cfg.resume == "auto" and (run.dir / GATE).is_file():
-        run.checkpoint = str(run.dir / GATE)
+    kept = [run.dir / name for name in KEPT if (run.dir / name).exists()]
+    if cfg.resume == "auto" and kept:
+        run.checkpoint = str(kept[0])
     if run.checkpoint:
         _refuse_other_config(run)
-        where = "what was answered" if run.checkpoint.endswith(GATE) else f"step {run.checkpoint.rpartition('-')[2]}"
+        where = KEPT.get(Path(run.checkpoint).name) or f"step {run.checkpoint.rpartition('-')[2]}"
         print(f"Continuing {run.dir} from {where}.", flush=True)
     return run
 

@@ -71,22 +71,28 @@ class Ensemble:
         self.hashes = [run.adapter_sha256(folder) for folder in folders]
         self._model = None
 
-    def score(self, conversations: list[list[Message]], part: str, features: bool = False) -> Scored:
+    def score(
+        self, conversations: list[list[Message]], part: str, features: bool = False, first_alone: bool = False
+    ) -> Scored:
         """Rewards of whole conversations, each the prompt's turns and one of the assistant.
 
         Args:
             part: names them in progress lines and in the folder.
+            first_alone: by the first member.
         """
         rows = [{"prompt": turns[:-1], "completion": turns[-1:]} for turns in conversations]
         turns = [row["prompt"] + row["completion"] for row in neutralise(rows, self.tokenizer)[0]]
         asked = hashlib.sha256(json.dumps(turns).encode()).hexdigest()
-        found = [self._member(m, turns, part, asked, features and m == 0) for m in range(len(self.folders))]
+        count = 1 if first_alone else len(self.folders)
+        if not turns:
+            return Scored(np.zeros((count, 0)), np.zeros((0, 0), dtype=np.float32))
+        found = [self._member(m, turns, part, asked, features and m == 0) for m in range(count)]
         return Scored(np.array([each["rewards"] for each in found]), found[0].get("features"))
 
     def _member(self, m: int, turns: list, part: str, asked: str, features: bool) -> dict:
         from rlhf_recipes.evaluation import measure
 
-        path, key = self.keep / f"{part}.{m}.npz", f"{self.hashes[m]} {asked}"
+        path, key = self.keep / f"{part.replace(' ', '_')}.{m}.npz", f"{self.hashes[m]} {asked}"
         if path.is_file():
             with np.load(path) as known:
                 if str(known["key"]) == key and (not features or "features" in known):

@@ -1,0 +1,225 @@
+"""Answers to hold a proxy reward against gold: many samples of each prompt, and the samples of a run's checkpoints.
+
+Gold is another reward model or ensemble, a function, or a person's labels; what it says of an answer counts, what the
+proxy says is what would be optimised.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig
+
+from rlhf_recipes import config, run
+from rlhf_recipes.audit.scoring import Ensemble, members
+
+Gold = Callable[[list[dict], list[str], str], np.ndarray]
+TO_LABEL = "to_label.jsonl"
+
+
+def find_gold(cfg: DictConfig, proxies: list[Path]) -> tuple[str, Any] | None:
+    """(what gold is, in words; where to load it from), None without one.
+
+    Raises:
+        ValueError: it is not there, or it is one of the proxies: nothing could be found out.
+    """
+    if not cfg.gold:
+        return None
+    reference = cfg.gold if isinstance(cfg.gold, str) else list(cfg.gold)
+    if isinstance(reference, str) and reference.endswith((".jsonl", ".jsonl.gz")):
+        return f"labels in {Path(reference).name}", _labels(reference)
+    if isinstance(reference, str) and ":" in reference and not Path(reference).exists():
+        return f"the function {reference}", config.import_function(reference, "gold")
+    folders = members(reference, cfg.model.id, "gold")
+    if set(map(run.adapter_sha256, folders)) & set(map(run.adapter_sha256, proxies)):
+        raise ValueError(f"gold={cfg.gold}: is the reward model itself. Give one that learned from other pairs.")
+    kind = "a reward model" if len(folders) == 1 else f"the mean of {len(folders)} reward models"
+    return f"{kind}, {Path(folders[0]).parent}", folders
+
+
+def load_gold(cfg: DictConfig, source: Any, tokenizer, folder: Path) -> Gold:
+    """Gold of answers to the prompts of rows, as a function of (rows, texts, what they are)."""
+    if isinstance(source, dict):
+        return lambda rows, texts, part: _look_up(source, rows, texts, folder / TO_LABEL)
+    if callable(source):
+        return lambda rows, texts, part: _call(source, cfg.gold, rows, texts)
+    ensemble = Ensemble(cfg.model, cfg.quantization, tokenizer, source, folder / "scores")
+    return lambda rows, texts, part: ensemble.score(_conversations(rows, texts), f"gold.{part}").rewards_MC.mean(0)
+
+
+def best_of_n(cfg: DictConfig, policy, proxies: Ensemble, gold: Gold, kind: str, prompts: list[dict]) -> list[dict]:
+    """Entries of `overoptimisation.audit`: the best of n by one proxy and, of an ensemble, by its mean, its worst case
+    and its UWO.
+
+    Args:
+        policy: `Sampler`; its start answers each prompt `cfg.samples` times.
+    """
+    samples = cfg.samples
+    rows = [row for row in prompts for _ in range(samples)]
+    texts = [answer["text"] for answer in policy.answers(None, rows, "best-of-n")]
+    shape = (len(prompts), samples)
+    gold_PS = gold(rows, texts, "best-of-n").reshape(shape)
+    rewards_MC = proxies.score(_conversations(rows, texts), "best-of-n").rewards_MC
+    return [
+        {"name": WORDS[how], "proxy_PS": proxy_C.reshape(shape), "gold_PS": gold_PS, "gold_kind": kind,
+         "prompt_ids": [row["prompt_id"] for row in prompts]}
+        for how, proxy_C in _proxies(rewards_MC, rewards_MC).items()
+    ]  # fmt: skip
+
+
+def checkpoints(
+    cfg: DictConfig, folder: str, policy, proxies: Ensemble, gold: Gold, kind: str, prompts: list[dict]
+) -> dict:
+    """Entry of `overoptimisation.audit`: the start of a run and each of its checkpoints, all on the same prompts."""
+    rows, start_MP = [], None
+    for step, adapter in [(0, None), *steps(folder)]:
+        part = f"{_slug(folder)}.{step}"
+        answers = policy.answers(adapter, prompts, part, kl=True)
+        texts = [answer["text"] for answer in answers]
+        rewards_MP = proxies.score(_conversations(prompts, texts), part).rewards_MC
+        start_MP = rewards_MP if start_MP is None else start_MP
+        proxy_P = _proxies(rewards_MP, start_MP)[cfg.proxy if len(rewards_MP) > 1 else FIRST]
+        rows.append({"step": step, "kl_P": np.array([answer["k1"] for answer in answers]), "proxy_P": proxy_P,
+                     "gold_P": gold(prompts, texts, part)})  # fmt: skip
+    ids = [row["prompt_id"] for row in prompts]
+    return {"name": str(folder), "rows": rows, "gold_kind": kind, "prompt_ids": ids}
+
+
+def steps(folder: str) -> list[tuple[int, Path]]:
+    """(step, adapter folder) of each kept checkpoint of a run, and of its end.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found = {int(path.parent.name.rpartition("-")[2]): path.parent
+             for path in Path(folder).glob("checkpoints/checkpoint-*/adapter_config.json")}  # fmt: skip
+    if not found:
+        raise ValueError(
+            f"checkpoints={folder}: keeps none. Train with trainer.save_total_limit=null, which keeps the adapter of "
+            "each, and trainer.save_steps for how many."
+        )
+    result = run.read_result(Path(folder))
+    if result:
+        found.setdefault(result["steps"], Path(folder) / "adapter")
+    return sorted(found.items())
+
+
+class Sampler:
+    """One base with the adapters that answer, sampled at temperature 1: the start of a run and its checkpoints.
+
+    Args:
+        parent: a run folder or None for the base: the start that best-of-n picks from and that KL is measured to.
+        keep: folder for the answers, so that an interrupted audit goes on where it was.
+    """
+
+    def __init__(self, cfg: DictConfig, tokenizer, parent: Path | None, adapters: list[Path], keep: Path):
+        self.cfg, self.tokenizer, self.parent, self.adapters, self.keep = cfg, tokenizer, parent, adapters, keep
+        self._policies = None
+
+    def answers(self, adapter: Path | None, rows: list[dict], part: str, kl: bool = False) -> list[dict]:
+        """`text` and, with `kl`, `k1` (nats) of one answer to the prompt of each row; adapter None: the start."""
+        from rlhf_recipes.evaluation import measure
+
+        used = adapter or self.parent
+        asked = [row["prompt"] for row in rows]
+        settings = [self.cfg.max_new_tokens, self.cfg.seed, self.cfg.model.id, kl]
+        hashes = [folder and run.adapter_sha256(folder) for folder in (used, self.parent)]
+        key = hashlib.sha256(json.dumps([asked, settings, hashes]).encode()).hexdigest()
+        path = self.keep / f"{part}.answers.json"
+        if path.is_file() and (known := json.loads(path.read_text(encoding="utf-8")))["key"] == key:
+            return known["answers"]
+        with self._loaded().using(used and str(used)) as model:
+            answers = measure.generate(model, self.tokenizer, asked, max_new_tokens=self.cfg.max_new_tokens,
+                                       temperature=1.0, seed=self.cfg.seed, what=f"{part}: answers")  # fmt: skip
+        if kl:
+            encoded = [(answer["ids"], answer["start"]) for answer in answers]
+            own, reference = (self._logps(folder, encoded, part) for folder in (used, self.parent))
+            for answer, p, q in zip(answers, own, reference, strict=True):
+                answer["k1"] = measure.kl_terms(p, q)[0]
+        kept = [{key: answer[key] for key in ("text", "k1") if key in answer} for answer in answers]
+        self.keep.mkdir(parents=True, exist_ok=True)
+        run.write_atomically(path, json.dumps({"key": key, "answers": kept}, ensure_ascii=False))
+        return kept
+
+    def _logps(self, folder: Path | None, encoded: list, part: str) -> list:
+        from rlhf_recipes.evaluation import measure
+
+        with self._loaded().using(folder and str(folder)) as model:
+            return measure.token_logps(model, self.tokenizer.pad_token_id, encoded, f"{part}: KL")
+
+    def _loaded(self):
+        if self._policies is None:
+            from rlhf_recipes.evaluation.systems import Policies, System
+
+            folders = [self.parent, *self.adapters]
+            found = [System(str(folder), folder and str(folder)) for folder in folders]
+            self._policies = Policies(self.cfg.model, self.cfg.quantization, found)
+        return self._policies
+
+
+FIRST = "first"
+WORDS = {FIRST: "one reward model", "mean": "mean of the ensemble", "min": "worst case of the ensemble",
+         "uwo": "mean − λ variance of the ensemble"}  # fmt: skip
+
+
+def _proxies(rewards_MC: np.ndarray, reference_MK: np.ndarray) -> dict[str, np.ndarray]:
+    """What could be optimised: one reward model, and what an ensemble makes of all, on one scale."""
+    from rlhf_recipes.audit import uncertainty
+
+    found = {FIRST: rewards_MC[0]}
+    if len(rewards_MC) > 1:
+        scaled_MC = uncertainty.standardise(rewards_MC, reference_MK)
+        found |= {how: uncertainty.combine(scaled_MC, how) for how in WORDS if how != FIRST}
+    return found
+
+
+def _conversations(rows: list[dict], texts: list[str]) -> list[list[dict]]:
+    said = [[{"role": "assistant", "content": text}] for text in texts]
+    return [row["prompt"] + turn for row, turn in zip(rows, said, strict=True)]
+
+
+def _call(function: Callable, name: str, rows: list[dict], texts: list[str]) -> np.ndarray:
+    completions = [[{"role": "assistant", "content": text}] for text in texts]
+    found = function(prompts=[row["prompt"] for row in rows], completions=completions)
+    scores = np.array([np.nan if score is None else score for score in found], dtype=float)
+    if scores.shape != (len(rows),) or not np.isfinite(scores).all():
+        raise ValueError(f"gold={name}: gave {len(scores)} scores for {len(rows)} answers, or one that is not finite.")
+    return scores
+
+
+def _labels(path: str) -> dict[tuple[str, str], float]:
+    """(prompt_id, answer) -> gold of a file of labels."""
+    from rlhf_recipes.data import readers, shapes
+
+    labels = {}
+    for where, values in readers.read_file(path):
+        row = shapes.Row(where, values, {key: key for key in (*shapes.COLUMNS, "answer", "gold")})
+        if row.value("gold") is None:
+            continue
+        if not isinstance(row.value("gold"), int | float):
+            raise ValueError(f"{where}: gold: {row.value('gold')!r:.40} is no number. Correct it.")
+        turns = row.value("prompt")
+        turns = [{"role": "user", "content": turns}] if isinstance(turns, str) else turns
+        labels[shapes.prompt_id(turns), row.text("answer")] = float(row.value("gold"))
+    return labels
+
+
+def _look_up(labels: dict, rows: list[dict], texts: list[str], path: Path) -> np.ndarray:
+    wanted = [(row["prompt_id"], text) for row, text in zip(rows, texts, strict=True)]
+    missing = [i for i, key in enumerate(wanted) if key not in labels]
+    if missing:
+        asked = {wanted[i]: {"prompt": rows[i]["prompt"], "answer": texts[i], "gold": None} for i in missing}
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in asked.values())
+        raise ValueError(
+            f"gold: {len(asked)} answers have no label. They are in {path}: put a number into `gold` of each and give "
+            "that file."
+        )
+    return np.array([labels[key] for key in wanted])
+
+
+def _slug(folder: str) -> str:
+    return "-".join(Path(folder).parts[-2:])

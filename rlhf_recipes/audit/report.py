@@ -1,0 +1,78 @@
+"""What an audit leaves: audit.json, report.html, what people shall label, and the words on the terminal."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from rlhf_recipes import data, run
+from rlhf_recipes.audit import judgements, page, verdict
+from rlhf_recipes.audit.steps import Findings, Sources
+from rlhf_recipes.stats import format_estimate
+
+WIDTH = 110
+WEAKEST = 5
+
+
+def build(cfg: DictConfig, sources: Sources, pairs: data.Splits, found: Findings) -> dict[str, Any]:
+    """audit.json: what was audited, the sections, the gates and the verdict in plain words."""
+    decided = verdict.decide(found.sections, dict(cfg.thresholds))
+    names = [str(folder.parent) for folder in sources.reward_models]
+    subject = {
+        "Reward model" if len(names) == 1 else f"Ensemble of {len(names)}": ", ".join(names),
+        "Base model": cfg.model.id,
+        "Pairs": f"{pairs.source}, {len(pairs.train)} to train and {len(pairs.test)} held out",
+    }
+    if sources.deployment:
+        subject["Deployment"] = f"{Path(cfg.deployment).name}, {len(sources.deployment)} prompts"
+    if sources.gold:
+        subject["Gold"] = sources.gold[0]
+    keys = ("max_length", "ledger_pairs", "stress_pairs", "probe_pairs", "credit_pairs", "prompts", "samples", "seed")
+    return {
+        "title": f"Audit of {' and '.join(names) if len(names) < 3 else f'an ensemble of {len(names)} reward models'}",
+        "subject": subject,
+        "counts": {"held-out pairs": len(pairs.test), "train pairs": len(pairs.train), "reward models": len(names)},
+        "verdict": decided,
+        "paragraph": verdict.paragraph(found.sections, decided["gates"], found.label_next),
+        "sections": found.sections,
+        "label_next": found.label_next,
+        "settings": {key: cfg[key] for key in keys},
+        "adapters": {name: run.adapter_sha256(f) for name, f in zip(names, sources.reward_models, strict=True)},
+        "data": pairs.report,
+    }
+
+
+def finish(job: run.Run, audit: dict[str, Any], found: Findings) -> None:
+    """Write everything, result.json last, and print the verdict, the weakest figures and what to do next."""
+    run.write_atomically(job.dir / "audit.json", json.dumps(audit, indent=2, ensure_ascii=False) + "\n")
+    page.write_page(audit, job.dir / "report.html")
+    asked = [json.dumps(row, ensure_ascii=False) + "\n" for row in found.label_next]
+    run.write_atomically(job.dir / "label_next.jsonl", "".join(asked))
+    if found.disputed:
+        judgements.export(job.dir / "disputed.jsonl", found.disputed)
+    figures = {(s["key"], f["key"]): f for s in audit["sections"] for f in s["figures"]}
+    accuracy = figures["preference", "accuracy"]
+    rule = {"value": accuracy["baseline"]["value"], "low": None, "high": None, "n": accuracy["estimate"]["n"]}
+    main = {"name": "preference_accuracy", "before": rule, "after": accuracy["estimate"]}
+    kept = {"verdict": audit["verdict"], "adapters": audit["adapters"], "counts": audit["data"]}
+    run.write_result(job, run.record(job, main=main, audit=kept, page=str(job.dir / "report.html")))
+    print(describe(job, audit, bool(found.disputed)), flush=True)
+
+
+def describe(job: run.Run, audit: dict[str, Any], disputed: bool) -> str:
+    """The gates that do not pass, the paragraph's verdict, and where everything lies."""
+    gates = [gate for gate in audit["verdict"]["gates"] if gate["state"] in ("fail", "unclear")]
+    lines = ["", audit["verdict"]["headline"], ""]
+    for gate in gates[:WEAKEST]:
+        e = {key: gate[key] for key in ("value", "low", "high")}
+        lines.append(f"  {gate['state']:<8} {gate['name']}: {format_estimate(e, percent=gate['unit'] == '%')}"[:WIDTH])
+    if len(gates) > WEAKEST:
+        lines.append(f"           and {len(gates) - WEAKEST} more that fail or are unclear")
+    counts = ", ".join(f"{count} {state}" for state, count in audit["verdict"]["counts"].items() if count)
+    lines += ["", f"audit finished in {job.seconds():.0f} s: {counts}."]
+    lines += [f"  page      {job.dir / 'report.html'}", f"  figures   {job.dir / 'audit.json'}"]
+    lines.append(f"  label     {job.dir / 'label_next.jsonl'}")
+    if disputed:
+        lines.append(f"  disputed  {job.dir / 'disputed.jsonl'}")
+    return "\n".join(lines)
