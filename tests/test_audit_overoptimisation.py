@@ -124,6 +124,7 @@ def test_a_planted_goodhart_proxy_peaks():
     assert found["best_of_n_gain_at_peak"]["low"] < found["best_of_n_gain_at_peak"]["value"]
     [plot] = section["plots"]
     gold_curve, proxy_curve, fitted = plot["series"]
+    assert gold_curve["low"][0] == gold_curve["high"][0] == 0  # the start is known, not estimated
     assert proxy_curve["y"] == sorted(proxy_curve["y"]) and gold_curve["y"][-1] < max(gold_curve["y"])
     assert gold_curve["y"][0] == 0 and fitted["points"] is False
     assert plot["marks"] == [["peak", pytest.approx(peak["value"])]]

@@ -290,6 +290,10 @@ def _of_fit(found: dict, key: str) -> dict:
     return numbers | {"n": found["n"], "clusters": found["clusters"]}
 
 
+def _mean(gains_R, ids) -> dict:
+    return stats.difference(gains_R, np.zeros(len(gains_R)), ids, RESAMPLES)  # `estimate` takes zeros for a share
+
+
 def _gap(curve: dict) -> tuple[int, dict]:
     """Index of the best point by gold, and its gold minus the last point's."""
     best = int(curve["gold_RK"].mean(0).argmax())
@@ -301,7 +305,7 @@ def _report(parts: dict, curve: dict, suffix: str, first: dict | None) -> None:
     kind, name, ids, found = curve["kind"], curve["name"], curve["ids"], curve["fit"]
     last, unit, x = curve["labels"][-1], "sd", "n" if kind == "best_of_n" else "step"
     best, gap = _gap(curve)
-    gain = stats.estimate(curve["gold_RK"][:, -1], ids, RESAMPLES)
+    gain = _mean(curve["gold_RK"][:, -1], ids)
     measured = found["peak"] is not None and found["peak"] < found["d"].max()
     law = f"R(d) = {FORMS[kind]}, d = √KL (arXiv:2210.10760)."
     peak = "α / (2β)" if kind == "best_of_n" else "exp(α/β − 1)"
@@ -362,9 +366,11 @@ def _kept(parts: dict, curve: dict, add) -> None:
 
 
 def _table(curve: dict, x: str) -> dict:
-    rows = []
+    rows, best = [], _gap(curve)[0]
     for k, label in enumerate(curve["labels"]):
-        cells = [stats.format_estimate(stats.estimate(curve[key][:, k], curve["ids"], RESAMPLES), sign=True, digits=2)
+        if x == "n" and label & (label - 1) and k not in (best, len(curve["labels"]) - 1):
+            continue  # powers of two are enough to read
+        cells = [stats.format_estimate(_mean(curve[key][:, k], curve["ids"]), sign=True, digits=2)
                  for key in ("gold_RK", "proxy_RK", "ceiling_RK") if key in curve]  # fmt: skip
         kl = max(0.0, float(curve["kl_RK"][:, k].mean()))
         rows.append([f"{x} = {label}", round(kl, 3), round(math.sqrt(kl), 3), *cells])
@@ -378,7 +384,7 @@ def _by_seed(curve: dict, x: str) -> dict:
     rows = []
     for one in [*curve["seeds"], curve | {"seed": "all"}]:
         best, gap = _gap(one)
-        gain = stats.estimate(one["gold_RK"][:, -1], one["ids"], RESAMPLES)
+        gain = _mean(one["gold_RK"][:, -1], one["ids"])
         peak = one["fit"]["peak"]
         cells = [stats.format_estimate(e, sign=True, digits=2) for e in (gain, gap)]
         peak = "none" if peak is None else "beyond" if peak > one["fit"]["d"].max() else f"{peak:.2f}"
@@ -393,7 +399,7 @@ def _plot(curve: dict, measured: bool) -> dict:
     d = found["d"].tolist()
     series = []
     for name, key in (("gold", "gold_RK"), ("proxy", "proxy_RK")):
-        at = [stats.estimate(column, curve["ids"], RESAMPLES) for column in curve[key].T]
+        at = [_mean(column, curve["ids"]) for column in curve[key].T]
         bands = [[e[bound] for e in at] for bound in ("low", "high")] if at[0]["low"] is not None else [None, None]
         series.append(section.curve(name, d, [e["value"] for e in at], *bands))
     if found["alpha"] is not None:
@@ -422,7 +428,7 @@ def _notes(curve: dict, measured: bool, gap: dict) -> list[str]:
         notes.append(f"{name}: gold has not peaked in what was measured, up to {last}; a later peak is extrapolated.")
     if found.get("peaked") is not None:
         notes.append(f"{name}: fitted to resamples of the prompts, {found['peaked']:.0%} peak before {last}.")
-    if gap["low"] is not None:
+    if gap["low"] is not None and gap["high"] > gap["low"]:
         notes.append(f"{name}: a loss of gold under about {gap['high'] - gap['low']:.2f} sd could easily be missed "
                      f"with {gap['clusters']} prompts.")  # fmt: skip
     if curve["kind"] == "best_of_n":
