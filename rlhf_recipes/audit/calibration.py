@@ -90,7 +90,7 @@ def temperature(margins, weights=None) -> float | None:
     return float(np.abs(kept).max() / brentq(slope, 0, high, rtol=1e-10))
 
 
-def logistic(x, y, weights=None) -> tuple[float, float]:
+def logistic(x, y, weights=None, start=(0.0, 0.0)) -> tuple[float, float]:
     """Intercept a and slope b of P(y = 1) = sigmoid(a + b x) by Newton's method; nan, nan where x separates y."""
     x, y = np.asarray(x, float), np.asarray(y, float)
     weights = np.ones(len(x)) if weights is None else weights
@@ -98,7 +98,8 @@ def logistic(x, y, weights=None) -> tuple[float, float]:
     if _separated(x[drawn], y[drawn]):
         return math.nan, math.nan
     scale = float(np.abs(x).max())
-    design_2N, at, step, loss = np.stack([np.ones(len(x)), x / scale]), np.zeros(2), np.zeros(2), math.inf
+    design_2N, at = np.stack([np.ones(len(x)), x / scale]), np.array(start) * (1.0, scale)
+    step, loss = np.zeros(2), math.inf
     for _ in range(100):
         z = at @ design_2N
         p = probability(z)
@@ -198,9 +199,10 @@ def _slopes(margins, ids, fitted, seed: int) -> list[dict]:
     """Slope and intercept; dividing margins by T multiplies the slope by T and leaves the intercept."""
     y = np.random.default_rng(seed).integers(0, 2, len(margins))
     x = np.where(y == 1, margins, -margins)
+    start = np.nan_to_num(logistic(x, y))
 
     def estimate(which: int) -> dict:
-        return stats.resampled(lambda weights: logistic(x, y, weights)[which], len(x), ids, resamples=300)
+        return stats.resampled(lambda weights: logistic(x, y, weights, start)[which], len(x), ids, resamples=300)
 
     intercept, slope = estimate(0), estimate(1)
     numbers = ("value", "low", "high")
@@ -294,8 +296,8 @@ def _notes(validation, margins, fitted, chances: dict, bins: int) -> list[str]:
     mean, top = chances[""]
     notes = [
         f"With {len(margins)} pairs in {bins} bins a perfectly calibrated model has an ECE of {100 * mean:.1f} % by "
-        f"chance, and above {100 * top:.1f} % once in twenty: less than that cannot be told from calibrated. The ECE's "
-        "interval resamples pairs and inherits this upward bias."
+        f"chance, and above {100 * top:.1f} % once in twenty: less than that cannot be told from calibrated. The "
+        "ECE's interval resamples pairs and inherits this upward bias."
     ]  # fmt: skip
     if fitted is None:
         why = (
