@@ -121,7 +121,9 @@ def _section(section: dict, states: dict) -> dict:
         "skipped": _text(section.get("skipped", "")),
         "mark": _mark(min(found, key=STATES.index)) if found else None,
         "figures": [_figure(f, states.get((section["key"], f["key"]))) for f in section["figures"]],
-        "plots": [drawn for i, plot in enumerate(section["plots"]) if (drawn := _plot(plot, f"{section['key']}-{i}"))],
+        "plots": [
+            drawn for i, plot in enumerate(section["plots"]) if (drawn := _plot(plot, f"{_id(section['key'])}-{i}"))
+        ],
         "grids": [grid for grid in grids if grid],
         "tables": [_table(table) for table in section["tables"]],
         "examples": [_examples(group) for group in section["examples"] if group["rows"]],
@@ -293,7 +295,8 @@ def _dots(plot: dict, name: str) -> dict | None:
             axes.axvline(100 * line[1], color=INK, linewidth=0.9, linestyle="--", label=_name(line[0], 40))
             _legend(axes)
         axes.margins(x=0.06)
-        axes.set_xlabel(_name(plot["xlabel"], 70))
+        xlabel = _name(plot["xlabel"], 70)
+        axes.set_xlabel(xlabel if "%" in xlabel else f"{xlabel}, %")
 
     said = "; ".join(
         f"{_text(row['name'])} {_estimate(row['estimate'], True)}, n {row['estimate']['n']}" for row in rows

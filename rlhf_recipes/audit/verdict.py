@@ -17,6 +17,7 @@ LEADS = {
     "caution": "Use this reward signal with caution, for ranking answers to prompts like those audited",
     "do not trust": "Do not train or select against this reward signal yet",
 }
+_NUMBERS = ("value", "low", "high")
 SHOWN = 5  # sentences of the paragraph about one state
 
 
@@ -73,32 +74,16 @@ def paragraph(sections: list[dict], gates: list[dict], label_next: list[dict]) -
 
 def _outcome(gate: Gate, sections: list[dict], limits: dict) -> dict:
     limit = limits[gate.threshold]
-    found = {"state": "not measured", "value": None, "low": None, "high": None, "n": 0, "clusters": 0}
-    estimate, unit, why = _estimate(gate, sections)
-    if estimate is not None:
+    found = {"state": "not measured", "value": None, "low": None, "high": None, "n": 0, "clusters": 0, "name": ""}
+    figure, why = _figure(gate.section, gate.figure, sections)
+    if figure is not None and gate.over_baseline and figure["baseline"] is None:
+        figure, why = None, "No trivial rule was measured beside it."
+    if figure is not None:
+        estimate = _shift(figure["estimate"], -figure["baseline"]["value"] if gate.over_baseline else 0.0)
         state, why = _state(estimate, limit, gate.side, limits["min_prompts"] or 0)
         found |= {key: estimate[key] for key in ("value", "low", "high", "n", "clusters")}
-        found["state"] = state
-    fixed = {key: value for key, value in gate._asdict().items() if key not in ("limit", "less", "unit")}
-    return fixed | found | {"limit": limit, "why": why, "unit": unit}
-
-
-def _estimate(gate: Gate, sections: list[dict]) -> tuple[dict | None, str, str]:
-    """What is held against the limit, its unit, and why it is None."""
-    figure, why = _figure(gate.section, gate.figure, sections)
-    unit = figure["unit"] if figure else gate.unit
-    unit = "points" if gate.less and unit == "%" else unit
-    if figure is None or gate.less is None:
-        return figure and figure["estimate"], unit, why
-    e = figure["estimate"]
-    if gate.less == "baseline":
-        if figure["baseline"] is None:
-            return None, unit, "No trivial rule was measured beside it."
-        return _shift(e, -figure["baseline"]["value"]), unit, ""
-    other, why = _figure("preference", gate.less, sections)
-    if other is None:
-        return None, unit, why
-    return _shift(e, -other["estimate"]["value"]), unit, ""
+        found |= {"state": state, "name": figure["title"].partition(": ")[2]}
+    return gate._asdict() | found | {"limit": limit, "why": why}
 
 
 def _figure(section: str, key: str, sections: list[dict]) -> tuple[dict | None, str]:
@@ -118,7 +103,9 @@ def _finite(e: dict | None) -> bool:
 
 
 def _shift(e: dict, by: float) -> dict:
-    return e | {key: None if e[key] is None else e[key] + by for key in ("value", "low", "high")}
+    """Moved by a constant; a bound that is not finite is none."""
+    moved = {key: e[key] + by if e[key] is not None and math.isfinite(e[key]) else None for key in _NUMBERS}
+    return e | moved
 
 
 def _state(e: dict, limit: float, side: str, min_prompts: int) -> tuple[str, str]:
@@ -252,7 +239,9 @@ def _collect(unclear: list[dict], label_next: list[dict]) -> list[str]:
     wanted = [(not g["vital"], more, g["title"]) for g in unclear if (more := _more(g, g["limit"])) is not None]
     if wanted:
         _, more, title = min(wanted)
-        said.append(f"{_upper(_some(more))} more labelled prompts would settle the {_lower(title)}, if the value stays.")
+        said.append(
+            f"{_upper(_some(more))} more labelled prompts would settle the {_lower(title)}, if the value stays."
+        )
     if label_next:
         kinds = list(dict.fromkeys(str(row["family"]) for row in label_next if row.get("family")))
         of = f", of the {_verb(len(kinds), 'kind', 'kinds')} {_listed(kinds)}" if 0 < len(kinds) <= 4 else ""
@@ -262,8 +251,8 @@ def _collect(unclear: list[dict], label_next: list[dict]) -> list[str]:
 
 
 def _lower(title: str) -> str:
-    """For use inside a sentence: no capital."""
-    return title[:1].lower() + title[1:]
+    """For use inside a sentence."""
+    return title[:1].lower() + re.sub(", (lower|upper) limit$", "", title[1:])
 
 
 def _upper(text: str) -> str:
@@ -271,7 +260,8 @@ def _upper(text: str) -> str:
 
 
 def _sentence(g: dict, which: str) -> str:
-    said = g[which].replace("{value}", shown(g)).replace("{limit}", _limit(g))
+    name = f" ({g['name']})" if g["name"] else ""
+    said = g[which].replace("{name}", name).replace("{value}", shown(g)).replace("{limit}", _limit(g))
     return _upper(said)
 
 
