@@ -188,7 +188,7 @@ def test_paragraph_of_a_weak_signal():
     assert (
         "The data is too small to decide on wins of the most successful trick (55.0 %, asked is at most 55 %)." in text
     )
-    assert "Nothing was measured about agreement of the judges" in text
+    assert "Not measured, which is no pass: agreement of the judges" in text
     assert "The 3 prompts listed below are the most worth labelling, of the kinds triage and grief." in text
 
 

@@ -18,6 +18,7 @@ SHOWN_EXAMPLES = 20  # of each list
 SHOWN_CHARACTERS = 1200  # of each text
 SHOWN_ROWS = 100  # of a table
 DRAWN_ROWS = 40  # of a plot
+LEGEND = 56  # characters of a name; two columns where all are at most half as long
 SAID_POINTS = 12  # of a curve, in the text that a screen reader says
 
 
@@ -43,7 +44,7 @@ def write_page(audit: dict, path: str | Path) -> None:
         gates=[_gate(gate, audit["sections"]) for gate in audit["verdict"]["gates"]],
         sections=[_section(section, states) for section in audit["sections"]],
         label_next=[
-            {key: _clipped(row.get(key)) for key in ("prompt", "family", "why")} for row in audit["label_next"]
+            {key: _clipped(row.get(key), 300) for key in ("prompt", "family", "why")} for row in audit["label_next"]
         ],
         settings=[(_text(name), _setting(value)) for name, value in audit["settings"].items()],
     )
@@ -290,13 +291,13 @@ def _dots(plot: dict, name: str) -> dict | None:
     def draw(axes):
         for y, row in enumerate(rows):
             dot(axes, _drawable(row["estimate"]), y, COLOURS[0], "o", size=5)
-        name_rows(axes, [f"{_name(row['name'], 26)} ({row['estimate']['n']:,})" for row in rows])
+        name_rows(axes, [f"{_name(row['name'], 28)} ({row['estimate']['n']:,})" for row in rows])
         if line:
-            axes.axvline(100 * line[1], color=INK, linewidth=0.9, linestyle="--", label=_name(line[0], 40))
+            axes.axvline(100 * line[1], color=INK, linewidth=0.9, linestyle="--", label=_name(line[0], LEGEND))
             _legend(axes)
         axes.margins(x=0.06)
         xlabel = _name(plot["xlabel"], 70)
-        axes.set_xlabel(xlabel if "%" in xlabel else f"{xlabel}, %")
+        axes.set_xlabel(xlabel if "%" in xlabel else f"{xlabel}, %", loc="right")
 
     said = "; ".join(
         f"{_text(row['name'])} {_estimate(row['estimate'], True)}, n {row['estimate']['n']}" for row in rows
@@ -317,6 +318,7 @@ def _lines(plot: dict, name: str) -> dict | None:
     caption = _text(plot["caption"])
     if not series:
         return None
+    columns = 1 if any(len(name) > LEGEND / 2 for name in [c["name"] for c in series] + [m[0] for m in marks]) else 2
 
     def draw(axes):
         for i, curve in enumerate(series):
@@ -326,18 +328,18 @@ def _lines(plot: dict, name: str) -> dict | None:
             if curve["low"]:
                 axes.fill_between(curve["x"], curve["low"], curve["high"], color=colour, alpha=0.18, linewidth=0)
             axes.plot(curve["x"], curve["y"], color=colour, linewidth=1.5, markersize=4.5,
-                      label=_name(curve["name"], 30), **style)  # fmt: skip
+                      label=_name(curve["name"], LEGEND), **style)  # fmt: skip
         for i, (mark, x) in enumerate(marks):
             axes.axvline(x, color=INK, linewidth=1, linestyle=(0, ((1, 2), (5, 2, 1, 2), (7, 3))[i % 3]),
-                         label=_name(mark, 30))  # fmt: skip
+                         label=_name(mark, LEGEND))  # fmt: skip
         axes.set_xlabel(_name(plot["xlabel"], 60))
-        axes.set_ylabel(_name(plot["ylabel"], 42))
+        axes.set_ylabel(_name(plot["ylabel"], 36))
         if len(series) + len(marks) > 1:
-            _legend(axes)
+            _legend(axes, columns)
 
     said = [_said(curve) for curve in series] + [f"{_text(mark)} at {_short(x)}" for mark, x in marks]
     alt = f"{caption}. {_text(plot['ylabel'])} over {_text(plot['xlabel'])}. {'. '.join(said)}."
-    return figure(caption, alt, draw, 2.9 + 0.17 * math.ceil((len(series) + len(marks)) / 2), name)
+    return figure(caption, alt, draw, 2.9 + 0.17 * math.ceil((len(series) + len(marks)) / columns), name)
 
 
 def _clean(curve: dict) -> dict:
@@ -373,6 +375,6 @@ def _name(text, width: int) -> str:
     return f"\u2060{line}" if line.startswith("_") else line
 
 
-def _legend(axes) -> None:
+def _legend(axes, columns: int = 1) -> None:
     """Above the axes, from the left edge of the figure."""
-    axes.figure.legend(frameon=False, fontsize=8, loc="outside upper left", ncols=2)
+    axes.figure.legend(frameon=False, fontsize=8, loc="outside upper left", ncols=columns)

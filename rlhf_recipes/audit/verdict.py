@@ -218,7 +218,7 @@ def _open(gates: list[dict], sections: list[dict]) -> list[str]:
             listed.append(f"{len(unclear) - SHOWN} more")
         said.append(f"The data is too small to decide on {_listed(listed)}.")
     if missing:
-        said.append(f"Nothing was measured about {_listed(_missing(gates, sections))}; that is no pass.")
+        said.append(f"Not measured, which is no pass: {_listed(_missing(gates, sections))}.")
     return said
 
 
