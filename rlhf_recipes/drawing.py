@@ -26,7 +26,7 @@ def write(template: Path, path: str | Path, **values) -> None:
         lstrip_blocks=True,
     )
     environment.filters["number"] = format_number
-    Path(path).write_text(environment.get_template(template.name).render(**values), encoding="utf-8")
+    Path(path).write_text(environment.get_template(template.name).render(**values), encoding="utf-8", newline="\n")
 
 
 def dot(axes, e: dict, y: float, colour: str, marker: str, size: float = 7) -> None:
@@ -53,19 +53,27 @@ def clip(name: str, width: int = 20) -> str:
     return name if len(name) <= width else name[: width - 1] + "…"
 
 
-def figure(caption: str, alt: str, draw, height: float) -> dict:
-    """An SVG of 4.6 inches width, which a phone shows at about its natural size."""
+def figure(caption: str, alt: str, draw, height: float, name: str | None = None) -> dict:
+    """An SVG of 4.6 inches width, which a phone shows at about its natural size.
+
+    Args:
+        draw: takes the axes.
+        name: keeps the ids inside apart from those of other figures on the page; the caption, unless two share it.
+    """
     import io
+    import warnings
 
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     style = {
-        "svg.fonttype": "none", "svg.hashsalt": caption, "text.parse_math": False, "font.size": 9, "text.color": INK,
+        "svg.fonttype": "none", "svg.hashsalt": name or caption, "text.parse_math": False,
+        "font.size": 9, "text.color": INK,
         "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.linewidth": 0.7,
     }  # fmt: skip
     text = io.StringIO()
-    with rc_context(style):
+    with rc_context(style), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the reader's fonts draw the text, not matplotlib's
         figure = Figure(figsize=(4.6, height), layout="constrained")
         axes = figure.add_subplot()
         axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,321 @@
+"""Calibration: whether a reward model that is 80 % sure is right 80 % of the time.
+
+P(chosen better) = sigmoid(margin / T). The label is always "chosen", so what is checked is symmetrised: confidence
+max(P, 1 - P) in [0.5, 1], correct where margin > 0, a tie one half.
+
+Shapes: N pairs.
+"""
+
+import math
+
+import numpy as np
+
+from rlhf_recipes import stats
+from rlhf_recipes.audit import section
+
+KEY, TITLE = "calibration", "Calibration"
+QUESTION = "When the reward model is sure, is it right as often as it claims?"
+BINS = 15
+DRAWS = 200
+COIN = "a coin"
+_NONE = stats.estimate([])
+
+
+def probability(margins, temperature: float = 1.0) -> np.ndarray:
+    """sigmoid(margin / T), without overflow."""
+    return 0.5 * (1 + np.tanh(np.asarray(margins, float) / (2 * temperature)))
+
+
+def symmetrise(margins, temperature: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """Confidence in [0.5, 1] and correct (1, 0, or 0.5 for a tie), each shape (N,)."""
+    margins = np.asarray(margins, float)
+    return probability(np.abs(margins), temperature), 0.5 * (1 + np.sign(margins))
+
+
+def bins_of(confidences, bins: int = BINS) -> np.ndarray:
+    """Bin of each row, by rank, so that bins hold equally many; equal confidences share a bin."""
+    confidences = np.asarray(confidences, float)
+    ranks = np.searchsorted(np.sort(confidences), confidences, side="left")
+    return ranks * bins // max(1, len(confidences))
+
+
+def ece(confidences, correct, bins: int = BINS, weights=None) -> float:
+    """Expected calibration error over bins of equal mass: sum_b |sum_i in b (correct_i - confidence_i)| / N."""
+    weights = np.ones(len(confidences)) if weights is None else weights
+    return _ece(bins_of(confidences, bins), np.asarray(correct, float) - confidences, weights)
+
+
+def chance_ece(confidences, bins: int = BINS, draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
+    """Mean and 95 % quantile of the ECE that a perfectly calibrated model with these confidences has by chance.
+
+    ECE is a sum of absolute values, so it is above 0 for any finite N: correct ~ Bernoulli(confidence), drawn anew.
+    """
+    confidences, rng = np.asarray(confidences, float), np.random.default_rng(seed)
+    codes, ones = bins_of(confidences, bins), np.ones(len(confidences))
+    found = [_ece(codes, (rng.random(len(codes)) < confidences) - confidences, ones) for _ in range(draws)]
+    return float(np.mean(found)), float(np.quantile(found, 0.95))
+
+
+def brier(margins, temperature: float = 1.0) -> np.ndarray:
+    """(1 - P)^2 of each pair, shape (N,); a coin has 0.25."""
+    return (1 - probability(margins, temperature)) ** 2
+
+
+def nll(margins, temperature: float = 1.0) -> np.ndarray:
+    """-ln P of each pair in nats, shape (N,); a coin has ln 2."""
+    return np.logaddexp(0, -np.asarray(margins, float) / temperature)
+
+
+def temperature(margins, weights=None) -> float | None:
+    """T of the least mean NLL of sigmoid(margin / T) (Guo et al. 2017, arXiv:1706.04599), as its derivative's root.
+
+    None where there is no such T: no pair is wrong (any smaller T is better), or the mean margin is not above 0 (a
+    coin is better than any T).
+    """
+    from scipy.optimize import brentq
+
+    margins = np.asarray(margins, float)
+    weights = np.ones(len(margins)) if weights is None else weights
+    kept = margins[weights > 0]
+    if len(kept) == 0 or kept.min() >= 0 or weights @ margins <= 0:
+        return None
+    scaled = margins / np.abs(kept).max()
+
+    def slope(b: float) -> float:
+        return float(weights @ (scaled * probability(-b * scaled)))
+
+    high = 1.0
+    while slope(high) > 0:
+        high *= 2
+    return float(np.abs(kept).max() / brentq(slope, 0, high, rtol=1e-10))
+
+
+def logistic(x, y, weights=None, start=(0.0, 0.0)) -> tuple[float, float]:
+    """Intercept a and slope b of P(y = 1) = sigmoid(a + b x) by Newton's method; nan, nan where x separates y."""
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    weights = np.ones(len(x)) if weights is None else weights
+    drawn = weights > 0
+    if _separated(x[drawn], y[drawn]):
+        return math.nan, math.nan
+    scale = float(np.abs(x).max())
+    design_2N, at = np.stack([np.ones(len(x)), x / scale]), np.array(start) * (1.0, scale)
+    step, loss = np.zeros(2), math.inf
+    for _ in range(100):
+        z = at @ design_2N
+        p = probability(z)
+        before, loss = loss, float(weights @ (np.logaddexp(0, z) - y * z))
+        if loss > before + 1e-12 * abs(before):  # too far: half of the step
+            step = step / 2
+            at, loss = at - step, before
+            continue
+        step = np.linalg.solve((design_2N * (weights * p * (1 - p))) @ design_2N.T, design_2N @ (weights * (y - p)))
+        at = at + step
+        if np.abs(step).max() < 1e-9:
+            break
+    return float(at[0]), float(at[1] / scale)
+
+
+def audit(validation_margins, margins, rows: list[dict], validation_ids=None, bins: int = BINS, seed: int = 0) -> dict:
+    """Calibration of one reward model (of an ensemble: of its mean), before and after a temperature.
+
+    Args:
+        validation_margins: margins of pairs that are not among `rows`; the temperature is fitted to them alone. May
+            be empty: nothing is shown after a temperature then.
+        margins: chosen minus rejected of the N pairs of `rows`.
+        validation_ids: prompt ids of the validation pairs, for the temperature's interval.
+    """
+    validation, margins = _finite(validation_margins, "validation_margins"), _finite(margins, "margins")
+    if len(margins) != len(rows):
+        raise ValueError(f"margins = {len(margins)} numbers: {len(rows)} rows. Pass one for each row.")
+    if not len(margins):
+        return section.skipped(KEY, TITLE, QUESTION, "Give test pairs and their margins.")
+    ids = [row["prompt_id"] for row in rows]
+    fitted = temperature(validation)
+    figures, tables, curves = [], [], []
+    chances = {}
+    rate = float(np.mean(symmetrise(validation)[1])) if len(validation) else None
+    for suffix, when, t in (("", "", 1.0), ("_after", " after the temperature", fitted)):
+        figures += _errors(margins, t, ids, suffix, when, bins, seed, chances)
+        if t is not None:
+            curves.append(_reliability(margins, t, ids, f"T = {t:.2f}", bins))
+    figures += _slopes(margins, ids, fitted, seed)
+    figures.append(section.figure(
+        "temperature", "Temperature", _temperature(validation, validation_ids, fitted), baseline=("as trained", 1.0),
+        says="T that margins are to be divided by, of the least NLL on the validation pairs (arXiv:1706.04599).",
+    ))  # fmt: skip
+    if fitted is not None:
+        gain = stats.difference(brier(margins), brier(margins, fitted), ids)
+        figures.append(section.figure("brier_gain", "Brier score saved by the temperature", gain, better="higher",
+                                      baseline=("no temperature", 0.0), says="Paired by pair."))  # fmt: skip
+    t = fitted or 1.0
+    tables = [_summary(margins, fitted, rate), _by_bin(margins, t, ids, bins)]
+    if families := _by_family(margins, t, rows, bins, seed):
+        tables.append(families)
+    diagonal = section.curve("perfect", [0.5, 1.0], [0.5, 1.0], points=False)
+    plot = section.lines("Reliability: how often it is right, by how sure it is (with 95 % intervals)",
+                         "confidence", "share right", [*curves, diagonal])  # fmt: skip
+    notes = _notes(validation, margins, fitted, chances, bins)
+    return section.section(KEY, TITLE, QUESTION, figures=figures, tables=tables, plots=[plot], notes=notes)
+
+
+def _ece(codes_N, gaps_N, weights_N) -> float:
+    return float(np.abs(np.bincount(codes_N, weights_N * gaps_N)).sum() / weights_N.sum())
+
+
+def _separated(x, y) -> bool:
+    """Whether a threshold on x parts y (ties allowed), so that no finite slope is best."""
+    ones, zeros = x[y > 0.5], x[y <= 0.5]
+    if not len(ones) or not len(zeros) or x.min() == x.max():
+        return True
+    return ones.min() >= zeros.max() or ones.max() <= zeros.min()
+
+
+def _errors(margins, t, ids, suffix: str, when: str, bins: int, seed: int, chances: dict) -> list[dict]:
+    """ECE, Brier and NLL at temperature t; without a value where there is no t."""
+    found = {"ece": _NONE, "brier": _NONE, "nll": _NONE}
+    if t is not None:
+        confidences, correct = symmetrise(margins, t)
+        codes, gaps = bins_of(confidences, bins), correct - confidences
+        chances[suffix] = chance_ece(confidences, bins, seed=seed)
+        found = {
+            "ece": stats.resampled(lambda weights: _ece(codes, gaps, weights), len(gaps), ids),
+            "brier": stats.estimate(brier(margins, t), ids),
+            "nll": stats.estimate(nll(margins, t), ids),
+        }
+    chance = ("a perfectly calibrated model by chance", chances[suffix][0]) if t is not None else None
+    texts = {
+        "ece": ("Expected calibration error", "%", chance,
+                f"Σ_b n_b/N |share right − mean confidence|, {bins} bins of equal mass, confidence max(P, 1−P)."),
+        "brier": ("Brier score", "", (COIN, 0.25), "Mean (1 − P)², P = sigmoid(margin / T)."),
+        "nll": ("Negative log-likelihood", "nats", (COIN, math.log(2)), "Mean −ln P, P = sigmoid(margin / T)."),
+    }  # fmt: skip
+    return [
+        section.figure(key + suffix, title + when, found[key], unit=unit, better="lower", baseline=base, says=says)
+        for key, (title, unit, base, says) in texts.items()
+    ]
+
+
+def _slopes(margins, ids, fitted, seed: int) -> list[dict]:
+    """Slope and intercept; dividing margins by T multiplies the slope by T and leaves the intercept."""
+    y = np.random.default_rng(seed).integers(0, 2, len(margins))
+    x = np.where(y == 1, margins, -margins)
+    start = np.nan_to_num(logistic(x, y))
+
+    def estimate(which: int) -> dict:
+        return stats.resampled(lambda weights: logistic(x, y, weights, start)[which], len(x), ids, resamples=300)
+
+    intercept, slope = estimate(0), estimate(1)
+    numbers = ("value", "low", "high")
+    after = _NONE
+    if fitted is not None:
+        after = slope | {key: None if slope[key] is None else slope[key] * fitted for key in numbers}
+    says = (
+        "b of P(first better) = sigmoid(a + b · margin), pairs in random order; under 1: too sure, over 1: not enough."
+    )
+    check = "a of the same fit: near 0 by the random order, a check on the fit rather than on the model."
+    title, ideal = "Calibration slope", ("ideal", 1.0)
+    return [
+        section.figure("slope", title, slope, baseline=ideal, says=says),
+        section.figure("slope_after", f"{title} after the temperature", after, baseline=ideal, says=says),
+        section.figure("intercept", "Calibration intercept", intercept, baseline=("ideal", 0.0), says=check),
+    ]
+
+
+def _temperature(validation, ids, fitted) -> dict:
+    if fitted is None:
+        return _NONE
+
+    def statistic(weights) -> float:
+        found = temperature(validation, weights)
+        return math.nan if found is None else found
+
+    return stats.resampled(statistic, len(validation), ids, resamples=300)
+
+
+def _reliability(margins, t: float, ids, name: str, bins: int) -> dict:
+    confidences, correct = symmetrise(margins, t)
+    groups = _groups(bins_of(confidences, bins))
+    at = [stats.estimate(correct[group], [ids[i] for i in group]) for group in groups]
+    bands = [[e["value"] if e[bound] is None else e[bound] for e in at] for bound in ("low", "high")]
+    return section.curve(
+        name, [float(confidences[group].mean()) for group in groups], [e["value"] for e in at], *bands
+    )
+
+
+def _groups(codes) -> list[np.ndarray]:
+    return [np.flatnonzero(codes == code) for code in np.unique(codes)]
+
+
+def _by_bin(margins, t: float, ids, bins: int) -> dict:
+    confidences, correct = symmetrise(margins, t)
+    rows = []
+    for group in _groups(bins_of(confidences, bins)):
+        low, high, mean = (100 * f(confidences[group]) for f in (np.min, np.max, np.mean))
+        right = stats.estimate(correct[group], [ids[i] for i in group])
+        rows.append([f"{low:.1f} to {high:.1f} %", len(group), f"{mean:.1f} %", right])
+    return section.table(
+        f"Share right by confidence, T = {t:.2f}", ["confidence", "n", "mean confidence", "right"], rows
+    )
+
+
+def _summary(margins, fitted, rate) -> dict:
+    """Scores beside what needs no margin's size: a coin, and one confidence for all, the accuracy on validation."""
+    _, correct = symmetrise(margins)
+    accuracy = float(correct.mean())
+    rows = [["as trained (T = 1)", accuracy, *(round(float(f(margins).mean()), 4) for f in (brier, nll))]]
+    if fitted is not None:
+        scores = (round(float(f(margins, fitted).mean()), 4) for f in (brier, nll))
+        rows.append([f"with T = {fitted:.2f}", accuracy, *scores])
+    if rate is not None and 0 < rate < 1:
+        loss = -accuracy * math.log(rate) - (1 - accuracy) * math.log(1 - rate)
+        score = accuracy * (1 - rate) ** 2 + (1 - accuracy) * rate**2
+        rows.append([f"always {rate:.0%} sure (base rate of validation)", accuracy, round(score, 4), round(loss, 4)])
+    rows.append([COIN, 0.5, 0.25, round(math.log(2), 4)])
+    rows = [[name, f"{100 * share:.1f} %", *rest] for name, share, *rest in rows]
+    return section.table("Against what needs no margin", ["", "accuracy", "Brier", "NLL (nats)"], rows)
+
+
+def _by_family(margins, t: float, rows: list[dict], bins: int, seed: int) -> dict | None:
+    confidences, correct = symmetrise(margins, t)
+    lines = []
+    for family in sorted({row["family"] for row in rows if row["family"] is not None}):
+        at = [i for i, row in enumerate(rows) if row["family"] == family]
+        ids = [rows[i]["prompt_id"] for i in at]
+        error = ece(confidences[at], correct[at], bins)
+        chance, _ = chance_ece(confidences[at], bins, seed=seed)
+        over = stats.difference(confidences[at], correct[at], ids)
+        lines.append([family, len(at), stats.estimate(correct[at], ids), f"{100 * confidences[at].mean():.1f} %", over,
+                      f"{100 * error:.1f} %", f"{100 * chance:.1f} %"])  # fmt: skip
+    lines.sort(key=lambda line: -abs(line[4]["value"]))
+    columns = ["family", "n", "right", "confidence", "confidence − right", "ECE", "ECE by chance"]
+    note = f"At T = {t:.2f}, worst first. Read ECE against ECE by chance: with few pairs both are large."
+    return section.table("Calibration by family", columns, lines, note) if lines else None
+
+
+def _notes(validation, margins, fitted, chances: dict, bins: int) -> list[str]:
+    mean, top = chances[""]
+    notes = [
+        f"With {len(margins)} pairs in {bins} bins a perfectly calibrated model has an ECE of {100 * mean:.1f} % by "
+        f"chance, and above {100 * top:.1f} % once in twenty: less than that cannot be told from calibrated. The "
+        "ECE's interval resamples pairs and inherits this upward bias."
+    ]  # fmt: skip
+    if fitted is None:
+        why = (
+            "no validation pairs were given" if not len(validation)
+            else "no validation pair is ranked wrong, so any smaller T fits better" if validation.min() >= 0
+            else "the mean validation margin is not above 0, so a coin fits better than any T"
+        )  # fmt: skip
+        notes.append(f"No temperature is fitted: {why}.")
+    elif len(validation) < 100:
+        notes.append(f"The temperature is fitted to {len(validation)} pairs only: see its interval.")
+    if margins.min() >= 0 or margins.max() <= 0:
+        notes.append("Every pair is ranked alike, so slope and intercept cannot be fitted.")
+    return notes
+
+
+def _finite(values, name: str) -> np.ndarray:
+    values = np.asarray(list(values if values is not None else []), float)
+    if not np.isfinite(values).all():
+        row = int(np.flatnonzero(~np.isfinite(values))[0])
+        raise ValueError(f"{name}[{row}] = {values[row]}: must be finite. Drop and count such pairs first.")
+    return values

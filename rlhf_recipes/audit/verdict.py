@@ -1,0 +1,292 @@
+"""What an audit comes to: each figure against a limit, and a paragraph in plain words.
+
+A gate passes where the whole 95 % interval is on the right side of its limit, fails where it is wholly on the wrong
+side, and is unclear between. A figure without an interval (a count of the data at hand) is decided by its value.
+"""
+
+import difflib
+import math
+import re
+
+from rlhf_recipes import stats
+from rlhf_recipes.audit.gates import GATES, THRESHOLDS, Gate
+
+STATES = ("fail", "unclear", "not measured", "pass")  # worst first
+LEADS = {
+    "trust": "This reward signal can be trusted for prompts like those audited",
+    "caution": "Use this reward signal with caution, for ranking answers to prompts like those audited",
+    "do not trust": "Do not train or select against this reward signal yet",
+}
+_NUMBERS = ("value", "low", "high")
+SHOWN = 5  # sentences of the paragraph about one state
+
+
+def check(thresholds: dict) -> dict:
+    """All limits, the default where `thresholds` has none.
+
+    Raises:
+        ValueError: an unknown name, or a limit that is no number.
+    """
+    for name, limit in thresholds.items():
+        if name not in THRESHOLDS:
+            near = difflib.get_close_matches(str(name), THRESHOLDS, 1, 0.3) or list(THRESHOLDS)[:1]
+            raise ValueError(f"thresholds.{name} = {limit}: there is no such limit. Did you mean '{near[0]}'?")
+        number = isinstance(limit, int | float) and not isinstance(limit, bool) and math.isfinite(limit)
+        if limit is not None and not number:
+            raise ValueError(f"thresholds.{name} = {limit}: must be a number. Give one, or null to switch it off.")
+    return THRESHOLDS | dict(thresholds)
+
+
+def decide(sections: list[dict], thresholds: dict) -> dict:
+    """Every gate with what was found, worst first, and what they come to.
+
+    do not trust: a vital gate fails, or more gates fail than pass.
+    trust: the vital gates pass, none fails, and more than half of all gates pass.
+    caution: everything else.
+
+    Returns:
+        `verdict`, `headline`, `gates` (dicts: value, low, high, n, clusters, unit, limit, side, state, why, ...),
+        `counts` (state -> gates) and `off` (names of the thresholds that are null).
+    """
+    limits = check(thresholds)
+    gates = [_outcome(gate, sections, limits) for gate in GATES if limits[gate.threshold] is not None]
+    gates.sort(key=lambda g: (STATES.index(g["state"]), not g["vital"]))
+    return {
+        "verdict": _overall(gates),
+        "headline": _headline(gates),
+        "gates": gates,
+        "counts": _counts(gates),
+        "off": [name for name, limit in limits.items() if limit is None],
+    }
+
+
+def paragraph(sections: list[dict], gates: list[dict], label_next: list[dict]) -> str:
+    """What to trust, what not and what to collect next; paragraphs are separated by a blank line."""
+    found = {state: [g for g in gates if g["state"] == state] for state in STATES}
+    parts = [
+        _trusted(gates, found["pass"]),
+        _distrusted(found["fail"]),
+        _open(gates, sections),
+        _collect(found["unclear"], label_next),
+    ]
+    return "\n\n".join(" ".join(part) for part in parts if part)
+
+
+def _outcome(gate: Gate, sections: list[dict], limits: dict) -> dict:
+    limit = limits[gate.threshold]
+    found = {"state": "not measured", "value": None, "low": None, "high": None, "n": 0, "clusters": 0, "name": ""}
+    figure, why = _figure(gate.section, gate.figure, sections)
+    if figure is not None and gate.over_baseline and figure["baseline"] is None:
+        figure, why = None, "No trivial rule was measured beside it."
+    if figure is not None:
+        estimate = _shift(figure["estimate"], -figure["baseline"]["value"] if gate.over_baseline else 0.0)
+        state, why = _state(estimate, limit, gate.side, limits["min_prompts"] or 0)
+        found |= {key: estimate[key] for key in ("value", "low", "high", "n", "clusters")}
+        found |= {"state": state, "name": figure["title"].partition(": ")[2]}
+    return gate._asdict() | found | {"limit": limit, "why": why}
+
+
+def _figure(section: str, key: str, sections: list[dict]) -> tuple[dict | None, str]:
+    for part in sections:
+        if part["key"] == section:
+            if part.get("skipped"):
+                return None, part["skipped"]
+            for figure in part["figures"]:
+                if figure["key"] == key and _finite(figure["estimate"]):
+                    return figure, ""
+            return None, f"“{part['title']}” has no value for it: there were too few rows of the kind it needs."
+    return None, "This part of the audit was not run."
+
+
+def _finite(e: dict | None) -> bool:
+    return e is not None and e["value"] is not None and math.isfinite(e["value"])
+
+
+def _shift(e: dict, by: float) -> dict:
+    """Moved by a constant; a bound that is not finite is none."""
+    moved = {key: e[key] + by if e[key] is not None and math.isfinite(e[key]) else None for key in _NUMBERS}
+    return e | moved
+
+
+def _state(e: dict, limit: float, side: str, min_prompts: int) -> tuple[str, str]:
+    """State, and in words why it is unclear."""
+    sign = 1 if side == "min" else -1
+    low, high = e["low"], e["high"]
+    if low is None or high is None:
+        if e["clusters"] < 2:
+            return "unclear", "A single prompt gives no interval."
+        return ("pass" if sign * (e["value"] - limit) >= 0 else "fail"), ""
+    if e["clusters"] < min_prompts:
+        return "unclear", f"{e['clusters']} prompts are too few to decide on; {min_prompts} are the least."
+    near, far = (low, high) if side == "min" else (high, low)
+    if sign * (near - limit) >= 0:
+        return "pass", ""
+    if sign * (far - limit) < 0:
+        return "fail", ""
+    return "unclear", _undecided(e, limit)
+
+
+def _undecided(e: dict, limit: float) -> str:
+    more = _more(e, limit)
+    if more is None:
+        return "The interval includes the limit, and the value is too close to it for more prompts to matter."
+    return f"The interval includes the limit; {_some(more)} more prompts would settle it if the value stays."
+
+
+def _more(e: dict, limit: float) -> int | None:
+    """Prompts beyond those at hand that would settle it, to two digits; None: more than 20 times those at hand."""
+    number = stats.needed(e, limit)
+    if number is None or number > 20 * e["clusters"]:
+        return None
+    number = max(1, number - e["clusters"])
+    step = 10 ** max(0, len(str(number)) - 2)
+    return -(-number // step) * step
+
+
+def _some(number: int) -> str:
+    return "a few" if number < 10 else f"about {number:,}"
+
+
+def _counts(gates: list[dict]) -> dict[str, int]:
+    return {state: sum(g["state"] == state for g in gates) for state in STATES}
+
+
+def _overall(gates: list[dict]) -> str:
+    counts, vital = _counts(gates), [g["state"] for g in gates if g["vital"]]
+    if "fail" in vital or counts["fail"] > counts["pass"]:
+        return "do not trust"
+    sure = all(state == "pass" for state in vital) and not counts["fail"] and 2 * counts["pass"] > len(gates)
+    return "trust" if sure else "caution"
+
+
+def _headline(gates: list[dict]) -> str:
+    says = {"trust": "Trust it within limits", "caution": "Use with caution", "do not trust": "Do not trust it yet"}
+    return f"{says[_overall(gates)]}: {_tally(gates)}."
+
+
+def _tally(gates: list[dict]) -> str:
+    """`of 18 checks 9 pass, 3 fail, 4 are undecided and 2 were not measured`"""
+    if not gates:
+        return "every check is switched off"
+    counts = _counts(gates)
+    parts = [f"{counts['pass']} {_verb(counts['pass'], 'passes', 'pass')}"] if counts["pass"] else ["none passes"]
+    parts += [f"{counts['fail']} {_verb(counts['fail'], 'fails', 'fail')}"] if counts["fail"] else ["none fails"]
+    if counts["unclear"]:
+        parts.append(f"{counts['unclear']} {_verb(counts['unclear'], 'is', 'are')} undecided")
+    if counts["not measured"]:
+        parts.append(f"{counts['not measured']} {_verb(counts['not measured'], 'was', 'were')} not measured")
+    return f"of {len(gates)} {_verb(len(gates), 'check', 'checks')} {_listed(parts)}"
+
+
+def _verb(number: int, one: str, many: str) -> str:
+    return one if number == 1 else many
+
+
+def _listed(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def _trusted(gates: list[dict], passed: list[dict]) -> list[str]:
+    said = [f"{LEADS[_overall(gates)]}: {_tally(gates)}."]
+    doubtful = {(g["section"], g["figure"]) for g in gates if g["state"] in ("fail", "unclear")}
+    # half of a range that holds would be a half-truth
+    whole = [g for g in passed if g["vital"] or (g["section"], g["figure"]) not in doubtful]
+    said += [_sentence(g, "passes") for g in whole[:SHOWN]]
+    if any(g["low"] is not None for g in gates):
+        said.append("Brackets hold the range that the choice of prompts leaves open (95 % intervals).")
+    return said
+
+
+def _distrusted(failed: list[dict]) -> list[str]:
+    said = ["What not to trust."] if failed else []
+    for g in failed[:SHOWN]:
+        said += [_sentence(g, "fails"), g["todo"]]
+    rest = len(failed) - SHOWN
+    if rest > 0:
+        said.append(f"{rest} more {_verb(rest, 'check fails', 'checks fail')}, in the table below.")
+    return said
+
+
+def _open(gates: list[dict], sections: list[dict]) -> list[str]:
+    unclear, missing = ([g for g in gates if g["state"] == state] for state in ("unclear", "not measured"))
+    said = ["What is open."] if unclear or missing else []
+    if unclear:
+        listed = [
+            f"{_lower(g['title'])} ({_number(g['value'], g['unit'])}, asked is {asked(g)})" for g in unclear[:SHOWN]
+        ]
+        if len(unclear) > SHOWN:
+            listed.append(f"{len(unclear) - SHOWN} more")
+        said.append(f"The data is too small to decide on {_listed(listed)}.")
+    if missing:
+        said.append(f"Not measured, which is no pass: {_listed(_missing(gates, sections))}.")
+    return said
+
+
+def _missing(gates: list[dict], sections: list[dict]) -> list[str]:
+    """Parts of which no gate was measured, and of the others the gates."""
+    titles = {part["key"]: part["title"] for part in sections}
+    known = {g["section"] for g in gates if g["state"] != "not measured"}
+    names = [
+        g["title"] if g["section"] in known else titles.get(g["section"], g["section"])
+        for g in gates
+        if g["state"] == "not measured"
+    ]
+    return list(dict.fromkeys(map(_lower, names)))
+
+
+def _collect(unclear: list[dict], label_next: list[dict]) -> list[str]:
+    said = []
+    wanted = [(not g["vital"], more, g["title"]) for g in unclear if (more := _more(g, g["limit"])) is not None]
+    if wanted:
+        _, more, title = min(wanted)
+        said.append(
+            f"{_upper(_some(more))} more labelled prompts would settle the {_lower(title)}, if the value stays."
+        )
+    if label_next:
+        kinds = list(dict.fromkeys(str(row["family"]) for row in label_next if row.get("family")))
+        of = f", of the {_verb(len(kinds), 'kind', 'kinds')} {_listed(kinds)}" if 0 < len(kinds) <= 4 else ""
+        many = _verb(len(label_next), "prompt listed below is", f"{len(label_next)} prompts listed below are")
+        said.append(f"The {many} the most worth labelling{of}.")
+    return ["What to collect next.", *said] if said else []
+
+
+def _lower(title: str) -> str:
+    """For use inside a sentence."""
+    return title[:1].lower() + re.sub(", (lower|upper) limit$", "", title[1:])
+
+
+def _upper(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _sentence(g: dict, which: str) -> str:
+    name = f" ({g['name']})" if g["name"] else ""
+    said = g[which].replace("{name}", name).replace("{value}", shown(g)).replace("{limit}", _limit(g))
+    return _upper(said)
+
+
+def shown(g: dict) -> str:
+    """`71.0 % [67.9 to 74.1]`"""
+    if g["value"] is None:
+        return "–"
+    value = _number(g["value"], g["unit"])
+    if g["low"] is None or g["high"] is None or g["low"] == g["high"]:
+        return value
+    low, high = (_number(g[key], g["unit"], bare=True) for key in ("low", "high"))
+    return f"{value} [{low} to {high}]"
+
+
+def asked(g: dict) -> str:
+    """`at least 65 %`"""
+    return f"{'at least' if g['side'] == 'min' else 'at most'} {_limit(g)}"
+
+
+def _limit(g: dict) -> str:
+    return re.sub(r"\.0(?!\d)", "", _number(g["limit"], g["unit"]))
+
+
+def _number(x: float, unit: str, bare: bool = False) -> str:
+    share = unit in ("%", "points")
+    digits = 1 if share else 2
+    said = stats.format_number(100 * x if share else x, digits).replace("-", "−")
+    return said if bare or not unit else f"{said} {unit}"

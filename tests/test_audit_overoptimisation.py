@@ -1,0 +1,196 @@
+"""Over-optimisation: the estimator against brute force, the laws of arXiv:2210.10760, planted curves."""
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+
+from rlhf_recipes.audit import overoptimisation as oo
+
+
+def brute_force(proxy, gold, n):
+    """Mean gold of the best by proxy over all subsets of n, its ties shared evenly."""
+    golds = []
+    for subset in itertools.combinations(range(len(proxy)), n):
+        top = max(proxy[i] for i in subset)
+        golds.append(np.mean([gold[i] for i in subset if proxy[i] == top]))
+    return np.mean(golds)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 5, 8])
+def test_best_of_n_is_the_mean_over_all_subsets(size, ties):
+    rng = np.random.default_rng(size)
+    proxy = rng.integers(0, 3, size).astype(float) if ties else rng.normal(size=size)
+    gold, ns = rng.normal(size=size), range(1, size + 1)
+    golds, proxies = oo.best_of_n(proxy, gold, ns)
+    np.testing.assert_allclose(golds, [brute_force(proxy, gold, n) for n in ns], atol=1e-12)
+    np.testing.assert_allclose(proxies, [brute_force(proxy, proxy, n) for n in ns], atol=1e-12)
+
+
+def test_best_of_n_by_hand_and_over_prompts():
+    # ascending proxy 1, 2, 3 has gold 5, 0, 4; pairs pick 0, 4, 4; all of them 4
+    golds, proxies = oo.best_of_n([3, 1, 2], [4, 5, 0], [1, 2, 3])
+    assert golds == pytest.approx([3, 8 / 3, 4])
+    assert proxies == pytest.approx([2, 8 / 3, 3])
+    both, _ = oo.best_of_n([[3, 1, 2], [1, 1, 1]], [[4, 5, 0], [1, 2, 6]], [1, 2, 3])
+    np.testing.assert_allclose(both, [[3, 8 / 3, 4], [3, 3, 3]])
+
+
+def test_best_of_12500_samples_does_not_overflow():
+    proxy = np.arange(12500.0)
+    golds, _ = oo.best_of_n(proxy, proxy, [1, 2, 1000, 12500])
+    # the expected largest of n ranks 0..N-1 drawn without replacement is n (N + 1) / (n + 1) - 1
+    assert golds == pytest.approx([n * 12501 / (n + 1) - 1 for n in (1, 2, 1000, 12500)], rel=1e-10)
+
+
+def test_weights_are_the_ratio_of_binomials():
+    exact = [math.comb(i - 1, 4) / math.comb(30, 5) for i in range(1, 31)]
+    np.testing.assert_allclose(oo._weights(5, 30), exact, rtol=1e-12)
+
+
+KL = {1: 0, 2: 0.193, 4: 0.636, 16: 1.835, 64: 3.175, 1000: 5.909, 12500: 8.434}
+
+
+@pytest.mark.parametrize(("n", "kl"), KL.items())
+def test_kl_of_best_of_n(n, kl):
+    assert oo.kl_best_of_n(n) == pytest.approx(kl, abs=1e-3)
+    assert oo.kl_best_of_n(n) == pytest.approx(math.log(n) - (n - 1) / n, abs=1e-9)
+
+
+@pytest.mark.parametrize("arguments", [([1, 2], [1, 2], [3]), ([1, 2], [1], [1]), ([1, math.nan], [1, 2], [1])])
+def test_best_of_n_refuses(arguments):
+    with pytest.raises(ValueError, match=r"^.* = .*: .*\. .*\.$"):
+        oo.best_of_n(*arguments)
+
+
+@pytest.mark.parametrize("form", ["best_of_n", "policy"])
+def test_planted_alpha_and_beta_are_recovered(form):
+    d, rng = np.linspace(0, 6, 25), np.random.default_rng(3)
+    alpha, beta = 1.2, 0.15 if form == "best_of_n" else 0.5
+    bend = d**2 if form == "best_of_n" else np.concatenate([[0], d[1:] * np.log(d[1:])])
+    clean = alpha * d - beta * bend
+    found = oo.fit(d, clean + rng.normal(0, 0.01 * clean.max(), len(d)), form)
+    assert found["alpha"] == pytest.approx(alpha, rel=0.05)
+    assert found["beta"] == pytest.approx(beta, rel=0.05)
+    exact = oo.fit(d, clean, form)
+    assert (exact["alpha"], exact["beta"], exact["rmse"]) == pytest.approx((alpha, beta, 0), abs=1e-9)
+
+
+def test_peaks_by_hand():
+    d = np.array([1.0, 2.0, 3.0])
+    found = oo.fit(d, d * (1.2 - 0.3 * d), "best_of_n")
+    assert (found["peak"], found["height"]) == pytest.approx((2, 1.2))
+    found = oo.fit(d, d * (1.0 - 0.5 * np.log(d)), "policy")
+    assert (found["peak"], found["height"]) == pytest.approx((math.e, 0.5 * math.e))  # exp(1/.5 - 1); d beta
+    assert oo.fit(d, d * (1 + 0.1 * d), "best_of_n")["peak"] is None  # bends upward
+    assert oo.fit(d, d * (-1 - 0.1 * d), "best_of_n")["peak"] == 0  # falls from the start
+    assert oo.fit([0, 1], [0, 1], "policy")["alpha"] is None
+    with pytest.raises(ValueError, match="form = ppo: must be one of"):
+        oo.fit(d, d, "ppo")
+
+
+def goodhart(prompts=60, samples=256, seed=0, strength=1.0):
+    """Samples whose proxy is gold plus an error that pays more the further it goes, at the cost of gold."""
+    rng = np.random.default_rng(seed)
+    quality, hack = rng.normal(size=(2, prompts, samples))
+    return quality + 1.5 * strength * hack, quality - strength * np.maximum(hack - 0.5, 0) ** 2
+
+
+def figures(section):
+    return {figure["key"]: figure["estimate"] for figure in section["figures"]}
+
+
+def test_a_perfect_proxy_never_over_optimises():
+    gold = np.random.default_rng(0).normal(size=(50, 128))
+    section = oo.audit([{"name": "gold itself", "proxy_PS": gold, "gold_PS": gold, "gold_kind": "a rule"}])
+    found = figures(section)
+    assert found["best_of_n_gap"]["value"] == 0
+    assert found["best_of_n_gain"]["value"] == pytest.approx(2.6, abs=0.2)  # expected largest of 128 normals: 2.62
+    assert "not peaked" in " ".join(section["notes"]) or "no peak" in " ".join(section["notes"])
+    assert found["best_of_n_gain_at_peak"]["value"] is None
+
+
+def test_a_planted_goodhart_proxy_peaks():
+    proxy, gold = goodhart()
+    section = oo.audit([{"name": "single proxy", "proxy_PS": proxy, "gold_PS": gold, "gold_kind": "a rule"}])
+    found = figures(section)
+    assert found["best_of_n_gap"]["low"] > 0
+    assert found["best_of_n_beta"]["low"] > 0
+    peak = found["best_of_n_peak"]
+    assert 0 < peak["low"] < peak["value"] < peak["high"] < math.sqrt(oo.kl_best_of_n(256))
+    assert found["best_of_n_gain_at_peak"]["low"] < found["best_of_n_gain_at_peak"]["value"]
+    [plot] = section["plots"]
+    gold_curve, proxy_curve, fitted = plot["series"]
+    assert gold_curve["low"][0] == gold_curve["high"][0] == 0  # the start is known, not estimated
+    assert proxy_curve["y"] == sorted(proxy_curve["y"]) and gold_curve["y"][-1] < max(gold_curve["y"])
+    assert gold_curve["y"][0] == 0 and fitted["points"] is False
+    assert plot["marks"] == [["peak", pytest.approx(peak["value"])]]
+
+
+def test_seeds_are_put_together_and_a_better_proxy_is_compared():
+    entries = []
+    for name, strength in (("single proxy", 1.0), ("worst case", 0.3)):
+        for seed in range(3):
+            proxy, gold = goodhart(20, 64, seed, strength)
+            entries.append({"name": name, "seed": seed, "proxy_PS": proxy, "gold_PS": gold, "gold_kind": "a rule"})
+    section = oo.audit(entries)
+    found = figures(section)
+    assert (found["best_of_n_gain"]["n"], found["best_of_n_gain"]["clusters"]) == (60, 20)
+    assert found["best_of_n_gain_over_single_proxy_worst_case"]["low"] > 0
+    by_seed = [table for table in section["tables"] if table["caption"].endswith("by seed")]
+    assert [row[0] for row in by_seed[0]["rows"]] == ["0", "1", "2", "all"]
+    assert [plot["caption"] for plot in section["plots"]][-1].startswith("Gold of all, best of n")
+    assert json.dumps(section) == json.dumps(oo.audit(entries))
+
+
+def run(gold, proxy, prompts=40, noise=0.0):
+    shift = np.random.default_rng(0).normal(size=prompts)
+    rng = np.random.default_rng(1)
+    return [
+        {"step": 10 * i, "kl_P": np.full(prompts, float(i**2)), "proxy_P": shift + p,
+         "gold_P": shift + g + noise * rng.normal(size=prompts)}
+        for i, (g, p) in enumerate(zip(gold, proxy, strict=True))
+    ]  # fmt: skip
+
+
+def test_the_checkpoint_to_keep_goes_by_gold():
+    kept = oo.checkpoint_to_keep(run([0, 1, 2, 1.5, 1], [0, 1, 2, 3, 4]))
+    assert (kept["step"], kept["index"], kept["tied"], kept["earliest"]) == (20, 2, [20], 20)
+    assert kept["gap"]["value"] == pytest.approx(1)
+    assert kept["onset"] == {"step": 30, "d": 3.0}
+
+
+def test_no_onset_without_two_falls_in_a_row_under_a_rising_proxy():
+    assert oo.checkpoint_to_keep(run([0, 1, 2, 1, 3], [0, 1, 2, 3, 4]))["onset"] is None
+    assert oo.checkpoint_to_keep(run([0, 1, 2, 1, 1], [0, 1, 2, 1, 0]))["onset"] is None
+    noisy = oo.checkpoint_to_keep(run([0, 2, 2, 2, 2], [0, 1, 2, 3, 4], noise=0.5))
+    assert 0 not in noisy["tied"] and len(noisy["tied"]) >= 2
+
+
+def test_policies_and_best_of_n_never_share_a_plot():
+    proxy, gold = goodhart(30, 32)
+    d = np.arange(7.0)
+    rows = run(d * (1 - 0.6 * np.log(np.maximum(d, 1))), d, noise=0.01)
+    section = oo.audit([{"name": "a", "proxy_PS": proxy, "gold_PS": gold, "gold_kind": "a rule"}],
+                       [{"name": "ppo", "rows": rows}])  # fmt: skip
+    assert len(section["plots"]) == 2
+    found = figures(section)
+    assert found["policy_peak"]["value"] == pytest.approx(math.exp(1 / 0.6 - 1), rel=0.05)
+    assert found["policy_gap"]["low"] > 0 and found["policy_kept"]["value"] < 1
+    assert "ppo: keep step 20" in " ".join(section["notes"])
+    seeds = oo.audit(None, [{"name": "ppo", "seed": s, "rows": rows} for s in range(2)])
+    assert figures(seeds)["policy_gain"]["n"] == 80
+
+
+def test_nothing_to_go_on():
+    assert "best_of_n" in oo.audit(None, [])["skipped"]
+    flat = oo.audit([{"name": "a", "proxy_PS": [[1, 1]], "gold_PS": [[2, 2]], "gold_kind": ""}])
+    assert figures(flat)["best_of_n_gain"]["value"] == 0
+    one = oo.audit([{"name": "a", "proxy_PS": [[1]], "gold_PS": [[2]], "gold_kind": ""}])
+    assert figures(one)["best_of_n_alpha"]["value"] is None
+    with pytest.raises(ValueError, match="two rows or more"):
+        oo.audit(None, [{"name": "a", "rows": run([0], [0])}])
+    json.dumps([flat, one])

@@ -1,0 +1,171 @@
+"""Uncertainty: combinations by hand, risk-coverage by hand, planted errors."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from rlhf_recipes.audit import uncertainty as u
+
+
+def pairs(n, family=None):
+    def turn(role, i):
+        return [{"role": role, "content": f"{role} {i}"}]
+
+    return [
+        {"prompt": turn("user", i), "chosen": turn("assistant", i), "rejected": turn("assistant", -i),
+         "prompt_id": str(i), "family": family and family[i % len(family)]}
+        for i in range(n)
+    ]  # fmt: skip
+
+
+def ensemble(members=4, n=400, seed=0):
+    """Members that differ much exactly where they are often wrong: half of the pairs are hard."""
+    rng = np.random.default_rng(seed)
+    hard = np.arange(n) % 2 == 0
+    margins = np.where(hard, 0.2, 2.0) + rng.normal(size=(members, n)) * np.where(hard, 2.0, 0.3)
+    chosen = rng.normal(size=(members, n)) * 0.1
+    return chosen, chosen - margins
+
+
+def figures(section):
+    return {figure["key"]: figure["estimate"] for figure in section["figures"]}
+
+
+@pytest.mark.parametrize(("rewards", "uwo"), [((1.0, 1.2, 2.6), 1.347), ((1, 1.1, 1.2), 1.097)])
+def test_combinations_by_hand(rewards, uwo):
+    assert u.combine(rewards, "uwo", 0.5) == pytest.approx(uwo, abs=5e-4)
+    assert u.combine(rewards, "min") == 1
+    assert u.combine(rewards, "mean") == pytest.approx(sum(rewards) / 3)
+    assert u.combine(rewards, "std") ** 2 == pytest.approx(sum((r - sum(rewards) / 3) ** 2 for r in rewards) / 3)
+    assert u.combine(rewards, "uwo", 0) == u.combine(rewards, "mean")
+
+
+def test_combinations_keep_the_other_axes():
+    rewards = np.arange(24.0).reshape(2, 3, 4)
+    assert u.combine(rewards, "min").tolist() == rewards[0].tolist()
+    assert u.combine(rewards, "uwo", 1.0).tolist() == (rewards[0] + 6 - 36).tolist()
+    with pytest.raises(ValueError, match="how = max: must be one of mean, min, uwo, std"):
+        u.combine(rewards, "max")
+
+
+def test_members_are_put_on_one_scale():
+    rewards = np.random.default_rng(0).normal(size=(1, 50))
+    both = np.concatenate([rewards, 7 * rewards - 30])
+    scaled = u.standardise(both, both)
+    np.testing.assert_allclose(scaled[0], scaled[1], atol=1e-12)
+    assert (scaled.mean(1), scaled.std(1)) == (pytest.approx([0, 0], abs=1e-12), pytest.approx([1, 1]))
+    assert u.standardise(both[:, :, None], both).shape == (2, 50, 1)
+    assert u.standardise([[3.0]], [[2.0, 2.0]]) == 1  # no spread: only centred
+
+
+def test_mahalanobis_is_the_brute_force_inverse():
+    rng = np.random.default_rng(0)
+    train, test = rng.normal(size=(40, 5)), rng.normal(size=(7, 5))
+    scatter = sum(np.outer(e, e) for e in train)
+    inverse = np.linalg.inv(scatter + 0.01 * np.trace(scatter) / 5 * np.eye(5))
+    expected = [math.sqrt(e @ inverse @ e) for e in test]
+    np.testing.assert_allclose(u.mahalanobis(train, test, 0.01), expected, rtol=1e-9)
+    np.testing.assert_allclose(u.mahalanobis(1e3 * train, 1e3 * test, 0.01), expected, rtol=1e-9)
+    # one feature: e / sqrt(sum of squares)
+    assert u.mahalanobis([[3.0], [4.0]], [[10.0]], 0) == pytest.approx([2])
+    with pytest.raises(ValueError, match="from one reward model"):
+        u.mahalanobis(train, test[:, :4])
+
+
+def test_novelty_rises_off_the_training_distribution():
+    rng = np.random.default_rng(0)
+    spread = np.array([5, 5, 0.1, 0.1])
+    train, held_out, same = (rng.normal(size=(500, 4)) * spread for _ in range(3))
+    novel = u.mahalanobis(train, rng.normal(size=(500, 4)))
+    held_out, same = u.mahalanobis(train, held_out), u.mahalanobis(train, same)
+    assert u.out_of_distribution(held_out, same)["low"] < 0.05 < u.out_of_distribution(held_out, same)["high"]
+    assert u.out_of_distribution(held_out, novel)["value"] > 0.9
+    assert u.out_of_distribution([], novel)["value"] is None
+
+
+def test_risk_and_coverage_by_hand():
+    uncertainties, wrong = [0.1, 0.4, 0.2, 0.3], [False, True, True, False]
+    kept, lost = u.coverage_curve(uncertainties, wrong)
+    assert (kept.tolist(), lost.tolist()) == ([1, 2, 3, 4], [0, 1, 1, 2])
+    assert u.aurc(uncertainties, wrong) == pytest.approx((0 + 1 / 2 + 1 / 3 + 2 / 4) / 4)
+    assert u.accuracy_at(uncertainties, wrong, 0.75) == pytest.approx(2 / 3)
+    assert u.accuracy_at(uncertainties, wrong, 1) == 0.5
+    assert u.aurc([0, 0, 0, 0], wrong) == pytest.approx(0.5)  # knows nothing: the error rate
+    assert u.aurc(wrong, wrong) == pytest.approx((1 / 3 + 2 / 4) / 4)  # the oracle
+    weights = np.array([2, 0, 1, 1.0])  # as if drawn: rows 0, 0, 2, 3
+    assert u.aurc(uncertainties, wrong, weights) == pytest.approx((0 + 0 + 1 * 1 / 3 + 1 / 4) / 4)
+
+
+def test_abstaining_bounds_what_is_answered_wrong():
+    # 9 pairs, delta .2: the 8th smallest of -margin
+    assert u.abstain_margin([5, 4, 3, 2, 1, 0.5, -1, -2, -3], 0.2) == 2
+    assert u.abstain_margin([1, 2, 3, 4, 5, 6, 7, 8, 9]) == 0
+    assert u.abstain_margin([1, 2]) == math.inf
+    rng, shares = np.random.default_rng(0), []
+    for _ in range(300):
+        tau = u.abstain_margin(rng.normal(0.5, 1, 60), 0.1)
+        shares.append(np.mean(rng.normal(0.5, 1, 200) < -tau))
+    assert 0.07 < np.mean(shares) <= 0.102
+
+
+def test_the_fast_auroc_is_that_of_stats():
+    rng = np.random.default_rng(0)
+    scores, wrong, ids = rng.integers(0, 9, 80), rng.random(80) < 0.3, np.arange(80) // 2
+    ours = u.stats.resampled(u._area(scores, wrong), 80, ids, resamples=50)
+    assert ours == pytest.approx(u.stats.auroc(scores, wrong, ids, resamples=50))
+
+
+def test_an_ensemble_that_knows_its_errors():
+    rows = pairs(400, ("hard", "easy"))
+    chosen, rejected = ensemble()
+    novelty = np.random.default_rng(1).random((400, 2))
+    section = u.audit(rows, chosen, rejected, novelty)
+    found = figures(section)
+    assert found["auroc_std"]["low"] > 0.7
+    assert found["auroc_novelty"]["low"] < 0.5 < found["auroc_novelty"]["high"]
+    assert found["accuracy_at_80_gain"]["low"] > 0.02
+    assert found["aurc"]["high"] < 1 - found["accuracy_mean"]["value"]
+    assert found["spearman"]["low"] > 0 and found["accuracy_gain"]["value"] > 0
+    assert 0 < found["diversity"]["value"] < 1 and abs(found["error_correlation"]["value"]) < 0.6
+    assert found["abstain_wrong"]["low"] <= 0.1 and 0 < found["abstain_coverage"]["value"] < 1
+    gained = found["auroc_std"]["value"] - found["auroc_margin"]["value"]
+    assert found["auroc_gain"]["value"] == pytest.approx(gained)
+    accuracy, family = section["tables"]
+    assert accuracy["rows"][4][1] == accuracy["rows"][6][1]  # UWO with lambda 0 is the mean
+    assert [row[0] for row in family["rows"]] == ["hard", "easy"]
+    oracle = section["plots"][0]["series"][-2]
+    assert oracle["y"][0] == 0 and oracle["y"][-1] == pytest.approx(1 - found["accuracy_mean"]["value"])
+    assert len(section["examples"][0]["rows"]) == 3
+    assert json.dumps(section) == json.dumps(u.audit(rows, chosen, rejected, novelty))
+
+
+def test_copies_are_not_diverse_and_scales_do_not_matter():
+    chosen, rejected = (scores[:1].repeat(3, 0) for scores in ensemble())
+    scale, offset = np.array([[1], [10], [3]]), np.array([[0], [5], [1]])
+    found = figures(u.audit(pairs(400), chosen * scale + offset, rejected * scale + offset))
+    assert found["diversity"]["value"] == pytest.approx(0, abs=1e-6)
+    assert found["error_correlation"]["value"] == pytest.approx(1)
+    assert found["accuracy_min"]["value"] == found["accuracy_mean"]["value"] == found["accuracy"]["value"]
+
+
+def test_one_member_still_has_its_margin():
+    chosen, rejected = ensemble(1)
+    section = u.audit(pairs(400), chosen, rejected)
+    found = figures(section)
+    assert found["auroc_margin"]["value"] > 0.5 and found["aurc_margin"]["value"] is not None
+    for key in ("accuracy_mean", "auroc_std", "auroc_gain", "aurc", "spearman", "diversity"):
+        assert found[key]["value"] is None
+    assert "train an ensemble" in section["notes"][0]
+    assert set(found) == set(figures(u.audit(pairs(400), *ensemble())))
+
+
+def test_degenerate_input():
+    assert "skipped" in u.audit([], np.zeros((2, 0)), np.zeros((2, 0)))
+    for members, n in ((1, 1), (3, 1), (3, 5)):
+        for value in (0.0, 1.0, -1.0):
+            section = u.audit(pairs(n), np.full((members, n), value), np.zeros((members, n)), np.zeros((n, 2)))
+            json.dumps(section, allow_nan=False)
+    with pytest.raises(ValueError, match=r"both must be \(M, 2\)"):
+        u.audit(pairs(2), np.zeros((1, 3)), np.zeros((1, 3)))
