@@ -193,4 +193,6 @@ def test_nothing_to_go_on():
     assert figures(one)["best_of_n_alpha"]["value"] is None
     with pytest.raises(ValueError, match="two rows or more"):
         oo.audit(None, [{"name": "a", "rows": run([0], [0])}])
-    json.dumps([flat, one])
+    single = oo.audit([{"name": "a", "proxy_PS": [range(8)], "gold_PS": [range(8)], "gold_kind": ""}])
+    assert figures(single)["best_of_n_alpha"]["low"] is None  # one prompt: nothing to resample
+    json.dumps([flat, one, single], allow_nan=False)
