@@ -107,6 +107,12 @@ def test_not_measured_says_why():
     assert outcome("min_accuracy", [accuracy(0.7, math.nan, math.nan)])["low"] is None
 
 
+def test_a_name_from_data_is_not_a_template():
+    one = figure("worst_probe", "Most successful trick: {value}{limit}", e(0.9, 0.8, 0.95), unit="%")
+    found = outcome("max_probe_share", [section("probes", "Probes", "?", figures=[one])])
+    assert "({value}{limit}) raises its reward 90.0 % [80.0 to 95.0] of the time." in found["says"]
+
+
 def test_gates_are_sound():
     assert len(GATES) == len(verdict.GATES) and set(GATES) | {"min_prompts"} == set(verdict.THRESHOLDS)
     for gate in verdict.GATES:
@@ -201,7 +207,7 @@ def test_paragraph_says_half_a_range_only_whole():
 
 def test_paragraph_names_what_more_prompts_would_settle():
     text = paragraph([accuracy(0.67, 0.63, 0.71)], [{"prompt": "p", "family": None, "why": "w"}])
-    assert "About 1,200 more labelled prompts would settle the accuracy on held-out pairs, if the value stays." in text
+    assert "About 1,200 more prompts would settle “Accuracy on held-out pairs”, if the value stays." in text
     assert text.endswith("The prompt listed below is the most worth labelling.")
 
 

@@ -17,7 +17,7 @@ class Gate(NamedTuple):
         passes: a sentence with {value}, {limit} and {name}, which of several the figure is about.
         fails: the same.
         unit: in which the number is said: "%" and "points" for shares, else that of the figure.
-        over_baseline: the figure's own baseline is subtracted first.
+        over_baseline: the figure's own baseline is subtracted first, as if it were exact.
         vital: nothing else matters where it fails.
     """
 
@@ -39,7 +39,7 @@ class Gate(NamedTuple):
 GATES = (
     Gate(
         "preference", "accuracy", "min_accuracy", 0.65, "min",
-        "published reward models: 69 to 72 % on HH-RLHF (arXiv:2401.00243), 63 % on Llama 2's pairs (arXiv:2307.09288)",
+        "published reward models: 69 to 72 % on HH-RLHF (arXiv:2401.00243), 63 % on Llama 2's (arXiv:2307.09288)",
         "Label more pairs or take a larger base; with fewer than about 2,000 pairs little is learned "
         "(arXiv:2210.10760, section 3.3).",
         "Accuracy on held-out pairs",
@@ -110,7 +110,7 @@ GATES = (
         "of the time, and 50 % is a coin.",
     ),
     Gate(
-        "uncertainty", "accuracy_gain_at_80", "min_gain_at_80", 0.03, "min",
+        "uncertainty", "accuracy_at_80_gain", "min_gain_at_80", 0.03, "min",
         HOUSE,
         "Do not filter by this uncertainty; use the margin, or more members.",
         "Accuracy gained by leaving out the most uncertain fifth",

@@ -45,7 +45,7 @@ def decide(sections: list[dict], thresholds: dict) -> dict:
     caution: everything else.
 
     Returns:
-        `verdict`, `headline`, `gates` (dicts: value, low, high, n, clusters, unit, limit, side, state, why, ...),
+        `verdict`, `headline`, `gates` (dicts: value, low, high, n, unit, limit, side, state, why, says, ...),
         `counts` (state -> gates) and `off` (names of the thresholds that are null).
     """
     limits = check(thresholds)
@@ -83,7 +83,10 @@ def _outcome(gate: Gate, sections: list[dict], limits: dict) -> dict:
         state, why = _state(estimate, limit, gate.side, limits["min_prompts"] or 0)
         found |= {key: estimate[key] for key in ("value", "low", "high", "n", "clusters")}
         found |= {"state": state, "name": figure["title"].partition(": ")[2]}
-    return gate._asdict() | found | {"limit": limit, "why": why}
+    fixed = {key: value for key, value in gate._asdict().items() if key not in ("passes", "fails", "over_baseline")}
+    outcome = fixed | found | {"limit": limit, "why": why}
+    template = {"pass": gate.passes, "fail": gate.fails}.get(found["state"], "")
+    return outcome | {"says": _sentence(template, outcome)}
 
 
 def _figure(section: str, key: str, sections: list[dict]) -> tuple[dict | None, str]:
@@ -191,7 +194,7 @@ def _trusted(gates: list[dict], passed: list[dict]) -> list[str]:
     doubtful = {(g["section"], g["figure"]) for g in gates if g["state"] in ("fail", "unclear")}
     # half of a range that holds would be a half-truth
     whole = [g for g in passed if g["vital"] or (g["section"], g["figure"]) not in doubtful]
-    said += [_sentence(g, "passes") for g in whole[:SHOWN]]
+    said += [g["says"] for g in whole[:SHOWN]]
     if any(g["low"] is not None for g in gates):
         said.append("Brackets hold the range that the choice of prompts leaves open (95 % intervals).")
     return said
@@ -200,7 +203,7 @@ def _trusted(gates: list[dict], passed: list[dict]) -> list[str]:
 def _distrusted(failed: list[dict]) -> list[str]:
     said = ["What not to trust."] if failed else []
     for g in failed[:SHOWN]:
-        said += [_sentence(g, "fails"), g["todo"]]
+        said += [g["says"], g["todo"]]
     rest = len(failed) - SHOWN
     if rest > 0:
         said.append(f"{rest} more {_verb(rest, 'check fails', 'checks fail')}, in the table below.")
@@ -239,9 +242,7 @@ def _collect(unclear: list[dict], label_next: list[dict]) -> list[str]:
     wanted = [(not g["vital"], more, g["title"]) for g in unclear if (more := _more(g, g["limit"])) is not None]
     if wanted:
         _, more, title = min(wanted)
-        said.append(
-            f"{_upper(_some(more))} more labelled prompts would settle the {_lower(title)}, if the value stays."
-        )
+        said.append(f"{_upper(_some(more))} more prompts would settle “{title}”, if the value stays.")
     if label_next:
         kinds = list(dict.fromkeys(str(row["family"]) for row in label_next if row.get("family")))
         of = f", of the {_verb(len(kinds), 'kind', 'kinds')} {_listed(kinds)}" if 0 < len(kinds) <= 4 else ""
@@ -259,10 +260,9 @@ def _upper(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _sentence(g: dict, which: str) -> str:
-    name = f" ({g['name']})" if g["name"] else ""
-    said = g[which].replace("{name}", name).replace("{value}", shown(g)).replace("{limit}", _limit(g))
-    return _upper(said)
+def _sentence(template: str, g: dict) -> str:
+    name = f" ({g['name']})" if g["name"] else ""  # last: it may come from data
+    return _upper(template.replace("{value}", shown(g)).replace("{limit}", _limit(g)).replace("{name}", name))
 
 
 def shown(g: dict) -> str:
