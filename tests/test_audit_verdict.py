@@ -77,15 +77,20 @@ def test_an_upper_limit_is_the_mirror_image():
 
 def test_few_prompts_decide_nothing():
     found = outcome("min_accuracy", [accuracy(0.9, 0.8, 1.0, n=200, clusters=19)])
-    assert found["state"] == "unclear" and "19 prompts are too few" in found["why"]
+    assert found["state"] == "unclear" and "19 prompts are too few" in found["why"] and found["more"] == 1
     assert outcome("min_accuracy", [accuracy(0.9, 0.8, 1.0, clusters=19)], min_prompts=None)["state"] == "pass"
     assert outcome("min_accuracy", [accuracy(0.9, n=7, clusters=1)])["why"] == "A single prompt gives no interval."
+
+
+def test_a_biased_figure_decides_nothing():
+    found = outcome("min_accuracy", [accuracy(0.6, 0.61, 0.64)])
+    assert found["state"] == "unclear" and "biased" in found["why"] and found["more"] is None
 
 
 def test_unclear_says_how_many_more_prompts_would_settle_it():
     # half-width below the value .04, distance to the limit .02: (.04 / .02)^2 = 4 times the 400 prompts, 1,200 more
     found = outcome("min_accuracy", [accuracy(0.67, 0.63, 0.71)])
-    assert "about 1,200 more prompts would settle it" in found["why"]
+    assert "about 1,200 more prompts would settle it" in found["why"] and found["more"] == 1200
     close = outcome("min_accuracy", [accuracy(0.651, 0.611, 0.691)])
     assert "too close" in close["why"]
 
@@ -215,7 +220,7 @@ def test_paragraph_names_what_more_prompts_would_settle():
 def test_every_paragraph_is_clean(default):
     parts = every({}, default)
     text = paragraph(parts)
-    assert not re.search(r"[{}]|None|nan|  | ,|\.\.|\b1 (pass|fail|are|were)\b", text)
+    assert not re.search(r"[{}]|None(?! of)|nan|  | ,|\.\.|\b1 (pass|fail|are|were)\b", text)
     assert paragraph(parts) == text
     for sentence in re.split(r"(?<=[.])\s+(?=\S)", text):
         assert sentence[0].isupper() or sentence[0].isdigit()
