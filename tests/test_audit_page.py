@@ -119,7 +119,7 @@ def sections() -> list[dict]:
             "consistency", "Consistency", "Can one number for each answer explain the choices?",
             figures=[
                 figure("rationalisable", "Prompts without a cycle", share(0.9, 50), unit="%"),
-                figure("contradictory", "Pairs labelled both ways", counted(0.002, 420), unit="%"),
+                figure("contradictory_duplicates", "Pairs labelled both ways", counted(0.002, 420), unit="%"),
                 figure("cyclic_triads", "Circular triples", nothing(), unit="%", baseline=("random", 0.25)),
             ],
         ),

@@ -191,7 +191,7 @@ GATES = (
         "The judge keeps its verdict in only {value} of pairs when the two answers are swapped.",
     ),
     Gate(
-        "consistency", "contradictory", "max_contradictory", 0.01, "max",
+        "consistency", "contradictory_duplicates", "max_contradictory", 0.01, "max",
         HOUSE,
         "Drop both copies of a contradictory pair, or label it again.",
         "Pairs that are labelled both ways",
