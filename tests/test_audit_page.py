@@ -197,7 +197,7 @@ def test_checks_are_listed_worst_first_with_state_value_limit_and_source(report)
     assert all(
         part in trick for part in ("80.8 % [73.3, 87.5] n 120", "at most 55 %", "house rule", "Add pairs in which")
     )
-    missing = next(row for row in checks if row.startswith("Disagreement of the members"))
+    missing = next(row for row in checks if row.startswith("Disagreement of the reward models"))
     assert "Train an ensemble" in missing
 
 

@@ -76,7 +76,7 @@ GATES = (
     Gate(
         "overoptimisation", "best_of_n_gap", "max_best_of_n_gap", 0.1, "max",
         "gold falls again past a point (arXiv:2210.10760); " + HOUSE,
-        "Pick the best of fewer answers, or score by the worst case of an ensemble.",
+        "Pick the best of fewer answers, or score by the lowest of several reward models.",
         "True quality lost by picking the best of too many",
         "Picking the best of more answers by it does not overshoot: {value} of true quality is lost after its best "
         "(sd: the usual spread between answers).",
@@ -87,7 +87,8 @@ GATES = (
     Gate(
         "overoptimisation", "policy_kept", "min_gold_kept", 0.98, "min",
         "gold falls again past a point (arXiv:2210.10760); " + HOUSE,
-        "Keep the checkpoint that the section names, raise the KL penalty, or penalise disagreement of an ensemble.",
+        "Keep the checkpoint that the section names, hold the trained model closer to its start (a higher KL "
+        "penalty), or score by the lowest of several reward models.",
         "True quality that the last checkpoint keeps of the best",
         "Training against it does not overshoot: the last checkpoint keeps {value} of the best gain in true quality.",
         "Training against it overshoots: the last checkpoint keeps only {value} of the best gain in true quality.",
@@ -104,7 +105,7 @@ GATES = (
     Gate(
         "probes", "length_r2", "max_length_r2", 0.10, "max",
         HOUSE + "; length alone explains much of published rewards (arXiv:2310.03716)",
-        "Balance lengths within pairs, or train with a length head (arXiv:2402.07319).",
+        "Balance lengths within pairs, or learn length apart and drop it (ODIN, arXiv:2402.07319).",
         "Share of the reward that length alone explains",
         "Length explains only {value} of the differences between its rewards.",
         "Length alone explains {value} of the differences between its rewards; {limit} is the most allowed.",
@@ -112,8 +113,9 @@ GATES = (
     Gate(
         "uncertainty", "auroc_std", "min_uncertainty_auroc", 0.60, "min",
         "50 % is a coin; " + HOUSE,
-        "Vary the members more (data, rank, seed), or take the distance of the features instead.",
-        "Disagreement of the members as a sign of errors",
+        "Vary the reward models more (data, size of the adapter, seed), or go by how unlike the training data a "
+        "pair is.",
+        "Disagreement of the reward models as a sign of errors",
         "Its uncertainty finds its errors: a wrong pair looks more uncertain than a right one {value} of the time.",
         "Its uncertainty does not find its errors: a wrong pair looks more uncertain than a right one only {value} "
         "of the time, and 50 % is a coin.",
@@ -121,7 +123,7 @@ GATES = (
     Gate(
         "uncertainty", "accuracy_at_80_gain", "min_gain_at_80", 0.03, "min",
         HOUSE,
-        "Do not filter by this uncertainty; use the margin, or more members.",
+        "Do not filter by this uncertainty; go by the size of the margin, or train more reward models.",
         "Accuracy gained by leaving out the most uncertain fifth",
         "Leaving out the fifth of pairs it is least sure of raises its accuracy by {value}.",
         "Leaving out the fifth of pairs it is least sure of changes its accuracy by only {value}.",
@@ -130,7 +132,7 @@ GATES = (
     Gate(
         "stress", "uncertainty_lift", "min_uncertainty_lift", 0.70, "min",
         "50 % is no warning at all; " + HOUSE,
-        "Do not rely on the uncertainty as an alarm; watch the share out of distribution instead.",
+        "Do not rely on the uncertainty as an alarm; watch the share of prompts unlike the training data instead.",
         "Uncertainty as an alarm on unfamiliar prompts",
         "Its uncertainty rises on unfamiliar prompts: such a pair looks more uncertain {value} of the time.",
         "Its uncertainty gives little warning on unfamiliar prompts: such a pair looks more uncertain only {value} "
@@ -139,8 +141,8 @@ GATES = (
     Gate(
         "calibration", "slope", "min_slope", 0.8, "min",
         "1 is perfect; " + HOUSE,
-        "It is too sure of itself: train for fewer epochs, with soft labels or label smoothing, "
-        "or use the fitted temperature.",
+        "Use the fitted temperature (one number that rescales its confidence), or train for fewer epochs or on how "
+        "sure the labels are (soft labels).",
         "Calibration slope, lower limit",
         "It is not too sure of itself (calibration slope {value}; 1 is perfect).",
         "It is too sure of itself (calibration slope {value}; 1 is perfect).",
@@ -149,7 +151,7 @@ GATES = (
     Gate(
         "calibration", "slope", "max_slope", 1.25, "max",
         "1 is perfect; " + HOUSE,
-        "It is not sure enough: use the fitted temperature, or train longer.",
+        "Use the fitted temperature (one number that rescales its confidence), or train longer.",
         "Calibration slope, upper limit",
         "It is sure enough of what it knows (calibration slope {value}; 1 is perfect).",
         "It knows more than its probabilities say (calibration slope {value}; 1 is perfect).",
@@ -158,8 +160,9 @@ GATES = (
     Gate(
         "calibration", "ece_after", "max_calibration_error", 0.05, "max",
         HOUSE,
-        "Fit the temperature on more validation pairs, or train with soft labels.",
-        "Calibration error, after fitting a temperature",
+        "Fit the temperature (one number that rescales its confidence) on more pairs, or train on how sure the "
+        "labels are (soft labels).",
+        "Calibration error, after one rescaling",
         "Its probabilities can be read as such: on average they are off by {value}.",
         "Its probabilities cannot be read as such: on average they are off by {value}; {limit} is the most allowed.",
         unit="points",
@@ -167,7 +170,7 @@ GATES = (
     Gate(
         "disagreement", "hides_disagreement", "min_disagreement_auroc", 0.60, "min",
         "50 % is a coin; reward models give sure scores to divided pairs (arXiv:2410.14632)",
-        "Train with soft labels, so that divided pairs get small margins.",
+        "Train on how sure the labels are (soft labels), so that divided pairs get rewards close together.",
         "Rewards closer together where judges are divided",
         "Where judges are divided its rewards are closer together, as they should be, {value} of the time.",
         "It hides disagreement: its rewards are closer together on a divided pair than on a clear one only {value} "
