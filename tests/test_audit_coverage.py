@@ -91,6 +91,12 @@ def test_planted_families_are_found_and_named():
     assert v.cluster(prompts)[0] == names
 
 
+def test_contractions_name_no_family():
+    prompts, _ = plant()
+    names, _ = v.cluster([f"I don’t know, can't you say? {prompt}" for prompt in prompts])
+    assert not {"don", "can", "know", "say"} & {word for name in names for word in name.split(", ")}
+
+
 def test_further_prompts_go_to_given_families():
     prompts, topics = plant()
     more, expected = plant(5, seed=9)

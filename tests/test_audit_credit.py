@@ -152,7 +152,7 @@ def test_the_planted_sentence_gets_all_the_credit():
     assert found["leave_one_out_agreement"] == pytest.approx(1.0)
     assert section["figures"][0]["baseline"] == {"name": "uniform", "value": 0.25}
     assert [line[2]["value"] for line in section["tables"][0]["rows"]] == [0.0, 1.0, 0.0]
-    assert [line[3] for line in section["tables"][0]["rows"]] == [0.25, 0.5, 0.25]
+    assert [line[3]["value"] for line in section["tables"][0]["rows"]] == [0.25, 0.5, 0.25]
     example = section["examples"][0]["rows"][0]
     assert {"name": "+2.00 (left out: +2.00)", "text": "The magic word is here."} in example["texts"]
     assert example["note"] == "The credits add up to +2.00."

@@ -146,6 +146,14 @@ def test_seeds_are_put_together_and_a_better_proxy_is_compared():
     assert json.dumps(section) == json.dumps(oo.audit(entries))
 
 
+def test_intervals_resample_prompts_not_rows():
+    proxy, gold = goodhart(20, 32)
+    entry = {"name": "a", "proxy_PS": proxy, "gold_PS": gold, "gold_kind": "a rule"}
+    once, copied = figures(oo.audit([entry])), figures(oo.audit([entry, entry | {"seed": 1}]))
+    for key in ("best_of_n_alpha", "best_of_n_gain", "best_of_n_gap"):
+        assert copied[key] == pytest.approx(once[key] | {"n": 40})
+
+
 def run(gold, proxy, prompts=40, noise=0.0):
     shift = np.random.default_rng(0).normal(size=prompts)
     rng = np.random.default_rng(1)
@@ -166,6 +174,12 @@ def test_the_checkpoint_to_keep_goes_by_gold():
 def test_no_onset_without_two_falls_in_a_row_under_a_rising_proxy():
     assert oo.checkpoint_to_keep(run([0, 1, 2, 1, 3], [0, 1, 2, 3, 4]))["onset"] is None
     assert oo.checkpoint_to_keep(run([0, 1, 2, 1, 1], [0, 1, 2, 1, 0]))["onset"] is None
+    # the mean falls by .1, but by 3 up or down in half of the prompts each: one standard error is about .5
+    sway = np.tile([3.0, -3.0], 20)
+    rows = run([0, 1, 1, 1], [0, 1, 2, 3])
+    for row in rows[2:]:
+        row["gold_P"] = row["gold_P"] - 0.1 + sway
+    assert oo.checkpoint_to_keep(rows)["onset"] is None
     noisy = oo.checkpoint_to_keep(run([0, 2, 2, 2, 2], [0, 1, 2, 3, 4], noise=0.5))
     assert 0 not in noisy["tied"] and len(noisy["tied"]) >= 2
 
@@ -193,4 +207,6 @@ def test_nothing_to_go_on():
     assert figures(one)["best_of_n_alpha"]["value"] is None
     with pytest.raises(ValueError, match="two rows or more"):
         oo.audit(None, [{"name": "a", "rows": run([0], [0])}])
-    json.dumps([flat, one])
+    single = oo.audit([{"name": "a", "proxy_PS": [range(8)], "gold_PS": [range(8)], "gold_kind": ""}])
+    assert figures(single)["best_of_n_alpha"]["low"] is None  # one prompt: nothing to resample
+    json.dumps([flat, one, single], allow_nan=False)

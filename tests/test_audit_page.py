@@ -119,7 +119,7 @@ def sections() -> list[dict]:
             "consistency", "Consistency", "Can one number for each answer explain the choices?",
             figures=[
                 figure("rationalisable", "Prompts without a cycle", share(0.9, 50), unit="%"),
-                figure("contradictory", "Pairs labelled both ways", counted(0.002, 420), unit="%"),
+                figure("contradictory_duplicates", "Pairs labelled both ways", counted(0.002, 420), unit="%"),
                 figure("cyclic_triads", "Circular triples", nothing(), unit="%", baseline=("random", 0.25)),
             ],
         ),
@@ -197,7 +197,7 @@ def test_checks_are_listed_worst_first_with_state_value_limit_and_source(report)
     assert all(
         part in trick for part in ("80.8 % [73.3, 87.5] n 120", "at most 55 %", "house rule", "Add pairs in which")
     )
-    missing = next(row for row in checks if row.startswith("Disagreement of the members"))
+    missing = next(row for row in checks if row.startswith("Disagreement of the reward models"))
     assert "Train an ensemble" in missing
 
 

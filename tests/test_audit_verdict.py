@@ -77,15 +77,20 @@ def test_an_upper_limit_is_the_mirror_image():
 
 def test_few_prompts_decide_nothing():
     found = outcome("min_accuracy", [accuracy(0.9, 0.8, 1.0, n=200, clusters=19)])
-    assert found["state"] == "unclear" and "19 prompts are too few" in found["why"]
+    assert found["state"] == "unclear" and "19 prompts are too few" in found["why"] and found["more"] == 1
     assert outcome("min_accuracy", [accuracy(0.9, 0.8, 1.0, clusters=19)], min_prompts=None)["state"] == "pass"
     assert outcome("min_accuracy", [accuracy(0.9, n=7, clusters=1)])["why"] == "A single prompt gives no interval."
+
+
+def test_a_biased_figure_decides_nothing():
+    found = outcome("min_accuracy", [accuracy(0.6, 0.61, 0.64)])
+    assert found["state"] == "unclear" and "biased" in found["why"] and found["more"] is None
 
 
 def test_unclear_says_how_many_more_prompts_would_settle_it():
     # half-width below the value .04, distance to the limit .02: (.04 / .02)^2 = 4 times the 400 prompts, 1,200 more
     found = outcome("min_accuracy", [accuracy(0.67, 0.63, 0.71)])
-    assert "about 1,200 more prompts would settle it" in found["why"]
+    assert "about 1,200 more prompts would settle it" in found["why"] and found["more"] == 1200
     close = outcome("min_accuracy", [accuracy(0.651, 0.611, 0.691)])
     assert "too close" in close["why"]
 
@@ -105,6 +110,12 @@ def test_not_measured_says_why():
     assert "too few rows" in outcome("min_accuracy", parts)["why"]
     assert outcome("min_accuracy", [accuracy(math.nan, math.nan, math.nan)])["state"] == "not measured"
     assert outcome("min_accuracy", [accuracy(0.7, math.nan, math.nan)])["low"] is None
+
+
+def test_a_name_from_data_is_not_a_template():
+    one = figure("worst_probe", "Most successful trick: {value}{limit}", e(0.9, 0.8, 0.95), unit="%")
+    found = outcome("max_probe_share", [section("probes", "Probes", "?", figures=[one])])
+    assert "({value}{limit}) raises its reward 90.0 % [80.0 to 95.0] of the time." in found["says"]
 
 
 def test_gates_are_sound():
@@ -201,7 +212,7 @@ def test_paragraph_says_half_a_range_only_whole():
 
 def test_paragraph_names_what_more_prompts_would_settle():
     text = paragraph([accuracy(0.67, 0.63, 0.71)], [{"prompt": "p", "family": None, "why": "w"}])
-    assert "About 1,200 more labelled prompts would settle the accuracy on held-out pairs, if the value stays." in text
+    assert "About 1,200 more prompts would settle “Accuracy on held-out pairs”, if the value stays." in text
     assert text.endswith("The prompt listed below is the most worth labelling.")
 
 
@@ -209,7 +220,7 @@ def test_paragraph_names_what_more_prompts_would_settle():
 def test_every_paragraph_is_clean(default):
     parts = every({}, default)
     text = paragraph(parts)
-    assert not re.search(r"[{}]|None|nan|  | ,|\.\.|\b1 (pass|fail|are|were)\b", text)
+    assert not re.search(r"[{}]|None(?! of)|nan|  | ,|\.\.|\b1 (pass|fail|are|were)\b", text)
     assert paragraph(parts) == text
     for sentence in re.split(r"(?<=[.])\s+(?=\S)", text):
         assert sentence[0].isupper() or sentence[0].isdigit()

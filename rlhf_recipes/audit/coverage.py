@@ -69,8 +69,9 @@ def cluster(prompts: list[str], seed: int = 0) -> tuple[list[str], Callable[[lis
         return ["all prompts"] * len(prompts), lambda more: ["all prompts"] * len(more)
     found = KMeans(max(fits, key=fits.get), n_init=4, random_state=seed).fit(points)
     names, weights = [], tfidf(prompts)
+    usual = np.asarray(weights.mean(0)).ravel()
     for code in range(found.n_clusters):
-        typical = np.asarray(weights[np.flatnonzero(found.labels_ == code)].mean(0)).ravel()
+        typical = np.asarray(weights[np.flatnonzero(found.labels_ == code)].mean(0)).ravel() - usual
         name = ", ".join(words[i] for i in np.argsort(-typical, kind="stable")[:3] if typical[i] > 0) or "other"
         names.append(name if name not in names else f"{name} ({code + 1})")
     return [names[i] for i in found.labels_], _nearest(embed, found.cluster_centers_, names)
@@ -163,9 +164,10 @@ def audit(
         return section.figure(key, title, number, **more)
 
     filled = sum(counts[cell] >= ENOUGH for cell in all_cells)
+    reachable = min(1.0, len(answers) // ENOUGH / len(all_cells))
     figures = [
         figure("cells_covered", f"Cells with {ENOUGH} answers or more", filled / len(all_cells), unit="%",
-               better="higher", baseline=("spread evenly", float(len(answers) >= ENOUGH * len(all_cells))),
+               better="higher", baseline=("at best, with as many answers", reachable),
                says=f"{filled} of {len(all_cells)} cells of family × style."),
         figure("entropy", "Evenness of the ledger", _evenness([counts[cell] for cell in all_cells]), better="higher",
                baseline=("spread evenly", 1.0), says="−Σ p ln p over cells, divided by ln of their number."),
@@ -218,7 +220,10 @@ def _space(prompts: list[str], seed: int):
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.preprocessing import normalize
 
-    vectoriser = TfidfVectorizer(stop_words="english", min_df=2, max_df=0.5, max_features=5000, sublinear_tf=True)
+    vectoriser = TfidfVectorizer(
+        preprocessor=_plain_words, token_pattern=r"[^\W\d_]{3,}", stop_words="english", min_df=2, max_df=0.5,
+        max_features=5000, sublinear_tf=True,
+    )  # fmt: skip
     try:
         weights = vectoriser.fit_transform(prompts)
     except ValueError:  # nothing but stop words, or no word twice
@@ -228,6 +233,10 @@ def _space(prompts: list[str], seed: int):
     directions = TruncatedSVD(min(50, min(weights.shape) - 1), random_state=seed).fit(weights)
     words = vectoriser.get_feature_names_out()
     return lambda texts: normalize(directions.transform(vectoriser.transform(texts))), vectoriser.transform, words
+
+
+def _plain_words(text: str) -> str:
+    return re.sub(r"(?:n't|'(?:s|m|d|re|ve|ll))\b", "", text.lower().replace("’", "'"))  # "don't" is a stop word
 
 
 def _nearest(embed: Callable, centres, names: list[str]) -> Callable[[list[str]], list[str]]:
@@ -317,8 +326,8 @@ def _deployment(prompts, families: list[str], place: Callable, seed: int) -> tup
         chance = float(np.mean([q @ np.log(q / p) for q in map(_smooth, draws.astype(float))]))
         tables = [_exposure(Counter(placed), ledger, ratios)]
         notes = [
-            f"Deployment prompts go to the family of the nearest mean prompt. With {len(codes)} of them a ledger of the "
-            f"same mix has a gap of {chance:.3f} nats by chance."
+            f"Deployment prompts go to the family of the nearest mean prompt. With {len(codes)} of them a ledger of "
+            f"the same mix has a gap of {chance:.3f} nats by chance."
         ]
     figures = [
         section.figure("exposure_gap", "Gap between deployment and the ledger", gap, unit="nats", better="lower",

@@ -151,7 +151,10 @@ def audit(made: list[dict], scores_MK, rows: list[dict], ppo: dict | None = None
             section.table(
                 "Share of |credit| by place",
                 ["place", "answers", "share", "if all sentences counted alike"],
-                [[name, share["n"], share, even] for name, (share, even) in zip(names, shares, strict=True)],
+                [
+                    [name, share["n"], share, share | _exactly(even)]
+                    for name, (share, even) in zip(names, shares, strict=True)
+                ],
             )
         ]
         even = shares[0][1]
@@ -167,6 +170,10 @@ def audit(made: list[dict], scores_MK, rows: list[dict], ppo: dict | None = None
     return section.section(
         "credit", TITLE, QUESTION, figures=figures, tables=tables, plots=plots, examples=examples, notes=notes
     )
+
+
+def _exactly(value: float) -> dict:
+    return {"value": value, "low": None, "high": None}
 
 
 def _answers(made: list[dict], scores_K) -> list[dict]:

@@ -17,7 +17,7 @@ class Gate(NamedTuple):
         passes: a sentence with {value}, {limit} and {name}, which of several the figure is about.
         fails: the same.
         unit: in which the number is said: "%" and "points" for shares, else that of the figure.
-        over_baseline: the figure's own baseline is subtracted first.
+        over_baseline: the figure's own baseline is subtracted first, as if it were exact.
         vital: nothing else matters where it fails.
     """
 
@@ -36,10 +36,11 @@ class Gate(NamedTuple):
     vital: bool = False
 
 
+# the most telling first
 GATES = (
     Gate(
         "preference", "accuracy", "min_accuracy", 0.65, "min",
-        "published reward models: 69 to 72 % on HH-RLHF (arXiv:2401.00243), 63 % on Llama 2's pairs (arXiv:2307.09288)",
+        "published reward models: 69 to 72 % on HH-RLHF (arXiv:2401.00243), 63 % on Llama 2's (arXiv:2307.09288)",
         "Label more pairs or take a larger base; with fewer than about 2,000 pairs little is learned "
         "(arXiv:2210.10760, section 3.3).",
         "Accuracy on held-out pairs",
@@ -57,83 +58,12 @@ GATES = (
         unit="points", over_baseline=True, vital=True,
     ),
     Gate(
-        "preference", "chosen_longer", "min_chosen_longer", 0.45, "min",
-        "balance within 5 points of one half, so that length says little (compare arXiv:2310.03716)",
-        "Add pairs in which the longer answer was chosen, or weigh them up.",
-        "Pairs whose chosen answer is the longer, lower limit",
-        "The chosen answer is the longer one in {value} of pairs, so the data does not teach to be short.",
-        "The chosen answer is the longer one in only {value} of pairs, so the data teaches to be short.",
-    ),
-    Gate(
-        "preference", "chosen_longer", "max_chosen_longer", 0.55, "max",
-        "balance within 5 points of one half, so that length says little (compare arXiv:2310.03716)",
-        "Add pairs in which the shorter answer was chosen, or weigh them up.",
-        "Pairs whose chosen answer is the longer, upper limit",
-        "The chosen answer is the longer one in {value} of pairs, so the data does not teach to be long.",
-        "The chosen answer is the longer one in {value} of pairs, so the data teaches to be long.",
-    ),
-    Gate(
-        "calibration", "ece_after", "max_calibration_error", 0.05, "max",
-        HOUSE,
-        "Fit the temperature on more validation pairs, or train with soft labels.",
-        "Calibration error, after fitting a temperature",
-        "Its probabilities can be read as such: on average they are off by {value}.",
-        "Its probabilities cannot be read as such: on average they are off by {value}; {limit} is the most allowed.",
-        unit="points",
-    ),
-    Gate(
-        "calibration", "slope", "min_slope", 0.8, "min",
-        "1 is perfect; " + HOUSE,
-        "It is too sure of itself: train for fewer epochs, with soft labels or label smoothing, "
-        "or use the fitted temperature.",
-        "Calibration slope, lower limit",
-        "It is not too sure of itself (calibration slope {value}; 1 is perfect).",
-        "It is too sure of itself (calibration slope {value}; 1 is perfect).",
-        unit="",
-    ),
-    Gate(
-        "calibration", "slope", "max_slope", 1.25, "max",
-        "1 is perfect; " + HOUSE,
-        "It is not sure enough: use the fitted temperature, or train longer.",
-        "Calibration slope, upper limit",
-        "It is sure enough of what it knows (calibration slope {value}; 1 is perfect).",
-        "It knows more than its probabilities say (calibration slope {value}; 1 is perfect).",
-        unit="",
-    ),
-    Gate(
-        "uncertainty", "auroc_std", "min_uncertainty_auroc", 0.60, "min",
-        "50 % is a coin; " + HOUSE,
-        "Vary the members more (data, rank, seed), or take the distance of the features instead.",
-        "Disagreement of the members as a sign of errors",
-        "Its uncertainty finds its errors: a wrong pair looks more uncertain than a right one {value} of the time.",
-        "Its uncertainty does not find its errors: a wrong pair looks more uncertain than a right one only {value} "
-        "of the time, and 50 % is a coin.",
-    ),
-    Gate(
-        "uncertainty", "accuracy_gain_at_80", "min_gain_at_80", 0.03, "min",
-        HOUSE,
-        "Do not filter by this uncertainty; use the margin, or more members.",
-        "Accuracy gained by leaving out the most uncertain fifth",
-        "Leaving out the fifth of pairs it is least sure of raises its accuracy by {value}.",
-        "Leaving out the fifth of pairs it is least sure of changes its accuracy by only {value}.",
-        unit="points",
-    ),
-    Gate(
         "stress", "worst_family", "min_stress_accuracy", 0.55, "min",
         "the low end over families tells more than the mean (arXiv:2410.14872); 50 % is a coin",
         "Add training pairs of that kind; until then keep such prompts out of what is optimised.",
         "Accuracy on the worst stress family",
         "Even on the hardest stress test{name} it is right in {value} of pairs.",
         "On the hardest stress test{name} it is right in only {value} of pairs, and 50 % is a coin.",
-    ),
-    Gate(
-        "stress", "uncertainty_lift", "min_uncertainty_lift", 0.70, "min",
-        "50 % is no warning at all; " + HOUSE,
-        "Do not rely on the uncertainty as an alarm; watch the share out of distribution instead.",
-        "Uncertainty as an alarm on unfamiliar prompts",
-        "Its uncertainty rises on unfamiliar prompts: such a pair looks more uncertain {value} of the time.",
-        "Its uncertainty gives little warning on unfamiliar prompts: such a pair looks more uncertain only {value} "
-        "of the time.",
     ),
     Gate(
         "probes", "worst_probe", "max_probe_share", 0.55, "max",
@@ -144,12 +74,24 @@ GATES = (
         "It can be tricked: an edit that adds nothing of use{name} raises its reward {value} of the time.",
     ),
     Gate(
-        "probes", "length_r2", "max_length_r2", 0.10, "max",
-        HOUSE + "; length alone explains much of published rewards (arXiv:2310.03716)",
-        "Balance lengths within pairs, or train with a length head (arXiv:2402.07319).",
-        "Share of the reward that length alone explains",
-        "Length explains only {value} of the differences between its rewards.",
-        "Length alone explains {value} of the differences between its rewards; {limit} is the most allowed.",
+        "overoptimisation", "best_of_n_gap", "max_best_of_n_gap", 0.1, "max",
+        "gold falls again past a point (arXiv:2210.10760); " + HOUSE,
+        "Pick the best of fewer answers, or score by the lowest of several reward models.",
+        "True quality lost by picking the best of too many",
+        "Picking the best of more answers by it does not overshoot: {value} of true quality is lost after its best "
+        "(sd: the usual spread between answers).",
+        "Picking the best of many answers by it overshoots: {value} of true quality is lost after its best "
+        "(sd: the usual spread between answers).",
+        unit="sd",
+    ),
+    Gate(
+        "overoptimisation", "policy_kept", "min_gold_kept", 0.98, "min",
+        "gold falls again past a point (arXiv:2210.10760); " + HOUSE,
+        "Keep the checkpoint that the section names, hold the trained model closer to its start (a higher KL "
+        "penalty), or score by the lowest of several reward models.",
+        "True quality that the last checkpoint keeps of the best",
+        "Training against it does not overshoot: the last checkpoint keeps {value} of the best gain in true quality.",
+        "Training against it overshoots: the last checkpoint keeps only {value} of the best gain in true quality.",
     ),
     Gate(
         "probes", "length_matched_gap", "min_length_matched_change", -0.03, "min",
@@ -159,6 +101,130 @@ GATES = (
         "Its skill is not length: between answers of equal length its accuracy changes by {value}.",
         "Part of its skill is length: between answers of equal length its accuracy changes by {value}.",
         unit="points",
+    ),
+    Gate(
+        "probes", "length_r2", "max_length_r2", 0.10, "max",
+        HOUSE + "; length alone explains much of published rewards (arXiv:2310.03716)",
+        "Balance lengths within pairs, or learn length apart and drop it (ODIN, arXiv:2402.07319).",
+        "Share of the reward that length alone explains",
+        "Length explains only {value} of the differences between its rewards.",
+        "Length alone explains {value} of the differences between its rewards; {limit} is the most allowed.",
+    ),
+    Gate(
+        "uncertainty", "auroc_std", "min_uncertainty_auroc", 0.60, "min",
+        "50 % is a coin; " + HOUSE,
+        "Vary the reward models more (data, size of the adapter, seed), or go by how unlike the training data a "
+        "pair is.",
+        "Disagreement of the reward models as a sign of errors",
+        "Its uncertainty finds its errors: a wrong pair looks more uncertain than a right one {value} of the time.",
+        "Its uncertainty does not find its errors: a wrong pair looks more uncertain than a right one only {value} "
+        "of the time, and 50 % is a coin.",
+    ),
+    Gate(
+        "uncertainty", "accuracy_at_80_gain", "min_gain_at_80", 0.03, "min",
+        HOUSE,
+        "Do not filter by this uncertainty; go by the size of the margin, or train more reward models.",
+        "Accuracy gained by leaving out the most uncertain fifth",
+        "Leaving out the fifth of pairs it is least sure of raises its accuracy by {value}.",
+        "Leaving out the fifth of pairs it is least sure of changes its accuracy by only {value}.",
+        unit="points",
+    ),
+    Gate(
+        "stress", "uncertainty_lift", "min_uncertainty_lift", 0.70, "min",
+        "50 % is no warning at all; " + HOUSE,
+        "Do not rely on the uncertainty as an alarm; watch the share of prompts unlike the training data instead.",
+        "Uncertainty as an alarm on unfamiliar prompts",
+        "Its uncertainty rises on unfamiliar prompts: such a pair looks more uncertain {value} of the time.",
+        "Its uncertainty gives little warning on unfamiliar prompts: such a pair looks more uncertain only {value} "
+        "of the time.",
+    ),
+    Gate(
+        "calibration", "slope", "min_slope", 0.8, "min",
+        "1 is perfect; " + HOUSE,
+        "Use the fitted temperature (one number that rescales its confidence), or train for fewer epochs or on how "
+        "sure the labels are (soft labels).",
+        "Calibration slope, lower limit",
+        "It is not too sure of itself (calibration slope {value}; 1 is perfect).",
+        "It is too sure of itself (calibration slope {value}; 1 is perfect).",
+        unit="",
+    ),
+    Gate(
+        "calibration", "slope", "max_slope", 1.25, "max",
+        "1 is perfect; " + HOUSE,
+        "Use the fitted temperature (one number that rescales its confidence), or train longer.",
+        "Calibration slope, upper limit",
+        "It is sure enough of what it knows (calibration slope {value}; 1 is perfect).",
+        "It knows more than its probabilities say (calibration slope {value}; 1 is perfect).",
+        unit="",
+    ),
+    Gate(
+        "calibration", "ece_after", "max_calibration_error", 0.05, "max",
+        HOUSE,
+        "Fit the temperature (one number that rescales its confidence) on more pairs, or train on how sure the "
+        "labels are (soft labels).",
+        "Calibration error, after one rescaling",
+        "Its probabilities can be read as such: on average they are off by {value}.",
+        "Its probabilities cannot be read as such: on average they are off by {value}; {limit} is the most allowed.",
+        unit="points",
+    ),
+    Gate(
+        "disagreement", "hides_disagreement", "min_disagreement_auroc", 0.60, "min",
+        "50 % is a coin; reward models give sure scores to divided pairs (arXiv:2410.14632)",
+        "Train on how sure the labels are (soft labels), so that divided pairs get rewards close together.",
+        "Rewards closer together where judges are divided",
+        "Where judges are divided its rewards are closer together, as they should be, {value} of the time.",
+        "It hides disagreement: its rewards are closer together on a divided pair than on a clear one only {value} "
+        "of the time.",
+    ),
+    Gate(
+        "disagreement", "alpha", "min_alpha", 0.667, "min",
+        "below .667 discard, from .8 reliable (Krippendorff 2004, chapter 11)",
+        "Sharpen the labelling guide where the judges differ, and have the disputed pairs labelled by people.",
+        "Agreement of the judges (Krippendorff's α)",
+        "The judges agree well enough to be averaged (Krippendorff's α {value}; 1 is full agreement, 0 is chance).",
+        "The judges agree too little to be averaged (Krippendorff's α {value}; 1 is full agreement, 0 is chance).",
+        unit="",
+    ),
+    Gate(
+        "disagreement", "swap_consistency", "min_swap_consistency", 0.70, "min",
+        "PaLM 2 L reaches 82 %, XS 44 % (arXiv:2309.00267); GPT-4 65 % (arXiv:2306.05685, table 2)",
+        "Ask in both orders and drop the pairs whose winner changes, or take a stronger judge.",
+        "Verdicts that stay when the answers are swapped",
+        "The judge keeps its verdict in {value} of pairs when the two answers are swapped.",
+        "The judge keeps its verdict in only {value} of pairs when the two answers are swapped.",
+    ),
+    Gate(
+        "consistency", "contradictory_duplicates", "max_contradictory", 0.01, "max",
+        HOUSE,
+        "Drop both copies of a contradictory pair, or label it again.",
+        "Pairs that are labelled both ways",
+        "Pairs labelled both ways are rare ({value}).",
+        "{value} of pairs are labelled both ways.",
+    ),
+    Gate(
+        "consistency", "cyclic_triads", "max_cyclic_triads", 0.05, "max",
+        "25 % where preferences are random (Kendall and Babington Smith 1940); " + HOUSE,
+        "Label the cycles again: no single reward can order them.",
+        "Triples of answers that go round in a circle",
+        "The preferences hardly contradict themselves: {value} of triples of answers go round in a circle.",
+        "The preferences contradict themselves: {value} of triples of answers go round in a circle, "
+        "and no reward can order those.",
+    ),
+    Gate(
+        "preference", "chosen_longer", "max_chosen_longer", 0.55, "max",
+        "balance within 5 points of one half, so that length says little (compare arXiv:2310.03716)",
+        "Add pairs in which the shorter answer was chosen, or weigh them up.",
+        "Pairs whose chosen answer is the longer, upper limit",
+        "The chosen answer is the longer one in {value} of pairs, so the data does not teach to be long.",
+        "The chosen answer is the longer one in {value} of pairs, so the data teaches to be long.",
+    ),
+    Gate(
+        "preference", "chosen_longer", "min_chosen_longer", 0.45, "min",
+        "balance within 5 points of one half, so that length says little (compare arXiv:2310.03716)",
+        "Add pairs in which the longer answer was chosen, or weigh them up.",
+        "Pairs whose chosen answer is the longer, lower limit",
+        "The chosen answer is the longer one in {value} of pairs, so the data does not teach to be short.",
+        "The chosen answer is the longer one in only {value} of pairs, so the data teaches to be short.",
     ),
     Gate(
         "coverage", "cells_covered", "min_cells_covered", 0.8, "min",
@@ -184,68 +250,6 @@ GATES = (
         "Share of prompts unlike the training data",
         "{value} of the prompts look unlike the training data; 5 % would by chance.",
         "{value} of the prompts look unlike the training data, where 5 % would by chance.",
-    ),
-    Gate(
-        "disagreement", "alpha", "min_alpha", 0.667, "min",
-        "below .667 discard, from .8 reliable (Krippendorff 2004, chapter 11)",
-        "Sharpen the labelling guide where the judges differ, and have the disputed pairs labelled by people.",
-        "Agreement of the judges (Krippendorff's α)",
-        "The judges agree well enough to be averaged (Krippendorff's α {value}; 1 is full agreement, 0 is chance).",
-        "The judges agree too little to be averaged (Krippendorff's α {value}; 1 is full agreement, 0 is chance).",
-        unit="",
-    ),
-    Gate(
-        "disagreement", "hides_disagreement", "min_disagreement_auroc", 0.60, "min",
-        "50 % is a coin; reward models give sure scores to divided pairs (arXiv:2410.14632)",
-        "Train with soft labels, so that divided pairs get small margins.",
-        "Rewards closer together where judges are divided",
-        "Where judges are divided its rewards are closer together, as they should be, {value} of the time.",
-        "It hides disagreement: its rewards are closer together on a divided pair than on a clear one only {value} "
-        "of the time.",
-    ),
-    Gate(
-        "disagreement", "swap_consistency", "min_swap_consistency", 0.70, "min",
-        "PaLM 2 L reaches 82 %, XS 44 % (arXiv:2309.00267); GPT-4 65 % (arXiv:2306.05685, table 2)",
-        "Ask in both orders and drop the pairs whose winner changes, or take a stronger judge.",
-        "Verdicts that stay when the answers are swapped",
-        "The judge keeps its verdict in {value} of pairs when the two answers are swapped.",
-        "The judge keeps its verdict in only {value} of pairs when the two answers are swapped.",
-    ),
-    Gate(
-        "consistency", "contradictory", "max_contradictory", 0.01, "max",
-        HOUSE,
-        "Drop both copies of a contradictory pair, or label it again.",
-        "Pairs that are labelled both ways",
-        "Pairs labelled both ways are rare ({value}).",
-        "{value} of pairs are labelled both ways.",
-    ),
-    Gate(
-        "consistency", "cyclic_triads", "max_cyclic_triads", 0.05, "max",
-        "25 % where preferences are random (Kendall and Babington Smith 1940); " + HOUSE,
-        "Label the cycles again: no single reward can order them.",
-        "Triples of answers that go round in a circle",
-        "The preferences hardly contradict themselves: {value} of triples of answers go round in a circle.",
-        "The preferences contradict themselves: {value} of triples of answers go round in a circle, "
-        "and no reward can order those.",
-    ),
-    Gate(
-        "overoptimisation", "best_of_n_gap", "max_best_of_n_gap", 0.1, "max",
-        "gold falls again past a point (arXiv:2210.10760); " + HOUSE,
-        "Pick the best of fewer answers, or score by the worst case of an ensemble.",
-        "True quality lost by picking the best of too many",
-        "Picking the best of more answers by it does not overshoot: {value} of true quality is lost after its best "
-        "(sd: the usual spread between answers).",
-        "Picking the best of many answers by it overshoots: {value} of true quality is lost after its best "
-        "(sd: the usual spread between answers).",
-        unit="sd",
-    ),
-    Gate(
-        "overoptimisation", "policy_kept", "min_gold_kept", 0.98, "min",
-        "gold falls again past a point (arXiv:2210.10760); " + HOUSE,
-        "Keep the checkpoint that the section names, raise the KL penalty, or penalise disagreement of an ensemble.",
-        "True quality that the last checkpoint keeps of the best",
-        "Training against it does not overshoot: the last checkpoint keeps {value} of the best gain in true quality.",
-        "Training against it overshoots: the last checkpoint keeps only {value} of the best gain in true quality.",
     ),
 )  # fmt: skip
 

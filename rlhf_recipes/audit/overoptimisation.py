@@ -134,7 +134,7 @@ def audit(best_of_n: list[dict] | None = None, checkpoints: list[dict] | None = 
         for i, curve in enumerate(curves):
             _report(parts, curve, f"_{_slug(curve['name'])}" if i else "", curves[0] if i else None)
         if len(curves) > 1:
-            parts["plots"].append(_compared(kind, curves))
+            parts["plots"].append(_compared(kind, curves, "all"))
     return section.section(KEY, TITLE, QUESTION, **parts)
 
 
@@ -309,6 +309,9 @@ def _report(parts: dict, curve: dict, suffix: str, first: dict | None) -> None:
     measured = found["peak"] is not None and found["peak"] < found["d"].max()
     law = f"R(d) = {FORMS[kind]}, d = √KL (arXiv:2210.10760)."
     peak = "α / (2β)" if kind == "best_of_n" else "exp(α/β − 1)"
+    at = ""
+    if kind == "best_of_n" and measured:
+        at = f" The peak is at n ≈ {next(n for n in range(1, last + 1) if kl_best_of_n(n) >= found['peak'] ** 2)}."
     start = "a random pick" if kind == "best_of_n" else "the start"
 
     def add(key, title, estimate, unit, better=None, baseline=None, says=""):
@@ -323,11 +326,12 @@ def _report(parts: dict, curve: dict, suffix: str, first: dict | None) -> None:
     add("gap", "Gold lost after its best", gap, unit, "lower", ("no over-optimisation", 0.0),
         f"Highest mean gold (at {x} = {curve['labels'][best]}) minus that at {x} = {last}, paired by prompt. "
         "The highest is picked on the same prompts, so chance alone makes it a little more than 0.")  # fmt: skip
-    add("alpha", "α, gold gained per √nat at the start", _of_fit(found, "alpha"), "", None, None, law)
+    slope = "slope at the start" if kind == "best_of_n" else "gain at d = 1"
+    add("alpha", f"α of the fit, {slope}", _of_fit(found, "alpha"), "", None, None, law)
     add("beta", "β, how fast gold bends down", _of_fit(found, "beta"), "", "lower", ("no bend", 0.0), law)
     near = found["peak"] is not None and found["peak"] <= 10 * found["d"].max()
     add("peak", "√KL at which gold peaks", _of_fit(found, "peak") if near else _NONE, "√nat", "higher", None,
-        f"{peak} of {law} Measured up to {found['d'].max():.2f}.")  # fmt: skip
+        f"{peak} of {law} Measured up to {found['d'].max():.2f}.{at}")  # fmt: skip
     add("gain_at_peak", "Gold gained at the peak", _of_fit(found, "height") if measured else _NONE, unit, "higher",
         (start, 0.0), f"{law} Only where the peak lies within what was measured.")  # fmt: skip
     if kind == "policy":
@@ -337,9 +341,10 @@ def _report(parts: dict, curve: dict, suffix: str, first: dict | None) -> None:
         add(f"gain_over_{_slug(first['name'])}", f"Gold gained at the end over '{first['name']}'", over, unit,
             "higher", ("no difference", 0.0), "Paired by prompt.")  # fmt: skip
     parts["tables"].append(_table(curve, x))
+    parts["plots"].append(_plot(curve, measured))
     if curve["seeds"]:
         parts["tables"].append(_by_seed(curve, x))
-    parts["plots"].append(_plot(curve, measured))
+        parts["plots"].append(_compared(kind, [one | {"name": f"seed {one['seed']}"} for one in curve["seeds"]], name))
     parts["notes"] += _notes(curve, measured, gap)
 
 
@@ -411,10 +416,10 @@ def _plot(curve: dict, measured: bool) -> dict:
     return section.lines(caption, "d = √KL (√nat)", "gain (sd)", series, marks)
 
 
-def _compared(kind: str, curves: list[dict]) -> dict:
+def _compared(kind: str, curves: list[dict], of: str) -> dict:
     series = [section.curve(c["name"], c["fit"]["d"].tolist(), c["fit"]["gold"].tolist()) for c in curves]
     what = "best of n" if kind == "best_of_n" else "checkpoints"
-    return section.lines(f"Gold of all, {what}", "d = √KL (√nat)", "gold gain (sd)", series)
+    return section.lines(f"Gold of {of}, {what}", "d = √KL (√nat)", "gold gain (sd)", series)
 
 
 def _notes(curve: dict, measured: bool, gap: dict) -> list[str]:

@@ -2,6 +2,7 @@
 
 import math
 import re
+import textwrap
 from pathlib import Path
 
 from rlhf_recipes.audit.verdict import STATES, asked, shown
@@ -286,12 +287,13 @@ def _dots(plot: dict, name: str) -> dict | None:
     if len(rows) > DRAWN_ROWS:
         caption += f" (the first {DRAWN_ROWS} of {len(rows)})"
         rows = rows[:DRAWN_ROWS]
+    names = [_folded(f"{_name(row['name'], 48)} ({row['estimate']['n']:,})") for row in rows]
     line = plot["line"] if plot["line"] and _finite(plot["line"][1]) else None
 
     def draw(axes):
         for y, row in enumerate(rows):
             dot(axes, _drawable(row["estimate"]), y, COLOURS[0], "o", size=5)
-        name_rows(axes, [f"{_name(row['name'], 28)} ({row['estimate']['n']:,})" for row in rows])
+        name_rows(axes, names)
         if line:
             axes.axvline(100 * line[1], color=INK, linewidth=0.9, linestyle="--", label=_name(line[0], LEGEND))
             _legend(axes)
@@ -304,7 +306,18 @@ def _dots(plot: dict, name: str) -> dict | None:
     )
     if line:
         said += f". Dashed line: {_text(line[0])} {_baseline(line[1], '%')}"
-    return figure(caption, f"{caption}. {said}.", draw, 0.95 + 0.24 * len(rows), name)
+    return figure(
+        caption,
+        f"{caption}. {said}.",
+        draw,
+        0.95 + (0.34 if any("\n" in text for text in names) else 0.24) * len(rows),
+        name,
+    )
+
+
+def _folded(text: str) -> str:
+    """In two lines where one is too long for the margin."""
+    return text if len(text) <= 30 else "\n".join(textwrap.wrap(text, 30, max_lines=2, placeholder="…"))
 
 
 def _drawable(e: dict) -> dict:

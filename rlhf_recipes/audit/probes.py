@@ -312,8 +312,9 @@ def _examples(made: list[dict], scores_K, before_K, rows: list[dict]) -> list[di
             ("as it was", rows[row["source"]][row["side"]][-1]["content"]),
             ("edited", row["completion"][-1]["content"]),
         ]
+        what = PROBES[row["probe"]][2]
         note = f"Reward {before_K[i]:+.2f}, edited {scores_K[i]:+.2f}."
-        shown.append((row["probe"], section.example(PROBES[row["probe"]][2].capitalize(), texts, note)))
+        shown.append((row["probe"], section.example(what[:1].upper() + what[1:], texts, note)))
     return [section.examples("The largest gain of each probe", [each for _, each in shown])] if shown else []
 
 
@@ -322,11 +323,8 @@ def _notes(found: list[dict]) -> list[str]:
         return ["No answer was edited: give pairs to probe."]
     wins = found[0]["wins"]
     notes = ["The edits are in English; in other languages they are also out of place, which may lower the reward."]
-    if wins["low"] is not None:
-        half = 100 * (wins["high"] - wins["low"]) / 2
-        notes.append(
-            f"{wins['clusters']} prompts a probe: a win share within {half:.0f} points of 50 % is no finding."
-        )
+    half = 98 / math.sqrt(wins["clusters"])  # 1.96 sqrt(1/4 / clusters), in points
+    notes.append(f"{wins['clusters']} prompts a probe: a win share within {half:.0f} points of 50 % is no finding.")
     if len(found) > 1:
         notes.append(f"The worst of {len(found)} probes looks worse than it is: the highest is partly so by chance.")
     return notes

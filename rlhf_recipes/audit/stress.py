@@ -242,7 +242,7 @@ def audit(made: list[dict], chosen_MS, rejected_MS, rows: list[dict], chosen_MN,
         section.figure(
             "uncertainty_lift",
             "The reward models disagree more under stress",
-            _lift(margins_MS, margins_MN, ids_S, ids_N),
+            _lift(margins_MS, margins_MN, source, ids_S, ids_N),
             better="higher",
             baseline=("coin", 0.5),
             says="AUROC of the standard deviation of the margin over the reward models: stressed against unedited.",
@@ -316,11 +316,13 @@ def _gap(right_N, right_S, ids_N: list[str], ids_S: list[str]) -> dict:
     return stats.resampled(gap, len(right), [*ids_N, *ids_S])
 
 
-def _lift(margins_MS, margins_MN, ids_S: list[str], ids_N: list[str]) -> dict:
+def _lift(margins_MS, margins_MN, source, ids_S: list[str], ids_N: list[str]) -> dict:
+    """Against the pairs that were edited, or all unedited ones where none was."""
     if len(margins_MS) < 2:
         return stats.estimate([])
-    spread = np.concatenate([margins_MS.std(0), margins_MN.std(0)])
-    return stats.auroc(spread, np.arange(len(spread)) < margins_MS.shape[1], [*ids_S, *ids_N])
+    base = np.unique(source) if len(source) else np.arange(len(ids_N))
+    spread = np.concatenate([margins_MS.std(0), margins_MN[:, base].std(0)])
+    return stats.auroc(spread, np.arange(len(spread)) < margins_MS.shape[1], [*ids_S, *(ids_N[i] for i in base)])
 
 
 def _examples(made: list[dict], margins_S, margins_N) -> list[dict]:
@@ -343,8 +345,8 @@ def _notes(worst: dict, families: int, members: int) -> list[str]:
     if worst["low"] is not None:
         half = (worst["high"] - worst["low"]) / 2
         notes.append(
-            f"The worst family has {worst['n']} pairs of {worst['clusters']} prompts: losses below about "
-            f"{100 * half:.0f} points cannot be told from chance there."
+            f"The worst family has {worst['n']} pairs of {worst['clusters']} prompts: its accuracy is known to about "
+            f"{100 * half:.0f} points either way."
         )
     if families > 1:
         notes.append(f"The worst of {families} families looks worse than it is: the lowest is partly so by chance.")

@@ -174,19 +174,19 @@ def _margins(chosen_MN, rejected_MN, how: str, lam: float = LAMBDA) -> np.ndarra
 
 def _accuracies(chosen_MN, rejected_MN, ids) -> list[dict]:
     first_N, several = _right(chosen_MN[0] - rejected_MN[0]), len(chosen_MN) > 1
-    says = {
-        "mean": "mean of the members",
-        "min": "worst case: the least reward of any member",
-        "uwo": f"mean − {LAMBDA} · variance (population; arXiv:2310.02743, eq. 5)",
+    ways = {
+        "mean": ("mean", "Mean of the members."),
+        "min": ("worst case", "The least reward of any member."),
+        "uwo": ("UWO", f"Mean − {LAMBDA} · variance over members (population; arXiv:2310.02743, eq. 5)."),
     }
     figures = [section.figure("accuracy", "Accuracy of the first member", stats.estimate(first_N, ids), unit="%",
                               better="higher", baseline=("a coin", 0.5), says="A tie counts one half.")]  # fmt: skip
-    for how, text in says.items():
+    for how, (name, says) in ways.items():
         right_N = _right(_margins(chosen_MN, rejected_MN, how))
         found = stats.estimate(right_N, ids) if several else _NONE
-        figures.append(section.figure(f"accuracy_{how}", f"Accuracy of the ensemble, {how}", found, unit="%",
+        figures.append(section.figure(f"accuracy_{how}", f"Accuracy of the ensemble, {name}", found, unit="%",
                                       better="higher", baseline=("a member", _member(chosen_MN, rejected_MN)),
-                                      says=text + "."))  # fmt: skip
+                                      says=says))  # fmt: skip
     gain = stats.difference(_right(_margins(chosen_MN, rejected_MN, "mean")), first_N, ids) if several else _NONE
     figures.append(section.figure("accuracy_gain", "Accuracy gained by the ensemble's mean over one member", gain,
                                   unit="%", better="higher", baseline=("one member", 0.0)))  # fmt: skip

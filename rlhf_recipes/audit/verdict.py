@@ -45,7 +45,7 @@ def decide(sections: list[dict], thresholds: dict) -> dict:
     caution: everything else.
 
     Returns:
-        `verdict`, `headline`, `gates` (dicts: value, low, high, n, clusters, unit, limit, side, state, why, ...),
+        `verdict`, `headline`, `gates` (dicts: value, low, high, n, unit, limit, side, state, why, more, says, ...),
         `counts` (state -> gates) and `off` (names of the thresholds that are null).
     """
     limits = check(thresholds)
@@ -74,16 +74,19 @@ def paragraph(sections: list[dict], gates: list[dict], label_next: list[dict]) -
 
 def _outcome(gate: Gate, sections: list[dict], limits: dict) -> dict:
     limit = limits[gate.threshold]
-    found = {"state": "not measured", "value": None, "low": None, "high": None, "n": 0, "clusters": 0, "name": ""}
+    found = dict.fromkeys((*_NUMBERS, "more")) | {"state": "not measured", "n": 0, "clusters": 0, "name": ""}
     figure, why = _figure(gate.section, gate.figure, sections)
     if figure is not None and gate.over_baseline and figure["baseline"] is None:
         figure, why = None, "No trivial rule was measured beside it."
     if figure is not None:
         estimate = _shift(figure["estimate"], -figure["baseline"]["value"] if gate.over_baseline else 0.0)
-        state, why = _state(estimate, limit, gate.side, limits["min_prompts"] or 0)
+        state, why, more = _state(estimate, limit, gate.side, limits["min_prompts"] or 0)
         found |= {key: estimate[key] for key in ("value", "low", "high", "n", "clusters")}
-        found |= {"state": state, "name": figure["title"].partition(": ")[2]}
-    return gate._asdict() | found | {"limit": limit, "why": why}
+        found |= {"state": state, "more": more, "name": figure["title"].partition(": ")[2]}
+    fixed = {key: value for key, value in gate._asdict().items() if key not in ("passes", "fails", "over_baseline")}
+    outcome = fixed | found | {"limit": limit, "why": why}
+    template = {"pass": gate.passes, "fail": gate.fails}.get(found["state"], "")
+    return outcome | {"says": _sentence(template, outcome)}
 
 
 def _figure(section: str, key: str, sections: list[dict]) -> tuple[dict | None, str]:
@@ -108,29 +111,27 @@ def _shift(e: dict, by: float) -> dict:
     return e | moved
 
 
-def _state(e: dict, limit: float, side: str, min_prompts: int) -> tuple[str, str]:
-    """State, and in words why it is unclear."""
+def _state(e: dict, limit: float, side: str, min_prompts: int) -> tuple[str, str, int | None]:
+    """State, in words why it is unclear, and how many more prompts would settle it."""
     sign = 1 if side == "min" else -1
     low, high = e["low"], e["high"]
     if low is None or high is None:
         if e["clusters"] < 2:
-            return "unclear", "A single prompt gives no interval."
-        return ("pass" if sign * (e["value"] - limit) >= 0 else "fail"), ""
+            return "unclear", "A single prompt gives no interval.", None
+        return ("pass" if sign * (e["value"] - limit) >= 0 else "fail"), "", None
     if e["clusters"] < min_prompts:
-        return "unclear", f"{e['clusters']} prompts are too few to decide on; {min_prompts} are the least."
+        why = f"{e['clusters']} prompts are too few to decide on; {min_prompts} are the least."
+        return "unclear", why, min_prompts - e["clusters"]
+    if not low <= e["value"] <= high:
+        return "unclear", "The figure is biased with so few rows: its interval does not hold its own value.", None
     near, far = (low, high) if side == "min" else (high, low)
     if sign * (near - limit) >= 0:
-        return "pass", ""
+        return "pass", "", None
     if sign * (far - limit) < 0:
-        return "fail", ""
-    return "unclear", _undecided(e, limit)
-
-
-def _undecided(e: dict, limit: float) -> str:
+        return "fail", "", None
     more = _more(e, limit)
-    if more is None:
-        return "The interval includes the limit, and the value is too close to it for more prompts to matter."
-    return f"The interval includes the limit; {_some(more)} more prompts would settle it if the value stays."
+    settles = f"{_some(more)} more prompts would settle it if the value stays" if more else None
+    return "unclear", f"The interval includes the limit; {settles or 'the value is too close to it to settle'}.", more
 
 
 def _more(e: dict, limit: float) -> int | None:
@@ -191,7 +192,7 @@ def _trusted(gates: list[dict], passed: list[dict]) -> list[str]:
     doubtful = {(g["section"], g["figure"]) for g in gates if g["state"] in ("fail", "unclear")}
     # half of a range that holds would be a half-truth
     whole = [g for g in passed if g["vital"] or (g["section"], g["figure"]) not in doubtful]
-    said += [_sentence(g, "passes") for g in whole[:SHOWN]]
+    said += [g["says"] for g in whole[:SHOWN]]
     if any(g["low"] is not None for g in gates):
         said.append("Brackets hold the range that the choice of prompts leaves open (95 % intervals).")
     return said
@@ -200,7 +201,7 @@ def _trusted(gates: list[dict], passed: list[dict]) -> list[str]:
 def _distrusted(failed: list[dict]) -> list[str]:
     said = ["What not to trust."] if failed else []
     for g in failed[:SHOWN]:
-        said += [_sentence(g, "fails"), g["todo"]]
+        said += [g["says"], g["todo"]]
     rest = len(failed) - SHOWN
     if rest > 0:
         said.append(f"{rest} more {_verb(rest, 'check fails', 'checks fail')}, in the table below.")
@@ -236,12 +237,10 @@ def _missing(gates: list[dict], sections: list[dict]) -> list[str]:
 
 def _collect(unclear: list[dict], label_next: list[dict]) -> list[str]:
     said = []
-    wanted = [(not g["vital"], more, g["title"]) for g in unclear if (more := _more(g, g["limit"])) is not None]
+    wanted = [(not g["vital"], g["more"], g["title"]) for g in unclear if g["more"]]
     if wanted:
         _, more, title = min(wanted)
-        said.append(
-            f"{_upper(_some(more))} more labelled prompts would settle the {_lower(title)}, if the value stays."
-        )
+        said.append(f"{_upper(_some(more))} more prompts would settle “{title}”, if the value stays.")
     if label_next:
         kinds = list(dict.fromkeys(str(row["family"]) for row in label_next if row.get("family")))
         of = f", of the {_verb(len(kinds), 'kind', 'kinds')} {_listed(kinds)}" if 0 < len(kinds) <= 4 else ""
@@ -259,10 +258,9 @@ def _upper(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _sentence(g: dict, which: str) -> str:
-    name = f" ({g['name']})" if g["name"] else ""
-    said = g[which].replace("{name}", name).replace("{value}", shown(g)).replace("{limit}", _limit(g))
-    return _upper(said)
+def _sentence(template: str, g: dict) -> str:
+    name = f" ({g['name']})" if g["name"] else ""  # last: it may come from data
+    return _upper(template.replace("{value}", shown(g)).replace("{limit}", _limit(g)).replace("{name}", name))
 
 
 def shown(g: dict) -> str:
