@@ -9,11 +9,12 @@ None without rows; `low` and `high` are None where a single cluster leaves nothi
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 Z95 = 1.959963984540054  # 97.5 % quantile of the standard normal
+BLOCK = 2**20  # numbers of a block of resamples
 RIDGE = 1e-2  # keeps the logistic fit finite where lengths separate wins from losses
 
 
@@ -63,10 +64,10 @@ def ratio_of_sums(
     sums_G = np.bincount(ids, numerators, groups), np.bincount(ids, denominators, groups)
     bounds = (None, None)
     if groups > 1:
-        weights_RG = _weights(groups, resamples, seed)
-        totals = weights_RG @ sums_G[1]
+        drawn = [weights_RG @ np.stack(sums_G, 1) for weights_RG in _weights(groups, resamples, seed)]
+        a_R, b_R = np.concatenate(drawn).T
         # a resample may hold only clusters without a denominator (empty texts)
-        bounds = np.quantile((weights_RG @ sums_G[0])[totals != 0] / totals[totals != 0], (0.025, 0.975))
+        bounds = np.quantile(a_R[b_R != 0] / b_R[b_R != 0], (0.025, 0.975))
     numbers = (numerators.sum() / denominators.sum(), *bounds)
     if exponential:
         numbers = [None if x is None else _exp(x) for x in numbers]
@@ -100,19 +101,23 @@ def auroc(scores, positive, clusters=None, resamples: int = 1000, seed: int = 0)
         scores: n finite numbers.
         positive: n booleans. All alike: `value` is None.
     """
-    from sklearn.metrics import roc_auc_score
-
     scores, positive = _finite(scores, "scores"), np.asarray(list(positive), dtype=bool)
     if len(scores) != len(positive):
         raise ValueError(f"positive = {len(positive)} rows: {len(scores)} scores. Pass as many.")
+    return resampled(area(scores, positive), len(scores), clusters, resamples, seed)
 
-    def area(weights_N):
-        drawn = weights_N > 0
-        if positive[drawn].all() or not positive[drawn].any():
-            return math.nan
-        return float(roc_auc_score(positive, scores, sample_weight=weights_N))
 
-    return resampled(area, len(scores), clusters, resamples, seed)
+def area(scores_N: np.ndarray, positive_N: np.ndarray) -> Callable[[np.ndarray], float]:
+    """AUROC as a statistic of weights, for `resampled`: scores are ranked once, so that a resample costs O(n)."""
+    codes = np.unique(scores_N, return_inverse=True)[1]
+    size = codes.max(initial=-1) + 1
+
+    def of(weights_N: np.ndarray) -> float:
+        above, below = (np.bincount(codes, weights_N * side, size) for side in (positive_N, ~positive_N))
+        total = above.sum() * below.sum()
+        return float(above @ (np.cumsum(below) - 0.5 * below)) / total if total else math.nan
+
+    return of
 
 
 def length_controlled_win_rate(wins, length_differences, clusters=None, resamples: int = 1000, seed: int = 0) -> dict:
@@ -141,7 +146,7 @@ def length_controlled_win_rate(wins, length_differences, clusters=None, resample
     start = _logistic(np.ones((1, len(wins))), x, wins, np.zeros((1, 2)), steps=50)
     low = high = None
     if groups > 1:
-        weights_RN = _weights(groups, resamples, seed)[:, ids]
+        weights_RN = np.concatenate(list(_weights(groups, resamples, seed)))[:, ids]
         refits_R2 = _logistic(weights_RN, x, wins, np.repeat(start, resamples, axis=0), steps=12)
         low, high = np.quantile(_sigmoid(refits_R2[:, 0]), (0.025, 0.975))
     return _result(_sigmoid(start[0, 0]), low, high, len(wins), groups)
@@ -222,10 +227,12 @@ def _count_clusters(clusters, n: int) -> int:
     return len(set(_codes(clusters, n)))
 
 
-def _weights(groups: int, resamples: int, seed: int) -> np.ndarray:
-    """How often each cluster is drawn in each resample, shape (R, G)."""
-    rng = np.random.default_rng(seed)
-    return rng.multinomial(groups, np.full(groups, 1 / groups), size=resamples).astype(float)
+def _weights(groups: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each cluster is drawn in each resample, shape (R, G), in blocks of some: many clusters take no more
+    memory than few."""
+    rng, shares, rows = np.random.default_rng(seed), np.full(groups, 1 / groups), max(1, BLOCK // groups)
+    for start in range(0, resamples, rows):
+        yield rng.multinomial(groups, shares, size=min(rows, resamples - start)).astype(float)
 
 
 def _logistic(weights_RN, x_N, y_N, start_R2, steps: int) -> np.ndarray:

@@ -116,7 +116,9 @@ def take(cfg: DictConfig, found: Sources, pairs: data.Splits, tokenizer, job: ru
     stressed = scored.pairs(made["stress"], "stress")[:2]
     edited_MK, parts_MK = (scored.answers(made[name], name) for name in ("probes", "credit"))
     told = [*judgements.from_pairs([*train, *rows]), *found.judgements]
-    used = _deployed(cfg, found, scored, ledger_KF, tokenizer, job) if found.deployment else {}
+    used = {}
+    if found.deployment:
+        used = _deployed(cfg, found, scored, ledger_KF, novelty_N2.max(1), tokenizer, job)
     over = _against_gold(cfg, found, scored.ensemble, tokenizer, rows, job) if found.gold else {}
     parts = {
         "preference": partial(preference.audit, rows, margins_N, train),
@@ -128,9 +130,7 @@ def take(cfg: DictConfig, found: Sources, pairs: data.Splits, tokenizer, job: ru
         "stress": partial(stress.audit, made["stress"], *stressed, rows, chosen_MN, rejected_MN),
         "probes": partial(probes.audit, made["probes"], edited_MK, rows, chosen_MN, rejected_MN),
         "over-optimisation": partial(overoptimisation.audit, **over),
-        "coverage": partial(coverage.audit, train, found.deployment and [row["prompt"] for row in found.deployment],
-                            features=used and {"held_out": novelty_N2.max(1), "deployment": used["novelty_P"]},
-                            generated=used and used["generated"]),
+        "coverage": partial(coverage.audit, train, **used.get("coverage", {})),
         "disagreement": partial(disagreement.audit, told, rows, chosen_MN, rejected_MN),
         "consistency": partial(consistency.audit, told),
         "credit": partial(credit.audit, made["credit"], parts_MK, rows,
@@ -149,8 +149,8 @@ def take(cfg: DictConfig, found: Sources, pairs: data.Splits, tokenizer, job: ru
     return Findings(done, [_why(each) for each in worth], disagreement.disputed(told, rows, chosen_MN, rejected_MN))
 
 
-def _deployed(cfg: DictConfig, found: Sources, scored: "Scored", ledger_KF, tokenizer, job: run.Run) -> dict:
-    """Answers to a sample of the deployment prompts, with their novelty and the spread of their rewards."""
+def _deployed(cfg: DictConfig, found: Sources, scored: "Scored", ledger_KF, held_out_N, tokenizer, job) -> dict:
+    """Answers to a sample of the deployment prompts: novelty, spread of the rewards, what coverage asks."""
     from rlhf_recipes.audit import uncertainty
 
     rows = random.Random(cfg.seed).sample(found.deployment, min(cfg.prompts, len(found.deployment)))
@@ -159,12 +159,13 @@ def _deployed(cfg: DictConfig, found: Sources, scored: "Scored", ledger_KF, toke
     turns = [row["prompt"] + [{"role": "assistant", "content": t}] for row, t in zip(rows, texts, strict=True)]
     result = scored.ensemble.score(turns, "deployment", features=True)
     scaled_MP = uncertainty.standardise(result.rewards_MC, result.rewards_MC)
-    return {
-        "rows": rows,
-        "novelty_P": uncertainty.mahalanobis(ledger_KF, result.features_CF),
-        "spread_P": scaled_MP.std(0),
+    novelty_P = uncertainty.mahalanobis(ledger_KF, result.features_CF)
+    ledger = {
+        "deployment_prompts": [row["prompt"] for row in found.deployment],
+        "features": {"held_out": held_out_N, "deployment": novelty_P},
         "generated": [{"prompt": row["prompt"], "text": text} for row, text in zip(rows, texts, strict=True)],
     }
+    return {"rows": rows, "novelty_P": novelty_P, "spread_P": scaled_MP.std(0), "coverage": ledger}
 
 
 def _why(worth: dict) -> dict:

@@ -199,7 +199,7 @@ def _member(chosen_MN, rejected_MN) -> float:
 
 def _detection(ways: dict, wrong_N, ids) -> list[dict]:
     """AUROC of every uncertainty for the errors of the ensemble's mean."""
-    areas, figures = {key: _area(u_N, wrong_N) for key, (_, u_N) in ways.items()}, []
+    areas, figures = {key: stats.area(u_N, wrong_N) for key, (_, u_N) in ways.items()}, []
     texts = {
         "std": "standard deviation over members of the margin",
         "mean_margin": "minus the size of the mean margin",
@@ -218,19 +218,6 @@ def _detection(ways: dict, wrong_N, ids) -> list[dict]:
     figures.append(section.figure("auroc_gain", "AUROC gained by the spread over one member's margin", gain,
                                   better="higher", baseline=("no gain", 0.0), says="Paired."))  # fmt: skip
     return figures
-
-
-def _area(scores_N, positive_N):
-    """AUROC as a statistic of weights, as `stats.auroc` has it; ranks once, so that a resample costs O(N)."""
-    codes = np.unique(scores_N, return_inverse=True)[1]
-
-    def area(weights) -> float:
-        size = codes.max() + 1
-        above, below = (np.bincount(codes, weights * of, size) for of in (positive_N, ~positive_N))
-        total = above.sum() * below.sum()
-        return float(above @ (np.cumsum(below) - 0.5 * below)) / total if total > 0 else math.nan
-
-    return area
 
 
 def _spread(ways: dict, mean_N, wrong_N, ids) -> list[dict]:
