@@ -339,7 +339,7 @@ def _tables(found: list[Case]) -> list[dict]:
             [" and ".join(two), len(pairs[two][0]), stats.estimate(
                 _choices(pairs[two][1]) == _choices(pairs[two][2]), pairs[two][0]),
              stats.format_estimate(_kappa_estimate(*pairs[two]))]
-            for two in listed], f"The {len(listed)} that agree least." if len(pairs) > len(listed) else ""))  # fmt: skip
+            for two in listed], f"The {COMPARED} that agree least." if len(pairs) > COMPARED else ""))  # fmt: skip
     else:
         listed = []
     flips = _flip_table(found)
