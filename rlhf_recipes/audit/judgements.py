@@ -95,7 +95,7 @@ def export(path: str, disputed: list[dict], seed: int = 0) -> int:
     lines = []
     for case in disputed:
         name = _id(case["prompt_id"], case["first"], case["second"])
-        sides = [case["first"], case["second"]]
+        sides = sorted((case["first"], case["second"]))
         random.Random(f"{seed}:{name}").shuffle(sides)
         row = {"id": name, **{key: case[key] for key in ("prompt_id", "family", "prompt")}}
         row |= {"first": sides[0], "second": sides[1], "label": None, "why": case["why"]}
