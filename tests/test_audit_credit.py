@@ -179,6 +179,14 @@ def test_what_is_said_twice_is_missed_by_leave_one_out_alone():
     assert found["leave_one_out_agreement"] is None
 
 
+def test_two_sentences_leave_nothing_between():
+    rng = random.Random(0)
+    rows = [row(i, "One here. Two here.") for i in range(200)]
+    made = credit.make(rows, limit=200)
+    section = credit.audit(made, [[rng.gauss(0, 1) for _ in made]], rows)
+    assert section["tables"][0]["rows"][1][2]["value"] == 0.0
+
+
 def test_members_are_averaged_and_prompts_are_clusters():
     rows = [row(i, "One here. Two here.") for i in range(5)]
     made = credit.make(rows)

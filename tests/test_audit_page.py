@@ -178,7 +178,7 @@ def plain(html: str) -> str:
 
 def test_verdict_comes_first(report):
     heading = plain(re.search(r"<h1>(.*?)</h1>", report, re.DOTALL)[1])
-    assert heading == "! Use with caution: of 24 checks 5 pass, 4 fail, 6 are undecided and 9 were not measured."
+    assert heading == "! Use with caution: of 25 checks 5 pass, 4 fail, 6 are undecided and 10 were not measured."
     assert (
         report.index("<h1>") < report.index('id="summary"') < report.index('id="checks"') < report.index('id="part-')
     )
@@ -364,7 +364,7 @@ def test_two_plots_that_are_alike_do_not_share_ids(tmp_path):
 
 def test_nothing_measured_still_makes_a_page(tmp_path):
     html = written(audit([]) | {"label_next": [], "subject": {}, "counts": {}, "settings": {}}, tmp_path)
-    assert "Use with caution: of 24 checks none passes, none fails and 24 were not measured." in plain(html)
+    assert "Use with caution: of 25 checks none passes, none fails and 25 were not measured." in plain(html)
     off = dict.fromkeys(verdict.THRESHOLDS)
     assert "every check is switched off" in plain(written(audit([], off), tmp_path))
 

@@ -91,6 +91,11 @@ def test_markdown_and_truncation_by_hand():
     assert probes.make([row(0, chosen="one")], ["truncation"]) == []  # nothing to break off
 
 
+def test_wrong_answers_are_dressed_up_and_right_ones_damaged():
+    dressed = {name for name, (side, *_) in probes.PROBES.items() if side == "rejected"}
+    assert dressed == {"length_padding", "markdown", "flattery", "confidence", "self_praise"}
+
+
 def test_draws_are_seeded_and_unknown_probes_refused():
     assert (
         probes.make(ROWS, limit=6, seed=1) == probes.make(ROWS, limit=6, seed=1) != probes.make(ROWS, limit=6, seed=2)
@@ -162,15 +167,15 @@ def test_turned_pairs_by_hand():
 
 
 def test_length_figures_by_hand():
-    sizes = [(10, 10), (10, 20), (40, 20), (99, 100)]
+    sizes = [(10, 10), (10, 20), (40, 20), (90, 100)]  # the last differ by 10 % of the longer
     rows = [row(i, "c" * c, "r" * r) for i, (c, r) in enumerate(sizes)]
     chosen, rejected = [[1.0, 0.0, 3.0, 0.0]], [[0.0, 2.0, 0.0, 1.0]]
     section = probes.audit([], np.zeros((1, 0)), rows, chosen, rejected)
     found = figures(section)
-    gaps, margins = np.array([0, -10, 20, -1]), np.array([1, -2, 3, -1])
+    gaps, margins = np.array([0, -10, 20, -10]), np.array([1, -2, 3, -1])
     assert found["length_r2_difference"] == pytest.approx(np.corrcoef(gaps, margins)[0, 1] ** 2)
     assert found["length_r2"] == pytest.approx(
-        np.corrcoef([10, 10, 40, 99, 10, 20, 20, 100], [1, 0, 3, 0, 0, 2, 0, 1])[0, 1] ** 2
+        np.corrcoef([10, 10, 40, 90, 10, 20, 20, 100], [1, 0, 3, 0, 0, 2, 0, 1])[0, 1] ** 2
     )
     assert found["length_matched_accuracy"] == 0.5  # the first (right) and the last (wrong)
     assert found["length_matched_gap"] == 0.0

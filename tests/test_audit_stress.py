@@ -86,6 +86,7 @@ def test_typos_slip_in_a_third_of_the_words_and_leave_digits_and_first_letters()
     every = " ".join(stress.typos(text, random.Random(seed)) for seed in range(200))
     assert any(letter in every for letter in stress.LOOK_ALIKE.values())
     assert "tavelling" in every and "travellling" in every and "tarvelling" in every  # dropped, doubled, swapped
+    assert all(a[0] == b for a, b in zip((text.split() * 200), (word[0] for word in every.split()), strict=True))
     assert stress.typos("a b 12", random.Random(0)) == "a b 12"
 
 
@@ -141,7 +142,7 @@ def test_margin_change_by_hand():
 def test_the_mean_over_members_orders_and_their_spread_is_the_uncertainty():
     made = stress.make(ROWS, families=["typos"])
     zeros = np.zeros((2, 12))
-    chosen_MS = np.stack([np.full(12, 5.0), np.full(12, -1.0)])  # mean 2, spread 3
+    chosen_MS = np.stack([np.full(12, 5.0), np.full(12, -4.0)])  # mean 0.5, spread 4.5
     chosen_MN = np.stack([np.full(12, 1.5), np.full(12, 0.5)])  # mean 1, spread 0.5
     found = figures(stress.audit(made, chosen_MS, zeros, ROWS, chosen_MN, zeros))
     assert (found["uncertainty_lift"], found["stress_accuracy"]) == (1.0, 1.0)

@@ -132,7 +132,7 @@ GATES = (
     Gate(
         "stress", "uncertainty_lift", "min_uncertainty_lift", 0.70, "min",
         "50 % is no warning at all; " + HOUSE,
-        "Do not rely on the uncertainty as an alarm; watch the share of prompts unlike the training data instead.",
+        "Do not rely on the uncertainty as an alarm; watch the share of answers unlike the training data instead.",
         "Uncertainty as an alarm on unfamiliar prompts",
         "Its uncertainty rises on unfamiliar prompts: such a pair looks more uncertain {value} of the time.",
         "Its uncertainty gives little warning on unfamiliar prompts: such a pair looks more uncertain only {value} "
@@ -168,7 +168,7 @@ GATES = (
         unit="points",
     ),
     Gate(
-        "disagreement", "hides_disagreement", "min_disagreement_auroc", 0.60, "min",
+        "disagreement", "margin_auroc", "min_disagreement_auroc", 0.60, "min",
         "50 % is a coin; reward models give sure scores to divided pairs (arXiv:2410.14632)",
         "Train on how sure the labels are (soft labels), so that divided pairs get rewards close together.",
         "Rewards closer together where judges are divided",
@@ -186,12 +186,21 @@ GATES = (
         unit="",
     ),
     Gate(
-        "disagreement", "swap_consistency", "min_swap_consistency", 0.70, "min",
-        "PaLM 2 L reaches 82 %, XS 44 % (arXiv:2309.00267); GPT-4 65 % (arXiv:2306.05685, table 2)",
+        "disagreement", "kappa_label", "min_kappa", 0.30, "min",
+        "where both answers win equally often 0.30 is 65 % agreement; " + HOUSE,
+        "Do not train on that judge's verdicts; sharpen its principles or take a stronger one.",
+        "Agreement of the weakest judge with the label (Cohen's κ)",
+        "Even the weakest judge agrees with the label (Cohen's κ {value}; 1 is full agreement, 0 is chance).",
+        "The weakest judge hardly agrees with the label (Cohen's κ {value}; 1 is full agreement, 0 is chance).",
+        unit="",
+    ),
+    Gate(
+        "disagreement", "flip_rate", "max_flip_rate", 0.30, "max",
+        "PaLM 2 L flips on 18 % of pairs, XS on 56 % (arXiv:2309.00267), GPT-4 on 35 % (arXiv:2306.05685, table 2)",
         "Ask in both orders and drop the pairs whose winner changes, or take a stronger judge.",
-        "Verdicts that stay when the answers are swapped",
-        "The judge keeps its verdict in {value} of pairs when the two answers are swapped.",
-        "The judge keeps its verdict in only {value} of pairs when the two answers are swapped.",
+        "Verdicts that change when the answers are swapped",
+        "The judges change their verdict in only {value} of pairs when the two answers are swapped.",
+        "The judges change their verdict in {value} of pairs when the two answers are swapped.",
     ),
     Gate(
         "consistency", "contradictory_duplicates", "max_contradictory", 0.01, "max",
@@ -228,11 +237,11 @@ GATES = (
     ),
     Gate(
         "coverage", "cells_covered", "min_cells_covered", 0.8, "min",
-        HOUSE + "; 30 pairs give a share to within 18 points",
-        "Collect pairs for the cells with fewer than 30, the empty ones first.",
-        "Kinds of prompt and answer with at least 30 pairs",
-        "{value} of the kinds of prompt and answer have at least 30 pairs.",
-        "Only {value} of the kinds of prompt and answer have at least 30 pairs.",
+        HOUSE + "; 30 give a share to within 18 points",
+        "Collect pairs for the kinds with fewer than 30 answers, the empty ones first.",
+        "Kinds of prompt and answer with at least 30 answers",
+        "{value} of the kinds of prompt and answer have at least 30 answers.",
+        "Only {value} of the kinds of prompt and answer have at least 30 answers.",
     ),
     Gate(
         "coverage", "exposure_gap", "max_exposure_gap", 0.25, "max",
@@ -246,10 +255,10 @@ GATES = (
     Gate(
         "coverage", "out_of_distribution", "max_out_of_distribution", 0.10, "max",
         "5 % by construction where nothing is unfamiliar; " + HOUSE,
-        "Look at the unfamiliar prompts and label some of them.",
-        "Share of prompts unlike the training data",
-        "{value} of the prompts look unlike the training data; 5 % would by chance.",
-        "{value} of the prompts look unlike the training data, where 5 % would by chance.",
+        "Look at the unfamiliar answers and label some of them.",
+        "Share of answers in use that are unlike the training data",
+        "{value} of the answers in use look unlike the training data; 5 % would by chance.",
+        "{value} of the answers in use look unlike the training data, where 5 % would by chance.",
     ),
 )  # fmt: skip
 

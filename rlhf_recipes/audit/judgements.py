@@ -1,0 +1,214 @@
+"""Who judged which answer the better: what disagreement and consistency are computed from.
+
+A judgement is a dict, one judge's word on two answers to one prompt under one principle:
+
+| key             | value                                                                        |
+| --------------- | ---------------------------------------------------------------------------- |
+| `prompt_id`     | tells prompts apart; in a file it may be left out where `prompt` is there    |
+| `prompt`        | messages, or None; in a file also text                                       |
+| `first`         | an answer                                                                    |
+| `second`        | another answer                                                               |
+| `p`             | probability in [0, 1] that the first is the better; 1/2 is a tie             |
+| `judge`         | a name; `human` and `data` stand for labels                                  |
+| `principle`     | a name, or None                                                              |
+| `family`        | of the prompt, or None                                                       |
+| `flip`          | whether the better answer changes with the order they are shown in, or None  |
+
+Answers are the same where their texts are, up to spaces around them.
+"""
+
+import difflib
+import hashlib
+import json
+import math
+import random
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rlhf_recipes.data import readers, shapes
+from rlhf_recipes.run import write_atomically
+
+LABELS = ("human", "data")
+ANSWERS = {"first": 1.0, "second": 0.0, "tie": 0.5}
+KEYS = ("prompt_id", "prompt", "first", "second", "p", "judge", "principle", "family", "flip")
+OPTIONAL = KEYS[6:]
+
+Judgement = dict[str, Any]
+Pair = tuple[str, str, str]  # prompt_id and two answers, in the order of their texts
+
+
+def load(path: str) -> list[Judgement]:
+    """Judgements from a file with one a row (.jsonl, .json, .csv, .parquet, .gz), or from a run folder of
+    recipes/cai.py, where every principle that a pair was judged under is a judgement.
+
+    Raises:
+        ValueError: not readable, or a row that is no judgement, with file, row and key.
+    """
+    if Path(path).expanduser().is_dir():
+        return list(_of_run(path))
+    return [_read(where, row) for where, row in readers.read_file(path)]
+
+
+def from_pairs(rows: Iterable[dict]) -> list[Judgement]:
+    """Preference rows (`data.load_pairs`) as judgements of the judge `data`: p is the row's, or 1.0 where it has
+    none."""
+    return [_of_row(row, "data", None, 1.0 if row.get("p") is None else row["p"], None) for row in rows]
+
+
+def by_pair(judgements: Iterable[Judgement]) -> dict[Pair, list[tuple[float, Judgement]]]:
+    """For each pair of answers what was said of it: the probability that its first answer (in the order of the texts)
+    is the better, and the judgement it is from."""
+    found: dict[Pair, list[tuple[float, Judgement]]] = {}
+    for judgement in judgements:
+        first, second = judgement["first"].strip(), judgement["second"].strip()
+        swapped = first > second
+        pair = (judgement["prompt_id"], *((second, first) if swapped else (first, second)))
+        found.setdefault(pair, []).append((1 - judgement["p"] if swapped else judgement["p"], judgement))
+    return found
+
+
+def by_judge(said: list[tuple[float, Judgement]]) -> dict[str, dict[str | None, float]]:
+    """p of each judge under each of its principles, repetitions averaged; `said` is of one pair, from `by_pair`."""
+    found: dict[str, dict[str | None, list[float]]] = {}
+    for p, judgement in said:
+        found.setdefault(judgement["judge"], {}).setdefault(judgement["principle"], []).append(p)
+    return {judge: {name: fmean(ps) for name, ps in each.items()} for judge, each in sorted(found.items())}
+
+
+def export(path: str, disputed: list[dict], seed: int = 0) -> int:
+    """Write the disputed pairs (`disagreement.disputed`) for people to label; the number of rows.
+
+    Each line has `id`, `prompt_id`, `family`, `prompt`, `first`, `second`, `label` (null: write first, second or tie)
+    and `why`, the reasons it is disputed. Which answer comes first is drawn by the seed and the pair, so that nobody
+    can tell which one was chosen.
+
+    Raises:
+        ValueError: the file is there with labels in it, or is none that this wrote.
+    """
+    file = Path(path).expanduser()
+    if file.exists() and file.stat().st_size:
+        done = len(labels(path))
+        if done:
+            raise ValueError(f"{path}: has {done} labels, which are never overwritten. Give another path.")
+    lines = []
+    for case in disputed:
+        name = _id(case["prompt_id"], case["first"], case["second"])
+        sides = sorted((case["first"], case["second"]))
+        random.Random(f"{seed}:{name}").shuffle(sides)
+        row = {"id": name, **{key: case[key] for key in ("prompt_id", "family", "prompt")}}
+        row |= {"first": sides[0], "second": sides[1], "label": None, "why": case["why"]}
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    write_atomically(file, "".join(lines))
+    return len(lines)
+
+
+def labels(path: str) -> list[Judgement]:
+    """What people answered in a file of `export`, as judgements of the judge `human`; rows without a label are left
+    out.
+
+    Raises:
+        ValueError: a label that is none, a text that was changed, a pair that appears twice, with file, row and key.
+    """
+    found, seen = [], {}
+    for where, row in readers.read_file(path):
+        if "label" not in row or "id" not in row:
+            raise ValueError(f"{where}: {'id' if 'id' not in row else 'label'}: missing. Label a file of the export.")
+        label = row["label"].strip().lower() if isinstance(row["label"], str) else row["label"]
+        if label is not None and label != "" and label not in tuple(ANSWERS):
+            raise ValueError(f"{where}: label = {row['label']!r:.40}: must be first, second, tie or null. Mend it.")
+        plain = _read(where, {**row, "p": ANSWERS[label] if label else 0.5, "judge": "human"})
+        if row["id"] != _id(plain["prompt_id"], plain["first"], plain["second"]):
+            raise ValueError(f"{where}: id = {row['id']!r:.40}: not of these answers. Restore the row's texts.")
+        if row["id"] in seen:
+            raise ValueError(f"{where}: id = {row['id']}: is in {seen[row['id']]} too. Remove one of the two rows.")
+        seen[row["id"]] = where
+        if label:
+            found.append(plain)
+    return found
+
+
+def _of_run(path: str) -> Iterator[Judgement]:
+    import pyarrow
+    import pyarrow.parquet
+
+    from rlhf_recipes.cai.dataset import PREFS
+
+    files = [file for split in PREFS if (file := Path(path).expanduser() / f"{split}.parquet").is_file()]
+    if not files:
+        raise ValueError(f"{path}: a folder without {PREFS[0]}.parquet. Give a run of recipes/cai.py, or a file.")
+    for file in files:
+        try:
+            empty = pyarrow.parquet.read_metadata(file).num_rows == 0
+        except pyarrow.ArrowException:
+            empty = False  # the reader says what is wrong with it
+        for where, row in () if empty else readers.read_file(str(file)):
+            try:
+                principles = json.loads(row["by_principle"])
+                if not principles:
+                    yield _of_row(
+                        row, row["judge"] or "construction", None, 1.0 if row["p"] is None else row["p"], None
+                    )
+                for name, p in principles.items():
+                    yield _of_row(row, row["judge"] or "judge", name, p, row["flip"])
+            except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+                raise ValueError(f"{where}: not a pair of recipes/cai.py ({error!r:.80}). Make it again.") from error
+
+
+def _of_row(row: dict, judge: str, principle: str | None, p: float, flip: bool | None) -> Judgement:
+    first, second = row["chosen"][-1]["content"], row["rejected"][-1]["content"]
+    return {"prompt_id": row["prompt_id"], "prompt": row["prompt"], "first": first, "second": second, "p": float(p),
+            "judge": judge, "principle": principle, "family": row.get("family"), "flip": flip}  # fmt: skip
+
+
+def _read(where: str, row: dict[str, Any]) -> Judgement:
+    """One row of a file, checked."""
+    for key in row:
+        # `flips` or `principal` would be silently without effect; columns like nothing here are the user's own
+        if key not in KEYS and (meant := difflib.get_close_matches(key, OPTIONAL, n=1, cutoff=0.8)):
+            raise ValueError(f"{where}: {key}: unknown key; did you mean '{meant[0]}'? Rename or remove it.")
+    found = {key: _text(where, row, key) for key in ("first", "second", "judge")}
+    if found["first"].strip() == found["second"].strip():
+        raise ValueError(f"{where}: second: the same text as first. Remove the row.")
+    p = row.get("p")
+    if isinstance(p, str):  # CSV holds text alone
+        try:
+            p = float(p)
+        except ValueError:
+            p = row["p"]
+    if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1 or math.isnan(p):
+        raise ValueError(f"{where}: p = {row.get('p')!r:.40}: must be a probability from 0 to 1. Mend or remove it.")
+    for key in ("principle", "family"):
+        found[key] = row.get(key) or None
+        if found[key] is not None and not isinstance(found[key], str):
+            raise ValueError(f"{where}: {key} = {found[key]!r:.40}: must be text or null. Mend or remove it.")
+    flip = {"true": True, "false": False, "": None}.get(row["flip"].lower(), row["flip"]) if isinstance(
+        row.get("flip"), str) else row.get("flip")  # fmt: skip
+    if flip is not None and not isinstance(flip, bool):
+        raise ValueError(f"{where}: flip = {flip!r:.40}: must be true, false or null. Mend or remove it.")
+    prompt = None
+    if row.get("prompt"):
+        prompt = shapes.Row(where, row, {"prompt": "prompt"}).messages("prompt", "user")
+    if row.get("prompt_id") in (None, ""):
+        if not prompt:
+            raise ValueError(f"{where}: prompt_id: missing, and no prompt to take it from. Add one of the two.")
+        prompt_id = shapes.prompt_id(prompt)
+    else:
+        prompt_id = _text(where, row, "prompt_id")
+    return {"prompt_id": prompt_id, "prompt": prompt, **found, "p": float(p), "flip": flip}
+
+
+def _text(where: str, row: dict, key: str) -> str:
+    value = row.get(key)
+    if value is None:
+        raise ValueError(f"{where}: {key}: missing. Add it or remove the row.")
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{where}: {key} = {value!r:.40}: must be text that is not blank. Mend or remove the row.")
+    return value
+
+
+def _id(prompt_id: str, first: str, second: str) -> str:
+    """16 hex digits of a pair, whichever answer comes first."""
+    text = "\0".join((prompt_id, *sorted((first.strip(), second.strip()))))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
