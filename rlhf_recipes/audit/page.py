@@ -196,9 +196,9 @@ def _cell(value) -> str:
 def _setting(value) -> str:
     import json
 
-    return _clipped(
-        json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, dict | list) else _cell(value)
-    )
+    if isinstance(value, dict | list):
+        return _clipped(json.dumps(value, ensure_ascii=False, default=str))
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else _cell(value)
 
 
 def _text(value) -> str:
@@ -232,7 +232,7 @@ def _table_cell(cell) -> dict:
     value, _, interval = _cell(cell).partition(" [") if isinstance(cell, dict) else (_cell(cell), "", "")
     number = isinstance(cell, dict | int | float) or cell is None
     return {"value": value, "interval": interval and f"[{interval}", "number": number,
-            "n": _cell(cell["n"]) if isinstance(cell, dict) else ""}  # fmt: skip
+            "n": _cell(cell["n"]) if isinstance(cell, dict) and cell["n"] else ""}  # fmt: skip
 
 
 def _examples(group: dict) -> dict:
