@@ -215,6 +215,7 @@ def test_every_figure_is_there_with_value_interval_n_and_baseline(report):
     words = plain(report)
     assert "Brier score lower is better 0.193 [0.182, 0.204] 400 0.250 a coin" in words
     assert "One reward model has no spread." in words
+    assert "– not measured: Out of distribution." in words
     assert "With 420 pairs a difference of less than 5 points cannot be seen." in words
 
 

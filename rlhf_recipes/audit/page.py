@@ -115,6 +115,7 @@ def _percent(share: float) -> float:
 
 def _section(section: dict, states: dict) -> dict:
     found = [states[section["key"], f["key"]] for f in section["figures"] if (section["key"], f["key"]) in states]
+    measured = [f for f in section["figures"] if f["estimate"] and _finite(f["estimate"]["value"])]
     grids = [_grid(plot) for plot in section["plots"] if plot["kind"] == "grid"]
     return {
         "id": _id(section["key"]),
@@ -122,7 +123,8 @@ def _section(section: dict, states: dict) -> dict:
         "question": _text(section["question"]),
         "skipped": _text(section.get("skipped", "")),
         "mark": _mark(min(found, key=STATES.index)) if found else None,
-        "figures": [_figure(f, states.get((section["key"], f["key"]))) for f in section["figures"]],
+        "figures": [_figure(f, states.get((section["key"], f["key"]))) for f in measured],
+        "unmeasured": [_text(f["title"]) for f in section["figures"] if f not in measured],
         "plots": [
             drawn for i, plot in enumerate(section["plots"]) if (drawn := _plot(plot, f"{_id(section['key'])}-{i}"))
         ],
@@ -134,13 +136,13 @@ def _section(section: dict, states: dict) -> dict:
 
 
 def _figure(f: dict, state: str | None) -> dict:
-    e = f["estimate"] or {"value": None, "low": None, "high": None, "n": 0, "clusters": 0}
+    e = f["estimate"]
     value, _, interval = _estimate(e, f["unit"] == "%").partition(" [")
     baseline = f["baseline"]
     return {
         "title": _text(f["title"]),
         "better": f"{f['better']} is better" if f["better"] else "",
-        "value": value if value == "–" or not f["unit"] or f["unit"] == "%" else f"{value} {_text(f['unit'])}",
+        "value": value if f["unit"] in ("", "%") else f"{value} {_text(f['unit'])}",
         "interval": interval and f"[{interval}",
         "n": _cell(e["n"]),
         "clusters": _cell(e["clusters"]) if e["clusters"] != e["n"] else "",
@@ -162,7 +164,7 @@ def _estimate(e: dict, percent: bool) -> str:
 def _digits(x: float) -> int:
     """After the point, for about three that count."""
     size = abs(x)
-    return 0 if size >= 1000 else 1 if size >= 100 else 2 if size >= 1 else 3
+    return 0 if size >= 1000 or (size >= 10 and x == round(x)) else 1 if size >= 100 else 2 if size >= 1 else 3
 
 
 def _baseline(value: float, unit: str) -> str:
@@ -194,9 +196,9 @@ def _cell(value) -> str:
 def _setting(value) -> str:
     import json
 
-    return _clipped(
-        json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, dict | list) else _cell(value)
-    )
+    if isinstance(value, dict | list):
+        return _clipped(json.dumps(value, ensure_ascii=False, default=str))
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else _cell(value)
 
 
 def _text(value) -> str:
@@ -230,7 +232,7 @@ def _table_cell(cell) -> dict:
     value, _, interval = _cell(cell).partition(" [") if isinstance(cell, dict) else (_cell(cell), "", "")
     number = isinstance(cell, dict | int | float) or cell is None
     return {"value": value, "interval": interval and f"[{interval}", "number": number,
-            "n": _cell(cell["n"]) if isinstance(cell, dict) else ""}  # fmt: skip
+            "n": _cell(cell["n"]) if isinstance(cell, dict) and cell["n"] else ""}  # fmt: skip
 
 
 def _examples(group: dict) -> dict:
