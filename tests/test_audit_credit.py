@@ -264,12 +264,3 @@ def test_a_run_that_is_none_is_one_line(tmp_path, text, says):
     with pytest.raises(ValueError, match=r"\A[^\n]+\Z") as refused:
         credit.read_run(tmp_path)
     assert says in str(refused.value)
-
-
-def test_advantage_shares_by_hand():
-    found = credit.advantage_shares([[1.0, -1.0, 0.0, 2.0], [0.0, 3.0]], tokens=1)
-    assert found == {"first_share": 0.125, "last_share": 0.75, "uniform_share": 0.375}
-    short = credit.advantage_shares([[2.0, 1.0]], tokens=10)  # shorter than the window
-    assert short == {"first_share": 1.0, "last_share": 1.0, "uniform_share": 1.0}
-    assert credit.advantage_shares([np.zeros(3), []]).keys() == found.keys()
-    assert all(math.isnan(value) for value in credit.advantage_shares([np.zeros(3), []]).values())

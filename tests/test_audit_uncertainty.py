@@ -110,13 +110,6 @@ def test_abstaining_bounds_what_is_answered_wrong():
     assert 0.07 < np.mean(shares) <= 0.102
 
 
-def test_the_fast_auroc_is_that_of_stats():
-    rng = np.random.default_rng(0)
-    scores, wrong, ids = rng.integers(0, 9, 80), rng.random(80) < 0.3, np.arange(80) // 2
-    ours = u.stats.resampled(u._area(scores, wrong), 80, ids, resamples=50)
-    assert ours == pytest.approx(u.stats.auroc(scores, wrong, ids, resamples=50))
-
-
 def test_an_ensemble_that_knows_its_errors():
     rows = pairs(400, ("hard", "easy"))
     chosen, rejected = ensemble()

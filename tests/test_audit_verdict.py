@@ -39,10 +39,7 @@ def every(states: dict[str, str], default: str = "pass") -> list[dict]:
             continue
         value = good(gate.limit, gate.side, by)
         half = 0.05 if state == "unclear" else 0.001
-        if gate.over_baseline:
-            one = figures[gate.section, gate.figure]
-            one["baseline"] = {"name": "rule", "value": one["estimate"]["value"] - 100 * by}
-        elif (gate.section, gate.figure) not in figures or state != "pass":
+        if (gate.section, gate.figure) not in figures or state != "pass":
             one = figure(gate.figure, "Title: worst", e(value, value - half, value + half), unit="%")
             figures[gate.section, gate.figure] = one
     keys = dict.fromkeys(section for section, _ in figures)
@@ -95,12 +92,13 @@ def test_unclear_says_how_many_more_prompts_would_settle_it():
     assert "too close" in close["why"]
 
 
-def test_accuracy_is_held_against_the_trivial_rule_too():
-    found = outcome("min_gain_over_baseline", [accuracy(0.71, 0.66, 0.75)])
-    assert found["value"] == pytest.approx(0.13) and found["low"] == pytest.approx(0.08) and found["state"] == "pass"
-    assert outcome("min_gain_over_baseline", [accuracy(0.71, 0.66, 0.75, baseline=("rule", 0.8))])["state"] == "fail"
-    bare = outcome("min_gain_over_baseline", [accuracy(0.71, 0.66, 0.75, baseline=None)])
-    assert bare["state"] == "not measured" and "No trivial rule" in bare["why"]
+def test_accuracy_is_held_against_length_too():
+    def gain(*numbers):
+        one = figure("accuracy_over_length", "Accuracy over length", e(*numbers), unit="%")
+        return outcome("min_gain_over_baseline", [section("preference", "Preference accuracy", "?", figures=[one])])
+
+    assert gain(0.13, 0.08, 0.18)["state"] == "pass"
+    assert gain(-0.09, -0.14, -0.04)["state"] == "fail"
 
 
 def test_not_measured_says_why():

@@ -134,6 +134,15 @@ def test_whitening_ignores_what_is_masked():
     torch.testing.assert_close(algorithm.whiten(values, mask, same, shift_mean=False), torch.tensor([1.0, 3.0, 0.0]))
 
 
+def test_shares_of_the_advantages():
+    advantages = torch.tensor([[1.0, -1.0, 0.0, 2.0], [0.0, 3.0, 9.0, 9.0], [0.0, 0.0, 0.0, 7.0]])
+    mask = torch.tensor([[1.0, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]])
+    first, last, uniform = algorithm.shares(advantages, mask, tokens=1).T.tolist()
+    assert first[:2] == [0.25, 0.0] and last[:2] == [0.5, 1.0] and uniform[:2] == [0.25, 0.5]
+    assert all(math.isnan(each[2]) for each in (first, last, uniform))  # nothing to share out
+    assert algorithm.shares(advantages, mask, tokens=10)[1].tolist() == [1.0, 1.0, 1.0]
+
+
 def test_ensembles():
     rewards, weights = torch.tensor([[1.0, 3.0], [2.0, torch.nan]]), torch.tensor([1.0, 2.0])
     combined = {how: algorithm.combine_rewards(rewards, weights, how, 0.5).tolist() for how in algorithm.ENSEMBLES}

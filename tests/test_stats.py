@@ -160,6 +160,16 @@ def test_auroc_by_hand():
     assert stats.auroc([], []) == {"value": None, "low": None, "high": None, "n": 0, "clusters": 0}
 
 
+def test_auroc_is_that_of_scikit_learn_for_any_weights():
+    from sklearn.metrics import roc_auc_score
+
+    rng = np.random.default_rng(0)
+    scores, positive, weights = rng.integers(0, 9, 80), rng.random(80) < 0.3, rng.integers(0, 3, 80)
+    assert stats.area(scores, positive)(weights) == pytest.approx(
+        roc_auc_score(positive, scores, sample_weight=weights)
+    )
+
+
 def test_resampled_covers_as_the_bootstrap_of_a_mean_does():
     x = np.random.default_rng(5).normal(size=400)
     clusters = np.arange(400) // 2

@@ -268,8 +268,8 @@ def _examples(answers: list[dict], rows: list[dict]) -> list[dict]:
 def read_run(folder: str | Path) -> dict:
     """What a PPO run logged of credit: {"explained_variance": one value for each rollout, "advantage": {...}}.
 
-    `advantage` has the same of `advantage/first_share`, `/last_share` and `/uniform_share` (see `advantage_shares`)
-    where they are logged, else nothing.
+    `advantage` has the same of `advantage/first_share`, `/last_share` and `/uniform_share` where they are logged (see
+    `ppo.algorithm.shares`), else nothing.
 
     Raises:
         ValueError: no metrics.jsonl there, a line of it that is no JSON, or no `explained_variance` in it.
@@ -328,21 +328,3 @@ def _ppo_figures(ppo: dict) -> list[dict]:
             )
         )
     return figures
-
-
-def advantage_shares(advantages: list, tokens: int = TOKENS) -> dict[str, float]:
-    """Share of |A_t| on the first and on the last `tokens` tokens, and what it would be if all tokens were alike.
-
-    Means over answers; one without any advantage is left out, and nan is returned where none is left.
-
-    Args:
-        advantages: for each answer its T advantages before whitening, which would move their zero.
-    """
-    shares = []
-    for advantage in advantages:
-        size_T = np.abs(np.asarray(advantage, float))
-        if size_T.sum() > 0:
-            n = min(tokens, len(size_T))
-            shares.append([size_T[:n].sum() / size_T.sum(), size_T[-n:].sum() / size_T.sum(), n / len(size_T)])
-    means = np.mean(shares, axis=0).tolist() if shares else [math.nan] * 3
-    return dict(zip(("first_share", "last_share", "uniform_share"), means, strict=True))

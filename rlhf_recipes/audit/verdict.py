@@ -76,14 +76,12 @@ def _outcome(gate: Gate, sections: list[dict], limits: dict) -> dict:
     limit = limits[gate.threshold]
     found = dict.fromkeys((*_NUMBERS, "more")) | {"state": "not measured", "n": 0, "clusters": 0, "name": ""}
     figure, why = _figure(gate.section, gate.figure, sections)
-    if figure is not None and gate.over_baseline and figure["baseline"] is None:
-        figure, why = None, "No trivial rule was measured beside it."
     if figure is not None:
-        estimate = _shift(figure["estimate"], -figure["baseline"]["value"] if gate.over_baseline else 0.0)
+        estimate = _finite_bounds(figure["estimate"])
         state, why, more = _state(estimate, limit, gate.side, limits["min_prompts"] or 0)
         found |= {key: estimate[key] for key in ("value", "low", "high", "n", "clusters")}
         found |= {"state": state, "more": more, "name": figure["title"].partition(": ")[2]}
-    fixed = {key: value for key, value in gate._asdict().items() if key not in ("passes", "fails", "over_baseline")}
+    fixed = {key: value for key, value in gate._asdict().items() if key not in ("passes", "fails")}
     outcome = fixed | found | {"limit": limit, "why": why}
     template = {"pass": gate.passes, "fail": gate.fails}.get(found["state"], "")
     return outcome | {"says": _sentence(template, outcome)}
@@ -105,10 +103,9 @@ def _finite(e: dict | None) -> bool:
     return e is not None and e["value"] is not None and math.isfinite(e["value"])
 
 
-def _shift(e: dict, by: float) -> dict:
-    """Moved by a constant; a bound that is not finite is none."""
-    moved = {key: e[key] + by if e[key] is not None and math.isfinite(e[key]) else None for key in _NUMBERS}
-    return e | moved
+def _finite_bounds(e: dict) -> dict:
+    """A bound that is not finite is none."""
+    return e | {key: e[key] if e[key] is not None and math.isfinite(e[key]) else None for key in _NUMBERS}
 
 
 def _state(e: dict, limit: float, side: str, min_prompts: int) -> tuple[str, str, int | None]:

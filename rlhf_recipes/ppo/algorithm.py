@@ -49,6 +49,17 @@ def gae(rewards_BK: Tensor, values_BK: Tensor, mask_BK: Tensor, gamma: float, la
     return advantages_BK, (advantages_BK + values_BK) * mask_BK
 
 
+def shares(advantages_BK: Tensor, mask_BK: Tensor, tokens: int = 10) -> Tensor:
+    """Share of |A_t| on the first and on the last `tokens` tokens of each completion, and what it would be if all
+    tokens were alike, (B, 3); before whitening, which would move the zero. NaN where a completion has no advantage."""
+    sizes_BK, mask_BK = advantages_BK.abs() * mask_BK, mask_BK.long()
+    ends = (mask_BK.cumsum(1) <= tokens, mask_BK.flip(1).cumsum(1).flip(1) <= tokens)
+    total_B = sizes_BK.sum(1)
+    first_B, last_B = ((sizes_BK * end).sum(1) / total_B for end in ends)
+    uniform_B = (tokens / mask_BK.sum(1)).clamp(max=1) + 0 * first_B
+    return torch.stack([first_B, last_B, uniform_B], 1)
+
+
 def moments(values: Tensor, mask: Tensor, reduce: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the masked values of all processes; `reduce` sums a tensor over them."""
     count, total = reduce(torch.stack([mask.sum(), (values * mask).sum()]).double())

@@ -56,7 +56,8 @@ def compute_advantages(micro_batches: list[MicroBatch], args, reduce: Callable[[
         reduce: sums a tensor over the processes.
 
     Returns:
-        For the log: moments of the advantages before whitening, and how much of the returns the values explain.
+        For the log: moments of the advantages before whitening, where in the completions they lie, and how much of the
+        returns the values explain.
     """
     masks = [m.batch.mask_BK for m in micro_batches]
     mask = _joined(masks)
@@ -66,6 +67,9 @@ def compute_advantages(micro_batches: list[MicroBatch], args, reduce: Callable[[
             m.rewards = part
     for m in micro_batches:
         m.advantages, m.returns = algorithm.gae(m.rewards, m.old_values, m.batch.mask_BK, args.gamma, args.lam)
+    shares_B3 = torch.cat([algorithm.shares(m.advantages, m.batch.mask_BK) for m in micro_batches])
+    known_B3 = ~shares_B3.isnan()
+    shares, counts = reduce(torch.stack([shares_B3.nan_to_num().sum(0), known_B3.sum(0)]).double())
     advantages = _joined([m.advantages for m in micro_batches])
     mean, std = algorithm.moments(advantages, mask, reduce)
     for m, part in zip(micro_batches, _parted(algorithm.whiten(advantages, mask, reduce), masks), strict=True):
@@ -73,7 +77,13 @@ def compute_advantages(micro_batches: list[MicroBatch], args, reduce: Callable[[
     returns, values = _joined([m.returns for m in micro_batches]), _joined([m.old_values for m in micro_batches])
     unexplained, total = (algorithm.moments(x, mask, reduce)[1] ** 2 for x in (returns - values, returns))
     explained = 1 - unexplained / (total + 1e-8)
-    return {"advantage/mean": mean.item(), "advantage/std": std.item(), "explained_variance": explained.item()}
+    ends = zip(("first", "last", "uniform"), (shares / counts.clamp(min=1)).tolist(), strict=True)
+    return {
+        "advantage/mean": mean.item(),
+        "advantage/std": std.item(),
+        **{f"advantage/{end}_share": share for end, share in ends},
+        "explained_variance": explained.item(),
+    }
 
 
 @dataclass
