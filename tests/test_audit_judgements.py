@@ -111,7 +111,7 @@ def test_other_parquet_is_no_run(tmp_path):
     import pyarrow.parquet as pq
 
     pq.write_table(pa.table({"text": ["x"]}), tmp_path / "train_prefs.parquet")
-    with pytest.raises(ValueError, match="not a pair of recipes/cai.py"):
+    with pytest.raises(ValueError, match=r"not a pair of recipes/cai\.py"):
         judgements.load(str(tmp_path))
     (tmp_path / "train_prefs.parquet").write_text("no parquet")
     with pytest.raises(ValueError, match="not a readable parquet file"):
