@@ -129,6 +129,7 @@ def test_both_orders_of_a_pair_are_one_pair():
     one = {**ROW, "prompt_id": "q", "principle": None}
     found = judgements.by_pair([one, {**one, "first": "b ", "second": "a", "p": 0.4, "judge": "k"}])
     assert list(found) == [("q", "a", "b")]
+    assert judgements.by_pair([{**one, "second": " a"}]) == {}
     said = found["q", "a", "b"]
     assert [p for p, _ in said] == [0.8, 0.6]
     assert judgements.by_judge([*said, (0.4, {**one, "principle": "x"}), (0.2, one)]) == {

@@ -198,7 +198,8 @@ def _fit_figures(graph: Graph, coins: list[Graph], corners_T3, rings_P) -> list[
 def _contradictory_figure(judgements: Sequence[Judgement]) -> dict:
     prompts, both, repeated = contradictory(judgements)
     return figure(
-        "contradictory_duplicates", "Pairs labelled both ways", stats.estimate(both, prompts), unit="%",
+        "contradictory_duplicates", "Pairs labelled both ways",
+        stats.estimate(both, prompts) if repeated else stats.estimate([]), unit="%",
         better="lower", says="Share of the compared pairs of answers that the same judge, under the same principle, "
         f"labelled once this way and once that way; {repeated:,} of {len(both):,} pairs were labelled more than once, "
         "and only these can.",

@@ -59,10 +59,12 @@ def from_pairs(rows: Iterable[dict]) -> list[Judgement]:
 
 def by_pair(judgements: Iterable[Judgement]) -> dict[Pair, list[tuple[float, Judgement]]]:
     """For each pair of answers what was said of it: the probability that its first answer (in the order of the texts)
-    is the better, and the judgement it is from."""
+    is the better, and the judgement it is from. An answer beside itself is left out."""
     found: dict[Pair, list[tuple[float, Judgement]]] = {}
     for judgement in judgements:
         first, second = judgement["first"].strip(), judgement["second"].strip()
+        if first == second:
+            continue
         swapped = first > second
         pair = (judgement["prompt_id"], *((second, first) if swapped else (first, second)))
         found.setdefault(pair, []).append((1 - judgement["p"] if swapped else judgement["p"], judgement))
