@@ -48,7 +48,7 @@ def test_nothing_is_loaded_from_elsewhere(report):
 
 def test_every_figure_is_described_and_ids_are_unique(report):
     figures = re.findall(r"<figure>.*?</figure>", report, re.DOTALL)
-    assert len(figures) == 4
+    assert len(figures) == 5
     for figure in figures:
         assert re.search(r'role="img" aria-label="[^"]{40,}"', figure)
         assert page.INK not in figure and "currentColor" in figure

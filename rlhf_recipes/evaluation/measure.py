@@ -36,7 +36,7 @@ def token_logps(model, pad_id: int, encoded: list[tuple[list[int], int]], what: 
     """Log-probabilities of the tokens from `start` on, a float64 tensor of K values for each (token ids, start)."""
     vocabulary = model.get_output_embeddings().weight.shape[0]
     results: list[Any] = [None] * len(encoded)
-    with _measuring(model):
+    with measuring(model):
         for indices in _batches(encoded, what, model.device, vocabulary):
             ids_BT, mask_BT, positions_BT = left_pad([encoded[i][0] for i in indices], pad_id, model.device)
             counts = [len(encoded[i][0]) - encoded[i][1] for i in indices]
@@ -78,7 +78,7 @@ def rewards(model, tokenizer, conversations: list[list[Message]], what: str = "R
     """r(x, y) of a reward model for each conversation, read at its last token."""
     encoded = [(tokenizer.apply_chat_template(c, return_dict=False), 0) for c in conversations]
     results: list[Any] = [None] * len(encoded)
-    with _measuring(model):
+    with measuring(model):
         for indices in _batches(encoded, what, model.device):
             ids_BT, mask_BT, positions_BT = left_pad(
                 [encoded[i][0] for i in indices], tokenizer.pad_token_id, model.device
@@ -114,7 +114,7 @@ def generate(model, tokenizer, prompts: list[list[Message]], *, max_new_tokens, 
     )
     results: list[Any] = [None] * len(encoded)
     torch.manual_seed(seed)
-    with _measuring(model):
+    with measuring(model):
         for indices in _batches([(ids + [0] * max_new_tokens, 0) for ids, _ in encoded], what, model.device):
             ids_BT, mask_BT, _ = left_pad([encoded[i][0] for i in indices], tokenizer.pad_token_id, model.device)
             out_BT = model.generate(
@@ -198,7 +198,7 @@ def stop_ids(model, tokenizer) -> list[int]:
 
 
 @contextmanager
-def _measuring(model):
+def measuring(model):
     """No gradients, no dropout, and the precision that the model was loaded in; afterwards everything as it was.
 
     Training changes nothing about it: not the float32 norms of a quantized base in ORPOTrainer and CPOTrainer, nor
