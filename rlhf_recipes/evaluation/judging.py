@@ -103,7 +103,8 @@ def by_function(judge: Callable, prompts: list[dict], answers: dict, name: str, 
     first, second = judge(asked, own, other), judge(asked, other, own)
     rows = []
     for row, a, b, p, q in zip(prompts, own, other, first, second, strict=True):
-        found = {"prompt_id": row["prompt_id"], "p": (p + 1 - q) / 2, "tie": p + 1 - q == 1, "asked": a != b}
+        mean = (p + 1 - q) / 2
+        found = {"prompt_id": row["prompt_id"], "p": mean, "tie": abs(mean - 0.5) < 1e-9, "asked": a != b}
         if a != b:
             found |= {"answered": True, "flip": (p - 0.5) * (0.5 - q) < 0, "gap": p + q - 1}
         rows.append(found)

@@ -62,7 +62,11 @@ def write_page(evaluation: dict, path: str | Path) -> None:
         baseline_rows=_baseline_rows(evaluation),
         figures=_figures(evaluation),
         shown=_worst_first(evaluation["answers"])[:SHOWN_ANSWERS],
-        definitions=[(title, text) for title, _, _, text in METRICS.values()],
+        definitions=[
+            (title, text)
+            for key, (title, _, _, text) in METRICS.items()
+            if any(key in system["metrics"] for system in evaluation["systems"].values())
+        ],
         settings_rows=[(key, _plain(value)) for key, value in evaluation["settings"].items()],
     )
 

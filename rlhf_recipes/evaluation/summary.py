@@ -16,6 +16,7 @@ from rlhf_recipes.evaluation.definitions import METRICS
 
 TIE = 1e-9  # rewards and margins closer than this count as equal
 SHOWN_REGRESSIONS = 20
+SHOWN_FAMILY = 5  # pairs that a family needs to be called the weakest
 
 # "I can't wait to see you" and the like are no refusals.
 _IDIOMS = r"(?:wait|thank|stress|emphasi|imagine|promise|guarantee|help but|recommend \w+ enough)"
@@ -132,7 +133,7 @@ def table(evaluation: dict) -> str:
     lines = [gap.join(f(c, w) for f, c, w in zip(text, row, widths, strict=True)).rstrip() for row in rows]
     tasks = {name: system["tasks"] for name, system in evaluation["systems"].items()}
     notes = [_task_line(task, tasks) for task in tasks[evaluation["parent"]]]
-    notes += [_family_line(name, model["families"]) for name, model in models if len(model["families"]) > 1]
+    notes += [line for name, model in models if (line := _family_line(name, model["families"]))]
     notes += [
         "[95 % interval, bootstrap over prompts] · LC: win rate at equal length · KL: nats per answer",
         f"refuses: % of harmful/harmless prompts · n: pairs/answers · parent: {evaluation['parent'][:50]}",
@@ -178,16 +179,19 @@ def _task_line(task: str, systems: dict) -> str:
     shown = []
     for name, tasks in systems.items():
         gain = tasks[task]["difference"]
-        change = f" ({stats.format_estimate(gain, percent=True, sign=True)} to the parent)" if gain else ""
+        change = f" ({_cell(gain, 100)} points to the parent)" if gain else ""
         shown.append(f"{_short(name)} {_cell(tasks[task]['accuracy'], 100)}{change}")
     tasks = next(iter(systems.values()))
     line = f"{task} ({tasks[task]['metric']}, n {tasks[task]['accuracy']['n']}), %: {', '.join(shown)}"
     return textwrap.fill(line, 110, subsequent_indent="  ")
 
 
-def _family_line(name: str, families: dict) -> str:
-    """The weakest family of a reward model."""
-    family, e = min(families.items(), key=lambda item: item[1]["value"])
+def _family_line(name: str, families: dict) -> str | None:
+    """The weakest family of a reward model, of those with pairs enough to say so."""
+    enough = {family: e for family, e in families.items() if e["n"] >= SHOWN_FAMILY}
+    if len(enough) < 2:
+        return None
+    family, e = min(enough.items(), key=lambda item: item[1]["value"])
     return f"RM {_short(name, 11)} is weakest on {_short(str(family), 30)}: {_cell(e, 100)} % (n {e['n']})"
 
 

@@ -17,6 +17,7 @@ from rlhf_recipes.config import nearest
 
 # Of the metrics that a task gives per example, the first of these, else its first that is a mean.
 METRICS = ("acc", "exact_match")
+FEWSHOT_SEED = 1234  # the harness's own
 
 
 def find(names: list[str], settings: DictConfig) -> dict[str, dict[str, Any]]:
@@ -76,17 +77,21 @@ def metric_of(task, leaf: str) -> str:
 
 def score(model, tokenizer, found: dict[str, dict[str, Any]], settings: DictConfig, what: str) -> dict[str, dict]:
     """Name -> `metric`, `ids` of the examples and their `values`, in one order for every model."""
-    from lm_eval import simple_evaluate
+    from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
     leaves = {leaf: task for tasks in found.values() for leaf, task in tasks.items()}
+    for task in leaves.values():
+        own = task.get_config("num_fewshot")
+        asked = own if settings.num_fewshot is None or own == 0 else settings.num_fewshot  # 0 is part of the task
+        task.set_config(key="num_fewshot", value=asked or 0)
+        task.set_fewshot_seed(seed=FEWSHOT_SEED)
     print(f"{what}: {len(leaves)} task{'s' * (len(leaves) > 1)} of lm_eval", flush=True)
     # Its bars are for people.
     with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
-        scored = simple_evaluate(
-            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size),
-            tasks=list(leaves.values()),
-            num_fewshot=settings.num_fewshot,
+        scored = evaluate(
+            lm=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size),
+            task_dict={"tasks": leaves},
             limit=settings.limit,
             apply_chat_template=settings.apply_chat_template,
             bootstrap_iters=0,

@@ -126,12 +126,12 @@ def _main(system: dict, parent: str, thresholds: dict) -> tuple[str | None, dict
     if estimate is None or estimate["value"] is None:
         return key, None, "level", [f"{_title(key)} was not measured."]
     said = _said(key, estimate, parent)
+    if key == "win_rate" and (unfit := _unfit_judge(system["metrics"], thresholds)):
+        return key, estimate, "level", [said, unfit]
     if thresholds["min_prompts"] and estimate["clusters"] < thresholds["min_prompts"]:
         least = thresholds["min_prompts"]
         few = f"{estimate['clusters']} prompts are too few to decide on (min_prompts = {least})."
         return key, estimate, "level", [said, few]
-    if key == "win_rate" and (unfit := _unfit_judge(system["metrics"], thresholds)):
-        return key, estimate, "level", [said, unfit]
     if estimate["low"] is not None and estimate["high"] < draw:
         return key, estimate, "below", [said]
     if estimate["low"] is None or estimate["low"] <= target:
