@@ -5,8 +5,10 @@ import math
 
 import numpy as np
 import pytest
+from test_cai_judge import Stub
 
-from rlhf_recipes.cai.judge import Judgement
+from rlhf_recipes.cai import constitution
+from rlhf_recipes.cai.judge import Judge, Judgement
 from rlhf_recipes.evaluation import checkpoints, definitions, ensemble, judging, summary
 from rlhf_recipes.evaluation import verdict as verdict_of
 
@@ -464,6 +466,27 @@ def test_what_a_judge_is_worth_by_hand():
     assert "judge_consistency" not in summary.summarise(by_hand())["systems"]["dpo"]["metrics"]
 
 
+@pytest.mark.parametrize(("likes", "rate", "same"), [("long", 1.0, 1.0), ("place", 0.5, 0.0)])
+def test_a_judge_compares_what_differs(compose, tmp_path, likes, rate, same):
+    """A judge that prefers length sees it in both orders; one that prefers the first place flips, and wins nothing.
+    The same text twice is not asked about."""
+    cfg = compose("evaluate", "judge=local", "constitution=clinic", "judging.prior_correction=false")
+    stub = Stub((lambda a, b, _: len(a) - len(b)) if likes == "long" else (lambda *_: 2.0))
+    critic = Judge(stub, constitution.load(cfg.constitution), cfg.judging, cfg.seed)
+    measured = by_hand() | {"settings": {}}
+    third = {"prompt_id": "s", "family": "x", "prompt": "!", "harmful": False}
+    third["systems"] = dict.fromkeys(("base", "dpo"), measured["answers"][0]["systems"]["base"])
+    measured["answers"] = [measured["answers"][0], third]
+    rows = [{"prompt_id": i, "prompt": [{"role": "user", "content": "?"}]} for i in "qs"]
+    found = judging.compare(critic, measured, rows, tmp_path / "answers.jsonl", cfg.judging.tie_margin)
+    assert len(stub.asked) == 2 * cfg.judging.principles_per_pair
+    first, second = found["judgements"]["dpo"]
+    assert (first["p"] > 0.99) == (rate == 1.0) and second == judging.verdict("s", None, 0.05)
+    metrics = summary.summarise(found)["systems"]["dpo"]["metrics"]
+    assert metrics["judge_consistency"]["value"] == same and metrics["judge_consistency"]["n"] == 1
+    assert found["settings"] == {"judge": "stub", "constitution": "clinic 1"}
+
+
 def test_a_function_that_likes_what_comes_first_is_not_consistent():
     answers = {"dpo": [{"text": "a"}, {"text": "b"}], "base": [{"text": "x"}, {"text": "b"}]}
     prompts = [{"prompt_id": i, "prompt": []} for i in "qr"]
@@ -578,6 +601,9 @@ def test_a_win_that_the_worst_case_does_not_see_does_not_ship():
     assert judged(**blind)["verdict"] == "hold"
     assert "worst case it wins 50.0 %" in judged(**blind)["reasons"][-1]
     assert judged(**blind, thresholds={"worst_case": False})["verdict"] == "ship"
+    fit = {key: estimate(1.0, 0.9, 1.0) for key in ("judge_answers", "judge_consistency")}
+    by_judge = judged(**blind, **fit)
+    assert by_judge["verdict"] == "ship" and "same winner in both orders on 100.0 %" in by_judge["reasons"][0]
     disputed = {"disputed_wins": estimate(0.5, 0.4, 0.6)}
     assert judged(**disputed)["verdict"] == "ship"
     assert judged(**disputed, thresholds={"max_disputed_wins": 0.3})["verdict"] == "worse"

@@ -128,6 +128,11 @@ def _main(system: dict, parent: str, thresholds: dict) -> tuple[str | None, dict
     said = _said(key, estimate, parent)
     if key == "win_rate" and (unfit := _unfit_judge(system["metrics"], thresholds)):
         return key, estimate, "level", [said, unfit]
+    same = system["metrics"].get("judge_consistency")
+    if key == "win_rate" and same and same["value"] is not None:
+        said += (
+            f" The judge names the same winner in both orders on {stats.format_estimate(same, percent=True)} of pairs."
+        )
     if thresholds["min_prompts"] and estimate["clusters"] < thresholds["min_prompts"]:
         least = thresholds["min_prompts"]
         few = f"{estimate['clusters']} prompts are too few to decide on (min_prompts = {least})."
@@ -148,6 +153,8 @@ def _main(system: dict, parent: str, thresholds: dict) -> tuple[str | None, dict
     }
     for metric, (switch, doubt) in doubts.items():
         e = system["metrics"].get(metric)
+        if metric == "win_rate_worst_case" and "judge_answers" in system["metrics"]:
+            continue  # it is not the ensemble that decides
         if key == "win_rate" and thresholds[switch] and e and (e["low"] is None or e["low"] <= target):
             return key, estimate, "level", [said, doubt.format(stats.format_estimate(e, percent=True))]
     return key, estimate, "above", [said]
