@@ -401,15 +401,14 @@ def test_evaluate_with_a_judge_that_likes_what_comes_first(runs, compose, tiny_m
 
 @pytest.fixture(scope="module")
 def more(runs, train):
-    """A second reward model, and a run that keeps its checkpoints; it says that it was trained on the first."""
+    """A second reward model, and a run of ppo on the first that keeps its checkpoints."""
     strong = ("trainer.learning_rate=0.01", "trainer.warmup_steps=0", "model.dtype=float32", "quantization=none")
     shutil.copytree(runs / "reward", runs / "rewards" / "a")
     train("reward", runs / "rewards" / "b", *strong, "trainer.seed=7")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rlhf_recipes.run.shutil.rmtree", lambda *args, **kwargs: None)
-        train("dpo", runs / "kept", *strong, "trainer.save_steps=1")
-    with (runs / "kept" / "config.yaml").open("a") as config:
-        config.write("reward_funcs: reward\n")
+        ppo = ("reward_funcs=reward", "trainer.max_completion_length=8", "trainer.num_ppo_epochs=1")
+        train("ppo", runs / "kept", *strong, *ppo, "trainer.save_steps=1")
     return runs
 
 
@@ -440,7 +439,7 @@ def test_evaluate_checkpoints_with_an_ensemble(more, compose, tiny_model_overrid
     evaluation = evaluation_of(more / "by_steps")
     assert list(evaluation["systems"]) == ["base", "step 1", "step 2"]
     assert evaluation["systems"]["step 2"]["info"] == {
-        "recipe": "dpo", "path": "kept/checkpoints/checkpoint-2", "method_reward": "log_ratio", "step": 2,
+        "recipe": "ppo", "path": "kept/checkpoints/checkpoint-2", "method_reward": "log_ratio", "step": 2,
     }  # fmt: skip
     assert list(evaluation["reward_models"]) == ["reward/a", "reward/b", "ensemble of 2"]
     found = evaluation["checkpoints"]
@@ -454,7 +453,7 @@ def test_evaluate_checkpoints_with_an_ensemble(more, compose, tiny_model_overrid
     # The last checkpoint is the adapter that the run ended with.
     evaluate(compose, "whole", *tiny_model_overrides, "runs=[kept]", "checkpoints=kept", "reward_model=reward")
     whole = evaluation_of(more / "whole")
-    assert whole["systems"]["step 2"]["metrics"]["reward"] == whole["systems"]["dpo/kept"]["metrics"]["reward"]
+    assert whole["systems"]["step 2"]["metrics"]["reward"] == whole["systems"]["ppo/kept"]["metrics"]["reward"]
     assert whole["checkpoints"]["same"] and "nothing here can show" in whole["checkpoints"]["says"][1]
     assert 'id="checkpoints"' in (more / "whole" / "report.html").read_text(encoding="utf-8")
 
