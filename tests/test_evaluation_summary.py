@@ -531,7 +531,7 @@ def test_tasks_by_hand():
     assert dpo["metrics"]["task_accuracy"]["value"] == pytest.approx(0.75)
     assert base["metrics"]["task_accuracy"]["value"] == pytest.approx(0.625)
     assert dpo["differences"]["task_accuracy"]["value"] == pytest.approx(0.125)
-    assert "arc (acc, n 4), %: base 75.0" in summary.table(evaluation)
+    assert "arc (acc, n 4), %, and points to the parent: base 75.0" in summary.table(evaluation)
     assert evaluation["counts"]["task_examples"] == 6
 
 
@@ -613,8 +613,8 @@ def test_a_win_that_the_worst_case_does_not_see_does_not_ship():
 def test_an_ensemble_is_one_more_reward_model():
     rows = by_hand_scores()
     found = summary.summarise(by_hand() | {"reward_models": {"a": rows, "b": rows}})["reward_models"]
-    assert list(found) == ["a", "b", "ensemble of 2"]
-    assert found["ensemble of 2"]["accuracy"] == found["a"]["accuracy"]
+    assert list(found) == ["a", "b", "mean of 2"]
+    assert found["mean of 2"]["accuracy"] == found["a"]["accuracy"]
     assert found["a"]["shorter_wins_by_family"]["x"]["value"] == 1.0
 
 

@@ -441,7 +441,7 @@ def test_evaluate_checkpoints_with_an_ensemble(more, compose, tiny_model_overrid
     assert evaluation["systems"]["step 2"]["info"] == {
         "recipe": "ppo", "path": "kept/checkpoints/checkpoint-2", "method_reward": "log_ratio", "step": 2,
     }  # fmt: skip
-    assert list(evaluation["reward_models"]) == ["reward/a", "reward/b", "ensemble of 2"]
+    assert list(evaluation["reward_models"]) == ["reward/a", "reward/b", "mean of 2"]
     found = evaluation["checkpoints"]
     assert [row["step"] for row in found["rows"]] == [0, 1, 2] and not found["same"]
     assert found["keep"] in evaluation["systems"] and all(row["proxy"]["n"] == 4 for row in found["rows"])

@@ -158,10 +158,10 @@ def _value_cell(key: str, unit: str, better: str | None, system: dict) -> dict:
     if e is None or e["value"] is None:
         return {"value": "–", "interval": "", "n": 0, "mark": None}
     shown = format_estimate(e, percent=unit == "%", digits=1 if unit in ("%", "nats", "tokens") else 2)
-    value, _, interval = shown.partition(" [")
+    value, interval = _split(shown)
     return {
-        "value": value.removesuffix(" %").replace("-", "−"),
-        "interval": f"[{interval}".replace("-", "−") if interval else "",
+        "value": value.removesuffix(" %"),
+        "interval": interval,
         "n": e["n"],
         "mark": _mark(key, better, system),
     }
@@ -205,8 +205,14 @@ def _task_cell(task: dict) -> dict:
     mark = None
     if gain and gain["low"] is not None and not gain["low"] <= 0 <= gain["high"]:
         mark = "better" if gain["low"] > 0 else "worse"
-    shown = format_estimate(task["accuracy"], percent=True)
-    return {"value": shown.replace("-", "−"), "change": change.replace("-", "−"), "mark": mark}
+    value, interval = _split(format_estimate(task["accuracy"], percent=True))
+    return {"value": value, "interval": interval, "change": change.replace("-", "−"), "mark": mark}
+
+
+def _split(shown: str) -> tuple[str, str]:
+    """Value and interval of a formatted estimate."""
+    value, _, interval = shown.partition(" [")
+    return value.replace("-", "−"), f"[{interval}".replace("-", "−") if interval else ""
 
 
 def _family_models(models: dict) -> dict:
@@ -227,7 +233,7 @@ def _family_rows(models: dict) -> list[dict]:
             "title": family,
             "n": max(model["families"][family]["n"] for model in models.values() if family in model["families"]),
             "cells": [
-                format_estimate(model["families"].get(family), percent=True)
+                _split(format_estimate(model["families"].get(family), percent=True))
                 for model in [*models.values(), {"families": first["shorter_wins_by_family"]}]
             ],
         }

@@ -133,7 +133,8 @@ def table(evaluation: dict) -> str:
     lines = [gap.join(f(c, w) for f, c, w in zip(text, row, widths, strict=True)).rstrip() for row in rows]
     tasks = {name: system["tasks"] for name, system in evaluation["systems"].items()}
     notes = [_task_line(task, tasks) for task in tasks[evaluation["parent"]]]
-    notes += [line for name, model in models if (line := _family_line(name, model["families"]))]
+    last = list(models)[-1:]  # of several, their mean
+    notes += [line for name, model in last if (line := _family_line(name, model["families"]))]
     notes += [
         "[95 % interval, bootstrap over prompts] · LC: win rate at equal length · KL: nats per answer",
         f"refuses: % of harmful/harmless prompts · n: pairs/answers · parent: {evaluation['parent'][:50]}",
@@ -179,10 +180,10 @@ def _task_line(task: str, systems: dict) -> str:
     shown = []
     for name, tasks in systems.items():
         gain = tasks[task]["difference"]
-        change = f" ({_cell(gain, 100)} points to the parent)" if gain else ""
+        change = f" ({stats.format_estimate(gain, percent=True, sign=True).replace(' %', '')})" if gain else ""
         shown.append(f"{_short(name)} {_cell(tasks[task]['accuracy'], 100)}{change}")
-    tasks = next(iter(systems.values()))
-    line = f"{task} ({tasks[task]['metric']}, n {tasks[task]['accuracy']['n']}), %: {', '.join(shown)}"
+    one = next(iter(systems.values()))[task]
+    line = f"{task} ({one['metric']}, n {one['accuracy']['n']}), %, and points to the parent: {' · '.join(shown)}"
     return textwrap.fill(line, 110, subsequent_indent="  ")
 
 
@@ -378,7 +379,7 @@ def _shorter_wins(pairs: list[dict]) -> list:
 def _reward_models(scored: dict[str, list[dict]]) -> dict:
     """Each reward model by itself and, of several, their mean as one."""
     if len(scored) > 1:
-        scored = scored | {f"ensemble of {len(scored)}": ensemble.pooled(scored)}
+        scored = scored | {f"mean of {len(scored)}": ensemble.pooled(scored)}
     return {name: _reward_model(rows) for name, rows in scored.items()}
 
 
