@@ -290,7 +290,8 @@ def _accuracy_plot(evaluation: dict) -> dict | None:
     styles = _styles(evaluation)
     rows = [(name, s["preference_accuracy"], *styles[name]) for name, s in evaluation["systems"].items()]
     models = evaluation["reward_models"].items()
-    rows += [(f"reward model {name}", model["accuracy"], INK, "*") for name, model in models]
+    title = "reward model" if len(models) == 1 else "RM"
+    rows += [(f"{title} {name}", model["accuracy"], INK, "*") for name, model in models]
     rows += [(BASELINES[key], e, PARENT_COLOUR, "|") for key, e in evaluation["baselines"].items() if key != "coin"]
     rows = [row for row in rows if row[1]["value"] is not None]
     if not rows:
