@@ -6,6 +6,8 @@ import json
 import math
 import shutil
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module
 
 import pytest
@@ -511,6 +513,59 @@ def test_an_interrupted_judge_goes_on_from_its_answers(runs, compose, tiny_model
     assert evaluation["settings"]["judge"] == TINY_ID and evaluation["settings"]["constitution"].startswith("clinic")
     keys = [entry["key"] for line in whole.splitlines() for entry in json.loads(line)]
     assert len(keys) == len(set(keys))
+
+
+class Endpoint(BaseHTTPRequestHandler):
+    """A chat endpoint that finds the reply better that says "dpo"."""
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        first = body["messages"][0]["content"].partition("Reply A:")[2].partition("Reply B:")[0]
+        odds = 2.0 if "dpo" in first else -2.0
+        tokens = [{"token": name, "logprob": -math.log1p(math.exp(-x))} for name, x in (("A", odds), ("B", -odds))]
+        content = [{"token": "A", "logprob": -0.1, "top_logprobs": tokens}]
+        choice = {"message": {"role": "assistant", "content": "A"}, "logprobs": {"content": content}}
+        answer = json.dumps({"choices": [choice], "usage": {"prompt_tokens": 9, "completion_tokens": 1}}).encode()
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *args):
+        pass
+
+
+def test_evaluate_with_a_server_as_judge(runs, compose, tiny_model_overrides, monkeypatch):
+    pytest.importorskip("openai")
+    from rlhf_recipes.evaluation import systems
+
+    answers = systems.Policies.answers
+    monkeypatch.setattr(
+        systems.Policies,
+        "answers",
+        lambda self, system, *given: [a | {"text": system.name} for a in answers(self, system, *given)],
+    )
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        evaluate(
+            compose, "by_server", *tiny_model_overrides, "judge=server", "judge.model=big", "constitution=clinic",
+            f"judge.base_url=http://127.0.0.1:{server.server_port}/v1", "judging.principles_per_pair=2",
+            "thresholds.min_prompts=2", "thresholds.length_controlled=false",
+        )  # fmt: skip
+    finally:
+        server.shutdown()
+        server.server_close()
+    evaluation = evaluation_of(runs / "by_server")
+    dpo, sft = (evaluation["systems"][name]["metrics"] for name in ("dpo", "sft"))
+    # With a prior of -2 (a reply without content never says "dpo"): s = 2 + 2 in the first place, 0 in the second.
+    assert dpo["win_rate"]["value"] == pytest.approx((1 / (1 + math.exp(-4)) + 0.5) / 2)
+    assert dpo["judge_consistency"]["value"] == dpo["judge_answers"]["value"] == 1.0
+    # Neither of the other two: what is left is a place, and that is a tie.
+    assert sft["win_rate"]["value"] == 0.5 and sft["judge_ties"]["value"] == 1.0
+    assert "The judge names the same winner in both orders" in evaluation["systems"]["dpo"]["verdict"]["reasons"][0]
+    assert evaluation["settings"]["judge"].startswith("big at 127.0.0.1")
 
 
 @pytest.mark.parametrize(
