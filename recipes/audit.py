@@ -3,7 +3,7 @@
 Examples:
 
     python recipes/audit.py reward_model=outputs/reward/main
-    python recipes/audit.py reward_model=outputs/reward/ensemble gold=my_gold:score 'checkpoints=[outputs/ppo/main]'
+    python recipes/audit.py reward_model=outputs/reward/ensemble gold=my_gold:score checkpoints=outputs/ppo/main
 """
 
 import sys

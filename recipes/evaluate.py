@@ -4,6 +4,8 @@ Examples:
 
     python recipes/evaluate.py 'runs=[outputs/dpo/main]'
     python recipes/evaluate.py 'runs=[outputs/sft/main,outputs/dpo/main]' reward_model=outputs/reward/main
+    python recipes/evaluate.py 'runs=[outputs/dpo/main]' judge=server judge.model=Qwen/Qwen3-32B 'tasks=[arc_easy]'
+    python recipes/evaluate.py checkpoints=outputs/ppo/main 'reward_model=[outputs/reward/a,outputs/reward/b]'
     python recipes/evaluate.py 'sweeps=[outputs/dpo/dpo_beta,outputs/simpo/simpo_beta_gamma]' run_name=frontier
 """
 
@@ -18,17 +20,26 @@ def main(cfg):
     job = run.start(cfg, "evaluate")
     if cfg.sweeps:
         return sweep.join(job, cfg.sweeps, cfg.sweep)
+    from rlhf_recipes.evaluation import checkpoints, judging, page, summary, systems, tasks
+
+    candidates = systems.find(cfg.runs, cfg.parent, cfg.model.id, cfg.checkpoints)
+    scorers = systems.find_scorer(cfg.reward_model, cfg.model.id)
+    proxy = systems.find_proxy(cfg.checkpoints, cfg.model.id)
+    judged = judging.check(cfg)
+    function = config.import_function(cfg.judge_function, "judge_function") if cfg.judge_function else None
     pairs = data.load_pairs(cfg.data)
-
-    from rlhf_recipes.evaluation import page, summary, systems
-
-    candidates = systems.find(cfg.runs, cfg.parent, cfg.model.id)
-    scorer = systems.find_scorer(cfg.reward_model, cfg.model.id)
-    judge = config.import_function(cfg.judge_function, "judge_function") if cfg.judge_function else None
-    measurements = systems.measure(cfg, candidates, scorer, pairs, judge)
-    evaluation = summary.summarise(measurements, cfg.thresholds)
+    harness = tasks.find(cfg.tasks, cfg.lm_eval)
+    measurements = systems.measure(cfg, candidates, scorers, pairs, function, tasks=harness, proxy=proxy)
+    judge = judging.load(cfg) if judged else None
 
     run.claim(job)
+    if judge:
+        path = job.dir / run.GATE
+        measurements = judging.compare(judge, measurements, pairs.test, path, cfg.judging.tie_margin)
+    evaluation = summary.summarise(measurements, cfg.thresholds)
+    if cfg.checkpoints:
+        evaluation["checkpoints"] = checkpoints.compare(measurements, evaluation, same=scorers == [proxy])
+
     page.write_page(evaluation, job.dir / "report.html")
     main = summary.headline(evaluation)
     run.write_result(job, run.record(job, main=main, evaluation=evaluation, counts=pairs.report))
@@ -36,6 +47,8 @@ def main(cfg):
     for name, system in evaluation["systems"].items():
         if "verdict" in system:
             print(f"{name}: {system['verdict']['verdict']}. {' '.join(system['verdict']['reasons'])}")
+    for said in evaluation.get("checkpoints", {}).get("says", []):
+        print(said)
     print(f"  page  {job.dir / 'report.html'}", flush=True)
     code = cfg.exit_codes[evaluation["verdict"]]
     return sys.exit(code) if code else None

@@ -43,7 +43,8 @@ _NOT_COMPUTED = ("run_name", "resume", "overwrite", "sweep", "preflight")
 # What an interrupted cai or audit goes on from: the first file or folder of many that it keeps.
 GATE, SCORES = "gate.jsonl", "scores"
 KEPT = {GATE: "what was answered", SCORES: "what was scored"}
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+# What a finished run keeps of a checkpoint.
+KEPT_OF_CHECKPOINT = ("adapter_config.json", "adapter_model.safetensors", "trainer_state.json")
 # In a sweep's folder: what its jobs have in common.
 SHARED = "shared"
 
@@ -226,7 +227,7 @@ def _end_checkpoints(run: Run) -> None:
         for path in checkpoint.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
-            elif path.name not in ADAPTER_FILES:
+            elif path.name not in KEPT_OF_CHECKPOINT:
                 path.unlink()
         path = checkpoint / "adapter_config.json"
         if path.exists():  # where it was trained is no name that another machine knows

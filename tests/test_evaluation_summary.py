@@ -5,8 +5,11 @@ import math
 
 import numpy as np
 import pytest
+from test_cai_judge import Stub
 
-from rlhf_recipes.evaluation import definitions, summary
+from rlhf_recipes.cai import constitution
+from rlhf_recipes.cai.judge import Judge, Judgement
+from rlhf_recipes.evaluation import checkpoints, definitions, ensemble, judging, summary
 from rlhf_recipes.evaluation import verdict as verdict_of
 
 FAMILIES = [
@@ -419,3 +422,276 @@ def test_table_fits_a_terminal():
 def test_refused_settings(change, thresholds, said):
     with pytest.raises(ValueError, match=said):
         summary.summarise(by_hand() | change, thresholds)
+
+
+# ---- a judge
+
+
+def test_a_judgement_counts_one_half_where_the_judge_does_not_know():
+    def value(*given, **more):
+        return judging.verdict("a", Judgement(*given, **more), tie_margin=0.05)
+
+    assert value(0.8, position_gap=0.1) == {
+        "prompt_id": "a", "p": 0.8, "tie": False, "asked": True, "answered": True, "flip": False, "gap": 0.1,
+    }  # fmt: skip
+    assert (value(0.54)["p"], value(0.54)["tie"]) == (0.5, True)
+    assert (value(0.56)["p"], value(0.56)["tie"]) == (0.56, False)
+    assert (value(0.7, flip=True)["p"], value(0.7, flip=True)["flip"]) == (0.5, True)
+    unanswered = value(None)
+    assert (unanswered["p"], unanswered["answered"], unanswered["flip"]) == (0.5, False, None)
+    assert judging.verdict("a", None, 0.05) == {"prompt_id": "a", "p": 0.5, "tie": True, "asked": False}
+
+
+def test_what_a_judge_is_worth_by_hand():
+    """Four prompts: a win, a flip, no answer, the same text twice."""
+    rows = [
+        judging.verdict("a", Judgement(0.9, position_gap=0.2), 0.05),
+        judging.verdict("b", Judgement(0.6, position_gap=0.6, flip=True), 0.05),
+        judging.verdict("c", Judgement(None), 0.05),
+        judging.verdict("d", None, 0.05),
+    ]
+    found = summary._judge(rows)
+    assert {key: (e["value"], e["n"]) for key, e in found.items()} == {
+        "judge_answers": (pytest.approx(2 / 3), 3),
+        "judge_consistency": (0.5, 2),
+        "judge_position_gap": (pytest.approx(0.4), 2),
+        "judge_ties": (0.75, 4),
+    }
+    measured = by_hand() | {
+        "judgements": {"dpo": [row | {"prompt_id": i} for row, i in zip(rows, "qr", strict=False)]}
+    }
+    system = summary.summarise(measured)["systems"]["dpo"]
+    assert system["metrics"]["win_rate"]["value"] == pytest.approx(0.7)
+    assert system["metrics"]["judge_consistency"]["value"] == 0.5
+    assert "judge_consistency" not in summary.summarise(by_hand())["systems"]["dpo"]["metrics"]
+
+
+@pytest.mark.parametrize(("likes", "rate", "same"), [("long", 1.0, 1.0), ("place", 0.5, 0.0)])
+def test_a_judge_compares_what_differs(compose, tmp_path, likes, rate, same):
+    """A judge that prefers length sees it in both orders; one that prefers the first place flips, and wins nothing.
+    The same text twice is not asked about."""
+    cfg = compose("evaluate", "judge=local", "constitution=clinic", "judging.prior_correction=false")
+    stub = Stub((lambda a, b, _: len(a) - len(b)) if likes == "long" else (lambda *_: 2.0))
+    critic = Judge(stub, constitution.load(cfg.constitution), cfg.judging, cfg.seed)
+    measured = by_hand() | {"settings": {}}
+    third = {"prompt_id": "s", "family": "x", "prompt": "!", "harmful": False}
+    third["systems"] = dict.fromkeys(("base", "dpo"), measured["answers"][0]["systems"]["base"])
+    measured["answers"] = [measured["answers"][0], third]
+    rows = [{"prompt_id": i, "prompt": [{"role": "user", "content": "?"}]} for i in "qs"]
+    found = judging.compare(critic, measured, rows, tmp_path / "answers.jsonl", cfg.judging.tie_margin)
+    assert len(stub.asked) == 2 * cfg.judging.principles_per_pair
+    first, second = found["judgements"]["dpo"]
+    assert (first["p"] > 0.99) == (rate == 1.0) and second == judging.verdict("s", None, 0.05)
+    metrics = summary.summarise(found)["systems"]["dpo"]["metrics"]
+    assert metrics["judge_consistency"]["value"] == same and metrics["judge_consistency"]["n"] == 1
+    assert found["settings"] == {"judge": "stub", "constitution": "clinic 1"}
+
+
+def test_a_function_that_likes_what_comes_first_is_not_consistent():
+    answers = {"dpo": [{"text": "a"}, {"text": "b"}], "base": [{"text": "x"}, {"text": "b"}]}
+    prompts = [{"prompt_id": i, "prompt": []} for i in "qr"]
+    rows = judging.by_function(lambda prompts, one, two: [0.9] * len(one), prompts, answers, "dpo", "base")
+    assert rows[0] == {"prompt_id": "q", "p": pytest.approx(0.5), "tie": True, "asked": True, "answered": True,
+                       "flip": True, "gap": pytest.approx(0.8)}  # fmt: skip
+    assert not rows[1]["asked"]
+    fair = judging.by_function(lambda _, one, two: [float(a < b) for a, b in zip(one, two, strict=True)],
+                               prompts, answers, "dpo", "base")  # fmt: skip
+    assert (fair[0]["p"], fair[0]["flip"], fair[0]["gap"]) == (1.0, False, 0.0)
+
+
+@pytest.mark.parametrize("limit", ["judge_consistency", "judge_answers"])
+def test_an_unfit_judge_decides_neither_way(limit):
+    unfit = {limit: estimate(0.6, 0.5, 0.7)}
+    won, lost = judged(**unfit), judged(estimate(0.3, 0.2, 0.4), **unfit)
+    assert won["verdict"] == lost["verdict"] == "hold"
+    assert f"less than min_{limit} = " in won["reasons"][1] and "decides nothing" in won["reasons"][1]
+    assert judged(**unfit, thresholds={f"min_{limit}": None})["verdict"] == "ship"
+    assert judged(**{limit: estimate(0.99, 0.9, 1.0)})["verdict"] == "ship"
+    assert judged(**unfit, thresholds={"metric": "preference_accuracy"})["verdict"] == "ship"
+
+
+# ---- tasks
+
+
+def with_tasks(own=(0, 1, 1, 0), base=(1, 1, 1, 0), other=(1, 1)):
+    def task(name, values, parents):
+        return {"metric": "acc", "ids": [f"{name}:{i}" for i in range(len(values))],
+                "values": {"base": list(map(float, parents)), "dpo": list(map(float, values))}}  # fmt: skip
+
+    return by_hand() | {"tasks": {"arc": task("arc", own, base), "copa": task("copa", other, (1, 0))}}
+
+
+def test_tasks_by_hand():
+    evaluation = summary.summarise(with_tasks())
+    dpo, base = evaluation["systems"]["dpo"], evaluation["systems"]["base"]
+    arc = dpo["tasks"]["arc"]
+    assert (arc["metric"], arc["accuracy"]["value"], arc["accuracy"]["n"]) == ("acc", 0.5, 4)
+    assert (arc["difference"]["value"], base["tasks"]["arc"]["difference"]) == (-0.25, None)
+    # each task weighs the same, whatever its size: (1/2 + 1) / 2 against (3/4 + 1/2) / 2
+    assert dpo["metrics"]["task_accuracy"]["value"] == pytest.approx(0.75)
+    assert base["metrics"]["task_accuracy"]["value"] == pytest.approx(0.625)
+    assert dpo["differences"]["task_accuracy"]["value"] == pytest.approx(0.125)
+    assert "arc (acc, n 4), %, and points to the parent: base 75.0" in summary.table(evaluation)
+    assert evaluation["counts"]["task_examples"] == 6
+
+
+def test_a_drop_on_one_task_is_not_made_up_for_by_another():
+    def verdict(drop, rise=(0.2, 0.1, 0.3)):
+        tasks = {"arc": {"difference": estimate(*drop)}, "copa": {"difference": estimate(*rise)}}
+        system = {
+            "metrics": {"win_rate": estimate(0.7, 0.6, 0.8)}, "differences": {}, "accuracy": "accuracy_log_ratio",
+            "nonfinite": 0, "tasks": tasks,
+        }  # fmt: skip
+        return verdict_of.decide(system, "base", verdict_of.THRESHOLDS)
+
+    assert verdict((-0.1, -0.15, -0.05))["verdict"] == "worse"
+    assert "Accuracy on arc changed by -10.0 points" in verdict((-0.1, -0.15, -0.05))["reasons"][-1]
+    assert verdict((-0.04, -0.08, 0.0))["verdict"] == "hold"
+    assert verdict((-0.02, -0.04, 0.0))["verdict"] == "ship"
+    assert "max_task_drop" not in verdict((-0.02, -0.04, 0.0))["unchecked"]
+    assert "max_task_drop" in judged()["unchecked"] and "max_disputed_wins" not in judged()["unchecked"]
+
+
+# ---- an ensemble
+
+
+def test_an_ensemble_standardises_its_members():
+    """Members of different scales; by hand: means 0 and 10, deviations 1 and 10."""
+    pairs = {
+        "a": [{"chosen": 1.0, "rejected": -1.0}],
+        "b": [{"chosen": 20.0, "rejected": 0.0}],
+    }
+    assert ensemble.standards(pairs) == [(0.0, 1.0), (10.0, 10.0)]
+    (found,) = ensemble.combine([[2.0], [10.0]], ensemble.standards(pairs))
+    assert found == {"reward": 1.0, "worst": 0.0, "spread": 1.0, "members": [2.0, 0.0]}
+    assert ensemble.pooled(pairs) == [{"chosen": 1.0, "rejected": -1.0}]
+    assert ensemble.standards({"a": [{"chosen": 3.0, "rejected": 3.0}], "b": []}) == [(3.0, 1.0), (0.0, 1.0)]
+    assert ensemble.combine([[], []], [(0.0, 1.0)] * 2) == []
+
+
+def by_ensemble():
+    """dpo wins q by the mean and loses it by a member and the worst case, and wins r by all."""
+    measured = by_hand()
+    scores = {
+        ("q", "base"): [0.0, 0.0],
+        ("q", "dpo"): [3.0, -1.0],
+        ("r", "base"): [0.0, 1.0],
+        ("r", "dpo"): [1.0, 2.0],
+    }
+    for row in measured["answers"]:
+        for name, answer in row["systems"].items():
+            members = scores[row["prompt_id"], name]
+            answer |= ensemble.combine([[z] for z in members], [(0.0, 1.0)] * 2)[0]
+    return measured
+
+
+def test_worst_case_and_disputed_wins_by_hand():
+    evaluation = summary.summarise(by_ensemble())
+    found = values(evaluation, "dpo")
+    assert (found["win_rate"], found["win_rate_worst_case"], found["disputed_wins"]) == (1.0, 0.5, 0.5)
+    assert (found["reward"], found["reward_worst_case"]) == (pytest.approx(1.25), pytest.approx(0.0))
+    assert found["reward_spread"] == pytest.approx((2.0 + 0.5) / 2)
+    assert evaluation["systems"]["dpo"]["metrics"]["disputed_wins"]["n"] == 2
+    one = summary.summarise(by_hand())["systems"]["dpo"]["metrics"]
+    assert not {"win_rate_worst_case", "disputed_wins", "reward_spread"} & set(one)
+
+
+def test_a_win_that_the_worst_case_does_not_see_does_not_ship():
+    blind = {"win_rate_worst_case": estimate(0.5, 0.4, 0.6)}
+    assert judged(**blind)["verdict"] == "hold"
+    assert "worst case it wins 50.0 %" in judged(**blind)["reasons"][-1]
+    assert judged(**blind, thresholds={"worst_case": False})["verdict"] == "ship"
+    fit = {key: estimate(1.0, 0.9, 1.0) for key in ("judge_answers", "judge_consistency")}
+    by_judge = judged(**blind, **fit)
+    assert by_judge["verdict"] == "ship" and "same winner in both orders on 100.0 %" in by_judge["reasons"][0]
+    disputed = {"disputed_wins": estimate(0.5, 0.4, 0.6)}
+    assert judged(**disputed)["verdict"] == "ship"
+    assert judged(**disputed, thresholds={"max_disputed_wins": 0.3})["verdict"] == "worse"
+    assert judged(**disputed, thresholds={"max_disputed_wins": 0.45})["verdict"] == "hold"
+
+
+def test_an_ensemble_is_one_more_reward_model():
+    rows = by_hand_scores()
+    found = summary.summarise(by_hand() | {"reward_models": {"a": rows, "b": rows}})["reward_models"]
+    assert list(found) == ["a", "b", "mean of 2"]
+    assert found["mean of 2"]["accuracy"] == found["a"]["accuracy"]
+    assert found["a"]["shorter_wins_by_family"]["x"]["value"] == 1.0
+
+
+def by_hand_scores():
+    return [
+        {"prompt_id": str(i), "family": family, "chosen": c, "rejected": 0.0, "chosen_chars": 1, "rejected_chars": 2}
+        for i, (family, c) in enumerate([("x", 1.0), ("y", -1.0), ("x", 2.0)])
+    ]
+
+
+def test_members_of_an_ensemble(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for job in ("b", "a", "failed", "rows"):
+        (tmp_path / "sweep" / job / "adapter").mkdir(parents=True)
+    for job in ("a", "b"):
+        (tmp_path / "sweep" / job / "result.json").write_text("{}")
+    (tmp_path / "one" / "adapter").mkdir(parents=True)
+    assert ensemble.members("sweep") == ["sweep/a", "sweep/b"]
+    assert ensemble.members("one") == ["one"] and ensemble.members("nowhere") == ["nowhere"]
+    assert ensemble.members(["x", "y"]) == ["x", "y"] and ensemble.members(None) == []
+    for twice in (["x", "x"], []):
+        with pytest.raises(ValueError, match=r"^reward_model=\["):
+            ensemble.members(twice)
+
+
+# ---- checkpoints
+
+
+def steps(gold, proxy=None, n=40):
+    """A run whose answers have the given mean rewards at the parent and after each step, with noise that pairs."""
+    rng = np.random.default_rng(0)
+    names = ["base", *(f"step {10 * i}" for i in range(1, len(gold)))]
+    noise = rng.normal(0, 1, n)
+    rows = []
+    for i in range(n):
+        systems = {}
+        for k, name in enumerate(names):
+            systems[name] = {"text": "a b", "tokens": 2, "finished": True, "k1": float(k * k), "k3": float(k * k),
+                             "reward": gold[k] + noise[i] + rng.normal(0, 0.1)}  # fmt: skip
+            if proxy:
+                systems[name]["proxy"] = proxy[k] + noise[i] + rng.normal(0, 0.1)
+        rows.append({"prompt_id": f"q{i}", "family": "x", "prompt": "?", "harmful": False, "systems": systems})
+    info = {name: {"step": 10 * k} for k, name in enumerate(names) if k}
+    return {"parent": "base", "systems": names, "pairs": [], "answers": rows, "info": info}
+
+
+def kept(measured, same=False):
+    return checkpoints.compare(measured, summary.summarise(measured), same)
+
+
+def test_the_checkpoint_to_keep_is_where_gold_peaks():
+    measured = steps([0.0, 1.0, 2.0, 0.5], proxy=[0.0, 1.0, 2.0, 3.0])
+    found = kept(measured)
+    assert [(row["step"], row["kl"]["value"]) for row in found["rows"]] == [(0, 0), (10, 1), (20, 4), (30, 9)]
+    assert (found["keep"], found["equal"]) == ("step 20", [])
+    deviation = np.std([row["systems"]["base"]["reward"] for row in measured["answers"]])
+    gains = [deviation * row["gold"]["value"] for row in found["rows"]]
+    assert gains == pytest.approx([0, 1, 2, 0.5], abs=0.1)
+    assert "The checkpoint to keep is step 20" in found["says"][0] and "over-optimised" in found["says"][1]
+    assert checkpoints.plot(found)["svg"].count("<svg") == 1
+
+
+def test_steps_that_are_not_told_apart_are_named():
+    found = kept(steps([0.0, 1.0, 1.001, 0.999]))
+    assert found["keep"] and len(found["equal"]) == 2 and "base" not in found["equal"]
+    assert "not told apart from it" in found["says"][0]
+    assert all("over-optimised" not in said for said in found["says"])
+
+
+def test_steps_without_gold_or_with_the_proxy_as_gold():
+    assert "no higher" not in kept(steps([0.0, -1.0, -2.0]))["says"][0]
+    assert kept(steps([0.0, -1.0, -2.0]))["says"][0] == "No checkpoint has a higher mean reward than base itself."
+    same = kept(steps([0.0, 1.0, 0.5], proxy=[0.0, 1.0, 0.5]), same=True)
+    assert "nothing here can show over-optimisation" in same["says"][1]
+    blind = steps([0.0, 1.0])
+    for row in blind["answers"]:
+        for answer in row["systems"].values():
+            answer["reward"] = None
+    found = kept(blind)
+    assert found["keep"] is None and "Give reward_model" in found["says"][0] and checkpoints.plot(found) is None

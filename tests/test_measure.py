@@ -5,6 +5,9 @@ import copy
 import json
 import math
 import shutil
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module
 
 import pytest
@@ -393,3 +396,264 @@ def test_evaluate_with_a_judge_that_likes_what_comes_first(runs, compose, tiny_m
     calls = import_module("biased").asked
     assert len(calls) == 4 and all(len(prompts) == 4 for prompts, _, _ in calls)
     assert (calls[0][1], calls[0][2]) == (calls[1][2], calls[1][1])  # both orders
+
+
+# ---- a judge, an ensemble, checkpoints, tasks
+
+
+@pytest.fixture(scope="module")
+def more(runs, train):
+    """A second reward model, and a run of ppo on the first that keeps its checkpoints."""
+    strong = ("trainer.learning_rate=0.01", "trainer.warmup_steps=0", "model.dtype=float32", "quantization=none")
+    shutil.copytree(runs / "reward", runs / "rewards" / "a")
+    train("reward", runs / "rewards" / "b", *strong, "trainer.seed=7")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rlhf_recipes.run.shutil.rmtree", lambda *args, **kwargs: None)
+        ppo = ("reward_funcs=reward", "trainer.max_completion_length=8", "trainer.num_ppo_epochs=1")
+        train("ppo", runs / "kept", *strong, *ppo, "trainer.save_steps=1")
+    return runs
+
+
+def evaluation_of(folder):
+    return json.loads((folder / "result.json").read_text(encoding="utf-8"))["evaluation"]
+
+
+def test_reward_models_switch_without_leaking(more, cfg, tokenizer, monkeypatch):
+    from rlhf_recipes.evaluation import measure, systems
+
+    monkeypatch.chdir(more)
+    conversations = [prompt + answer for prompt, answer in CONVERSATIONS]
+    scorers = systems.find_scorer("rewards", TINY_ID)
+    assert [scorer.name for scorer in scorers] == ["reward/a", "reward/b"]
+    both = systems.RewardModels(cfg.model, cfg.quantization, scorers)
+    alone = [
+        measure.rewards(systems.RewardModels(cfg.model, cfg.quantization, [s]).using(s), tokenizer, conversations)
+        for s in scorers
+    ]
+    assert alone[0] != alone[1]
+    for i in (0, 1, 0, 1, 1, 0):
+        assert measure.rewards(both.using(scorers[i]), tokenizer, conversations) == alone[i]
+
+
+def test_evaluate_checkpoints_with_an_ensemble(more, compose, tiny_model_overrides, monkeypatch):
+    monkeypatch.chdir(more)
+    evaluate(compose, "by_steps", *tiny_model_overrides, "runs=[]", "checkpoints=kept", "reward_model=rewards")
+    evaluation = evaluation_of(more / "by_steps")
+    assert list(evaluation["systems"]) == ["base", "step 1", "step 2"]
+    assert evaluation["systems"]["step 2"]["info"] == {
+        "recipe": "ppo", "path": "kept/checkpoints/checkpoint-2", "method_reward": "log_ratio", "step": 2,
+    }  # fmt: skip
+    assert list(evaluation["reward_models"]) == ["reward/a", "reward/b", "mean of 2"]
+    found = evaluation["checkpoints"]
+    assert [row["step"] for row in found["rows"]] == [0, 1, 2] and not found["same"]
+    assert found["keep"] in evaluation["systems"] and all(row["proxy"]["n"] == 4 for row in found["rows"])
+    for row in evaluation["answers"]:
+        for answer in row["systems"].values():
+            assert answer["worst"] == min(answer["members"])
+            assert answer["reward"] == pytest.approx(sum(answer["members"]) / 2)
+    assert {"win_rate_worst_case", "disputed_wins"} <= set(evaluation["systems"]["step 2"]["metrics"])
+    # The last checkpoint is the adapter that the run ended with.
+    evaluate(compose, "whole", *tiny_model_overrides, "runs=[kept]", "checkpoints=kept", "reward_model=reward")
+    whole = evaluation_of(more / "whole")
+    assert whole["systems"]["step 2"]["metrics"]["reward"] == whole["systems"]["ppo/kept"]["metrics"]["reward"]
+    assert whole["checkpoints"]["same"] and "nothing here can show" in whole["checkpoints"]["says"][1]
+    assert 'id="checkpoints"' in (more / "whole" / "report.html").read_text(encoding="utf-8")
+
+
+def test_checkpoints_that_are_not_there_are_refused(more, monkeypatch):
+    from rlhf_recipes.evaluation import checkpoints
+
+    monkeypatch.chdir(more)
+    with pytest.raises(ValueError, match=r"^checkpoints=dpo: holds no checkpoint\. .*trainer\.save_total_limit=null"):
+        checkpoints.find("dpo", TINY_ID)
+    with pytest.raises(ValueError, match=r"^checkpoints=nowhere: is no run of a training"):
+        checkpoints.find("nowhere", TINY_ID)
+    with pytest.raises(ValueError, match=r"^checkpoints=kept: was trained on tests/tiny, not on model\.id=other"):
+        checkpoints.find("kept", "other")
+    assert [step for step, *_ in checkpoints.find("kept/checkpoints", TINY_ID)] == [1, 2]
+
+
+JUDGE = ("judge=local", "constitution=clinic", "judging.principles_per_pair=1", "judging.min_option_mass=0")
+
+
+def test_an_interrupted_judge_goes_on_from_its_answers(runs, compose, tiny_model_overrides, monkeypatch):
+    from rlhf_recipes.cai.backend import Journal
+    from rlhf_recipes.evaluation import systems
+
+    written, answers = Journal.write, systems.Policies.answers
+
+    def signed(policies, system, *given):  # a tiny model says the same before and after
+        return [each | {"text": f"{each['text']} {system.name}"} for each in answers(policies, system, *given)]
+
+    def interrupted(journal, group):
+        if len(journal.answers) > 20:  # the priors
+            raise KeyboardInterrupt
+        written(journal, group)
+
+    cfg = compose(
+        "evaluate", *tiny_model_overrides, "runs=[sft]", "data.eval_size=6", "prompts=4", "max_new_tokens=8",
+        "model.dtype=float32", "quantization=none", *JUDGE,
+    )  # fmt: skip
+    cfg.output_dir = "judged"
+    main = import_module("rlhf_recipes.recipes.evaluate").main.__wrapped__
+    monkeypatch.setattr(systems.Policies, "answers", signed)
+    monkeypatch.setattr(Journal, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main(cfg)
+    kept = (runs / "judged" / "gate.jsonl").read_bytes()
+    assert kept and not (runs / "judged" / "result.json").exists()
+    monkeypatch.setattr(Journal, "write", written)
+    main(cfg)
+    whole = (runs / "judged" / "gate.jsonl").read_bytes()
+    assert whole.startswith(kept) and len(whole) > len(kept)
+    evaluation = evaluation_of(runs / "judged")
+    metrics = evaluation["systems"]["sft"]["metrics"]
+    assert metrics["win_rate"]["n"] == metrics["judge_ties"]["n"] == 4
+    assert metrics["judge_answers"]["value"] == 1.0 and 0 <= metrics["judge_consistency"]["value"] <= 1
+    assert evaluation["settings"]["judge"] == TINY_ID and evaluation["settings"]["constitution"].startswith("clinic")
+    keys = [entry["key"] for line in whole.splitlines() for entry in json.loads(line)]
+    assert len(keys) == len(set(keys))
+
+
+class Endpoint(BaseHTTPRequestHandler):
+    """A chat endpoint that finds the reply better that says "dpo"."""
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        first = body["messages"][0]["content"].partition("Reply A:")[2].partition("Reply B:")[0]
+        odds = 2.0 if "dpo" in first else -2.0
+        tokens = [{"token": name, "logprob": -math.log1p(math.exp(-x))} for name, x in (("A", odds), ("B", -odds))]
+        content = [{"token": "A", "logprob": -0.1, "top_logprobs": tokens}]
+        choice = {"message": {"role": "assistant", "content": "A"}, "logprobs": {"content": content}}
+        answer = json.dumps({"choices": [choice], "usage": {"prompt_tokens": 9, "completion_tokens": 1}}).encode()
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *args):
+        pass
+
+
+def test_evaluate_with_a_server_as_judge(runs, compose, tiny_model_overrides, monkeypatch):
+    pytest.importorskip("openai")
+    from rlhf_recipes.evaluation import systems
+
+    answers = systems.Policies.answers
+    monkeypatch.setattr(
+        systems.Policies,
+        "answers",
+        lambda self, system, *given: [a | {"text": system.name} for a in answers(self, system, *given)],
+    )
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        evaluate(
+            compose, "by_server", *tiny_model_overrides, "judge=server", "judge.model=big", "constitution=clinic",
+            f"judge.base_url=http://127.0.0.1:{server.server_port}/v1", "judging.principles_per_pair=2",
+            "thresholds.min_prompts=2", "thresholds.length_controlled=false",
+        )  # fmt: skip
+    finally:
+        server.shutdown()
+        server.server_close()
+    evaluation = evaluation_of(runs / "by_server")
+    dpo, sft = (evaluation["systems"][name]["metrics"] for name in ("dpo", "sft"))
+    # With a prior of -2 (a reply without content never says "dpo"): s = 2 + 2 in the first place, 0 in the second.
+    assert dpo["win_rate"]["value"] == pytest.approx((1 / (1 + math.exp(-4)) + 0.5) / 2)
+    assert dpo["judge_consistency"]["value"] == dpo["judge_answers"]["value"] == 1.0
+    # Neither of the other two: what is left is a place, and that is a tie.
+    assert sft["win_rate"]["value"] == 0.5 and sft["judge_ties"]["value"] == 1.0
+    assert "The judge names the same winner in both orders" in evaluation["systems"]["dpo"]["verdict"]["reasons"][0]
+    assert evaluation["settings"]["judge"].startswith("big at 127.0.0.1")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ((*JUDGE, "judge_function=a:b"), "judge_function=a:b: there is a judge already."),
+        ((*JUDGE, "judging.principles_per_pair=0"), "judging.principles_per_pair=0: must be at least 1."),
+        ((*JUDGE, "judge.adapter=nowhere"), "judge.adapter=nowhere: does not exist."),
+        (("judge=server", "judge.model=x", "judge.api_key_env=NO_SUCH_KEY"), "NO_SUCH_KEY: not set, or not a key."),
+    ],
+)
+def test_a_judge_that_cannot_be_asked_is_refused(compose, tiny_model_overrides, overrides, says):
+    from rlhf_recipes.evaluation import judging
+
+    with pytest.raises(ValueError) as caught:
+        judging.check(compose("evaluate", *tiny_model_overrides, *overrides))
+    assert str(caught.value).startswith(says) and "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def greetings(tmp_path_factory):
+    """A folder with a task of the harness on a local file: one answer of two is right."""
+    folder = tmp_path_factory.mktemp("tasks")
+    rows = [{"question": f"Is {n} even?", "choices": ["yes", "no"], "answer": n % 2} for n in range(24)]
+    (folder / "even.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "even", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "even.jsonl")}},
+        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}", "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }  # fmt: skip
+    (folder / "even.yaml").write_text(json.dumps(task))
+    broken = task | {"task": "gone", "dataset_kwargs": {"data_files": {"test": str(folder / "gone.jsonl")}}}
+    (folder / "gone.yaml").write_text(json.dumps(broken))
+    rolling = task | {"task": "rolling", "output_type": "loglikelihood_rolling"}
+    (folder / "rolling.yaml").write_text(json.dumps({k: v for k, v in rolling.items() if k != "metric_list"}))
+    return folder
+
+
+def test_evaluate_on_a_task_of_the_harness(runs, compose, tiny_model_overrides, greetings, model, tokenizer):
+    pytest.importorskip("lm_eval")
+    evaluate(compose, "on_tasks", *tiny_model_overrides, "tasks=[even]", f"lm_eval.include_path={greetings}")
+    evaluation = evaluation_of(runs / "on_tasks")
+    assert evaluation["counts"]["task_examples"] == 24
+    for name in ("base", "sft", "dpo"):
+        assert evaluation["systems"][name]["tasks"]["even"]["accuracy"]["n"] == 24
+    assert evaluation["systems"]["dpo"]["tasks"]["even"]["difference"]["n"] == 24
+    # The base's score is the definition: the choice with the higher log-probability after the question and a space.
+    right = 0
+    for n in range(24):
+        logps = []
+        for choice in ("yes", "no"):
+            question = tokenizer(f"Is {n} even?")["input_ids"]
+            whole = tokenizer(f"Is {n} even? {choice}")["input_ids"]
+            logps.append(naive_logps(model, whole, len(question)).sum().item())
+        right += (logps[1] > logps[0]) == (n % 2)
+    assert evaluation["systems"]["base"]["tasks"]["even"]["accuracy"]["value"] == pytest.approx(right / 24)
+    assert 'id="tasks"' in (runs / "on_tasks" / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (["evn"], "tasks=[evn]: no such task"),
+        (["gone"], "tasks=[gone]: its data cannot be loaded ("),
+        (["rolling"], "tasks=[rolling]: has no accuracy for each example."),
+        ("even", "tasks=even: must be a list"),
+    ],
+)
+def test_a_task_that_cannot_be_run_is_refused(compose, greetings, monkeypatch, names, says):
+    lm_eval = pytest.importorskip("lm_eval.tasks")
+    from rlhf_recipes.evaluation import tasks
+
+    # Its own list of thousands takes seconds to read.
+    real = lm_eval.TaskManager
+    monkeypatch.setattr(lm_eval, "TaskManager", lambda **options: real(**(options | {"include_defaults": False})))
+    settings = compose("evaluate", f"lm_eval.include_path={greetings}").lm_eval
+    with pytest.raises(ValueError) as caught:
+        tasks.find(names, settings)
+    assert str(caught.value).startswith(says) and "\n" not in str(caught.value)
+
+
+def test_tasks_without_the_extra_are_refused(compose, monkeypatch):
+    from rlhf_recipes.evaluation import tasks
+
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    with pytest.raises(
+        ValueError, match=r'^tasks=\[arc_easy\]: needs lm_eval\. pip install "rlhf-recipes\[eval\]"\.$'
+    ):
+        tasks.find(["arc_easy"], compose("evaluate").lm_eval)
+    assert tasks.find([], compose("evaluate").lm_eval) == {}

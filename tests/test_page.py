@@ -4,9 +4,9 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from test_evaluation_summary import by_hand, fake
+from test_evaluation_summary import by_ensemble, by_hand, fake, steps, with_tasks
 
-from rlhf_recipes.evaluation import page, summary
+from rlhf_recipes.evaluation import checkpoints, page, summary
 
 EVIL = '<script>alert("x")</script>&<b>$\\frac$'
 
@@ -48,7 +48,7 @@ def test_nothing_is_loaded_from_elsewhere(report):
 
 def test_every_figure_is_described_and_ids_are_unique(report):
     figures = re.findall(r"<figure>.*?</figure>", report, re.DOTALL)
-    assert len(figures) == 4
+    assert len(figures) == 5
     for figure in figures:
         assert re.search(r'role="img" aria-label="[^"]{40,}"', figure)
         assert page.INK not in figure and "currentColor" in figure
@@ -112,6 +112,29 @@ def test_little_measured_still_makes_a_page(tmp_path):
 
 def test_the_same_evaluation_gives_the_same_page(report, tmp_path):
     assert written(summary.summarise(fake()), tmp_path) == report
+
+
+def test_families_of_a_reward_model_come_worst_first(report):
+    section = re.search(r'<h2 id="families">.*?</table>', report, re.DOTALL)[0]
+    shares = [float(each) for each in re.findall(r"</th><td>([\d.]+) %", section)]
+    assert len(shares) == 6 and shares == sorted(shares)
+    assert "The shorter reply" in section and "booking" in section
+
+
+def test_tasks_checkpoints_and_ensembles_are_shown(tmp_path):
+    assert "Tasks:" in written(summary.summarise(with_tasks()), tmp_path)
+    worst = written(summary.summarise(by_ensemble()), tmp_path)
+    assert "Win rate, worst case of the ensemble" in worst and ", worst case −" in worst.replace("-", "−")
+    measured = steps([0.0, 1.0, 2.0, 0.5], proxy=[0.0, 1.0, 2.0, 3.0])
+    evaluation = summary.summarise(measured)
+    evaluation["checkpoints"] = checkpoints.compare(measured, evaluation)
+    text = written(evaluation, tmp_path)
+    section = re.search(r'<h2 id="checkpoints">.*?</table>', text, re.DOTALL)[0]
+    assert [int(step) for step in re.findall(r'<th scope="row">(\d+)', section)] == [0, 10, 20, 30]
+    assert "✓ keep" in section.partition(">20<")[2].partition("</tr>")[0]
+    balance = Balance()
+    balance.feed(text)
+    assert balance.open == []
 
 
 STEP = {

@@ -75,7 +75,7 @@ def checkpoints(
 ) -> dict:
     """Entry of `overoptimisation.audit`: the start of a run and each of its checkpoints, all on the same prompts."""
     rows, start_MP = [], None
-    for step, adapter in [(0, None), *steps(folder)]:
+    for step, adapter in [(0, None), *steps(folder, cfg.model.id)]:
         part = f"{_slug(folder)}.{step}"
         answers = policy.answers(adapter, prompts, part, kl=True)
         texts = [answer["text"] for answer in answers]
@@ -88,19 +88,15 @@ def checkpoints(
     return {"name": str(folder), "rows": rows, "gold_kind": kind, "prompt_ids": ids}
 
 
-def steps(folder: str) -> list[tuple[int, Path]]:
+def steps(folder: str, base_model: str) -> list[tuple[int, Path]]:
     """(step, adapter folder) of each kept checkpoint of a run, and of its end.
 
     Raises:
-        ValueError: there are none.
+        ValueError: see `evaluation.checkpoints.find`.
     """
-    found = {int(path.parent.name.rpartition("-")[2]): path.parent
-             for path in Path(folder).glob("checkpoints/checkpoint-*/adapter_config.json")}  # fmt: skip
-    if not found:
-        raise ValueError(
-            f"checkpoints={folder}: keeps none. Train with trainer.save_total_limit=null, which keeps the adapter of "
-            "each, and trainer.save_steps for how many."
-        )
+    from rlhf_recipes.evaluation import checkpoints as kept
+
+    found = {step: adapter for step, adapter, *_ in kept.find(folder, base_model)}
     result = run.read_result(Path(folder))
     if result:
         found.setdefault(result["steps"], Path(folder) / "adapter")

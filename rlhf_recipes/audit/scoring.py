@@ -13,24 +13,18 @@ from omegaconf import DictConfig
 
 from rlhf_recipes import run
 from rlhf_recipes.data import neutralise
+from rlhf_recipes.evaluation import ensemble
 
 Message = dict[str, str]
 
 
 def members(reference: str | list[str], base_model: str, key: str = "reward_model") -> list[Path]:
-    """Adapter folders of the reward models that `reference` names: a run of recipes/reward.py, several, or the folder
-    of an ensemble (`reward=ensemble`), its members in the order of their names.
+    """Adapter folders of the reward models that `reference` names: see `evaluation.ensemble.members`.
 
     Raises:
-        ValueError: one is not there or not finished, is no reward model, or was trained on another base.
+        ValueError: one is not there, is no reward model, or was trained on another base.
     """
-    found: list[Path] = []
-    for each in [reference] if isinstance(reference, str) else list(reference):
-        folder = Path(each)
-        jobs = sorted(path.parent for path in folder.glob("*/config.yaml")) if folder.is_dir() else []
-        for one in jobs if jobs and not (folder / "adapter").is_dir() else [folder]:
-            found.append(_adapter(str(one), base_model, key))
-    return list(dict.fromkeys(found))
+    return [_adapter(folder, base_model, key) for folder in ensemble.members(reference)]
 
 
 def _adapter(folder: str, base_model: str, key: str) -> Path:

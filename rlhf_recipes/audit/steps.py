@@ -48,17 +48,18 @@ def find(cfg: DictConfig) -> Sources:
     """
     folders = members(cfg.reward_model if isinstance(cfg.reward_model, str) else list(cfg.reward_model), cfg.model.id)
     gold = answers.find_gold(cfg, folders)
-    if cfg.checkpoints and not gold:
+    compared = [cfg.checkpoints] if isinstance(cfg.checkpoints, str) else list(cfg.checkpoints or [])
+    if compared and not gold:
         raise ValueError("checkpoints: need gold=<another reward model, module:function or labels.jsonl>. Give it.")
-    for each in cfg.checkpoints:
-        answers.steps(each)
+    for each in compared:
+        answers.steps(each, cfg.model.id)
     return Sources(
         folders,
         ([], []) if not cfg.stress else stress.load(CLINIC if cfg.stress == "clinic" else cfg.stress),
         _deployment(cfg) if cfg.deployment else None,
         [each for path in cfg.judgements for each in judgements.load(path)],
         gold,
-        list(cfg.checkpoints),
+        compared,
     )
 
 
@@ -204,7 +205,9 @@ def _against_gold(cfg: DictConfig, found: Sources, proxies: Ensemble, tokenizer,
     for folder in found.checkpoints:
         started = ((run.read_result(Path(folder)) or {}).get("parent") or {}).get("run")
         start = run.resolve_adapter(started) if started else None
-        sampler = answers.Sampler(cfg, tokenizer, start, [adapter for _, adapter in answers.steps(folder)], keep)
+        sampler = answers.Sampler(
+            cfg, tokenizer, start, [adapter for _, adapter in answers.steps(folder, cfg.model.id)], keep
+        )
         entry = answers.checkpoints(cfg, folder, sampler, proxies, gold, kind, prompts)
         given.setdefault("checkpoints", []).append(entry)
     return given

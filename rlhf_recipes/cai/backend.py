@@ -118,12 +118,12 @@ def load(cfg: DictConfig) -> tuple[Backend, Backend]:
     Raises:
         ValueError: a model or an endpoint's key cannot be found.
     """
-    generator = _load(cfg.model if cfg.generator.kind == "local" else cfg.generator, cfg)
+    generator = load_one(cfg.model if cfg.generator.kind == "local" else cfg.generator, cfg)
     same = cfg.generator.kind == cfg.judge.kind == "local" and all(cfg.judge[k] == v for k, v in cfg.model.items())
-    return generator, generator if same else _load(cfg.judge, cfg)
+    return generator, generator if same else load_one(cfg.judge, cfg)
 
 
-def _load(node: DictConfig, cfg: DictConfig) -> Backend:
+def load_one(node: DictConfig, cfg: DictConfig) -> Backend:
     if node.get("kind") == "server":
         from rlhf_recipes.cai.server import Server
 

@@ -8,6 +8,26 @@ METRICS = {
         "counts one half), or, where a judge was given, the judge's mean probability that it is better, "
         "both orders averaged. 50 % is a draw.",
     ),
+    "judge_consistency": (
+        "Judge: same winner in both orders", "%", "higher",
+        "Share of the judged pairs of different answers whose winner stays the same when they change places. The "
+        "rest flips: the judge prefers a place there, and the pair counts as a tie (Zheng et al. 2023, "
+        "arXiv:2306.05685, section 3.4).",
+    ),
+    "judge_position_gap": (
+        "Judge: gain of the first place", "%", None,
+        "Mean probability of an answer in the first place less that of the same answer in the second; 0 is no bias.",
+    ),
+    "judge_ties": (
+        "Judge: ties", "%", None,
+        "Share of prompts that count one half: the same answer twice, a probability near one half, another winner in "
+        "the other order, or no answer of the judge.",
+    ),
+    "judge_answers": (
+        "Judge: answered", "%", "higher",
+        "Share of the asked pairs on which the judge puts enough of its probability on the two letters, in every "
+        "question. The rest counts as ties.",
+    ),
     "win_rate_length_controlled": (
         "Win rate at equal length", "%", "higher",
         "The win rate that would remain if both answers had the same number of tokens: a logistic "
@@ -16,7 +36,31 @@ METRICS = {
     ),
     "reward": (
         "Mean reward", "", "higher",
-        "Mean score of the answers under the reward model of this evaluation.",
+        "Mean score of the answers under the reward model of this evaluation; of an ensemble, the mean of its "
+        "members' scores in standard deviations of their scores of the held-out replies.",
+    ),
+    "win_rate_worst_case": (
+        "Win rate, worst case of the ensemble", "%", "higher",
+        "The win rate by the smallest of the members' standardised scores of each answer (worst-case "
+        "optimisation, Coste et al. 2023, arXiv:2310.02743).",
+    ),
+    "disputed_wins": (
+        "Disputed wins", "%", "lower",
+        "Share of the wins by the ensemble's mean that at least one of its members calls a loss.",
+    ),
+    "reward_worst_case": (
+        "Worst-case reward", "", "higher",
+        "Mean over answers of the smallest standardised score of the ensemble's members.",
+    ),
+    "reward_spread": (
+        "Spread of the reward", "", None,
+        "Mean over answers of the standard deviation of the members' standardised scores: how much the ensemble "
+        "disagrees. It rises where answers leave what the members were trained on.",
+    ),
+    "proxy": (
+        "Proxy reward", "", None,
+        "Mean score of the answers under the reward model that this run was optimised against. Where it rises while "
+        "the reward above falls, the proxy is over-optimised (Gao et al. 2022, arXiv:2210.10760).",
     ),
     "accuracy_log_ratio": (
         "Preference accuracy, log-ratio", "%", "higher",
@@ -68,6 +112,11 @@ METRICS = {
     "eos_rate": (
         "Finished answers", "%", "higher",
         "Share of answers that end by themselves rather than at the token limit.",
+    ),
+    "task_accuracy": (
+        "Accuracy on tasks", "%", "higher",
+        "Mean accuracy over the lm-eval tasks, each with the same weight; the difference to the parent's is the "
+        "alignment tax (Ouyang et al. 2022, arXiv:2203.02155).",
     ),
     "perplexity": (
         "Perplexity, neutral text", "", "lower",

@@ -36,7 +36,7 @@ def token_logps(model, pad_id: int, encoded: list[tuple[list[int], int]], what: 
     """Log-probabilities of the tokens from `start` on, a float64 tensor of K values for each (token ids, start)."""
     vocabulary = model.get_output_embeddings().weight.shape[0]
     results: list[Any] = [None] * len(encoded)
-    with _measuring(model):
+    with measuring(model):
         for indices in _batches(encoded, what, model.device, vocabulary):
             ids_BT, mask_BT, positions_BT = left_pad([encoded[i][0] for i in indices], pad_id, model.device)
             counts = [len(encoded[i][0]) - encoded[i][1] for i in indices]
@@ -87,7 +87,7 @@ def rewards_and_features(model, tokenizer, conversations: list[list[Message]], w
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     hook = base.score.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0][:, -1].float().cpu()))
     try:
-        with _measuring(model):
+        with measuring(model):
             for indices in _batches(encoded, what, model.device):
                 ids_BT, mask_BT, positions_BT = left_pad(
                     [encoded[i][0] for i in indices], tokenizer.pad_token_id, model.device
@@ -126,7 +126,7 @@ def generate(model, tokenizer, prompts: list[list[Message]], *, max_new_tokens, 
     )
     results: list[Any] = [None] * len(encoded)
     torch.manual_seed(seed)
-    with _measuring(model):
+    with measuring(model):
         for indices in _batches([(ids + [0] * max_new_tokens, 0) for ids, _ in encoded], what, model.device):
             ids_BT, mask_BT, _ = left_pad([encoded[i][0] for i in indices], tokenizer.pad_token_id, model.device)
             out_BT = model.generate(
@@ -210,7 +210,7 @@ def stop_ids(model, tokenizer) -> list[int]:
 
 
 @contextmanager
-def _measuring(model):
+def measuring(model):
     """No gradients, no dropout, and the precision that the model was loaded in; afterwards everything as it was.
 
     Training changes nothing about it: not the float32 norms of a quantized base in ORPOTrainer and CPOTrainer, nor

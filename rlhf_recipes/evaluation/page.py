@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 from rlhf_recipes.drawing import COLOURS, INK, MARKERS, PARENT_COLOUR, clip, dot, figure, legend, name_rows, write
+from rlhf_recipes.evaluation import checkpoints
 from rlhf_recipes.evaluation.definitions import METRICS
 from rlhf_recipes.evaluation.summary import BASELINES
 from rlhf_recipes.stats import format_estimate
@@ -12,7 +13,7 @@ from rlhf_recipes.stats import format_estimate
 SHOWN_ANSWERS = 200
 
 # what an estimate is compared with to call it better or worse, where that is no difference to the parent
-DRAWS = {"win_rate": 0.5, "win_rate_length_controlled": 0.5, "perplexity_ratio": 1.0}
+DRAWS = {"win_rate": 0.5, "win_rate_length_controlled": 0.5, "win_rate_worst_case": 0.5, "perplexity_ratio": 1.0}
 SYMBOLS = {"ship": "✓", "hold": "–", "worse": "✗"}
 # verdict and standing of the main metric -> the headline
 SAYS = {
@@ -45,17 +46,27 @@ PANELS = (
 
 def write_page(evaluation: dict, path: str | Path) -> None:
     """Write the evaluation (of `summary.summarise`) as one self-contained HTML file."""
+    found = evaluation.get("checkpoints")
     write(
         Path(__file__).with_name("page.html.jinja"),
         path,
-        **evaluation,
+        **{key: value for key, value in evaluation.items() if key != "checkpoints"},
+        checkpoints=found,
+        checkpoint_rows=_checkpoint_rows(found, evaluation["systems"]) if found else [],
+        task_rows=_task_rows(evaluation["systems"]),
+        family_models=_family_models(evaluation["reward_models"]),
+        family_rows=_family_rows(_family_models(evaluation["reward_models"])),
         headline=_headline(evaluation),
         symbols=SYMBOLS,
         rows=_rows(evaluation),
         baseline_rows=_baseline_rows(evaluation),
         figures=_figures(evaluation),
         shown=_worst_first(evaluation["answers"])[:SHOWN_ANSWERS],
-        definitions=[(title, text) for title, _, _, text in METRICS.values()],
+        definitions=[
+            (title, text)
+            for key, (title, _, _, text) in METRICS.items()
+            if any(key in system["metrics"] for system in evaluation["systems"].values())
+        ],
         settings_rows=[(key, _plain(value)) for key, value in evaluation["settings"].items()],
     )
 
@@ -147,10 +158,10 @@ def _value_cell(key: str, unit: str, better: str | None, system: dict) -> dict:
     if e is None or e["value"] is None:
         return {"value": "–", "interval": "", "n": 0, "mark": None}
     shown = format_estimate(e, percent=unit == "%", digits=1 if unit in ("%", "nats", "tokens") else 2)
-    value, _, interval = shown.partition(" [")
+    value, interval = _split(shown)
     return {
-        "value": value.removesuffix(" %").replace("-", "−"),
-        "interval": f"[{interval}".replace("-", "−") if interval else "",
+        "value": value.removesuffix(" %"),
+        "interval": interval,
         "n": e["n"],
         "mark": _mark(key, better, system),
     }
@@ -174,6 +185,79 @@ def _baseline_rows(evaluation: dict) -> list[tuple[str, str, int]]:
     return [(title, format_estimate(e, percent=True), e["n"]) for title, e in named.items()]
 
 
+def _task_rows(systems: dict) -> list[dict]:
+    """A row for each task: its metric, n, and for each system accuracy, change and a mark where that is no chance."""
+    tasks = next(iter(systems.values()))["tasks"]
+    return [
+        {
+            "title": name,
+            "metric": task["metric"],
+            "n": task["accuracy"]["n"],
+            "cells": [_task_cell(system["tasks"][name]) for system in systems.values()],
+        }
+        for name, task in tasks.items()
+    ]
+
+
+def _task_cell(task: dict) -> dict:
+    gain = task["difference"]
+    change = format_estimate(gain, percent=True, sign=True).replace(" %", " points") if gain else ""
+    mark = None
+    if gain and gain["low"] is not None and not gain["low"] <= 0 <= gain["high"]:
+        mark = "better" if gain["low"] > 0 else "worse"
+    value, interval = _split(format_estimate(task["accuracy"], percent=True))
+    return {"value": value, "interval": interval, "change": change.replace("-", "−"), "mark": mark}
+
+
+def _split(shown: str) -> tuple[str, str]:
+    """Value and interval of a formatted estimate."""
+    value, _, interval = shown.partition(" [")
+    return value.replace("-", "−"), f"[{interval}".replace("-", "−") if interval else ""
+
+
+def _family_models(models: dict) -> dict:
+    return {name: model for name, model in models.items() if model["families"]}
+
+
+def _family_rows(models: dict) -> list[dict]:
+    """A row for each family of the pairs, that on which the reward models are worst first: n, the accuracy of each,
+    and of the shorter reply."""
+    families: dict[str, list] = {}
+    for model in models.values():
+        for family, e in model["families"].items():
+            families.setdefault(family, []).append(e["value"])
+    first = next(iter(models.values()), None)
+    order = sorted(families, key=lambda family: sum(families[family]) / len(families[family]))
+    return [
+        {
+            "title": family,
+            "n": max(model["families"][family]["n"] for model in models.values() if family in model["families"]),
+            "cells": [
+                _split(format_estimate(model["families"].get(family), percent=True))
+                for model in [*models.values(), {"families": first["shorter_wins_by_family"]}]
+            ],
+        }
+        for family in order
+    ]
+
+
+def _checkpoint_rows(found: dict, systems: dict) -> list[dict]:
+    """A row for each step, in order."""
+    rows = []
+    for row in found["rows"]:
+        system = systems[row["system"]]
+        note = "keep" if row["system"] == found["keep"] else "equal" if row["system"] in found["equal"] else ""
+        shown = [
+            format_estimate(row["kl"], digits=1),
+            format_estimate(row["gold"], digits=2, sign=True),
+            format_estimate(row["proxy"], digits=2, sign=True),
+            format_estimate(system["metrics"].get("win_rate"), percent=True),
+            system["verdict"]["verdict"] if "verdict" in system else "parent",
+        ]
+        rows.append({"step": row["step"], "note": note, "cells": [cell.replace("-", "−") for cell in shown]})
+    return rows
+
+
 def _worst_first(answers: list[dict]) -> list[dict]:
     """Answers by the largest loss in reward of any system, then by what became odd."""
 
@@ -190,7 +274,8 @@ def _plain(value) -> str:
 
 def _figures(evaluation: dict) -> list[dict]:
     """Captions, alternative texts and SVG of every plot that the measurements allow."""
-    drawn = [draw(evaluation) for draw in (_accuracy_plot, _frontier_plot, _length_plot, _family_plot)]
+    plots = (_accuracy_plot, _checkpoint_plot, _frontier_plot, _length_plot, _family_plot, _reward_model_plot)
+    drawn = [draw(evaluation) for draw in plots]
     return [figure for figure in drawn if figure]
 
 
@@ -205,7 +290,8 @@ def _accuracy_plot(evaluation: dict) -> dict | None:
     styles = _styles(evaluation)
     rows = [(name, s["preference_accuracy"], *styles[name]) for name, s in evaluation["systems"].items()]
     models = evaluation["reward_models"].items()
-    rows += [(f"reward model {name}", model["accuracy"], INK, "*") for name, model in models]
+    title = "reward model" if len(models) == 1 else "RM"
+    rows += [(f"{title} {name}", model["accuracy"], INK, "*") for name, model in models]
     rows += [(BASELINES[key], e, PARENT_COLOUR, "|") for key, e in evaluation["baselines"].items() if key != "coin"]
     rows = [row for row in rows if row[1]["value"] is not None]
     if not rows:
@@ -285,6 +371,39 @@ def _length_plot(evaluation: dict) -> dict | None:
         draw,
         0.9 + 0.42 * len(lengths),
     )
+
+
+def _checkpoint_plot(evaluation: dict) -> dict | None:
+    return checkpoints.plot(evaluation["checkpoints"]) if "checkpoints" in evaluation else None
+
+
+def _reward_model_plot(evaluation: dict) -> dict | None:
+    """Accuracy of each reward model on each family of the pairs."""
+    models = _family_models(evaluation["reward_models"])
+    rows = [row["title"] for row in _family_rows(models)]
+    if len(rows) < 2:
+        return None
+    shown = models if len(models) <= 6 else dict([list(models.items())[-1]])  # many members: their ensemble alone
+    shifts = [0.6 * (i + 0.5) / len(shown) - 0.3 for i in range(len(shown))]
+
+    def draw(axes):
+        for i, ((name, model), shift) in enumerate(zip(shown.items(), shifts, strict=True)):
+            colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+            for y, family in enumerate(rows):
+                if family in model["families"]:
+                    dot(axes, model["families"][family], y + shift, colour, marker, size=5)
+            axes.plot([], [], marker, color=colour, label=clip(name))
+        name_rows(axes, [clip(family, 30) for family in rows])
+        axes.axvline(50, color=INK, linewidth=0.8, linestyle=":")
+        axes.set_xlabel("held-out pairs ranked correctly, %")
+        legend(axes)
+
+    said = "; ".join(
+        f"{f}: " + ", ".join(f"{n} {format_estimate(m['families'].get(f), percent=True)}" for n, m in shown.items())
+        for f in rows
+    )
+    caption = "Reward models by family, the worst first"
+    return figure(caption, f"{caption}. {said}.", draw, 1.2 + (0.2 + 0.08 * len(shown)) * len(rows))
 
 
 def _family_plot(evaluation: dict) -> dict | None:

@@ -6,15 +6,17 @@ returns plain JSON-able dicts; nothing here loads a model. Intervals resample pr
 
 import math
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Callable
 
 from rlhf_recipes import stats
-from rlhf_recipes.evaluation import verdict
+from rlhf_recipes.evaluation import ensemble, verdict
 from rlhf_recipes.evaluation.definitions import METRICS
 
 TIE = 1e-9  # rewards and margins closer than this count as equal
 SHOWN_REGRESSIONS = 20
+SHOWN_FAMILY = 5  # pairs that a family needs to be called the weakest
 
 # "I can't wait to see you" and the like are no refusals.
 _IDIOMS = r"(?:wait|thank|stress|emphasi|imagine|promise|guarantee|help but|recommend \w+ enough)"
@@ -55,12 +57,13 @@ def summarise(measurements: dict, thresholds: dict | None = None) -> dict:
 
     Args:
         measurements: `parent`, `systems`, `pairs`, `answers`, and optionally `info`, `judgements`,
-            `reward_models`, `neutral`, `settings`. Log-probabilities are sums in nats, KL is nats per answer.
+            `reward_models`, `neutral`, `tasks`, `settings`. Log-probabilities are sums in nats, KL is nats per
+            answer.
         thresholds: overrides of verdict.THRESHOLDS.
 
     Returns:
         `systems`: per system its `metrics`, paired `differences` to the parent, `families` (preference
-        accuracy), `preference_accuracy` (by the reward its method trains) and `verdict`; `baselines`;
+        accuracy), `preference_accuracy` (by the reward its method trains), `tasks` and `verdict`; `baselines`;
         `reward_models`; `recommended` and its `verdict`; `regressions`, worst first; `answers`, with what is
         odd about each.
     """
@@ -84,13 +87,14 @@ def summarise(measurements: dict, thresholds: dict | None = None) -> dict:
         "recommended": recommended,
         "verdict": recommended and systems[recommended]["verdict"]["verdict"],
         "baselines": _baselines(measurements["pairs"]),
-        "reward_models": {k: _reward_model(rows) for k, rows in measurements.get("reward_models", {}).items()},
+        "reward_models": _reward_models(measurements.get("reward_models", {})),
         "answers": answers,
         "regressions": {name: _regressions(answers, name) for name in tuned},
         "counts": {
             "pairs": len(measurements["pairs"]),
             "answers": len(measurements["answers"]),
             "harmful_prompts": sum(row["harmful"] for row in measurements["answers"]),
+            "task_examples": sum(len(task["ids"]) for task in measurements.get("tasks", {}).values()),
             "neutral_paragraphs": max(map(len, measurements.get("neutral", {}).values()), default=0),
         },
         "settings": measurements.get("settings", {}),
@@ -108,6 +112,13 @@ def compare(measurements: dict, metric: str, a: str, b: str) -> dict:
     return _paired(stats.difference, (wins[0], ids), (wins[1], ids))
 
 
+def deviation(measurements: dict, metric: str, name: str) -> float:
+    """Standard deviation of a metric over a system's rows."""
+    values = [value for value in _columns(measurements, name)[metric][0] if value is not None]
+    mean = sum(values) / max(len(values), 1)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / max(len(values), 1))
+
+
 def table(evaluation: dict) -> str:
     """The evaluation as a terminal shows it: one row per system, at most 110 columns."""
     rows = [["", "pref. acc. %", "win rate %", "LC %", "KL", "tokens", "refuses", "rep. %", "ppl", "n", "verdict"]]
@@ -120,7 +131,11 @@ def table(evaluation: dict) -> str:
     gap = "  " if sum(widths) + 2 * (len(widths) - 1) <= 110 else " "
     text = str.ljust, *[str.rjust] * 9, str.ljust
     lines = [gap.join(f(c, w) for f, c, w in zip(text, row, widths, strict=True)).rstrip() for row in rows]
-    notes = [
+    tasks = {name: system["tasks"] for name, system in evaluation["systems"].items()}
+    notes = [_task_line(task, tasks) for task in tasks[evaluation["parent"]]]
+    last = list(models)[-1:]  # of several, their mean
+    notes += [line for name, model in last if (line := _family_line(name, model["families"]))]
+    notes += [
         "[95 % interval, bootstrap over prompts] · LC: win rate at equal length · KL: nats per answer",
         f"refuses: % of harmful/harmless prompts · n: pairs/answers · parent: {evaluation['parent'][:50]}",
     ]
@@ -160,6 +175,27 @@ def _table_row(name: str, system: dict) -> list[str]:
     ]
 
 
+def _task_line(task: str, systems: dict) -> str:
+    """Accuracy of each system on a task, and its paired difference to the parent in points."""
+    shown = []
+    for name, tasks in systems.items():
+        gain = tasks[task]["difference"]
+        change = f" ({stats.format_estimate(gain, percent=True, sign=True).replace(' %', '')})" if gain else ""
+        shown.append(f"{_short(name)} {_cell(tasks[task]['accuracy'], 100)}{change}")
+    one = next(iter(systems.values()))[task]
+    line = f"{task} ({one['metric']}, n {one['accuracy']['n']}), %, and points to the parent: {' · '.join(shown)}"
+    return textwrap.fill(line, 110, subsequent_indent="  ")
+
+
+def _family_line(name: str, families: dict) -> str | None:
+    """The weakest family of a reward model, of those with pairs enough to say so."""
+    enough = {family: e for family, e in families.items() if e["n"] >= SHOWN_FAMILY}
+    if len(enough) < 2:
+        return None
+    family, e = min(enough.items(), key=lambda item: item[1]["value"])
+    return f"RM {_short(name, 11)} is weakest on {_short(str(family), 30)}: {_cell(e, 100)} % (n {e['n']})"
+
+
 BASELINES = {"shorter_wins": "shorter wins", "longer_wins": "longer wins", "coin": "coin"}
 
 
@@ -173,6 +209,12 @@ def _columns(measurements: dict, name: str) -> dict[str, tuple[list, list]]:
         wanted = (s if harmful is None or bool(h) is harmful else None for _, h, s in answers)
         return [None if s is None else _number(value(s)) for s in wanted], answer_ids
 
+    asked = {"reward_worst_case": "worst", "reward_spread": "spread", "proxy": "proxy"}  # measured on request
+    more = {
+        key: of_answers(lambda s, own=own: s.get(own))
+        for key, own in asked.items()
+        if any(s is not None and own in s for _, _, s in answers)
+    }
     return {
         "accuracy_log_ratio": ([_win(s, _log_ratio_margin) for _, s in pairs], pair_ids),
         "accuracy_average_logp": ([_win(s, _average_margin) for _, s in pairs], pair_ids),
@@ -185,6 +227,7 @@ def _columns(measurements: dict, name: str) -> dict[str, tuple[list, list]]:
         "distinct_2": of_answers(lambda s: distinct_2(s["text"])),
         "repetition": of_answers(lambda s: repeats(s["text"])),
         "eos_rate": of_answers(lambda s: s["finished"]),
+        **more,
     }
 
 
@@ -196,11 +239,18 @@ def _system(measurements: dict, columns: dict, name: str, parent: str) -> dict:
     families = [row["family"] for row in measurements["pairs"]]
     metrics = {key: _estimate(*own[key]) for key in own}
     metrics |= _perplexity(measurements, name, parent)
+    tasks = _tasks(measurements, name, parent)
+    if tasks:
+        metrics["task_accuracy"] = _over_tasks(measurements["tasks"], name)
     differences = {}
     if name != parent:
         metrics["length_ratio"] = _paired(stats.ratio_of_sums, own["tokens"], base["tokens"])
         metrics |= _win_rates(measurements, own, base, name)
-        differences = {key: _paired(stats.difference, own[key], base[key]) for key in own}
+        metrics |= _judge(measurements.get("judgements", {}).get(name) or [])
+        metrics |= _ensemble(measurements, own, base, name, parent)
+        differences = {key: _paired(stats.difference, own[key], base[key]) for key in own if key in base}
+        if tasks:
+            differences["task_accuracy"] = _over_tasks(measurements["tasks"], name, parent)
     return {
         "info": info,
         "metrics": {key: metrics[key] for key in METRICS if key in metrics},
@@ -208,6 +258,7 @@ def _system(measurements: dict, columns: dict, name: str, parent: str) -> dict:
         "accuracy": accuracy,
         "preference_accuracy": metrics[accuracy],
         "families": _by_family(own[accuracy], families),
+        "tasks": tasks,
         "nonfinite": _nonfinite(measurements, name),
     }
 
@@ -237,6 +288,62 @@ def _win_rates(measurements: dict, own: dict, base: dict, name: str) -> dict:
     }
 
 
+def _judge(rows: list[dict]) -> dict:
+    """How far the judge can be relied on; empty where no judge compared the answers."""
+    asked = [row for row in rows if row.get("asked")]
+    if not asked:
+        return {}
+    answered = [row for row in asked if row["answered"]]
+    ids = [row["prompt_id"] for row in answered]
+    return {
+        "judge_answers": stats.estimate([row["answered"] for row in asked], [row["prompt_id"] for row in asked]),
+        "judge_consistency": stats.estimate([not row["flip"] for row in answered], ids),
+        "judge_position_gap": stats.ratio_of_sums([row["gap"] for row in answered], [1] * len(answered), ids),
+        "judge_ties": stats.estimate([row["tie"] for row in rows], [row["prompt_id"] for row in rows]),
+    }
+
+
+def _ensemble(measurements: dict, own: dict, base: dict, name: str, parent: str) -> dict:
+    """Wins by the worst case, and those that some member calls a loss; empty with one reward model."""
+    key = "reward_worst_case"
+    if key not in own or key not in base:
+        return {}
+    wins = [_compare(a, b) for a, b in zip(own[key][0], base[key][0], strict=True)]
+    rows = [
+        (row["prompt_id"], row["systems"].get(name), row["systems"].get(parent)) for row in measurements["answers"]
+    ]
+    won = [(i, s, p) for i, s, p in rows if s and p and (_change(s, p) or 0) > TIE]
+    return {
+        "win_rate_worst_case": _estimate(wins, own[key][1]),
+        "disputed_wins": stats.estimate([ensemble.disputed(s, p) for _, s, p in won], [i for i, _, _ in won]),
+    }
+
+
+def _tasks(measurements: dict, name: str, parent: str) -> dict:
+    """Task -> its `metric`, `accuracy`, and paired `difference` to the parent, None of the parent itself."""
+    found = {}
+    for task, scored in measurements.get("tasks", {}).items():
+        own, base = scored["values"][name], scored["values"][parent]
+        found[task] = {
+            "metric": scored["metric"],
+            "accuracy": stats.estimate(own, scored["ids"]),
+            "difference": None if name == parent else stats.difference(own, base, scored["ids"]),
+        }
+    return found
+
+
+def _over_tasks(tasks: dict, name: str, parent: str | None = None) -> dict:
+    """Mean over tasks of the mean over their examples, or of the paired differences to the parent."""
+    numerators, weights, ids = [], [], []
+    for task, scored in tasks.items():
+        own, count = scored["values"][name], len(scored["ids"])
+        base = scored["values"][parent] if parent else [0.0] * count
+        numerators += [(a - b) / count for a, b in zip(own, base, strict=True)]
+        weights += [1 / count] * count
+        ids += [(task, example) for example in scored["ids"]]
+    return stats.ratio_of_sums(numerators, weights, ids)
+
+
 def _perplexity(measurements: dict, name: str, parent: str) -> dict:
     """Perplexity on neutral paragraphs, and its ratio to the parent's, per token of the parent."""
     neutral = measurements.get("neutral", {})
@@ -257,12 +364,23 @@ def _baselines(pairs: list[dict]) -> dict:
     if not pairs:
         return {}
     ids = [row["prompt_id"] for row in pairs]
-    shorter = [_compare(row["rejected_chars"], row["chosen_chars"]) for row in pairs]
+    shorter = _shorter_wins(pairs)
     return {
         "shorter_wins": stats.estimate(shorter, ids),
         "longer_wins": stats.estimate([1 - win for win in shorter], ids),
         "coin": {"value": 0.5, "low": 0.5, "high": 0.5, "n": len(pairs), "clusters": len(set(ids))},
     }
+
+
+def _shorter_wins(pairs: list[dict]) -> list:
+    return [_compare(row["rejected_chars"], row["chosen_chars"]) for row in pairs]
+
+
+def _reward_models(scored: dict[str, list[dict]]) -> dict:
+    """Each reward model by itself and, of several, their mean as one."""
+    if len(scored) > 1:
+        scored = scored | {f"mean of {len(scored)}": ensemble.pooled(scored)}
+    return {name: _reward_model(rows) for name, rows in scored.items()}
 
 
 def _reward_model(rows: list[dict]) -> dict:
@@ -275,6 +393,7 @@ def _reward_model(rows: list[dict]) -> dict:
         "accuracy": _estimate(wins, ids),
         "margin": _estimate(margins, ids),
         "families": _by_family((wins, ids), [row["family"] for row in rows]),
+        "shorter_wins_by_family": _by_family((_shorter_wins(rows), ids), [row["family"] for row in rows]),
         "baselines": _baselines(rows),
     }
 

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from omegaconf import DictConfig
 
 from rlhf_recipes import models, run
 from rlhf_recipes.data import Splits, fit, neutralise
+from rlhf_recipes.evaluation import checkpoints, ensemble, judging
 from rlhf_recipes.evaluation import measure as m
+from rlhf_recipes.evaluation import tasks as harness
 
 BASE = "base"
 NEUTRAL = Path(__file__).parents[1] / "assets" / "neutral.txt"
@@ -28,27 +31,33 @@ class System:
         adapter: its folder, None for the base model.
         recipe: the recipe that made it.
         reference: adapter folder of what it started from, None for the base model.
+        step: of a checkpoint, else None.
     """
 
     name: str
     adapter: str | None = None
     recipe: str | None = None
     reference: str | None = None
+    step: int | None = None
 
 
-def find(runs: list[str], parent: str, base_model: str) -> list[System]:
-    """The systems that `runs` and `parent` name, the parent first.
+def find(runs: list[str], parent: str, base_model: str, steps_of: str | None = None) -> list[System]:
+    """The systems that `parent`, `runs` and `checkpoints` name, in this order.
+
+    Args:
+        steps_of: a run all of whose checkpoints are systems, in the order of their steps.
 
     Raises:
         ValueError: a run is not there, is no policy, or was trained on another base.
     """
-    if isinstance(runs, str) or not runs:
+    if isinstance(runs, str) or not (runs or steps_of):
         raise ValueError("runs: a list of run folders, at least one: 'runs=[outputs/dpo/main]'.")
     found = [System(BASE) if parent == BASE else _system(parent, base_model, "parent")]
     for folder in runs:
         system = _system(folder, base_model, "runs")
         if system.adapter not in [s.adapter for s in found]:
             found.append(system)
+    found += [_checkpoint(*each) for each in checkpoints.find(steps_of, base_model)] if steps_of else []
     names = [s.name for s in found]
     for system in found:
         if names.count(system.name) > 1:
@@ -56,26 +65,48 @@ def find(runs: list[str], parent: str, base_model: str) -> list[System]:
     return found
 
 
-def find_scorer(folder: str | None, base_model: str) -> System | None:
-    """The reward model that scores the answers.
+def find_scorer(reference: str | list[str] | None, base_model: str) -> list[System]:
+    """The reward models that score the answers: none, one, or the members of an ensemble (`ensemble.members`).
 
     Raises:
-        ValueError: the run is not there, is no reward model, or was trained on another base.
+        ValueError: a run is not there, is no reward model, or was trained on another base.
     """
-    return _system(folder, base_model, "reward_model", recipe="reward") if folder else None
+    found = [_system(each, base_model, "reward_model", recipe="reward") for each in ensemble.members(reference)]
+    names = [system.name for system in found]
+    for system in found:
+        if names.count(system.name) > 1:
+            system.name = str(Path(system.adapter).parent)
+    return found
+
+
+def find_proxy(run_folder: str | None, base_model: str) -> System | None:
+    """The reward model that a run of recipes/ppo.py was optimised against; None where it was something else, or is not
+    there."""
+    reference = run_folder and checkpoints.config_of(run_folder).get("reward_funcs")
+    if not isinstance(reference, str):
+        reference = reference[0] if reference and len(reference) == 1 else None
+    try:
+        return _system(reference, base_model, "reward_funcs", recipe="reward") if reference else None
+    except ValueError:
+        return None
 
 
 def measure(
     cfg: DictConfig,
     systems: list[System],
-    scorer: System | None,
+    scorers: list[System],
     pairs: Splits,
     judge: Callable | None,
     before: dict | None = None,
+    tasks: dict | None = None,
+    proxy: System | None = None,
 ) -> dict:
     """MEASUREMENTS for `summary.summarise`: log-probabilities, answers with their KL to the parent, rewards.
 
     Args:
+        scorers: the reward model, or the members of an ensemble.
+        tasks: of `tasks.find`.
+        proxy: another reward model, whose scores are kept apart.
         before: measurements on the same pairs with the same settings; what they say of the parent is not measured
             again.
     """
@@ -90,21 +121,27 @@ def measure(
     logps |= {folder: policies.pair_logps(folder, tokenizer, rows) for folder in folders if folder not in logps}
     neutral |= {s.name: policies.neutral(s, tokenizer, texts) for s in fresh}
     answers |= {s.name: policies.answers(s, parent, tokenizer, prompts, cfg) for s in fresh}
+    scored = {}
+    for s in fresh if tasks else []:
+        with policies.using(s.adapter) as model, m.measuring(model):
+            scored[s.name] = harness.score(model, tokenizer, tasks, cfg.lm_eval, s.name)
     del policies
 
     reward_models = before["reward_models"] if before else {}
-    if scorer:
-        from peft import PeftModel
-        from transformers import AutoModelForSequenceClassification
-
-        base = models.load_base(cfg.model, cfg.quantization, AutoModelForSequenceClassification, num_labels=1)
-        reward_model = PeftModel.from_pretrained(base, scorer.adapter)
+    if scorers or proxy:
+        readers = RewardModels(cfg.model, cfg.quantization, [*scorers, *([proxy] if proxy else [])])
         if not before:
-            scored = m.pair_rewards(reward_model, tokenizer, rows, "reward model: pairs")
-            reward_models = {scorer.name: [_labels(r) | score for r, score in zip(rows, scored, strict=True)]}
+            for scorer in scorers:
+                rewards = m.pair_rewards(readers.using(scorer), tokenizer, rows, f"{scorer.name}: pairs")
+                reward_models[scorer.name] = [_labels(r) | each for r, each in zip(rows, rewards, strict=True)]
         for system in fresh:
-            _score(reward_model, tokenizer, prompts, answers[system.name], system.name)
-    judgements = {s.name: _judge(judge, prompts, answers, s.name, parent.name) for s in systems[1:]} if judge else {}
+            _reward(readers, scorers, proxy, tokenizer, prompts, answers[system.name], system.name, reward_models)
+        del readers
+    judgements = (
+        {s.name: judging.by_function(judge, prompts, answers, s.name, parent.name) for s in systems[1:]}
+        if judge
+        else {}
+    )
     return {
         "parent": parent.name,
         "systems": [s.name for s in systems],
@@ -114,15 +151,18 @@ def measure(
         "judgements": judgements,
         "reward_models": reward_models,
         "neutral": neutral,
+        "tasks": _tasks(scored),
         "settings": {
             "model": cfg.model.id,
             "quantization": "none" if "_target_" not in cfg.quantization else dict(cfg.quantization),
             "data": pairs.source,
-            "reward_model": scorer and f"{scorer.name} ({str(run.adapter_sha256(Path(scorer.adapter)))[:12]})",
+            "reward_model": ", ".join(map(_hashed, scorers)) or None,
             "temperature": cfg.temperature,
             "max_new_tokens": cfg.max_new_tokens,
             "seed": cfg.seed,
-        },
+        }
+        | ({"proxy": _hashed(proxy)} if proxy else {})
+        | ({"lm_eval": dict(cfg.lm_eval) | {"version": metadata.version("lm_eval")}} if tasks else {}),
     }
 
 
@@ -224,25 +264,78 @@ class Policies:
         return [{**answer, "k1": k1, "k3": k3} for answer, (k1, k3) in zip(shown, terms, strict=True)]
 
 
-def _score(reward_model, tokenizer, prompts: list[dict], answers: list[dict], name: str) -> None:
-    """Give every answer its `reward`."""
+class RewardModels:
+    """One base model with the adapters of several reward models on it."""
+
+    def __init__(self, model: DictConfig, quantization: DictConfig, scorers: list[System]):
+        from peft import PeftModel
+        from transformers import AutoModelForSequenceClassification
+
+        self.folders = list(dict.fromkeys(scorer.adapter for scorer in scorers))
+        base = models.load_base(model, quantization, AutoModelForSequenceClassification, num_labels=1)
+        self.model = PeftModel.from_pretrained(base, self.folders[0], adapter_name="member0")
+        for n, folder in enumerate(self.folders[1:], 1):
+            self.model.load_adapter(folder, adapter_name=f"member{n}")
+
+    def using(self, scorer: System):
+        """The model as this reward model."""
+        self.model.set_adapter(f"member{self.folders.index(scorer.adapter)}")
+        return self.model
+
+
+def _reward(
+    readers: RewardModels,
+    scorers: list[System],
+    proxy: System | None,
+    tokenizer,
+    prompts: list[dict],
+    answers: list[dict],
+    name: str,
+    reward_models: dict,
+) -> None:
+    """Give every answer its `reward`; of several reward models their mean, worst case and spread; and its `proxy`."""
+    scores = [_score(readers.using(s), tokenizer, prompts, answers, f"{s.name} of {name}") for s in scorers]
+    if len(scorers) == 1:
+        for answer, reward in zip(answers, scores[0], strict=True):
+            answer["reward"] = reward
+    elif scorers:
+        for answer, combined in zip(answers, ensemble.combine(scores, ensemble.standards(reward_models)), strict=True):
+            answer |= combined
+    if proxy:
+        values = _score(readers.using(proxy), tokenizer, prompts, answers, f"proxy of {name}")
+        for answer, value in zip(answers, values, strict=True):
+            answer["proxy"] = value
+
+
+def _score(reward_model, tokenizer, prompts: list[dict], answers: list[dict], what: str) -> list[float]:
+    """The reward of each answer to its prompt."""
     turns = [{"completion": [{"role": "assistant", "content": answer["text"]}]} for answer in answers]
     asked = [{"prompt": row["prompt"], **turn} for row, turn in zip(prompts, turns, strict=True)]
     # A policy may spell a control token in plain letters; the reward model must read letters too.
     conversations = [row["prompt"] + row["completion"] for row in neutralise(asked, tokenizer)[0]]
-    scores = m.rewards(reward_model, tokenizer, conversations, f"rewards of {name}")
-    for answer, reward in zip(answers, scores, strict=True):
-        answer["reward"] = reward
+    return m.rewards(reward_model, tokenizer, conversations, f"rewards by {what}")
 
 
-def _judge(judge: Callable, prompts: list[dict], answers: dict, name: str, parent: str) -> list[dict]:
-    """Probability that the system's answer beats the parent's, averaged over both orders."""
-    asked = [row["prompt"] for row in prompts]
-    own, other = ([answer["text"] for answer in answers[key]] for key in (name, parent))
-    first, second = judge(asked, own, other), judge(asked, other, own)
-    return [
-        {"prompt_id": row["prompt_id"], "p": (p + 1 - q) / 2} for row, p, q in zip(prompts, first, second, strict=True)
-    ]
+def _tasks(scored: dict[str, dict]) -> dict[str, dict]:
+    """Task -> `metric`, `ids` of its examples, and the `values` of each system."""
+    one = next(iter(scored.values()), {})
+    return {
+        task: {
+            "metric": first["metric"],
+            "ids": first["ids"],
+            "values": {s: own[task]["values"] for s, own in scored.items()},
+        }
+        for task, first in one.items()
+    }
+
+
+def _checkpoint(step: int, folder: Path, config: dict, recipe: str | None) -> System:
+    started_from = config["model"].get("adapter")
+    return System(f"step {step}", str(folder), recipe, started_from and str(run.resolve_adapter(started_from)), step)
+
+
+def _hashed(scorer: System) -> str:
+    return f"{scorer.name} ({str(run.adapter_sha256(Path(scorer.adapter)))[:12]})"
 
 
 def _system(folder: str, base_model: str, key: str, recipe: str | None = None) -> System:
@@ -294,6 +387,7 @@ def _pair(i: int, row: dict, systems: list[System], logps: dict) -> dict:
 
 def _answer(i: int, row: dict, harmful: list[str], answers: dict) -> dict:
     shown = ("text", "tokens", "finished", "k1", "k3", "reward")
+    more = ("worst", "spread", "members", "proxy")
     return {
         "prompt_id": row["prompt_id"],
         "family": row["family"],
@@ -301,7 +395,10 @@ def _answer(i: int, row: dict, harmful: list[str], answers: dict) -> dict:
         if len(row["prompt"]) > 1
         else row["prompt"][0]["content"],
         "harmful": row["family"] in harmful,
-        "systems": {name: {key: given[i].get(key) for key in shown} for name, given in answers.items()},
+        "systems": {
+            name: {key: given[i].get(key) for key in shown} | {key: given[i][key] for key in more if key in given[i]}
+            for name, given in answers.items()
+        },
     }
 
 
@@ -309,13 +406,15 @@ def _info(system: System) -> dict[str, Any]:
     reward = METHOD_REWARD.get(system.recipe or "", "log_ratio")
     return {
         "recipe": system.recipe,
-        "path": system.adapter and str(Path(system.adapter).parent),
+        "path": system.adapter if system.step is not None or not system.adapter else str(Path(system.adapter).parent),
         "method_reward": reward,
-    }
+    } | ({} if system.step is None else {"step": system.step})
 
 
 def _short(folder: str | None) -> str:
-    return BASE if folder is None else Path(folder).parent.name
+    if folder is None:
+        return BASE
+    return Path(folder).parent.name if Path(folder).name == "adapter" else Path(folder).name
 
 
 @contextmanager
