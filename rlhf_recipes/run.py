@@ -44,7 +44,7 @@ _NOT_COMPUTED = ("run_name", "resume", "overwrite", "sweep", "preflight")
 GATE, SCORES = "gate.jsonl", "scores"
 KEPT = {GATE: "what was answered", SCORES: "what was scored"}
 # What a finished run keeps of a checkpoint.
-KEPT_OF_CHECKPOINT = ("adapter_config.json", "adapter_model.safetensors", "trainer_state.json")
+KEPT_OF_CHECKPOINT = ("adapter_config.json", "adapter_model.safetensors")
 # In a sweep's folder: what its jobs have in common.
 SHARED = "shared"
 
@@ -428,5 +428,5 @@ def next_command(run: Run) -> str:
     if run.recipe == "sft":
         return f"python recipes/dpo.py model.adapter={run.dir}"
     if run.recipe == "reward":
-        return f"python recipes/evaluate.py 'runs=[<run>]' reward_model={run.dir}"
+        return f"python recipes/audit.py reward_model={run.dir}"
     return f"python recipes/evaluate.py 'runs=[{run.dir}]'"

@@ -252,10 +252,16 @@ def describe(table: dict, out: Path) -> str:
         said += f" Best by {objective}: {table['best']}"
         said += f"; not told apart from it: {', '.join(table['equal'])}." if table["equal"] else "."
         best = next(row for row in table["rows"] if name(row) == table["best"])
-        files += f"\n  next      python recipes/evaluate.py 'runs=[\"{Path(best['folder']) / best['job']}\"]'"
+        files += f"\n  next      {_next(best, out)}"
     elif finished:
         said += f" None is named the best: {table['why_none']}."
     return "\n".join(["", text[0], "─" * min(max(map(len, text)), 110), *text[1:], "", said, files])
+
+
+def _next(best: dict, out: Path) -> str:
+    if best["recipe"] == "reward":
+        return f"python recipes/audit.py reward_model={out}"
+    return f"python recipes/evaluate.py 'runs=[\"{Path(best['folder']) / best['job']}\"]'"
 
 
 def _finished(folder: Path, cfg: DictConfig) -> dict | None:

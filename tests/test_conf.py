@@ -13,7 +13,7 @@ from rlhf_recipes import config, stages
 
 CONF = ROOT / "conf"
 TRAINING = ("sft", "reward", "ppo", "dpo", "orpo", "simpo")
-RECIPES = (*TRAINING, "cai", "evaluate", "publish", "pipeline")
+RECIPES = (*TRAINING, "cai", "evaluate", "audit", "publish", "pipeline")
 GROUPS = {
     folder.name: sorted(file.stem for file in folder.glob("*.yaml") if file.stem not in config.PARTS)
     for folder in CONF.iterdir()
@@ -23,7 +23,7 @@ EXPERIMENTS = sorted(
     str(file.relative_to(CONF / "experiment").with_suffix("")) for file in CONF.rglob("experiment/**/*.yaml")
 )
 # The keys that a user must give.
-OPEN = {"pipeline": {"stages"}, "ppo": {"reward_funcs"}}
+OPEN = {"pipeline": {"stages"}, "ppo": {"reward_funcs"}, "audit": {"reward_model"}}
 OPEN_OPTIONS = {
     ("data", "local"): {"data.path"},
     ("data", "cai_pairs"): {"data.path"},

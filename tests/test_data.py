@@ -517,6 +517,20 @@ def test_caps_take_the_head_of_one_shuffle(prefs):
     assert whole.train == data.load_pairs(local(prefs, "data.test_size=20")).train
 
 
+def test_a_bootstrap_draws_with_replacement(prefs):
+    whole = data.load_pairs(local(prefs, "data.test_size=20"))
+    drawn = data.load_pairs(local(prefs, "data.test_size=20", "data.bootstrap=3"))
+    assert len(drawn.train) == len(whole.train) == 30 and drawn.test == whole.test
+    different = {row["prompt_id"] for row in drawn.train}
+    assert different < {row["prompt_id"] for row in whole.train}
+    assert drawn.report["repeated"] == 30 - len(different) > 0 == whole.report["repeated"]
+    assert accounted(drawn.report) - drawn.report["repeated"] == 50
+    assert f"drawn with replacement, {len(different)} different train rows" in data.describe(drawn.report)
+    assert drawn.train == data.load_pairs(local(prefs, "data.test_size=20", "data.bootstrap=3")).train
+    assert drawn.train != data.load_pairs(local(prefs, "data.test_size=20", "data.bootstrap=4")).train
+    assert len(data.load_pairs(local(prefs, "data.test_size=20", "data.bootstrap=3", "data.train_size=7")).train) == 7
+
+
 # ---- refusals
 
 

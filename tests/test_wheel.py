@@ -34,6 +34,8 @@ def test_it_has_every_file(installed):
     there = {str(file.relative_to(installed)) for file in installed.rglob("*") if file.is_file()}
     assert expected <= there, expected - there
     assert "rlhf_recipes/evaluation/page.html.jinja" in there and "rlhf_recipes/assets/clinic/pairs.jsonl" in there
+    assert {"rlhf_recipes/audit/page.html.jinja", "rlhf_recipes/style.css"} <= there
+    assert "rlhf_recipes/assets/stress/clinic.jsonl" in there
     assert not any(name.startswith(("tests/", "conf/", "recipes/")) for name in there)
 
 

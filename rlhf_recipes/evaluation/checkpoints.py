@@ -27,11 +27,12 @@ def find(reference: str, base_model: str) -> list[tuple[int, Path, dict, str | N
         ValueError: there are none, or the run is of another base or of a reward model.
     """
     home, config = _home(reference), config_of(reference)
+    finished = (home / "result.json").is_file()
     found = sorted(
         (int(folder.name.rpartition("-")[2]), folder)
         for folder in (home / "checkpoints").glob("checkpoint-*")
-        # the last file of a checkpoint: without it, the run was killed while it was written
-        if (folder / "trainer_state.json").is_file() and (folder / "adapter_config.json").is_file()
+        # trainer_state.json comes last: without it, the run was killed while the checkpoint was written
+        if (folder / "adapter_config.json").is_file() and (finished or (folder / "trainer_state.json").is_file())
     )
     if not found:
         raise ValueError(

@@ -14,7 +14,7 @@ import numpy as np
 
 
 def members(reference: str | list[str] | None) -> list[str]:
-    """The runs that `reward_model` names: one, several, or those in the folder of a sweep (`reward=ensemble`), by name.
+    """The runs that `reward_model` names: one, several, or those in the folder of a sweep (`reward=ensemble`).
 
     Raises:
         ValueError: the list is empty or names a run twice, or a job of the sweep is not finished.

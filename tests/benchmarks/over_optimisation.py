@@ -66,8 +66,8 @@ def main() -> None:
         if not pairs.exists():
             pairs.write_text("".join(json.dumps(row) + "\n" for row in label(seed)))
         local = ["data=local", f"data.path={pairs.name}"]
-        run("reward", f"rm_{seed}", ["reward=ensemble", *local, *REWARD], options.folder, "member=3")
-        models = [f"outputs/reward/rm_{seed}/member={m}" for m in range(4)]
+        run("reward", f"rm_{seed}", ["reward=ensemble", *local, *REWARD], options.folder, "member_3")
+        models = [f"outputs/reward/rm_{seed}/member_{m}" for m in range(4)]
         for name, proxies in (("single", models[:1]), ("worst", models)):
             functions = ",".join([*(f'"{m}"' for m in proxies), "over_optimisation:gold"])
             rewards = [f"reward_funcs=[{functions}]", f"trainer.reward_weights={[1.0] * len(proxies) + [0.0]}"]
