@@ -16,8 +16,6 @@ from rlhf_recipes import data, progress, run
 from rlhf_recipes.audit import answers, judgements, preference, stress
 from rlhf_recipes.audit.scoring import Ensemble, members
 
-CLINIC = Path(__file__).parents[1] / "assets" / "stress" / "clinic.jsonl"
-
 
 @dataclass
 class Sources:
@@ -55,7 +53,7 @@ def find(cfg: DictConfig) -> Sources:
         answers.steps(each, cfg.model.id)
     return Sources(
         folders,
-        ([], []) if not cfg.stress else stress.load(CLINIC if cfg.stress == "clinic" else cfg.stress),
+        ([], []) if not cfg.stress else stress.load(stress.CLINIC if cfg.stress == "clinic" else cfg.stress),
         _deployment(cfg) if cfg.deployment else None,
         [each for path in cfg.judgements for each in judgements.load(path)],
         gold,
@@ -147,7 +145,11 @@ def take(cfg: DictConfig, found: Sources, pairs: data.Splits, tokenizer, job: ru
         [row["prompt"][-1]["content"] for row in asked], novelty, spread if len(chosen_MN) > 1 else None,
         [row["family"] or "" for row in asked],
     )  # fmt: skip
-    return Findings(done, [_why(each) for each in worth], disagreement.disputed(told, rows, chosen_MN, rejected_MN))
+    return Findings(
+        done,
+        [_why(each, novelty_N2.max(1)) for each in worth],
+        disagreement.disputed(told, rows, chosen_MN, rejected_MN),
+    )
 
 
 def _deployed(cfg: DictConfig, found: Sources, scored: "Scored", ledger_KF, held_out_N, tokenizer, job) -> dict:
@@ -169,11 +171,11 @@ def _deployed(cfg: DictConfig, found: Sources, scored: "Scored", ledger_KF, held
     return {"rows": rows, "novelty_P": novelty_P, "spread_P": scaled_MP.std(0), "coverage": ledger}
 
 
-def _why(worth: dict) -> dict:
+def _why(worth: dict, held_out_N: np.ndarray) -> dict:
     """A prompt worth labelling, with the reason in words."""
+    further = f"further from the train pairs than {(held_out_N < worth['novelty']).mean():.0%} of the held-out pairs"
     said = [] if worth["uncertainty"] is None else [f"the reward models differ by {worth['uncertainty']:.2f}"]
-    said += [] if worth["novelty"] is None else [f"its distance to the train pairs is {worth['novelty']:.1f}"]
-    return {"prompt": worth["prompt"], "family": worth["family"] or None, "why": "; ".join(said)}
+    return {"prompt": worth["prompt"], "family": worth["family"] or None, "why": "; ".join([*said, further])}
 
 
 @dataclass

@@ -67,6 +67,7 @@ def main() -> None:
             pairs.write_text("".join(json.dumps(row) + "\n" for row in label(seed)))
         local = ["data=local", f"data.path={pairs.name}"]
         run("reward", f"rm_{seed}", ["reward=ensemble", *local, *REWARD], options.folder, "member_3")
+    for seed in range(options.seeds):
         models = [f"outputs/reward/rm_{seed}/member_{m}" for m in range(4)]
         for name, proxies in (("single", models[:1]), ("worst", models)):
             functions = ",".join([*(f'"{m}"' for m in proxies), "over_optimisation:gold"])
