@@ -6,7 +6,7 @@ Gold is a rule: courtesy. An answer earns a point for each different courteous w
 point for each one further or said again. For every seed the embedded model answers the clinic's prompts, gold labels
 pairs of its answers, a quarter of the train labels is flipped, and four reward models learn from them
 (`reward=ensemble`). Then two PPO runs without a KL penalty: against one of them, and against the worst case of the
-four; gold is logged beside. `recipes/audit.py` measures best-of-n and the checkpoints of both runs with gold.
+four; gold is logged beside. Last, `recipes/audit.py` holds best-of-n by both against gold; its pages lie in the folder.
 """
 
 import argparse
@@ -28,24 +28,39 @@ REWARD = [
     "trainer.gradient_accumulation_steps=2",
     "trainer.save_strategy=no",
     "sweep.prompts=0",
+    "preflight.measure=false",
+    "data.eval_size=48",
 ]
 PPO = [
     "trainer.value=head",
     "trainer.num_ppo_epochs=1",
     "trainer.per_device_train_batch_size=8",
-    "trainer.gradient_accumulation_steps=4",
+    "trainer.gradient_accumulation_steps=3",
     f"trainer.max_completion_length={TOKENS}",
-    "trainer.learning_rate=4e-4",
+    "trainer.learning_rate=1e-3",
     "trainer.lam=1.0",
     "trainer.value_learning_rate=2e-5",
     "trainer.missing_eos_penalty=null",
     "trainer.kl_coef=0",
     "trainer.kl_brake=null",
-    "trainer.max_steps=20",
-    "trainer.save_steps=4",
+    "trainer.max_steps=8",
+    "trainer.save_steps=2",
     "trainer.save_total_limit=null",
-    "trainer.per_device_eval_batch_size=16",
-    "data.eval_size=16",
+    "trainer.per_device_eval_batch_size=8",
+    "data.eval_size=8",
+]
+
+AUDIT = [
+    "gold=over_optimisation:gold",
+    "prompts=16",
+    "samples=32",
+    f"max_new_tokens={TOKENS}",
+    "data.eval_size=24",
+    "ledger_pairs=8",
+    "stress=null",
+    "stress_pairs=0",
+    "probe_pairs=0",
+    "credit_pairs=0",
 ]
 
 
@@ -75,6 +90,10 @@ def main() -> None:
             how = [f"trainer.reward_ensemble={'min' if len(proxies) > 1 else 'sum'}", f"trainer.seed={seed}"]
             run("ppo", f"{name}_{seed}", [*PPO, *rewards, *how], options.folder)
             describe(name, seed, options.folder / "outputs" / "ppo" / f"{name}_{seed}")
+    for seed in range(options.seeds):
+        given = [f"reward_model=outputs/reward/rm_{seed}", "data=local", f"data.path=pairs_{seed}.jsonl"]
+        run("audit", f"best_of_n_{seed}", [*given, *AUDIT], options.folder)
+        best_of_n(seed, options.folder / "outputs" / "audit" / f"best_of_n_{seed}" / "audit.json")
 
 
 def label(seed: int) -> list[dict]:
@@ -126,6 +145,15 @@ def describe(name: str, seed: int, folder: Path) -> None:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     said = [f"{r['kl']:.1f}: {r['reward']:+.2f} {r['rewards/gold']:+.2f}" for r in rows if "rewards/gold" in r]
     print(f"{datetime.date.today()} {name}, seed {seed}; KL: proxy, gold  " + "  ".join(said), flush=True)
+
+
+def best_of_n(seed: int, path: Path) -> None:
+    from rlhf_recipes.stats import format_estimate
+
+    parts = {part["key"]: part for part in json.loads(path.read_text())["sections"]}
+    found = [f for f in parts["overoptimisation"]["figures"] if f["key"].startswith("best_of_n")]
+    for figure in found:
+        print(f"seed {seed}, {figure['key']}: {format_estimate(figure['estimate'])}", flush=True)
 
 
 if __name__ == "__main__":
