@@ -6,7 +6,7 @@ Gold is a rule: courtesy. An answer earns a point for each different courteous w
 point for each one further or said again. For every seed the embedded model answers the clinic's prompts, gold labels
 pairs of its answers, a quarter of the train labels is flipped, and four reward models learn from them
 (`reward=ensemble`). Then two PPO runs without a KL penalty: against one of them, and against the worst case of the
-four; gold is logged beside. Last, `recipes/audit.py` holds best-of-n by both against gold; its pages lie in the folder.
+four; gold is logged beside. Last, `recipes/audit.py` holds the best of n by both against gold, one page for each seed.
 """
 
 import argparse
