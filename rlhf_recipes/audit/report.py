@@ -65,8 +65,9 @@ def describe(job: run.Run, audit: dict[str, Any], disputed: bool) -> str:
     gates = [gate for gate in audit["verdict"]["gates"] if gate["state"] in ("fail", "unclear")]
     lines = ["", audit["verdict"]["headline"], ""]
     for gate in gates[:WEAKEST]:
-        e = {key: gate[key] for key in ("value", "low", "high")}
-        lines.append(f"  {gate['state']:<8} {gate['name']}: {format_estimate(e, percent=gate['unit'] == '%')}"[:WIDTH])
+        name = ": ".join(filter(None, (gate["title"], gate["name"])))
+        shown = format_estimate(gate, percent=gate["unit"] in ("%", "points"))
+        lines.append(f"  {gate['state']:<8} {name}: {shown}"[:WIDTH])
     if len(gates) > WEAKEST:
         lines.append(f"           and {len(gates) - WEAKEST} more that fail or are unclear")
     counts = ", ".join(f"{count} {state}" for state, count in audit["verdict"]["counts"].items() if count)
