@@ -44,6 +44,9 @@ def sections() -> list[dict]:
             figures=[
                 figure("accuracy", "Accuracy on held-out pairs", share(0.71, 420), unit="%", better="higher",
                        baseline=("the shorter answer", 0.58), says="Share of pairs whose margin is above 0."),
+                figure("accuracy_over_length", "Accuracy over the better rule of length",
+                       {"value": 0.13, "low": 0.08, "high": 0.18, "n": 420, "clusters": 420}, unit="%",
+                       better="higher", baseline=("the rule itself", 0.0)),
                 figure("chosen_longer", "Chosen answer is the longer", share(0.42, 420, 1), unit="%",
                        says="Share of pairs; 50 % would say that length carries nothing."),
                 figure("shorter_wins", "Accuracy of the shorter answer", share(0.58, 420, 1), unit="%"),

@@ -627,9 +627,10 @@ def by_hand_scores():
 
 def test_members_of_an_ensemble(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for job in ("b", "a", "failed", "rows"):
+    for job in ("b", "a", "rows"):
         (tmp_path / "sweep" / job / "adapter").mkdir(parents=True)
     for job in ("a", "b"):
+        (tmp_path / "sweep" / job / "config.yaml").write_text("run_name: x\n")
         (tmp_path / "sweep" / job / "result.json").write_text("{}")
     (tmp_path / "one" / "adapter").mkdir(parents=True)
     assert ensemble.members("sweep") == ["sweep/a", "sweep/b"]
@@ -638,6 +639,9 @@ def test_members_of_an_ensemble(tmp_path, monkeypatch):
     for twice in (["x", "x"], []):
         with pytest.raises(ValueError, match=r"^reward_model=\["):
             ensemble.members(twice)
+    (tmp_path / "sweep" / "b" / "result.json").unlink()
+    with pytest.raises(ValueError, match=r"^reward_model=sweep: b is not finished\."):
+        ensemble.members("sweep")
 
 
 # ---- checkpoints
