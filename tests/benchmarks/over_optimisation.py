@@ -52,11 +52,10 @@ PPO = [
 
 AUDIT = [
     "gold=over_optimisation:gold",
-    "prompts=16",
-    "samples=32",
+    "samples=16",
     f"max_new_tokens={TOKENS}",
-    "data.eval_size=24",
-    "ledger_pairs=8",
+    "data.eval_size=8",
+    "ledger_pairs=4",
     "stress=null",
     "stress_pairs=0",
     "probe_pairs=0",
