@@ -211,6 +211,7 @@ def test_labels_of_people_are_gold_too(audited, run_recipe, everything, here):
         (["reward_model=rm", "stress=none.jsonl"], "none.jsonl"),
         (["reward_model=rm", "deployment=none.jsonl"], "none.jsonl"),
         (["reward_model=rm", "+thresholds.min_accuracyy=1"], "thresholds.min_accuracyy"),
+        (["reward_model=rm", "ppo_run=rm"], "rm: no metrics.jsonl in it. Give the folder of a run of recipes/ppo.py."),
         (["reward_model=rm", "proxy=max"], "proxy=max: not one of first, mean, min, uwo."),
     ],
 )  # fmt: skip

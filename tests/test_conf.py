@@ -165,9 +165,11 @@ def test_what_the_class_does_not_take_is_refused(compose, override, says):
 
 
 def test_thresholds_in_the_file_are_those_of_the_code(compose):
+    from rlhf_recipes.audit import gates
     from rlhf_recipes.evaluation import verdict
 
     assert dict(compose("evaluate").thresholds) == verdict.THRESHOLDS
+    assert dict(compose("audit").thresholds) == gates.THRESHOLDS
 
 
 # ---- the recipes themselves

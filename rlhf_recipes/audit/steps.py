@@ -13,7 +13,7 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import data, progress, run
-from rlhf_recipes.audit import answers, judgements, preference, stress
+from rlhf_recipes.audit import answers, credit, judgements, preference, stress
 from rlhf_recipes.audit.scoring import Ensemble, members
 
 
@@ -28,6 +28,7 @@ class Sources:
         judgements: labels of judges, of principles or of people.
         gold: of `answers.find_gold`, or None.
         checkpoints: runs whose checkpoints are held against gold.
+        ppo: of `credit.read_run`, or None.
     """
 
     reward_models: list[Path]
@@ -36,6 +37,7 @@ class Sources:
     judgements: list[dict]
     gold: tuple | None
     checkpoints: list[str]
+    ppo: dict | None
 
 
 def find(cfg: DictConfig) -> Sources:
@@ -58,6 +60,7 @@ def find(cfg: DictConfig) -> Sources:
         [each for path in cfg.judgements for each in judgements.load(path)],
         gold,
         compared,
+        credit.read_run(cfg.ppo_run) if cfg.ppo_run else None,
     )
 
 
@@ -90,7 +93,6 @@ def take(cfg: DictConfig, found: Sources, pairs: data.Splits, tokenizer, job: ru
         calibration,
         consistency,
         coverage,
-        credit,
         disagreement,
         overoptimisation,
         probes,
@@ -132,8 +134,7 @@ def take(cfg: DictConfig, found: Sources, pairs: data.Splits, tokenizer, job: ru
         "coverage": partial(coverage.audit, train, **used.get("coverage", {})),
         "disagreement": partial(disagreement.audit, told, rows, chosen_MN, rejected_MN),
         "consistency": partial(consistency.audit, told),
-        "credit": partial(credit.audit, made["credit"], parts_MK, rows,
-                          credit.read_run(cfg.ppo_run) if cfg.ppo_run else None),
+        "credit": partial(credit.audit, made["credit"], parts_MK, rows, found.ppo),
     }  # fmt: skip
     done = []
     for names in progress.batches("figures", len(parts), [[name] for name in parts]):

@@ -71,7 +71,7 @@ def measure(count: int, line) -> None:
         cfg = hydra.compose("audit", ["reward_model=x"])
     test = pairs(count, "test")
     splits = Splits(pairs(count, "train"), test, {}, "invented")
-    given = steps.Sources([], ([], []), None, judged(test), None, [])
+    given = steps.Sources([], ([], []), None, judged(test), None, [], None)
     before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         found = steps.take(cfg, given, splits, None, run.Run(Path(folder), "audit", {}))
