@@ -113,7 +113,7 @@ KEYS = {
     "stress": str | None,
     "gold": str | list | None,
     "samples": int,
-    "proxy": ("first", "mean", "min", "uwo"),
+    "proxy": ("first", "mean", "min", "uwo", "trained"),
     "ledger_pairs": int,
     "stress_pairs": int,
     "probe_pairs": int,

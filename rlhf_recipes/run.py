@@ -306,6 +306,11 @@ def resolve_adapter(reference: str) -> Path:
     raise ValueError(f"model.adapter={reference}: {what}. Give a run folder such as outputs/sft/main.")
 
 
+def folder_of(adapter: str | Path) -> Path:
+    """The run folder of an adapter, or the adapter's own folder where it is in none."""
+    return Path(adapter).parent if Path(adapter).name == "adapter" else Path(adapter)
+
+
 def read_result(run_dir: Path) -> dict | None:
     """result.json of a run folder, or None."""
     path = run_dir / "result.json"
@@ -348,7 +353,7 @@ def parent_of(reference: str, base_model: str) -> dict:
             f"model.adapter={reference}: was trained on {base}, not on model.id={base_model}. Choose the model it "
             "belongs to."
         )
-    result = read_result(adapter.parent) or {}
+    result = read_result(folder_of(adapter)) or {}
     lineage = {
         "run": str(reference),
         "recipe": result.get("recipe"),

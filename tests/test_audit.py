@@ -143,6 +143,30 @@ def test_scores_are_those_of_the_reward_models(audited, here, compose, tiny_mode
                 np.testing.assert_allclose(again, kept["rewards"], rtol=2e-2)  # bfloat16
 
 
+def test_a_run_is_held_against_what_it_was_trained_on(audited, compose, tiny_model_overrides, here, monkeypatch):
+    """outputs/ppo/main was paid by the first member; what others were paid by is read from their configs."""
+    _, _, audit = audited
+    (section,) = [section for section in audit["sections"] if section["key"] == "overoptimisation"]
+    assert [note for note in section["notes"] if note.endswith("proxy is reward model 1.")]
+    monkeypatch.chdir(here)
+    cfg = compose("audit", *tiny_model_overrides, "reward_model=outputs/reward/ensemble")
+    members = scoring.members("outputs/reward/ensemble", TINY_ID)
+
+    def proxy(reward_funcs, asked="trained", **trainer):
+        run = here / "paid"
+        run.mkdir(exist_ok=True)
+        OmegaConf.save({"model": {}, "trainer": trainer, "reward_funcs": reward_funcs}, run / "config.yaml")
+        cfg.proxy = asked
+        return answers._proxy(cfg, str(run), members)
+
+    first, second = (f"outputs/reward/ensemble/member_{m}" for m in (0, 1))
+    assert proxy(second) == proxy([second, "gold:words"], reward_weights=[1.0, 0.0]) == 1
+    assert proxy("outputs/reward/ensemble", reward_ensemble="min") == "min"
+    assert proxy([second, first, "gold:words"], reward_ensemble="uwo", reward_weights=[1.0, 1.0, 0.0]) == "uwo"
+    assert proxy([first, second], reward_ensemble="sum") == proxy("gold:words") == proxy("gone") == "mean"
+    assert proxy(second, asked="uwo") == "uwo"
+
+
 def test_the_same_audit_is_the_same_bit_for_bit(audited, run_recipe, everything, here):
     _, folder, audit = audited
     done = run_recipe("audit", *everything, "run_name=again", cwd=here, timeout=300)
@@ -198,7 +222,7 @@ def test_labels_of_people_are_gold_too(audited, run_recipe, everything, here):
     [
         ([], "reward_model: required, but not set. Add reward_model=<value>"),
         (["reward_model=there"], "reward_model=there: does not exist. Give a run folder such as outputs/sft/main."),
-        (["reward_model=policy"], "reward_model=policy: is a run of dpo. Give a run of recipes/reward.py."),
+        (["reward_model=policy"], "reward_model=policy: is a run of dpo, not a run of recipes/reward.py."),
         (["reward_model=other"], "reward_model=other: was trained on another/base, not on model.id=tests/tiny."),
         (["reward_model=[rm,rm]"], "reward_model=['rm', 'rm']: must name one run or more, each once."),
         (["reward_model=half"], "reward_model=half: b is not finished. Finish it, or list the others."),
@@ -212,7 +236,7 @@ def test_labels_of_people_are_gold_too(audited, run_recipe, everything, here):
         (["reward_model=rm", "deployment=none.jsonl"], "none.jsonl"),
         (["reward_model=rm", "+thresholds.min_accuracyy=1"], "thresholds.min_accuracyy"),
         (["reward_model=rm", "ppo_run=rm"], "rm: no metrics.jsonl in it. Give the folder of a run of recipes/ppo.py."),
-        (["reward_model=rm", "proxy=max"], "proxy=max: not one of first, mean, min, uwo."),
+        (["reward_model=rm", "proxy=max"], "proxy=max: not one of first, mean, min, uwo, trained."),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_before_a_model_loads(run_recipe, tmp_path, overrides, says):

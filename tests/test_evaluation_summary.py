@@ -561,12 +561,18 @@ def test_an_ensemble_standardises_its_members():
         "a": [{"chosen": 1.0, "rejected": -1.0}],
         "b": [{"chosen": 20.0, "rejected": 0.0}],
     }
-    assert ensemble.standards(pairs) == [(0.0, 1.0), (10.0, 10.0)]
-    (found,) = ensemble.combine([[2.0], [10.0]], ensemble.standards(pairs))
+    (found,) = ensemble.answers([[2.0], [10.0]], pairs)
     assert found == {"reward": 1.0, "worst": 0.0, "spread": 1.0, "members": [2.0, 0.0]}
     assert ensemble.pooled(pairs) == [{"chosen": 1.0, "rejected": -1.0}]
-    assert ensemble.standards({"a": [{"chosen": 3.0, "rejected": 3.0}], "b": []}) == [(3.0, 1.0), (0.0, 1.0)]
-    assert ensemble.combine([[], []], [(0.0, 1.0)] * 2) == []
+    assert ensemble.answers([[], []], pairs) == []
+
+
+def test_an_ensemble_of_scores_that_say_nothing():
+    """Equal scores are only centred, what is not finite is left out, and no pairs leave the scores as they are."""
+    assert ensemble.standardise([[4.0]], [[3.0, 3.0]]).tolist() == [[1.0]]
+    assert ensemble.standardise([[4.0]], [[3.0, float("nan"), 3.0, float("inf")]]).tolist() == [[1.0]]
+    assert ensemble.standardise([[4.0], [2.0]], np.zeros((2, 0))).tolist() == [[4.0], [2.0]]
+    assert ensemble.answers([[4.0], [2.0]], {"a": [], "b": []})[0]["worst"] == 2.0
 
 
 def by_ensemble():
@@ -581,7 +587,7 @@ def by_ensemble():
     for row in measured["answers"]:
         for name, answer in row["systems"].items():
             members = scores[row["prompt_id"], name]
-            answer |= ensemble.combine([[z] for z in members], [(0.0, 1.0)] * 2)[0]
+            answer |= ensemble.answers([[z] for z in members], {"a": [], "b": []})[0]
     return measured
 
 

@@ -9,6 +9,7 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -425,14 +426,26 @@ def test_reward_models_switch_without_leaking(more, cfg, tokenizer, monkeypatch)
     conversations = [prompt + answer for prompt, answer in CONVERSATIONS]
     scorers = systems.find_scorer("rewards", TINY_ID)
     assert [scorer.name for scorer in scorers] == ["reward/a", "reward/b"]
-    both = systems.RewardModels(cfg.model, cfg.quantization, scorers)
+    folders = [Path(scorer.adapter) for scorer in scorers]
+    both = systems.RewardModels(cfg.model, cfg.quantization, folders)
     alone = [
-        measure.rewards(systems.RewardModels(cfg.model, cfg.quantization, [s]).using(s), tokenizer, conversations)
-        for s in scorers
+        measure.rewards(systems.RewardModels(cfg.model, cfg.quantization, [f]).using(f), tokenizer, conversations)
+        for f in folders
     ]
     assert alone[0] != alone[1]
     for i in (0, 1, 0, 1, 1, 0):
-        assert measure.rewards(both.using(scorers[i]), tokenizer, conversations) == alone[i]
+        assert measure.rewards(both.using(folders[i]), tokenizer, conversations) == alone[i]
+
+
+def test_a_reward_model_from_elsewhere_has_no_result(more, tmp_path):
+    """An adapter folder alone: what it was made for stands in its config."""
+    from rlhf_recipes.evaluation import systems
+
+    shutil.copytree(more / "rewards" / "a" / "adapter", tmp_path / "bought")
+    (scorer,) = systems.find_scorer(str(tmp_path / "bought"), TINY_ID)
+    assert (scorer.name, scorer.adapter) == ("bought", str(tmp_path / "bought"))
+    with pytest.raises(ValueError, match=r"bought: is a reward model, not a policy; a reward model goes to"):
+        systems.find([str(tmp_path / "bought")], "base", TINY_ID)
 
 
 def test_evaluate_checkpoints_with_an_ensemble(more, compose, tiny_model_overrides, monkeypatch):

@@ -34,8 +34,16 @@ def test_margins_by_hand():
     assert average["reward_margin"]["value"] == pytest.approx(-1.75 + 4.5)
 
 
+def test_the_spread_of_rewards_is_that_of_all_replies():
+    """Rewards 3, 1, 1, -1: mean 1, population deviation sqrt 2."""
+    scores = [{"chosen": 3.0, "rejected": 1.0}, {"chosen": 1.0, "rejected": -1.0}]
+    found = metrics.reward_metrics(rows(2), scores, scores)["sd_reward"]
+    assert found["value"] == pytest.approx(2**0.5) and found["low"] <= found["value"] <= found["high"]
+
+
 def test_scores_that_are_all_one_are_no_share():
     scores = [{"chosen": 1.0, "rejected": 1.0}] * 4
     found = metrics.reward_metrics(rows(4), scores, scores)
     assert (found["mean_reward"]["low"], found["mean_reward"]["high"]) == (1.0, 1.0)
+    assert (found["sd_reward"]["value"], found["sd_reward"]["high"]) == (0.0, 0.0)
     assert (found["reward_margin"]["low"], found["reward_margin"]["high"]) == (0.0, 0.0)

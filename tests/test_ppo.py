@@ -1,6 +1,7 @@
 """PPOTrainer on the tiny model: who moves and who does not, what a rollout holds, how a run is stopped."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -143,6 +144,46 @@ def test_what_an_episode_earns(build):
     assert earned(reward_weights=[0.5], missing_eos_penalty=1.0, reward_clip_range=(0.6, 9)) == pytest.approx(
         [0.6, 0.6]
     )
+
+
+def test_an_ensemble_is_put_on_one_scale(build, judge, tmp_path, capsys):
+    """Copies of one reward model whose runs report other means and deviations: the worst case is the larger mean's."""
+    from rlhf_recipes.ppo.rollout import Completions
+
+    for name, mean in (("a", 0.5), ("b", 1.5), ("silent", None)):
+        shutil.copytree(judge / "adapter", tmp_path / name / "adapter")
+        told = {"mean_reward": {"value": mean}, "sd_reward": {"value": 2.0}} if mean else {}
+        (tmp_path / name / "result.json").write_text(json.dumps({"recipe": "reward", "metrics": told}))
+    two = [{"role": "user", "content": text} for text in PROMPTS[:2]]
+    completions = Completions([[5, 2], [5] * 7], ["a", "b"], [], None, [True, False])
+
+    def parts(*names, **given):
+        trainer = build([str(tmp_path / name) for name in names], **given)
+        return trainer._rewards([{"prompt": [turn]} for turn in two], completions)
+
+    raw = parts("a")["reward"]
+    worst = parts("a", "b", reward_ensemble="min")
+    torch.testing.assert_close(worst["reward"], (raw - 1.5) / 2)
+    torch.testing.assert_close(worst["reward_disagreement"], torch.full((2,), 0.25))
+    torch.testing.assert_close(worst["rewards/a"], raw)  # the log has each as it is
+    torch.testing.assert_close(parts("a", "b")["reward"], 2 * raw)
+    assert not capsys.readouterr().out
+    torch.testing.assert_close(parts("silent", "b", reward_ensemble="mean")["reward"], (raw + (raw - 1.5) / 2) / 2)
+    assert "the run of silent does not say the mean and deviation" in capsys.readouterr().out
+
+
+def test_the_folder_of_an_ensemble_names_its_members(judge, tmp_path, monkeypatch):
+    from rlhf_recipes import ppo
+
+    for name in ("member_0", "member_1"):
+        shutil.copytree(judge, tmp_path / "ensemble" / name)
+    monkeypatch.chdir(tmp_path)
+    both = ["ensemble/member_0", "ensemble/member_1"]
+    assert ppo.find_rewards("ensemble") == both
+    assert ppo.find_rewards(["ensemble", "json:loads"]) == [*both, "json:loads"]
+    (tmp_path / "ensemble" / "member_1" / "result.json").unlink()
+    with pytest.raises(ValueError, match=r"^reward_funcs=ensemble: member_1 is not finished\."):
+        ppo.find_rewards("ensemble")
 
 
 @pytest.mark.parametrize("value", ["separate", "head"])

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from rlhf_recipes import config, run
 from rlhf_recipes.audit.scoring import Ensemble, members
+from rlhf_recipes.evaluation import ensemble
 
 Gold = Callable[[list[dict], list[str], str], np.ndarray]
 TO_LABEL = "to_label.jsonl"
@@ -37,7 +38,7 @@ def find_gold(cfg: DictConfig, proxies: list[Path]) -> tuple[str, Any] | None:
     if set(map(run.adapter_sha256, folders)) & set(map(run.adapter_sha256, proxies)):
         raise ValueError(f"gold={cfg.gold}: is the reward model itself. Give one that learned from other pairs.")
     kind = "a reward model" if len(folders) == 1 else f"the mean of {len(folders)} reward models"
-    return f"{kind}, {Path(folders[0]).parent}", folders
+    return f"{kind}, {run.folder_of(folders[0])}", folders
 
 
 def load_gold(cfg: DictConfig, source: Any, tokenizer, folder: Path) -> Gold:
@@ -46,8 +47,8 @@ def load_gold(cfg: DictConfig, source: Any, tokenizer, folder: Path) -> Gold:
         return lambda rows, texts, part: _look_up(source, rows, texts, folder / TO_LABEL)
     if callable(source):
         return lambda rows, texts, part: _call(source, cfg.gold, rows, texts)
-    ensemble = Ensemble(cfg.model, cfg.quantization, tokenizer, source, folder / "scores")
-    return lambda rows, texts, part: ensemble.score(_conversations(rows, texts), f"gold.{part}").rewards_MC.mean(0)
+    models = Ensemble(cfg.model, cfg.quantization, tokenizer, source, folder / "scores")
+    return lambda rows, texts, part: models.score(_conversations(rows, texts), f"gold.{part}").rewards_MC.mean(0)
 
 
 def best_of_n(cfg: DictConfig, policy, proxies: Ensemble, gold: Gold, kind: str, prompts: list[dict]) -> list[dict]:
@@ -74,6 +75,7 @@ def checkpoints(
     cfg: DictConfig, folder: str, policy, proxies: Ensemble, gold: Gold, kind: str, prompts: list[dict]
 ) -> dict:
     """Entry of `overoptimisation.audit`: the start of a run and each of its checkpoints, all on the same prompts."""
+    how = _proxy(cfg, folder, proxies.folders)
     rows, start_MP = [], None
     for step, adapter in [(0, None), *steps(folder, cfg.model.id)]:
         part = f"{_slug(folder)}.{step}"
@@ -81,11 +83,12 @@ def checkpoints(
         texts = [answer["text"] for answer in answers]
         rewards_MP = proxies.score(_conversations(prompts, texts), part).rewards_MC
         start_MP = rewards_MP if start_MP is None else start_MP
-        proxy_P = _proxies(rewards_MP, start_MP)[cfg.proxy if len(rewards_MP) > 1 else FIRST]
+        proxy_P = rewards_MP[how] if isinstance(how, int) else _proxies(rewards_MP, start_MP)[how]
         rows.append({"step": step, "kl_P": np.array([answer["k1"] for answer in answers]), "proxy_P": proxy_P,
                      "gold_P": gold(prompts, texts, part)})  # fmt: skip
     ids = [row["prompt_id"] for row in prompts]
-    return {"name": str(folder), "rows": rows, "gold_kind": kind, "prompt_ids": ids}
+    said = f"reward model {how + 1}" if isinstance(how, int) else WORDS[how]
+    return {"name": str(folder), "rows": rows, "gold_kind": kind, "proxy_kind": said, "prompt_ids": ids}
 
 
 def steps(folder: str, base_model: str) -> list[tuple[int, Path]]:
@@ -163,13 +166,37 @@ WORDS = {FIRST: "one reward model", "mean": "mean of the ensemble", "min": "wors
 
 def _proxies(rewards_MC: np.ndarray, reference_MK: np.ndarray) -> dict[str, np.ndarray]:
     """What could be optimised: one reward model, and what an ensemble makes of all, on one scale."""
-    from rlhf_recipes.audit import uncertainty
-
     found = {FIRST: rewards_MC[0]}
     if len(rewards_MC) > 1:
-        scaled_MC = uncertainty.standardise(rewards_MC, reference_MK)
-        found |= {how: uncertainty.combine(scaled_MC, how) for how in WORDS if how != FIRST}
+        scaled_MC = ensemble.standardise(rewards_MC, reference_MK)
+        found |= {how: ensemble.combine(scaled_MC, how) for how in WORDS if how != FIRST}
     return found
+
+
+def _proxy(cfg: DictConfig, folder: str, reward_models: list[Path]) -> str | int:
+    """What a run was trained on: one of the reward models, by its index, or what was made of them all. Where its
+    config names neither, the mean stands for it."""
+    if len(reward_models) == 1:
+        return FIRST
+    if cfg.proxy != "trained":
+        return cfg.proxy
+    from rlhf_recipes.evaluation import checkpoints as kept
+
+    config = kept.config_of(folder)
+    given = config.get("reward_funcs") or []
+    given = [given] if isinstance(given, str) else given
+    try:
+        named = [each for one in given for each in (ensemble.members(one) if Path(one).is_dir() else [one])]
+        weights = config["trainer"].get("reward_weights") or [1.0] * len(named)
+        paid = [each for each, weight in zip(named, weights, strict=True) if weight]
+        hashes = [run.adapter_sha256(run.resolve_adapter(each)) for each in paid]
+    except ValueError:  # a function, or not there
+        return "mean"
+    known = [run.adapter_sha256(each) for each in reward_models]
+    if len(hashes) == 1 and hashes[0] in known:
+        return known.index(hashes[0])
+    how = config["trainer"].get("reward_ensemble")
+    return how if sorted(hashes) == sorted(known) and how in WORDS else "mean"
 
 
 def _conversations(rows: list[dict], texts: list[str]) -> list[list[dict]]:

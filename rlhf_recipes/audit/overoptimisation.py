@@ -118,7 +118,8 @@ def audit(best_of_n: list[dict] | None = None, checkpoints: list[dict] | None = 
 
     Args:
         best_of_n: `name`, `proxy_PS`, `gold_PS` (lists or arrays), `gold_kind` (what the gold is, in words).
-        checkpoints: `name`, `rows` (as in `checkpoint_to_keep`, the first is the start), optionally `gold_kind`.
+        checkpoints: `name`, `rows` (as in `checkpoint_to_keep`, the first is the start), optionally `gold_kind`,
+            `proxy_kind`.
 
     Entries of one name with different `seed` are seeds of one thing: their prompts are put together. Either may have
     `prompt_ids` (P); without them, prompts are taken to be the same and in the same order in every entry. Gains are in
@@ -243,7 +244,8 @@ def _measure(kind: str, name: str, entries: list[dict]) -> dict:
     keys = [key for key in parts[0] if key != "labels"]
     pooled = {key: np.concatenate([part[key] for part in parts]) for key in keys}
     curve = {"kind": kind, "name": name, "labels": labels, "ids": [i for given in ids for i in given], **pooled}
-    curve |= {"gold_kind": entries[0].get("gold_kind"), "seeds": [], "fit": _fit(curve)}
+    curve |= {key: entries[0].get(key) for key in ("gold_kind", "proxy_kind")}
+    curve |= {"seeds": [], "fit": _fit(curve)}
     if len(entries) > 1:
         for i, (part, entry) in enumerate(zip(parts, entries, strict=True)):
             one = {"kind": kind, "name": name, "ids": ids[i], **part, "labels": labels}
@@ -440,8 +442,9 @@ def _notes(curve: dict, measured: bool, gap: dict) -> list[str]:
         notes.append(f"{name}: KL = ln n − (n−1)/n is an upper bound (arXiv:2401.01879); n = 1 is a random pick.")
     elif found["d"][0] > 0.1:
         notes.append(f"{name}: the first checkpoint is already at d = {found['d'][0]:.2f}; gains are over it.")
-    if curve["gold_kind"]:
-        notes.append(f"{name}: gold is {curve['gold_kind']}.")
+    said = [f"{key} is {curve[f'{key}_kind']}" for key in ("gold", "proxy") if curve[f"{key}_kind"]]
+    if said:
+        notes.append(f"{name}: {', '.join(said)}.")
     return notes
 
 

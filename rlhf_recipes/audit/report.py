@@ -18,7 +18,7 @@ WEAKEST = 5
 def build(cfg: DictConfig, sources: Sources, pairs: data.Splits, found: Findings) -> dict[str, Any]:
     """audit.json: what was audited, the sections, the gates and the verdict in plain words."""
     decided = verdict.decide(found.sections, dict(cfg.thresholds))
-    names = [str(folder.parent) for folder in sources.reward_models]
+    names = [str(run.folder_of(folder)) for folder in sources.reward_models]
     subject = {
         "Reward model" if len(names) == 1 else f"Ensemble of {len(names)}": ", ".join(names),
         "Base model": cfg.model.id,

@@ -13,29 +13,14 @@ from omegaconf import DictConfig
 
 from rlhf_recipes import run
 from rlhf_recipes.data import neutralise
-from rlhf_recipes.evaluation import ensemble
+from rlhf_recipes.evaluation import systems
 
 Message = dict[str, str]
 
 
 def members(reference: str | list[str], base_model: str, key: str = "reward_model") -> list[Path]:
-    """Adapter folders of the reward models that `reference` names: see `evaluation.ensemble.members`.
-
-    Raises:
-        ValueError: one is not there, is no reward model, or was trained on another base.
-    """
-    return [_adapter(folder, base_model, key) for folder in ensemble.members(reference)]
-
-
-def _adapter(folder: str, base_model: str, key: str) -> Path:
-    try:
-        adapter = Path(run.parent_of(folder, base_model)["adapter"])
-    except ValueError as error:
-        raise ValueError(str(error).replace("model.adapter=", f"{key}=", 1)) from error
-    made_by = (run.read_result(adapter.parent) or {}).get("recipe")
-    if made_by not in (None, "reward"):
-        raise ValueError(f"{key}={folder}: is a run of {made_by}. Give a run of recipes/reward.py.")
-    return adapter
+    """Adapter folders of the reward models that `key=reference` names: see `evaluation.systems.find_scorer`."""
+    return [Path(system.adapter) for system in systems.find_scorer(reference, base_model, key)]
 
 
 @dataclass
@@ -61,9 +46,8 @@ class Ensemble:
 
     def __init__(self, model: DictConfig, quantization: DictConfig, tokenizer, folders: list[Path], keep: Path):
         self.settings, self.tokenizer, self.folders, self.keep = (model, quantization), tokenizer, folders, keep
-        self.names = [str(folder.parent) for folder in folders]
         self.hashes = [run.adapter_sha256(folder) for folder in folders]
-        self._model = None
+        self._models = None
 
     def score(
         self, conversations: list[list[Message]], part: str, features: bool = False, first_alone: bool = False
@@ -91,10 +75,8 @@ class Ensemble:
             with np.load(path) as known:
                 if str(known["key"]) == key and (not features or "features" in known):
                     return {name: known[name] for name in known.files}
-        model = self._loaded()
-        model.set_adapter(f"member{m}")
         what = f"{part}, reward model {m + 1}/{len(self.folders)}" if len(self.folders) > 1 else part
-        scored = measure.rewards_and_features(model, self.tokenizer, turns, what)
+        scored = measure.rewards_and_features(self._model(m), self.tokenizer, turns, what)
         found = {"key": np.array(key), "rewards": np.array([score for score, _ in scored], dtype=np.float64)}
         if features:
             found["features"] = np.array([each for _, each in scored], dtype=np.float32)
@@ -104,16 +86,7 @@ class Ensemble:
         scratch.replace(path)
         return found
 
-    def _loaded(self):
-        if self._model is None:
-            from peft import PeftModel
-            from transformers import AutoModelForSequenceClassification
-
-            from rlhf_recipes import models
-
-            base = models.load_base(*self.settings, AutoModelForSequenceClassification, num_labels=1)
-            model = PeftModel.from_pretrained(base, str(self.folders[0]), adapter_name="member0")
-            for m, folder in enumerate(self.folders[1:], 1):
-                model.load_adapter(str(folder), adapter_name=f"member{m}")
-            self._model = model
-        return self._model
+    def _model(self, m: int):
+        if self._models is None:
+            self._models = systems.RewardModels(*self.settings, self.folders)
+        return self._models.using(self.folders[m])

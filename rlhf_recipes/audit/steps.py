@@ -156,13 +156,14 @@ def take(cfg: DictConfig, found: Sources, pairs: data.Splits, tokenizer, job: ru
 def _deployed(cfg: DictConfig, found: Sources, scored: "Scored", ledger_KF, held_out_N, tokenizer, job) -> dict:
     """Answers to a sample of the deployment prompts: novelty, spread of the rewards, what coverage asks."""
     from rlhf_recipes.audit import uncertainty
+    from rlhf_recipes.evaluation import ensemble
 
     rows = random.Random(cfg.seed).sample(found.deployment, min(cfg.prompts, len(found.deployment)))
     sampler = answers.Sampler(cfg, tokenizer, _start(cfg), [], job.dir / run.SCORES)
     texts = [answer["text"] for answer in sampler.answers(None, rows, "deployment")]
     turns = [row["prompt"] + [{"role": "assistant", "content": t}] for row, t in zip(rows, texts, strict=True)]
     result = scored.ensemble.score(turns, "deployment", features=True)
-    scaled_MP = uncertainty.standardise(result.rewards_MC, result.rewards_MC)
+    scaled_MP = ensemble.standardise(result.rewards_MC, result.rewards_MC)
     novelty_P = uncertainty.mahalanobis(ledger_KF, result.features_CF)
     ledger = {
         "deployment_prompts": [row["prompt"] for row in found.deployment],

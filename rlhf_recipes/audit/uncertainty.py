@@ -1,8 +1,7 @@
 """Uncertainty of a reward model: does it know where it is wrong, and does an ensemble know better?
 
-Shapes: M members, N pairs, K answers, F features. A reward is identified only up to an offset, and a scale, for each
-member (the pairwise loss sees differences alone), so members are put on one scale by `standardise` before a minimum or
-a variance over them means anything.
+Shapes: M members, N pairs, K answers, F features. Members are put on one scale by `standardise` before a minimum or a
+variance over them means anything.
 """
 
 import math
@@ -11,40 +10,14 @@ import numpy as np
 
 from rlhf_recipes import stats
 from rlhf_recipes.audit import section
+from rlhf_recipes.evaluation.ensemble import LAMBDA, combine, standardise
 
 KEY, TITLE = "uncertainty", "Uncertainty"
 QUESTION = "Does the reward model know when it does not know?"
 LAMBDAS = (0.0, 0.05, 0.1, 0.5, 1.0)
-LAMBDA = 0.5  # best-of-n in Coste et al.
 DELTA = 0.1
 COVERAGE = 0.8
 _NONE = stats.estimate([])
-
-
-def standardise(rewards, reference_MK) -> np.ndarray:
-    """Each member's rewards, shape (M, ...), minus its mean over its standard deviation on reference rewards."""
-    rewards, reference_MK = np.asarray(rewards, float), np.asarray(reference_MK, float)
-    shape = (-1, *[1] * (rewards.ndim - 1))
-    spread_M = reference_MK.std(1)
-    return (rewards - reference_MK.mean(1).reshape(shape)) / np.where(spread_M > 0, spread_M, 1).reshape(shape)
-
-
-def combine(rewards, how: str, lam: float = LAMBDA) -> np.ndarray:
-    """One reward out of those of M members, shape (M, ...) -> (...); they must be on one scale.
-
-    "mean"; "min", the worst case; "uwo", mean - lam * variance (Coste et al. 2023, arXiv:2310.02743, eq. 5), with the
-    population variance (over M, not M - 1); "std", the population standard deviation.
-    """
-    rewards = np.asarray(rewards, float)
-    if how == "mean":
-        return rewards.mean(0)
-    if how == "min":
-        return rewards.min(0)
-    if how == "uwo":
-        return rewards.mean(0) - lam * rewards.var(0)
-    if how == "std":
-        return rewards.std(0)
-    raise ValueError(f"how = {how}: must be one of mean, min, uwo, std.")
 
 
 def mahalanobis(train_NF, test_KF, ridge: float = 1e-3) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Several reward models as one: the mean, the worst case and the spread of their standardised scores.
 
-Reward models have scales and origins of their own, so each member's score is taken in standard deviations of its
-scores of the held-out replies, the same replies for all:
+A reward is identified only up to an offset, and a scale, for each member (the pairwise loss sees differences alone),
+so each member's score is taken in standard deviations of its scores of the same K reference answers:
 
     z_m(x, y) = (r_m(x, y) - mean_m) / sd_m,   mean z = sum_m z_m / M,   worst case = min_m z_m,   spread = sd over m
 
@@ -12,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
+LAMBDA = 0.5  # of `combine`; best-of-n in Coste et al.
 
-def members(reference: str | list[str] | None) -> list[str]:
-    """The runs that `reward_model` names: one, several, or those in the folder of a sweep (`reward=ensemble`).
+
+def members(reference: str | list[str] | None, key: str = "reward_model") -> list[str]:
+    """The runs that `key=reference` names: one, several, or those in the folder of a sweep (`reward=ensemble`).
 
     Raises:
         ValueError: the list is empty or names a run twice, or a job of the sweep is not finished.
@@ -24,7 +26,7 @@ def members(reference: str | list[str] | None) -> list[str]:
     if not isinstance(reference, str):
         folders = list(map(str, reference))
         if len(set(folders)) < len(folders) or not folders:
-            raise ValueError(f"reward_model={folders}: must name one run or more, each once. Change the list.")
+            raise ValueError(f"{key}={folders}: must name one run or more, each once. Change the list.")
         return folders
     folder = Path(reference)
     if (folder / "adapter").is_dir() or (folder / "adapter_config.json").is_file():
@@ -32,42 +34,65 @@ def members(reference: str | list[str] | None) -> list[str]:
     jobs = sorted(path.parent for path in folder.glob("*/config.yaml"))
     for job in jobs:
         if not (job / "result.json").is_file():
-            raise ValueError(f"reward_model={reference}: {job.name} is not finished. Finish it, or list the others.")
+            raise ValueError(f"{key}={reference}: {job.name} is not finished. Finish it, or list the others.")
     return [str(job) for job in jobs] or [reference]
 
 
-def standards(reward_models: dict[str, list[dict]]) -> list[tuple[float, float]]:
-    """(mean, standard deviation) of each member's scores of the held-out replies, chosen and rejected."""
-    found = []
-    for rows in reward_models.values():
-        scores = np.array([row[side] for row in rows for side in ("chosen", "rejected")], dtype=float)
-        scores = scores[np.isfinite(scores)]
-        sd = float(scores.std()) if len(scores) else 0.0
-        found.append((float(scores.mean()) if len(scores) else 0.0, sd or 1.0))
-    return found
+def standardise(rewards, reference_MK) -> np.ndarray:
+    """Each member's rewards, shape (M, ...), less its mean and over its standard deviation on K reference answers.
+
+    What is not finite there is left out. A member whose reference scores are all equal is only centred.
+    """
+    rewards, reference_MK = np.asarray(rewards, float), np.ma.masked_invalid(np.asarray(reference_MK, float))
+    mean_M, sd_M = (np.ma.filled(found, 0.0) for found in (reference_MK.mean(1), reference_MK.std(1)))
+    shape = (-1, *[1] * (rewards.ndim - 1))
+    return (rewards - mean_M.reshape(shape)) / np.where(sd_M > 0, sd_M, 1).reshape(shape)
 
 
-def combine(scores_MN: list[list[float]], scales: list[tuple[float, float]]) -> list[dict]:
-    """For each answer its `reward` (mean z), `worst`, `spread` and the members' z, `members`."""
-    mean_M, sd_M = np.array(scales).T
-    z_NM = ((np.array(scores_MN, dtype=float).T - mean_M) / sd_M).reshape(-1, len(scales))
-    return [
-        {"reward": float(z_M.mean()), "worst": float(z_M.min()), "spread": float(z_M.std()), "members": z_M.tolist()}
-        for z_M in z_NM
-    ]
+def combine(rewards, how: str, lam: float = LAMBDA) -> np.ndarray:
+    """One reward out of those of M members, shape (M, ...) -> (...); they must be on one scale.
+
+    "mean"; "min", the worst case; "uwo", mean - lam * variance (Coste et al. 2023, arXiv:2310.02743, eq. 5), with the
+    population variance (over M, not M - 1); "std", the population standard deviation.
+    """
+    rewards = np.asarray(rewards, float)
+    if how == "mean":
+        return rewards.mean(0)
+    if how == "min":
+        return rewards.min(0)
+    if how == "uwo":
+        return rewards.mean(0) - lam * rewards.var(0)
+    if how == "std":
+        return rewards.std(0)
+    raise ValueError(f"how = {how}: must be one of mean, min, uwo, std.")
+
+
+def answers(scores_MN, reward_models: dict[str, list[dict]]) -> list[dict]:
+    """For each answer its `reward` (mean z), `worst`, `spread` and the members' z, `members`; the reference answers
+    are both replies of the held-out pairs in `reward_models`."""
+    z_MN = standardise(scores_MN, np.concatenate(_sides(reward_models), axis=1))
+    columns = [z_MN.mean(0), combine(z_MN, "min"), combine(z_MN, "std"), z_MN.T]
+    names = ("reward", "worst", "spread", "members")
+    return [dict(zip(names, row, strict=True)) for row in zip(*(c.tolist() for c in columns), strict=True)]
 
 
 def pooled(reward_models: dict[str, list[dict]]) -> list[dict]:
     """The held-out pairs as the ensemble's mean scores them."""
-    scales = standards(reward_models)
-    rows = list(reward_models.values())
-    sides = {
-        side: combine([[row[side] for row in own] for own in rows], scales) if rows[0] else []
-        for side in ("chosen", "rejected")
-    }
-    return [row | {side: sides[side][n]["reward"] for side in ("chosen", "rejected")} for n, row in enumerate(rows[0])]
+    sides_2MN = _sides(reward_models)
+    chosen_N, rejected_N = (standardise(own, np.concatenate(sides_2MN, axis=1)).mean(0) for own in sides_2MN)
+    rows = next(iter(reward_models.values()))
+    scores = zip(rows, chosen_N.tolist(), rejected_N.tolist(), strict=True)
+    return [row | {"chosen": chosen, "rejected": rejected} for row, chosen, rejected in scores]
 
 
 def disputed(own: dict, parent: dict) -> bool:
     """Whether some member prefers the parent's answer."""
     return any(a < b - 1e-9 for a, b in zip(own["members"], parent["members"], strict=True))
+
+
+def _sides(reward_models: dict[str, list[dict]]) -> list[np.ndarray]:
+    """Scores of the chosen replies, and of the rejected, each of shape (M, N)."""
+    return [
+        np.array([[row[side] for row in rows] for rows in reward_models.values()], dtype=float)
+        for side in ("chosen", "rejected")
+    ]

@@ -1,5 +1,7 @@
 """What a training recipe reports of its held-out rows: estimates with n and a 95 % interval, beside a baseline."""
 
+import numpy as np
+
 from rlhf_recipes import data, stats
 
 
@@ -41,14 +43,15 @@ def preference_metrics(rows: list[dict], logps: list[dict], reference: list[dict
 
 
 def reward_metrics(rows: list[dict], scores: list[dict], before: list[dict]) -> dict:
-    """Held-out metrics of a reward model: accuracy on pairs, margin, mean reward; `before` are the scores before
-    training."""
+    """Held-out metrics of a reward model: accuracy on pairs, margin, mean and standard deviation of its rewards;
+    `before` are the scores before training."""
     prompts = [row["prompt_id"] for row in rows]
     margins, margins_before = ([s["chosen"] - s["rejected"] for s in each] for each in (scores, before))
     return {
         **accuracy_metrics(rows, margins, margins_before),
         "reward_margin": _mean(margins, prompts),
         "mean_reward": _mean([(s["chosen"] + s["rejected"]) / 2 for s in scores], prompts),
+        "sd_reward": _deviation([s["chosen"] for s in scores] + [s["rejected"] for s in scores], prompts * 2),
         "baseline_shorter_wins": stats.estimate(data.shorter_wins(rows), prompts),
     }
 
@@ -104,3 +107,14 @@ def wins(margins: list[float]) -> list[float]:
 def _mean(values: list[float], prompts: list[str]) -> dict:
     """The mean of what is no share: where all values are alike, as a KL is before training, so is every resample."""
     return stats.ratio_of_sums(values, [1] * len(values), prompts)
+
+
+def _deviation(values: list[float], prompts: list[str]) -> dict:
+    """The standard deviation, of the population."""
+    values_N = np.array(values, dtype=float)
+
+    def deviation(weights_N) -> float:
+        mean = np.average(values_N, weights=weights_N)
+        return float(np.sqrt(np.average((values_N - mean) ** 2, weights=weights_N)))
+
+    return stats.resampled(deviation, len(values), prompts)

@@ -384,26 +384,8 @@ def _reward_model_plot(evaluation: dict) -> dict | None:
     if len(rows) < 2:
         return None
     shown = models if len(models) <= 6 else dict([list(models.items())[-1]])  # many members: their ensemble alone
-    shifts = [0.6 * (i + 0.5) / len(shown) - 0.3 for i in range(len(shown))]
-
-    def draw(axes):
-        for i, ((name, model), shift) in enumerate(zip(shown.items(), shifts, strict=True)):
-            colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-            for y, family in enumerate(rows):
-                if family in model["families"]:
-                    dot(axes, model["families"][family], y + shift, colour, marker, size=5)
-            axes.plot([], [], marker, color=colour, label=clip(name))
-        name_rows(axes, [clip(family, 30) for family in rows])
-        axes.axvline(50, color=INK, linewidth=0.8, linestyle=":")
-        axes.set_xlabel("held-out pairs ranked correctly, %")
-        legend(axes)
-
-    said = "; ".join(
-        f"{f}: " + ", ".join(f"{n} {format_estimate(m['families'].get(f), percent=True)}" for n, m in shown.items())
-        for f in rows
-    )
-    caption = "Reward models by family, the worst first"
-    return figure(caption, f"{caption}. {said}.", draw, 1.2 + (0.2 + 0.08 * len(shown)) * len(rows))
+    styles = {name: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(shown)}
+    return _by_family("Reward models by family, the worst first", shown, styles, {f: clip(f, 30) for f in rows})
 
 
 def _family_plot(evaluation: dict) -> dict | None:
@@ -412,23 +394,28 @@ def _family_plot(evaluation: dict) -> dict | None:
     if not families:
         return None
     counts = {f: max(s["families"][f]["n"] for s in systems.values() if f in s["families"]) for f in families}
-    shifts = [0.7 * (i + 0.5) / len(systems) - 0.35 for i in range(len(systems))]
+    rows = {f: f"{clip(f, 26)} ({counts[f]})" for f in families}
+    return _by_family("Preference accuracy by family (pairs in brackets)", systems, styles, rows)
+
+
+def _by_family(caption: str, shown: dict, styles: dict, rows: dict[str, str]) -> dict:
+    """A row for each family (name -> label), in it the accuracy of all that is shown (name -> `families`)."""
+    shifts = [0.7 * (i + 0.5) / len(shown) - 0.35 for i in range(len(shown))]
 
     def draw(axes):
-        for (name, system), shift in zip(systems.items(), shifts, strict=True):
+        for (name, each), shift in zip(shown.items(), shifts, strict=True):
             colour, marker = styles[name]
-            for y, family in enumerate(families):
-                if family in system["families"]:
-                    dot(axes, system["families"][family], y + shift, colour, marker, size=5)
+            for y, family in enumerate(rows):
+                if family in each["families"]:
+                    dot(axes, each["families"][family], y + shift, colour, marker, size=5)
             axes.plot([], [], marker, color=colour, label=clip(name))
-        name_rows(axes, [f"{clip(f, 26)} ({counts[f]})" for f in families])
+        name_rows(axes, list(rows.values()))
         axes.axvline(50, color=INK, linewidth=0.8, linestyle=":")
         axes.set_xlabel("held-out pairs ranked correctly, %")
         legend(axes)
 
     said = "; ".join(
-        f"{f}: " + ", ".join(f"{n} {format_estimate(s['families'].get(f), percent=True)}" for n, s in systems.items())
-        for f in families
+        f"{f}: " + ", ".join(f"{n} {format_estimate(s['families'].get(f), percent=True)}" for n, s in shown.items())
+        for f in rows
     )
-    caption = "Preference accuracy by family (pairs in brackets)"
-    return figure(caption, f"{caption}. {said}.", draw, 1.2 + (0.15 + 0.1 * len(systems)) * len(families))
+    return figure(caption, f"{caption}. {said}.", draw, 1.2 + (0.15 + 0.1 * len(shown)) * len(rows))

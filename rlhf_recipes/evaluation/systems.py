@@ -1,6 +1,7 @@
 """Measure several runs on one base model: each is an adapter that is switched on in turn."""
 
 import copy
+import json
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,21 +62,21 @@ def find(runs: list[str], parent: str, base_model: str, steps_of: str | None = N
     names = [s.name for s in found]
     for system in found:
         if names.count(system.name) > 1:
-            system.name = str(Path(system.adapter).parent)
+            system.name = str(run.folder_of(system.adapter))
     return found
 
 
-def find_scorer(reference: str | list[str] | None, base_model: str) -> list[System]:
-    """The reward models that score the answers: none, one, or the members of an ensemble (`ensemble.members`).
+def find_scorer(reference: str | list[str] | None, base_model: str, key: str = "reward_model") -> list[System]:
+    """The reward models that `key=reference` names: none, one, or the members of an ensemble (`ensemble.members`).
 
     Raises:
         ValueError: a run is not there, is no reward model, or was trained on another base.
     """
-    found = [_system(each, base_model, "reward_model", recipe="reward") for each in ensemble.members(reference)]
+    found = [_system(each, base_model, key, recipe="reward") for each in ensemble.members(reference, key)]
     names = [system.name for system in found]
     for system in found:
         if names.count(system.name) > 1:
-            system.name = str(Path(system.adapter).parent)
+            system.name = str(run.folder_of(system.adapter))
     return found
 
 
@@ -129,10 +130,11 @@ def measure(
 
     reward_models = before["reward_models"] if before else {}
     if scorers or proxy:
-        readers = RewardModels(cfg.model, cfg.quantization, [*scorers, *([proxy] if proxy else [])])
+        folders = [Path(scorer.adapter) for scorer in (*scorers, *([proxy] if proxy else []))]
+        readers = RewardModels(cfg.model, cfg.quantization, folders)
         if not before:
             for scorer in scorers:
-                rewards = m.pair_rewards(readers.using(scorer), tokenizer, rows, f"{scorer.name}: pairs")
+                rewards = m.pair_rewards(readers.using(Path(scorer.adapter)), tokenizer, rows, f"{scorer.name}: pairs")
                 reward_models[scorer.name] = [_labels(r) | each for r, each in zip(rows, rewards, strict=True)]
         for system in fresh:
             _reward(readers, scorers, proxy, tokenizer, prompts, answers[system.name], system.name, reward_models)
@@ -265,21 +267,21 @@ class Policies:
 
 
 class RewardModels:
-    """One base model with the adapters of several reward models on it."""
+    """One base model with the adapters of several reward models on it, each with its own score head."""
 
-    def __init__(self, model: DictConfig, quantization: DictConfig, scorers: list[System]):
+    def __init__(self, model: DictConfig, quantization: DictConfig, folders: list[Path]):
         from peft import PeftModel
         from transformers import AutoModelForSequenceClassification
 
-        self.folders = list(dict.fromkeys(scorer.adapter for scorer in scorers))
+        self.folders = list(dict.fromkeys(folders))
         base = models.load_base(model, quantization, AutoModelForSequenceClassification, num_labels=1)
-        self.model = PeftModel.from_pretrained(base, self.folders[0], adapter_name="member0")
+        self.model = PeftModel.from_pretrained(base, str(self.folders[0]), adapter_name="member0")
         for n, folder in enumerate(self.folders[1:], 1):
-            self.model.load_adapter(folder, adapter_name=f"member{n}")
+            self.model.load_adapter(str(folder), adapter_name=f"member{n}")
 
-    def using(self, scorer: System):
-        """The model as this reward model."""
-        self.model.set_adapter(f"member{self.folders.index(scorer.adapter)}")
+    def using(self, folder: Path):
+        """The model as the reward model of this folder."""
+        self.model.set_adapter(f"member{self.folders.index(folder)}")
         return self.model
 
 
@@ -294,15 +296,17 @@ def _reward(
     reward_models: dict,
 ) -> None:
     """Give every answer its `reward`; of several reward models their mean, worst case and spread; and its `proxy`."""
-    scores = [_score(readers.using(s), tokenizer, prompts, answers, f"{s.name} of {name}") for s in scorers]
+    scores = [
+        _score(readers.using(Path(s.adapter)), tokenizer, prompts, answers, f"{s.name} of {name}") for s in scorers
+    ]
     if len(scorers) == 1:
         for answer, reward in zip(answers, scores[0], strict=True):
             answer["reward"] = reward
     elif scorers:
-        for answer, combined in zip(answers, ensemble.combine(scores, ensemble.standards(reward_models)), strict=True):
-            answer |= combined
+        for answer, together in zip(answers, ensemble.answers(scores, reward_models), strict=True):
+            answer |= together
     if proxy:
-        values = _score(readers.using(proxy), tokenizer, prompts, answers, f"proxy of {name}")
+        values = _score(readers.using(Path(proxy.adapter)), tokenizer, prompts, answers, f"proxy of {name}")
         for answer, value in zip(answers, values, strict=True):
             answer["proxy"] = value
 
@@ -343,12 +347,15 @@ def _system(folder: str, base_model: str, key: str, recipe: str | None = None) -
         parent = run.parent_of(folder, base_model)
     except ValueError as error:
         raise ValueError(str(error).replace("model.adapter=", f"{key}=", 1)) from error
-    result = run.read_result(Path(parent["adapter"]).parent) or {}
+    result = run.read_result(run.folder_of(parent["adapter"])) or {}
     made_by = result.get("recipe")
-    if (made_by == "reward") != (recipe == "reward"):
+    # An adapter from elsewhere has no result.json; it is a reward model if it was made as one.
+    scores = json.loads((Path(parent["adapter"]) / "adapter_config.json").read_text()).get("task_type") == "SEQ_CLS"
+    if (made_by == "reward" if made_by else scores) != (recipe == "reward"):
+        is_one = f"a run of {made_by}" if made_by else f"{'a reward model' if scores else 'no reward model'}"
         wanted = "a run of recipes/reward.py" if recipe else "a policy; a reward model goes to reward_model="
-        raise ValueError(f"{key}={folder}: is a run of {made_by}, not {wanted}.")
-    name = Path(parent["adapter"]).parent.name
+        raise ValueError(f"{key}={folder}: is {is_one}, not {wanted}.")
+    name = run.folder_of(parent["adapter"]).name
     name = name if made_by in (None, name) else f"{made_by}/{name}"
     started_from = (result.get("parent") or {}).get("run")
     try:
@@ -406,15 +413,13 @@ def _info(system: System) -> dict[str, Any]:
     reward = METHOD_REWARD.get(system.recipe or "", "log_ratio")
     return {
         "recipe": system.recipe,
-        "path": system.adapter if system.step is not None or not system.adapter else str(Path(system.adapter).parent),
+        "path": system.adapter and str(run.folder_of(system.adapter)),
         "method_reward": reward,
     } | ({} if system.step is None else {"step": system.step})
 
 
 def _short(folder: str | None) -> str:
-    if folder is None:
-        return BASE
-    return Path(folder).parent.name if Path(folder).name == "adapter" else Path(folder).name
+    return BASE if folder is None else run.folder_of(folder).name
 
 
 @contextmanager

@@ -4,19 +4,25 @@ from pathlib import Path
 
 from rlhf_recipes import run
 from rlhf_recipes.config import import_function  # not `config`: ppo has a module of that name
+from rlhf_recipes.evaluation import ensemble
 
 MODEL_FILES = ("adapter/adapter_config.json", "adapter_config.json", "config.json")
 
 
 def find_rewards(references: str | list[str]) -> list[str]:
-    """`reward_funcs` as a list, refused where that needs no model: a folder that is no reward model, no such function.
+    """`reward_funcs` as a list, with the members of an ensemble for its folder.
+
+    Refused is what needs no model to be refused: a folder that is no reward model, no such function.
 
     Raises:
         ValueError: names the reference.
     """
-    found = [references] if isinstance(references, str) else list(references)
-    if not found:
+    given = [references] if isinstance(references, str) else list(references)
+    if not given:
         raise ValueError("reward_funcs: empty. Give a run of recipes/reward.py, or module:function.")
+    found = [
+        each for one in given for each in (ensemble.members(one, "reward_funcs") if Path(one).is_dir() else [one])
+    ]
     for reference in found:
         if Path(reference).is_dir():
             made_by = (run.read_result(Path(reference)) or {}).get("recipe", "reward")

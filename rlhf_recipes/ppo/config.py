@@ -82,7 +82,11 @@ class PPOConfig(BaseConfig):
         default=None, metadata={"help": "One for each function; 0: only logged. None: 1."}
     )
     reward_ensemble: str = field(
-        default="sum", metadata={"help": "What becomes of several rewards: `sum`, `mean`, `min` or `uwo`."}
+        default="sum",
+        metadata={
+            "help": "What becomes of several rewards: `sum`, or `mean`, `min` or `uwo` of an ensemble, each reward "
+            "model in standard deviations of its rewards of held-out replies."
+        },
     )
     uwo_coef: float = field(default=0.5, metadata={"help": "`uwo` is the mean less this times the variance."})
     normalize_rewards: bool = field(

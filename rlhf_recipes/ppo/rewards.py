@@ -3,13 +3,13 @@
 import inspect
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from rlhf_recipes import config, models
+from rlhf_recipes import config, models, run
 from rlhf_recipes.data import neutralise
 from rlhf_recipes.ppo.roles import Roles
 
@@ -24,6 +24,7 @@ class LearnedReward:
         read: (ids_BT, last_B) -> scores_B, float32.
         adapter: the adapter's name where it shares the policy's backbone, else None.
         score: the head where it shares the policy's backbone, else None.
+        scale: mean and standard deviation of its rewards of held-out replies, as its run reports them, else None.
     """
 
     name: str
@@ -32,6 +33,7 @@ class LearnedReward:
     device: torch.device
     adapter: str | None = None
     score: nn.Module | None = None
+    scale: tuple[float, float] | None = None
 
     def __call__(self, prompts: list, completions: list, micro_batch: int) -> list[float]:
         encoded = [self._encode(p, c) for p, c in zip(prompts, completions, strict=True)]
@@ -87,12 +89,29 @@ def load(reference, roles: Roles, tokenizer, reward_tokenizer, args) -> Callable
     if roles.shared and base in (getattr(roles.causal, "public_id", None), roles.causal.name_or_path):
         name = f"reward_{sum(key.startswith('reward_') for key in roles.model.peft_config)}"
         score = roles.add_reward(adapter, name)
-        return _on_backbone(roles, name, score, tokenizer, _short(adapter))
+        return replace(_on_backbone(roles, name, score, tokenizer, _short(adapter)), scale=_scale(adapter))
     from peft import PeftModel
 
     base = roles.causal.name_or_path if base == getattr(roles.causal, "public_id", None) else base
     model = PeftModel.from_pretrained(_load_classifier(base, args), str(adapter))
-    return _own_model(model, str(adapter), reward_tokenizer, _short(adapter))
+    return replace(_own_model(model, str(adapter), reward_tokenizer, _short(adapter)), scale=_scale(adapter))
+
+
+def scales(functions: list[Callable], ensemble: str) -> Tensor:
+    """Mean and standard deviation of each function's rewards, (0, 1) where it is not known; shape (R, 2).
+
+    A reward is identified up to an offset and a scale of its own: the worst of several as they come is that with the
+    lowest offset (Coste et al. 2023, arXiv:2310.02743, standardise too). A `sum` takes rewards as they are.
+    """
+    if ensemble == "sum":
+        return torch.tensor([(0.0, 1.0)] * len(functions))
+    unknown = [f.name for f in functions if isinstance(f, LearnedReward) and not f.scale]
+    if unknown:
+        print(
+            f"reward_ensemble={ensemble}: the run of {', '.join(unknown)} does not say the mean and deviation of its "
+            "rewards; they are taken as they are"
+        )
+    return torch.tensor([getattr(function, "scale", None) or (0.0, 1.0) for function in functions])
 
 
 def name_of(function: Callable) -> str:
@@ -180,5 +199,11 @@ def _load_classifier(path: str, args):
         ) from error
 
 
+def _scale(adapter: Path) -> tuple[float, float] | None:
+    metrics = (run.read_result(run.folder_of(adapter)) or {}).get("metrics") or {}
+    mean, sd = (metrics.get(key, {}).get("value") for key in ("mean_reward", "sd_reward"))
+    return (mean, sd) if mean is not None and sd else None
+
+
 def _short(adapter: Path) -> str:
-    return adapter.parent.name if adapter.name == "adapter" else adapter.name
+    return run.folder_of(adapter).name

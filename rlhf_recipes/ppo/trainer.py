@@ -121,6 +121,7 @@ class PPOTrainer(BaseTrainer):
             raise ValueError(
                 f"reward_weights: {len(self.reward_weights)} for {len(self.reward_funcs)} reward_funcs. Give as many."
             )
+        self.reward_scales = rewards.scales(self.reward_funcs, args.reward_ensemble)
         self.overlong = args.soft_punish_cache and get_soft_overlong_punishment(
             args.max_completion_length, args.soft_punish_cache
         )
@@ -344,13 +345,15 @@ class PPOTrainer(BaseTrainer):
                 for f in self.reward_funcs
             ]
         rewards_BR = torch.tensor([[torch.nan if r is None else float(r) for r in column] for column in columns]).T
+        mean_R, sd_R = self.reward_scales.T
+        scaled_BR = (rewards_BR - mean_R) / sd_R
         parts = {
-            "reward": algorithm.combine_rewards(rewards_BR, self.reward_weights, args.reward_ensemble, args.uwo_coef)
+            "reward": algorithm.combine_rewards(scaled_BR, self.reward_weights, args.reward_ensemble, args.uwo_coef)
         }
         if len(columns) > 1:
             for name, rewards_B in zip(rewards.names(self.reward_funcs), rewards_BR.T, strict=True):
                 parts[f"rewards/{name}"] = rewards_B
-            parts["reward_disagreement"] = rewards_BR.std(1, correction=0)
+            parts["reward_disagreement"] = scaled_BR[:, self.reward_weights != 0].std(1, correction=0)
         if self.overlong:
             parts["overlong_penalty"] = torch.tensor(self.overlong(completion_ids=completions.ids))
         return parts

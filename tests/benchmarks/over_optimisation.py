@@ -1,12 +1,13 @@
 """Does gold peak while the proxy climbs, and does the worst case of an ensemble move the peak?
 
-    python tests/benchmarks/over_optimisation.py --seeds 3 --folder runs
+    python tests/benchmarks/over_optimisation.py --seeds 0 1 2 --folder runs
 
 Gold is a rule: courtesy. An answer earns a point for each different courteous word, up to three, and loses half a
 point for each one further or said again. For every seed the embedded model answers the clinic's prompts, gold labels
 pairs of its answers, a quarter of the train labels is flipped, and four reward models learn from them
 (`reward=ensemble`). Then two PPO runs without a KL penalty: against one of them, and against the worst case of the
-four; gold is logged beside. Last, `recipes/audit.py` holds the best of n by both against gold, one page for each seed.
+four; gold is logged beside. Last, `recipes/audit.py` holds the best of n by both, and the checkpoints of both runs,
+against gold, one page for each seed.
 """
 
 import argparse
@@ -43,7 +44,7 @@ PPO = [
     "trainer.missing_eos_penalty=null",
     "trainer.kl_coef=0",
     "trainer.kl_brake=null",
-    "trainer.max_steps=8",
+    "trainer.max_steps=16",
     "trainer.save_steps=2",
     "trainer.save_total_limit=null",
     "trainer.per_device_eval_batch_size=8",
@@ -52,9 +53,10 @@ PPO = [
 
 AUDIT = [
     "gold=over_optimisation:gold",
-    "samples=16",
+    "samples=64",
+    "prompts=16",
     f"max_new_tokens={TOKENS}",
-    "data.eval_size=8",
+    "data.eval_size=32",
     "ledger_pairs=4",
     "stress=null",
     "stress_pairs=0",
@@ -71,28 +73,29 @@ def gold(completions, **_) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--folder", type=Path, required=True, help="what is finished there is not run again")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    for seed in range(options.seeds):
+    for seed in options.seeds:
         pairs = options.folder / f"pairs_{seed}.jsonl"
         if not pairs.exists():
             pairs.write_text("".join(json.dumps(row) + "\n" for row in label(seed)))
         local = ["data=local", f"data.path={pairs.name}"]
         run("reward", f"rm_{seed}", ["reward=ensemble", *local, *REWARD], options.folder, "member_3")
-    for seed in range(options.seeds):
-        models = [f"outputs/reward/rm_{seed}/member_{m}" for m in range(4)]
-        for name, proxies in (("single", models[:1]), ("worst", models)):
-            functions = ",".join([*(f'"{m}"' for m in proxies), "over_optimisation:gold"])
-            rewards = [f"reward_funcs=[{functions}]", f"trainer.reward_weights={[1.0] * len(proxies) + [0.0]}"]
-            how = [f"trainer.reward_ensemble={'min' if len(proxies) > 1 else 'sum'}", f"trainer.seed={seed}"]
+    for seed in options.seeds:
+        models = f"outputs/reward/rm_{seed}"
+        for name, proxy, count in (("single", f"{models}/member_0", 1), ("worst", models, 4)):
+            rewards = [f"reward_funcs=[{proxy},over_optimisation:gold]", f"trainer.seed={seed}"]
+            how = [f"trainer.reward_weights={[1.0] * count + [0.0]}", "trainer.reward_ensemble=min"]
             run("ppo", f"{name}_{seed}", [*PPO, *rewards, *how], options.folder)
             describe(name, seed, options.folder / "outputs" / "ppo" / f"{name}_{seed}")
-    for seed in range(options.seeds):
+    for seed in options.seeds:
+        runs = [f"outputs/ppo/{name}_{seed}" for name in ("single", "worst")]
         given = [f"reward_model=outputs/reward/rm_{seed}", "data=local", f"data.path=pairs_{seed}.jsonl"]
-        run("audit", f"best_of_n_{seed}", [*given, *AUDIT], options.folder)
-        best_of_n(seed, options.folder / "outputs" / "audit" / f"best_of_n_{seed}" / "audit.json")
+        given += [f"checkpoints=[{','.join(runs)}]"]
+        run("audit", f"seed_{seed}", [*given, *AUDIT], options.folder)
+        tell(seed, options.folder / "outputs" / "audit" / f"seed_{seed}" / "audit.json")
 
 
 def label(seed: int) -> list[dict]:
@@ -146,13 +149,13 @@ def describe(name: str, seed: int, folder: Path) -> None:
     print(f"{datetime.date.today()} {name}, seed {seed}; KL: proxy, gold  " + "  ".join(said), flush=True)
 
 
-def best_of_n(seed: int, path: Path) -> None:
+def tell(seed: int, path: Path) -> None:
     from rlhf_recipes.stats import format_estimate
 
     parts = {part["key"]: part for part in json.loads(path.read_text())["sections"]}
-    found = [f for f in parts["overoptimisation"]["figures"] if f["key"].startswith("best_of_n")]
-    for figure in found:
-        print(f"seed {seed}, {figure['key']}: {format_estimate(figure['estimate'])}", flush=True)
+    for figure in parts["overoptimisation"]["figures"]:
+        print(f"seed {seed}, {figure['title']}: {format_estimate(figure['estimate'])}", flush=True)
+    print("\n".join(f"seed {seed}, {note}" for note in parts["overoptimisation"]["notes"]), flush=True)
 
 
 if __name__ == "__main__":
