@@ -125,3 +125,14 @@ def test_bad_margins():
         c.audit([1.0], [1.0, math.nan], pairs(2))
     with pytest.raises(ValueError, match=r"^margins = 1 numbers: 2 rows\."):
         c.audit([1.0], [1.0], pairs(2))
+
+
+def test_few_pairs_share_a_bin():
+    """Ten pairs a bin at least, fifteen bins at most."""
+    assert [c.bins_for(n) for n in (0, 9, 19, 20, 149, 150, 10_000)] == [1, 1, 1, 2, 14, 15, 15]
+    margins = np.linspace(-1, 3, 25)
+    rows = [{"prompt_id": str(i), "family": "a" if i < 12 else "b"} for i in range(25)]
+    found = c.audit(margins, margins, rows)
+    (by_bin,) = [table for table in found["tables"] if table["caption"].startswith("Share right by confidence")]
+    assert [row[1] for row in by_bin["rows"]] == [13, 12]
+    assert "in 2 bins" in found["notes"][0]

@@ -155,6 +155,7 @@ def test_export_then_import(tmp_path):
         row["label"] = label
     written(path, *rows)
     found = judgements.labels(str(path))
+    assert judgements.load(str(path)) == found
     assert [(j["judge"], j["p"], j["first"], j["family"]) for j in found] == [
         ("human", p, row["first"], "f") for p, row in zip((1.0, 0.0, 0.5), rows, strict=False)
     ]

@@ -106,6 +106,9 @@ def test_not_measured_says_why():
     parts = [accuracy(None), skipped("uncertainty", "Meter", "?", "Train an ensemble.")]
     assert outcome("min_uncertainty_auroc", parts)["why"] == "Train an ensemble."
     assert "too few rows" in outcome("min_accuracy", parts)["why"]
+    assert outcome("max_exposure_gap", [skipped("coverage", "", "?", "") | {"skipped": None}])["why"] == (
+        "Needs deployment=<file of prompts>."
+    )
     assert outcome("min_accuracy", [accuracy(math.nan, math.nan, math.nan)])["state"] == "not measured"
     assert outcome("min_accuracy", [accuracy(0.7, math.nan, math.nan)])["low"] is None
 

@@ -15,7 +15,7 @@ from rlhf_recipes.audit import section
 
 KEY, TITLE = "calibration", "Calibration"
 QUESTION = "When the reward model is sure, is it right as often as it claims?"
-BINS = 15
+BINS, IN_A_BIN = 15, 10  # at most, and at least in each: fewer pairs say nothing of a share
 DRAWS = 200
 COIN = "a coin"
 _NONE = stats.estimate([])
@@ -37,6 +37,11 @@ def bins_of(confidences, bins: int = BINS) -> np.ndarray:
     confidences = np.asarray(confidences, float)
     ranks = np.searchsorted(np.sort(confidences), confidences, side="left")
     return ranks * bins // max(1, len(confidences))
+
+
+def bins_for(size: int) -> int:
+    """How many bins so many pairs are put into."""
+    return max(1, min(BINS, size // IN_A_BIN))
 
 
 def ece(confidences, correct, bins: int = BINS, weights=None) -> float:
@@ -115,7 +120,9 @@ def logistic(x, y, weights=None, start=(0.0, 0.0)) -> tuple[float, float]:
     return float(at[0]), float(at[1] / scale)
 
 
-def audit(validation_margins, margins, rows: list[dict], validation_ids=None, bins: int = BINS, seed: int = 0) -> dict:
+def audit(
+    validation_margins, margins, rows: list[dict], validation_ids=None, bins: int | None = None, seed: int = 0
+) -> dict:
     """Calibration of one reward model (of an ensemble: of its mean), before and after a temperature.
 
     Args:
@@ -123,13 +130,14 @@ def audit(validation_margins, margins, rows: list[dict], validation_ids=None, bi
             be empty: nothing is shown after a temperature then.
         margins: chosen minus rejected of the N pairs of `rows`.
         validation_ids: prompt ids of the validation pairs, for the temperature's interval.
+        bins: by default `bins_for` the N pairs.
     """
     validation, margins = _finite(validation_margins, "validation_margins"), _finite(margins, "margins")
     if len(margins) != len(rows):
         raise ValueError(f"margins = {len(margins)} numbers: {len(rows)} rows. Pass one for each row.")
     if not len(margins):
         return section.skipped(KEY, TITLE, QUESTION, "Give test pairs and their margins.")
-    ids = [row["prompt_id"] for row in rows]
+    ids, bins = [row["prompt_id"] for row in rows], bins or bins_for(len(rows))
     fitted = temperature(validation)
     figures, tables, curves = [], [], []
     chances = {}
@@ -149,7 +157,7 @@ def audit(validation_margins, margins, rows: list[dict], validation_ids=None, bi
                                       baseline=("no temperature", 0.0), says="Paired by pair."))  # fmt: skip
     t = fitted or 1.0
     tables = [_summary(margins, fitted, rate), _by_bin(margins, t, ids, bins)]
-    if families := _by_family(margins, t, rows, bins, seed):
+    if families := _by_family(margins, t, rows, seed):
         tables.append(families)
     diagonal = section.curve("perfect", [0.5, 1.0], [0.5, 1.0], points=False)
     plot = section.lines("Reliability: how often it is right, by how sure it is (with 95 % intervals)",
@@ -164,10 +172,12 @@ def _ece(codes_N, gaps_N, weights_N) -> float:
 
 def _reflected(e: dict) -> dict:
     """The basic bootstrap interval, 2 value - quantiles: an ECE of resamples is biased upward once more, and the
-    percentiles with it, by about as much as the ECE itself (Efron & Tibshirani 1993, section 13.4)."""
+    percentiles with it, by about as much as the ECE itself (Efron & Tibshirani 1993, section 13.4); at least the value
+    itself is in it."""
     if e["low"] is None:
         return e
-    return e | {"low": max(0.0, 2 * e["value"] - e["high"]), "high": max(0.0, 2 * e["value"] - e["low"])}
+    low, high = (2 * e["value"] - e[bound] for bound in ("high", "low"))
+    return e | {"low": min(e["value"], max(0.0, low)), "high": max(e["value"], high)}
 
 
 def _separated(x, y) -> bool:
@@ -193,7 +203,7 @@ def _errors(margins, t, ids, suffix: str, when: str, bins: int, seed: int, chanc
     chance = ("a perfectly calibrated model by chance", chances[suffix][0]) if t is not None else None
     texts = {
         "ece": ("Expected calibration error", "%", chance,
-                f"Σ_b n_b/N |share right − mean confidence|, {bins} bins of equal mass, confidence max(P, 1−P)."),
+                f"Σ_b n_b/N |share right − mean confidence|, {_bins(bins)} of equal mass, confidence max(P, 1−P)."),
         "brier": ("Brier score", "", (COIN, 0.25), "Mean (1 − P)², P = sigmoid(margin / T)."),
         "nll": ("Negative log-likelihood", "nats", (COIN, math.log(2)), "Mean −ln P, P = sigmoid(margin / T)."),
     }  # fmt: skip
@@ -283,12 +293,12 @@ def _summary(margins, fitted, rate) -> dict:
     return section.table("Against what needs no margin", ["", "accuracy", "Brier", "NLL (nats)"], rows)
 
 
-def _by_family(margins, t: float, rows: list[dict], bins: int, seed: int) -> dict | None:
+def _by_family(margins, t: float, rows: list[dict], seed: int) -> dict | None:
     confidences, correct = symmetrise(margins, t)
     lines = []
     for family in sorted({row["family"] for row in rows if row["family"] is not None}):
         at = [i for i, row in enumerate(rows) if row["family"] == family]
-        ids = [rows[i]["prompt_id"] for i in at]
+        ids, bins = [rows[i]["prompt_id"] for i in at], bins_for(len(at))
         error = ece(confidences[at], correct[at], bins)
         chance, _ = chance_ece(confidences[at], bins, seed=seed)
         over = stats.difference(confidences[at], correct[at], ids)
@@ -303,7 +313,7 @@ def _by_family(margins, t: float, rows: list[dict], bins: int, seed: int) -> dic
 def _notes(validation, margins, fitted, chances: dict, bins: int) -> list[str]:
     mean, top = chances[""]
     notes = [
-        f"With {len(margins)} pairs in {bins} bins a perfectly calibrated model has an ECE of {100 * mean:.1f} % by "
+        f"With {len(margins)} pairs in {_bins(bins)} a perfectly calibrated model has an ECE of {100 * mean:.1f} % by "
         f"chance, and above {100 * top:.1f} % once in twenty: less than that cannot be told from calibrated."
     ]  # fmt: skip
     if fitted is None:
@@ -318,6 +328,10 @@ def _notes(validation, margins, fitted, chances: dict, bins: int) -> list[str]:
     if margins.min() >= 0 or margins.max() <= 0:
         notes.append("Every pair is ranked alike, so slope and intercept cannot be fitted.")
     return notes
+
+
+def _bins(count: int) -> str:
+    return f"{count} bin{'s' * (count > 1)}"
 
 
 def _finite(values, name: str) -> np.ndarray:

@@ -90,8 +90,9 @@ def audit(judgements: Sequence[Judgement], rows=None, chosen_MN=None, rejected_M
     found = cases(judgements, rows, chosen_MN, rejected_MN, limits)
     if not any(case["opinions"] > 1 for case in found):
         return skipped(
-            "disagreement", TITLE, QUESTION, "Every pair has one opinion, so nothing can disagree. Give a file of "
-            "judgements by a second judge or by people, by several principles, or in both orders.",
+            "disagreement", TITLE, QUESTION, "Every pair has one opinion, so nothing can disagree. Give "
+            "judgements=[<a file, or a run of cai>] by a second judge or by people, by several principles, or in both "
+            "orders.",
         )  # fmt: skip
     kept, prompts = _ranked(found), [case["prompt_id"] for case in found]
     figures = [

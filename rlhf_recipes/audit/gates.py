@@ -18,6 +18,7 @@ class Gate(NamedTuple):
         fails: the same.
         unit: in which the number is said: "%" and "points" for shares, else that of the figure.
         vital: nothing else matters where it fails.
+        needs: what is missing where the figure has no value.
     """
 
     section: str
@@ -32,6 +33,7 @@ class Gate(NamedTuple):
     fails: str
     unit: str = "%"
     vital: bool = False
+    needs: str = "There were too few rows for it."
 
 
 # the most telling first
@@ -81,6 +83,7 @@ GATES = (
         "Picking the best of many answers by it overshoots: {value} of true quality is lost after its best "
         "(sd: the usual spread between answers).",
         unit="sd",
+        needs="Needs samples=<number of answers to each prompt>.",
     ),
     Gate(
         "overoptimisation", "policy_kept", "min_gold_kept", 0.98, "min",
@@ -90,6 +93,7 @@ GATES = (
         "True quality that the last checkpoint keeps of the best",
         "Training against it does not overshoot: the last checkpoint keeps {value} of the best gain in true quality.",
         "Training against it overshoots: the last checkpoint keeps only {value} of the best gain in true quality.",
+        needs="Needs checkpoints=<a run that was trained on it>.",
     ),
     Gate(
         "probes", "length_matched_gap", "min_length_matched_change", -0.03, "min",
@@ -99,6 +103,7 @@ GATES = (
         "Its skill is not length: between answers of equal length its accuracy changes by {value}.",
         "Part of its skill is length: between answers of equal length its accuracy changes by {value}.",
         unit="points",
+        needs="Needs pairs whose answers are equally long.",
     ),
     Gate(
         "probes", "length_r2", "max_length_r2", 0.10, "max",
@@ -117,6 +122,7 @@ GATES = (
         "Its uncertainty finds its errors: a wrong pair looks more uncertain than a right one {value} of the time.",
         "Its uncertainty does not find its errors: a wrong pair looks more uncertain than a right one only {value} "
         "of the time, and 50 % is a coin.",
+        needs="Needs an ensemble (reward=ensemble), and both right and wrong pairs.",
     ),
     Gate(
         "uncertainty", "accuracy_at_80_gain", "min_gain_at_80", 0.03, "min",
@@ -126,6 +132,7 @@ GATES = (
         "Leaving out the fifth of pairs it is least sure of raises its accuracy by {value}.",
         "Leaving out the fifth of pairs it is least sure of changes its accuracy by only {value}.",
         unit="points",
+        needs="Needs an ensemble (reward=ensemble).",
     ),
     Gate(
         "stress", "uncertainty_lift", "min_uncertainty_lift", 0.70, "min",
@@ -135,6 +142,7 @@ GATES = (
         "Its uncertainty rises on unfamiliar prompts: such a pair looks more uncertain {value} of the time.",
         "Its uncertainty gives little warning on unfamiliar prompts: such a pair looks more uncertain only {value} "
         "of the time.",
+        needs="Needs an ensemble (reward=ensemble) and stressed pairs.",
     ),
     Gate(
         "calibration", "slope", "min_slope", 0.8, "min",
@@ -164,6 +172,7 @@ GATES = (
         "Its probabilities can be read as such: on average they are off by {value}.",
         "Its probabilities cannot be read as such: on average they are off by {value}; {limit} is the most allowed.",
         unit="points",
+        needs="No temperature was fitted; “Calibration” says why.",
     ),
     Gate(
         "disagreement", "margin_auroc", "min_disagreement_auroc", 0.60, "min",
@@ -173,6 +182,7 @@ GATES = (
         "Where judges are divided its rewards are closer together, as they should be, {value} of the time.",
         "It hides disagreement: its rewards are closer together on a divided pair than on a clear one only {value} "
         "of the time.",
+        needs="Needs pairs on which the judges are divided, and some on which they are not.",
     ),
     Gate(
         "disagreement", "alpha", "min_alpha", 0.667, "min",
@@ -191,6 +201,7 @@ GATES = (
         "Even the weakest judge agrees with the label (Cohen's κ {value}; 1 is full agreement, 0 is chance).",
         "The weakest judge hardly agrees with the label (Cohen's κ {value}; 1 is full agreement, 0 is chance).",
         unit="",
+        needs="Needs judges other than the label.",
     ),
     Gate(
         "disagreement", "flip_rate", "max_flip_rate", 0.30, "max",
@@ -199,6 +210,7 @@ GATES = (
         "Verdicts that change when the answers are swapped",
         "The judges change their verdict in only {value} of pairs when the two answers are swapped.",
         "The judges change their verdict in {value} of pairs when the two answers are swapped.",
+        needs="Needs judgements in both orders.",
     ),
     Gate(
         "consistency", "contradictory_duplicates", "max_contradictory", 0.01, "max",
@@ -207,6 +219,7 @@ GATES = (
         "Pairs that are labelled both ways",
         "Pairs labelled both ways are rare ({value}).",
         "{value} of pairs are labelled both ways.",
+        needs="Needs pairs that are judged more than once.",
     ),
     Gate(
         "consistency", "cyclic_triads", "max_cyclic_triads", 0.05, "max",
@@ -216,6 +229,7 @@ GATES = (
         "The preferences hardly contradict themselves: {value} of triples of answers go round in a circle.",
         "The preferences contradict themselves: {value} of triples of answers go round in a circle, "
         "and no reward can order those.",
+        needs="Needs three answers to a prompt, judged against each other.",
     ),
     Gate(
         "preference", "chosen_longer", "max_chosen_longer", 0.55, "max",
@@ -249,6 +263,7 @@ GATES = (
         "The prompts of deployment are mixed much like the data (a difference of {value}; 0 is none).",
         "The prompts of deployment are mixed unlike the data (a difference of {value}; 0 is none).",
         unit="nats",
+        needs="Needs deployment=<file of prompts>.",
     ),
     Gate(
         "coverage", "out_of_distribution", "max_out_of_distribution", 0.10, "max",
@@ -257,6 +272,7 @@ GATES = (
         "Share of answers in use that are unlike the training data",
         "{value} of the answers in use look unlike the training data; 5 % would by chance.",
         "{value} of the answers in use look unlike the training data, where 5 % would by chance.",
+        needs="Needs deployment=<file of prompts>.",
     ),
 )  # fmt: skip
 

@@ -40,15 +40,18 @@ Pair = tuple[str, str, str]  # prompt_id and two answers, in the order of their 
 
 
 def load(path: str) -> list[Judgement]:
-    """Judgements from a file with one a row (.jsonl, .json, .csv, .parquet, .gz), or from a run folder of
-    recipes/cai.py, where every principle that a pair was judged under is a judgement.
+    """Judgements from a file with one a row (.jsonl, .json, .csv, .parquet, .gz), from a file of `export` that people
+    have labelled, or from a run folder of recipes/cai.py, where every principle that a pair was judged under is one.
 
     Raises:
         ValueError: not readable, or a row that is no judgement, with file, row and key.
     """
     if Path(path).expanduser().is_dir():
         return list(_of_run(path))
-    return [_read(where, row) for where, row in readers.read_file(path)]
+    rows = list(readers.read_file(path))
+    if rows and {"id", "label"} <= rows[0][1].keys() and "p" not in rows[0][1]:
+        return labels(path)
+    return [_read(where, row) for where, row in rows]
 
 
 def from_pairs(rows: Iterable[dict]) -> list[Judgement]:

@@ -126,7 +126,7 @@ def audit(best_of_n: list[dict] | None = None, checkpoints: list[dict] | None = 
     standard deviations of the start's answers: for best-of-n over the samples of a prompt, for a run over prompts.
     """
     if not best_of_n and not checkpoints:
-        why = "Give samples scored by a proxy and a gold (best_of_n), or checkpoints of a run scored by both."
+        why = "Give what knows better: gold=<another reward model, module:function, or labels.jsonl>."
         return section.skipped(KEY, TITLE, QUESTION, why)
     parts = {"figures": [], "tables": [], "plots": [], "notes": []}
     for kind, entries in (("best_of_n", best_of_n), ("policy", checkpoints)):

@@ -75,5 +75,9 @@ def describe(job: run.Run, audit: dict[str, Any], disputed: bool) -> str:
     lines += [f"  page      {job.dir / 'report.html'}", f"  figures   {job.dir / 'audit.json'}"]
     lines.append(f"  label     {job.dir / 'label_next.jsonl'}")
     if disputed:
-        lines.append(f"  disputed  {job.dir / 'disputed.jsonl'}")
+        path = job.dir / "disputed.jsonl"
+        lines.append(f"  disputed  {path}: for people to label first, second or tie")
+        lines.append(f"  next      this command again with 'judgements=[{path}]' run_name=labelled")
+    elif audit["counts"]["reward models"] == 1:
+        lines.append("  next      python recipes/reward.py reward=ensemble: one reward model does not know its errors")
     return "\n".join(lines)

@@ -75,7 +75,7 @@ def paragraph(sections: list[dict], gates: list[dict], label_next: list[dict]) -
 def _outcome(gate: Gate, sections: list[dict], limits: dict) -> dict:
     limit = limits[gate.threshold]
     found = dict.fromkeys((*_NUMBERS, "more")) | {"state": "not measured", "n": 0, "clusters": 0, "name": ""}
-    figure, why = _figure(gate.section, gate.figure, sections)
+    figure, why = _figure(gate, sections)
     if figure is not None:
         estimate = _finite_bounds(figure["estimate"])
         state, why, more = _state(estimate, limit, gate.side, limits["min_prompts"] or 0)
@@ -87,15 +87,15 @@ def _outcome(gate: Gate, sections: list[dict], limits: dict) -> dict:
     return outcome | {"says": _sentence(template, outcome)}
 
 
-def _figure(section: str, key: str, sections: list[dict]) -> tuple[dict | None, str]:
+def _figure(gate: Gate, sections: list[dict]) -> tuple[dict | None, str]:
     for part in sections:
-        if part["key"] == section:
+        if part["key"] == gate.section:
             if part.get("skipped"):
                 return None, part["skipped"]
             for figure in part["figures"]:
-                if figure["key"] == key and _finite(figure["estimate"]):
+                if figure["key"] == gate.figure and _finite(figure["estimate"]):
                     return figure, ""
-            return None, f"“{part['title']}” has no value for it: there were too few rows of the kind it needs."
+            return None, gate.needs
     return None, "This part of the audit was not run."
 
 
