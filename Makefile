@@ -9,7 +9,7 @@ demo: $(VENV)/installed
 	@$(BIN)/python recipes/pipeline.py experiment=pipeline/demo
 
 test: $(VENV)/installed
-	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -200,7 +200,7 @@ def test_policies_and_best_of_n_never_share_a_plot():
 
 
 def test_nothing_to_go_on():
-    assert "best_of_n" in oo.audit(None, [])["skipped"]
+    assert "gold=" in oo.audit(None, [])["skipped"]
     flat = oo.audit([{"name": "a", "proxy_PS": [[1, 1]], "gold_PS": [[2, 2]], "gold_kind": ""}])
     assert figures(flat)["best_of_n_gain"]["value"] == 0
     one = oo.audit([{"name": "a", "proxy_PS": [[1]], "gold_PS": [[2]], "gold_kind": ""}])

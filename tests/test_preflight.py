@@ -219,6 +219,7 @@ def look(compose, folder, *overrides, recipe="dpo", names=("",)):
 
 def test_what_does_not_fit_is_named_with_what_would(compose, tiny_overrides, tmp_path, monkeypatch, capsys):
     settings = [*tiny_overrides, "quantization=none", "trainer.per_device_train_batch_size=4096"]
+    monkeypatch.setattr(memory, "free", lambda: 64 * GIB)
     first = look(compose, tmp_path / "a", *settings)["jobs"][0]["memory"]
     small = look(compose, tmp_path / "b", *settings[:-1], "trainer.per_device_train_batch_size=16")["jobs"][0][
         "memory"
