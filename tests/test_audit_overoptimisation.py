@@ -199,6 +199,15 @@ def test_policies_and_best_of_n_never_share_a_plot():
     assert figures(seeds)["policy_gain"]["n"] == 80
 
 
+def test_a_peak_far_beyond_what_was_measured_bounds_nothing():
+    """Where some resamples hardly bend, their peaks lie at 1e5 and more: the peak has no upper end then."""
+    d = np.arange(7.0)
+    rows = run(d * (1 - 0.48 * np.log(np.maximum(d, 1))), d, prompts=16, noise=1.5)
+    peak = figures(oo.audit(None, [{"name": "ppo", "rows": rows}]))["policy_peak"]
+    assert peak["value"] == pytest.approx(3.2, abs=0.1)
+    assert peak["high"] is None and peak["low"] is None
+
+
 def test_nothing_to_go_on():
     assert "gold=" in oo.audit(None, [])["skipped"]
     flat = oo.audit([{"name": "a", "proxy_PS": [[1, 1]], "gold_PS": [[2, 2]], "gold_kind": ""}])

@@ -18,6 +18,7 @@ from rlhf_recipes.audit import section
 KEY, TITLE = "overoptimisation", "Over-optimisation"
 QUESTION = "If we push harder on this reward, do the answers get better, or only the score?"
 RESAMPLES = 1000
+FAR = 10  # times what was measured: a peak beyond is none
 FORMS = {"best_of_n": "d (α − β d)", "policy": "d (α − β ln d)"}
 _NONE = stats.estimate([])
 
@@ -269,6 +270,7 @@ def _fit(curve: dict) -> dict:
     weights_BR = draws_BG[:, codes_R] / draws_BG[:, codes_R].sum(1, keepdims=True)
     a_B, b_B = _least_squares(_distance(weights_BR @ curve["kl_RK"]), weights_BR @ curve["gold_RK"], curve["kind"])
     peak_B = _peak(a_B, b_B, curve["kind"])
+    peak_B = np.where(peak_B > FAR * d_K.max(), np.inf, peak_B)
     heights_B = _curve(np.where(np.isfinite(peak_B), peak_B, 0), a_B, b_B, curve["kind"])
     fits_BX = _curve(found["x"], a_B[:, None], b_B[:, None], curve["kind"])
     low_X, high_X = np.nanquantile(fits_BX, (0.025, 0.975), axis=0)
@@ -331,7 +333,7 @@ def _report(parts: dict, curve: dict, suffix: str, first: dict | None) -> None:
     slope = "slope at the start" if kind == "best_of_n" else "gain at d = 1"
     add("alpha", f"α of the fit, {slope}", _of_fit(found, "alpha"), "", None, None, law)
     add("beta", "β, how fast gold bends down", _of_fit(found, "beta"), "", "lower", ("no bend", 0.0), law)
-    near = found["peak"] is not None and found["peak"] <= 10 * found["d"].max()
+    near = found["peak"] is not None and found["peak"] <= FAR * found["d"].max()
     add("peak", "√KL at which gold peaks", _of_fit(found, "peak") if near else _NONE, "√nat", "higher", None,
         f"{peak} of {law} Measured up to {found['d'].max():.2f}.{at}")  # fmt: skip
     add("gain_at_peak", "Gold gained at the peak", _of_fit(found, "height") if measured else _NONE, unit, "higher",
