@@ -5,25 +5,27 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test lint bench clean
 
-demo: $(VENV)/installed
+demo: $(VENV)/demo
 	@$(BIN)/python recipes/pipeline.py experiment=pipeline/demo
 
-test: $(VENV)/installed
+test: $(VENV)/dev
 	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-lint: $(VENV)/installed
+lint: $(VENV)/dev
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-bench: $(VENV)/installed
+bench: $(VENV)/dev
 	@$(BIN)/python tests/benchmarks/dpo_versus_trl.py
 	@$(BIN)/python tests/benchmarks/ppo_vs_trl.py
 
 # The file appears when the installation is complete: an interrupted one starts again.
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/demo: WHAT := .
+$(VENV)/dev: WHAT := .[dev]
+$(VENV)/demo $(VENV)/dev: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) ..."
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable "$(WHAT)"
 	@touch $@
 
 clean:
