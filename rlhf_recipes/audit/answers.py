@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
-from rlhf_recipes import config, run
+from rlhf_recipes import config, ppo, run
 from rlhf_recipes.audit.scoring import Ensemble, members
 from rlhf_recipes.evaluation import ensemble
 
@@ -186,7 +186,7 @@ def _proxy(cfg: DictConfig, folder: str, reward_models: list[Path]) -> str | int
     given = config.get("reward_funcs") or []
     given = [given] if isinstance(given, str) else given
     try:
-        named = [each for one in given for each in (ensemble.members(one) if Path(one).is_dir() else [one])]
+        named = ppo.expand(given)
         weights = config["trainer"].get("reward_weights") or [1.0] * len(named)
         paid = [each for each, weight in zip(named, weights, strict=True) if weight]
         hashes = [run.adapter_sha256(run.resolve_adapter(each)) for each in paid]

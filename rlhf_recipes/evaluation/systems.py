@@ -352,7 +352,7 @@ def _system(folder: str, base_model: str, key: str, recipe: str | None = None) -
     # An adapter from elsewhere has no result.json; it is a reward model if it was made as one.
     scores = json.loads((Path(parent["adapter"]) / "adapter_config.json").read_text()).get("task_type") == "SEQ_CLS"
     if (made_by == "reward" if made_by else scores) != (recipe == "reward"):
-        is_one = f"a run of {made_by}" if made_by else f"{'a reward model' if scores else 'no reward model'}"
+        is_one = f"a run of {made_by}" if made_by else "a reward model" if scores else "no reward model"
         wanted = "a run of recipes/reward.py" if recipe else "a policy; a reward model goes to reward_model="
         raise ValueError(f"{key}={folder}: is {is_one}, not {wanted}.")
     name = run.folder_of(parent["adapter"]).name

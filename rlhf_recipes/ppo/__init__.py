@@ -20,9 +20,7 @@ def find_rewards(references: str | list[str]) -> list[str]:
     given = [references] if isinstance(references, str) else list(references)
     if not given:
         raise ValueError("reward_funcs: empty. Give a run of recipes/reward.py, or module:function.")
-    found = [
-        each for one in given for each in (ensemble.members(one, "reward_funcs") if Path(one).is_dir() else [one])
-    ]
+    found = expand(given)
     for reference in found:
         if Path(reference).is_dir():
             made_by = (run.read_result(Path(reference)) or {}).get("recipe", "reward")
@@ -33,6 +31,17 @@ def find_rewards(references: str | list[str]) -> list[str]:
         elif ":" in reference:
             import_function(reference, "reward_funcs")
     return found
+
+
+def expand(references: list[str]) -> list[str]:
+    """The references, with the members of an ensemble for its folder.
+
+    Raises:
+        ValueError: a member is not finished.
+    """
+    return [
+        each for one in references for each in (ensemble.members(one, "reward_funcs") if Path(one).is_dir() else [one])
+    ]
 
 
 def __getattr__(name: str):
