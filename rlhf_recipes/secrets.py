@@ -29,7 +29,7 @@ AROUND = {
     "private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
     "bearer": r"(?i:\bbearer )[A-Za-z0-9._~+/-]{20,}",
     "URL with a password": r"(?<=://)[^\s/:@\"'<>]+:[^\s/@\"'<>]+(?=@)",
-    "named": r"(?i:api_?key|access_?key|secret_?key|secret|passw(?:or)?d|(?:auth|access|hub|hf)_?token)[\"']?\s*[:=]\s*"
+    "named": r"(?i:api_?key|(?:access|secret)_?key|secret|passw(?:or)?d|(?:auth|access|hub|hf)_?token)[\"']?\s*[:=]\s*"
     r"[\"']?(?=[A-Za-z0-9+/_.~-]*[0-9])[A-Za-z0-9+/_.~-]{16,}",
 }
 VALUE = re.compile("|".join([*(rf"(?<![A-Za-z0-9_-])(?:{shape})" for shape in SHAPES.values()), *AROUND.values()]))
