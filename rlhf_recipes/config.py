@@ -156,7 +156,10 @@ WORDS = {
     "dict": "a mapping",
 }
 # How the libraries (safetensors, torch) say that a file could not be written.
-UNWRITTEN = ("No space left on device", "Read-only file system", "iostream error", "PytorchStreamWriter failed")
+UNWRITTEN = (
+    "No space left on device", "Read-only file system", "iostream error", "PytorchStreamWriter failed",
+    "inline_container",
+)  # fmt: skip
 SECRET_KEYS = re.compile(r"(^|_)(hub_token|hf_token|access_token|api_key|secret|secret_key|password|passwd)$")
 SECRET_VALUES = re.compile(r"hf_[A-Za-z0-9]{8,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|AKIA[A-Z0-9]{16}")
 

@@ -26,7 +26,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import config, doctor, memory, preflight, run
+from rlhf_recipes import config, doctor, memory, preflight, run, run_folder
 from rlhf_recipes.config import redact
 
 ROWS = "rows"
@@ -117,7 +117,10 @@ class Summary(Callback):
     """
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        here = run.relative(Path(config.hydra.sweep.dir).absolute())
         try:
+            run_folder.refuse_foreign(here, of_runs="sweep")
+            self.lock = run_folder.Lock(here)
             if "trainer" in config:
                 check(config.sweep)
                 preflight.before_sweep(config)
@@ -126,6 +129,7 @@ class Summary(Callback):
             sys.exit(2)
         if "trainer" in config and config.preflight.only:
             sys.exit(0)
+        run_folder.mark(here, "sweep")
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         folder = run.relative(Path(config.hydra.sweep.dir).absolute())
