@@ -91,9 +91,10 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def mark(folder: Path, recipe: str, config: str = "") -> None:
-    """Write config.yaml: the mark, and the config as YAML."""
+    """Write config.yaml: the mark, and a run's config as YAML."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / CONFIG, f"{MARK}: {recipe}\n{config}")
+    if config or marked(folder) != recipe:
+        write_atomically(folder / CONFIG, f"{MARK}: {recipe}\n{config}")
 
 
 def marked(folder: Path) -> str | None:
