@@ -191,6 +191,8 @@ def recipe(name: str):
             sys.excepthook = _print_traceback
             sys.argv[1:] = spelled_out(sys.argv[1:])
             with _OneLine(name):
+                if any(argument.startswith("--exp") for argument in sys.argv[1:]):
+                    raise ValueError("--experimental-rerun: reads a pickle, which can run code. Give the overrides.")
                 hydra.main(version_base="1.3", config_path="../conf", config_name=name)(run_job)()
 
         return launch
@@ -366,7 +368,7 @@ def _no_empty_folder():
 
 
 def as_refusal(error: BaseException, config_name: str | None) -> str | None:
-    """What an error of use says, on one line without secrets and control characters; None for an error that is none."""
+    """What an error of use says on one line, without secrets and control characters; None for any other error."""
     said = _refusal(error, config_name)
     return said and text.line(" ".join(secrets.redact(said).split()))
 
