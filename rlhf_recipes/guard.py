@@ -35,6 +35,7 @@ LOGGING_CLASSES = ("logging.StreamHandler", "logging.FileHandler", "logging.Null
 STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 OUTPUT_DIR = "${hydra.runtime.output_dir}/"
 NAMED_VARIABLE = re.compile(r"oc\.env:\s*[\"']?(\w+)")
+AS_TYPED = ("hydra.overrides.", "hydra.job.override_dirname")
 SETS_TARGET = re.compile(r"[\s+~]*allow_target\b")
 RUN_IT = "If you know that it is to be run, add 'allow_target=[{}]' to the command."
 NO_SECRETS = "Remove it; tokens come from `hf auth login` or the environment variable HF_TOKEN."
@@ -153,7 +154,7 @@ def _refuse_target_from_file(cfg: DictConfig, found: list[tuple[str, Any]]) -> N
     """`allow_target` guards against files, also those whose text becomes a command line: sweeps, pipelines."""
     for key, value in found:
         below = key != "allow_target" and re.search(r"(^|[.+~\s])allow_target\b", key)
-        listed = isinstance(value, str) and not key.startswith("hydra.overrides.") and SETS_TARGET.match(value)
+        listed = isinstance(value, str) and not key.startswith(AS_TYPED) and SETS_TARGET.match(value)
         if below or listed:
             raise ValueError(f"{key}: sets allow_target, which only the command line itself may. Give it there.")
     typed = any(SETS_TARGET.match(each) for each in cfg.hydra.overrides.task)

@@ -1,7 +1,7 @@
 """What is executed: no code of the current folder, of a config, or of a model that nobody asked for."""
 
+import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -68,7 +68,7 @@ def test_the_steps_of_a_preflight_take_nothing_from_the_current_folder(trap, tmp
     monkeypatch.chdir(tmp_path)
     for key, value in clean_env.items():
         monkeypatch.setenv(key, value)
-    splits = Splits(train=[{"prompt": "a"}], test=[], report={})
+    splits = Splits(train=[{"prompt": "a"}], test=[], report={}, source="x")
     args = SimpleNamespace(per_device_train_batch_size=1, prompts_per_rollout=1, num_mini_batches=1)
     seen = step.measure("dpo", ["modle=x"], args, splits, [1])
     assert seen["error"].startswith("modle: there is no such key;") and not ran.exists()
@@ -114,9 +114,9 @@ def test_a_pickled_config_is_not_read(run_recipe, tmp_path):
 
 @pytest.mark.parametrize(
     "target",
-    ["os.system", "subprocess.run", "builtins.eval", "pickle.loads", "evil.Config", "torch.load", "datasets.load_dataset",
-     "trl.DPOTrainer", "transformers.pipeline", "transformers.AutoModel", "peft.PeftModel", "rlhf_recipes.run.remove",
-     "system", ".os.system", "trl.os.system", "hydra.utils.instantiate"],
+    ["os.system", "subprocess.run", "builtins.eval", "pickle.loads", "evil.Config", "torch.load", "system",
+     "datasets.load_dataset", "trl.DPOTrainer", "transformers.pipeline", "transformers.AutoModel",
+     "peft.PeftModel", "rlhf_recipes.run.remove", ".os.system", "trl.os.system", "hydra.utils.instantiate"],
 )  # fmt: skip
 @pytest.mark.parametrize("where", ["trainer", "lora", "quantization"])
 def test_only_config_classes_are_built(trap, tmp_path, monkeypatch, where, target):
@@ -131,21 +131,19 @@ def test_only_config_classes_are_built(trap, tmp_path, monkeypatch, where, targe
     assert not ran.exists()
 
 
-def test_a_subclass_is_built(compose):
+def test_a_subclass_is_built():
     assert (
         type(config.build(OmegaConf.create({"_target_": "peft.LoHaConfig", "r": 4}), "lora")).__name__ == "LoHaConfig"
     )
-    node = OmegaConf.create({"_target_": "transformers.HqqConfig", "nbits": 4})
-    assert type(config.build(node, "quantization")).__name__ == "HqqConfig"
+    node = OmegaConf.create({"_target_": "transformers.EetqConfig", "weights": "int8"})
+    assert type(config.build(node, "quantization")).__name__ == "EetqConfig"
 
 
 def test_what_the_user_allows_is_built(compose, tmp_path, monkeypatch):
     (tmp_path / "my_config.py").write_text("class Mine:\n    def __init__(self, r: int = 1):\n        self.r = r\n")
     monkeypatch.syspath_prepend(tmp_path)
     node = OmegaConf.create({"_target_": "my_config.Mine", "r": 3})
-    with pytest.raises(
-        ValueError, match=r"^lora._target_=my_config.Mine: is no config class of trl, transformers, peft"
-    ):
+    with pytest.raises(ValueError, match=r"^lora._target_=my_config.Mine: is no config class of trl"):
         config.build(node, "lora")
     instance = HydraConfig.instance()
     monkeypatch.setattr(instance, "cfg", instance.cfg)
@@ -193,7 +191,7 @@ LOGGING = "hydra: {{job_logging: {{version: 1, {}}}}}"
             "hydra: {job: {env_set: {HF_ENDPOINT: 'http://127.0.0.1'}}}",
             "hydra.job.env_set.HF_ENDPOINT: a config sets ",
         ),
-        ("hydra: {job: {env_copy: [HOME]}}", "hydra.job.env_copy: a config sets no environment variables. Set HOME "),
+        ("hydra: {job: {env_copy: [HOME]}}", "hydra.job.env_set.HOME: a config sets no environment variables. Set "),
         (
             "hydra: {callbacks: {x: {_target_: os.system, command: id}}}",
             "hydra.callbacks.x._target_=os.system: is no ",
@@ -257,8 +255,8 @@ def test_hydra_is_asked_for_nothing_else(experiment, text, says):
     [
         (
             "override /hydra/sweeper: optuna",
-            "sampler: {x: {_target_: os.system}}",
-            "hydra.sweeper.sampler.x._target_=os",
+            "sampler: {_target_: os.system}",
+            "hydra.sweeper.sampler._target_=os",
         ),
         (
             "override /hydra/sweeper: optuna",
@@ -303,9 +301,7 @@ def test_what_hydra_has_itself_is_free(compose, overrides):
 def test_a_package_of_configs_is_not_imported(compose, trap, tmp_path, monkeypatch):
     ran = trap(tmp_path, "evil")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"^hydra.searchpath: names a package, which would be imported. Give folders."
-    ):
+    with pytest.raises(ValueError, match=r"^hydra.searchpath: names a package, which would be imported."):
         compose("dpo", "hydra.searchpath=[pkg://evil]")
     assert not ran.exists()
 
@@ -400,16 +396,16 @@ def _loads():
 
 
 @pytest.mark.parametrize("what", ["config", "tokenizer", "weights"])
-@pytest.mark.parametrize("stdin", ["y\n", None])
+@pytest.mark.parametrize("stdin", ["y\n", ""])
 def test_code_of_a_model_is_refused(compose, with_code, monkeypatch, what, stdin):
     folder, ran = with_code()
-    monkeypatch.setattr("sys.stdin", open(os.devnull) if stdin is None else __import__("io").StringIO(stdin * 9))
+    monkeypatch.setattr("sys.stdin", io.StringIO(stdin * 9))
     cfg = compose("dpo", f"model.path={folder}", "model.id=tests/own")
     with pytest.raises(ValueError) as caught:
         _loads()[what](cfg.model)
     assert str(caught.value) == (
-        f"model.path={folder}: brings Python code of its own, which would run here (auto_map). Read it; if you trust it, "
-        "add model.trust_remote_code=true."
+        f"model.path={folder}: brings Python code of its own, which would run here (auto_map). Read it; if you trust "
+        "it, add model.trust_remote_code=true."
     )
     assert not ran.exists()
 
