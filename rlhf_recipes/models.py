@@ -327,6 +327,9 @@ def model_path(model: DictConfig) -> str:
 
 def _from_hub(model: DictConfig, load, path: str, **kwargs):
     from huggingface_hub.errors import HTTPError
+    from transformers import dynamic_module_utils
+
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # what a library loads by itself is refused, too, not asked about
 
     if model.path not in (None, "embedded") and not Path(path).is_dir():
         raise ValueError(f"model.path={model.path}: no such folder. Give a folder with a model, or leave it out.")
@@ -335,7 +338,15 @@ def _from_hub(model: DictConfig, load, path: str, **kwargs):
     try:
         if not Path(path).is_dir():
             _ask_hub(path, model.revision)
-        return load(path, **kwargs)
+        return load(path, trust_remote_code=model.get("trust_remote_code") is True, **kwargs)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        where = f"model.path={path}" if Path(path).is_dir() else f"model.id={model.id}"
+        raise ValueError(
+            f"{where}: brings Python code of its own, which would run here (auto_map). Read it; if you trust it, add "
+            "model.trust_remote_code=true."
+        ) from error
     except (OSError, HTTPError) as error:
         if Path(path).is_dir():
             raise ValueError(f"model.path={path}: {str(error).splitlines()[0]}") from error

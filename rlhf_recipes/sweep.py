@@ -27,7 +27,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import config, doctor, memory, preflight, run, run_folder
-from rlhf_recipes.config import redact
+from rlhf_recipes.secrets import redact
 
 ROWS = "rows"
 DIFFERENT = "the jobs have different models or data"
@@ -81,10 +81,10 @@ def job(main, cfg: DictConfig) -> float:
         row |= {"system": _measure(folder / own, folder, cfg), "status": "finished"}
     except Exception as error:
         refusal = config.as_refusal(error, hydra.job.config_name)
-        row["reason"] = config.redact(refusal or f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        row["reason"] = redact(refusal or f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
         print(f"error: {own}: {row['reason']}", file=sys.stderr, flush=True)
         if not refusal:
-            print(config.redact(traceback.format_exc()), file=sys.stderr, flush=True)
+            print(redact(traceback.format_exc()), file=sys.stderr, flush=True)
     row["seconds_in_all"] = round(time.monotonic() - begin, 1)
     (folder / ROWS).mkdir(parents=True, exist_ok=True)
     run.write_atomically(folder / ROWS / f"{own}.json", json.dumps(row, indent=2, ensure_ascii=False) + "\n")

@@ -20,8 +20,8 @@ from contextlib import suppress
 from typing import Any
 
 from rlhf_recipes.cai.backend import Answer, Request
-from rlhf_recipes.config import redact
 from rlhf_recipes.progress import Line
+from rlhf_recipes.secrets import redact
 
 CONNECT_SECONDS = 10.0  # at most, to connect; also how long a caller that stops early may have to wait
 BACKOFF_SECONDS, BACKOFF_CAP = 1.0, 30.0  # the first wait at most, doubled with each attempt, and the last

@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.config import nearest, redact
+from rlhf_recipes.config import nearest
+from rlhf_recipes.secrets import redact
 
 Located = tuple[str, dict[str, Any]]
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes import run
-from rlhf_recipes.config import SECRET_VALUES, flatten
+from rlhf_recipes.config import flatten
 from rlhf_recipes.hub import contents
+from rlhf_recipes.secrets import VALUE as SECRET_VALUES
 from rlhf_recipes.stats import format_estimate
 
 # Beside those that no config may hold.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes import config
+from rlhf_recipes import config, secrets
 from rlhf_recipes.hub import contents
 
 ATTEMPTS, WAIT_SECONDS, LONGEST_WAIT = 4, 1.0, 60.0
@@ -74,10 +74,10 @@ def reason(error: BaseException) -> str:
     if status and status >= 500:
         return f"the Hub fails ({status}). Run the same command later."
     if status:
-        return f"the Hub refuses ({status}): {config.redact(_first_line(error))}"
+        return f"the Hub refuses ({status}): {secrets.redact(_first_line(error))}"
     if _is_network(error):
         return "the connection to the Hub was lost. Run the same command again."
-    return f"{config.redact(_first_line(error)).rstrip('.')}."
+    return f"{secrets.redact(_first_line(error)).rstrip('.')}."
 
 
 def retried(call: Callable[..., Any], *args, **kwargs):

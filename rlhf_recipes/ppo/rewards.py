@@ -164,7 +164,7 @@ def _on_backbone(roles: Roles, adapter: str, score: nn.Module, tokenizer, name: 
 def _own_model(model, path: str, tokenizer, name: str | None = None) -> LearnedReward:
     from transformers import AutoTokenizer
 
-    tokenizer = tokenizer or AutoTokenizer.from_pretrained(path)
+    tokenizer = tokenizer or AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     model = model.requires_grad_(False).eval()
     models.keep_gradients_on_cpu(model)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -191,8 +191,14 @@ def _load_classifier(path: str, args):
 
     try:
         return AutoModelForSequenceClassification.from_pretrained(
-            path, num_labels=1, **(args.model_init_kwargs or {})
+            path, num_labels=1, **{"trust_remote_code": False, **(args.model_init_kwargs or {})}
         ).to(args.device)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"reward_funcs={path}: brings Python code of its own, which is not run (auto_map)."
+        ) from error
     except OSError as error:
         raise ValueError(
             f"reward_funcs={path}: neither a run, nor module:function, nor a model ({str(error).splitlines()[0]})"

@@ -97,7 +97,9 @@ class PPOTrainer(BaseTrainer):
         if processing_class is None:
             from transformers import AutoTokenizer
 
-            processing_class = AutoTokenizer.from_pretrained(get_config_model_id(model.config))
+            processing_class = AutoTokenizer.from_pretrained(
+                get_config_model_id(model.config), trust_remote_code=False
+            )
         if processing_class.pad_token_id is None:
             processing_class.pad_token = processing_class.eos_token
         starts_from_adapter = isinstance(model, PeftModel)
