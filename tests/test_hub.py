@@ -267,7 +267,7 @@ def test_a_place_for_a_dry_run(run, refused):
     (run.parent / "x").write_text("mine")
     assert refused("run=dpo", "license=mit", "folder=x") == "folder=x: is a file. Name a folder."
     before = snapshot(run)
-    for folder in ("dpo", "dpo/adapter", "dpo/adapter/new", "."):
+    for folder in ("dpo", "dpo/adapter", "dpo/adapter/new"):
         said = refused("run=dpo", "license=mit", f"folder={folder}")
         assert said == f"folder={folder}: is, holds or lies in dpo. Name another, which may be new."
     assert snapshot(run) == before

@@ -39,15 +39,21 @@ def test_a_saved_model_stays(run, refused, force):
 
 
 @pytest.mark.parametrize(
-    "folder", ["dpo/adapter", "dpo/adapter/below", "dpo", "dpo/new", ".", "link", "outputs/publish"]
+    "folder", ["dpo/adapter", "dpo/adapter/below", "dpo", "dpo/new", "link", "link/new", "outputs/publish"]
 )
 def test_a_folder_of_the_command(run, refused, folder):
     """The run and what holds it, however it is named, and the folder that the record is written into."""
     (run.parent / "link").symlink_to("dpo")
     before = snapshot(run.parent)
     said = refused("run=dpo", "license=mit", f"folder={folder}", "merged=true", "max_merge_drift=1")
-    assert said.startswith(f"folder={folder}: is, holds or lies in"), said
+    what = "is or holds outputs/publish/main" if folder == "outputs/publish" else "is, holds or lies in dpo"
+    assert said.startswith(f"folder={folder}: {what}"), said
     assert snapshot(run.parent) == before
+
+
+def test_beside_the_record(run, publish):
+    publish("run=dpo", "license=mit", "folder=outputs/publish/main/files")
+    assert (run.parent / "outputs/publish/main/files/README.md").is_file()
 
 
 def test_a_link(run, refused):
@@ -280,6 +286,16 @@ def test_the_same_command_after_the_tag(server, run, refused, publish):
     done = publish("run=dpo", "repo_id=ada/x", "tag=v1", "public=true")
     repo = server.repos["model", "ada/x"]
     assert not done["uploaded"] and not repo.private and repo.tags["v1"] == done["revision"]
+
+
+def test_a_tag_of_what_was_published_before(server, run, refused, publish):
+    """It stays where it is, and nothing else is sent."""
+    publish("run=dpo", "repo_id=ada/x", "tag=v1")
+    repo = server.repos["model", "ada/x"]
+    tags, commits = repo.tags.copy(), len(repo.commits)
+    said = refused("run=dpo", "repo_id=ada/x", "tag=v1", "license=mit", "merged=true", "max_merge_drift=1")
+    assert said == "tag=v1: ada/x has a tag of this name, and tags stay. Choose another."
+    assert repo.tags == tags and len(repo.commits) == commits
 
 
 def test_what_was_in_a_private_repo_is_not_shown(server, run, refused, publish):

@@ -275,9 +275,9 @@ def test_a_run_that_names_code(run, refused, spoil, says):
 
 @pytest.mark.parametrize("group", ["trainer", "lora"])
 def test_a_class_that_conf_does_not_name_is_not_imported(run, publish, monkeypatch, group):
-    (run.parent / "pwn.py").write_text("open('pwned', 'w')\nclass Pwned: pass\n")
+    (run.parent / f"pwn_{group}.py").write_text("open('pwned', 'w')\nclass Pwned: pass\n")
     monkeypatch.syspath_prepend(run.parent)
-    configured(f"{group}._target_", "pwn.Pwned")(run)
+    configured(f"{group}._target_", f"pwn_{group}.Pwned")(run)
     publish("run=dpo", "license=mit", "folder=x")
     assert not (run.parent / "pwned").exists()
     assert f"| `{group}." in (run.parent / "x" / "README.md").read_text()

@@ -40,7 +40,7 @@ def publish(cfg: DictConfig) -> dict[str, Any]:
     evaluation, page = checks.evaluation(cfg.evaluation, source, cfg.force)
     checks.source(source, cfg.force)
     if cfg.folder:
-        checks.place(Path(cfg.folder), str(source.dir), cfg.evaluation, cfg.get("output_dir"))
+        checks.place(Path(cfg.folder), [source.dir, cfg.evaluation], cfg.get("output_dir"))
     target = connect(cfg, source.repo_type) if cfg.repo_id else None
     with upload.told(target) if target else nullcontext(), tempfile.TemporaryDirectory() as scratch:
         staged = Path(scratch) / "files"
@@ -196,6 +196,7 @@ def _upload(source, facts: dict, expected: dict, staged: Path, target: upload.Ta
     upload.make(target)
     revision, sent, found, branch = _proven_before(facts, staged, target), False, None, target.revision
     if revision is None:
+        upload.refuse_moved_tag(target)
         message = cfg.commit_message or f"{source.recipe}: {facts['fingerprint'][:12]}"
         revision, sent, pull_request = upload.commit(target, staged, message, branch, cfg.create_pr)
         branch = pull_request or branch

@@ -192,17 +192,20 @@ def _same(path: str | None, folder: Path) -> bool:
     return path is not None and Path(path).resolve() == folder.resolve()
 
 
-def place(folder: Path, *others: str | None) -> None:
+def place(folder: Path, inputs: list[Path | str | None], record: str | None) -> None:
     """Refuse a place for a dry run that holds anything but an earlier one, or is another folder of the command.
 
     Args:
-        others: the run's, the evaluation's, and that of the record.
+        inputs: the run, and the evaluation.
+        record: folder of what the command says of itself; the place may lie in it.
 
     Raises:
         ValueError: says what is there.
     """
     given = folder.resolve()
-    for other in (Path(other).resolve() for other in others if other):
+    if record and Path(record).resolve().is_relative_to(given):
+        raise ValueError(f"folder={folder}: is or holds {record}, where the command's record goes. Name another.")
+    for other in (Path(other).resolve() for other in inputs if other):
         if given.is_relative_to(other) or other.is_relative_to(given):
             raise ValueError(f"folder={folder}: is, holds or lies in {other.name}. Name another, which may be new.")
     manifest.refuse_foreign(folder)

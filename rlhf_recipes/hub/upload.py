@@ -40,6 +40,7 @@ class Target:
         force: whether it may hold files of others beside ours.
         private: as it is now; None where it is yet to be made.
         foreign: paths in it that are not ours to replace.
+        tag: a tag that is to be set and is there, at the head of the branch: an earlier try may have set it.
         sent: commits of this publication -> paths of their files.
         state: what is in it, in a sentence, for whoever is told that something failed.
     """
@@ -52,6 +53,7 @@ class Target:
     force: bool = False
     private: bool | None = None
     foreign: set[str] = field(default_factory=set)
+    tag: str | None = None
     sent: dict[str, set[str]] = field(default_factory=dict)
     state: str = "Nothing was uploaded."
 
@@ -205,10 +207,8 @@ def _refuse_foreign_history(target: Target) -> None:
     for ref in [*refs.branches, *refs.tags, *refs.converts, *(refs.pull_requests or [])]:
         past = retried(target.api.list_repo_commits, **place, revision=ref.target_commit)
         commits += [each.commit_id for each in past if each.commit_id not in commits]
-    where, elsewhere = (
-        f"public=true: {target.repo_id} is private",
-        "Make it public on its page, or choose another name.",
-    )
+    where = f"public=true: {target.repo_id} is private"
+    elsewhere = "Make it public on its page, or choose another name."
     if len(commits) > MOST_REVISIONS:
         raise ValueError(f"{where}, and its {len(commits)} revisions are too many to be looked at. {elsewhere}")
     for commit in commits:
@@ -246,8 +246,19 @@ def _refuse_taken_tag(target: Target, tag: str) -> None:
     refs = retried(target.api.list_repo_refs, target.repo_id, repo_type=target.repo_type)
     head = next((ref.target_commit for ref in refs.branches if ref.name == target.revision), None)
     there = {ref.name: ref.target_commit for ref in refs.tags}
-    if tag in there and there[tag] != head:  # an earlier try may have set it
-        raise ValueError(f"tag={tag}: {target.repo_id} has a tag of this name, and tags stay. Choose another.")
+    target.tag = tag if tag in there else None
+    if tag in there and there[tag] != head:
+        refuse_moved_tag(target)
+
+
+def refuse_moved_tag(target: Target) -> None:
+    """Refuse to go on to a revision that is not the one of a tag that is there.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if target.tag:
+        raise ValueError(f"tag={target.tag}: {target.repo_id} has a tag of this name, and tags stay. Choose another.")
 
 
 def _info(target: Target, revision: str | None):
