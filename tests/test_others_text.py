@@ -158,3 +158,134 @@ def test_the_line_about_the_data_counts_them():
     fitted = data.fit(splits, make_tokenizer(TAGS), None)
     assert fitted.report["neutralised"] == {"rows": 1, "occurrences": 3}
     assert "control tokens made plain in 1 rows (3 times)" in data.describe(fitted.report)
+
+
+# ---- cards
+
+HOSTILE = (
+    "x\x1b]0;pwned\x07\x1b[2J\x9b1m\n\n# Title\r\n---\n[click](http://evil.example) ![i](http://evil.example/i.png) "
+    "<img src=x onerror=alert(1)> <b>b</b> www.evil.example a@evil.example http://evil.example \u202elive\u202c \\| "
+    "[y](z) | `c` **s** __u__ ~~d~~ $$m$$ \ud800\u2028- item\n```\nend"
+)
+ESTIMATE = {"value": 0.6, "low": 0.5, "high": 0.7, "n": 20, "clusters": 20}
+
+
+def result_of(said="said", recipe="sft"):
+    """result.json of a dpo run of a parent, with `said` wherever a text may stand."""
+    older = {"run": said, "recipe": said, "adapter_sha256": said * 12, "parent": None}
+    finding = dict.fromkeys(("level", "rule", "step", "saw", "means", "change"), said)
+    return {
+        "recipe": "dpo", "status": "finished", "base_model": said, "seed": said, "steps": said, "seconds": 3.0,
+        "device": said, "versions": {said: said}, "peak_memory_gib": {said: 1.0}, "before": {said: ESTIMATE},
+        "metrics": {said: ESTIMATE}, "main": {"name": said, "before": ESTIMATE, "after": ESTIMATE},
+        "doctor": {"verdict": said, "findings": [finding]}, "adapter_sha256": said * 12,
+        "parent": {"run": said, "recipe": recipe, "adapter_sha256": said * 12, "parent": older},
+    }  # fmt: skip
+
+
+def config_of(said="said"):
+    return {
+        "data": {"path": said, "columns": {said: said}, "train_split": said, "test_split": said},
+        "trainer": {"run_name": said, "lr_scheduler_kwargs": {said: [said]}}, "lora": {}, "quantization": {},
+        "reward_funcs": said,
+    }  # fmt: skip
+
+
+def body(card):
+    return card.split("\n---\n", 1)[1]
+
+
+def assert_harmless(card, plain):
+    """It renders as the same card with plain words does, and its metadata has the same keys."""
+    import re
+
+    import yaml
+    from conftest import rendered
+
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\ud800-\udfff]", card)
+    assert len(body(card).splitlines()) == len(body(plain).splitlines())
+    page, other = rendered(body(card)), rendered(body(plain))
+    assert page.tags == other.tags
+    assert (page.links, page.images) == (other.links, other.images) and not any("evil" in link for link in page.links)
+    assert not page.autolinks
+    assert [len(row) for row in page.cells] == [len(row) for row in other.cells]
+    assert "pwned" in page.text and "click" in page.text, "shown, not hidden"
+    heads = [yaml.safe_load(each.split("---\n", 2)[1]) for each in (card, plain)]
+    assert heads[0].keys() == heads[1].keys() and str(heads[0]).count("{") == str(heads[1]).count("{")
+    outside = re.sub(r"(?s)```python\n.*?\n```|`[^`]*`", "", body(card))
+    assert not [raw for raw in ("<img", "](http://evil", "<b>", "\n# Title", "\n- item") if raw in outside]
+
+
+def test_a_run_s_card_says_what_others_wrote_and_does_nothing_of_it():
+    from rlhf_recipes import card
+
+    made = [card.write(result_of(said, recipe), config_of(said)) for said, recipe in ((HOSTILE, HOSTILE), ("s", "x"))]
+    assert_harmless(*made)
+    assert "→ adapter (`" in made[0] and "→ **dpo** (`" in made[0]
+    assert "sft (`" in card.write(result_of("s", "sft"), config_of("s"))
+
+
+def test_an_unknown_recipe_in_a_lineage_is_an_adapter():
+    from rlhf_recipes import card
+
+    for recipe in ("[x](http://evil)", "cai", None, 7, ["dpo"], {"a": 1}, "DPO"):
+        result = {
+            "recipe": "dpo",
+            "adapter_sha256": "1" * 64,
+            "parent": {"recipe": recipe, "adapter_sha256": "2" * 64},
+        }
+        assert card.chain("base", result) == f"`base` → adapter (`{'2' * 12}`) → **dpo** (`{'1' * 12}`)"
+    for parent in ({"recipe": "sft"}, {"recipe": "sft", "adapter_sha256": None, "parent": None}):
+        assert card.chain("base", {"recipe": "dpo", "parent": parent}) == "`base` → sft (`–`) → **dpo** (`–`)"
+
+
+@pytest.mark.parametrize("kind", ["run", "pairs"])
+@pytest.mark.parametrize("proof", [None, "broken"])
+def test_a_published_card(kind, proof, monkeypatch):
+    from pathlib import Path
+
+    from rlhf_recipes.hub import card, contents
+
+    def written(said, recipe):
+        terms = {"license": said, "license_name": said, "license_link": said}
+        base = {"id": said, "revision": said, "same": None, "origin": said, "drift": None, **terms}
+        verdict = {"verdict": said, "reasons": [said, said]}
+        entry = {"parent": said, "verdict": verdict, "metrics": {"win_rate": ESTIMATE}}
+        facts = {"repo_id": said, "base": base, "evaluation": entry, "merged": None, "dtype": "float32"}
+        made = {"constitution": {"name": said, "version": said, "sha256": said}, "labelled_by": said}
+        pairs = contents.Source("pairs", Path("nowhere"), {}, made)
+        monkeypatch.setattr(contents.Source, "pairs", pairs)
+        result = result_of(said, recipe) if kind == "run" else pairs_of(said)
+        source = contents.Source(kind, Path("nowhere"), config_of(said), result)
+        return card.write(source, facts | {"fingerprint": "f" * 64}, proof and said)
+
+    assert_harmless(written(HOSTILE, HOSTILE), written("s", "x"))
+
+
+def pairs_of(said="said"):
+    """result.json of a cai run, with `said` wherever a text may stand."""
+    worth = dict.fromkeys(("agreement", "swap_consistency", "kappa"), ESTIMATE)
+    worth |= {"best_baseline": said, "baselines": {said: ESTIMATE}, "temperature": 1.0}
+    worth["calibration_error"] = {"before": 0.1, "after": 0.1, "n": said}
+    counts = dict.fromkeys(("pairs", "accepted", "tie", "disputed", "unfit"), said)
+    return {
+        "recipe": "cai", "constitution": {"name": said, "version": said, "principles": said, "sha256": said},
+        "funnel": {
+            "written": {"train_prefs": 1, "test_prefs": 1, "train_sft": 0, "test_sft": 0}, "pairs": said,
+            "routes": {"tie": 1}, "unfit": {"no_op": 1}, "by_principle": {said: {"revised": said}},
+            "chosen_is_longer": ESTIMATE, "speaks_to_judge": said, "neutralised": {"rows": said, "occurrences": said},
+        },
+        "ledger": {f"{said}/on_policy": counts}, "gate": worth, "labelled_by": "construction", "generator": said,
+        "judge": said, "seed": said,
+        "spent": {"usd": 1.0, "tokens_per_second": 1.0, "calls": 1, "prompt_tokens": 1, "completion_tokens": 1},
+    }  # fmt: skip
+
+
+def test_a_data_set_s_card():
+    from rlhf_recipes.cai import report
+
+    made = report.card(pairs_of(HOSTILE)), report.card(pairs_of("s"))
+    assert_harmless(*made)
+    older = pairs_of("s")
+    older["funnel"].pop("neutralised")
+    assert "chat token" in made[1] and "chat token" not in report.card(older)
