@@ -1,11 +1,14 @@
-"""README.md of a run: its model card; hub/card.py writes that of what is published."""
+"""README.md of a run: its model card; hub/card.py writes that of what is published.
 
-import html
+Whatever a config, a result.json or data says goes through `text.markdown` or `text.code`, in the metadata `text.line`.
+"""
+
 import json
 from pathlib import PureWindowsPath  # takes both kinds of slashes
 
 from rlhf_recipes.config import flatten
 from rlhf_recipes.stats import format_estimate
+from rlhf_recipes.text import code, line, markdown
 
 PAPERS = {
     "sft": ("Supervised fine-tuning", "2305.14314"),
@@ -30,7 +33,7 @@ def write(result: dict, config: dict) -> str:
     recipe, base = result["recipe"], result["base_model"]
     method, paper = PAPERS[recipe]
     head = ModelCardData(
-        base_model=base,
+        base_model=line(base),
         base_model_relation="adapter",
         library_name="peft",
         pipeline_tag="text-classification" if recipe == "reward" else "text-generation",
@@ -39,13 +42,14 @@ def write(result: dict, config: dict) -> str:
     auto = "AutoModelForSequenceClassification" if recipe == "reward" else "AutoModelForCausalLM"
     snippet = LOAD["reward" if recipe == "reward" else "policy"].format(base=base, adapter="<this adapter>")
     settings = [
-        f"| `{escape(key)}` | `{escape(json.dumps(without_folder(value), ensure_ascii=False))}` |"
+        f"| `{code(key)}` | `{code(json.dumps(without_folder(value), ensure_ascii=False))}` |"
         for group in ("reward_funcs", "trainer", "lora", "quantization", "data")
         if group in config
         for key, value in flatten({group: config[group]})
         if value is not None and not key.endswith("_target_")
     ]
-    body = f"""# LoRA adapter: {recipe} on {base}
+    device = markdown(result["device"])
+    body = f"""# LoRA adapter: {recipe} on {markdown(base)}
 
 {method} ([arXiv:{paper}](https://arxiv.org/abs/{paper})), trained with TRL by rlhf-recipes.
 
@@ -70,8 +74,8 @@ from transformers import {auto}
 | --- | --- |
 {chr(10).join(settings)}
 
-Seed {result["seed"]}, {result["steps"]} steps, {result["seconds"]:.0f} s on {result["device"]}. Versions:
-{", ".join(f"{name} {version}" for name, version in result["versions"].items())}.
+Seed {markdown(result["seed"])}, {markdown(result["steps"])} steps, {result["seconds"]:.0f} s on {device}. Versions:
+{", ".join(markdown(f"{name} {version}") for name, version in result["versions"].items())}.
 """
     return str(ModelCard(f"---\n{head.to_yaml()}\n---\n\n{body}"))
 
@@ -80,7 +84,8 @@ def measured(result: dict) -> str:
     """The table of the held-out metrics."""
     before = result["before"]
     rows = [
-        f"| {name.replace('_', ' ')} | {format_estimate(before[name])} | {format_estimate(after)} | {after['n']} |"
+        f"| {markdown(name.replace('_', ' '))} | {format_estimate(before[name])} | {format_estimate(after)} | "
+        f"{markdown(after['n'])} |"
         for name, after in result["metrics"].items()
     ]
     head = ["Brackets are 95 % intervals (bootstrap over prompts).", "", "| metric | before | after | n |"]
@@ -92,19 +97,30 @@ def examined(report: dict | None) -> str:
     if not report:
         return ""
     keys = ("level", "rule", "step", "saw", "means", "change")
-    cells = [[html.escape(escape(str(finding[key])), quote=False) for key in keys] for finding in report["findings"]]
+    cells = [[markdown(finding[key]) for key in keys] for finding in report["findings"]]
     rows = [f"| {' | '.join(row)} |" for row in cells]
     head = ["", "| level | rule | step | seen | means | what changes it |", "| --- | --- | --- | --- | --- | --- |"]
-    return "\n".join(["## Doctor", "", f"Verdict: **{report['verdict']}**.", *(head if rows else []), *rows, "", ""])
+    verdict = f"Verdict: **{markdown(report['verdict'])}**."
+    return "\n".join(["## Doctor", "", verdict, *(head if rows else []), *rows, "", ""])
 
 
 def chain(base: str, result: dict) -> str:
     """`base -> sft -> dpo`, the runs with the first characters of their adapters' hashes."""
-    links, parent = [f"**{result['recipe']}** (`{(result['adapter_sha256'] or '')[:12]}`)"], result["parent"]
+    links, parent = [f"**{recipe_of(result)}** ({_digest(result)})"], result.get("parent")
     while parent:
-        links.append(f"{parent['recipe'] or 'adapter'} (`{(parent['adapter_sha256'] or '')[:12]}`)")
-        parent = parent["parent"]
-    return " → ".join([f"`{base}`", *reversed(links)])
+        links.append(f"{recipe_of(parent)} ({_digest(parent)})")
+        parent = parent.get("parent")
+    return " → ".join([f"`{code(base)}`", *reversed(links)])
+
+
+def recipe_of(run: dict) -> str:
+    """The recipe of a run, from its result or a lineage; `adapter` for what is no training of this package."""
+    recipe = str(run.get("recipe"))
+    return recipe if recipe in PAPERS else "adapter"
+
+
+def _digest(run: dict) -> str:
+    return f"`{code(str(run.get('adapter_sha256') or '')[:12])}`"
 
 
 def without_folder(value):
@@ -116,8 +132,3 @@ def without_folder(value):
     if isinstance(value, str) and (value.startswith(("/", "~")) or PureWindowsPath(value).is_absolute()):
         return PureWindowsPath(value).name
     return value
-
-
-def escape(text: str) -> str:
-    """Text inside a table cell and backticks."""
-    return text.replace("|", "\\|").replace("`", "'").replace("\n", " ")

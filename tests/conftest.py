@@ -299,3 +299,65 @@ def write_adapter(folder, base=TINY_ID, **result):
     if result:
         (folder / "result.json").write_text(json.dumps(result))
     return folder
+
+
+@dataclass
+class Rendered:
+    """What a Markdown renderer makes of a text: its elements in order, its table cells, and the text that is shown.
+
+    `links` and `images` are their addresses; `autolinks` is what GitHub and the Hub would make a link of, beyond them.
+    """
+
+    tags: list[str]
+    cells: list[list[str]]
+    text: str
+    links: list[str]
+    images: list[str]
+    autolinks: list[str]
+
+
+def rendered(source):
+    """Markdown as GitHub has it: tables, strikethrough, raw HTML."""
+    import re
+    from html.parser import HTMLParser
+
+    from markdown_it import MarkdownIt
+
+    class Reader(HTMLParser):
+        def __init__(self):
+            super().__init__()
+            self.found = Rendered([], [], "", [], [], [])
+            self.plain, self.open = "", []  # text outside of links and code
+
+        def handle_starttag(self, tag, attrs):
+            self.found.tags.append(tag)
+            self.open.append(tag)
+            if tag == "a":
+                self.found.links.append(dict(attrs).get("href"))
+            if tag == "img":
+                self.found.images.append(dict(attrs).get("src"))
+            if tag == "tr":
+                self.found.cells.append([])
+            if tag in ("td", "th"):
+                self.found.cells[-1].append("")
+
+        def handle_endtag(self, tag):
+            if tag in self.open:
+                self.open = self.open[: len(self.open) - 1 - self.open[::-1].index(tag)]
+
+        def handle_comment(self, data):
+            self.found.tags.append("!--")
+
+        def handle_data(self, data):
+            self.found.text += data
+            if {"td", "th"} & set(self.open):
+                self.found.cells[-1][-1] += data
+            if not {"a", "code"} & set(self.open):
+                self.plain += data
+
+    reader = Reader()
+    reader.feed(MarkdownIt("gfm-like", {"linkify": False}).render(source))
+    reader.close()
+    auto = r"(?i)(?:https?|ftp)://\S+|\bwww\.\S+|[\w.+-]+@[\w-]+(?:\.[\w-]+)+"
+    reader.found.autolinks = re.findall(auto, reader.plain)
+    return reader.found

@@ -18,7 +18,7 @@ import numpy as np
 import xxhash
 
 from rlhf_recipes import stats
-from rlhf_recipes.cai import filters, steps
+from rlhf_recipes.cai import filters, layout, steps
 from rlhf_recipes.run import write_atomically
 
 PREFS, SFT = ("train_prefs", "test_prefs", "ties", "disputed"), ("train_sft", "test_sft")
@@ -207,6 +207,7 @@ class _Tally:
 
     def __init__(self):
         self.prompts = self.pairs = self.steps = self.speaking = 0
+        self.neutralised: Counter = Counter(rows=0, occurrences=0)
         self.reasons: Counter = Counter()
         self.step_reasons: Counter = Counter()
         self.routes: Counter = Counter()
@@ -228,6 +229,9 @@ class _Tally:
         self.groups.append(self.prompts % GROUPS)
         self.accepted.append(route == "accepted")
         self.speaking += pair["speaks_to_judge"]
+        asked = (turn["content"] for turn in record["prompt"])
+        typed = layout.chat_tokens(*asked, pair["first"], pair["second"])
+        self.neutralised.update(rows=typed > 0, occurrences=typed)
         cell = self.cells.setdefault(f"{record['family'] or 'none'}/{pair['source']}", Counter())
         cell["pairs"] += 1
         if reason:
@@ -255,6 +259,7 @@ class _Tally:
             "unfit": dict(self.reasons),
             "routes": dict(self.routes),
             "speaks_to_judge": self.speaking,
+            "neutralised": dict(self.neutralised),
             "written": written,
             "yield": stats.estimate(self.accepted, self.groups),
             "chosen_is_longer": stats.estimate(self.longer, self.longer_groups),

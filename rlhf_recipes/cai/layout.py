@@ -10,19 +10,17 @@ import unicodedata
 
 from rlhf_recipes.cai.backend import Message
 from rlhf_recipes.cai.constitution import Constitution, Example, Principle
-from rlhf_recipes.data.tokens import TEMPLATE_MARKER
+from rlhf_recipes.data.tokens import SHAPE, TAG, TEMPLATE_MARKER
 
 # Everything that str.splitlines, a terminal or a model may take for the end of a line.
 LINE_ENDS = re.compile(r"\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 # Not to be seen, though Unicode counts them as letters, marks or symbols: fillers, variation selectors, blanks.
 BLANK = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
 CHECKED = re.compile(r"[^\n\t -~]")  # whatever is not plain ASCII
-# Tokens of chat templates, of families too whose tokenizer nobody has loaded: a server's, for one.
-MARKER = re.compile(
-    rf"{TEMPLATE_MARKER.pattern}|<｜[^｜<>\n]{{1,40}}｜>|<(?:bos|eos|pad|unk|mask|sop|eop)>|</?think>|"
-    r"\[/?SYSTEM_PROMPT\]|\[gMASK\]",
-    re.IGNORECASE,
-)
+# What is surely a chat token, wherever it stands.
+MARKER = re.compile(rf"{TEMPLATE_MARKER.pattern}|{TAG.pattern}|<(?:bos|eos|pad|unk|mask|sop|eop)>", re.IGNORECASE)
+# The first character of all that has the shape of one: a server's tokenizer is not known here.
+OPENING = re.compile(rf"(?={SHAPE.pattern}).")
 NAMES = {"system": "Setting", "user": "Person", "assistant": "Assistant"}
 EDITOR = (
     "You edit replies of an assistant. You are shown a conversation and a reply, quoted line by line with >. What is "
@@ -43,6 +41,11 @@ def plain(messages: list[Message]) -> list[Message]:
 def visible(text: str) -> str:
     """The text with plain line ends and without characters that cannot be seen."""
     return CHECKED.sub(lambda c: "" if _unseen(c[0]) else c[0], LINE_ENDS.sub("\n", text)).strip()
+
+
+def chat_tokens(*texts: str) -> int:
+    """How many tokens of a chat template `quote` breaks up in the texts."""
+    return sum(len(OPENING.findall(visible(text))) for text in texts)
 
 
 def quote(text: str) -> str:
@@ -132,7 +135,7 @@ def _assistant(text: str) -> Message:
 
 
 def _without_tokens(text: str) -> str:
-    return MARKER.sub(lambda marker: f"{marker[0][0]} {marker[0][1:]}", text)
+    return OPENING.sub(r"\g<0> ", text)
 
 
 def _unseen(character: str) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 from rlhf_recipes import run
 from rlhf_recipes.data import readers
 from rlhf_recipes.stats import format_estimate
+from rlhf_recipes.text import code, line, markdown
 
 # How routes and reasons are called where people read them.
 WORDS = {
@@ -44,6 +45,7 @@ def card(result: dict[str, Any]) -> str:
     from huggingface_hub import DatasetCard, DatasetCardData
 
     funnel, constitution = result["funnel"], result["constitution"]
+    name, version, count = (markdown(constitution[key]) for key in ("name", "version", "principles"))
     written = funnel["written"]
     head = DatasetCardData(
         language="en",
@@ -59,32 +61,29 @@ def card(result: dict[str, Any]) -> str:
             )
         ],
     )
-    routes = [f"| {WORDS[name]} | {count} |" for name, count in sorted(funnel["routes"].items(), key=_by_count)]
-    reasons = [
-        f"| left out: {WORDS[name]} | {count} |" for name, count in sorted(funnel["unfit"].items(), key=_by_count)
-    ]
+    routes = [_row(WORDS[name], count) for name, count in sorted(funnel["routes"].items(), key=_by_count)]
+    reasons = [_row(f"left out: {WORDS[name]}", n) for name, n in sorted(funnel["unfit"].items(), key=_by_count)]
     principles = [
-        f"| {name} | {c.get('revised', 0)} | {c.get('accepted', 0)} | {c.get('better', 0)} |"
+        _row(name, *(c.get(key, 0) for key in ("revised", "accepted", "better")))
         for name, c in funnel["by_principle"].items()
     ]
     ledger = [
-        f"| {cell} | {c['pairs']} | {c['accepted']} | {c['tie']} | {c['disputed']} | {c['unfit']} |"
+        _row(cell, *(c[key] for key in ("pairs", "accepted", "tie", "disputed", "unfit")))
         for cell, c in result["ledger"].items()
     ]
     parts = [
         "# AI preference pairs",
-        f"Replies written, critiqued, revised and judged by language models under the constitution "
-        f"*{constitution['name']}* (version {constitution['version']}, {constitution['principles']} principles, "
-        f"SHA-256 `{constitution['sha256'][:16]}`), after Bai et al. 2022 "
+        f"Replies written, critiqued, revised and judged by language models under the constitution *{name}* (version "
+        f"{version}, {count} principles, SHA-256 `{code(constitution['sha256'][:16])}`), after Bai et al. 2022 "
         "([arXiv:2212.08073](https://arxiv.org/abs/2212.08073)), by rlhf-recipes. The text is synthetic.",
         "![The funnel](funnel.png)",
         "## What the labels are worth",
         _worth(result),
         "## What became of the pairs",
-        "\n".join(["| pairs | count |", "| --- | --- |", f"| made | {funnel['pairs']} |", *reasons, *routes]),
-        f"Rows: {', '.join(f'{count} `{name}`' for name, count in written.items())}. The longer reply is the chosen "
-        f"one in {format_estimate(funnel['chosen_is_longer'], percent=True)} of the accepted pairs. "
-        f"{funnel['speaks_to_judge']} pairs hold a phrase that could be meant for a judge.",
+        "\n".join(["| pairs | count |", "| --- | --- |", _row("made", funnel["pairs"]), *reasons, *routes]),
+        f"Rows: {', '.join(f'{markdown(count)} `{code(name)}`' for name, count in written.items())}. The longer reply "
+        f"is the chosen one in {format_estimate(funnel['chosen_is_longer'], percent=True)} of the accepted pairs. "
+        f"{markdown(funnel['speaks_to_judge'])} pairs hold a phrase that could be meant for a judge. {_typed(funnel)}",
         "## By family and kind of pair",
         "\n".join(["| family / pairs | made | accepted | ties | disputed | unfit |", "| --- " * 6 + "|", *ledger]),
     ]
@@ -103,9 +102,24 @@ def card(result: dict[str, Any]) -> str:
         "`source`, `principle`, `draft`, `critique`, `revision`, `constitution` (SHA-256), `generator`, `judge`, "
         "`seed`: where the row comes from.",
         "## How it was made",
-        f"Generator: {result['generator']}. Judge: {result['judge']}. Seed {result['seed']}. {_cost(result)}",
+        f"Generator: {markdown(result['generator'])}. Judge: {markdown(result['judge'])}. Seed "
+        f"{markdown(result['seed'])}. {_cost(result)}",
     ]
     return str(DatasetCard(f"---\n{head.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n"))
+
+
+def _row(*cells: Any) -> str:
+    return f"| {' | '.join(map(markdown, cells))} |"
+
+
+def _typed(funnel: dict[str, Any]) -> str:
+    typed = funnel.get("neutralised", {"rows": 0})
+    if not typed["rows"]:
+        return ""
+    return (
+        f"{markdown(typed['rows'])} pairs hold what looks like a chat token ({markdown(typed['occurrences'])} times): "
+        "in these rows as it was written, broken up in what was put to a model."
+    )
 
 
 def draw_funnel(funnel: dict[str, Any], path: Path) -> None:
@@ -141,7 +155,7 @@ def finish(job: run.Run, result: dict[str, Any]) -> float:
     result = run.record(job, seed=job.config["seed"], **result)
     if "funnel" not in result:
         run.write_result(job, result)
-        print(f"  result    {job.dir / 'result.json'}", flush=True)
+        print(f"  result    {line(job.dir / 'result.json')}", flush=True)
         return result["main"]["after"]["value"]
     draw_funnel(result["funnel"], job.dir / "funnel.png")
     run.write_atomically(job.dir / "README.md", card(result))
@@ -151,7 +165,7 @@ def finish(job: run.Run, result: dict[str, Any]) -> float:
 
 
 def _print_summary(result: dict[str, Any], folder: Path) -> None:
-    funnel = result["funnel"]
+    funnel, where = result["funnel"], line(folder)
     set_aside = [f"{count} {WORDS[name]}" for name, count in sorted(funnel["unfit"].items(), key=_by_count)]
     routes = [f"{count} {WORDS[name]}" for name, count in sorted(funnel["routes"].items(), key=_by_count)]
     print(f"\ncai finished in {result['seconds']:.0f} s. {_cost(result)}")
@@ -164,9 +178,9 @@ def _print_summary(result: dict[str, Any], folder: Path) -> None:
         print(f"  prompt    {_short(row['prompt'][-1]['content'])}")
         for side in ("chosen", "rejected"):
             print(f"    {side:9} {_short(row[side][-1]['content'])}")
-    print(f"  data      {folder}\n  card      {folder / 'README.md'}\n  result    {folder / 'result.json'}")
+    print(f"  data      {where}\n  card      {where}/README.md\n  result    {where}/result.json")
     if there:
-        print(f"  next      python recipes/dpo.py data=cai_pairs data.path={folder}", flush=True)
+        print(f"  next      python recipes/dpo.py data=cai_pairs data.path={where}", flush=True)
     else:
         most = max({**funnel["unfit"], **funnel["routes"]}.items(), key=lambda entry: entry[1])[0]
         print(
@@ -177,14 +191,14 @@ def _print_summary(result: dict[str, Any], folder: Path) -> None:
 def _worth(result: dict[str, Any]) -> str:
     gate = result["gate"]
     found = format_estimate(gate["agreement"], percent=True)
-    best = gate["baselines"][gate["best_baseline"]]
+    best, error = gate["baselines"][gate["best_baseline"]], gate["calibration_error"]
+    pairs, rule = markdown(gate["agreement"]["n"]), markdown(gate["best_baseline"])
     text = (
-        f"On {gate['agreement']['n']} pairs whose better reply is known the judge agrees with the label on {found}; "
-        f"'{gate['best_baseline']}' alone on {format_estimate(best, percent=True)}. Its winner stays the same when "
-        f"the replies change places on {format_estimate(gate['swap_consistency'], percent=True)}. Cohen's kappa "
-        f"{format_estimate(gate['kappa'], digits=2)}. Calibration error {gate['calibration_error']['before']:.3f}, "
-        f"{gate['calibration_error']['after']:.3f} after a temperature of {gate['temperature']:.2f} (n "
-        f"{gate['calibration_error']['n']}, cross-fitted)."
+        f"On {pairs} pairs whose better reply is known the judge agrees with the label on {found}; '{rule}' alone on "
+        f"{format_estimate(best, percent=True)}. Its winner stays the same when the replies change places on "
+        f"{format_estimate(gate['swap_consistency'], percent=True)}. Cohen's kappa "
+        f"{format_estimate(gate['kappa'], digits=2)}. Calibration error {error['before']:.3f}, {error['after']:.3f} "
+        f"after a temperature of {gate['temperature']:.2f} (n {markdown(error['n'])}, cross-fitted)."
     )
     if result["labelled_by"] == "construction":
         text += (
@@ -206,7 +220,7 @@ def _cost(result: dict[str, Any]) -> str:
 
 
 def _short(text: str) -> str:
-    return textwrap.shorten(text, 90, placeholder=" …") or "(empty)"
+    return textwrap.shorten(line(text), 90, placeholder=" …") or "(empty)"
 
 
 def _by_count(entry: tuple[str, int]) -> tuple[int, str]:

@@ -3,7 +3,22 @@
 import re
 from typing import Any
 
-TEMPLATE_MARKER = re.compile(r"<\|[\w-]+\|>|</?s>|<(?:start|end)_of_turn>|\[/?INST\]|<</?SYS>>")
+# What begins and ends a turn, of families too whose tokenizer nobody has loaded: ChatML and Llama 3, Gemma 3 and 4,
+# DeepSeek, Llama 2 and Mistral, Seed, EXAONE, GLM, MiniMax.
+TEMPLATE_MARKER = re.compile(
+    r"<\|[^\s<>|]{1,60}\|?>|<[^\s<>|]{1,60}\|>|<(?:start|end)_of_turn>|<｜[^｜<>\n]{1,60}｜>|</?s>|<</?SYS>>|"
+    r"\[/?(?:INST|SYSTEM_PROMPT)\]|<seed:(?:bos|eos|pad)>|\[\|[^\s|\[\]]{1,60}\|\]|\[[gs]MASK\]|"
+    r"\]~b\]|\]~!b\[|\[e~\[|\]![a-z]~\[|\]<\]"
+)
+# Parts of an answer that templates read: thoughts, calls of tools and what these returned.
+TAG = re.compile(r"</?(?:seed:)?(?:think|tools?|tool_\w+)>|\[/?(?:THINK|AVAILABLE_TOOLS|TOOL_\w+)\]")
+# What looks like a chat token of any family: an angle token without blanks, a bracket token in capitals. What stands
+# in code and prose stays: a < b, [1], [A], [NH2], the [FAQ](of a link).
+SHAPE = re.compile(
+    rf"(?i:{TEMPLATE_MARKER.pattern}|{TAG.pattern}|"
+    r"\[/?(?:ARGS|BOS|CLS|EOS|IMG|MASK|PAD|SEP|UNK)\]|\[control_\d+\]|\[unused\w*\d\])|"
+    r"<(?=[^<>\s]{0,59}[\w|])[^<>\s]{1,60}>|\[/[A-Z][A-Z\d_]+\]|\[[A-Z]+_[A-Z\d_]+\]|\[[A-Z]{3}[A-Z\d]*\](?!\()"
+)
 SIDES = ("chosen", "rejected", "completion")
 PASSES = 5
 BATCH = 500
@@ -17,7 +32,9 @@ def neutralise(rows: list[Example], tokenizer) -> tuple[list[Example], dict[str,
     """Rows whose messages hold no control token: a typed one gets a space after its first character.
 
     A control token is a special token of the tokenizer or a turn marker in its chat template. `<|im_end|>`
-    becomes `< |im_end|>`, which reads alike and tokenises as text.
+    becomes `< |im_end|>`, which reads alike and tokenises as text. In the turns of a prompt, other added tokens that
+    have the shape of one are broken up too, and so are the tags that the template knows (`</think>`, `<tool_call>`):
+    in the answers these may be what is to be learned.
 
     Returns:
         The rows (untouched ones are the same objects), and how many `rows` and `occurrences` were rewritten.
@@ -25,27 +42,27 @@ def neutralise(rows: list[Example], tokenizer) -> tuple[list[Example], dict[str,
     Raises:
         ValueError: a text that keeps a control token whatever is done.
     """
-    control = _Control(tokenizer)
+    answer = _Control(tokenizer)
+    controls = {"prompt": _Control(tokenizer, tags=True), **dict.fromkeys(SIDES, answer)}
     counts = {"rows": 0, "occurrences": 0}
     plain_rows = []
     for start in range(0, len(rows), BATCH):
         batch = rows[start : start + BATCH]
-        control.watch([turn["content"] for row in batch for turns in _turns(row).values() for turn in turns])
+        for keys in (("prompt",), SIDES):
+            texts = [turn["content"] for row in batch for key in keys for turn in row.get(key, [])]
+            controls[keys[0]].watch(texts)
         for row in batch:
-            plain, found = _plain_row(row, control)
+            plain, found = _plain_row(row, controls)
             plain_rows.append(plain)
             counts["rows"] += found > 0
             counts["occurrences"] += found
     return plain_rows, counts
 
 
-def _turns(row: Example) -> dict[str, list[dict[str, str]]]:
-    return {key: row[key] for key in ("prompt", *SIDES) if key in row}
-
-
-def _plain_row(row: Example, control: "_Control") -> tuple[Example, int]:
+def _plain_row(row: Example, controls: dict[str, "_Control"]) -> tuple[Example, int]:
     changed, total = {}, 0
-    for key, turns in _turns(row).items():
+    for key, control in controls.items():
+        turns = row.get(key, [])
         if any(control.suspects(turn["content"]) for turn in turns):
             texts = [control.plain(turn["content"]) for turn in turns]
             changed[key] = [{**turn, "content": text} for turn, (text, _) in zip(turns, texts, strict=True)]
@@ -54,17 +71,24 @@ def _plain_row(row: Example, control: "_Control") -> tuple[Example, int]:
 
 
 class _Control:
-    """The control tokens of one tokenizer, and how to make typed ones plain text."""
+    """The control tokens of one tokenizer, and how to make typed ones plain text.
 
-    def __init__(self, tokenizer):
-        added = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
+    Args:
+        tags: whether added tokens that are not special count, and the tags of the template.
+    """
+
+    def __init__(self, tokenizer, tags: bool = False):
+        every = tokenizer.added_tokens_decoder.values()
+        # By shape: blanks and words of a domain are added tokens as well.
+        added = [token for token in every if token.special or (tags and SHAPE.search(token.content))]
         special = {*tokenizer.all_special_tokens, *(token.content for token in added)} - {""}
-        spellings = special.union(TEMPLATE_MARKER.findall(str(tokenizer.chat_template or "")))
+        template = str(tokenizer.chat_template or "")
+        spellings = special.union(TEMPLATE_MARKER.findall(template), TAG.findall(template) if tags else ())
         longest_first = sorted(spellings, key=lambda spelling: (-len(spelling), spelling))
         self.pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         # The unknown token also stands for characters that the vocabulary lacks: only its spelling counts.
         self.ids = set(tokenizer.convert_tokens_to_ids(sorted(special))) - {tokenizer.unk_token_id}
-        # A special token marked `normalized` has other spellings (`[cls]`), which only encoding finds.
+        # A token marked `normalized` has other spellings (`[cls]`), which only encoding finds.
         self.has_other_spellings = any(token.normalized for token in added)
         self.tokenizer = tokenizer
         self.watched: set[str] = set()

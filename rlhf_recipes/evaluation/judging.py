@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from rlhf_recipes import run
-from rlhf_recipes.cai import backend, constitution
+from rlhf_recipes.cai import backend, constitution, layout
 from rlhf_recipes.cai.backend import Journal
 from rlhf_recipes.cai.judge import Judge, Judgement, Pair
 
@@ -59,7 +59,7 @@ def compare(judge: Judge, measurements: dict, rows: list[dict], path: Path, tie_
     prompts = {row["prompt_id"]: row["prompt"] for row in rows}
     parent, journal = measurements["parent"], Journal(path)
     judge.learn_priors(journal)
-    judgements = {}
+    judgements, typed = {}, 0
     for name in measurements["systems"]:
         if name == parent:
             continue
@@ -70,11 +70,13 @@ def compare(judge: Judge, measurements: dict, rows: list[dict], path: Path, tie_
             for row in measurements["answers"]
         ]
         asked = [pair for pair in pairs if pair.first != pair.second]
+        typed += sum(layout.chat_tokens(pair.first, pair.second) for pair in asked)
         found = iter(judge.compare(asked, journal, f"judge: {name}"))
         judgements[name] = [
             verdict(pair.prompt_id, next(found) if pair.first != pair.second else None, tie_margin) for pair in pairs
         ]
     asked_of = {"judge": judge.backend.name, "constitution": f"{judge.constitution.name} {judge.constitution.version}"}
+    asked_of |= {"chat tokens made plain for the judge": typed} if typed else {}
     return measurements | {"judgements": judgements, "settings": measurements["settings"] | asked_of}
 
 

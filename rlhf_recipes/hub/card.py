@@ -1,9 +1,9 @@
 """README.md of what is published: metadata that the Hub reads, the snippet that loads it, what was measured, limits.
 
-Text that comes from data or from a config is escaped.
+Whatever data, a config, a result.json or a server says goes through `text.markdown` or `text.code`, in the metadata
+`text.line`.
 """
 
-import html
 import importlib
 import inspect
 import json
@@ -14,13 +14,14 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from rlhf_recipes.cai import report
-from rlhf_recipes.card import PAPERS, chain, escape, examined, measured, without_folder
+from rlhf_recipes.card import PAPERS, chain, examined, measured, recipe_of, without_folder
 from rlhf_recipes.config import CONF, flatten
 from rlhf_recipes.data.readers import FILE_ENDINGS
 from rlhf_recipes.evaluation.definitions import METRICS
 from rlhf_recipes.hub.contents import PAGE, Source, targets
 from rlhf_recipes.hub.upload import MARK
 from rlhf_recipes.stats import format_estimate
+from rlhf_recipes.text import code, line, markdown
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PROVEN = "Proven by a round trip"
@@ -48,7 +49,7 @@ def _model_card(source: Source, facts: dict[str, Any], proof: dict | str | None)
     method, paper = PAPERS[source.recipe]
     what = "Merged weights" if facts["merged"] else "LoRA adapter"
     parts = [
-        f"# {what}: {source.recipe} on {base['id']}",
+        f"# {what}: {source.recipe} on {markdown(base['id'])}",
         f"{method} ([arXiv:{paper}](https://arxiv.org/abs/{paper})), trained with TRL by rlhf-recipes.",
         _proof(proof, facts),
         "## Use",
@@ -78,15 +79,15 @@ def _metadata(source: Source, facts: dict[str, Any], broken: bool):
 
     reward, base = source.recipe == "reward", facts["base"]
     data = source.config["data"]["path"]
-    terms = {key: base[key] for key in ("license", "license_name", "license_link") if base[key]}
+    terms = {key: line(base[key]) for key in ("license", "license_name", "license_link") if base[key]}
     return ModelCardData(
-        base_model=base["id"],
+        base_model=line(base["id"]),
         base_model_relation="finetune" if facts["merged"] else "adapter",
         datasets=[data] if _is_on_the_hub(data) else None,
         library_name="transformers" if facts["merged"] else "peft",
         pipeline_tag="text-classification" if reward else "text-generation",
         tags=[MARK, "trl", *([] if facts["merged"] else ["lora"]), source.recipe, *(["broken"] if broken else [])],
-        model_name=f"{source.recipe} on {base['id'].rpartition('/')[2]}",
+        model_name=line(f"{source.recipe} on {base['id'].rpartition('/')[2]}"),
         eval_results=_eval_results(source),
         **terms,
     )
@@ -98,15 +99,15 @@ def _eval_results(source: Source) -> list:
 
     task = "text-classification" if source.recipe == "reward" else "text-generation"
     data = source.config["data"]
-    name = escape(str(without_folder(data["path"])))
+    name = line(without_folder(data["path"]))
     return [
         EvalResult(
             task_type=task,
             dataset_type=name,
             dataset_name=f"{name} (held-out prompts)",
-            dataset_split=data["test_split"],
-            metric_type=key,
-            metric_name=key.replace("_", " "),
+            dataset_split=data["test_split"] and line(data["test_split"]),
+            metric_type=line(key),
+            metric_name=line(key.replace("_", " ")),
             metric_value=round(after["value"], 6),
             metric_args={
                 "n": after["n"],
@@ -136,7 +137,7 @@ def snippet(source: Source, facts: dict[str, Any]) -> str:
         lines = ["import torch", "from peft import PeftModel"]
         lines += [f"from transformers import {auto}, AutoTokenizer{more}", "", *quantization]
         base = facts["base"]
-        options = [*([f'revision="{base["revision"]}"'] if base["revision"] else []), *options]
+        options = [*([f"revision={json.dumps(base['revision'])}"] if base["revision"] else []), *options]
         options += ["quantization_config=quantization"] if quantization else []
         lines += [f"base = {auto}.from_pretrained(", f"    {json.dumps(base['id'])},"]
         lines += [*(f"    {option}," for option in options), ")", f"{name} = PeftModel.from_pretrained(base, {here})"]
@@ -188,7 +189,8 @@ def _proof(proof: dict | str | None, facts: dict[str, Any]) -> str:
     if proof is None:
         return "> **Not proven.** These files were not yet loaded again after their upload. Do not use this revision."
     if isinstance(proof, str):
-        return f"> **Broken.** What was downloaded is not what was uploaded: {_plain(proof)} Do not use this revision."
+        said = markdown(proof)
+        return f"> **Broken.** What was downloaded is not what was uploaded: {said} Do not use this revision."
     return (
         f"**{PROVEN}**: downloaded into an empty cache and loaded in a fresh process, {found(proof)}. Fingerprint: "
         f"`{facts['fingerprint']}`."
@@ -207,7 +209,7 @@ def found(proof: dict[str, Any]) -> str:
 
 def _before(result: dict) -> str:
     parent = result["parent"]
-    start = f"the {parent['recipe'] or 'adapter'} run that it continues" if parent else "the base model"
+    start = f"the {recipe_of(parent)} run that it continues" if parent else "the base model"
     head = " with a score head that was not trained" if result["recipe"] == "reward" else ""
     return f"Before: {start}{head}. On rows that were held out of the training."
 
@@ -215,16 +217,17 @@ def _before(result: dict) -> str:
 def _evaluated(entry: dict | None) -> str:
     if not entry:
         return ""
-    reasons = " ".join(_plain(reason) for reason in entry["verdict"]["reasons"])
+    reasons = " ".join(markdown(reason) for reason in entry["verdict"]["reasons"])
     rows = [
-        f"| {METRICS[key][0]} | {_with_unit(e, METRICS[key][1])} | {e['n']} |"
+        f"| {METRICS[key][0]} | {_with_unit(e, METRICS[key][1])} | {markdown(e['n'])} |"
         for key, e in entry["metrics"].items()
         if key in METRICS and e["value"] is not None
     ]
     table = ["| metric | value | n |", "| --- | --- | --- |", *rows] if rows else []
+    parent, verdict = markdown(entry["parent"]), markdown(entry["verdict"]["verdict"])
     return "\n".join(
         [
-            f"## Evaluation\n\nAgainst {_plain(entry['parent'])}: **{entry['verdict']['verdict']}**. {reasons} "
+            f"## Evaluation\n\nAgainst {parent}: **{verdict}**. {reasons} "
             f"The page with all answers: [{PAGE}]({PAGE}).\n",
             *table,
         ]
@@ -247,10 +250,10 @@ def _merged(merged: dict | None) -> str:
 
 
 def _base(base: dict[str, Any]) -> str:
-    at = f"at revision `{base['revision']}`" if base["revision"] else "at its newest revision"
-    said = [f"Base: `{base['id']}` {at}, under {base['license']}."]
+    at = f"at revision `{code(base['revision'])}`" if base["revision"] else "at its newest revision"
+    said = [f"Base: `{code(base['id'])}` {at}, under {markdown(base['license'])}."]
     if base["origin"]:
-        said.append(f"It was trained on these weights: {_plain(base['origin'])}.")
+        said.append(f"It was trained on these weights: {markdown(base['origin'])}.")
     if base.get("drift") is not None:
         said.append(
             "They are not the weights of this name on the Hub: with those, 32 log-probabilities or scores differ by "
@@ -266,8 +269,8 @@ def _constitution(pairs: Source | None) -> str:
         return ""
     said = pairs.result["constitution"]
     return (
-        f"Its pairs were made under the constitution *{_plain(said['name'])}* (version {_plain(said['version'])}, "
-        f"`constitution.yaml`, SHA-256 `{said['sha256']}`), labelled by {_plain(pairs.result['labelled_by'])}."
+        f"Its pairs were made under the constitution *{markdown(said['name'])}* (version {markdown(said['version'])}, "
+        f"`constitution.yaml`, SHA-256 `{code(said['sha256'])}`), labelled by {markdown(pairs.result['labelled_by'])}."
     )
 
 
@@ -281,7 +284,7 @@ def _settings(config: dict[str, Any]) -> str:
             plain = key.removeprefix(f"{group}.")
             if value is not None and plain != "_target_" and (plain not in defaults or defaults[plain] != value):
                 shown = json.dumps(without_folder(value), ensure_ascii=False)
-                rows.append(f"| `{escape(key)}` | `{escape(shown)}` |")
+                rows.append(f"| `{code(key)}` | `{code(shown)}` |")
     head = ["What differs from the default of the class behind it:", "", "| key | value |", "| --- | --- |"]
     return "\n".join([*head, *rows])
 
@@ -298,11 +301,11 @@ def _defaults(group: str, node: dict[str, Any]) -> dict[str, Any]:
 
 
 def _hardware(result: dict) -> str:
-    peak = ", ".join(f"{gib} GiB {where}" for where, gib in result["peak_memory_gib"].items())
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    peak = ", ".join(markdown(f"{gib} GiB {where}") for where, gib in result["peak_memory_gib"].items())
+    versions = ", ".join(markdown(f"{name} {version}") for name, version in result["versions"].items())
     return (
-        f"Seed {result['seed']}, {result['steps']} steps, {result['seconds']:.0f} s on {_plain(result['device'])}, "
-        f"peak {peak}. Versions: {versions}."
+        f"Seed {markdown(result['seed'])}, {markdown(result['steps'])} steps, {result['seconds']:.0f} s on "
+        f"{markdown(result['device'])}, peak {peak}. Versions: {versions}."
     )
 
 
@@ -315,7 +318,8 @@ def _limits(source: Source, facts: dict[str, Any]) -> list[str]:
         "were not looked at."
     ]
     if low is not None and low <= main["before"]["value"] <= high:
-        limits.append(f"The interval of the {main['name'].replace('_', ' ')} includes the value before the training.")
+        name = markdown(main["name"].replace("_", " "))
+        limits.append(f"The interval of the {name} includes the value before the training.")
     if source.recipe == "reward":
         limits.append("A score means nothing alone: compare scores of replies to the same prompt.")
         limits.append("A policy that is trained against it for long will find what it rewards by mistake.")
@@ -334,22 +338,22 @@ def _data_card(source: Source, facts: dict[str, Any], proof: dict | str | None) 
     from huggingface_hub import DatasetCard
 
     card = DatasetCard(report.card(without_folder(source.result)))
-    card.data.license = facts["base"]["license"]
+    card.data.license = line(facts["base"]["license"])
     for key in ("license_name", "license_link"):
         if facts["base"][key]:
-            card.data[key] = facts["base"][key]
+            card.data[key] = line(facts["base"][key])
     if isinstance(proof, str):
         card.data.tags.append("broken")
     title, about, rest = card.text.strip().split("\n\n", 2)
     constitution = source.result["constitution"]
     load = f'load_dataset({json.dumps(facts["repo_id"])}, "prefs")'
-    code = f"from datasets import load_dataset\n\npairs = {load}\nprint(pairs)\n"
+    use = f"from datasets import load_dataset\n\npairs = {load}\nprint(pairs)\n"
     limits = [
         "The text is a language model's, and so are the labels or the rule behind them: nobody has read all of it.",
-        f"The constitution is `constitution.yaml`, SHA-256 `{constitution['sha256']}`.",
+        f"The constitution is `constitution.yaml`, SHA-256 `{code(constitution['sha256'])}`.",
         "The terms of the generator's base model and of the prompts apply.",
     ]
-    parts = [title, about, _proof(proof, facts), f"## Use\n\n```python\n{code}```", rest]
+    parts = [title, about, _proof(proof, facts), f"## Use\n\n```python\n{use}```", rest]
     parts += ["## Limits\n\n" + "\n".join(f"- {limit}" for limit in limits)]
     return f"---\n{card.data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
 
@@ -358,11 +362,6 @@ def _is_on_the_hub(data: str) -> bool:
     """Whether `data.path` is the id of a data set, rather than a file or folder of somebody's machine."""
     path = Path(data)
     return bool(HUB_ID.fullmatch(data)) and not path.exists() and path.suffix not in FILE_ENDINGS
-
-
-def _plain(text: str) -> str:
-    """Text of data or config inside a paragraph."""
-    return html.escape(escape(str(text)), quote=False)
 
 
 def _rounded(value: float | None) -> float | None:
