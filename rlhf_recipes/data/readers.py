@@ -18,14 +18,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.config import nearest, redact
+from rlhf_recipes import places
+from rlhf_recipes.config import nearest
+from rlhf_recipes.secrets import redact
 
 Located = tuple[str, dict[str, Any]]
 
 TEXT_KINDS = (".jsonl", ".json", ".csv", ".jsonl.gz", ".json.gz", ".csv.gz")
 KINDS = (*TEXT_KINDS, ".parquet")
 FILE_ENDINGS = (*KINDS, ".txt", ".tsv", ".xlsx", ".arrow", ".gz", ".zip")
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 MAGIC = {
     b"\x1f\x8b": "gzip data",
     b"PAR1": "a parquet file",
@@ -37,9 +38,12 @@ CSV_CELL_LIMIT = 2**31 - 1  # csv's own limit of 128 KiB refuses long conversati
 
 
 def is_hub_id(path: str) -> bool:
-    """Whether `path` names a repository: `org/name`, not here on disk, and without the ending of a file."""
-    is_file = path.lower().endswith(FILE_ENDINGS) or os.path.lexists(path)
-    return HUB_ID.fullmatch(path) is not None and not is_file
+    """Whether `path` names a repository: `org/name`, not here on disk, and without the ending of a file.
+
+    Raises:
+        ValueError: `org` is a folder or file here; see `places.on_hub`.
+    """
+    return not path.lower().endswith(FILE_ENDINGS) and places.on_hub(path, "data.path")
 
 
 def read_file(path: str) -> Iterator[Located]:
@@ -123,6 +127,7 @@ def read_hub(path: str, name: str | None, revision: str | None, split: str) -> I
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
     reach_hub(path, HF_HUB_OFFLINE)
+    places.tell("data", path)
     from datasets import load_dataset
 
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rlhf_recipes import config, models, run
+from rlhf_recipes import config, models, places, run
 from rlhf_recipes.data import neutralise
 from rlhf_recipes.ppo.roles import Roles
 
@@ -189,6 +189,10 @@ def _score(score: nn.Module, hidden_BTH: Tensor, last_B: Tensor) -> Tensor:
 def _load_classifier(path: str, args):
     from transformers import AutoModelForSequenceClassification
 
+    if places.on_hub(path, "reward_funcs", bare=True):
+        places.tell("reward model", path)
+    elif not Path(path).is_dir():
+        raise ValueError(f"reward_funcs={path}: no such folder, and no id of the Hub. Check it.")
     try:
         return AutoModelForSequenceClassification.from_pretrained(
             path, num_labels=1, **(args.model_init_kwargs or {})
