@@ -3,15 +3,19 @@
 import gzip
 import json
 import math
+import signal
 import threading
+import time
 import tracemalloc
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from rlhf_recipes import data
 from rlhf_recipes.cai import server, steps
 from rlhf_recipes.cai.backend import Journal, Request, ask
 from rlhf_recipes.config import as_refusal
+from rlhf_recipes.data import readers, template
 
 MIB = 2**20
 
@@ -334,3 +338,173 @@ def test_a_damaged_line_is_named_and_stays(tmp_path, compose, damage):
     with pytest.raises(ValueError, match=r"records\.jsonl:2: is damaged\. Remove the file"):
         list(steps.read(tmp_path / "records.jsonl"))
     assert path.read_bytes() == before
+
+
+# ---- data
+
+
+def packed(path, chunks):
+    """The chunks in a file, as its ending says."""
+    with gzip.open(path, "wb", 6) if path.suffix == ".gz" else path.open("wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+    return path
+
+
+ROW = b'{"prompt": "p", "chosen": "a", "rejected": "b"}\n'
+HUGE = [b"a" * MIB] * 90
+BOMBS = {
+    "rows.jsonl": ([ROW, b'{"prompt": "', *HUGE, b'"}\n', ROW], ":2: a line of more than 64 MiB"),
+    "rows.jsonl.gz": ([ROW, b'{"prompt": "', *HUGE, b'"}\n', ROW], ":2: a line of more than 64 MiB"),
+    "first.jsonl.gz": ([*HUGE], ":1: a line of more than 64 MiB"),
+    "nul.jsonl.gz": ([bytes(MIB)] * 90, ":1: a line of more than 64 MiB"),
+    "line.csv.gz": ([b"prompt,chosen\n", *HUGE, b",a\n"], ":2: a line of more than 64 MiB"),
+    "cell.csv": (
+        [b"prompt,chosen\n", b"p,a\n", b'"', *[b"a" * 9_999 + b"\n"] * 9_000],
+        ":3: a row of more than 64 MiB",
+    ),
+    "cell.csv.gz": ([b"prompt,chosen\n", b'"', *[b"a" * 9_999 + b"\n"] * 9_000], ":2: a row of more than 64 MiB"),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_line_or_row_over_the_limit_is_named_and_not_read(tmp_path, name):
+    chunks, says = BOMBS[name]
+    path = packed(tmp_path / name, chunks)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError) as raised:
+            for _ in readers.read_file(str(path)):
+                pass
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert str(raised.value).startswith(f"{path}{says}") and "\n" not in str(raised.value)
+    assert as_refusal(raised.value, None)
+    assert peak < 280 * MIB  # what is read is held two times, a cell of CSV with four bytes a character
+
+
+@pytest.mark.parametrize("name", ["list.json", "list.json.gz", "rows.json", "one.json.gz"])
+def test_json_that_is_read_whole_has_a_limit(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(readers, "JSON_LIMIT", MIB)
+    rows = {"list": [b"[", *[ROW.rstrip() + b",\n"] * 30_000, ROW, b"]"], "rows": [ROW] * 30_000, "one": [b"[", *HUGE]}
+    path = packed(tmp_path / name, rows[name.partition(".")[0]])
+    with pytest.raises(ValueError, match=r"json(\.gz)?: more than 1 MiB of JSON, which is read whole\. .*\.jsonl"):
+        list(readers.read_file(str(path)))
+    monkeypatch.setattr(readers, "JSON_LIMIT", 2 * MIB)
+    if name != "one.json.gz":
+        assert len(list(readers.read_file(str(path)))) >= 30_000
+
+
+def test_a_line_at_the_limit_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "LINE_LIMIT", len(ROW))
+    assert len(list(readers.read_file(str(packed(tmp_path / "rows.jsonl", [ROW, ROW, ROW.rstrip()]))))) == 3
+    table = [b"prompt,chosen\n", b'"a\nb",c\n', b'"a\nb",d\n'] * 1
+    monkeypatch.setattr(readers, "LINE_LIMIT", 14)
+    assert len(list(readers.read_file(str(packed(tmp_path / "rows.csv", table))))) == 2
+
+
+def test_parquet_of_huge_rows_is_not_read(tmp_path, monkeypatch):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "rows.parquet"
+    with pq.ParquetWriter(path, pa.schema([("prompt", pa.string())]), compression="zstd") as writer:
+        writer.write_table(pa.table({"prompt": ["a"] * 10}))
+        writer.write_table(pa.table({"prompt": ["a" * (65 * MIB)]}))
+    assert path.stat().st_size < MIB
+    with pytest.raises(ValueError, match=r"rows\.parquet:11: rows of more than 64 MiB\."):
+        list(readers.read_file(str(path)))
+
+
+# ---- chat templates
+
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+ANSWER = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
+
+@pytest.fixture
+def tokenizer(tiny_model, monkeypatch):
+    from transformers import AutoTokenizer
+
+    monkeypatch.setattr(template, "SECONDS", 0.5)
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+def splits_of(count):
+    rows = [
+        {"prompt": ANSWER[:1], "chosen": ANSWER[1:], "rejected": [{"role": "assistant", "content": f"No {i}"}]}
+        for i in range(count)
+    ]
+    labels = {"family": None, "prompt_id": "0", "p": None}
+    report = {"source": "s", "rows": count, "dropped": {}, "examples": {}, "split": "s"}
+    return data.Splits([row | labels for row in rows], [row | labels for row in rows[:2]], report, "s")
+
+
+def renders(tokenizer):
+    """Every place that renders."""
+    from types import SimpleNamespace
+
+    from rlhf_recipes.cai.local import Local
+    from rlhf_recipes.evaluation import measure
+    from rlhf_recipes.ppo.rewards import LearnedReward
+    from rlhf_recipes.ppo.trainer import PPOTrainer
+
+    request = Request("p", "draft", ANSWER[:1], "", (), 5)
+    return {
+        "fit": lambda: data.fit(splits_of(1200), tokenizer, None),
+        "cai": lambda: Local._encode(SimpleNamespace(tokenizer=tokenizer, _ids=len), request, ANSWER[:1]),
+        "measure": lambda: measure.encode(tokenizer, ANSWER[:1], ANSWER[1:]),
+        "prompt": lambda: measure.encode(tokenizer, ANSWER[:1], None),
+        "reward": lambda: LearnedReward("r", tokenizer, None, None)._encode(ANSWER[:1], ANSWER[1:]),
+        "ppo": lambda: PPOTrainer._prompt_ids(
+            SimpleNamespace(processing_class=tokenizer, args=SimpleNamespace(chat_template_kwargs=None)), ANSWER[:1]
+        ),
+    }
+
+
+@pytest.mark.parametrize("place", ["fit", "cai", "measure", "prompt", "reward", "ppo"])
+def test_a_rendering_without_end_ends(tokenizer, place):
+    render = renders(tokenizer)[place]
+    render()
+    tokenizer.chat_template = ENDLESS
+    begin = time.monotonic()
+    with pytest.raises(ValueError, match=r"chat template of .*: takes more than 0\.5 s") as raised:
+        render()
+    assert time.monotonic() - begin < 5 and as_refusal(raised.value, None) and "\n" not in str(raised.value)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_many_rows_may_take_longer_than_one(tokenizer, monkeypatch):
+    """The limit is that of one conversation."""
+    monkeypatch.setattr(template, "SECONDS", 0.05)
+    tokenizer.chat_template = "{% for a in range(3000) %}{% endfor %}x"
+    assert data.fit(splits_of(1200), tokenizer, None).report["tokens"]["max"] > 0
+
+
+def test_a_rendering_leaves_timers_and_handlers_as_they_were(tokenizer):
+    seen = []
+    before = signal.signal(signal.SIGALRM, lambda *_: seen.append("alarm"))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        template.render(tokenizer, ANSWER, tokenize=False)
+        assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 0.3
+        time.sleep(0.4)
+        assert seen == ["alarm"]
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_in_another_thread_it_renders_without_a_limit(tokenizer):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(template.render(tokenizer, ANSWER, tokenize=False)))
+    thread.start()
+    thread.join()
+    assert "Hello" in found[0]
+
+
+def test_a_machine_that_is_busy_is_waited_for(tokenizer, monkeypatch):
+    """What counts is the time that this thread computes."""
+    monkeypatch.setattr(template, "SECONDS", 0.1)
+    monkeypatch.setattr(type(tokenizer), "apply_chat_template", lambda *_, **__: time.sleep(0.3) or "done")
+    assert template.render(tokenizer, ANSWER) == "done"

@@ -3,6 +3,8 @@
 import re
 from typing import Any
 
+from rlhf_recipes.data.template import render
+
 TEMPLATE_MARKER = re.compile(r"<\|[\w-]+\|>|</?s>|<(?:start|end)_of_turn>|\[/?INST\]|<</?SYS>>")
 SIDES = ("chosen", "rejected", "completion")
 PASSES = 5
@@ -121,7 +123,7 @@ def _batch_lengths(rows: list[Example], tokenizer) -> list[int | None]:
     sides = [side for side in SIDES if side in rows[0]]
     conversations = [row["prompt"] + row.get(side, []) for row in rows for side in sides or ["prompt alone"]]
     try:
-        texts = tokenizer.apply_chat_template(conversations, tokenize=False)
+        texts = [render(tokenizer, each, tokenize=False) for each in conversations]
     except TemplateError:
         if len(rows) == 1:
             return [None]

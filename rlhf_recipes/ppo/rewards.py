@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rlhf_recipes import config, models, places, run
 from rlhf_recipes.data import neutralise
+from rlhf_recipes.data.template import render
 from rlhf_recipes.ppo.roles import Roles
 
 
@@ -60,7 +61,7 @@ class LearnedReward:
         if plain:
             text = row["prompt"][0]["content"] + row["completion"][0]["content"]
             return [*self.tokenizer(text)["input_ids"], self.tokenizer.eos_token_id]
-        return self.tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=False)
+        return render(self.tokenizer, row["prompt"] + row["completion"], return_dict=False)
 
 
 def load(reference, roles: Roles, tokenizer, reward_tokenizer, args) -> Callable:
