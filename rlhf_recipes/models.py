@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import config, embedded
+from rlhf_recipes import config, embedded, places
 from rlhf_recipes.run import Run, resolve_adapter
 
 if TYPE_CHECKING:
@@ -335,6 +335,12 @@ def _from_hub(model: DictConfig, load, path: str, **kwargs):
         raise ValueError(f"model.path={model.path}: no such folder. Give a folder with a model, or leave it out.")
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise ValueError(f"model.path={path}: no config.json in it, so no model. Give a folder saved by transformers.")
+    if not Path(path).is_dir():
+        if not places.on_hub(path, "model.id", bare=True):
+            raise ValueError(
+                f"model.id={path}: no folder here, and no id of the Hub. Check it; a folder may be given."
+            )
+        places.tell("model", path)
     try:
         if not Path(path).is_dir():
             _ask_hub(path, model.revision)

@@ -734,7 +734,6 @@ def test_a_refusal_imports_no_heavy_library(tmp_path):
 
 def test_what_is_a_hub_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "org").mkdir()
     assert readers.is_hub_id("Anthropic/hh-rlhf") and readers.is_hub_id("org/set-v1.5")
     for path in (
         "data/prefs.jsonl",
@@ -747,7 +746,7 @@ def test_what_is_a_hub_id(tmp_path, monkeypatch):
         "data/prefs.TXT",
     ):
         assert not readers.is_hub_id(path)
-    (tmp_path / "org" / "set").mkdir()
+    (tmp_path / "org" / "set").mkdir(parents=True)
     assert not readers.is_hub_id("org/set")
 
 
@@ -805,6 +804,7 @@ def test_offline_without_a_cache_is_one_line(tmp_path):
         [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
     )
     assert done.stdout == (
+        "data: Anthropic/hh-rlhf, from the Hub\n"
         "data.path=Anthropic/hh-rlhf: no file or folder here, not in the cache, and HF_HUB_OFFLINE=1 bars it."
         " Unset it, or give a local file.\n"
     ), done.stderr

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rlhf_recipes import config, models, run
+from rlhf_recipes import config, models, places, run
 from rlhf_recipes.data import neutralise
+from rlhf_recipes.data.template import render
 from rlhf_recipes.ppo.roles import Roles
 
 
@@ -60,7 +61,7 @@ class LearnedReward:
         if plain:
             text = row["prompt"][0]["content"] + row["completion"][0]["content"]
             return [*self.tokenizer(text)["input_ids"], self.tokenizer.eos_token_id]
-        return self.tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=False)
+        return render(self.tokenizer, row["prompt"] + row["completion"], return_dict=False)
 
 
 def load(reference, roles: Roles, tokenizer, reward_tokenizer, args) -> Callable:
@@ -189,6 +190,10 @@ def _score(score: nn.Module, hidden_BTH: Tensor, last_B: Tensor) -> Tensor:
 def _load_classifier(path: str, args):
     from transformers import AutoModelForSequenceClassification
 
+    if places.on_hub(path, "reward_funcs", bare=True):
+        places.tell("reward model", path)
+    elif not Path(path).is_dir():
+        raise ValueError(f"reward_funcs={path}: no such folder, and no id of the Hub. Check it.")
     try:
         return AutoModelForSequenceClassification.from_pretrained(
             path, num_labels=1, **{"trust_remote_code": False, **(args.model_init_kwargs or {})}
