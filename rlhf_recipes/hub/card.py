@@ -136,7 +136,7 @@ def snippet(source: Source, facts: dict[str, Any]) -> str:
         lines = ["import torch", "from peft import PeftModel"]
         lines += [f"from transformers import {auto}, AutoTokenizer{more}", "", *quantization]
         base = facts["base"]
-        options = [*([f'revision="{base["revision"]}"'] if base["revision"] else []), *options]
+        options = [*([f"revision={json.dumps(base['revision'])}"] if base["revision"] else []), *options]
         options += ["quantization_config=quantization"] if quantization else []
         lines += [f"base = {auto}.from_pretrained(", f"    {json.dumps(base['id'])},"]
         lines += [*(f"    {option}," for option in options), ")", f"{name} = PeftModel.from_pretrained(base, {here})"]
