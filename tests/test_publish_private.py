@@ -252,6 +252,9 @@ TOUCH = {"_target_": "os.system", "command": "touch pwned"}
         (configured("quantization", TOUCH), "run=dpo: quantization in config.yaml names {'_target_': 'os.system',"),
         (configured("quantization", "x"), "run=dpo: quantization in config.yaml names x, which"),
         (configured("quantization._target_", "pwn.Pwned"), "run=dpo: quantization in config.yaml names"),
+        (configured("quantization", {"_target_": "transformers.BitsAndBytesConfig", "x=print(1), y": 1}),
+         "quantization.x=print(1), y: transformers.BitsAndBytesConfig has no such field"),
+        (configured("model.dtype", "float32); print(1"), "model.dtype=float32); print(1: not a torch dtype."),
         (configured("model.attn_implementation", "evil/kernel"), "run=dpo: model.attn_implementation in config"),
         (configured("model.pad_token", "${oc.env:HOME}"), "run=dpo: model.pad_token in config.yaml is not resolved."),
         (configured("data.path", "${oc.env:HOME}"), "run=dpo: data.path in config.yaml is not resolved."),
@@ -281,6 +284,17 @@ def test_a_class_that_conf_does_not_name_is_not_imported(run, publish, monkeypat
     publish("run=dpo", "license=mit", "folder=x")
     assert not (run.parent / "pwned").exists()
     assert f"| `{group}." in (run.parent / "x" / "README.md").read_text()
+
+
+def test_the_snippet_holds_no_code_of_the_run(run, publish):
+    """Readers run it as it stands."""
+    import ast
+
+    configured("model.revision", 'x", trust_remote_code="yes')(run)
+    change(run / "probe.json", lambda found: found.update(dtype="float32, trust_remote_code=True"))
+    publish("run=dpo", "license=mit", "folder=x")
+    code = (run.parent / "x" / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    assert not [word for word in ast.walk(ast.parse(code)) if getattr(word, "arg", "") == "trust_remote_code"]
 
 
 # ---- the fresh process

@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import config, run
+from rlhf_recipes import config, models, run
 from rlhf_recipes.hub import base, card, checks, contents, manifest, merge, proof, upload
 
 PLACEHOLDER = "<user>/<name>"
@@ -164,7 +164,8 @@ def _probe(source: contents.Source) -> dict[str, Any]:
     path, digest = source.dir / contents.PROBE, source.result["adapter_sha256"]
     if path.is_file():
         kept = json.loads(path.read_text())
-        same = {"adapter_sha256": digest, "probes": proof.probes_sha256(), "machine": proof.machine()}
+        dtype = str(models.compute_dtype(OmegaConf.create(source.config["model"]))).removeprefix("torch.")
+        same = {"adapter_sha256": digest, "probes": proof.probes_sha256(), "machine": proof.machine(), "dtype": dtype}
         if {key: kept.get(key) for key in same} == same:
             return kept
     task = proof.task(source.adapter, source.config, reward=source.recipe == "reward")

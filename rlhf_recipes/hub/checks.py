@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes import run
+from omegaconf import OmegaConf
+
+from rlhf_recipes import models, run
 from rlhf_recipes.config import flatten
 from rlhf_recipes.hub import contents, manifest, scan
 from rlhf_recipes.stats import format_estimate
@@ -105,6 +107,8 @@ def _weights(where: str, source: contents.Source) -> None:
             f"{where}: the adapter is for the base {base}, and config.yaml says {source.config['model']['id']}. "
             "Restore the one that was changed."
         )
+    dtype = models.compute_dtype(OmegaConf.create(source.config["model"]))
+    models.build_quantization(OmegaConf.create(source.config["quantization"]), dtype)
     digest = run.adapter_sha256(source.adapter)
     if digest != source.result.get("adapter_sha256"):
         raise ValueError(

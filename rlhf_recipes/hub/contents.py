@@ -35,7 +35,7 @@ CARD, PROBE, PAGE = "README.md", "probe.json", "evaluation.html"
 # Of result.json: rows of the data that a policy was trained on.
 PRIVATE = ("samples",)
 # What a config.yaml must have to be published.
-NEEDED = {"run": ("model.id", "data.path"), "pairs": ("constitution",)}
+NEEDED = {"run": ("model.id", "model.dtype", "data.path"), "pairs": ("constitution",)}
 
 
 @dataclass
