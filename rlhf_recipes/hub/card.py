@@ -99,7 +99,7 @@ def _eval_results(source: Source) -> list:
 
     task = "text-classification" if source.recipe == "reward" else "text-generation"
     data = source.config["data"]
-    name = line(without_folder(data["path"]))
+    name = code(without_folder(data["path"]))
     return [
         EvalResult(
             task_type=task,
