@@ -42,9 +42,15 @@ AROUND = {
     r"[\"']?\s*[:=]\s*[\"']?(?=[A-Za-z+/_.~-]{0,99}[0-9])[A-Za-z0-9+/_.~-]{16,}+(?!\()",
 }
 VALUE = re.compile("|".join([rf"(?<![A-Za-z0-9])(?:{'|'.join(SHAPES.values())})", *AROUND.values()]))
+# In a text without any of these VALUE finds nothing, and they are found far sooner: first a word that is long enough.
+CANDIDATE = re.compile(r"(?<![A-Za-z0-9_.~+/-])[A-Za-z0-9_.~+/-]{15,}|://|PRIVATE KEY|\blogin\s")
+WORD, SIGNS = 15, ("://", "PRIVATE KEY", "login")
+# Characters before and behind a candidate that may belong to the secret: its name, or the rest of a URL.
+BEFORE, BEHIND = 64, 256
 # Parts of a variable's name that say that its value is a secret; a last part that says it only leads to one.
 NAMES = {"TOKEN", "KEY", "APIKEY", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "PAT", "CREDENTIAL", "CREDENTIALS"}
 LEADS_TO_ONE = {"FILE", "PATH", "DIR", "SOCK", "URL", "URI", "ENDPOINT", "NAME", "ENV", "TYPE"}
+TOKEN = "what looks like a token or a key"
 SHORTEST = 8  # characters: what is shorter is a word that happens to stand in such a variable
 LONG = 16  # from here on it is found inside a word, too
 
@@ -65,11 +71,25 @@ def in_environment(environment: Mapping[str, str] | None = None) -> dict[str, st
     return dict(_held(frozenset((name, value.strip()) for name, value in given.items() if names_one(name))))
 
 
-def find(text: str) -> str | None:
-    """What a text holds that must not be shown, in words (never the secret itself); None where it holds nothing."""
-    if VALUE.search(text):
-        return "what looks like a token or a key"
-    for value, name in in_environment().items():
+def search(text: str) -> re.Match | None:
+    """The first match of VALUE, by way of the places where one may be."""
+    if len(max(text.split(), key=len, default="")) < WORD and not any(sign in text for sign in SIGNS):
+        return None
+    for found in CANDIDATE.finditer(text):
+        if match := VALUE.search(text, max(0, found.start() - BEFORE), found.end() + BEHIND):
+            return match
+    return None
+
+
+def find(text: str, held: dict[str, str] | None = None) -> str | None:
+    """What a text holds that must not be shown, in words (never the secret itself); None where it holds nothing.
+
+    Args:
+        held: `in_environment`, for many texts; None: as it is.
+    """
+    if search(text):
+        return TOKEN
+    for value, name in (in_environment() if held is None else held).items():
         if value in text and _shape(value).search(text):
             return f"the value of the environment variable {name}"
     return None
@@ -80,7 +100,7 @@ def redact(text: str) -> str:
     for value in sorted(in_environment(), key=len, reverse=True):
         if value in text:
             text = _shape(value).sub("<secret>", text)
-    return VALUE.sub("<secret>", text)
+    return VALUE.sub("<secret>", text) if search(text) else text
 
 
 @functools.lru_cache(maxsize=8)

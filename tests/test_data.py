@@ -446,6 +446,7 @@ def test_drops_are_counted_with_their_places(tmp_path):
         "context_differs": 0,
         "identical": 1,
         "tie": 0,
+        "secret": 0,
         "duplicate": 1,
         "leakage": 1,
     }
@@ -1013,3 +1014,16 @@ def test_shorter_wins():
         }
 
     assert data.shorter_wins([row("a", "bb"), row("bb", "a"), row("a", "b")]) == [1.0, 0.0, 0.5]
+
+
+def test_a_row_that_holds_a_secret_is_dropped_and_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLINIC_PASSWORD", "correct-horse-battery")
+    rows = [pair(index) for index in range(12)]
+    rows[3]["chosen"] += " hf_" + "abcdefghij" * 3
+    rows[5]["rejected"] += " postgresql://ada:correct-mule@db/x"
+    rows[7]["prompt"] += " correct-horse-battery"
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    splits = data.load_pairs(node("local", f"data.path={path}", "data.test_size=2"))
+    assert splits.report["dropped"]["secret"] == 3 and splits.report["train"] + splits.report["test"] == 9
+    assert splits.report["examples"]["secret"] == ["rows.jsonl:4", "rows.jsonl:6", "rows.jsonl:8"]
+    assert "3 secret" in data.describe(splits.report)

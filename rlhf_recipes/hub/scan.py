@@ -21,10 +21,6 @@ FOLDERS = re.compile(
     r"(?<![\w./])/(?:home|Users|root|tmp|mnt|scratch|workspace)/[\w.@-]+|(?<!\w)[A-Za-z]:\\+Users\\+\w+"
 )
 NOBODY = ("root", "user", "ubuntu", "admin", "runner", "jovyan", "nobody", "app")  # names that tell nothing
-# In a text without any of these `secrets.VALUE` finds nothing; it is far quicker to look for.
-CANDIDATE = re.compile(r"[A-Za-z0-9_.~+/-]{15,}|://|PRIVATE KEY")
-# Characters before and behind a candidate that may belong to the secret: its name, or the rest of a URL.
-BEFORE, BEHIND = 64, 256
 BLOCK = 8  # bytes; whatever is longer than twice this has one of them to itself
 PNG = b"\x89PNG\r\n\x1a\n"
 # What matplotlib writes, and text that is not compressed.
@@ -59,11 +55,9 @@ def files(folder: Path, force: bool, seen: dict[str, str], digests: dict[str, st
 
 
 def secret(text: str, known: dict[str, str]) -> tuple[int, str] | None:
-    """Where, and what `secrets.find` says, given the secrets of the environment; quickly for a long text."""
-    for found in CANDIDATE.finditer(text):
-        match = secrets.VALUE.search(text, max(0, found.start() - BEFORE), found.end() + BEHIND)
-        if match:
-            return match.start(), "what looks like a token or a key"
+    """Where, and what `secrets.find` says, given the secrets of the environment."""
+    if match := secrets.search(text):
+        return match.start(), secrets.TOKEN
     value = next((value for value in known if value in text), None)
     return value and (text.index(value), f"the value of the environment variable {known[value]}")
 
