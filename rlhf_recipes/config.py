@@ -243,6 +243,11 @@ def check(cfg: DictConfig, recipe: str | None = None) -> None:
         raise ValueError(f"publish={str(cfg.publish).lower()}: goes with repo_id=<user/name>. Give both, or none.")
     if cfg.get("publish") and in_sweep():
         raise ValueError("publish=true: not in a sweep. Publish its best job: python recipes/publish.py run=<job>.")
+    if OmegaConf.select(cfg, "trainer.push_to_hub"):
+        raise ValueError(
+            "trainer.push_to_hub=true: would upload every checkpoint as it is. Use publish=true repo_id=<user/name>, "
+            "which proves what it uploads."
+        )
     quantization = OmegaConf.select(cfg, "quantization._target_") or ""
     if quantization.endswith("BitsAndBytesConfig") and not _installed("bitsandbytes"):
         raise ValueError(

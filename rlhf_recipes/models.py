@@ -46,8 +46,15 @@ def check(model: DictConfig, quantization: DictConfig, lora: DictConfig) -> None
     """Refuse what the classes behind `quantization` and `lora` refuse, before anything is fetched or tokenised.
 
     Raises:
-        ValueError: an unknown key, a wrong type, or `model.dtype` is none.
+        ValueError: an unknown key, a wrong type, `model.dtype` is none, or `model.attn_implementation` is code of the
+            Hub.
     """
+    if "/" in (model.attn_implementation or "") and not model.get("trust_remote_code"):
+        raise ValueError(
+            f"model.attn_implementation={model.attn_implementation}: is a kernel on the Hub, code that would be run "
+            "here. Choose sdpa, eager or another of the library's own, or, if you know it, add "
+            "model.trust_remote_code=true."
+        )
     build_quantization(quantization, compute_dtype(model))
     config.build(lora, "lora")
 

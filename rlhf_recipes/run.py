@@ -39,7 +39,7 @@ LIBRARIES = (
     "huggingface_hub",
 )
 # Where a run lies and whether it may continue say nothing about what it computes.
-_NOT_COMPUTED = ("run_name", "resume", "overwrite", "sweep", "preflight")
+_NOT_COMPUTED = ("run_name", "resume", "overwrite", "sweep", "preflight", "allow_target")
 # What an interrupted cai or audit goes on from: the first file or folder of many that it keeps.
 GATE, SCORES = "gate.jsonl", "scores"
 KEPT = {GATE: "what was answered", SCORES: "what was scored"}
@@ -129,13 +129,16 @@ def start(cfg: DictConfig, recipe: str) -> Run:
     return run
 
 
-def hold(run: Run) -> None:
+def hold(run: Run, only: str | None = None) -> None:
     """Refuse a folder that is not this run's to write, and keep others from writing it.
+
+    Args:
+        only: see `run_folder.refuse_foreign`.
 
     Raises:
         ValueError: it holds foreign files, or another process writes it.
     """
-    run_folder.refuse_foreign(run.dir)
+    run_folder.refuse_foreign(run.dir, only)
     if is_first_process():
         run.lock = run_folder.Lock(run.dir)
 
@@ -337,6 +340,11 @@ def resolve_adapter(reference: str) -> Path:
         pickled = (found[0] / "adapter_model.bin").exists()
         what = "adapter_model.bin is a pickle, which can run code" if pickled else "the weights are missing"
         raise ValueError(f"model.adapter={reference}: has no {WEIGHTS}; {what}. Save the adapter as safetensors.")
+    if read_json(found[0] / ADAPTER_CONFIG).get("megatron_config") is not None:
+        raise ValueError(
+            f"model.adapter={reference}: its megatron_config names a module that PEFT would import. Take it out of "
+            f"{ADAPTER_CONFIG}."
+        )
     return found[0]
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 MARK = "rlhf_recipes"
 CONFIG, RESULT, PREFLIGHT = "config.yaml", "result.json", "preflight.json"
+PUBLISHED = "published.json"  # the manifest of what was published into a folder
 CHECKPOINTS = "checkpoints"
 # What recipes write into the folder of a run.
 FILES = (
@@ -107,23 +108,25 @@ def marked(folder: Path) -> str | None:
     return found and found[1]
 
 
-def refuse_foreign(folder: Path, of_runs: str | None = None) -> None:
+def refuse_foreign(folder: Path, only: str | None = None) -> None:
     """Refuse a folder that is no run's and holds something.
 
     Args:
-        of_runs: what has runs in its folder, `sweep` or `pipeline`; None: a run.
+        only: `sweep`, `pipeline` or `publish`, which write beside what is there, in a folder of their own kind alone;
+            in it lie runs, or what was published.
 
     Raises:
         ValueError: names what it holds.
     """
-    where = f"hydra.{'sweep' if of_runs == 'sweep' else 'run'}.dir={folder}"
+    where = f"hydra.{'sweep' if only == 'sweep' else 'run'}.dir={folder}"
     if folder.is_symlink():
         raise ValueError(f"{where}: is a symbolic link. Name the folder that it points to ({folder.resolve()}).")
     recipe = marked(folder)
-    if of_runs and recipe not in (None, of_runs):
+    if only and recipe not in (None, only):
         raise ValueError(f"{where}: is the folder of a run of {recipe}. Choose another run_name.")
     for path in _children(folder) if recipe is None else []:
-        if path.name != PREFLIGHT and not _is_empty(path) and not (of_runs and marked(path)):
+        made_here = only and (marked(path) or (path / PUBLISHED).is_file())
+        if path.name != PREFLIGHT and not _is_empty(path) and not made_here:
             raise ValueError(f"{where}: holds {path.name} and is no run folder. Choose an empty or a new one.")
 
 

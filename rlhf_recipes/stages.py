@@ -72,7 +72,7 @@ def plan(cfg: DictConfig) -> Plan:
             with `overwrite` that of a stage, holds foreign files; another process writes it.
     """
     here = run.relative(Path(cfg.output_dir))
-    run_folder.refuse_foreign(here, of_runs="pipeline")
+    run_folder.refuse_foreign(here, only="pipeline")
     lock = run_folder.Lock(here)
     recipes = {path.stem for path in (config.CONF.parent / "recipes").glob("*.py")} - {"__init__"}
     stages, before = [], _previous_seconds(here)
@@ -92,7 +92,7 @@ def plan(cfg: DictConfig) -> Plan:
             )
         elif result:
             stage.status, stage.seconds = "finished", before.get(entry.name, result["seconds"])
-        if cfg.overwrite:
+        if cfg.overwrite and entry.recipe != "publish":  # it replaces what its manifest lists
             run_folder.refuse_to_replace(stage.dir, run.texts(run.resolved(own)))
         stages.append(stage)
     return Plan(here, stages, lock)

@@ -119,7 +119,7 @@ class Summary(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         here = run.relative(Path(config.hydra.sweep.dir).absolute())
         try:
-            run_folder.refuse_foreign(here, of_runs="sweep")
+            run_folder.refuse_foreign(here, only="sweep")
             self.lock = run_folder.Lock(here)
             if "trainer" in config:
                 check(config.sweep)

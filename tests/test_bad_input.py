@@ -80,6 +80,7 @@ def refuse(run_recipe, site, tmp_path_factory):
         ("dpo", "data.seed=x", "data.seed=x: must be a whole number."),
         ("dpo", "model.revision=[1]", "model.revision=[1]: Cannot convert 'list' to string"),
         ("dpo", "overwrite=perhaps", "overwrite=perhaps: must be true or false."),
+        ("dpo", "trainer.push_to_hub=true", "trainer.push_to_hub=true: would upload every checkpoint as it is."),
         ("dpo", "resume=autp", "resume=autp: not one of auto, never; did you mean 'auto'?"),
         ("dpo", "run_name=null", "run_name=null: must be text."),
         ("dpo", "model=qwen3_0_6", "model=qwen3_0_6: there is no such option; did you mean 'qwen3_0_6b'? Options: "),

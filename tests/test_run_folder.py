@@ -445,3 +445,40 @@ def test_a_row_file_of_pairs_is_an_input(tmp_path):
     inside = write_pairs(folder / "metrics.jsonl")
     with pytest.raises(ValueError, match=r"^a\.b=.*lies in"):
         run_folder.refuse_to_replace(folder, [("x", "a" * 5000), ("y", "nul\0"), ("z", ""), ("a.b", str(inside))])
+
+
+def test_what_was_published_is_not_recorded_in_the_run_itself(refused, tmp_path):
+    folder = finished(tmp_path / "outputs" / "dpo" / "main")
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "result.json").write_text("mine")
+    given = ["run=outputs/dpo/main", "folder=published"]
+    line = refused("publish", *given, "hydra.run.dir=outputs/dpo/main", cwd=tmp_path)
+    assert (
+        line
+        == f"hydra.run.dir={folder.relative_to(tmp_path)}: is the folder of a run of dpo. Choose another run_name."
+    )
+    line = refused("publish", *given, "hydra.run.dir=project", cwd=tmp_path)
+    assert line.startswith("hydra.run.dir=project: holds result.json and is no run folder.")
+
+
+def test_a_publication_that_was_interrupted_goes_on_in_its_folder(tmp_path):
+    """The demo publishes into `files/` of the record's own folder."""
+    (tmp_path / "publish" / "files").mkdir(parents=True)
+    (tmp_path / "publish" / "files" / "published.json").write_text("{}")
+    run_folder.refuse_foreign(tmp_path / "publish", only="publish")
+    with pytest.raises(ValueError, match="holds files and is no run folder"):
+        run_folder.refuse_foreign(tmp_path / "publish")
+
+
+def test_an_adapter_that_names_a_module_is_refused(tmp_path):
+    folder = write_adapter(tmp_path / "foreign")
+    (folder / "adapter" / "adapter_config.json").write_text('{"megatron_config": {}, "megatron_core": "antigravity"}')
+    with pytest.raises(ValueError, match="its megatron_config names a module that PEFT would import"):
+        run.resolve_adapter(str(folder))
+
+
+def test_a_kernel_of_the_hub_is_code(refused, tmp_path, tiny_overrides):
+    line = refused("dpo", *tiny_overrides, "model.attn_implementation=org/kernel", "quantization=none", cwd=tmp_path)
+    assert line.startswith(
+        "model.attn_implementation=org/kernel: is a kernel on the Hub, code that would be run here."
+    )

@@ -105,9 +105,15 @@ def check_ready(cfg: DictConfig, recipe: str) -> None:
 
 
 def start(cfg: DictConfig) -> run.Run:
-    """The run of recipes/publish.py, whose folder takes the record of what was published."""
+    """The run of recipes/publish.py, whose folder takes the record of what was published last.
+
+    Raises:
+        ValueError: the folder is another's, or another process writes it.
+    """
     run.environment()
-    return run.Run(run.relative(Path(cfg.output_dir)), "publish", run.resolved(cfg))
+    job = run.Run(run.relative(Path(cfg.output_dir)), "publish", run.resolved(cfg))
+    run.hold(job, only="publish")
+    return job
 
 
 def record(job: run.Run, cfg: DictConfig, published: dict[str, Any]) -> float | None:
@@ -118,11 +124,10 @@ def record(job: run.Run, cfg: DictConfig, published: dict[str, Any]) -> float | 
     """
     found = published["proof"] or {}
     largest = found.get("largest")
-    job.dir.mkdir(parents=True, exist_ok=True)
     after = {"value": largest, "low": None, "high": None, "n": found.get("n", 0), "clusters": found.get("n", 0)}
     main = {"name": "round_trip_difference", "before": None, "after": after}
     result = run.record(job, main=main, **published)
-    run.write_atomically(job.dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(job.config)))
+    run.write_config(job)
     run.write_result(job, result)
     tell(cfg, published)
     return largest

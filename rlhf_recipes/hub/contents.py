@@ -156,6 +156,10 @@ def _refuse_code(where: str, key: str, config: dict[str, Any]) -> None:
         )
     if "/" in str(model.get("attn_implementation")):  # transformers would fetch a kernel
         raise ValueError(f"{where}: model.attn_implementation in config.yaml is code on the Hub, which is not run.")
+    if model.get("trust_remote_code"):
+        raise ValueError(
+            f"{where}: its model brings code (model.trust_remote_code in config.yaml), which is not run to publish it."
+        )
 
 
 def targets(group: str) -> set[str]:

@@ -11,9 +11,10 @@ import os
 import shutil
 from pathlib import Path
 
+from rlhf_recipes import run_folder
 from rlhf_recipes.hub import contents
 
-MANIFEST, SCRATCH = "published.json", ".published.json.tmp"
+MANIFEST, SCRATCH = run_folder.PUBLISHED, ".published.json.tmp"
 BY = "rlhf-recipes"
 
 
