@@ -12,6 +12,7 @@ Examples:
 import sys
 
 from rlhf_recipes import config, data, run, sweep
+from rlhf_recipes.text import line
 
 
 @config.recipe("evaluate")
@@ -46,10 +47,10 @@ def main(cfg):
     print(f"\n{summary.table(evaluation)}\n")
     for name, system in evaluation["systems"].items():
         if "verdict" in system:
-            print(f"{name}: {system['verdict']['verdict']}. {' '.join(system['verdict']['reasons'])}")
+            print(line(f"{name}: {system['verdict']['verdict']}. {' '.join(system['verdict']['reasons'])}"))
     for said in evaluation.get("checkpoints", {}).get("says", []):
-        print(said)
-    print(f"  page  {job.dir / 'report.html'}", flush=True)
+        print(line(said))
+    print(f"  page  {line(job.dir / 'report.html')}", flush=True)
     code = cfg.exit_codes[evaluation["verdict"]]
     return sys.exit(code) if code else None
 

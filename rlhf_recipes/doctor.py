@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf_recipes import stats
+from rlhf_recipes import stats, text
 
 HEALTHY, WATCH, BROKEN = LEVELS = ("healthy", "watch", "broken")
 POLICIES = ("dpo", "orpo", "simpo")  # policies trained on pairs
@@ -506,7 +506,7 @@ def examine(record: Record) -> dict:
 def line(finding: dict) -> str:
     """One line: what, how bad, since when, what was seen, what it means, what changes it."""
     name = finding["rule"].replace("_", " ")
-    return (
+    return text.line(
         f"{finding['level']}: {name} (step {finding['step']}): {finding['saw']}; {finding['means']}. "
         f"To change it: {finding['change']}"
     )

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from rlhf_recipes import doctor
 from rlhf_recipes.doctor import Record
-from rlhf_recipes.drawing import COLOURS, INK, PARENT_COLOUR
+from rlhf_recipes.drawing import COLOURS, INK, PARENT_COLOUR, clip
 
 COLUMNS = 3
+TITLE = 100  # characters
 REACH = 3  # a limit further from the curve than this many times its range is out of sight
 HEALTHY = "#2e9b73"
 LEVELS = {doctor.WATCH: "#c9731a", doctor.BROKEN: "#b03a48"}
@@ -46,7 +47,7 @@ def plot(record: Record, findings: list[dict], path: str | Path, title: str) -> 
     rows = max(1, math.ceil(len(shown) / COLUMNS))
     with rc_context({"font.size": 8, "axes.titlesize": 9, "text.parse_math": False}):
         figure = Figure(figsize=(9, 0.7 + 1.9 * rows), dpi=100, layout="constrained")
-        figure.suptitle(title, fontsize=11)
+        figure.suptitle(clip(title, TITLE), fontsize=11)
         for index, panel in enumerate(shown):
             axes = figure.add_subplot(rows, COLUMNS, index + 1)
             _draw(axes, panel)

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from rlhf_recipes.stats import format_number
+from rlhf_recipes.text import line, shown
 
 INK = "#010203"  # replaced by currentColor in the SVG
 PARENT_COLOUR = "#7d858c"
@@ -16,12 +17,15 @@ MARKERS = "Ds^vPX"
 
 
 def write(template: Path, path: str | Path, **values) -> None:
-    """Render a Jinja template, which may include `style.css`, to an HTML file; every value is escaped."""
+    """Render a Jinja template, which may include `style.css`, to an HTML file; every value is escaped, and control
+    characters in it are shown as what they are."""
     import jinja2
+    from markupsafe import Markup
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([template.parent, Path(__file__).parent]),
         autoescape=True,
+        finalize=lambda value: value if isinstance(value, Markup) else shown(value),
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -48,9 +52,12 @@ def name_rows(axes, names: list[str]) -> None:
     axes.tick_params(axis="y", length=0)
 
 
-def clip(name: str, width: int = 20) -> str:
-    """A name short enough for the margin."""
-    return name if len(name) <= width else name[: width - 1] + "…"
+def clip(name: object, width: int = 20) -> str:
+    """A name for a plot: one line that is short enough for the margin, and not with the underscore that hides a label
+    from its legend."""
+    plain = " ".join(line(name).split()) or "–"
+    plain = f"\u2060{plain}" if plain.startswith("_") else plain
+    return plain if len(plain) <= width else plain[: width - 1] + "…"
 
 
 def figure(caption: str, alt: str, draw, height: float, name: str | None = None) -> dict:
@@ -67,7 +74,7 @@ def figure(caption: str, alt: str, draw, height: float, name: str | None = None)
     from matplotlib.figure import Figure
 
     style = {
-        "svg.fonttype": "none", "svg.hashsalt": name or caption, "text.parse_math": False,
+        "svg.fonttype": "none", "svg.hashsalt": line(name or caption), "text.parse_math": False,
         "font.size": 9, "text.color": INK,
         "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.linewidth": 0.7,
     }  # fmt: skip

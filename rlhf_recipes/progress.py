@@ -5,6 +5,8 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 
+from rlhf_recipes import text
+
 LOG_SECONDS = 10
 
 
@@ -33,7 +35,7 @@ class Line:
         pace = (moment - self.begin) / max(done - self.first, 1)
         left = time.strftime("%H:%M:%S", time.gmtime(pace * (self.total - done)))
         parts = [f"{self.prefix} {done}/{self.total}", note, f"{pace:.2f} s each", f"ETA {left}"]
-        line = " · ".join(part for part in parts if part)
+        line = text.line(" · ".join(part for part in parts if part))
         print(f"\r\033[K{line}" if self.terminal else line, end="\n" if last or not self.terminal else "",
               file=sys.stderr, flush=True)  # fmt: skip
 

@@ -475,21 +475,23 @@ def _refuse_other_trainer(config: dict, recipe: str) -> None:
 def _print_summary(run: Run, result: dict) -> None:
     from rlhf_recipes import doctor
     from rlhf_recipes.stats import format_estimate
+    from rlhf_recipes.text import line
 
-    main = result["main"]
+    main, where = result["main"], line(run.dir)
     peak = ", ".join(f"{gib} GiB {where}" for where, gib in result["peak_memory_gib"].items())
     print(f"\n{run.recipe} finished in {result['seconds']:.0f} s, peak {peak}.")
-    print(f"  {main['name'].replace('_', ' ')}: {format_estimate(main['before'])} -> {format_estimate(main['after'])}")
+    name, before, after = line(main["name"].replace("_", " ")), main["before"], main["after"]
+    print(f"  {name}: {format_estimate(before)} -> {format_estimate(after)}")
     if result.get("stopped"):
-        print(f"  stopped   {result['stopped']}")
+        print(f"  stopped   {line(result['stopped'])}")
     if result.get("doctor"):
         findings = [doctor.line(finding) for finding in result["doctor"]["findings"]]
         print("\n".join(f"  doctor    {said}" for said in findings or [result["doctor"]["verdict"]]))
     for sample in result.get("samples", []):
-        said = textwrap.shorten(sample["completion"], 80, placeholder=" …")
+        said = textwrap.shorten(line(sample["completion"]), 80, placeholder=" …")
         print(f"  sample    {sample['reward']:+.3f}  {said or '(empty)'}")
-    print(f"  adapter   {run.adapter}\n  curves    {run.dir / 'curves.png'}\n  result    {run.dir / 'result.json'}")
-    print(f"  next      {next_command(run)}", flush=True)
+    print(f"  adapter   {where}/adapter\n  curves    {where}/curves.png\n  result    {where}/result.json")
+    print(f"  next      {line(next_command(run))}", flush=True)
 
 
 def next_command(run: Run) -> str:

@@ -206,6 +206,7 @@ def _previous_seconds(here: Path) -> dict[str, float]:
 
 def _table(results: list[tuple[Stage, dict | None]]) -> str:
     from rlhf_recipes.stats import format_estimate
+    from rlhf_recipes.text import line
 
     rows = [["stage", "metric", "before", "after", "n", "seconds", "peak GiB"]]
     for stage, result in results:
@@ -215,7 +216,7 @@ def _table(results: list[tuple[Stage, dict | None]]) -> str:
         main = result["main"]
         peak = "/".join(f"{gib:.1f}" for gib in result["peak_memory_gib"].values())
         estimates = [format_estimate(main[when]) if main[when] else "" for when in ("before", "after")]
-        name, n = main["name"].replace("_", " "), str(main["after"]["n"])
+        name, n = line(main["name"].replace("_", " ")), line(main["after"]["n"])
         rows.append([stage.name, name, *estimates, n, f"{stage.seconds:.0f}", peak])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -224,14 +225,16 @@ def _table(results: list[tuple[Stage, dict | None]]) -> str:
 
 def _side_by_side(evaluation: dict) -> str:
     """The first prompts of different families, not the best ones, as the parent and the last system answer them."""
+    from rlhf_recipes.text import line
+
     parent, tuned = evaluation["parent"], evaluation["recommended"]
     by_family = {answer["family"]: answer for answer in reversed(evaluation["answers"])}
     column = WIDTH // 2 - 2
     lines = []
     for answer in list(by_family.values())[:SHOWN_ANSWERS]:
-        lines += textwrap.wrap(f"▶ {answer['prompt']}", WIDTH, max_lines=3, placeholder=" …")
-        lines.append(f"{parent:<{column}}  │ {tuned}")
-        texts = [answer["systems"][name]["text"] for name in (parent, tuned)]
+        lines += textwrap.wrap(f"▶ {line(answer['prompt'])}", WIDTH, max_lines=3, placeholder=" …")
+        lines.append(f"{line(parent):<{column}}  │ {line(tuned)}")
+        texts = [line(answer["systems"][name]["text"]) for name in (parent, tuned)]
         left, right = (textwrap.wrap(text, column, max_lines=8, placeholder=" …") or ["(empty)"] for text in texts)
         for i in range(max(len(left), len(right))):
             a, b = (side[i] if i < len(side) else "" for side in (left, right))

@@ -28,6 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import config, doctor, memory, preflight, run, run_folder
 from rlhf_recipes.secrets import redact
+from rlhf_recipes.text import cell
 
 ROWS = "rows"
 DIFFERENT = "the jobs have different models or data"
@@ -231,6 +232,7 @@ def describe(table: dict, out: Path) -> str:
     """The table as a terminal shows it, the best job, and what lies where."""
     from rlhf_recipes.evaluation.definitions import METRICS as DEFINED
     from rlhf_recipes.stats import format_estimate
+    from rlhf_recipes.text import line
 
     objective = DEFINED.get(table["objective"], [table["objective"].replace("_", " ")])[0].lower()
     lines = [["job", objective, "KL, nats", "length", "s", "GiB", "doctor", ""]]
@@ -245,21 +247,23 @@ def describe(table: dict, out: Path) -> str:
              format_estimate(m["length_ratio"], digits=2), f"{row.get('seconds') or row['seconds_in_all']:.0f}",
              peak, row.get("doctor") or "", reason or note]
         )  # fmt: skip
+    lines = [[line(each) for each in row] for row in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in lines]
+    text = ["  ".join(each.ljust(width) for each, width in zip(row, widths, strict=True)).rstrip() for row in lines]
     finished = [row for row in table["rows"] if row["status"] == "finished"]
-    files = f"  table     {out / 'sweep.csv'}"
+    where = line(out)
+    files = f"  table     {where}/sweep.csv"
     if table["drawn"]:
-        files += f"\n  frontier  {out / 'frontier.png'}\n  page      {out / 'report.html'}"
+        files += f"\n  frontier  {where}/frontier.png\n  page      {where}/report.html"
     said = f"{len(finished)} of {len(table['rows'])} jobs finished."
     if table["best"]:
         said += f" Best by {objective}: {table['best']}"
         said += f"; not told apart from it: {', '.join(table['equal'])}." if table["equal"] else "."
         best = next(row for row in table["rows"] if name(row) == table["best"])
-        files += f"\n  next      {_next(best, out)}"
+        files += f"\n  next      {line(_next(best, out))}"
     elif finished:
         said += f" None is named the best: {table['why_none']}."
-    return "\n".join(["", text[0], "─" * min(max(map(len, text)), 110), *text[1:], "", said, files])
+    return "\n".join(["", text[0], "─" * min(max(map(len, text)), 110), *text[1:], "", line(said), files])
 
 
 def _next(best: dict, out: Path) -> str:
@@ -374,7 +378,7 @@ def _csv(rows: list[dict]) -> str:
               "adapter_sha256", "reason"]  # fmt: skip
     text = io.StringIO()
     writer = csv.DictWriter(text, fields, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
+    writer.writerow({field: cell(field) for field in fields})
     for row in rows:
         numbers = {
             f"{metric}{part}": e[key]
@@ -383,7 +387,8 @@ def _csv(rows: list[dict]) -> str:
             for part, key in (("", "value"), ("_low", "low"), ("_high", "high"), ("_n", "n"))
         }
         reason = row.get("reason") or row.get("stopped")
-        writer.writerow({**dict(_overrides(row)), **row, **numbers, "sweep": row["folder"], "reason": reason})
+        cells = {**dict(_overrides(row)), **row, **numbers, "sweep": row["folder"], "reason": reason}
+        writer.writerow({field: cell(value) for field, value in cells.items()})
     return text.getvalue()
 
 

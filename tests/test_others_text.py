@@ -289,3 +289,271 @@ def test_a_data_set_s_card():
     older = pairs_of("s")
     older["funnel"].pop("neutralised")
     assert "chat token" in made[1] and "chat token" not in report.card(older)
+
+
+# ---- the terminal: what is printed of a hostile text is what is printed of `text.line` of it
+
+PRINTED = "x\x1b]0;pwned\x07\x1b]52;c;cm0=\x07\x1b[2J\x9b1m\r\nerror: all is well\u2028\u202elive \ud800_$y$\b"
+
+
+def assert_printed(make):
+    """make(said): what is printed about a text."""
+    import re
+
+    from rlhf_recipes import text
+
+    plain = text.line(PRINTED)
+    printed = make(PRINTED)
+    assert printed == make(plain)
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u202a-\u202e\ud800-\udfff]", printed)
+    assert "pwned" in printed and "\nerror" not in printed
+
+
+def test_the_lines_about_the_data():
+    from rlhf_recipes import data
+
+    def make(said):
+        report = {"source": said, "train": 1, "test": 1, "rows": 2, "dropped": {"empty": 1}, "split": said}
+        return data.describe(report | {"capped": {"train": 0, "test": 0}})
+
+    assert_printed(make)
+
+
+def test_preflight():
+    from types import SimpleNamespace
+
+    from rlhf_recipes.preflight import page
+
+    def make(said):
+        model = {"id": said, "download_gib": 0}
+        seen = {"name": said, "recipe": "dpo", "settings": {said: said}, "model": model, "memory": None, "step": None}
+        example = {"text": said.replace("\r\n", " ").replace("\u2028", " "), "ends": ESTIMATE, "eos": [said]}
+        tokens = {"p50": 1, "p95": 1, "max": 1, "train": 1}
+        rows = {"source": said, "train": 1, "test": 1, "split": said, "tokens": tokens, "max_length": 9,
+                "over_length": {"rows": 0, "of": 1, "fate": said}, "duplicate": 0, "leakage": 0, "near_duplicates": 0,
+                "neutralised": {"rows": 0, "occurrences": 0}}  # fmt: skip
+        seen |= {"example": example, "rows": rows, "watch": [said], "stops": [said]}
+        report = {"disk": {"need_gib": 1, "free_gib": 2, "stops": []}, "jobs": [seen]}
+        jobs = [SimpleNamespace(name=said, recipe="dpo")]
+        return "\n".join([page.head(jobs), page.describe(seen, []), page.summary(report)])
+
+    assert_printed(make)
+
+
+def test_an_example_of_preflight_keeps_its_lines():
+    from rlhf_recipes.preflight import page
+
+    rows = page._example({"text": "one\r\ntwo\x1b[2J\n  STOP     three", "ends": None, "eos": []}, "dpo")
+    assert rows[1:] == ["           │ one", "           │ two␛[2J", "           │   STOP     three"]
+
+
+def test_the_summary_of_an_audit(tmp_path):
+    from types import SimpleNamespace
+
+    from rlhf_recipes.audit import report
+
+    def make(said):
+        gate = {"title": said, "name": said, "unit": "%", "state": "fail", **ESTIMATE}
+        audit = {"verdict": {"gates": [gate], "headline": said, "counts": {"fail": 1}}, "counts": {"reward models": 1}}
+        return report.describe(SimpleNamespace(dir=tmp_path / said[:3], seconds=lambda: 1.0), audit, True)
+
+    assert_printed(make)
+
+
+def hostile_measurements(said):
+    from test_evaluation_summary import fake
+
+    measured = fake(prompts=12, pairs=24, skill={"base": 0.2, f"{said} 1": 0.8})
+    for row in measured["pairs"] + measured["answers"] + measured["reward_models"]["reward"]:
+        row["family"] = f"{said} {row['family'][0]}"
+    for row in measured["answers"]:
+        row["prompt"] = said
+        row["systems"][f"{said} 1"]["text"] = said
+    measured["reward_models"] = {said: measured["reward_models"]["reward"]}
+    measured["settings"] = {said: {said: said}}
+    values = {name: [1.0, 0.0, 1.0] for name in measured["systems"]}
+    measured["tasks"] = {said: {"metric": said, "ids": ["a", "b", "c"], "values": values}}
+    return measured
+
+
+def test_the_table_of_an_evaluation():
+    from rlhf_recipes.evaluation import summary
+
+    assert_printed(lambda said: summary.table(summary.summarise(hostile_measurements(said))))
+
+
+def test_the_summary_of_a_pipeline(tmp_path):
+    from types import SimpleNamespace
+
+    from rlhf_recipes import stages
+
+    def make(said):
+        answers = [{"family": said, "prompt": said, "systems": {said: {"text": said}, "b": {"text": said}}}]
+        evaluation = {"parent": said, "recommended": "b", "answers": answers}
+        result = {"main": {"name": said, "before": ESTIMATE, "after": ESTIMATE}, "peak_memory_gib": {said: 1.0}}
+        table = stages._table([(SimpleNamespace(name="sft", seconds=1.0), result)])
+        return f"{table}\n{stages._side_by_side(evaluation)}"
+
+    assert_printed(make)
+
+
+def sweep_row(said):
+    metrics = dict.fromkeys(("reward", "kl_k1", "length_ratio"), ESTIMATE)
+    row = {
+        "job": said,
+        "overrides": [f"trainer.run_name={said}", f"+{said}==1"],
+        "status": "finished",
+        "metrics": metrics,
+    }
+    return row | {"recipe": "dpo", "folder": said, "seconds": 1.0, "value": 0.6, "doctor": said}
+
+
+def test_the_summary_of_a_sweep(tmp_path):
+    from rlhf_recipes import sweep
+
+    def make(said):
+        table = {"rows": [sweep_row(said), sweep_row("b")], "objective": "reward", "best": said, "equal": [said]}
+        return sweep.describe(table | {"drawn": True}, tmp_path)
+
+    assert_printed(make)
+
+
+@pytest.mark.parametrize("said", [PRINTED, "=HYPERLINK(1)", "+1+1", "-1+cmd|' /C calc'!A0", "@SUM(A1)", "\t=1"])
+def test_a_table_for_spreadsheets_has_no_formula(said):
+    import csv
+    import io
+
+    from rlhf_recipes import sweep
+
+    text = sweep._csv([sweep_row(said), sweep_row("b")])
+    rows = list(csv.reader(io.StringIO(text)))
+    for cell in (cell for row in rows for cell in row):
+        assert not cell.lstrip().startswith(("=", "+", "-", "@")), cell
+    assert len(text.splitlines()) == len(rows) == 3 and "\x1b" not in text
+    assert "0.6" in rows[1] and rows[1][0] == rows[1][1]
+
+
+def test_the_summary_of_a_run(capsys, tmp_path):
+    from rlhf_recipes import run
+
+    def make(said):
+        job = run.Run(tmp_path / said[:4], "ppo", {})
+        result = {"main": {"name": said, "before": ESTIMATE, "after": ESTIMATE}, "peak_memory_gib": {}, "seconds": 1.0}
+        result |= {"stopped": said, "samples": [{"completion": said, "reward": 1.0}]}
+        finding = dict.fromkeys(("level", "rule", "step", "saw", "means", "change"), said)
+        run._print_summary(job, result | {"doctor": {"verdict": said, "findings": [finding]}})
+        return capsys.readouterr().out
+
+    assert_printed(make)
+
+
+def test_the_progress_line(capsys, monkeypatch):
+    from rlhf_recipes import progress
+
+    def make(said):
+        monkeypatch.setenv("RLHF_RECIPES_STAGE", said.replace("\x00", ""))
+        progress.Line(said, 1).update(1, said)
+        return capsys.readouterr().err.partition("s each")[0].rpartition("·")[0]
+
+    monkeypatch.setattr(progress.os, "environ", {**progress.os.environ})
+    assert_printed(make)
+
+
+def test_the_line_about_reward_models(capsys):
+    from rlhf_recipes.ppo import rewards
+
+    def make(said):
+        rewards.scales([rewards.LearnedReward(said, None, None, None)], "min")
+        return capsys.readouterr().out
+
+    assert_printed(make)
+
+
+def test_a_server_s_refusal():
+    """What an endpoint says of a request comes as one line in which nothing acts."""
+    pytest.importorskip("openai")
+    import threading
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    from rlhf_recipes import config, text
+    from rlhf_recipes.cai.backend import Request
+    from rlhf_recipes.cai.server import Server
+
+    class Endpoint(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = PRINTED.encode("utf-8", "replace")
+            self.send_response(422)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    endpoint = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
+    threading.Thread(target=endpoint.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{endpoint.server_port}/v1"
+    backend = Server(base_url=url, model="m", api_key_env=None, concurrency=1, timeout=5.0, max_attempts=1)
+    try:
+        with pytest.raises(ValueError) as caught:
+            list(backend.answer([Request("p", "s", [{"role": "user", "content": "Hi"}], max_new_tokens=2)], (), "w"))
+    finally:
+        endpoint.shutdown()
+        endpoint.server_close()
+    printed = text.line(config.as_refusal(caught.value, "cai"))
+    assert "422" in printed and "pwned" in printed and "all is well" in printed
+    assert len(printed.splitlines()) == 1 and "\x1b" not in printed and "\u202e" not in printed
+
+
+# ---- pages and pictures
+
+
+def test_the_page_of_an_evaluation(tmp_path):
+    import re
+
+    from rlhf_recipes.evaluation import page, summary
+
+    for said in (HOSTILE, "_", "$\\frac{$", '"><script>alert(1)</script>'):
+        page.write_page(summary.summarise(hostile_measurements(said)), tmp_path / "report.html")
+        html = (tmp_path / "report.html").read_text(encoding="utf-8")
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\ud800-\udfff]", html)
+        assert "<img" not in html and "<script" not in html and "<b>" not in html
+        assert not re.search(r'<[^<>]*"[^<>]*"?>\s*alert', html)
+    assert "&lt;script&gt;" in html and 'aria-label="Preference accuracy.' in html
+
+
+def test_the_page_of_an_audit(tmp_path):
+    import re
+
+    from test_audit_page import audit, curve, dots, example, examples, figure, lines, section, share, table
+
+    from rlhf_recipes.audit import page
+
+    part = section(
+        HOSTILE, HOSTILE, HOSTILE, figures=[figure("a", HOSTILE, share(0.6, 50), unit=HOSTILE, says=HOSTILE)],
+        tables=[table(HOSTILE, [HOSTILE], [[HOSTILE]], HOSTILE)], notes=[HOSTILE],
+        plots=[dots(HOSTILE, [(HOSTILE, share(0.5, 9))], HOSTILE, (HOSTILE, 0.5)),
+               lines(HOSTILE, HOSTILE, HOSTILE, [curve(HOSTILE, [0, 1], [0, 1])], [(HOSTILE, 0.5)])],
+        examples=[examples(HOSTILE, [example(HOSTILE, [(HOSTILE, HOSTILE)], HOSTILE)])],
+    )  # fmt: skip
+    page.write_page(audit([part]) | {"title": HOSTILE, "subject": {HOSTILE: HOSTILE}}, tmp_path / "report.html")
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\ud800-\udfff]", html)
+    assert "<img" not in html and "<b>" not in html and "pwned" in html
+
+
+@pytest.mark.parametrize("said", [HOSTILE, "$\\frac{$", "_", "a$b$c^{", ""])
+def test_pictures_draw_any_name(said, tmp_path):
+    from types import SimpleNamespace
+
+    from rlhf_recipes import doctor_page
+    from rlhf_recipes.doctor import Record
+    from rlhf_recipes.evaluation import frontier, page
+
+    page.plot_curves([{"step": 1, "loss": 1.0}], tmp_path / "curves.png", said)
+    args = SimpleNamespace(beta=0.1, kl_target=1.0)
+    doctor_page.plot(Record("sft", [{"step": 1, "loss": 1.0}], args, 1), [], tmp_path / "doctor.png", said)
+    rows = [sweep_row(said) | {"system": said, "recipe": said}, sweep_row("b") | {"system": "b"}]
+    frontier.plot(rows, "reward", said, tmp_path / "frontier.png")
+    for name in ("curves", "doctor", "frontier"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 1000

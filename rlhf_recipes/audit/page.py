@@ -35,19 +35,19 @@ def write_page(audit: dict, path: str | Path) -> None:
     write(
         Path(__file__).with_name("page.html.jinja"),
         path,
-        title=_text(audit["title"]),
-        subject=[(_text(name), _text(value)) for name, value in audit["subject"].items()],
-        counts=[(_text(name), _cell(value)) for name, value in audit["counts"].items()],
+        title=audit["title"],
+        subject=audit["subject"].items(),
+        counts=[(name, _cell(value)) for name, value in audit["counts"].items()],
         verdict=audit["verdict"],
         verdict_symbol=VERDICTS[audit["verdict"]["verdict"]],
         verdict_class=CLASSES[audit["verdict"]["verdict"]],
-        paragraphs=[_led(_bound(_text(part))) for part in audit["paragraph"].split("\n\n") if part.strip()],
+        paragraphs=[_led(_bound(part)) for part in audit["paragraph"].split("\n\n") if part.strip()],
         gates=[_gate(gate, audit["sections"]) for gate in audit["verdict"]["gates"]],
         sections=[_section(section, states) for section in audit["sections"]],
         label_next=[
             {key: _clipped(row.get(key), 300) for key in ("prompt", "family", "why")} for row in audit["label_next"]
         ],
-        settings=[(_text(name), _setting(value)) for name, value in audit["settings"].items()],
+        settings=[(name, _setting(value)) for name, value in audit["settings"].items()],
     )
 
 
@@ -87,7 +87,7 @@ def _gate(gate: dict, sections: list[dict]) -> dict:
         "asked": asked(gate),
         "source": gate["source"],
         "mark": _mark(gate["state"]),
-        "action": _text(action),
+        "action": action,
         "strip": _strip(gate),
         "link": _id(gate["section"]) if any(s["key"] == gate["section"] for s in sections) else None,
     }
@@ -119,19 +119,19 @@ def _section(section: dict, states: dict) -> dict:
     grids = [_grid(plot) for plot in section["plots"] if plot["kind"] == "grid"]
     return {
         "id": _id(section["key"]),
-        "title": _text(section["title"]),
-        "question": _text(section["question"]),
-        "skipped": _text(section.get("skipped", "")),
+        "title": section["title"],
+        "question": section["question"],
+        "skipped": section.get("skipped", ""),
         "mark": _mark(min(found, key=STATES.index)) if found else None,
         "figures": [_figure(f, states.get((section["key"], f["key"]))) for f in measured],
-        "unmeasured": [_text(f["title"]) for f in section["figures"] if f not in measured],
+        "unmeasured": [f["title"] for f in section["figures"] if f not in measured],
         "plots": [
             drawn for i, plot in enumerate(section["plots"]) if (drawn := _plot(plot, f"{_id(section['key'])}-{i}"))
         ],
         "grids": [grid for grid in grids if grid],
         "tables": [_table(table) for table in section["tables"]],
         "examples": [_examples(group) for group in section["examples"] if group["rows"]],
-        "notes": [_text(note) for note in section["notes"]],
+        "notes": section["notes"],
     }
 
 
@@ -140,14 +140,14 @@ def _figure(f: dict, state: str | None) -> dict:
     value, _, interval = _estimate(e, f["unit"] == "%").partition(" [")
     baseline = f["baseline"]
     return {
-        "title": _text(f["title"]),
+        "title": f["title"],
         "better": f"{f['better']} is better" if f["better"] else "",
-        "value": value if f["unit"] in ("", "%") else f"{value} {_text(f['unit'])}",
+        "value": value if f["unit"] in ("", "%") else f"{value} {f['unit']}",
         "interval": interval and f"[{interval}",
         "n": _cell(e["n"]),
         "clusters": _cell(e["clusters"]) if e["clusters"] != e["n"] else "",
-        "baseline": baseline and {"name": _text(baseline["name"]), "value": _baseline(baseline["value"], f["unit"])},
-        "says": _text(f["says"]),
+        "baseline": baseline and {"name": baseline["name"], "value": _baseline(baseline["value"], f["unit"])},
+        "says": f["says"],
         "mark": _mark(state) if state else None,
     }
 
@@ -201,14 +201,8 @@ def _setting(value) -> str:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else _cell(value)
 
 
-def _text(value) -> str:
-    """As text that HTML may hold: control characters are shown as what they are, lone surrogates as unknown."""
-    plain = str(value).encode("utf-8", "replace").decode("utf-8")
-    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", lambda m: chr(0x2400 + ord(m[0]) % 0x80), plain)
-
-
 def _clipped(value, width: int = SHOWN_CHARACTERS) -> str:
-    text = _text("" if value is None else value)
+    text = "" if value is None else str(value)
     more = len(text) - width
     return text if more <= 0 else f"{text[:width]}… ({more:,} more characters)"
 
@@ -220,10 +214,10 @@ def _id(key: str) -> str:
 def _table(table: dict) -> dict:
     rows = table["rows"]
     return {
-        "caption": _text(table["caption"]),
+        "caption": table["caption"],
         "columns": [_cell(column) for column in table["columns"]],
         "rows": [[_table_cell(cell) for cell in row] for row in rows[:SHOWN_ROWS]],
-        "note": _text(table["note"]),
+        "note": table["note"],
         "more": f"The first {SHOWN_ROWS} of {len(rows):,} rows." if len(rows) > SHOWN_ROWS else "",
     }
 
@@ -238,7 +232,7 @@ def _table_cell(cell) -> dict:
 def _examples(group: dict) -> dict:
     rows = group["rows"]
     return {
-        "caption": _text(group["caption"]),
+        "caption": group["caption"],
         "more": f"The first {SHOWN_EXAMPLES} of {len(rows):,}." if len(rows) > SHOWN_EXAMPLES else "",
         "rows": [
             {
@@ -267,7 +261,7 @@ def _grid(plot: dict) -> dict | None:
     )
     if len(plot["rows"]) > SHOWN_ROWS:
         said += f" The first {SHOWN_ROWS} of {len(plot['rows']):,} rows."
-    return {"caption": _text(plot["caption"]), "columns": [_clipped(c, 80) for c in plot["columns"]], "rows": rows,
+    return {"caption": plot["caption"], "columns": [_clipped(c, 80) for c in plot["columns"]], "rows": rows,
             "says": said}  # fmt: skip
 
 
@@ -283,13 +277,13 @@ def _plot(plot: dict, name: str) -> dict | None:
 
 def _dots(plot: dict, name: str) -> dict | None:
     rows = [row for row in plot["rows"] if row["estimate"] and _finite(row["estimate"]["value"])]
-    caption = _text(plot["caption"])
+    caption = plot["caption"]
     if not rows:
         return None
     if len(rows) > DRAWN_ROWS:
         caption += f" (the first {DRAWN_ROWS} of {len(rows)})"
         rows = rows[:DRAWN_ROWS]
-    names = [_folded(f"{_name(row['name'], 48)} ({row['estimate']['n']:,})") for row in rows]
+    names = [_folded(f"{clip(row['name'], 48)} ({row['estimate']['n']:,})") for row in rows]
     line = plot["line"] if plot["line"] and _finite(plot["line"][1]) else None
 
     def draw(axes):
@@ -297,17 +291,15 @@ def _dots(plot: dict, name: str) -> dict | None:
             dot(axes, _drawable(row["estimate"]), y, COLOURS[0], "o", size=5)
         name_rows(axes, names)
         if line:
-            axes.axvline(100 * line[1], color=INK, linewidth=0.9, linestyle="--", label=_name(line[0], LEGEND))
+            axes.axvline(100 * line[1], color=INK, linewidth=0.9, linestyle="--", label=clip(line[0], LEGEND))
             _legend(axes)
         axes.margins(x=0.06)
-        xlabel = _name(plot["xlabel"], 70)
+        xlabel = clip(plot["xlabel"], 70)
         axes.set_xlabel(xlabel if "%" in xlabel else f"{xlabel}, %", loc="right")
 
-    said = "; ".join(
-        f"{_text(row['name'])} {_estimate(row['estimate'], True)}, n {row['estimate']['n']}" for row in rows
-    )
+    said = "; ".join(f"{row['name']} {_estimate(row['estimate'], True)}, n {row['estimate']['n']}" for row in rows)
     if line:
-        said += f". Dashed line: {_text(line[0])} {_baseline(line[1], '%')}"
+        said += f". Dashed line: {line[0]} {_baseline(line[1], '%')}"
     return figure(
         caption,
         f"{caption}. {said}.",
@@ -330,7 +322,7 @@ def _drawable(e: dict) -> dict:
 def _lines(plot: dict, name: str) -> dict | None:
     series = [cleaned for curve in plot["series"] if (cleaned := _clean(curve))["x"]]
     marks = [mark for mark in plot["marks"] if _finite(mark[1])]
-    caption = _text(plot["caption"])
+    caption = plot["caption"]
     if not series:
         return None
     columns = 1 if any(len(name) > LEGEND / 2 for name in [c["name"] for c in series] + [m[0] for m in marks]) else 2
@@ -343,17 +335,17 @@ def _lines(plot: dict, name: str) -> dict | None:
             if curve["low"]:
                 axes.fill_between(curve["x"], curve["low"], curve["high"], color=colour, alpha=0.18, linewidth=0)
             axes.plot(curve["x"], curve["y"], color=colour, linewidth=1.5, markersize=4.5,
-                      label=_name(curve["name"], LEGEND), **style)  # fmt: skip
+                      label=clip(curve["name"], LEGEND), **style)  # fmt: skip
         for i, (mark, x) in enumerate(marks):
             axes.axvline(x, color=INK, linewidth=1, linestyle=(0, ((1, 2), (5, 2, 1, 2), (7, 3))[i % 3]),
-                         label=_name(mark, LEGEND))  # fmt: skip
-        axes.set_xlabel(_name(plot["xlabel"], 60))
-        axes.set_ylabel(_name(plot["ylabel"], 36))
+                         label=clip(mark, LEGEND))  # fmt: skip
+        axes.set_xlabel(clip(plot["xlabel"], 60))
+        axes.set_ylabel(clip(plot["ylabel"], 36))
         if len(series) + len(marks) > 1:
             _legend(axes, columns)
 
-    said = [_said(curve) for curve in series] + [f"{_text(mark)} at {_short(x)}" for mark, x in marks]
-    alt = f"{caption}. {_text(plot['ylabel'])} over {_text(plot['xlabel'])}. {'. '.join(said)}."
+    said = [_said(curve) for curve in series] + [f"{mark} at {_short(x)}" for mark, x in marks]
+    alt = f"{caption}. {plot['ylabel']} over {plot['xlabel']}. {'. '.join(said)}."
     return figure(caption, alt, draw, 2.9 + 0.17 * math.ceil((len(series) + len(marks)) / columns), name)
 
 
@@ -373,7 +365,7 @@ def _said(curve: dict) -> str:
     step = max(1, (number - 1) / (SAID_POINTS - 1))
     picked = sorted({min(number - 1, round(i * step)) for i in range(min(number, SAID_POINTS))})
     points = ", ".join(f"{_short(curve['x'][i])}: {_short(curve['y'][i])}{_band(curve, i)}" for i in picked)
-    return f"{_text(curve['name'])}: {points}"
+    return f"{curve['name']}: {points}"
 
 
 def _band(curve: dict, i: int) -> str:
@@ -382,12 +374,6 @@ def _band(curve: dict, i: int) -> str:
 
 def _short(x: float) -> str:
     return format_number(x, _digits(x)).replace("-", "−")
-
-
-def _name(text, width: int) -> str:
-    """For a plot: one line, and not with the underscore that hides a label from its legend."""
-    line = clip(" ".join(_text(text).split()), width) or "–"
-    return f"\u2060{line}" if line.startswith("_") else line
 
 
 def _legend(axes, columns: int = 1) -> None:

@@ -10,6 +10,7 @@ from rlhf_recipes import data, run
 from rlhf_recipes.audit import judgements, page, verdict
 from rlhf_recipes.audit.steps import Findings, Sources
 from rlhf_recipes.stats import format_estimate
+from rlhf_recipes.text import line
 
 WIDTH = 110
 WEAKEST = 5
@@ -67,7 +68,7 @@ def describe(job: run.Run, audit: dict[str, Any], disputed: bool) -> str:
     for gate in gates[:WEAKEST]:
         name = ": ".join(filter(None, (gate["title"], gate["name"])))
         shown = format_estimate(gate, percent=gate["unit"] in ("%", "points"))
-        lines.append(f"  {gate['state']:<8} {name}: {shown}"[:WIDTH])
+        lines.append(line(f"  {gate['state']:<8} {name}: {shown}")[:WIDTH])
     if len(gates) > WEAKEST:
         lines.append(f"           and {len(gates) - WEAKEST} more that fail or are unclear")
     counts = ", ".join(f"{count} {state}" for state, count in audit["verdict"]["counts"].items() if count)
@@ -80,4 +81,4 @@ def describe(job: run.Run, audit: dict[str, Any], disputed: bool) -> str:
         lines.append(f"  next      this command again with 'judgements=[{path}]' run_name=labelled")
     elif audit["counts"]["reward models"] == 1:
         lines.append("  next      python recipes/reward.py reward=ensemble: one reward model does not know its errors")
-    return "\n".join(lines)
+    return "\n".join(map(line, lines))

@@ -46,6 +46,7 @@ from rlhf_recipes import secrets
 from rlhf_recipes.config import check_value, nearest
 from rlhf_recipes.data import readers, shapes
 from rlhf_recipes.data.tokens import lengths, neutralise, percentiles
+from rlhf_recipes.text import line
 
 CLINIC = Path(__file__).parents[1] / "assets" / "clinic"
 KEYS = {
@@ -442,7 +443,7 @@ def describe(report: dict[str, Any]) -> str:
         notes.append("control tokens made plain in {rows} rows ({occurrences} times)".format(**report["neutralised"]))
     if "tokens" in report:
         notes.append("tokens p50 {p50}, p95 {p95}, max {max}".format(**report["tokens"]))
-    return f"{used} ({report['split']})\n      {'; '.join(notes)}"
+    return f"{line(used)} ({line(report['split'])})\n      {line('; '.join(notes))}"
 
 
 def shorter_wins(rows: list[Example]) -> list[float]:

@@ -3,9 +3,10 @@
 import math
 from pathlib import Path
 
-from rlhf_recipes.drawing import COLOURS, MARKERS, PARENT_COLOUR
+from rlhf_recipes.drawing import COLOURS, MARKERS, PARENT_COLOUR, clip
 from rlhf_recipes.evaluation.definitions import METRICS
 
+NAME = 60  # characters of a job's
 FEW = 8  # jobs whose names and intervals have room
 DRAWS = {"win_rate": 0.5, "accuracy_log_ratio": 0.5}
 
@@ -41,7 +42,7 @@ def plot(rows: list[dict], objective: str, best: str | None, path: Path) -> None
                 axes.plot([x[0], x[2]], [y[1]] * 2, color=colour, linewidth=1.2, alpha=faint)
                 if row["system"] == best:
                     axes.plot(x[1], y[1], "o", markersize=15, markerfacecolor="none", markeredgecolor=colour)
-            axes.plot([x[1] for x, _, _ in own], [y[1] for _, y, _ in own], marker, color=colour, label=method)
+            axes.plot([x[1] for x, _, _ in own], [y[1] for _, y, _ in own], marker, color=colour, label=clip(method))
         hull = pareto([(x[1], y[1]) for x, y, _ in points])
         axes.plot(*zip(*hull, strict=True), color=PARENT_COLOUR, linestyle="--", linewidth=1, label="Pareto hull")
         if objective in DRAWS:
@@ -74,7 +75,7 @@ def _name(figure, axes, points: list) -> None:
         for right, up in ((5, 5), (5, -11), (-5, 5), (-5, -11)):
             side = "left" if right > 0 else "right"
             text = axes.annotate(
-                row["job"],
+                clip(row["job"], NAME),
                 (x[1], y[1]),
                 (right, up),
                 textcoords="offset points",

@@ -11,6 +11,7 @@ from rlhf_recipes.evaluation.summary import BASELINES
 from rlhf_recipes.stats import format_estimate
 
 SHOWN_ANSWERS = 200
+TITLE = 100  # characters of a picture's
 
 # what an estimate is compared with to call it better or worse, where that is no difference to the parent
 DRAWS = {"win_rate": 0.5, "win_rate_length_controlled": 0.5, "win_rate_worst_case": 0.5, "perplexity_ratio": 1.0}
@@ -85,7 +86,7 @@ def plot_curves(history: list[dict], path: str | Path, title: str) -> None:
     rows = max(1, math.ceil(len(panels) / columns))
     with rc_context({"font.size": 9, "axes.titlesize": 10, "text.parse_math": False}):
         figure = Figure(figsize=(9, 0.5 + 2.3 * rows), dpi=100, layout="constrained")
-        figure.suptitle(title, fontsize=11)
+        figure.suptitle(clip(title, TITLE), fontsize=11)
         if not panels:
             figure.text(0.5, 0.4, "No steps were logged.", ha="center")
         for index, (heading, unit, _, found) in enumerate(panels):

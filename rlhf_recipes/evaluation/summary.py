@@ -13,6 +13,7 @@ from collections.abc import Callable
 from rlhf_recipes import stats
 from rlhf_recipes.evaluation import ensemble, verdict
 from rlhf_recipes.evaluation.definitions import METRICS
+from rlhf_recipes.text import line
 
 TIE = 1e-9  # rewards and margins closer than this count as equal
 SHOWN_REGRESSIONS = 20
@@ -134,10 +135,10 @@ def table(evaluation: dict) -> str:
     tasks = {name: system["tasks"] for name, system in evaluation["systems"].items()}
     notes = [_task_line(task, tasks) for task in tasks[evaluation["parent"]]]
     last = list(models)[-1:]  # of several, their mean
-    notes += [line for name, model in last if (line := _family_line(name, model["families"]))]
+    notes += [said for name, model in last if (said := _family_line(name, model["families"]))]
     notes += [
         "[95 % interval, bootstrap over prompts] · LC: win rate at equal length · KL: nats per answer",
-        f"refuses: % of harmful/harmless prompts · n: pairs/answers · parent: {evaluation['parent'][:50]}",
+        f"refuses: % of harmful/harmless prompts · n: pairs/answers · parent: {line(evaluation['parent'])[:50]}",
     ]
     return "\n".join([lines[0], "─" * max(map(len, lines)), *lines[1:], *notes])
 
@@ -183,8 +184,8 @@ def _task_line(task: str, systems: dict) -> str:
         change = f" ({stats.format_estimate(gain, percent=True, sign=True).replace(' %', '')})" if gain else ""
         shown.append(f"{_short(name)} {_cell(tasks[task]['accuracy'], 100)}{change}")
     one = next(iter(systems.values()))[task]
-    line = f"{task} ({one['metric']}, n {one['accuracy']['n']}), %, and points to the parent: {' · '.join(shown)}"
-    return textwrap.fill(line, 110, subsequent_indent="  ")
+    said = f"{task} ({one['metric']}, n {one['accuracy']['n']}), %, and points to the parent: {' · '.join(shown)}"
+    return textwrap.fill(line(said), 110, subsequent_indent="  ")
 
 
 def _family_line(name: str, families: dict) -> str | None:
@@ -193,7 +194,7 @@ def _family_line(name: str, families: dict) -> str | None:
     if len(enough) < 2:
         return None
     family, e = min(enough.items(), key=lambda item: item[1]["value"])
-    return f"RM {_short(name, 11)} is weakest on {_short(str(family), 30)}: {_cell(e, 100)} % (n {e['n']})"
+    return f"RM {_short(name, 11)} is weakest on {_short(family, 30)}: {_cell(e, 100)} % (n {e['n']})"
 
 
 BASELINES = {"shorter_wins": "shorter wins", "longer_wins": "longer wins", "coin": "coin"}
@@ -527,4 +528,5 @@ def _point(e: dict | None, scale: float, digits: int) -> str:
 
 
 def _short(name: str, width: int = 14) -> str:
+    name = line(name)
     return name if len(name) <= width else name[: width - 1] + "…"

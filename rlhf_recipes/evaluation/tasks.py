@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from rlhf_recipes.config import nearest
+from rlhf_recipes.text import line
 
 # Of the metrics that a task gives per example, the first of these, else its first that is a mean.
 METRICS = ("acc", "exact_match")
@@ -86,7 +87,7 @@ def score(model, tokenizer, found: dict[str, dict[str, Any]], settings: DictConf
         asked = own if settings.num_fewshot is None or own == 0 else settings.num_fewshot  # 0 is part of the task
         task.set_config(key="num_fewshot", value=asked or 0)
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
-    print(f"{what}: {len(leaves)} task{'s' * (len(leaves) > 1)} of lm_eval", flush=True)
+    print(f"{line(what)}: {len(leaves)} task{'s' * (len(leaves) > 1)} of lm_eval", flush=True)
     # Its bars are for people.
     with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
         scored = evaluate(

@@ -13,6 +13,7 @@ from rlhf_recipes import config, models, places, run
 from rlhf_recipes.data import neutralise
 from rlhf_recipes.data.template import render
 from rlhf_recipes.ppo.roles import Roles
+from rlhf_recipes.text import line
 
 
 @dataclass
@@ -108,9 +109,10 @@ def scales(functions: list[Callable], ensemble: str) -> Tensor:
         return torch.tensor([(0.0, 1.0)] * len(functions))
     unknown = [f.name for f in functions if isinstance(f, LearnedReward) and not f.scale]
     if unknown:
+        who = line(", ".join(unknown))
         print(
-            f"reward_ensemble={ensemble}: the run of {', '.join(unknown)} does not say the mean and deviation of its "
-            "rewards; they are taken as they are"
+            f"reward_ensemble={ensemble}: the run of {who} does not say the mean and deviation of its rewards; they "
+            "are taken as they are"
         )
     return torch.tensor([getattr(function, "scale", None) or (0.0, 1.0) for function in functions])
 

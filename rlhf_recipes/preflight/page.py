@@ -1,9 +1,10 @@
-"""What preflight prints."""
+"""What preflight prints: each entry of a list one line, whatever stands in it."""
 
 import textwrap
 from typing import Any
 
 from rlhf_recipes.stats import format_estimate
+from rlhf_recipes.text import line, shown
 
 WIDTH, INDENT, BAR = 120, " " * 11, 40
 SHOWN = 700  # characters of the example
@@ -12,7 +13,7 @@ SHOWN = 700  # characters of the example
 def head(jobs: list) -> str:
     """How many jobs there are, and which."""
     names = [job.name for job in jobs if job.name]
-    return f"preflight {jobs[0].recipe if not names else f'{len(jobs)} jobs: ' + ' · '.join(names)}"
+    return line(f"preflight {jobs[0].recipe if not names else f'{len(jobs)} jobs: ' + ' · '.join(names)}")
 
 
 def describe(seen: dict[str, Any], before: list[dict[str, Any]]) -> str:
@@ -30,7 +31,7 @@ def describe(seen: dict[str, Any], before: list[dict[str, Any]]) -> str:
         lines += _step(seen)
     said = [remark for other in before for remark in other["watch"]]
     lines += [f"  !        {remark}" for remark in seen["watch"] if remark not in said]
-    return "\n".join(lines + [f"  STOP     {reason}" for reason in seen["stops"]])
+    return _joined(lines + [f"  STOP     {reason}" for reason in seen["stops"]])
 
 
 def summary(report: dict[str, Any]) -> str:
@@ -44,7 +45,11 @@ def summary(report: dict[str, Any]) -> str:
     watch = len({remark for seen in jobs for remark in seen["watch"]})
     stands = "nothing stands in the way" if not stops else f"reasons to stop: {stops}"
     lines.append(f"preflight {stands}; remarks: {watch}")
-    return "\n".join(lines)
+    return _joined(lines)
+
+
+def _joined(lines: list[str]) -> str:
+    return "\n".join(map(line, lines))
 
 
 def _config(seen: dict, alike: dict | None) -> list[str]:
@@ -82,12 +87,12 @@ def _rows(rows: dict) -> list[str]:
 
 
 def _paragraph(name: str, parts: list[str]) -> list[str]:
-    lines = textwrap.wrap(" · ".join(parts), WIDTH - len(INDENT), break_on_hyphens=False)
-    return [f"  {name:<9}{lines[0]}", *(INDENT + line for line in lines[1:])]
+    first, *more = textwrap.wrap(" · ".join(map(line, parts)), WIDTH - len(INDENT), break_on_hyphens=False)
+    return [f"  {name:<9}{first}", *(INDENT + rest for rest in more)]
 
 
 def _example(example: dict, recipe: str) -> list[str]:
-    text = example["text"]
+    text = shown(example["text"])
     if len(text) > SHOWN:
         text = f"{text[: SHOWN // 2]} […] {text[-SHOWN // 2 :]}"
     ends = example["ends"]
@@ -95,8 +100,8 @@ def _example(example: dict, recipe: str) -> list[str]:
     between = {"reward": "the reply, scored at its last token", "ppo": "what is sampled"}.get(
         recipe, "what is trained"
     )
-    shown = [f"           │ {line}" for line in text.splitlines()]
-    return [f"  example  between ⟦ and ⟧: {between}{eos}", *shown]
+    rows = [f"           │ {row}" for row in text.splitlines()]
+    return [f"  example  between ⟦ and ⟧: {between}{eos}", *rows]
 
 
 def _memory(memory: dict) -> list[str]:
