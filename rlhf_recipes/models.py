@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import config, embedded
+from rlhf_recipes import config, embedded, places
 from rlhf_recipes.run import Run, resolve_adapter
 
 if TYPE_CHECKING:
@@ -46,8 +46,15 @@ def check(model: DictConfig, quantization: DictConfig, lora: DictConfig) -> None
     """Refuse what the classes behind `quantization` and `lora` refuse, before anything is fetched or tokenised.
 
     Raises:
-        ValueError: an unknown key, a wrong type, or `model.dtype` is none.
+        ValueError: an unknown key, a wrong type, `model.dtype` is none, or `model.attn_implementation` is code of the
+            Hub.
     """
+    if "/" in (model.attn_implementation or "") and not model.get("trust_remote_code"):
+        raise ValueError(
+            f"model.attn_implementation={model.attn_implementation}: is a kernel on the Hub, code that would be run "
+            "here. Choose sdpa, eager or another of the library's own, or, if you know it, add "
+            "model.trust_remote_code=true."
+        )
     build_quantization(quantization, compute_dtype(model))
     config.build(lora, "lora")
 
@@ -327,15 +334,32 @@ def model_path(model: DictConfig) -> str:
 
 def _from_hub(model: DictConfig, load, path: str, **kwargs):
     from huggingface_hub.errors import HTTPError
+    from transformers import dynamic_module_utils
+
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # what a library loads by itself is refused, too, not asked about
 
     if model.path not in (None, "embedded") and not Path(path).is_dir():
         raise ValueError(f"model.path={model.path}: no such folder. Give a folder with a model, or leave it out.")
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise ValueError(f"model.path={path}: no config.json in it, so no model. Give a folder saved by transformers.")
+    if not Path(path).is_dir():
+        if not places.on_hub(path, "model.id", bare=True):
+            raise ValueError(
+                f"model.id={path}: no folder here, and no id of the Hub. Check it; a folder may be given."
+            )
+        places.tell("model", path)
     try:
         if not Path(path).is_dir():
             _ask_hub(path, model.revision)
-        return load(path, **kwargs)
+        return load(path, trust_remote_code=model.get("trust_remote_code") is True, **kwargs)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        where = f"model.path={path}" if Path(path).is_dir() else f"model.id={model.id}"
+        raise ValueError(
+            f"{where}: brings Python code of its own, which would run here (auto_map). Read it; if you trust it, add "
+            "model.trust_remote_code=true."
+        ) from error
     except (OSError, HTTPError) as error:
         if Path(path).is_dir():
             raise ValueError(f"model.path={path}: {str(error).splitlines()[0]}") from error

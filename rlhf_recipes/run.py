@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import sys
 import textwrap
 import time
@@ -22,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import memory
+from rlhf_recipes import memory, run_folder
 from rlhf_recipes.config import CONF, flatten, in_sweep
+from rlhf_recipes.run_folder import write_atomically
 
 if TYPE_CHECKING:
     from rlhf_recipes.callbacks import Doctor
@@ -39,12 +39,12 @@ LIBRARIES = (
     "huggingface_hub",
 )
 # Where a run lies and whether it may continue say nothing about what it computes.
-_NOT_COMPUTED = ("run_name", "resume", "overwrite", "sweep", "preflight")
+_NOT_COMPUTED = ("run_name", "resume", "overwrite", "sweep", "preflight", "allow_target")
 # What an interrupted cai or audit goes on from: the first file or folder of many that it keeps.
 GATE, SCORES = "gate.jsonl", "scores"
 KEPT = {GATE: "what was answered", SCORES: "what was scored"}
-# What a finished run keeps of a checkpoint.
-KEPT_OF_CHECKPOINT = ("adapter_config.json", "adapter_model.safetensors")
+# An adapter; a finished run keeps of a checkpoint no more than these.
+ADAPTER_CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # In a sweep's folder: what its jobs have in common.
 SHARED = "shared"
 
@@ -61,6 +61,7 @@ class Run:
         parent: result.json of the run whose adapter this one continues, or None.
         shared: in a sweep, the folder of what its jobs have in common, or None.
         doctor: the callback that watches the training, or None.
+        lock: keeps other processes from writing the folder; None where this is not the first of several processes.
     """
 
     dir: Path
@@ -70,6 +71,7 @@ class Run:
     parent: dict | None = None
     shared: Path | None = None
     doctor: "Doctor | None" = None
+    lock: run_folder.Lock | None = None
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -85,11 +87,12 @@ class Run:
 
 
 def start(cfg: DictConfig, recipe: str) -> Run:
-    """Find what is there of this run, or refuse. It writes and removes nothing: what may still be refused after it
-    costs nobody a file; `claim` follows when all is loaded.
+    """Find what is there of this run, or refuse. It writes and removes nothing but the lock: what may still be refused
+    after it costs nobody a file; `claim` follows when all is loaded.
 
     Raises:
-        ValueError: the folder holds a finished run, an interrupted one with another config, or foreign files;
+        ValueError: the folder holds a finished run, an interrupted one with another config, or foreign files; another
+            process writes it; it would be replaced and something that the command reads lies in it;
             `model.adapter` names no adapter, or one that was trained on another base model; or `trainer` belongs to
             another recipe.
     """
@@ -103,23 +106,46 @@ def start(cfg: DictConfig, recipe: str) -> Run:
         parent=config["model"].get("adapter") and parent_of(config["model"]["adapter"], config["model"]["id"]),
         shared=relative(Path(cfg.output_dir)).parent / SHARED if in_sweep() else None,
     )
-    _refuse_foreign(run.dir)
-    if cfg.overwrite:
-        return run
-    if (run.dir / "result.json").exists():
+    hold(run)
+    finished = (run.dir / run_folder.RESULT).exists()
+    if finished and not cfg.overwrite:
         raise ValueError(
             f"run_name={cfg.run_name}: {run.dir} holds a finished run. Choose another run_name, or replace it with "
             "overwrite=true."
         )
-    run.checkpoint = last_checkpoint(run.checkpoints) if cfg.resume == "auto" else None
-    kept = [run.dir / name for name in KEPT if (run.dir / name).exists()]
-    if cfg.resume == "auto" and kept:
-        run.checkpoint = str(kept[0])
+    # What has begun to replace another run is continued like any other.
+    if cfg.resume == "auto" and not finished and (not cfg.overwrite or run_folder.replaced(run.dir).is_dir()):
+        kept = [run.dir / name for name in KEPT if (run.dir / name).exists()]
+        run.checkpoint = str(kept[0]) if kept else run_folder.last_checkpoint(run.dir)
+    if run.checkpoint and (other := _other_config(run)):
+        if not cfg.overwrite:
+            raise ValueError(other)
+        run.checkpoint = None
     if run.checkpoint:
-        _refuse_other_config(run)
         where = KEPT.get(Path(run.checkpoint).name) or f"step {run.checkpoint.rpartition('-')[2]}"
         print(f"Continuing {run.dir} from {where}.", flush=True)
+    else:
+        run_folder.refuse_to_replace(run.dir, texts(config))
     return run
+
+
+def hold(run: Run, only: str | None = None) -> None:
+    """Refuse a folder that is not this run's to write, and keep others from writing it.
+
+    Args:
+        only: see `run_folder.refuse_foreign`.
+
+    Raises:
+        ValueError: it holds foreign files, or another process writes it.
+    """
+    run_folder.refuse_foreign(run.dir, only)
+    if is_first_process():
+        run.lock = run_folder.Lock(run.dir)
+
+
+def is_first_process() -> bool:
+    """Of the processes that a launcher such as torchrun starts side by side for one run."""
+    return os.environ.get("RANK") in (None, "", "0")
 
 
 def once(run: Run, rows: list[dict], measure: Callable[[], Any]) -> Any:
@@ -141,11 +167,39 @@ def once(run: Run, rows: list[dict], measure: Callable[[], Any]) -> Any:
 
 
 def claim(run: Run) -> None:
-    """Make the folder this run's: what it does not continue goes, and config.yaml is written."""
+    """Make the folder this run's: what it does not continue is set aside, and config.yaml is written.
+
+    Raises:
+        ValueError: as `start`, for what has come into the folder meanwhile.
+    """
+    if not is_first_process():
+        return
     if not run.checkpoint:
-        remove(run.dir)
-    run.dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(run.dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(run.config)))
+        run_folder.refuse_to_replace(run.dir, texts(run.config))
+        run_folder.clear(run.dir)
+    write_config(run)
+
+
+def write_config(run: Run) -> None:
+    """config.yaml, as what it was resolved to, under the mark of a run's folder."""
+    run_folder.mark(run.dir, run.recipe, OmegaConf.to_yaml(OmegaConf.create(run.config)))
+
+
+def read_config(run_dir: Path) -> dict:
+    """config.yaml of a run folder without its mark.
+
+    Raises:
+        ValueError: it cannot be read, or is no mapping.
+    """
+    path = run_dir / run_folder.CONFIG
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(path))
+    except Exception as error:  # yaml's and omegaconf's share no base
+        raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0]}). Restore it.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: is no mapping. Restore it.")
+    config.pop(run_folder.MARK, None)
+    return config
 
 
 def resolved(cfg: DictConfig) -> dict:
@@ -158,20 +212,6 @@ def relative(folder: Path) -> Path:
     """The folder as seen from here where it lies below, so that no result names a machine's folders."""
     here = Path.cwd()
     return folder.relative_to(here) if folder.is_relative_to(here) else folder
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint to continue from: one that was written to its end (`trainer_state.json` comes last), and
-    not the last step of all where that lies inside an epoch, since transformers would train one step too many."""
-    steps = sorted((int(c.name.rpartition("-")[2]), c) for c in folder.glob("checkpoint-*") if c.is_dir())
-    for _, checkpoint in reversed(steps):
-        try:
-            state = json.loads((checkpoint / "trainer_state.json").read_text())
-            if state["global_step"] < state["max_steps"] or state["epoch"] % 1 == 0:
-                return str(checkpoint)
-        except (OSError, ValueError):
-            shutil.rmtree(checkpoint)  # killed while it was written: nothing can be read from it
-    return None
 
 
 def finish(run: Run, trainer, *, main: str, before: dict, metrics: dict, counts: dict, **entries) -> float:
@@ -214,7 +254,6 @@ def finish(run: Run, trainer, *, main: str, before: dict, metrics: dict, counts:
     plot_curves(trainer.state.log_history, run.dir / "curves.png", title)
     write_atomically(run.dir / "README.md", card.write(result, run.config))
     write_result(run, result)
-    _end_checkpoints(run)
     _print_summary(run, result)
     return metrics[main]["value"]
 
@@ -222,16 +261,13 @@ def finish(run: Run, trainer, *, main: str, before: dict, metrics: dict, counts:
 def _end_checkpoints(run: Run) -> None:
     """Drop them, or keep the adapter of each where the user asked for all: `trainer.save_total_limit=null`."""
     if run.config["trainer"].get("save_total_limit", 0) is not None:
-        shutil.rmtree(run.checkpoints, ignore_errors=True)
-    for checkpoint in run.checkpoints.glob("checkpoint-*"):
-        for path in checkpoint.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name not in KEPT_OF_CHECKPOINT:
-                path.unlink()
-        path = checkpoint / "adapter_config.json"
+        run_folder.drop_checkpoints(run.dir)
+        return
+    for checkpoint in run_folder.checkpoints(run.dir):
+        run_folder.strip(checkpoint, (ADAPTER_CONFIG, WEIGHTS))
+        path = checkpoint / ADAPTER_CONFIG
         if path.exists():  # where it was trained is no name that another machine knows
-            adapter = {**json.loads(path.read_text()), "base_model_name_or_path": run.config["model"]["id"]}
+            adapter = {**read_json(path), "base_model_name_or_path": run.config["model"]["id"]}
             write_atomically(path, json.dumps(adapter, indent=2, sort_keys=True) + "\n")
 
 
@@ -251,8 +287,13 @@ def record(run: Run, **entries) -> dict:
 
 
 def write_result(run: Run, result: dict) -> None:
-    """The last file that a recipe writes: a run with a result is a finished run."""
-    write_atomically(run.dir / "result.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    """The last file that a recipe writes: a run with a result is a finished run, and takes the place of another."""
+    write_atomically(run.dir / run_folder.RESULT, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    if "trainer" in run.config:
+        _end_checkpoints(run)
+    run_folder.drop_replaced(run.dir)
+    if run.lock:
+        run.lock.release()
 
 
 def config_sha256(config: dict) -> str:
@@ -285,25 +326,26 @@ def device_name() -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """The file has the old text or the whole of the given one, never a part of it."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # jobs of a sweep may write side by side
-    scratch.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a surrogate pair is no UTF-8
-    os.replace(scratch, path)
-
-
 def resolve_adapter(reference: str) -> Path:
     """The adapter folder that a run folder or an adapter folder stands for.
 
     Raises:
-        ValueError: neither is there.
+        ValueError: neither is there, or its weights are not in safetensors.
     """
-    folder = Path(reference)
-    for candidate in (folder / "adapter", folder):
-        if (candidate / "adapter_config.json").is_file():
-            return candidate
-    what = "has no adapter in it (is the run finished?)" if folder.is_dir() else "does not exist"
-    raise ValueError(f"model.adapter={reference}: {what}. Give a run folder such as outputs/sft/main.")
+    found = [f for f in (Path(reference) / "adapter", Path(reference)) if (f / ADAPTER_CONFIG).is_file()]
+    if not found:
+        what = "has no adapter in it (is the run finished?)" if Path(reference).is_dir() else "does not exist"
+        raise ValueError(f"model.adapter={reference}: {what}. Give a run folder such as outputs/sft/main.")
+    if not (found[0] / WEIGHTS).is_file():
+        pickled = (found[0] / "adapter_model.bin").exists()
+        what = "adapter_model.bin is a pickle, which can run code" if pickled else "the weights are missing"
+        raise ValueError(f"model.adapter={reference}: has no {WEIGHTS}; {what}. Save the adapter as safetensors.")
+    if read_json(found[0] / ADAPTER_CONFIG).get("megatron_config") is not None:
+        raise ValueError(
+            f"model.adapter={reference}: its megatron_config names a module that PEFT would import. Take it out of "
+            f"{ADAPTER_CONFIG}."
+        )
+    return found[0]
 
 
 def folder_of(adapter: str | Path) -> Path:
@@ -312,9 +354,28 @@ def folder_of(adapter: str | Path) -> Path:
 
 
 def read_result(run_dir: Path) -> dict | None:
-    """result.json of a run folder, or None."""
-    path = run_dir / "result.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    """result.json of a run folder, or None.
+
+    Raises:
+        ValueError: it cannot be read as one.
+    """
+    path = run_dir / run_folder.RESULT
+    return read_json(path) if path.is_file() else None
+
+
+def read_json(path: Path) -> dict:
+    """A file that holds one JSON object.
+
+    Raises:
+        ValueError: it holds none.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({str(error).splitlines()[0]}). Restore it.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: is no JSON object. Restore it.")
+    return content
 
 
 def environment() -> None:
@@ -347,7 +408,7 @@ def parent_of(reference: str, base_model: str) -> dict:
         ValueError: there is none, or it was trained on another base model.
     """
     adapter = resolve_adapter(reference)
-    base = json.loads((adapter / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    base = read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
     if base != base_model:
         raise ValueError(
             f"model.adapter={reference}: was trained on {base}, not on model.id={base_model}. Choose the model it "
@@ -360,45 +421,48 @@ def parent_of(reference: str, base_model: str) -> dict:
         "adapter_sha256": adapter_sha256(adapter),
         "parent": result.get("parent"),
     }
+    if not _is_lineage(lineage):
+        path = folder_of(adapter) / run_folder.RESULT
+        raise ValueError(
+            f"model.adapter={reference}: {path} does not say which runs it comes from (recipe, adapter_sha256 and "
+            "parent of each). Restore it, or give the folder of the adapter alone."
+        )
     return {"adapter": str(adapter), "lineage": lineage}
 
 
+def _is_lineage(found: Any) -> bool:
+    """Whether it has what cards and later runs read of a run and all that it comes from."""
+    while found is not None:
+        if not isinstance(found, dict) or not {"recipe", "adapter_sha256", "parent"} <= found.keys():
+            return False
+        if any(not isinstance(found[key], str | None) for key in ("recipe", "adapter_sha256")):
+            return False
+        found = found["parent"]
+    return True
+
+
 def adapter_sha256(adapter: Path) -> str | None:
-    """SHA-256 of the adapter's weights file."""
-    weights = adapter / "adapter_model.safetensors"
+    """SHA-256 of the adapter's weights file; None where it has none."""
+    weights = adapter / WEIGHTS
     return hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None
 
 
-def _refuse_other_config(run: Run) -> None:
-    stored = dict(flatten(_computed(OmegaConf.to_container(OmegaConf.load(run.dir / "config.yaml")))))
-    given = dict(flatten(_computed(run.config)))
+def _other_config(run: Run) -> str | None:
+    """Why the interrupted run in the folder is not this one; None where it is."""
+    stored, given = (dict(flatten(_computed(config))) for config in (read_config(run.dir), run.config))
     for key in sorted(stored.keys() | given.keys()):
         if stored.get(key) != given.get(key):
-            raise ValueError(
+            return (
                 f"{key}={given.get(key)}: {run.dir} holds an interrupted run with {key}={stored.get(key)}. Give that "
                 "value to continue it, choose another run_name, or start afresh with overwrite=true."
             )
+    return None
 
 
-def remove(folder: Path) -> None:
-    """Delete a run folder.
-
-    Raises:
-        ValueError: it is none.
-    """
-    _refuse_foreign(folder)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _refuse_foreign(folder: Path) -> None:
-    """A run's folder holds a config.yaml with `run_name`, or nothing but the folder that a trainer makes first."""
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    config = folder / "config.yaml"
-    text = config.read_text(errors="replace") if config.is_file() else ""
-    if not (names <= {"checkpoints", "preflight.json"} or "\nrun_name:" in f"\n{text}"):
-        raise ValueError(
-            f"hydra.run.dir={folder}: holds {sorted(names)[0]} and is no run folder. Choose an empty or a new one."
-        )
+def texts(config: dict) -> list[tuple[str, str]]:
+    """(key, value) of every text in a config, which may be a path; those of lists one by one."""
+    leaves = [(key, each) for key, leaf in flatten(config) for each in (leaf if isinstance(leaf, list) else [leaf])]
+    return [(key, each) for key, each in leaves if isinstance(each, str) and key != "run_name"]
 
 
 def _refuse_other_trainer(config: dict, recipe: str) -> None:

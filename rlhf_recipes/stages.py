@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,10 +15,12 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import config, data, run
+from rlhf_recipes import config, data, run, run_folder
 
 WIDTH = 110
 SHOWN_ANSWERS = 4
+SUMMARY = "summary.json"
+NAME = r"\w[\w.-]*"  # no path
 INTERRUPTED = (130, -2)  # by Ctrl-C: exit status of a recipe, of a process that could not catch it
 
 
@@ -45,6 +48,7 @@ class Plan:
 
     dir: Path
     stages: list[Stage]
+    lock: run_folder.Lock
     started: float = field(default_factory=time.monotonic)
 
     def write(self) -> None:
@@ -57,25 +61,29 @@ class Plan:
             ],
             "seconds": round(time.monotonic() - self.started, 1),
         }  # fmt: skip
-        run.write_atomically(self.dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+        run.write_atomically(self.dir / SUMMARY, json.dumps(summary, indent=2) + "\n")
 
 
 def plan(cfg: DictConfig) -> Plan:
     """Compose every stage's config, so that a wrong override is refused before the first stage starts.
 
     Raises:
-        ValueError: a stage has an unknown recipe or override, or was made with other settings before.
+        ValueError: a stage has an unknown recipe or override, or was made with other settings before; the folder, or
+            with `overwrite` that of a stage, holds foreign files; another process writes it.
     """
-    folder = run.relative(Path(cfg.output_dir))
+    here = run.relative(Path(cfg.output_dir))
+    run_folder.refuse_foreign(here, only="pipeline")
+    lock = run_folder.Lock(here)
     recipes = {path.stem for path in (config.CONF.parent / "recipes").glob("*.py")} - {"__init__"}
-    stages, before = [], _previous_seconds(folder)
+    stages, before = [], _previous_seconds(here)
     for entry in cfg.stages:
         _check_entry(entry, [stage.name for stage in stages], recipes)
         shared = [text for text in cfg.shared if takes(entry.recipe, text)]
-        overrides = [text.replace("{dir}", str(folder)) for text in [*shared, *entry.get("overrides", [])]]
+        shared += ["overwrite=true"] if cfg.overwrite else []
+        overrides = [text.replace("{dir}", str(here)) for text in [*shared, *entry.get("overrides", [])]]
         own = _compose(entry, overrides)
         sha256 = run.config_sha256(run.resolved(own))
-        stage = Stage(entry.name, entry.recipe, folder / entry.name, overrides, own, sha256)
+        stage = Stage(entry.name, entry.recipe, here / entry.name, overrides, own, sha256)
         result = None if cfg.overwrite else stage.result()
         if result and result["config_sha256"] != stage.config_sha256:
             raise ValueError(
@@ -84,15 +92,16 @@ def plan(cfg: DictConfig) -> Plan:
             )
         elif result:
             stage.status, stage.seconds = "finished", before.get(entry.name, result["seconds"])
+        if cfg.overwrite and entry.recipe != "publish":  # it replaces what its manifest lists
+            run_folder.refuse_to_replace(stage.dir, run.texts(run.resolved(own)))
         stages.append(stage)
-    for stage in stages if cfg.overwrite else []:  # nothing can be refused any more
-        run.remove(stage.dir)
-    return Plan(folder, stages)
+    return Plan(here, stages, lock)
 
 
 def execute(plan: Plan) -> int:
     """Run the stages that have no result; the exit status of the first that fails, else 0."""
     status = 0
+    run_folder.mark(plan.dir, "pipeline")
     for number, stage in enumerate(plan.stages, 1):
         label = f"{number}/{len(plan.stages)} {stage.name}"
         if stage.status == "finished":
@@ -125,7 +134,7 @@ def print_summary(plan: Plan, next_commands: list[str]) -> None:
     adapters = [folder for folder in adapters if folder.is_dir()]
     if adapters:
         print(f"adapter  {adapters[-1]}")
-    print(f"summary  {plan.dir / 'summary.json'}")
+    print(f"summary  {plan.dir / SUMMARY}")
     for command in next_commands:
         print(f"next     {command.replace('{dir}', str(plan.dir))}")
     sys.stdout.flush()
@@ -133,7 +142,7 @@ def print_summary(plan: Plan, next_commands: list[str]) -> None:
 
 def _run(stage: Stage, label: str) -> tuple[int, float]:
     begin = time.monotonic()
-    command = [sys.executable, "-m", f"rlhf_recipes.recipes.{stage.recipe}", *stage.overrides]
+    command = [sys.executable, "-P", "-m", f"rlhf_recipes.recipes.{stage.recipe}", *stage.overrides]
     environment = {**os.environ, "RLHF_RECIPES_STAGE": label}
     if not config.WANTS_TRACEBACK:
         environment.pop("HYDRA_FULL_ERROR", None)  # set by this process for itself
@@ -182,12 +191,14 @@ def _check_entry(entry: DictConfig, names: list[str], recipes: set[str]) -> None
         raise ValueError(
             f"stages.{entry.name}.recipe={entry.recipe}: no such recipe{config.nearest(entry.recipe, recipes)}"
         )
+    if not re.fullmatch(NAME, str(entry.name)) or entry.name in (run_folder.CONFIG, run_folder.PREFLIGHT, SUMMARY):
+        raise ValueError(f"stages.name={entry.name}: is the stage's folder. Use letters, digits, '_', '-' and '.'.")
     if entry.name in names:
         raise ValueError(f"stages.{entry.name}: two stages have this name, which is their folder. Rename one.")
 
 
-def _previous_seconds(folder: Path) -> dict[str, float]:
-    path = folder / "summary.json"
+def _previous_seconds(here: Path) -> dict[str, float]:
+    path = here / SUMMARY
     if not path.is_file():
         return {}
     return {stage["name"]: stage["seconds"] for stage in json.loads(path.read_text())["stages"]}

@@ -26,8 +26,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import config, doctor, memory, preflight, run
-from rlhf_recipes.config import redact
+from rlhf_recipes import config, doctor, memory, preflight, run, run_folder
+from rlhf_recipes.secrets import redact
 from rlhf_recipes.text import cell
 
 ROWS = "rows"
@@ -82,10 +82,10 @@ def job(main, cfg: DictConfig) -> float:
         row |= {"system": _measure(folder / own, folder, cfg), "status": "finished"}
     except Exception as error:
         refusal = config.as_refusal(error, hydra.job.config_name)
-        row["reason"] = config.redact(refusal or f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        row["reason"] = redact(refusal or f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
         print(f"error: {own}: {row['reason']}", file=sys.stderr, flush=True)
         if not refusal:
-            print(config.redact(traceback.format_exc()), file=sys.stderr, flush=True)
+            print(redact(traceback.format_exc()), file=sys.stderr, flush=True)
     row["seconds_in_all"] = round(time.monotonic() - begin, 1)
     (folder / ROWS).mkdir(parents=True, exist_ok=True)
     run.write_atomically(folder / ROWS / f"{own}.json", json.dumps(row, indent=2, ensure_ascii=False) + "\n")
@@ -118,7 +118,10 @@ class Summary(Callback):
     """
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        here = run.relative(Path(config.hydra.sweep.dir).absolute())
         try:
+            run_folder.refuse_foreign(here, only="sweep")
+            self.lock = run_folder.Lock(here)
             if "trainer" in config:
                 check(config.sweep)
                 preflight.before_sweep(config)
@@ -127,6 +130,7 @@ class Summary(Callback):
             sys.exit(2)
         if "trainer" in config and config.preflight.only:
             sys.exit(0)
+        run_folder.mark(here, "sweep")
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         folder = run.relative(Path(config.hydra.sweep.dir).absolute())

@@ -2,8 +2,8 @@
 
 What it answers to, by the names that `fault` and `seen` use:
 
-    whoami create settings info auth tree paths preupload batch upload verify commit refs branch tag yaml resolve
-    download
+    whoami create settings info auth tree paths preupload batch upload verify commit commits refs branch tag yaml
+    resolve download
 
 Small files are git blobs; what is larger than LARGE or safetensors or parquet goes through LFS: batch, upload with the
 SHA-256 checked, verify, and a redirect to /cdn on the way back, which takes range requests.
@@ -22,7 +22,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 LARGE = 100_000
 GITATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
-OWNER, TOKEN = "ada", "hf_" + "TestTokenOfAda0000"
+OWNER, TOKEN = "ada", "hf_" + "TestTokenOfAda00000000"
 KINDS = {"models": "model", "datasets": "dataset", "spaces": "space"}
 
 
@@ -309,7 +309,17 @@ class Handler(BaseHTTPRequestHandler):
                 [{"name": name, "ref": f"refs/{what}/{name}", "targetCommit": oid} for name, oid in refs.items()]
                 for what, refs in (("heads", repo.branches), ("tags", repo.tags))
             )
-            self.answer(200, {"branches": branches, "tags": tags, "converts": [], "pullRequests": []})
+            pulls = [{"name": ref, "ref": ref, "targetCommit": oid} for ref, oid in repo.pulls.items()]
+            self.answer(200, {"branches": branches, "tags": tags, "converts": [], "pullRequests": pulls})
+
+    def do_commits(self, kind, repo_id, revision):
+        if (repo := self.repo(kind, repo_id)) and (commit := self.commit_at(repo, revision)):
+            found = []
+            while commit:
+                found.append({"id": commit["oid"], "title": commit["title"], "message": "", "authors": [],
+                              "date": "2026-01-01T00:00:00.000Z"})  # fmt: skip
+                commit = repo.commits.get(commit["parent"])
+            self.answer(200, found)
 
     def do_branch(self, kind, repo_id, name):
         if repo := self.repo(kind, repo_id, write=True):
@@ -421,6 +431,7 @@ ROUTES = [
     (rf"{API}/{REPO}/paths-info/([^/]+)", "paths"),
     (rf"{API}/{REPO}/preupload/([^/]+)", "preupload"),
     (rf"{API}/{REPO}/commit/([^/]+)", "commit"),
+    (rf"{API}/{REPO}/commits/([^/]+)", "commits"),
     (rf"{API}/{REPO}/refs", "refs"),
     (rf"{API}/{REPO}/branch/([^/]+)", "branch"),
     (rf"{API}/{REPO}/tag/([^/]+)", "tag"),

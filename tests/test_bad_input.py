@@ -80,6 +80,7 @@ def refuse(run_recipe, site, tmp_path_factory):
         ("dpo", "data.seed=x", "data.seed=x: must be a whole number."),
         ("dpo", "model.revision=[1]", "model.revision=[1]: Cannot convert 'list' to string"),
         ("dpo", "overwrite=perhaps", "overwrite=perhaps: must be true or false."),
+        ("dpo", "trainer.push_to_hub=true", "trainer.push_to_hub=true: would upload every checkpoint as it is."),
         ("dpo", "resume=autp", "resume=autp: not one of auto, never; did you mean 'auto'?"),
         ("dpo", "run_name=null", "run_name=null: must be text."),
         ("dpo", "model=qwen3_0_6", "model=qwen3_0_6: there is no such option; did you mean 'qwen3_0_6b'? Options: "),
@@ -206,7 +207,7 @@ def test_adapters(refuse, tmp_path):
 @pytest.fixture
 def finished(tmp_path):
     folder = write_adapter(tmp_path / "outputs" / "dpo" / "main", recipe="dpo")
-    (folder / "config.yaml").write_text("run_name: main\n")
+    (folder / "config.yaml").write_text("rlhf_recipes: dpo\nrun_name: main\n")
     return folder
 
 
@@ -223,16 +224,14 @@ def test_overwrite_takes_nothing_until_all_else_is_accepted(refuse, finished, tm
 def test_an_interrupted_run_with_other_settings(refuse, compose, tmp_path):
     from omegaconf import OmegaConf
 
-    from rlhf_recipes import run
+    from rlhf_recipes import run, run_folder
 
     folder = tmp_path / "outputs" / "dpo" / "main"
     (folder / "checkpoints" / "checkpoint-3").mkdir(parents=True)
     (folder / "checkpoints" / "checkpoint-3" / "trainer_state.json").write_text(
         '{"global_step": 3, "max_steps": 10, "epoch": 0.3}'
     )
-    (folder / "config.yaml").write_text(
-        OmegaConf.to_yaml(OmegaConf.create(run.resolved(compose("dpo", "trainer.beta=0.2"))))
-    )
+    run_folder.mark(folder, "dpo", OmegaConf.to_yaml(run.resolved(compose("dpo", "trainer.beta=0.2"))))
     line = refuse("dpo", "trainer.beta=0.3", cwd=tmp_path)
     assert line.startswith(
         "trainer.beta=0.3: outputs/dpo/main holds an interrupted run with trainer.beta=0.2. Give that value"
@@ -421,7 +420,7 @@ def test_evaluate(refuse, tmp_path, overrides, says):
 def test_pipeline(refuse, tmp_path, stages, says):
     """All stages are checked before the first starts, and before overwrite=true takes anything."""
     finished = write_adapter(tmp_path / "outputs" / "pipeline" / "main" / "a", recipe="sft")
-    (finished / "config.yaml").write_text("run_name: main\n")
+    (finished / "config.yaml").write_text("rlhf_recipes: sft\nrun_name: main\n")
     assert refuse("pipeline", f"stages={stages}", "overwrite=true", cwd=tmp_path).startswith(says)
 
 

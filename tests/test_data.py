@@ -446,6 +446,7 @@ def test_drops_are_counted_with_their_places(tmp_path):
         "context_differs": 0,
         "identical": 1,
         "tie": 0,
+        "secret": 0,
         "duplicate": 1,
         "leakage": 1,
     }
@@ -734,7 +735,6 @@ def test_a_refusal_imports_no_heavy_library(tmp_path):
 
 def test_what_is_a_hub_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "org").mkdir()
     assert readers.is_hub_id("Anthropic/hh-rlhf") and readers.is_hub_id("org/set-v1.5")
     for path in (
         "data/prefs.jsonl",
@@ -747,7 +747,7 @@ def test_what_is_a_hub_id(tmp_path, monkeypatch):
         "data/prefs.TXT",
     ):
         assert not readers.is_hub_id(path)
-    (tmp_path / "org" / "set").mkdir()
+    (tmp_path / "org" / "set").mkdir(parents=True)
     assert not readers.is_hub_id("org/set")
 
 
@@ -805,6 +805,7 @@ def test_offline_without_a_cache_is_one_line(tmp_path):
         [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
     )
     assert done.stdout == (
+        "data: Anthropic/hh-rlhf, from the Hub\n"
         "data.path=Anthropic/hh-rlhf: no file or folder here, not in the cache, and HF_HUB_OFFLINE=1 bars it."
         " Unset it, or give a local file.\n"
     ), done.stderr
@@ -1013,3 +1014,16 @@ def test_shorter_wins():
         }
 
     assert data.shorter_wins([row("a", "bb"), row("bb", "a"), row("a", "b")]) == [1.0, 0.0, 0.5]
+
+
+def test_a_row_that_holds_a_secret_is_dropped_and_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLINIC_PASSWORD", "correct-horse-battery")
+    rows = [pair(index) for index in range(12)]
+    rows[3]["chosen"] += " hf_" + "abcdefghij" * 3
+    rows[5]["rejected"] += " postgresql://ada:correct-mule@db/x"
+    rows[7]["prompt"] += " correct-horse-battery"
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    splits = data.load_pairs(node("local", f"data.path={path}", "data.test_size=2"))
+    assert splits.report["dropped"]["secret"] == 3 and splits.report["train"] + splits.report["test"] == 9
+    assert splits.report["examples"]["secret"] == ["rows.jsonl:4", "rows.jsonl:6", "rows.jsonl:8"]
+    assert "3 secret" in data.describe(splits.report)

@@ -248,7 +248,7 @@ def configured(key, value):
         (told(note="is in C:\\Users\\grace\\x"), [], "result.json:"),
         (add_line("metrics.jsonl", '{"note": "' + TOKEN + '"}'), ["force=true"], "metrics.jsonl:"),
         (add_line("metrics.jsonl", "-----BEGIN RSA PRIVATE KEY-----"), ["force=true"], "metrics.jsonl:"),
-        (add_line("adapter/x.jinja", "{# AIza" + "x" * 35 + " #}"), ["force=true"], "x.jinja:"),
+        (add_line("adapter/chat_template.jinja", "AIza" + "x" * 35), ["force=true"], "chat_template.jinja:"),
         (lambda run: None, ["max_file_gib=1e-5"], "adapter_model.safetensors: 0.0"),
     ],
 )  # fmt: skip
@@ -267,8 +267,9 @@ def test_a_place_for_a_dry_run(run, refused):
     (run.parent / "x").write_text("mine")
     assert refused("run=dpo", "license=mit", "folder=x") == "folder=x: is a file. Name a folder."
     before = snapshot(run)
-    said = refused("run=dpo", "license=mit", "folder=dpo")
-    assert said == "folder=dpo: holds adapter, no part of a publication. Name an empty folder."
+    for folder in ("dpo", "dpo/adapter", "dpo/adapter/new"):
+        said = refused("run=dpo", "license=mit", f"folder={folder}")
+        assert said == f"folder={folder}: is, holds or lies in dpo. Name another, which may be new."
     assert snapshot(run) == before
 
 
@@ -392,7 +393,7 @@ def test_merged_weights_that_are_too_far(server, run, refused):
 
 
 def test_a_pull_request(server, run, publish):
-    server.put("ada/asked", None, **{"README.md": b"---\ntags:\n- rlhf-recipes\n---\n# Old\n"}, private=True)
+    publish("run=dpo", "repo_id=ada/asked", "merged=true", "max_merge_drift=1")
     repo = server.repos["model", "ada/asked"]
     head = repo.branches["main"]
     done = publish("run=dpo", "repo_id=ada/asked", "create_pr=true")
@@ -400,6 +401,7 @@ def test_a_pull_request(server, run, publish):
     assert repo.branches["main"] == head and list(repo.pulls) == ["refs/pr/1"]
     proposed = repo.at("refs/pr/1")["files"]
     assert b"Proven by a round trip" in proposed["README.md"] and "adapter_model.safetensors" in proposed
+    assert "model.safetensors" not in proposed
 
 
 def test_merged_takes_the_place_of_the_adapter(server, run, publish):

@@ -11,7 +11,8 @@ from test_hub import publish, refused, run, server, trained, zero  # noqa: F401 
 
 
 STEPS = ("whoami", "info", "create", "tree", "yaml", "preupload", "batch", "upload", "verify", "commit", "resolve",
-         "download", "tag", "settings", "branch")  # fmt: skip
+         "download", "tag", "settings", "branch", "commits", "refs")  # fmt: skip
+AFTER = ("tag", "settings", "commits", "refs")  # the proof
 
 
 def is_told_as_done(server, stdout):
@@ -31,7 +32,7 @@ def test_a_step_that_fails(server, run, refused, capsys, step, fault):
                429: "the Hub asks to wait (429)", 403: "the token may not do that (403)"}  # fmt: skip
     assert reasons[fault] in line, line
     told_as_done = is_told_as_done(server, capsys.readouterr().out)
-    if step in ("tag", "settings"):  # what comes after the proof: that is there, and said to be
+    if step in AFTER:  # what comes after the proof: that is there, and said to be
         assert "is there and proven." in line
     else:
         assert not told_as_done
@@ -41,7 +42,7 @@ def test_a_step_that_fails(server, run, refused, capsys, step, fault):
     elif repo.branches.get("trial") is None or len(repo.at("trial")["files"]) == 1:
         assert "private and empty" in line or "It may have been made" in line, line
         assert repo.private
-    elif step not in ("tag", "settings"):
+    elif step not in AFTER:
         assert "its card says 'not proven'" in line, line
         assert repo.private and b"**Not proven.**" in repo.at("trial")["files"]["README.md"]
     assert repo is None or repo.private

@@ -16,6 +16,8 @@ from typing import Any, Protocol
 
 from omegaconf import DictConfig
 
+MOST_TOKENS = 2**40  # of one answer; a larger count is none
+
 Message = dict[str, str]
 # Of a generation: `text`, `finished` (it ended by itself). Of a choice: `logps`, a log-probability in nats for each
 # option, or None where no option could be read from the answer. Of both: `prompt_tokens`, `tokens`.
@@ -75,32 +77,77 @@ class Backend(Protocol):
 class Journal:
     """Answers on disk, by key: one JSON line for each group, appended and flushed before anything builds on it.
 
-    A line that a kill cut short is dropped when the file is read again: its group was not answered.
+    Opening one changes nothing. A line that a kill cut short goes when the next is written: its group was not
+    answered. An answer that is none (`sound`) is not known: it is asked for again.
+
+    Raises:
+        ValueError: a line of the file is damaged.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self.answers: dict[str, Answer] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole = 0
+        self._whole = 0
         if path.exists():
-            with path.open("rb") as lines:
-                for line in lines:
-                    if not line.endswith(b"\n"):
-                        break
-                    whole += len(line)
-                    self.answers |= {entry["key"]: entry["answer"] for entry in json.loads(line)}
-            os.truncate(path, whole)
+            for self._whole, group in groups(path):
+                self.answers |= {entry["key"]: counted(entry["answer"]) for entry in group if sound(entry["answer"])}
+        self._cut_short = path.exists() and path.stat().st_size > self._whole
 
     def write(self, group: list[tuple[Request, Answer]]) -> None:
         entries = [{"prompt_id": r.prompt_id, "step": r.step, "key": r.key, "answer": answer} for r, answer in group]
         # Half a surrogate pair, which a cut-off emoji leaves, is no UTF-8. What is remembered is what was written.
         line = json.dumps(entries, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+        if self._cut_short:
+            os.truncate(self.path, self._whole)
+            self._cut_short = False
         with self.path.open("ab") as file:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
         self.answers |= {entry["key"]: entry["answer"] for entry in json.loads(line)}
+
+
+def groups(path: Path) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """Each whole line of a journal: the byte behind it, and its entries (`prompt_id`, `step`, `key`, `answer`).
+
+    Raises:
+        ValueError: a line is damaged.
+    """
+    end = 0
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                group = json.loads(line)
+                whole = all({"step", "key", "answer"} <= entry.keys() for entry in group)
+            except (ValueError, TypeError, AttributeError, RecursionError):
+                whole = False
+            if not whole:
+                raise ValueError(
+                    f"{path}:{number}: is damaged. Remove the line: what it held is then asked for again."
+                )
+            end += len(line)
+            yield end, group
+
+
+def sound(answer: Any) -> bool:
+    """Whether an answer has a text, or log-probabilities that are numbers (or None)."""
+    if not isinstance(answer, dict) or "logps" not in answer:
+        return isinstance(answer, dict) and isinstance(answer.get("text"), str)
+    logps = answer["logps"]
+    return logps is None or (isinstance(logps, list) and all(type(p) in (int, float) and -1e9 < p < 1 for p in logps))
+
+
+def token_count(value: Any) -> int:
+    """A number of tokens as somebody else's JSON gives it; 0 for what is none."""
+    return value if type(value) is int and 0 <= value <= MOST_TOKENS else 0
+
+
+def counted(answer: Answer) -> Answer:
+    """The answer with counts that are numbers."""
+    return {**answer, **{key: token_count(answer[key]) for key in ("prompt_tokens", "tokens") if key in answer}}
 
 
 def ask(backend: Backend, requests: list[Request], journal: Journal, what: str) -> list[Answer]:

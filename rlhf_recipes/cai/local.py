@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from rlhf_recipes import memory, models, progress, run
 from rlhf_recipes.cai.backend import Answer, Message, Request
+from rlhf_recipes.data.template import render
 from rlhf_recipes.data.tokens import neutralise
 from rlhf_recipes.evaluation.measure import left_pad, stop_ids
 from rlhf_recipes.sampling import draw
@@ -109,7 +110,7 @@ class Local:
             memory.return_freed_memory()
 
     def _encode(self, request: Request, messages: list[Message]) -> _Row:
-        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        text = render(self.tokenizer, messages, add_generation_prompt=True, tokenize=False)
         whole = [self._ids(text + request.prefix + option) for option in request.options]
         if not whole:
             return _Row(request, self._ids(text + request.prefix), [])

@@ -18,10 +18,12 @@ import weakref
 from collections.abc import Callable, Container, Iterator
 from contextlib import suppress
 from typing import Any
+from urllib.parse import urljoin, urlsplit
 
-from rlhf_recipes.cai.backend import Answer, Request
-from rlhf_recipes.config import redact
+from rlhf_recipes import text
+from rlhf_recipes.cai.backend import Answer, Request, token_count
 from rlhf_recipes.progress import Line
+from rlhf_recipes.secrets import redact
 
 CONNECT_SECONDS = 10.0  # at most, to connect; also how long a caller that stops early may have to wait
 BACKOFF_SECONDS, BACKOFF_CAP = 1.0, 30.0  # the first wait at most, doubled with each attempt, and the last
@@ -31,6 +33,10 @@ CHOICE_TOKENS = 8  # of a choice: some models put a space, a bracket or "The ans
 TOP_LOGPROBS = (20, 5, 0)  # asked for in this order, until the endpoint takes it; 0: none
 VOTE = 0.99  # probability of the option that a text without log-probabilities names; the others share the rest
 LOWEST = -9999.0  # what servers write for a log-probability of minus infinity
+HIGHEST = 0.01  # a log-probability may be above 0 by rounding
+# Bytes of an answer, decompressed: so many at most, and for each token asked for and each listed beside it (its text
+# in JSON, its log-probability and its bytes as numbers).
+ANSWER_BYTES, TOKEN_BYTES = 2**20, 512
 AROUND = " \t\r\n▁Ġ()[].,:*`'\"‘’“”"  # what may stand around an option within its token
 
 
@@ -176,26 +182,35 @@ class Server:
         body = {"model": self.model, "messages": request.messages, **body}
         chance = random.Random(request.key)
         for attempt in range(1, self.max_attempts + 1):
-            status, wait = 0, 0.0
+            status, wait, refused = 0, 0.0, None
             try:
-                response = connections.client.post("/chat/completions", body=body, cast_to=object)
-                usage = response.get("usage") or {}
-                counts = {"prompt_tokens": "prompt_tokens", "tokens": "completion_tokens"}
-                return read(response["choices"][0]) | {ours: usage.get(name) or 0 for ours, name in counts.items()}
+                response = connections.post(body)
+                return read(response["choices"][0]) | _counts(response.get("usage"))
+            except _TooLong as error:
+                refused = f"{self.host}: {error}. See that base_url and model are right."
             except openai.APITimeoutError:
                 failure, advice = f"no answer in time (timeout={self.timeout:g})", "Raise timeout or lower concurrency"
             except openai.APIConnectionError:
                 failure, advice = "no connection", "See that it runs and that base_url is right"
             except openai.APIStatusError as error:
                 status, told, wait = error.status_code, error.response.text, _retry_after(error.response.headers)
+                elsewhere = _host(self.base_url, error.response.headers.get("location"))
                 failure, advice = f"status {status}", "Lower concurrency" if status == 429 else "See its log"
-            except (ValueError, TypeError, LookupError, AttributeError):  # read as a chat completion, it is none
+            except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+                # Read as a chat completion, it is none.
                 failure, advice = "no chat completion in its answer", "See that base_url is right"
             # Raised here, not above, no error has one of the client's, which hold the key, as its context.
+            if 300 <= status < 400:
+                refused = (
+                    f"{self.host}: status {status}, it points to {elsewhere}, which is not followed: requests go to "
+                    "base_url alone. Set base_url to the address that answers."
+                )
+            if refused:
+                raise ValueError(refused)
             if status and status not in (408, 409, 429) and status < 500:
                 raise self._refusal(status, told)
             if wait > LONGEST_WAIT:
-                advice = f"It asks for a pause of {wait:.0f} s: wait"
+                advice = f"It asks for a pause of {wait:.6g} s: wait"
             if attempt == self.max_attempts or wait > LONGEST_WAIT or connections.closed.is_set():
                 raise ValueError(
                     f"{self.host}: {failure} (attempt {attempt}). {advice}, then run the same command again; what was "
@@ -207,13 +222,14 @@ class Server:
             connections.closed.wait(pause)
 
     def _refusal(self, status: int, told: str) -> ValueError:
-        told = " ".join((told.replace(self._key, "<secret>") if self.api_key_env else told).split())
+        told = told.replace(self._key, "<secret>") if self.api_key_env else told
+        told = redact(" ".join(text.line(told).split()))
         if status in (400, 422) or "logprobs" in told:
-            return _Rejected(f"{self.host}: status {status}, it does not take the request: {redact(told)[:200]}")
+            return _Rejected(f"{self.host}: status {status}, it does not take the request: {told[:200]}")
         if status in (401, 403):
             key = f"the key in {self.api_key_env}" if self.api_key_env else "requests without a key"
             return ValueError(f"{self.host}: status {status}, it does not take {key}. Check api_key_env.")
-        known = f"no model {self.model!r} there" if status == 404 else redact(told)[:200]
+        known = f"no model {self.model!r} there" if status == 404 else told[:200]
         return ValueError(f"{self.host}: status {status}, {known}. Check model and base_url.")
 
 
@@ -221,8 +237,16 @@ class _Rejected(ValueError):
     """The endpoint does not take the request as it is."""
 
 
+class _TooLong(ValueError):
+    """An answer goes on beyond its limit."""
+
+
 class _Connections:
-    """The client and its sockets: shutting one down is what ends a request that another thread waits for."""
+    """The client and its sockets: shutting one down is what ends a request that another thread waits for.
+
+    It follows no redirect, which would send a prompt to whatever address an answer names, and reads no answer beyond
+    the bytes that were asked for.
+    """
 
     def __init__(self, base_url: str, key: str, timeout: float):
         import openai
@@ -230,15 +254,28 @@ class _Connections:
         def watch(request: Any) -> None:
             request.extensions["trace"] = self._note  # httpx then tells of each step of the request
 
-        self.closed = threading.Event()
+        class Client(openai.DefaultHttpxClient):
+            def send(client, request: Any, *, stream: bool = False, **kwargs) -> Any:
+                return _limited(super().send(request, stream=True, **kwargs), self._asked.bytes)
+
+        self.closed, self._asked = threading.Event(), threading.local()
         self._sockets, self._lock = weakref.WeakSet(), threading.Lock()
         self.client = openai.OpenAI(
             base_url=base_url,
             api_key=key,
             max_retries=0,
             timeout=openai.Timeout(timeout, connect=min(timeout, CONNECT_SECONDS)),
-            http_client=openai.DefaultHttpxClient(event_hooks={"request": [watch]}),
+            http_client=Client(event_hooks={"request": [watch]}, follow_redirects=False),
         )
+
+    def post(self, body: dict) -> Any:
+        """The answer to a chat completion, as JSON.
+
+        Raises:
+            _TooLong: it goes on beyond `most_bytes`.
+        """
+        self._asked.bytes = most_bytes(body["max_tokens"], body.get("top_logprobs", 0))
+        return self.client.post("/chat/completions", body=body, cast_to=object)
 
     def close(self) -> None:
         self.closed.set()
@@ -256,6 +293,11 @@ class _Connections:
                 self.close()
 
 
+def most_bytes(max_tokens: int, top_logprobs: int = 0) -> int:
+    """What an answer may have, in bytes."""
+    return ANSWER_BYTES + TOKEN_BYTES * max_tokens * (1 + top_logprobs)
+
+
 def logps(tokens: list[dict], options: tuple[str, ...]) -> list[float] | None:
     """Log-probability in nats of each option at the first token that names one; None without such a token.
 
@@ -264,7 +306,7 @@ def logps(tokens: list[dict], options: tuple[str, ...]) -> list[float] | None:
     """
     for token in tokens:
         if token["token"].strip(AROUND) in options and token["top_logprobs"]:
-            listed = [(other["token"].strip(AROUND), max(other["logprob"], LOWEST)) for other in token["top_logprobs"]]
+            listed = [(other["token"].strip(AROUND), _logp(other["logprob"])) for other in token["top_logprobs"]]
             lowest = min(logp for _, logp in listed)
             own = [[logp for name, logp in listed if name == option] for option in options]
             return [_log_sum(found) if found else lowest - 1 for found in own]
@@ -283,8 +325,51 @@ def _log_sum(logps: list[float]) -> float:
     return max(logps) + math.log(sum(math.exp(logp - max(logps)) for logp in logps))
 
 
+def _logp(value: Any) -> float:
+    if type(value) not in (int, float) or not value <= HIGHEST:  # NaN neither
+        raise TypeError("no log-probability")
+    return float(max(value, LOWEST))
+
+
 def _text(choice: dict) -> str:
-    return choice["message"].get("content") or ""
+    """What is said, as one text or in parts; parts that are no text (what a model thought) are left out."""
+    content = choice["message"].get("content") or ""
+    if isinstance(content, list):
+        content = "".join([part["text"] for part in content if part["type"] == "text"])
+    if not isinstance(content, str):
+        raise TypeError("no text")
+    return content
+
+
+def _counts(usage: Any) -> dict[str, int]:
+    usage = usage if isinstance(usage, dict) else {}
+    names = {"prompt_tokens": "prompt_tokens", "tokens": "completion_tokens"}
+    return {ours: token_count(usage.get(name)) for ours, name in names.items()}
+
+
+def _limited(response: Any, most: int) -> Any:
+    """A streamed response as a whole one, read to `most` bytes: a small one may be gigabytes when it is unpacked."""
+    content = bytearray()
+    try:
+        for chunk in response.iter_bytes():
+            content += chunk
+            if len(content) > most:
+                raise _TooLong(f"an answer of more than {most / 2**20:.1f} MiB, which is not read")
+    finally:
+        response.close()
+    headers = response.headers.copy()
+    headers.pop("content-encoding", None)
+    return type(response)(response.status_code, headers=headers, content=bytes(content), request=response.request)
+
+
+def _host(base_url: str, location: str | None) -> str:
+    """Where a redirect points: scheme, host and port, without path and user."""
+    with suppress(ValueError):
+        url = urlsplit(urljoin(base_url, location or "mailto:"))
+        if url.hostname and re.fullmatch(r"[\w.:-]+", url.hostname):
+            host = f"[{url.hostname}]" if ":" in url.hostname else url.hostname
+            return f"{url.scheme}://{host}" + (f":{url.port}" if url.port else "")
+    return "somewhere else"
 
 
 def _retry_after(headers: Any) -> float:
@@ -293,6 +378,6 @@ def _retry_after(headers: Any) -> float:
     try:
         return max(0.0, float(value))
     except ValueError:
-        with suppress(ValueError, TypeError):
+        with suppress(ValueError, TypeError, OverflowError):
             return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     return 0.0

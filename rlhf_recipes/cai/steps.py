@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import run
 from rlhf_recipes.cai import filters, layout
-from rlhf_recipes.cai.backend import Answer, Backend, Journal, Message, Request, ask
+from rlhf_recipes.cai.backend import Answer, Backend, Journal, Message, Request, ask, groups, token_count
 from rlhf_recipes.cai.constitution import Constitution
 from rlhf_recipes.cai.judge import Judge, Judgement, Pair
 from rlhf_recipes.config import nearest
@@ -85,12 +85,12 @@ class Maker:
         the cost."""
         calls: Counter = Counter()
         for path in (gate, *(shard.parent / "answers.jsonl" for shard in shards)):
-            with path.open(encoding="utf-8") as lines:
-                for entry in (entry for line in lines for entry in json.loads(line)):
-                    kind = "judge" if entry["step"].startswith("judge") else "generator"
-                    calls[kind] += 1
-                    calls[f"{kind}_prompt_tokens"] += entry["answer"]["prompt_tokens"]
-                    calls[f"{kind}_tokens"] += entry["answer"]["tokens"]
+            for entry in (entry for _, group in groups(path) for entry in group):
+                kind = "judge" if entry["step"].startswith("judge") else "generator"
+                answer = entry["answer"] if isinstance(entry["answer"], dict) else {}
+                calls[kind] += 1
+                calls[f"{kind}_prompt_tokens"] += token_count(answer.get("prompt_tokens"))
+                calls[f"{kind}_tokens"] += token_count(answer.get("tokens"))
         costs = [
             price(node, calls[f"{kind}_prompt_tokens"], calls[f"{kind}_tokens"])
             for kind, node in (("generator", self.settings.generator), ("judge", self.settings.judge))
@@ -286,9 +286,21 @@ class Maker:
 
 
 def read(path: Path) -> Iterator[Record]:
-    """The records of a shard."""
-    with path.open(encoding="utf-8") as lines:
-        yield from map(json.loads, lines)
+    """The records of a shard.
+
+    Raises:
+        ValueError: a line of it is damaged.
+    """
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ValueError(
+                    f"{path}:{number}: is damaged. Remove the file: the shard is then made again of its answers, "
+                    "which are kept beside it."
+                ) from error
+            yield record
 
 
 def price(node: DictConfig, prompt_tokens: float, completion_tokens: float) -> float | None:

@@ -16,6 +16,7 @@ What becomes of what is found (`Splits.report` has the counts, with up to three 
 | chosen and rejected that answer different contexts              | dropped: `context_differs`            |
 | chosen that equals rejected after stripping                     | dropped: `identical`                  |
 | two answers with the same score or rank                         | dropped: `tie`                        |
+| a token, key or password, of a known shape or the environment's | dropped: `secret`                     |
 | the same example before it in the same split                    | dropped: `duplicate`                  |
 | a train row whose prompt is in test too                         | dropped: `leakage`                    |
 | roles that the chat template refuses (`fit`)                    | dropped: `template`                   |
@@ -41,6 +42,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from rlhf_recipes import secrets
 from rlhf_recipes.config import check_value, nearest
 from rlhf_recipes.data import readers, shapes
 from rlhf_recipes.data.tokens import lengths, neutralise, percentiles
@@ -64,7 +66,7 @@ KEYS = {
     "too_long": ("drop", "truncate", "stop"),
     "seed": int,
 }
-REASONS = ("empty", "roles", "context_differs", "identical", "tie", "duplicate", "leakage")
+REASONS = ("empty", "roles", "context_differs", "identical", "tie", "secret", "duplicate", "leakage")
 EXAMPLES = 3
 
 Example = dict[str, Any]
@@ -282,7 +284,7 @@ class _Tally:
 
 def _places(rows: Iterator, data: dict[str, Any], sides: tuple[str, ...], tally: _Tally) -> list[_Place]:
     """Every example that the rows give; what they do not give goes into the tally."""
-    places = []
+    places, held = [], secrets.in_environment()
     for index, (where, values) in enumerate(rows):
         row = shapes.Row(where, values, data["columns"])
         if index == 0:
@@ -293,12 +295,18 @@ def _places(rows: Iterator, data: dict[str, Any], sides: tuple[str, ...], tally:
             tally.candidates += 1
             if isinstance(candidate, str):
                 tally.drop(candidate, where)
+            elif any(secrets.find(said, held) for said in (family or "", *_texts(candidate))):
+                tally.drop("secret", where)  # a model would learn it, and samples and pages would show it
             else:
                 labels = {"family": family, "prompt_id": shapes.prompt_id(candidate["prompt"])}
                 if "rejected" in sides:
                     labels["p"] = row.probability("p")
                 places.append(_Place(where, {**candidate, **labels}, split))
     return places
+
+
+def _texts(example: Example) -> list[str]:
+    return [turn["content"] for turns in example.values() for turn in turns]
 
 
 def _split(train: list[_Place], test: list[_Place] | None, data: dict[str, Any]):

@@ -7,6 +7,7 @@ standard library and pyarrow alone, so a refusal needs neither torch nor dataset
 """
 
 import csv
+import functools
 import gzip
 import itertools
 import json
@@ -18,28 +19,34 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.config import nearest, redact
+from rlhf_recipes import places
+from rlhf_recipes.config import nearest
+from rlhf_recipes.secrets import redact
 
 Located = tuple[str, dict[str, Any]]
 
 TEXT_KINDS = (".jsonl", ".json", ".csv", ".jsonl.gz", ".json.gz", ".csv.gz")
 KINDS = (*TEXT_KINDS, ".parquet")
 FILE_ENDINGS = (*KINDS, ".txt", ".tsv", ".xlsx", ".arrow", ".gz", ".zip")
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 MAGIC = {
     b"\x1f\x8b": "gzip data",
     b"PAR1": "a parquet file",
     b"PK\x03\x04": "a zip or spreadsheet",
     b"ARROW1": "Arrow",
 }
+PARQUET_BATCH = 1000  # rows unpacked at a time
 HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
-CSV_CELL_LIMIT = 2**31 - 1  # csv's own limit of 128 KiB refuses long conversations
+# Bytes, unpacked: of a line or a row, and of a file that is read whole. A megabyte of gzip may be a gigabyte of text.
+LINE_LIMIT, JSON_LIMIT = 64 * 2**20, 2**30
 
 
 def is_hub_id(path: str) -> bool:
-    """Whether `path` names a repository: `org/name`, not here on disk, and without the ending of a file."""
-    is_file = path.lower().endswith(FILE_ENDINGS) or os.path.lexists(path)
-    return HUB_ID.fullmatch(path) is not None and not is_file
+    """Whether `path` names a repository: `org/name`, not here on disk, and without the ending of a file.
+
+    Raises:
+        ValueError: `org` is a folder or file here; see `places.on_hub`.
+    """
+    return not path.lower().endswith(FILE_ENDINGS) and places.on_hub(path, "data.path")
 
 
 def read_file(path: str) -> Iterator[Located]:
@@ -123,6 +130,7 @@ def read_hub(path: str, name: str | None, revision: str | None, split: str) -> I
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
     reach_hub(path, HF_HUB_OFFLINE)
+    places.tell("data", path)
     from datasets import load_dataset
 
     try:
@@ -165,7 +173,8 @@ def _kind(path: str, file: Path) -> str:
 
 def _text_rows(path: str, file: Path, kind: str) -> Iterator[Located]:
     with gzip.open(file, "rb") if kind.endswith(".gz") else open(file, "rb") as stream:
-        lines = _decoded(path, stream)
+        is_read_whole = ".json" in kind and ".jsonl" not in kind
+        lines = _decoded(path, stream, JSON_LIMIT if is_read_whole else LINE_LIMIT)
         if ".csv" in kind:
             yield from _csv_rows(path, lines)
         elif ".jsonl" in kind:
@@ -174,12 +183,14 @@ def _text_rows(path: str, file: Path, kind: str) -> Iterator[Located]:
             yield from _json_rows(path, lines)
 
 
-def _decoded(path: str, stream) -> Iterator[tuple[int, str]]:
-    """Numbered lines as text; the first line without its byte order mark."""
-    for number, raw in enumerate(stream, 1):
+def _decoded(path: str, stream, most: int) -> Iterator[tuple[int, str]]:
+    """Numbered lines of at most so many bytes as text; the first line without its byte order mark."""
+    for number, raw in enumerate(iter(functools.partial(stream.readline, most + 1), b""), 1):
         if number == 1:
             _refuse_magic(path, raw)
             raw = raw.removeprefix(b"\xef\xbb\xbf")
+        if len(raw) > most:
+            raise _too_large(path) if most == JSON_LIMIT else _too_long(path, number, "a line")
         if b"\0" in raw:
             raise ValueError(f"{path}:{number}: a binary file (NUL byte), not text. Give {', '.join(TEXT_KINDS)}.")
         try:
@@ -189,6 +200,15 @@ def _decoded(path: str, stream) -> Iterator[tuple[int, str]]:
                 f"{path}:{number}: not UTF-8 (byte 0x{raw[error.start]:02x} at position {error.start + 1}). "
                 "Save the file as UTF-8."
             ) from error
+
+
+def _too_long(path: str, number: int, what: str) -> ValueError:
+    return ValueError(f"{path}:{number}: {what} of more than {LINE_LIMIT >> 20} MiB. Mend or remove it.")
+
+
+def _too_large(path: str) -> ValueError:
+    most = f"{JSON_LIMIT >> 20} MiB of JSON"
+    return ValueError(f"{path}: more than {most}, which is read whole. Write it as .jsonl, a row a line.")
 
 
 def _refuse_magic(path: str, head: bytes) -> None:
@@ -207,7 +227,12 @@ def _jsonl_rows(path: str, lines: Iterator[tuple[int, str]]) -> Iterator[Located
 
 def _json_rows(path: str, lines: Iterator[tuple[int, str]]) -> Iterator[Located]:
     """A JSON list of rows, or one row a line; the first character tells which."""
-    numbered = list(lines)
+    numbered, size = [], 0
+    for number, line in lines:
+        numbered.append((number, line))
+        size += len(line)
+        if size > JSON_LIMIT:
+            raise _too_large(path)
     text = "".join(line for _, line in numbered)
     if not text.lstrip().startswith("["):
         yield from _jsonl_rows(path, iter(numbered))
@@ -252,10 +277,20 @@ def _object(where: str, row: Any) -> dict[str, Any]:
 
 
 def _csv_rows(path: str, lines: Iterator[tuple[int, str]]) -> Iterator[Located]:
-    csv.field_size_limit(CSV_CELL_LIMIT)
-    reader = csv.reader((line for _, line in lines), strict=True)
-    header, start = None, 1
+    header, start, size = None, 1, 0
+
+    def texts() -> Iterator[str]:
+        nonlocal size
+        for _, line in lines:
+            size += len(line)
+            if size > LINE_LIMIT:  # a quote that is never closed, say
+                raise _too_long(path, start, "a row")
+            yield line
+
+    csv.field_size_limit(LINE_LIMIT)  # csv's own limit of 128 KiB refuses long conversations
+    reader = csv.reader(texts(), strict=True)
     while True:
+        size = 0
         try:
             cells = next(reader, None)
         except csv.Error as error:
@@ -295,9 +330,10 @@ def _parquet_rows(path: str, file: Path) -> Iterator[Located]:
     import pyarrow.parquet
 
     try:
-        batches = pyarrow.parquet.ParquetFile(file).iter_batches()
+        table = pyarrow.parquet.ParquetFile(file)
+        _refuse_huge_rows(path, table.metadata)
         number = 0
-        for batch in batches:
+        for batch in table.iter_batches(PARQUET_BATCH):
             for index in range(batch.num_rows):
                 number += 1
                 yield f"{path}:{number}", _arrow_row(f"{path}:{number}", batch, index)
@@ -305,6 +341,15 @@ def _parquet_rows(path: str, file: Path) -> Iterator[Located]:
         if getattr(error, "strerror", None):
             raise
         raise ValueError(f"{path}: not a readable parquet file ({_first_line(error)}). Write it again.") from error
+
+
+def _refuse_huge_rows(path: str, metadata) -> None:
+    """By what the file says of each of its groups of rows, before one is unpacked."""
+    number = 1
+    for group in (metadata.row_group(i) for i in range(metadata.num_row_groups)):
+        if group.total_byte_size > LINE_LIMIT * max(group.num_rows, 1):
+            raise _too_long(path, number, "rows")
+        number += group.num_rows
 
 
 def _arrow_row(where: str, batch, index: int) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 import re
 from typing import Any
 
+from rlhf_recipes.data.template import render
+
 # What begins and ends a turn, of families too whose tokenizer nobody has loaded: ChatML and Llama 3, Gemma 3 and 4,
 # DeepSeek, Llama 2 and Mistral, Seed, EXAONE, GLM, MiniMax.
 TEMPLATE_MARKER = re.compile(
@@ -145,7 +147,7 @@ def _batch_lengths(rows: list[Example], tokenizer) -> list[int | None]:
     sides = [side for side in SIDES if side in rows[0]]
     conversations = [row["prompt"] + row.get(side, []) for row in rows for side in sides or ["prompt alone"]]
     try:
-        texts = tokenizer.apply_chat_template(conversations, tokenize=False)
+        texts = [render(tokenizer, each, tokenize=False) for each in conversations]
     except TemplateError:
         if len(rows) == 1:
             return [None]

@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from rlhf_recipes import stats
+from rlhf_recipes import run, stats
 from rlhf_recipes.config import CONF
 from rlhf_recipes.drawing import COLOURS, INK, MARKERS, figure, legend
 from rlhf_recipes.evaluation import summary
@@ -58,8 +58,8 @@ def config_of(reference: str) -> dict:
     Raises:
         ValueError: it is none.
     """
-    path = _home(reference) / "config.yaml"
-    config = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else {}
+    home = _home(reference)
+    config = run.read_config(home) if (home / "config.yaml").is_file() else {}
     if not {"model", "trainer"} <= set(config):
         raise ValueError(
             f"checkpoints={reference}: is no run of a training. Give a run folder such as outputs/ppo/main."

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rlhf_recipes import memory, progress
+from rlhf_recipes.data.template import render
 
 Message = dict[str, str]
 
@@ -81,7 +82,7 @@ def rewards(model, tokenizer, conversations: list[list[Message]], what: str = "R
 
 def rewards_and_features(model, tokenizer, conversations: list[list[Message]], what: str) -> list[tuple]:
     """(r(x, y), what its score head read, a float32 array of F features) for each conversation."""
-    encoded = [(tokenizer.apply_chat_template(c, return_dict=False), 0) for c in conversations]
+    encoded = [(render(tokenizer, c, return_dict=False), 0) for c in conversations]
     results: list[Any] = [None] * len(encoded)
     read: list[Any] = []
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -157,10 +158,10 @@ def kl_terms(policy_logps_K, reference_logps_K) -> tuple[float, float]:
 
 def encode(tokenizer, prompt: list[Message], completion: list[Message] | None) -> tuple[list[int], int]:
     """Token ids of the rendered conversation, and where the completion starts in them."""
-    prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    prompt_ids = render(tokenizer, prompt, add_generation_prompt=True, return_dict=False)
     if completion is None:
         return prompt_ids, len(prompt_ids)
-    ids = tokenizer.apply_chat_template(prompt + completion, return_dict=False)
+    ids = render(tokenizer, prompt + completion, return_dict=False)
     start = next((n for n, (a, b) in enumerate(zip(prompt_ids, ids, strict=False)) if a != b), len(prompt_ids))
     return ids, start
 

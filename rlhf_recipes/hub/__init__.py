@@ -8,7 +8,6 @@ Whatever ends in between leaves a repo whose card says that it is not proven, or
 
 import hashlib
 import json
-import shutil
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,8 +15,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import config, run
-from rlhf_recipes.hub import base, card, checks, contents, merge, proof, upload
+from rlhf_recipes import config, models, run
+from rlhf_recipes.hub import base, card, checks, contents, manifest, merge, proof, upload
 
 PLACEHOLDER = "<user>/<name>"
 
@@ -40,6 +39,8 @@ def publish(cfg: DictConfig) -> dict[str, Any]:
     source = contents.find(cfg.run, cfg.pairs)
     evaluation, page = checks.evaluation(cfg.evaluation, source, cfg.force)
     checks.source(source, cfg.force)
+    if cfg.folder:
+        checks.place(Path(cfg.folder), [source.dir, cfg.evaluation], cfg.get("output_dir"))
     target = connect(cfg, source.repo_type) if cfg.repo_id else None
     with upload.told(target) if target else nullcontext(), tempfile.TemporaryDirectory() as scratch:
         staged = Path(scratch) / "files"
@@ -51,18 +52,25 @@ def publish(cfg: DictConfig) -> dict[str, Any]:
             "merged": None,
         }
         contents.gather(source, facts["base"], page, staged)
-        if cfg.folder:
-            checks.place(Path(cfg.folder), set(contents.hashes(staged)))
-        checks.files(staged, cfg.max_file_gib, cfg.force)  # before a model loads; once more when all is there
+        seen: dict[str, str] = {}
+        checks.files(staged, cfg.max_file_gib, cfg.force, seen)  # before a model loads; once more when all is there
+        if target:
+            upload.refuse_collisions(target, {*seen, contents.CARD, contents.PROBE})
         expected = _measure(source, facts, cfg, staged)
         facts |= {"dtype": expected.get("dtype"), "fingerprint": ""}
         digests = [contents.hashes(staged), card.write(source, facts, None)]
         facts["fingerprint"] = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
-        run.write_atomically(staged / contents.CARD, card.write(source, facts, None))
-        checks.files(staged, cfg.max_file_gib, cfg.force)
+        _seal(staged, card.write(source, facts, None))
+        checks.files(staged, cfg.max_file_gib, cfg.force, seen)
         if target:
             return _upload(source, facts, expected, staged, target, cfg)
         return _dry_run(source, facts, expected, staged, Path(cfg.folder))
+
+
+def _seal(staged: Path, text: str) -> None:
+    """The card, and the manifest of all files with it."""
+    run.write_atomically(staged / contents.CARD, text)
+    manifest.write(staged)
 
 
 def _terms(source: contents.Source, licence: str | None, api) -> dict[str, Any]:
@@ -97,9 +105,15 @@ def check_ready(cfg: DictConfig, recipe: str) -> None:
 
 
 def start(cfg: DictConfig) -> run.Run:
-    """The run of recipes/publish.py, whose folder takes the record of what was published."""
+    """The run of recipes/publish.py, whose folder takes the record of what was published last.
+
+    Raises:
+        ValueError: the folder is another's, or another process writes it.
+    """
     run.environment()
-    return run.Run(run.relative(Path(cfg.output_dir)), "publish", run.resolved(cfg))
+    job = run.Run(run.relative(Path(cfg.output_dir)), "publish", run.resolved(cfg))
+    run.hold(job, only="publish")
+    return job
 
 
 def record(job: run.Run, cfg: DictConfig, published: dict[str, Any]) -> float | None:
@@ -110,11 +124,10 @@ def record(job: run.Run, cfg: DictConfig, published: dict[str, Any]) -> float | 
     """
     found = published["proof"] or {}
     largest = found.get("largest")
-    job.dir.mkdir(parents=True, exist_ok=True)
     after = {"value": largest, "low": None, "high": None, "n": found.get("n", 0), "clusters": found.get("n", 0)}
     main = {"name": "round_trip_difference", "before": None, "after": after}
     result = run.record(job, main=main, **published)
-    run.write_atomically(job.dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(job.config)))
+    run.write_config(job)
     run.write_result(job, result)
     tell(cfg, published)
     return largest
@@ -151,11 +164,14 @@ def _measure(source: contents.Source, facts: dict, cfg: DictConfig, staged: Path
 
 
 def _probe(source: contents.Source) -> dict[str, Any]:
-    """The numbers of the run's adapter on the base that it was trained on; kept in the run's folder."""
+    """The numbers of the run's adapter on the base that it was trained on; kept in the run's folder, for this machine
+    and as many threads."""
     path, digest = source.dir / contents.PROBE, source.result["adapter_sha256"]
     if path.is_file():
         kept = json.loads(path.read_text())
-        if kept.get("adapter_sha256") == digest and kept.get("probes") == proof.probes_sha256():
+        dtype = str(models.compute_dtype(OmegaConf.create(source.config["model"]))).removeprefix("torch.")
+        same = {"adapter_sha256": digest, "probes": proof.probes_sha256(), "machine": proof.machine(), "dtype": dtype}
+        if {key: kept.get(key) for key in same} == same:
             return kept
     task = proof.task(source.adapter, source.config, reward=source.recipe == "reward")
     numbers = {"adapter_sha256": digest, **proof.measure(task)}
@@ -186,13 +202,14 @@ def _upload(source, facts: dict, expected: dict, staged: Path, target: upload.Ta
     upload.make(target)
     revision, sent, found, branch = _proven_before(facts, staged, target), False, None, target.revision
     if revision is None:
+        upload.refuse_moved_tag(target)
         message = cfg.commit_message or f"{source.recipe}: {facts['fingerprint'][:12]}"
         revision, sent, pull_request = upload.commit(target, staged, message, branch, cfg.create_pr)
         branch = pull_request or branch
         target.state = f"Revision {revision[:12]} is there; its card says 'not proven'."
         print(f"uploaded  {target.repo_id} at {revision[:12]}, to be downloaded and loaded", flush=True)
         found = _come_back(source, facts, expected, staged, target, revision, branch)
-        run.write_atomically(staged / contents.CARD, card.write(source, facts, found))
+        _seal(staged, card.write(source, facts, found))
         revision, _, _ = upload.commit(target, staged, f"{message}, proven", branch)
         _, remote = upload.remote_files(target, revision)
         if wrong := upload.differing(staged, remote):
@@ -210,12 +227,12 @@ def _upload(source, facts: dict, expected: dict, staged: Path, target: upload.Ta
 def _proven_before(facts: dict, staged: Path, target: upload.Target) -> str | None:
     """The revision at which an earlier publication has proven exactly these files."""
     revision, remote = upload.remote_files(target, target.revision)
-    if upload.differing(staged, remote) != [contents.CARD] or contents.CARD not in remote:
+    changing = {contents.CARD, manifest.MANIFEST}  # the manifest has the card's hash
+    if set(upload.differing(staged, remote)) != changing or not changing <= remote.keys():
         return None
     with tempfile.TemporaryDirectory() as cache:
-        text = (upload.download(target, revision, Path(cache), contents.CARD) / contents.CARD).read_text(
-            encoding="utf-8"
-        )
+        folder = upload.download(target, revision, Path(cache), [contents.CARD])
+        text = (folder / contents.CARD).read_text(encoding="utf-8")
     if not card.is_proven(text, facts["fingerprint"]):
         return None
     print(f"unchanged {target.repo_id} has these files, proven: nothing is uploaded", flush=True)
@@ -230,7 +247,7 @@ def _come_back(source, facts, expected, staged, target: upload.Target, revision:
             return _round_trip(source, facts, expected, contents.hashes(staged), folder)
     except Mismatch as mismatch:
         target.state = f"Revision {revision[:12]} is there and broken ({mismatch}) Its card says 'not proven'."
-        run.write_atomically(staged / contents.CARD, card.write(source, facts, str(mismatch)))
+        _seal(staged, card.write(source, facts, str(mismatch)))
         upload.commit(target, staged, "broken: not what was uploaded", branch)
         target.state = f"Revision {revision[:12]} is there; its card says 'broken'."
         raise ValueError(
@@ -277,9 +294,7 @@ def _dry_run(source, facts: dict, expected: dict, staged: Path, folder: Path) ->
         ValueError: what lies there is not what was trained.
     """
     sent = contents.hashes(staged)
-    shutil.copytree(staged, folder, dirs_exist_ok=True)
-    for stale in contents.hashes(folder).keys() - sent.keys():
-        (folder / stale).unlink()
+    manifest.replace(folder, staged)
     try:
         found = _round_trip(source, facts, expected, sent, folder)
     except Mismatch as mismatch:

@@ -18,7 +18,7 @@ from rlhf_recipes.card import PAPERS, chain, examined, measured, recipe_of, with
 from rlhf_recipes.config import CONF, flatten
 from rlhf_recipes.data.readers import FILE_ENDINGS
 from rlhf_recipes.evaluation.definitions import METRICS
-from rlhf_recipes.hub.contents import PAGE, Source
+from rlhf_recipes.hub.contents import PAGE, Source, targets
 from rlhf_recipes.hub.upload import MARK
 from rlhf_recipes.stats import format_estimate
 from rlhf_recipes.text import code, line, markdown
@@ -290,10 +290,10 @@ def _settings(config: dict[str, Any]) -> str:
 
 
 def _defaults(group: str, node: dict[str, Any]) -> dict[str, Any]:
-    """Dotted key -> default: of the class that a node builds, of conf/data/base.yaml for `data`."""
+    """Dotted key -> default: of the class that a node builds, if conf/ names it; of conf/data/base.yaml for `data`."""
     if group == "data":
         return dict(flatten(OmegaConf.to_container(OmegaConf.load(CONF / "data" / "base.yaml"))))
-    if "_target_" not in node:
+    if node.get("_target_") not in targets(group):
         return {}
     module, _, name = node["_target_"].rpartition(".")
     target = getattr(importlib.import_module(module), name)

@@ -1,32 +1,19 @@
 """What is refused before anything is uploaded: a broken or unchanged adapter, one that got worse, secrets, sizes."""
 
-import functools
-import getpass
 import json
 import math
 import re
-import struct
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes import run
-from rlhf_recipes.config import SECRET_VALUES, flatten
-from rlhf_recipes.hub import contents
+from omegaconf import OmegaConf
+
+from rlhf_recipes import models, run
+from rlhf_recipes.config import flatten
+from rlhf_recipes.hub import contents, manifest, scan
 from rlhf_recipes.stats import format_estimate
 
-# Beside those that no config may hold.
-SECRETS = re.compile(
-    r"-----BEGIN [A-Z ]*PRIVATE KEY-----|AIza[A-Za-z0-9_-]{30,}|xox[abprs]-[A-Za-z0-9-]{10,}|"
-    r"eyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.|(?i:bearer )[A-Za-z0-9._-]{20,}|glpat-[A-Za-z0-9_-]{20,}"
-)
-# A home or temporary folder of somebody's machine.
-FOLDERS = re.compile(
-    r"(?<![\w./])/(?:home|Users|root|tmp|mnt|scratch|workspace)/[\w.@-]+|(?<!\w)[A-Za-z]:\\+Users\\+\w+"
-)
-NOBODY = ("root", "user", "ubuntu", "admin", "runner", "jovyan", "nobody", "app")  # names that tell nothing
 LOWER_IS_BETTER = ("perplexity",)
-TEXTS = (".json", ".jsonl", ".yaml", ".md", ".html", ".jinja", ".txt", ".model")
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -109,15 +96,19 @@ def _weights(where: str, source: contents.Source) -> None:
         if not file.is_file():
             hint = f" {unsafe[0]} is a pickle, which can run code." if unsafe else ""
             raise ValueError(f"{where}: no adapter/{file.name} in it.{hint} Train it again.")
-    try:
-        base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except ValueError as error:
-        raise ValueError(f"{where}: adapter/{config.name} is not valid JSON. Restore it.") from error
+    adapter, tokenizer = _json(where, config), source.adapter / "tokenizer_config.json"
+    base = adapter.get("base_model_name_or_path")
+    if adapter.get("megatron_config"):  # peft imports what stands beside it
+        raise ValueError(f"{where}: adapter/{config.name} names code (megatron_config), which is not run. Remove it.")
+    if tokenizer.is_file() and "auto_map" in _json(where, tokenizer):
+        raise ValueError(f"{where}: adapter/{tokenizer.name} names code (auto_map), which is not run. Remove it.")
     if base != source.config["model"]["id"]:
         raise ValueError(
             f"{where}: the adapter is for the base {base}, and config.yaml says {source.config['model']['id']}. "
             "Restore the one that was changed."
         )
+    dtype = models.compute_dtype(OmegaConf.create(source.config["model"]))
+    models.build_quantization(OmegaConf.create(source.config["quantization"]), dtype)
     digest = run.adapter_sha256(source.adapter)
     if digest != source.result.get("adapter_sha256"):
         raise ValueError(
@@ -127,6 +118,16 @@ def _weights(where: str, source: contents.Source) -> None:
     if digest == (source.result.get("parent") or {}).get("adapter_sha256"):
         raise ValueError(f"{where}: the adapter is its parent's, unchanged. Train it first.")
     _tensors(where, weights, source.recipe)
+
+
+def _json(where: str, file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{where}: adapter/{file.name} is not valid JSON. Restore it.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{where}: adapter/{file.name} is no mapping. Restore it.")
+    return content
 
 
 def _tensors(where: str, weights: Path, recipe: str) -> None:
@@ -186,6 +187,7 @@ def evaluation(folder: str | None, source: contents.Source, force: bool) -> tupl
             f"{where}: its verdict on {name} is worse: {entry['verdict']['reasons'][0].rstrip('.')}. Publish it all "
             "the same with force=true."
         )
+    contents.refuse_links(where, Path(folder))
     page = Path(folder) / "report.html"
     return {"name": name, "parent": found["parent"], **entry}, page if page.is_file() else None
 
@@ -194,67 +196,34 @@ def _same(path: str | None, folder: Path) -> bool:
     return path is not None and Path(path).resolve() == folder.resolve()
 
 
-def place(folder: Path, names: set[str]) -> None:
-    """Refuse a place for a dry run that holds anything but files with the names of a publication's.
+def place(folder: Path, inputs: list[Path | str | None], record: str | None) -> None:
+    """Refuse a place for a dry run that holds anything but an earlier one, or is another folder of the command.
+
+    Args:
+        inputs: the run, and the evaluation.
+        record: folder of what the command says of itself; the place may lie in it.
 
     Raises:
-        ValueError: it does, or is a file.
+        ValueError: says what is there.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"folder={folder}: is a file. Name a folder.")
-    there = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    if others := [name for name in there if name not in names and not contents.is_replaceable(name)]:
-        raise ValueError(f"folder={folder}: holds {min(others)}, no part of a publication. Name an empty folder.")
+    given = folder.resolve()
+    if record and Path(record).resolve().is_relative_to(given):
+        raise ValueError(f"folder={folder}: is or holds {record}, where the command's record goes. Name another.")
+    for other in (Path(other).resolve() for other in inputs if other):
+        if given.is_relative_to(other) or other.is_relative_to(given):
+            raise ValueError(f"folder={folder}: is, holds or lies in {other.name}. Name another, which may be new.")
+    manifest.refuse_foreign(folder)
 
 
-def files(folder: Path, max_file_gib: float, force: bool) -> None:
-    """Refuse what must not leave this machine, and what is too large. `force` lets folders and user names pass.
+def files(folder: Path, max_file_gib: float, force: bool, seen: dict[str, str]) -> None:
+    """Refuse what must not leave this machine, and what is too large; see `scan.files`.
 
     Raises:
-        ValueError: names file and line, and the kind of what was found, never the thing itself.
+        ValueError: names the file.
     """
-    here = [str(path) for path in (Path.home(), Path.cwd(), Path(tempfile.gettempdir())) if len(path.parts) > 2]
-    for file in sorted(folder.rglob("*")):
-        if not file.is_file():
-            continue
-        name, gib = file.relative_to(folder), file.stat().st_size / 2**30
+    digests = contents.hashes(folder)
+    for name in digests:
+        gib = (folder / name).stat().st_size / 2**30
         if gib > max_file_gib:
             raise ValueError(f"{name}: {gib:.3g} GiB, more than max_file_gib={max_file_gib}. Raise the limit.")
-        for number, text in _texts(file):
-            at = f"{name}:{number}" if number else f"{name}"
-            if SECRET_VALUES.search(text) or SECRETS.search(text):
-                raise ValueError(f"{at}: holds what looks like a token or a key. Remove it from the run's files.")
-            if not force and (kind := _private(text, here)):
-                raise ValueError(
-                    f"{at}: holds {kind}. Remove it from the run's files, or publish it all the same with force=true."
-                )
-
-
-def _private(text: str, folders: list[str]) -> str | None:
-    if FOLDERS.search(text) or any(folder in text for folder in folders):
-        return "a path of this or another machine"
-    return "your user name" if (user := _user()) and user.search(text) else None
-
-
-@functools.cache
-def _user() -> re.Pattern | None:
-    try:
-        name = getpass.getuser()
-    except (KeyError, OSError):  # none, as in a container
-        return None
-    return None if len(name) < 4 or name in NOBODY else re.compile(rf"(?<![\w-]){re.escape(name)}(?![\w-])")
-
-
-def _texts(file: Path):
-    """(line number from 1, text) of what can be read in a file; 0 where it has no lines."""
-    if file.suffix in TEXTS and file.name not in ("tokenizer.json", "vocab.json"):
-        yield from enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1)
-    elif file.suffix == ".safetensors":  # its header is JSON, the rest numbers
-        with file.open("rb") as opened:
-            size = struct.unpack("<Q", opened.read(8))[0]
-            yield 0, opened.read(size).decode(errors="replace")
-    elif file.suffix == ".parquet":
-        import pyarrow.parquet as pq
-
-        for number, row in enumerate(pq.read_table(file).to_pylist(), 1):
-            yield number, json.dumps(row, ensure_ascii=False)
+    scan.files(folder, force, seen, digests)

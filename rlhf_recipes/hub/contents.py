@@ -2,11 +2,13 @@
 
 Of a training: the adapter in safetensors with tokenizer and chat template, `config.yaml`, `result.json`, the curves
 and `probe.json`. Of recipes/cai.py: the splits, the accounts of what became of the pairs, and the constitution.
+Files are taken by their exact names, and a run folder is data, whoever it comes from: no link leads out of it, and
+nothing is imported because its config.yaml says so.
 """
 
-import fnmatch
 import hashlib
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,17 +17,25 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from rlhf_recipes import run
+from rlhf_recipes.cai.dataset import PREFS, SFT
 from rlhf_recipes.card import PAPERS, without_folder
-from rlhf_recipes.config import nearest
+from rlhf_recipes.config import CONF, flatten, nearest
+from rlhf_recipes.text import line
 
 WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja")
+# Those that transformers writes; a template of several lies in a folder of its own.
+VOCABULARY = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json", "tokenizer.model",
+              "spiece.model", "spm.model", "sentencepiece.model", "sentencepiece.bpe.model", "bpe.codes",
+              "normalizer.json")  # fmt: skip
+TOKENIZER = (*VOCABULARY, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+TEMPLATES = "additional_chat_templates"
 PICTURES = ("curves.png", "doctor.png", "metrics.jsonl")
-DATA = ("*.parquet", "funnel.json", "ledger.json", "funnel.png")
+DATA = (*(f"{split}.parquet" for split in (*PREFS, *SFT)), "funnel.json", "ledger.json", "funnel.png")
 CARD, PROBE, PAGE = "README.md", "probe.json", "evaluation.html"
-# What an earlier publication may have left where this one is of another kind: adapter or merged, with a page or not.
-REPLACEABLE = ("*.safetensors", "*.safetensors.index.json", ADAPTER_CONFIG, "config.json", "generation_config.json",
-               CARD, PROBE, PAGE)  # fmt: skip
+# Of result.json: rows of the data that a policy was trained on.
+PRIVATE = ("samples",)
+# What a config.yaml must have to be published.
+NEEDED = {"run": ("model.id", "model.dtype", "data.path"), "pairs": ("constitution",)}
 
 
 @dataclass
@@ -83,6 +93,7 @@ def find(run_folder: str | None, pairs_folder: str | None) -> Source:
     if not path.is_dir():
         near = nearest(path.name, [f.name for f in path.parent.glob("*")]) if path.parent.is_dir() else "."
         raise ValueError(f"{where}: no such folder{near}")
+    refuse_links(where, path)
     result, config = _read(where, path / "result.json"), _read(where, path / "config.yaml")
     made_by = result.get("recipe")
     if key == "pairs" and made_by != "cai":
@@ -93,6 +104,7 @@ def find(run_folder: str | None, pairs_folder: str | None) -> Source:
         raise ValueError(f"{where}: is a run of {made_by}, which makes no adapter. Name one of {', '.join(PAPERS)}.")
     if result.get("status") != "finished":
         raise ValueError(f"{where}: its status is {result.get('status')}. Let it finish first.")
+    _refuse_code(where, key, config)
     return Source(key, path, config, result)
 
 
@@ -109,6 +121,53 @@ def _read(where: str, path: Path) -> dict:
     return content
 
 
+def refuse_links(where: str, folder: Path) -> None:
+    """Refuse a folder with a link that leads out of it: a file of this machine would be published as the run's.
+
+    Raises:
+        ValueError: names the link.
+    """
+    inside = folder.resolve()
+    for place, folders, files in os.walk(folder):
+        for path in (Path(place) / name for name in sorted(folders + files)):
+            if path.is_symlink() and not path.resolve().is_relative_to(inside):
+                name = line(path.relative_to(folder))
+                raise ValueError(f"{where}: {name} is a link that leads out of it. Replace it by what it stands for.")
+
+
+def _refuse_code(where: str, key: str, config: dict[str, Any]) -> None:
+    """What is built of a config.yaml is what conf/ names; the rest of it is data.
+
+    Raises:
+        ValueError: it names another class, code of the Hub, or something to be looked up on this machine.
+    """
+    leaves = dict(flatten(config))
+    for needed in NEEDED[key]:
+        if not any(f"{name}.".startswith(f"{needed}.") for name in leaves):
+            raise ValueError(f"{where}: config.yaml has no {needed}. Restore the file, or run the recipe again.")
+    for name, value in leaves.items():
+        if "${" in str(value) and name.partition(".")[0] != "constitution":  # where it is text
+            raise ValueError(f"{where}: {line(name)} in config.yaml is not resolved. Write its value there.")
+    model, node = config.get("model") or {}, config.setdefault("quantization", {})
+    if not isinstance(node, dict) or ("_target_" in node and node["_target_"] not in targets("quantization")):
+        raise ValueError(
+            f"{where}: quantization in config.yaml names {line(node)[:80]}, which is in no file of conf/quantization "
+            "and is not run. Restore the file."
+        )
+    if "/" in str(model.get("attn_implementation")):  # transformers would fetch a kernel
+        raise ValueError(f"{where}: model.attn_implementation in config.yaml is code on the Hub, which is not run.")
+    if model.get("trust_remote_code"):
+        raise ValueError(
+            f"{where}: its model brings code (model.trust_remote_code in config.yaml), which is not run to publish it."
+        )
+
+
+def targets(group: str) -> set[str]:
+    """What the files of a group of conf/ build: the only classes that are imported for a run that is published."""
+    nodes = [OmegaConf.load(file) for file in (CONF / group).glob("*.yaml")]
+    return {node._target_ for node in nodes if "_target_" in node}
+
+
 def gather(source: Source, base: dict, page: Path | None, folder: Path) -> None:
     """Copy what is published into `folder`, all but weights, card and `probe.json`.
 
@@ -116,13 +175,13 @@ def gather(source: Source, base: dict, page: Path | None, folder: Path) -> None:
         base: `revision`, to be written into the adapter's config.
         page: report.html of an evaluation.
     """
-    for name, content in (("result.json", source.result), ("config.yaml", source.config)):
+    result = {key: value for key, value in source.result.items() if key not in PRIVATE}
+    for name, content in (("result.json", result), ("config.yaml", source.config)):
         portable = without_folder(content)
         text = json.dumps(portable, indent=2, ensure_ascii=False) + "\n"
         run.write_atomically(folder / name, text if name.endswith("json") else OmegaConf.to_yaml(portable))
-    for pattern in DATA if source.key == "pairs" else PICTURES:
-        for file in sorted(source.dir.glob(pattern)):
-            _copy(file, folder / file.name)
+    for name in DATA if source.key == "pairs" else PICTURES:
+        _copy(source.dir / name, folder / name)
     if page:
         _copy(page, folder / PAGE)
     made = source if source.key == "pairs" else source.pairs
@@ -130,21 +189,19 @@ def gather(source: Source, base: dict, page: Path | None, folder: Path) -> None:
         run.write_atomically(folder / "constitution.yaml", OmegaConf.to_yaml(made.config["constitution"]))
     if source.key == "pairs":
         return
-    for pattern in TOKENIZER:
-        for file in sorted(source.adapter.glob(pattern)):
-            _copy(file, folder / file.name)
+    templates = [f"{TEMPLATES}/{file.name}" for file in sorted((source.adapter / TEMPLATES).glob("*.jinja"))]
+    for name in (*TOKENIZER, *templates):
+        _copy(source.adapter / name, folder / name)
     adapter_config = json.loads((source.adapter / ADAPTER_CONFIG).read_text()) | {"revision": base["revision"]}
     run.write_atomically(folder / ADAPTER_CONFIG, json.dumps(adapter_config, indent=2, sort_keys=True) + "\n")
     _copy(source.adapter / WEIGHTS, folder / WEIGHTS)
 
 
 def _copy(file: Path, to: Path) -> None:
-    shutil.copyfile(file, to)  # the content alone: neither dates nor permissions
-
-
-def is_replaceable(path: str) -> bool:
-    """Whether a file may be of an earlier publication that this one takes the place of."""
-    return any(fnmatch.fnmatch(path, pattern) for pattern in REPLACEABLE)
+    """The content alone, neither dates nor permissions; nothing where there is no such file."""
+    if file.is_file():
+        to.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, to)
 
 
 def hashes(folder: Path) -> dict[str, str]:

@@ -13,20 +13,23 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from rlhf_recipes import secrets
+from rlhf_recipes.text import line
 
 PROBES = 32
 # Of these many replies the effect of the adapter is measured: a scale, for which few are enough.
 EFFECT_PROBES = 8
-# Most that two processes may differ by: nats per reply token, or units of the score. On one machine they do not differ
-# at all; other kernels round otherwise, by 2^-24 (float32), 2^-11 (float16), 2^-8 (bfloat16) of a logit of about 20,
-# averaged over a reply. What an adapter changes is often less: see `compare`.
+# Most that two processes may differ by: nats per reply token, or units of the score. On one machine, with as many
+# threads, they do not differ at all; other kernels and other orders of a sum round otherwise, by 2^-24 (float32),
+# 2^-11 (float16), 2^-8 (bfloat16) of a logit of about 20, averaged over a reply. What an adapter changes is often
+# less: see `compare`.
 TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 2e-2}
 # Of what the adapter itself changes (policy), or of the spread of the scores (reward model).
 SHARE = 0.1
-# Not handed to the fresh process: it needs no network.
-TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
 
 
 def conversations() -> list[tuple[list[dict], list[dict]]]:
@@ -42,7 +45,22 @@ def task(folder: Path, config: dict[str, Any], *, reward: bool, merged: bool = F
     """What `measure` needs: the folder of an adapter, or of merged weights, and the base that it belongs to."""
     model = {**config["model"], "adapter": None}
     return {"folder": str(folder), "reward": reward, "merged": merged, "model": model,
-            "quantization": {} if merged else config["quantization"]}  # fmt: skip
+            "quantization": {} if merged else config["quantization"], "threads": machine()["threads"]}  # fmt: skip
+
+
+def machine() -> dict[str, Any]:
+    """What the last bits of a number depend on: where another process has the same, it finds the same."""
+    import torch
+
+    from rlhf_recipes import run
+
+    versions = run.versions()
+    return {
+        "device": run.device_name(),
+        "threads": torch.get_num_threads(),
+        "kernels": torch.backends.cpu.get_cpu_capability(),
+        "versions": {name: versions.get(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
+    }
 
 
 def measure(task: dict[str, Any]) -> dict[str, Any]:
@@ -51,7 +69,8 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     Returns:
         `values`: log-probabilities of the replies in nats, summed over their tokens, or scores; `scale`: tokens of
         each reply, or ones; `effect`: what the adapter changes against its base in nats per token, or the mean
-        absolute deviation of the scores (None for merged weights); `dtype`, `quantization`, `probes` (their hash).
+        absolute deviation of the scores (None for merged weights); `dtype`, `quantization`, `probes` (their hash),
+        `machine`.
     """
     from omegaconf import OmegaConf
     from peft import PeftModel
@@ -61,13 +80,13 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     from rlhf_recipes.evaluation import measure as m
 
     node, asked = OmegaConf.create(task["model"]), conversations()
-    tokenizer = AutoTokenizer.from_pretrained(task["folder"])
+    tokenizer = AutoTokenizer.from_pretrained(task["folder"], trust_remote_code=False)
     auto, options = AutoModelForCausalLM, {}
     if task["reward"]:
         auto, options = AutoModelForSequenceClassification, {"num_labels": 1}
     dtype = models.compute_dtype(node)
     if task["merged"]:
-        model = auto.from_pretrained(task["folder"], dtype=dtype)
+        model = auto.from_pretrained(task["folder"], dtype=dtype, trust_remote_code=False)
     else:
         base = models.load_base(node, OmegaConf.create(task["quantization"]), auto, **options)
         model = PeftModel.from_pretrained(base, task["folder"])
@@ -80,7 +99,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
 
     values, scale = numbers(asked, "Round trip")
     found = {"values": values, "scale": scale, "effect": None, "dtype": str(dtype).removeprefix("torch."),
-             "quantization": task["quantization"], "probes": probes_sha256()}  # fmt: skip
+             "quantization": task["quantization"], "probes": probes_sha256(), "machine": machine()}  # fmt: skip
     if task["reward"]:
         mean = _mean(values)
         found["effect"] = _mean([abs(value - mean) for value in values])
@@ -150,7 +169,7 @@ def _rows_sha256(rows: list[dict]) -> str:
 
 
 def in_fresh_process(task: dict[str, Any]) -> dict[str, Any]:
-    """What a process of its own, without network and without token, finds.
+    """What a process of its own finds: without network, without secrets, with as many threads as this one.
 
     Raises:
         ValueError: it fails; says with what.
@@ -158,14 +177,27 @@ def in_fresh_process(task: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         asked, answer = Path(scratch) / "task.json", Path(scratch) / "answer.json"
         asked.write_text(json.dumps(task))
-        environment = {key: value for key, value in os.environ.items() if key not in TOKENS}
+        environment = _without_secrets(os.environ)
+        # The client's own token lies in a file.
+        environment |= {"HF_TOKEN_PATH": f"{scratch}/none", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
         environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": f"{scratch}/datasets"}
-        command = [sys.executable, "-m", "rlhf_recipes.hub.proof", str(asked), str(answer)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if "threads" in task:
+            environment["OMP_NUM_THREADS"] = str(task["threads"])
+        # -P: a module of the current folder, which may be one of data, is none of ours.
+        command = [sys.executable, "-P", "-m", "rlhf_recipes.hub.proof", str(asked), str(answer)]
+        done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         if done.returncode:
-            lines = done.stderr.strip().splitlines() or ["it gave no reason"]
-            raise ValueError(f"a fresh process cannot load it ({lines[-1]})")
+            said = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]
+            raise ValueError(f"a fresh process cannot load it ({line(secrets.redact(said))})")
         return json.loads(answer.read_text())
+
+
+def _without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that neither name a secret nor hold one."""
+    hidden = set(secrets.in_environment(environment).values())
+    hidden |= {name for name in environment if secrets.NAMES & {*name.upper().split("_")}}
+    return {name: value for name, value in environment.items()
+            if name not in hidden and not secrets.VALUE.search(value)}  # fmt: skip
 
 
 def _main(asked: str, answer: str) -> None:
@@ -173,7 +205,13 @@ def _main(asked: str, answer: str) -> None:
 
     run.environment()
     given = json.loads(Path(asked).read_text())
-    found = load_rows(Path(given["folder"]), given["splits"]) if "splits" in given else measure(given)
+    if "splits" in given:
+        found = load_rows(Path(given["folder"]), given["splits"])
+    else:
+        import torch
+
+        torch.set_num_threads(given["threads"])
+        found = measure(given)
     Path(answer).write_text(json.dumps(found))
 
 

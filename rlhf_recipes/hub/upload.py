@@ -1,24 +1,33 @@
 """Speaking to the Hub: who may write where, one commit for all files, what is retried, and what is said when it fails.
 
 Every call that changes nothing, or the same when it is repeated, is retried. The commit is not: after a lost answer it
-is looked up whether it has arrived, and it is sent again only on top of the revision that was seen.
+is looked up whether it has arrived, and it is sent again only on top of the revision that was seen. It touches only
+what the manifest of that revision lists with the hashes that are there.
 """
 
+import glob
+import re
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes import config
+from rlhf_recipes import config, secrets
 from rlhf_recipes.hub import contents
+from rlhf_recipes.hub.manifest import MANIFEST, listed
+from rlhf_recipes.text import line
 
 ATTEMPTS, WAIT_SECONDS, LONGEST_WAIT = 4, 1.0, 60.0
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 MARK = "rlhf-recipes"  # tag of every card that is written here
 KINDS = ("model", "dataset", "space")
+ATTRIBUTES = ".gitattributes"  # the Hub's own
+CREATED = re.compile(r"---\nlicense: [\w.-]+\n---\s*")  # a card as the Hub's page makes it with a new repo
+MOST_REVISIONS = 50  # that are looked at before a repo is made public
 
 
 @dataclass
@@ -27,7 +36,12 @@ class Target:
 
     Attributes:
         api: huggingface_hub.HfApi.
+        public: whether it may be, or become, public.
+        force: whether it may hold files of others beside ours.
         private: as it is now; None where it is yet to be made.
+        foreign: paths in it that are not ours to replace.
+        tag: a tag that is to be set and is there, at the head of the branch: an earlier try may have set it.
+        sent: commits of this publication -> paths of their files.
         state: what is in it, in a sentence, for whoever is told that something failed.
     """
 
@@ -35,7 +49,12 @@ class Target:
     repo_id: str
     repo_type: str
     revision: str
+    public: bool = False
+    force: bool = False
     private: bool | None = None
+    foreign: set[str] = field(default_factory=set)
+    tag: str | None = None
+    sent: dict[str, set[str]] = field(default_factory=dict)
     state: str = "Nothing was uploaded."
 
     def link(self, revision: str) -> str:
@@ -74,10 +93,10 @@ def reason(error: BaseException) -> str:
     if status and status >= 500:
         return f"the Hub fails ({status}). Run the same command later."
     if status:
-        return f"the Hub refuses ({status}): {config.redact(_first_line(error))}"
+        return f"the Hub refuses ({status}): {line(secrets.redact(_first_line(error)))}"
     if _is_network(error):
         return "the connection to the Hub was lost. Run the same command again."
-    return f"{config.redact(_first_line(error)).rstrip('.')}."
+    return f"{line(secrets.redact(_first_line(error))).rstrip('.')}."
 
 
 def retried(call: Callable[..., Any], *args, **kwargs):
@@ -100,30 +119,105 @@ def connect(repo_id: str, repo_type: str, revision: str, tag: str | None, public
     """
     from huggingface_hub import HfApi, get_token
 
-    target = Target(HfApi(library_name=MARK), repo_id, repo_type, revision)
+    target = Target(HfApi(library_name=MARK), repo_id, repo_type, revision, public, force)
     if not get_token():
         raise ValueError(f"repo_id={repo_id}: no token. `hf auth login`, or the environment variable HF_TOKEN.")
     with told(target):
         user = retried(target.api.whoami)
         _refuse_reader(repo_id, user)
         _refuse_other_kind(target)
-        info = _info(target, None)
-        if info is None:
+        if not _look(target):
             _refuse_foreign_namespace(repo_id, user)
             return target
-        retried(target.api.auth_check, repo_id, repo_type=repo_type, write=True)
-        target.private, target.state = info.private, "Nothing in it was changed."
-        if not info.private and not public:
-            raise ValueError(f"repo_id={repo_id}: is public already. Add public=true, or choose another name.")
-        names = {file.rfilename for file in info.siblings} - {".gitattributes"}
-        if names and MARK not in (info.tags or []) and not force:
-            raise ValueError(
-                f"repo_id={repo_id}: holds {len(names)} files that were not published from here ({min(names)}). "
-                "Choose another name, or add to them with force=true."
-            )
+        target.state = "Nothing in it was changed."
+        if public and target.private:
+            _refuse_foreign_history(target)
         if tag:
             _refuse_taken_tag(target, tag)
     return target
+
+
+def _look(target: Target) -> bool:
+    """Whether the repo is there; where it is, see whose files it holds.
+
+    Raises:
+        ValueError: it is public where that was not asked for, or somebody else's.
+    """
+    info = _info(target, None)
+    if info is None:
+        return False
+    retried(target.api.auth_check, target.repo_id, repo_type=target.repo_type, write=True)
+    target.private = info.private
+    if not info.private and not target.public:
+        raise ValueError(f"repo_id={target.repo_id}: is public already. Add public=true, or choose another name.")
+    there = target.revision == "main" or _info(target, target.revision) is not None
+    commit, remote = remote_files(target, target.revision if there else "main")
+    target.foreign = _foreign(target, commit, remote)
+    if target.foreign and MANIFEST not in remote.keys() - target.foreign and not target.force:
+        raise ValueError(
+            f"repo_id={target.repo_id}: holds {len(target.foreign)} files that were not published from here "
+            f"({line(min(target.foreign))}). Choose another name, or add to them with force=true."
+        )
+    return True
+
+
+def refuse_collisions(target: Target, paths: set[str]) -> None:
+    """Refuse to replace a file of the repo that is not as a publication of ours has left it.
+
+    Raises:
+        ValueError: names it.
+    """
+    if both := paths & target.foreign:
+        raise ValueError(
+            f"repo_id={target.repo_id}: {min(both)} was not published from here, or was changed there since, and is "
+            "not replaced. Move it away there, or choose another name."
+        )
+
+
+def _foreign(target: Target, commit: str, remote: dict[str, str]) -> set[str]:
+    """Paths of a commit that its manifest does not list with the hashes that they have."""
+    others = remote.keys() - {ATTRIBUTES}
+    if commit in target.sent:
+        return others - target.sent[commit]
+    with tempfile.TemporaryDirectory() as cache:
+        if MANIFEST in others:
+            known = listed(download(target, commit, Path(cache), [MANIFEST]))
+            found = {path: remote[path] for path in known.keys() & others}
+            if small := [path for path, digest in found.items() if len(digest) != 64]:  # git's hash, no SHA-256
+                folder = download(target, commit, Path(cache), small)
+                found |= {path: contents.sha256(folder / path) for path in small}
+            ours = {path for path, digest in found.items() if digest in known[path]}
+            return others - ours - ({MANIFEST} if known else set())
+        if others == {contents.CARD}:
+            folder = download(target, commit, Path(cache), [contents.CARD])
+            if CREATED.fullmatch((folder / contents.CARD).read_text(encoding="utf-8", errors="replace")):
+                return set()
+    return set(others)
+
+
+def _refuse_foreign_history(target: Target) -> None:
+    """Whoever can see a repo can see all that was ever in it.
+
+    Raises:
+        ValueError: a revision holds what was not published from here.
+    """
+    place = {"repo_id": target.repo_id, "repo_type": target.repo_type}
+    refs = retried(target.api.list_repo_refs, **place, include_pull_requests=True)
+    commits: list[str] = []
+    for ref in [*refs.branches, *refs.tags, *refs.converts, *(refs.pull_requests or [])]:
+        past = retried(target.api.list_repo_commits, **place, revision=ref.target_commit)
+        commits += [each.commit_id for each in past if each.commit_id not in commits]
+    where = f"public=true: {target.repo_id} is private"
+    elsewhere = "Make it public on its page, or choose another name."
+    if len(commits) > MOST_REVISIONS:
+        raise ValueError(f"{where}, and its {len(commits)} revisions are too many to be looked at. {elsewhere}")
+    for commit in commits:
+        _, remote = remote_files(target, commit)
+        if foreign := _foreign(target, commit, remote):
+            raise ValueError(
+                f"{where}, and its revision {commit[:12]} holds {line(min(foreign))}, which was not published from "
+                f"here and which everybody could read. {elsewhere}"
+            )
 
 
 def _refuse_reader(repo_id: str, user: dict) -> None:
@@ -150,8 +244,21 @@ def _refuse_other_kind(target: Target) -> None:
 
 def _refuse_taken_tag(target: Target, tag: str) -> None:
     refs = retried(target.api.list_repo_refs, target.repo_id, repo_type=target.repo_type)
-    if tag in [ref.name for ref in refs.tags]:
-        raise ValueError(f"tag={tag}: {target.repo_id} has a tag of this name, and tags stay. Choose another.")
+    head = next((ref.target_commit for ref in refs.branches if ref.name == target.revision), None)
+    there = {ref.name: ref.target_commit for ref in refs.tags}
+    target.tag = tag if tag in there else None
+    if tag in there and there[tag] != head:
+        refuse_moved_tag(target)
+
+
+def refuse_moved_tag(target: Target) -> None:
+    """Refuse to go on to a revision that is not the one of a tag that is there.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if target.tag:
+        raise ValueError(f"tag={target.tag}: {target.repo_id} has a tag of this name, and tags stay. Choose another.")
 
 
 def _info(target: Target, revision: str | None):
@@ -165,12 +272,19 @@ def _info(target: Target, revision: str | None):
 
 
 def make(target: Target) -> None:
-    """The repo, private, and the branch, where they are not there."""
+    """The repo, private, and the branch, where they are not there; what has happened to them meanwhile is looked at.
+
+    Raises:
+        ValueError: as for `connect`.
+    """
     place = {"repo_id": target.repo_id, "repo_type": target.repo_type}
     if target.private is None:
         target.state = "It may have been made, and is empty."
         retried(target.api.create_repo, **place, private=True, exist_ok=True)
-        target.private, target.state = True, "It is there, private and empty."
+        _look(target)
+        target.state = "It is there, private and empty."
+    else:
+        _look(target)
     if target.revision != "main" and _info(target, target.revision) is None:
         retried(target.api.create_branch, **place, branch=target.revision, exist_ok=True)
 
@@ -203,15 +317,21 @@ def commit(target: Target, folder: Path, message: str, revision: str, create_pr:
 
     Returns:
         (commit, whether anything was sent, pull request's reference or None).
+
+    Raises:
+        ValueError: a file there that would be replaced is not ours.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     before = target.state
     for attempt in range(1, ATTEMPTS + 1):
         head, remote = remote_files(target, revision)
-        changed = differing(folder, remote)
-        stale = [path for path in remote if contents.is_replaceable(path) and not (folder / path).exists()]
+        changed, paths = differing(folder, remote), contents.hashes(folder).keys()
+        target.foreign = _foreign(target, head, remote)
+        refuse_collisions(target, set(paths))
+        stale = sorted(remote.keys() - target.foreign - paths - {ATTRIBUTES})
         if not changed and not stale:
+            target.sent[head] = set(paths)
             return head, attempt > 1, None  # a commit whose answer was lost has arrived
         operations = [CommitOperationAdd(path, str(folder / path)) for path in changed]
         operations += [CommitOperationDelete(path) for path in stale]
@@ -221,6 +341,7 @@ def commit(target: Target, folder: Path, message: str, revision: str, create_pr:
                 target.repo_id, operations, commit_message=message, repo_type=target.repo_type, revision=revision,
                 parent_commit=head, create_pr=create_pr,
             )  # fmt: skip
+            target.sent[done.oid] = set(paths)
             return done.oid, True, done.pr_revision
         except Exception as error:
             if (_status(error) or 500) < 500:  # an answer that says no
@@ -232,21 +353,37 @@ def commit(target: Target, folder: Path, message: str, revision: str, create_pr:
     raise AssertionError("unreachable")
 
 
-def download(target: Target, revision: str, cache: Path, only: str | None = None) -> Path:
-    """The files of a commit, or one of them, in an empty cache."""
+def download(target: Target, revision: str, cache: Path, only: list[str] | None = None) -> Path:
+    """The files of a commit, or some of them, in an empty cache."""
     from huggingface_hub import snapshot_download
 
     place = {"repo_id": target.repo_id, "repo_type": target.repo_type, "revision": revision}
-    return Path(retried(snapshot_download, **place, allow_patterns=only, cache_dir=cache, max_workers=2))
+    patterns = only and [glob.escape(path) for path in only]
+    return Path(retried(snapshot_download, **place, allow_patterns=patterns, cache_dir=cache, max_workers=2))
 
 
 def tag(target: Target, name: str, revision: str) -> None:
-    retried(
-        target.api.create_tag, target.repo_id, tag=name, revision=revision, repo_type=target.repo_type, exist_ok=True
-    )
+    """Set a tag.
+
+    Raises:
+        ValueError: somebody has set it meanwhile, elsewhere.
+    """
+    place = {"repo_id": target.repo_id, "repo_type": target.repo_type}
+    retried(target.api.create_tag, **place, tag=name, revision=revision, exist_ok=True)
+    found = retried(target.api.repo_info, **place, revision=name).sha
+    if found != revision:
+        raise ValueError(
+            f"tag={name}: was set meanwhile at {found[:12]}, and tags stay. {target.state} Choose another tag."
+        )
 
 
 def make_public(target: Target) -> None:
+    """Show the repo, and all that was ever in it, to everybody.
+
+    Raises:
+        ValueError: a revision holds what was not published from here.
+    """
+    _refuse_foreign_history(target)
     retried(target.api.update_repo_settings, target.repo_id, repo_type=target.repo_type, private=False)
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from rlhf_recipes import run
+from rlhf_recipes import places, run
 from rlhf_recipes.config import import_function  # not `config`: ppo has a module of that name
 from rlhf_recipes.evaluation import ensemble
 
@@ -30,6 +30,11 @@ def find_rewards(references: str | list[str]) -> list[str]:
                 raise ValueError(f"reward_funcs={reference}: holds no model (is the run finished?). Give another.")
         elif ":" in reference:
             import_function(reference, "reward_funcs")
+        elif not places.on_hub(reference, "reward_funcs", bare=True):
+            raise ValueError(
+                f"reward_funcs={reference}: no such folder. Give a run of recipes/reward.py, a folder with a model, "
+                "module:function, or an id of the Hub."
+            )
     return found
 
 

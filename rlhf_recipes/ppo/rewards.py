@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rlhf_recipes import config, models, run
+from rlhf_recipes import config, models, places, run
 from rlhf_recipes.data import neutralise
+from rlhf_recipes.data.template import render
 from rlhf_recipes.ppo.roles import Roles
 from rlhf_recipes.text import line
 
@@ -61,7 +62,7 @@ class LearnedReward:
         if plain:
             text = row["prompt"][0]["content"] + row["completion"][0]["content"]
             return [*self.tokenizer(text)["input_ids"], self.tokenizer.eos_token_id]
-        return self.tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=False)
+        return render(self.tokenizer, row["prompt"] + row["completion"], return_dict=False)
 
 
 def load(reference, roles: Roles, tokenizer, reward_tokenizer, args) -> Callable:
@@ -166,7 +167,7 @@ def _on_backbone(roles: Roles, adapter: str, score: nn.Module, tokenizer, name: 
 def _own_model(model, path: str, tokenizer, name: str | None = None) -> LearnedReward:
     from transformers import AutoTokenizer
 
-    tokenizer = tokenizer or AutoTokenizer.from_pretrained(path)
+    tokenizer = tokenizer or AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     model = model.requires_grad_(False).eval()
     models.keep_gradients_on_cpu(model)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -191,10 +192,20 @@ def _score(score: nn.Module, hidden_BTH: Tensor, last_B: Tensor) -> Tensor:
 def _load_classifier(path: str, args):
     from transformers import AutoModelForSequenceClassification
 
+    if places.on_hub(path, "reward_funcs", bare=True):
+        places.tell("reward model", path)
+    elif not Path(path).is_dir():
+        raise ValueError(f"reward_funcs={path}: no such folder, and no id of the Hub. Check it.")
     try:
         return AutoModelForSequenceClassification.from_pretrained(
-            path, num_labels=1, **(args.model_init_kwargs or {})
+            path, num_labels=1, **{"trust_remote_code": False, **(args.model_init_kwargs or {})}
         ).to(args.device)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"reward_funcs={path}: brings Python code of its own, which is not run (auto_map)."
+        ) from error
     except OSError as error:
         raise ValueError(
             f"reward_funcs={path}: neither a run, nor module:function, nor a model ({str(error).splitlines()[0]})"

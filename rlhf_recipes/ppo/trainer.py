@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import speed_metrics
 
 from rlhf_recipes import models, progress
+from rlhf_recipes.data.template import render
 from rlhf_recipes.evaluation.measure import stop_ids
 from rlhf_recipes.evaluation.summary import distinct_2
 from rlhf_recipes.ppo import algorithm, rewards
@@ -97,7 +98,9 @@ class PPOTrainer(BaseTrainer):
         if processing_class is None:
             from transformers import AutoTokenizer
 
-            processing_class = AutoTokenizer.from_pretrained(get_config_model_id(model.config))
+            processing_class = AutoTokenizer.from_pretrained(
+                get_config_model_id(model.config), trust_remote_code=False
+            )
         if processing_class.pad_token_id is None:
             processing_class.pad_token = processing_class.eos_token
         starts_from_adapter = isinstance(model, PeftModel)
@@ -549,9 +552,7 @@ class PPOTrainer(BaseTrainer):
         if isinstance(prompt, str):
             return self.processing_class(prompt)["input_ids"]
         kwargs = self.args.chat_template_kwargs or {}
-        return self.processing_class.apply_chat_template(
-            prompt, add_generation_prompt=True, return_dict=False, **kwargs
-        )
+        return render(self.processing_class, prompt, add_generation_prompt=True, return_dict=False, **kwargs)
 
     def _padding(self) -> tuple:
         return self.processing_class.pad_token_id, self.args.device

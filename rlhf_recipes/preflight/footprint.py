@@ -110,7 +110,7 @@ def backbone(cfg: DictConfig, recipe: str) -> Backbone:
     auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     shape.num_labels = 1
     with torch.device("meta"):
-        model = auto.from_config(shape, dtype=dtype)
+        model = auto.from_config(shape, dtype=dtype, trust_remote_code=cfg.model.trust_remote_code)
     stored = sum(p.numel() for p in model.parameters()) * dtype.itemsize
     quantization = models.build_quantization(cfg.quantization, dtype)
     packed, unpacked = _quantized(model, quantization)

@@ -41,6 +41,7 @@ def measure(recipe: str, overrides: list[str], args, splits: Splits, sizes: list
             (Path(folder) / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
         command = [
             sys.executable,
+            "-P",  # the current folder holds data, not code
             "-m",
             f"rlhf_recipes.recipes.{recipe}",
             *_overrides(recipe, overrides, args, folder),

@@ -1,0 +1,305 @@
+"""Whose a run's folder is: who writes it at the moment, what of it may be replaced, and what is only set aside.
+
+A folder is a run's if its config.yaml begins with `rlhf_recipes: <recipe>`, a key that nobody else writes. Of such a
+folder only what a run writes is ever removed, by name; whatever else lies there is refused. A run that is replaced is
+first renamed to `.replaced/<run>` beside it, and goes when the other one has its result.
+"""
+
+import errno
+import fnmatch
+import json
+import os
+import re
+import shutil
+import socket
+import sys
+import weakref
+from pathlib import Path
+
+MARK = "rlhf_recipes"
+CONFIG, RESULT, PREFLIGHT = "config.yaml", "result.json", "preflight.json"
+PUBLISHED = "published.json"  # the manifest of what was published into a folder
+CHECKPOINTS = "checkpoints"
+# What recipes write into the folder of a run.
+FILES = (
+    CONFIG, RESULT, PREFLIGHT, "README.md", "metrics.jsonl", "samples.jsonl", "curves.png", "doctor.png",
+    "measurements.json", "probe.json",
+    "gate.jsonl", "funnel.json", "funnel.png", "ledger.json", "train_prefs.parquet", "test_prefs.parquet",
+    "train_sft.parquet", "test_sft.parquet", "ties.parquet", "disputed.parquet",
+    "report.html", "sweep.csv", "frontier.png",
+    "audit.json", "label_next.jsonl", "disputed.jsonl", "to_label.jsonl",
+    ".*.tmp",
+)  # fmt: skip
+FOLDERS = ("adapter", "scores", "shards")
+CHECKPOINT = re.compile(r"checkpoint-\d+")
+# Beside them: TRL's card, and what TensorBoard reads, which stays.
+CARD, LOGS = "README.md", "runs"
+# Of an unfinished run these alone are worth nothing: they are written again.
+WORTHLESS = (CONFIG, PREFLIGHT, "metrics.jsonl", "samples.jsonl", ".*.tmp")
+# How some network file systems answer.
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
+LOCK_SECONDS = 1.0  # a process that was just killed may leave a child that lives on for a moment
+
+
+class Lock:
+    """Says to other processes that this one writes a run's folder, until the object or the process is gone.
+
+    The file `.<name>.lock` beside the folder holds host and process id.
+
+    Attributes:
+        release: ends it.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+
+    def __init__(self, folder: Path):
+        from filelock import FileLock, Timeout
+
+        path = folder.with_name(f".{folder.name}.lock")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # One for the process: a job of a sweep that is started again does not wait for what it left behind.
+        lock = FileLock(path, timeout=LOCK_SECONDS, thread_local=False, is_singleton=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            holder = " ".join(path.read_text(errors="replace").split()[:4]) or "another process"
+            raise ValueError(
+                f"{folder}: is being written by {holder}. Wait for it or end it, or choose another run_name."
+            ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            print(
+                f"{folder}: this file system has no locks ({error.strerror}). Start no second command that writes it."
+            )
+            return
+        self.release = weakref.finalize(self, _release, lock, path)
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+
+
+def _release(lock, path: Path) -> None:
+    if lock.lock_counter == 1:
+        path.unlink(missing_ok=True)  # while it is held: whoever has opened it meanwhile sees that it has no name
+    lock.release()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The file has the old text or the whole of the given one, never a part of it."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # jobs of a sweep may write side by side
+    scratch.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a surrogate pair is no UTF-8
+    os.replace(scratch, path)
+
+
+def mark(folder: Path, recipe: str, config: str = "") -> None:
+    """Write config.yaml: the mark, and a run's config as YAML."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if config or marked(folder) != recipe:
+        write_atomically(folder / CONFIG, f"{MARK}: {recipe}\n{config}")
+
+
+def marked(folder: Path) -> str | None:
+    """The recipe whose run a folder is, or None."""
+    path = folder / CONFIG
+    if path.is_symlink() or not path.is_file():
+        return None
+    with path.open(encoding="utf-8", errors="replace") as file:
+        found = re.fullmatch(rf"{MARK}: (\w+)\n?", file.readline(100))
+    return found and found[1]
+
+
+def refuse_foreign(folder: Path, only: str | None = None) -> None:
+    """Refuse a folder that is no run's and holds something.
+
+    Args:
+        only: `sweep`, `pipeline` or `publish`, which write beside what is there, in a folder of their own kind alone;
+            in it lie runs, or what was published.
+
+    Raises:
+        ValueError: names what it holds.
+    """
+    where = f"hydra.{'sweep' if only == 'sweep' else 'run'}.dir={folder}"
+    if folder.is_symlink():
+        raise ValueError(f"{where}: is a symbolic link. Name the folder that it points to ({folder.resolve()}).")
+    recipe = marked(folder)
+    if only and recipe not in (None, only):
+        raise ValueError(f"{where}: is the folder of a run of {recipe}. Choose another run_name.")
+    for path in _children(folder) if recipe is None else []:
+        made_here = only and (marked(path) or (path / PUBLISHED).is_file())
+        if path.name != PREFLIGHT and not _is_empty(path) and not made_here:
+            raise ValueError(f"{where}: holds {path.name} and is no run folder. Choose an empty or a new one.")
+
+
+def refuse_to_replace(folder: Path, inputs: list[tuple[str, str]]) -> None:
+    """Refuse to replace a run in whose folder lies what no run writes, or what the command itself reads.
+
+    Args:
+        inputs: (key, value) of whatever may be a path.
+
+    Raises:
+        ValueError: names the file, or the key.
+    """
+    refuse_foreign(folder)
+    for name in _foreign(folder):
+        raise ValueError(
+            f"{folder}: holds {name}, which no run writes, and would be replaced. Move it, or choose another run_name."
+        )
+    for key, value in inputs:
+        if _lies_in(value, folder):
+            raise ValueError(f"{key}={value}: lies in {folder}, which would be replaced. Choose another run_name.")
+
+
+def clear(folder: Path) -> None:
+    """Make room for a run: what is worth something is set aside, the rest removed by name.
+
+    Where something was set aside already, the folder holds the beginning of what replaces it, which is removed.
+    """
+    if (folder / RESULT).exists():
+        drop_replaced(folder)
+    aside = replaced(folder)
+    worth = [path for path in _children(folder) if not _is_named(path, WORTHLESS)]
+    if aside.exists() or all(_is_empty(path) for path in worth):
+        _remove(folder)
+        return
+    aside.parent.mkdir(exist_ok=True)
+    folder.rename(aside)
+    print(f"{folder}: what was there is kept in {aside} until this run is finished.", flush=True)
+
+
+def replaced(folder: Path) -> Path:
+    """Where a run lies that is being replaced: too deep to be taken for a job of the sweep in the folder above."""
+    return folder.parent / ".replaced" / folder.name
+
+
+def drop_replaced(folder: Path) -> None:
+    """Remove what a finished run has replaced; what no run writes stays, and is said."""
+    aside = replaced(folder)
+    if not aside.is_dir():
+        return
+    try:
+        _remove(aside)
+        reason = f"it holds {', '.join(_foreign(aside))}"
+    except OSError as error:
+        reason = f"{error.filename} cannot be removed ({error.strerror})"
+    if aside.exists():
+        print(f"{aside}: is kept, {reason}.", file=sys.stderr, flush=True)
+    else:
+        _rmdir(aside.parent)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, in the order of their steps."""
+    found = [path for path in _children(folder / CHECKPOINTS) if CHECKPOINT.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint to continue from: one that was written to its end (`trainer_state.json` comes last), and
+    not the last step of all where that lies inside an epoch, since transformers would train one step too many.
+
+    What cannot be read is skipped with a line, and stays where it is.
+
+    Args:
+        folder: the run's.
+    """
+    for checkpoint in reversed(checkpoints(folder)):
+        try:
+            state = json.loads((checkpoint / "trainer_state.json").read_text())
+            if state["global_step"] < state["max_steps"] or state["epoch"] % 1 == 0:
+                return str(checkpoint)
+        except FileNotFoundError:
+            reason = "it was not written to its end"
+        except OSError as error:
+            reason = error.strerror
+        except (ValueError, LookupError, TypeError):
+            reason = "its trainer_state.json is damaged"
+        else:
+            continue
+        print(f"{checkpoint}: is skipped, {reason}.", file=sys.stderr, flush=True)
+    return None
+
+
+def strip(checkpoint: Path, kept: tuple[str, ...]) -> None:
+    """Remove all of a checkpoint but the files named `kept`."""
+    for path in _children(checkpoint):
+        if _is_folder(path):
+            shutil.rmtree(path)
+        elif path.name not in kept:
+            path.unlink()
+
+
+def drop_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints of a run, and their folder if nothing else is in it.
+
+    Args:
+        folder: the run's.
+    """
+    for path in checkpoints(folder):
+        if not path.is_symlink():
+            shutil.rmtree(path)
+    (folder / CHECKPOINTS / CARD).unlink(missing_ok=True)
+    _rmdir(folder / CHECKPOINTS)
+
+
+def _remove(folder: Path) -> None:
+    """Remove by name what a run writes, and the folder where nothing else is in it."""
+    drop_checkpoints(folder)
+    own = [path for path in _children(folder / CHECKPOINTS) if _is_own_checkpoint(path)]
+    for path in own + [path for path in _children(folder) if _is_own(path) and path.name != CHECKPOINTS]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    _rmdir(folder / CHECKPOINTS)
+    _rmdir(folder)
+
+
+def _rmdir(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _children(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if _is_folder(folder) else []
+
+
+def _foreign(folder: Path) -> list[str]:
+    """What lies in a run's folder and is written by no run; links are none of its."""
+    found = [path.name for path in _children(folder) if not _is_own(path)]
+    below = _children(folder / CHECKPOINTS)
+    return found + [f"{CHECKPOINTS}/{path.name}" for path in below if not _is_own_checkpoint(path)]
+
+
+def _is_own(path: Path) -> bool:
+    if path.is_symlink():
+        return False
+    if path.is_dir():
+        return path.name in (*FOLDERS, CHECKPOINTS)
+    return _is_named(path, FILES)
+
+
+def _is_named(path: Path, names: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(path.name, name) for name in names)
+
+
+def _is_own_checkpoint(path: Path) -> bool:
+    if path.is_dir():
+        return not path.is_symlink() and (path.name == LOGS or CHECKPOINT.fullmatch(path.name) is not None)
+    return path.name == CARD and not path.is_symlink()
+
+
+def _is_empty(path: Path) -> bool:
+    """Whether a path is a folder without any file below."""
+    return _is_folder(path) and all(_is_folder(each) for each in path.rglob("*"))
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _lies_in(value: str, folder: Path) -> bool:
+    try:
+        path = Path(value).expanduser()
+        return value != "" and path.exists() and path.resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError, RuntimeError):  # too long for a path, say: a text
+        return False

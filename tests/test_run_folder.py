@@ -1,0 +1,484 @@
+"""A run loses nobody's files: not those beside it, not those of another process, not its own before it is replaced."""
+
+import contextlib
+import errno
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from conftest import snapshot, write_adapter, write_pairs
+
+from rlhf_recipes import run, run_folder
+
+
+@pytest.fixture
+def refused(run_recipe):
+    """refused(recipe, *overrides, cwd): the one line of a recipe that must leave every file as it is."""
+
+    def refuse(recipe, *overrides, cwd):
+        before = snapshot(cwd)
+        done = run_recipe(recipe, *overrides, cwd=cwd)
+        lines = done.stderr.splitlines()
+        assert done.returncode == 2 and len(lines) == 1, done
+        after = snapshot(cwd)
+        assert {after[name] for name in after.keys() - before.keys()} <= {"folder"}
+        return lines[0].removeprefix("error: ")
+
+    return refuse
+
+
+def finished(folder, recipe="dpo", **result):
+    """A folder that passes for a finished run."""
+    write_adapter(folder, recipe=recipe, status="finished", **result)
+    run_folder.mark(folder, recipe, "run_name: main\n")
+    return folder
+
+
+# ---- folders of others
+
+
+def test_another_trainers_project(refused, tmp_path):
+    project = tmp_path / "project"
+    for name, text in (("src/thesis.tex", "mine"), (".git/HEAD", "ref"), ("config.yaml", "run_name: my-run\n")):
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).write_text(text)
+    for overrides in ([], ["overwrite=true"]):
+        line = refused("dpo", "hydra.run.dir=project", *overrides, cwd=tmp_path)
+        assert line == ("hydra.run.dir=project: holds .git and is no run folder. Choose an empty or a new one.")
+
+
+def test_nothing_but_another_frameworks_checkpoints(refused, tmp_path):
+    (tmp_path / "project" / "checkpoints" / "epoch3").mkdir(parents=True)
+    (tmp_path / "project" / "checkpoints" / "epoch3" / "model.pt").write_text("mine")
+    line = refused("dpo", "hydra.run.dir=project", cwd=tmp_path)
+    assert line.startswith("hydra.run.dir=project: holds checkpoints and is no run folder.")
+
+
+@pytest.mark.parametrize("name", ["checkpoints/epoch3/model.pt", "adapter_v2/weights", "notes.md", "a/result.json"])
+def test_what_no_run_writes_is_not_replaced(refused, tmp_path, name):
+    """`a/` is a run below the other: run_name=exp and run_name=exp/a."""
+    folder = finished(tmp_path / "outputs" / "dpo" / "exp")
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("mine")
+    line = refused("dpo", "run_name=exp", "overwrite=true", cwd=tmp_path)
+    shown = "checkpoints/epoch3" if name.startswith("checkpoints") else name.partition("/")[0]
+    assert line == (
+        f"outputs/dpo/exp: holds {shown}, which no run writes, and would be replaced. Move it, or choose another "
+        "run_name."
+    )
+
+
+def test_a_run_below_an_interrupted_one(refused, tmp_path):
+    run_folder.mark(tmp_path / "outputs" / "dpo" / "exp", "dpo")
+    finished(tmp_path / "outputs" / "dpo" / "exp" / "a")
+    assert refused("dpo", "run_name=exp", cwd=tmp_path).startswith("outputs/dpo/exp: holds a, which no run writes")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "key", "value", "override"),
+    [
+        ("dpo", "model.adapter", "outputs/dpo/main", "model.id=tests/tiny"),
+        ("dpo", "data.path", "outputs/dpo/main/metrics.jsonl", "data=local"),
+        ("dpo", "data.path", "outputs/../outputs/dpo/main/metrics.jsonl", "data=local"),
+        ("audit", "judgements", "outputs/audit/main/disputed.jsonl", "reward_model=[x]"),
+        ("audit", "gold", "outputs/audit/main/to_label.jsonl", "reward_model=[x]"),
+    ],
+)
+def test_what_the_command_reads_is_not_replaced(refused, tmp_path, recipe, key, value, override):
+    folder = finished(tmp_path / "outputs" / recipe / "main", recipe=recipe, adapter_sha256="0", parent=None)
+    for name in ("metrics.jsonl", "disputed.jsonl", "to_label.jsonl"):
+        (folder / name).write_text("{}\n")
+    given = f"{key}=[{value}]" if key == "judgements" else f"{key}={value}"
+    line = refused(recipe, given, override, "overwrite=true", cwd=tmp_path)
+    assert line == f"{key}={value}: lies in outputs/{recipe}/main, which would be replaced. Choose another run_name."
+
+
+def test_links_are_neither_followed_nor_passed_over(refused, tmp_path):
+    there = finished(tmp_path / "elsewhere")
+    (tmp_path / "outputs" / "dpo").mkdir(parents=True)
+    (tmp_path / "outputs" / "dpo" / "main").symlink_to(there)
+    line = refused("dpo", "overwrite=true", cwd=tmp_path)
+    assert line.startswith("hydra.run.dir=outputs/dpo/main: is a symbolic link. Name the folder that it points to")
+    (there / "checkpoints").symlink_to(tmp_path / "outputs")
+    line = refused("dpo", "hydra.run.dir=elsewhere", "overwrite=true", cwd=tmp_path)
+    assert line.startswith("elsewhere: holds checkpoints, which no run writes")
+
+
+def test_a_pipeline_keeps_to_its_folder(refused, tmp_path):
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "summary.json").write_text("mine")
+    stages = "stages=[{name:sft,recipe:sft}]"
+    line = refused("pipeline", stages, "hydra.run.dir=project", cwd=tmp_path)
+    assert line.startswith("hydra.run.dir=project: holds summary.json and is no run folder.")
+    for name in (str(tmp_path / "project"), "../project", "a/b", ".", "config.yaml"):
+        line = refused("pipeline", f"stages=[{{name:{name},recipe:sft}}]", "overwrite=true", cwd=tmp_path)
+        assert line.startswith(f"stages.name={name}: is the stage's folder.")
+
+
+def test_a_pipeline_that_is_made_again_replaces_no_foreign_file(refused, tmp_path):
+    stage = finished(tmp_path / "outputs" / "pipeline" / "main" / "a", recipe="sft")
+    (stage / "notes.md").write_text("mine")
+    line = refused("pipeline", "stages=[{name:a,recipe:sft}]", "overwrite=true", cwd=tmp_path)
+    assert line.startswith("outputs/pipeline/main/a: holds notes.md, which no run writes")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("report.html", "mine", "holds report.html and is no run folder."),
+        ("config.yaml", "rlhf_recipes: dpo\n", "is the folder of a run of dpo."),
+    ],
+)
+def test_a_sweep_keeps_to_its_folder(refused, tmp_path, name, text, says):
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / name).write_text(text)
+    line = refused("dpo", "sweep=dpo_beta", "hydra.sweep.dir=project", cwd=tmp_path)
+    assert line.startswith(f"hydra.sweep.dir=project: {says}")
+
+
+# ---- two processes
+
+
+def _hold(folder, held, told):
+    lock = run_folder.Lock(Path(folder))
+    held.put(os.getpid())
+    told.get()
+    del lock
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process that writes a run's folder."""
+    context = multiprocessing.get_context("spawn")
+    held, told = context.Queue(), context.Queue()
+    process = context.Process(target=_hold, args=(str(tmp_path / "main"), held, told))
+    process.start()
+    assert held.get(timeout=60) == process.pid
+    yield process, told
+    process.kill()
+    process.join()
+
+
+def test_the_second_start_says_who_holds_the_folder(holder, tmp_path):
+    process, _ = holder
+    with pytest.raises(ValueError, match="main: is being written by") as refusal:
+        run_folder.Lock(tmp_path / "main")
+    assert f"is being written by process {process.pid} on {socket.gethostname()}." in str(refusal.value)
+
+
+def test_who_was_killed_holds_nothing(holder, tmp_path):
+    process, _ = holder
+    process.kill()
+    process.join()
+    stale = tmp_path / ".main.lock"
+    assert stale.read_text() == f"process {process.pid} on {socket.gethostname()}\n"
+    lock = run_folder.Lock(tmp_path / "main")
+    assert stale.read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
+    del lock
+    assert not stale.exists()
+
+
+def test_who_has_ended_leaves_no_lock(holder, tmp_path):
+    process, told = holder
+    told.put("end")
+    process.join(60)
+    assert list(tmp_path.iterdir()) == []
+    run_folder.Lock(tmp_path / "main")
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
+    import filelock
+
+    def acquire(self):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+    run_folder.Lock(tmp_path / "main")
+    assert "main: this file system has no locks (No locks available)." in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_same_command_twice(start_recipe, run_recipe, tiny_overrides, tmp_path):
+    """The first one goes on to its end, undisturbed; the second changes nothing."""
+    command = [*tiny_overrides, "quantization=none", "trainer.max_steps=60", "trainer.logging_steps=1"]
+    first = start_recipe("dpo", *command, cwd=tmp_path)
+    folder = tmp_path / "outputs" / "dpo" / "main"
+    lock = tmp_path / "outputs" / "dpo" / ".main.lock"
+    begin = time.monotonic()
+    while not (folder / "metrics.jsonl").exists():
+        assert first.poll() is None and time.monotonic() - begin < 90
+        time.sleep(0.05)
+    assert str(first.pid) in lock.read_text()
+    for more in ([], ["overwrite=true"]):
+        second = run_recipe("dpo", *command, *more, cwd=tmp_path)
+        assert second.returncode == 2 and f"is being written by process {first.pid} on" in second.stderr, second
+        assert len(second.stderr.splitlines()) == 1
+    assert first.wait(120) == 0
+    steps = [json.loads(line).get("step") for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert sorted(set(steps)) == [*range(1, 61)] and (folder / "result.json").exists() and not lock.exists()
+
+
+# ---- one's own run
+
+
+@pytest.fixture
+def started(compose, tmp_path):
+    """started(*overrides): `run.start` of dpo in a folder of its own; its lock goes with the run."""
+
+    def start(*overrides):
+        return run.start(compose("dpo", *overrides), "dpo")
+
+    with contextlib.chdir(tmp_path):
+        yield start
+
+
+def checkpoint(folder, step, state='{"global_step": %d, "max_steps": 900, "epoch": 0.5}'):
+    path = folder / "checkpoints" / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    (path / "adapter_model.safetensors").write_text(f"weights of {step}")
+    if state:
+        (path / "trainer_state.json").write_text(state % step if "%d" in state else state)
+    return path
+
+
+def test_an_unreadable_checkpoint_is_skipped_with_a_line(started, monkeypatch, capsys):
+    job = started()
+    run.claim(job)
+    for step in (100, 200, 300):
+        checkpoint(job.dir, step)
+    before = snapshot(job.dir)
+    read, del_job = Path.read_text, job.dir
+    del job
+
+    def fails(self, *args, **kwargs):
+        if self.name == "trainer_state.json" and self.parent.name != "checkpoint-100":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(self))
+        return read(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", fails)
+    again = started()
+    assert again.checkpoint == str(del_job / "checkpoints" / "checkpoint-100")
+    assert capsys.readouterr().err.splitlines() == [
+        f"outputs/dpo/main/checkpoints/checkpoint-{step}: is skipped, Input/output error." for step in (300, 200)
+    ]
+    run.claim(again)
+    assert snapshot(del_job) == before
+
+
+@pytest.mark.parametrize("state", [None, '{"global_step": 3', "{}", "[]", '{"global_step": "x", "max_steps": 1}'])
+def test_a_checkpoint_without_its_end_is_skipped(started, state, capsys):
+    job = started()
+    run.claim(job)
+    checkpoint(job.dir, 3)
+    half = checkpoint(job.dir, 6, state)
+    job = started() if (job := None) is None else None
+    assert job.checkpoint == "outputs/dpo/main/checkpoints/checkpoint-3" and half.is_dir()
+    assert "checkpoint-6: is skipped" in capsys.readouterr().err
+
+
+def test_weights_without_a_result_are_set_aside(started, tmp_path, capsys):
+    """The adapters that `save_total_limit=null` keeps have no trainer_state.json, and result.json was lost."""
+    job = started()
+    run.claim(job)
+    for step in (100, 200):
+        checkpoint(job.dir, step, state=None)
+    kept = {name: content for name, content in snapshot(job.dir).items() if "adapter" in name}
+    del job
+    job = started()
+    assert job.checkpoint is None
+    run.claim(job)
+    aside = Path("outputs/dpo/.replaced/main")
+    assert kept.items() <= snapshot(aside).items()
+    assert (
+        f"outputs/dpo/main: what was there is kept in {aside} until this run is finished." in capsys.readouterr().out
+    )
+    run.write_result(job, {"recipe": "dpo"})
+    assert os.listdir("outputs/dpo") == ["main"]
+
+
+def test_a_run_is_replaced_when_the_other_has_its_result(started, tmp_path):
+    """Killed in between, the old run is whole; the same command goes on, and another one may not."""
+    old = finished(Path("outputs/dpo/main"))
+    (old / "curves.png").write_bytes(b"a picture")
+    before = snapshot(old)
+    job = started("overwrite=true")
+    assert snapshot(old) == before
+    run.claim(job)
+    aside = Path("outputs/dpo/.replaced/main")
+    assert snapshot(aside) == before and os.listdir(old) == ["config.yaml"]
+    checkpoint(old, 5)
+    del job  # killed
+
+    again = started("overwrite=true")
+    assert again.checkpoint == "outputs/dpo/main/checkpoints/checkpoint-5"
+    run.claim(again)
+    assert snapshot(aside) == before
+    del again
+
+    other = started("overwrite=true", "trainer.beta=0.3")  # begins anew; the old run stays where it is
+    assert other.checkpoint is None
+    run.claim(other)
+    assert snapshot(aside) == before and os.listdir(old) == ["config.yaml"]
+    run.write_result(other, {"recipe": "dpo"})
+    assert not aside.parent.exists() and sorted(os.listdir(old)) == ["config.yaml", "result.json"]
+
+
+def test_a_run_that_never_began_is_begun_again(started):
+    job = started()
+    run.claim(job)
+    (job.dir / "metrics.jsonl").write_text("{}\n")
+    (job.dir / "checkpoints").mkdir()
+    del job
+    job = started()
+    run.claim(job)
+    assert os.listdir(job.dir) == ["config.yaml"] and not run_folder.replaced(job.dir).exists()
+
+
+def test_what_comes_into_the_folder_meanwhile_is_seen(started):
+    job = started()
+    run.claim(job)
+    del job
+    job = started()
+    Path("outputs/dpo/main/notes.md").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds notes\.md, which no run writes"):
+        run.claim(job)
+
+
+def test_what_no_run_writes_stays_with_what_was_replaced(started, capsys):
+    finished(Path("outputs/dpo/main"))
+    job = started("overwrite=true")
+    run.claim(job)
+    note = Path("outputs/dpo/.replaced/main/notes.md")
+    note.write_text("mine")
+    run.write_result(job, {"recipe": "dpo"})
+    assert os.listdir(note.parent) == ["notes.md"]
+    assert capsys.readouterr().err == "outputs/dpo/.replaced/main: is kept, it holds notes.md.\n"
+
+
+def test_finished_checkpoints_go_by_name(tmp_path):
+    checkpoint(tmp_path, 3)
+    logs = tmp_path / "checkpoints" / "runs" / "Nov28" / "events.out.tfevents.1"
+    logs.parent.mkdir(parents=True)
+    logs.write_text("scalars")
+    run_folder.drop_checkpoints(tmp_path)
+    assert os.listdir(tmp_path / "checkpoints") == ["runs"] and logs.read_text() == "scalars"
+
+
+@pytest.mark.slow
+def test_a_run_can_be_replaced(train, tmp_path):
+    """Nothing that it writes, and nothing that it keeps of its checkpoints, is foreign to it."""
+    train("sft", tmp_path / "sft", "quantization=none", "trainer.save_total_limit=null")
+    with contextlib.chdir(tmp_path):
+        run_folder.refuse_to_replace(Path("sft"), [])
+    trained = train("sft", tmp_path / "sft", "quantization=none", "overwrite=true")
+    assert os.listdir(tmp_path) == ["sft"]
+    assert trained.result["status"] == "finished"
+
+
+# ---- what comes from elsewhere
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        '{"recipe": "sft", "parent": {"recipe": "x"}}',
+        '{"recipe": "sft", "parent": "none"}',
+        '{"recipe": ["sft"], "parent": null}',
+        '{"recipe": "sft", "parent": {"recipe": "x", "adapter_sha256": 5, "parent": null}}',
+    ],
+)
+def test_a_parent_that_says_nothing_of_its_own(refused, tmp_path, result):
+    write_adapter(tmp_path / "foreign")
+    (tmp_path / "foreign" / "result.json").write_text(result)
+    line = refused("dpo", "model.adapter=foreign", "model.id=tests/tiny", cwd=tmp_path)
+    assert line.startswith("model.adapter=foreign: foreign/result.json does not say which runs it comes from")
+
+
+@pytest.mark.parametrize(("text", "says"), [("{", "not valid JSON"), ("[]", "is no JSON object")])
+@pytest.mark.parametrize("name", ["result.json", "adapter/adapter_config.json"])
+def test_a_parents_file_that_cannot_be_read(refused, tmp_path, name, text, says):
+    write_adapter(tmp_path / "foreign")
+    (tmp_path / "foreign" / name).write_text(text)
+    line = refused("dpo", "model.adapter=foreign", "model.id=tests/tiny", cwd=tmp_path)
+    assert line.startswith(f"foreign/{name}: {says}")
+
+
+def test_a_pickled_adapter_is_refused(tmp_path):
+    folder = write_adapter(tmp_path / "foreign")
+    (folder / "adapter" / "adapter_model.safetensors").rename(folder / "adapter" / "adapter_model.bin")
+    with pytest.raises(ValueError, match=r"has no adapter_model\.safetensors; adapter_model\.bin is a pickle"):
+        run.resolve_adapter(str(folder))
+    (folder / "adapter" / "adapter_model.bin").unlink()
+    with pytest.raises(ValueError, match=r"has no adapter_model\.safetensors; the weights are missing\."):
+        run.resolve_adapter(str(folder))
+
+
+def test_the_second_of_several_processes_claims_nothing(started, monkeypatch):
+    old = finished(Path("outputs/dpo/main"))
+    before = snapshot(old)
+    monkeypatch.setenv("RANK", "1")
+    job = started("overwrite=true")
+    run.claim(job)
+    assert job.lock is None and snapshot(old) == before
+
+
+def test_ctrl_c_leaves_no_lock(start_recipe, tiny_overrides, tmp_path):
+    process = start_recipe("dpo", *tiny_overrides, "trainer.max_steps=5000", "quantization=none", cwd=tmp_path)
+    lock = tmp_path / "outputs" / "dpo" / ".main.lock"
+    begin = time.monotonic()
+    while not lock.exists():
+        assert process.poll() is None and time.monotonic() - begin < 60
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130 and not lock.exists()
+
+
+def test_a_row_file_of_pairs_is_an_input(tmp_path):
+    """A path inside is found in whatever key it stands; texts that are none do no harm."""
+    folder = finished(tmp_path / "main")
+    inside = write_pairs(folder / "metrics.jsonl")
+    with pytest.raises(ValueError, match=r"^a\.b=.*lies in"):
+        run_folder.refuse_to_replace(folder, [("x", "a" * 5000), ("y", "nul\0"), ("z", ""), ("a.b", str(inside))])
+
+
+def test_what_was_published_is_not_recorded_in_the_run_itself(refused, tmp_path):
+    folder = finished(tmp_path / "outputs" / "dpo" / "main")
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "result.json").write_text("mine")
+    given = ["run=outputs/dpo/main", "folder=published"]
+    line = refused("publish", *given, "hydra.run.dir=outputs/dpo/main", cwd=tmp_path)
+    assert (
+        line
+        == f"hydra.run.dir={folder.relative_to(tmp_path)}: is the folder of a run of dpo. Choose another run_name."
+    )
+    line = refused("publish", *given, "hydra.run.dir=project", cwd=tmp_path)
+    assert line.startswith("hydra.run.dir=project: holds result.json and is no run folder.")
+
+
+def test_a_publication_that_was_interrupted_goes_on_in_its_folder(tmp_path):
+    """The demo publishes into `files/` of the record's own folder."""
+    (tmp_path / "publish" / "files").mkdir(parents=True)
+    (tmp_path / "publish" / "files" / "published.json").write_text("{}")
+    run_folder.refuse_foreign(tmp_path / "publish", only="publish")
+    with pytest.raises(ValueError, match="holds files and is no run folder"):
+        run_folder.refuse_foreign(tmp_path / "publish")
+
+
+def test_an_adapter_that_names_a_module_is_refused(tmp_path):
+    folder = write_adapter(tmp_path / "foreign")
+    (folder / "adapter" / "adapter_config.json").write_text('{"megatron_config": {}, "megatron_core": "antigravity"}')
+    with pytest.raises(ValueError, match="its megatron_config names a module that PEFT would import"):
+        run.resolve_adapter(str(folder))
+
+
+def test_a_kernel_of_the_hub_is_code(refused, tmp_path, tiny_overrides):
+    line = refused("dpo", *tiny_overrides, "model.attn_implementation=org/kernel", "quantization=none", cwd=tmp_path)
+    assert line.startswith(
+        "model.attn_implementation=org/kernel: is a kernel on the Hub, code that would be run here."
+    )
