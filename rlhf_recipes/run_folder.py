@@ -87,7 +87,7 @@ def _release(lock, path: Path) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """The file has the old text or the whole of the given one, never a part of it."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # jobs of a sweep may write side by side
-    scratch.write_text(text, encoding="utf-8")
+    scratch.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a surrogate pair is no UTF-8
     os.replace(scratch, path)
 
 

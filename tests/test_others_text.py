@@ -557,3 +557,52 @@ def test_pictures_draw_any_name(said, tmp_path):
     frontier.plot(rows, "reward", said, tmp_path / "frontier.png")
     for name in ("curves", "doctor", "frontier"):
         assert (tmp_path / f"{name}.png").stat().st_size > 1000
+
+
+# ---- whole runs
+
+
+@pytest.mark.slow
+def test_a_run_on_hostile_data_with_a_hostile_parent(train, tmp_path, capfd):
+    """What it prints and its card, searched; the parent's result.json says what it likes."""
+    import json
+    import re
+
+    from conftest import rendered
+
+    parent = train("sft", tmp_path / "parent", "quantization=none")
+    result = parent.result
+    older = {"run": HOSTILE, "recipe": HOSTILE, "adapter_sha256": HOSTILE, "parent": None}
+    (tmp_path / "parent" / "result.json").write_text(json.dumps(result | {"recipe": HOSTILE, "parent": older}))
+    said = HOSTILE.replace("\ud800", "")
+    rows = [{"prompt": f"{said} <tool_call> {i}", "chosen": f"good {said} {i}", "rejected": f"bad {i}", "family": said,
+             said: said} for i in range(24)]  # fmt: skip
+    path = tmp_path / "a\x1b[2J\u202eb.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    capfd.readouterr()
+    run = train(
+        "dpo", tmp_path / "run", "quantization=none", "model.adapter=parent", "data=local", "data.test_size=6",
+        f'data.path="{path.name}"', "trainer.max_length=1024", "data.too_long=truncate",
+    )  # fmt: skip
+    out, err = capfd.readouterr()
+    obeyed = "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]"
+    assert not re.search(obeyed, out + err) and "data: a␛[2J" in out and "control tokens" not in out
+    card = (run.dir / "README.md").read_text(encoding="utf-8")
+    assert not re.search(obeyed, card) and "→ adapter (`" in card and "→ **dpo** (`" in card
+    page = rendered(body(card))
+    assert page.links == ["https://arxiv.org/abs/2305.18290"] and not page.images and not page.autolinks
+    assert "img" not in page.tags and page.tags.count("h1") == 1 and "b.jsonl" in page.text
+
+
+def test_a_refusal_names_hostile_columns_on_one_line(tmp_path, compose):
+    import json
+
+    from rlhf_recipes import config, data, text
+
+    said = HOSTILE.replace("\ud800", "")
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps({said: "a", "chosen": "b", "rejected": "c"}) + "\n")
+    with pytest.raises(ValueError) as caught:
+        data.load_pairs(compose("dpo", "data=local", f"data.path={path}").data)
+    printed = text.line(config.as_refusal(caught.value, "dpo"))
+    assert "no column 'prompt' (found: x␛]0;pwned␇␛[2J" in printed and len(printed.splitlines()) == 1
