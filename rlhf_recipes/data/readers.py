@@ -34,6 +34,7 @@ MAGIC = {
     b"PK\x03\x04": "a zip or spreadsheet",
     b"ARROW1": "Arrow",
 }
+CSV_CELL_LIMIT = 2**31 - 1  # csv's own limit of 128 KiB, of the whole process, refuses long conversations
 PARQUET_BATCH = 1000  # rows unpacked at a time
 HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 # Bytes, unpacked: of a line or a row, and of a file that is read whole. A megabyte of gzip may be a gigabyte of text.
@@ -287,7 +288,7 @@ def _csv_rows(path: str, lines: Iterator[tuple[int, str]]) -> Iterator[Located]:
                 raise _too_long(path, start, "a row")
             yield line
 
-    csv.field_size_limit(LINE_LIMIT)  # csv's own limit of 128 KiB refuses long conversations
+    csv.field_size_limit(CSV_CELL_LIMIT)
     reader = csv.reader(texts(), strict=True)
     while True:
         size = 0
