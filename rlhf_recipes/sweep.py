@@ -331,7 +331,7 @@ def _measurements(rows: list[dict]) -> dict[str, dict]:
 
 def _measured(folder: Path) -> dict | None:
     path = folder / "measurements.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return run.read_json(path) if path.is_file() else None
 
 
 def _objective(asked: str, rows: list[dict]) -> str:

