@@ -145,7 +145,7 @@ def reweigh(run, how):
         (["pairs=dpo", "repo_id=ada/x"], "pairs=dpo: is a run of dpo, not of recipes/cai.py. Use run=dpo."),
         (["run=dpo", "repo_id=ada/x", "evaluation=dpo"], "evaluation=dpo: no finished run of recipes/evaluate.py."),
         (["run=dpo", "+repo=ada/x"], "repo: recipes/publish.py has no such key; did you mean 'repo_id'?"),
-        (["run=dpo", f"repo_id={TOKEN}"], "repo_id: holds a literal secret"),
+        (["run=dpo", f"repo_id={TOKEN}"], "repo_id: holds what looks like a token or a key"),
     ],
 )
 def test_options(run, refused, overrides, says):

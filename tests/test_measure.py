@@ -409,7 +409,7 @@ def more(runs, train):
     shutil.copytree(runs / "reward", runs / "rewards" / "a")
     train("reward", runs / "rewards" / "b", *strong, "trainer.seed=7")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rlhf_recipes.run.shutil.rmtree", lambda *args, **kwargs: None)
+        patch.setattr("rlhf_recipes.run_folder.drop_checkpoints", lambda folder: None)
         ppo = ("reward_funcs=reward", "trainer.max_completion_length=8", "trainer.num_ppo_epochs=1")
         train("ppo", runs / "kept", *strong, *ppo, "trainer.save_steps=1")
     return runs

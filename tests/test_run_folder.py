@@ -98,6 +98,14 @@ def test_what_the_command_reads_is_not_replaced(refused, tmp_path, recipe, key, 
     assert line == f"{key}={value}: lies in outputs/{recipe}/main, which would be replaced. Choose another run_name."
 
 
+def test_a_word_that_is_the_folders_name_is_no_input(started):
+    finished(Path("sigmoid"))
+    cfg = started("trainer.loss_type=sigmoid", "run_name=x").config
+    run_folder.refuse_to_replace(Path("sigmoid"), run.inputs(cfg))
+    with pytest.raises(ValueError, match=r"model\.adapter=sigmoid: lies in sigmoid"):
+        run_folder.refuse_to_replace(Path("sigmoid"), run.inputs({**cfg, "model": {"adapter": "sigmoid"}}))
+
+
 def test_links_are_neither_followed_nor_passed_over(refused, tmp_path):
     there = finished(tmp_path / "elsewhere")
     (tmp_path / "outputs" / "dpo").mkdir(parents=True)
