@@ -45,11 +45,6 @@ GATE, SCORES = "gate.jsonl", "scores"
 KEPT = {GATE: "what was answered", SCORES: "what was scored"}
 # An adapter; a finished run keeps of a checkpoint no more than these.
 ADAPTER_CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# Last parts of keys that take a path.
-PLACES = (
-    "adapter", "path", "test_path", "runs", "parent", "checkpoints", "reward_model", "reward_funcs", "ppo_run",
-    "judgements", "gold", "deployment", "stress", "sweeps", "run", "pairs", "evaluation", "resume_from_checkpoint",
-)  # fmt: skip
 # In a sweep's folder: what its jobs have in common.
 SHARED = "shared"
 
@@ -130,7 +125,7 @@ def start(cfg: DictConfig, recipe: str) -> Run:
         where = KEPT.get(Path(run.checkpoint).name) or f"step {run.checkpoint.rpartition('-')[2]}"
         print(f"Continuing {run.dir} from {where}.", flush=True)
     else:
-        run_folder.refuse_to_replace(run.dir, inputs(config))
+        run_folder.refuse_to_replace(run.dir, flatten(config))
     return run
 
 
@@ -180,7 +175,7 @@ def claim(run: Run) -> None:
     if not is_first_process():
         return
     if not run.checkpoint:
-        run_folder.refuse_to_replace(run.dir, inputs(run.config))
+        run_folder.refuse_to_replace(run.dir, flatten(run.config))
         run_folder.clear(run.dir)
     write_config(run)
 
@@ -462,14 +457,6 @@ def _other_config(run: Run) -> str | None:
                 "value to continue it, choose another run_name, or start afresh with overwrite=true."
             )
     return None
-
-
-def inputs(config: dict) -> list[tuple[str, str]]:
-    """(key, value) of every text in a config that may be a path, those of lists one by one: it has a slash, or its key
-    is one that takes a path, so that `trainer.loss_type=simpo` is no folder of this name."""
-    leaves = [(key, each) for key, leaf in flatten(config) for each in (leaf if isinstance(leaf, list) else [leaf])]
-    texts = [(key, each) for key, each in leaves if isinstance(each, str) and key != "run_name"]
-    return [(key, each) for key, each in texts if "/" in each or key.rpartition(".")[2] in PLACES]
 
 
 def _refuse_other_trainer(config: dict, recipe: str) -> None:

@@ -15,6 +15,7 @@ import socket
 import sys
 import weakref
 from pathlib import Path
+from typing import Any
 
 MARK = "rlhf_recipes"
 CONFIG, RESULT, PREFLIGHT = "config.yaml", "result.json", "preflight.json"
@@ -36,6 +37,11 @@ CHECKPOINT = re.compile(r"checkpoint-\d+")
 CARD, LOGS = "README.md", "runs"
 # Of an unfinished run these alone are worth nothing: they are written again.
 WORTHLESS = (CONFIG, PREFLIGHT, "metrics.jsonl", "samples.jsonl", ".*.tmp")
+# Last parts of keys that take a path.
+PLACES = (
+    "adapter", "path", "test_path", "runs", "parent", "checkpoints", "reward_model", "reward_funcs", "ppo_run",
+    "judgements", "gold", "deployment", "stress", "sweeps", "run", "pairs", "evaluation", "resume_from_checkpoint",
+)  # fmt: skip
 # How some network file systems answer.
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 LOCK_SECONDS = 1.0  # a process that was just killed may leave a child that lives on for a moment
@@ -130,11 +136,11 @@ def refuse_foreign(folder: Path, only: str | None = None) -> None:
             raise ValueError(f"{where}: holds {path.name} and is no run folder. Choose an empty or a new one.")
 
 
-def refuse_to_replace(folder: Path, inputs: list[tuple[str, str]]) -> None:
+def refuse_to_replace(folder: Path, leaves: list[tuple[str, Any]]) -> None:
     """Refuse to replace a run in whose folder lies what no run writes, or what the command itself reads.
 
     Args:
-        inputs: (key, value) of whatever may be a path.
+        leaves: (key, value) of the command's config.
 
     Raises:
         ValueError: names the file, or the key.
@@ -144,7 +150,7 @@ def refuse_to_replace(folder: Path, inputs: list[tuple[str, str]]) -> None:
         raise ValueError(
             f"{folder}: holds {name}, which no run writes, and would be replaced. Move it, or choose another run_name."
         )
-    for key, value in inputs:
+    for key, value in _inputs(leaves):
         if _lies_in(value, folder):
             raise ValueError(f"{key}={value}: lies in {folder}, which would be replaced. Choose another run_name.")
 
@@ -295,6 +301,14 @@ def _is_empty(path: Path) -> bool:
 
 def _is_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
+
+
+def _inputs(leaves: list[tuple[str, Any]]) -> list[tuple[str, str]]:
+    """Those that may be paths, and the entries of lists one by one: with a slash, or under a key that takes a path, so
+    that `trainer.loss_type=simpo` is no folder of this name."""
+    single = [(key, each) for key, leaf in leaves for each in (leaf if isinstance(leaf, list) else [leaf])]
+    texts = [(key, each) for key, each in single if isinstance(each, str) and key != "run_name"]
+    return [(key, each) for key, each in texts if "/" in each or key.rpartition(".")[2] in PLACES]
 
 
 def _lies_in(value: str, folder: Path) -> bool:

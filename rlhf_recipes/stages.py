@@ -93,7 +93,7 @@ def plan(cfg: DictConfig) -> Plan:
         elif result:
             stage.status, stage.seconds = "finished", before.get(entry.name, result["seconds"])
         if cfg.overwrite and entry.recipe != "publish":  # it replaces what its manifest lists
-            run_folder.refuse_to_replace(stage.dir, run.inputs(run.resolved(own)))
+            run_folder.refuse_to_replace(stage.dir, config.flatten(run.resolved(own)))
         stages.append(stage)
     return Plan(here, stages, lock)
 

@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import config, doctor, memory, preflight, run, run_folder
 from rlhf_recipes.secrets import redact
-from rlhf_recipes.text import cell
+from rlhf_recipes.text import cell, line, shown
 
 ROWS = "rows"
 DIFFERENT = "the jobs have different models or data"
@@ -82,10 +82,10 @@ def job(main, cfg: DictConfig) -> float:
         row |= {"system": _measure(folder / own, folder, cfg), "status": "finished"}
     except Exception as error:
         refusal = config.as_refusal(error, hydra.job.config_name)
-        row["reason"] = redact(refusal or f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        row["reason"] = line(redact(refusal or f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"))
         print(f"error: {own}: {row['reason']}", file=sys.stderr, flush=True)
         if not refusal:
-            print(redact(traceback.format_exc()), file=sys.stderr, flush=True)
+            print(shown(redact(traceback.format_exc())), file=sys.stderr, flush=True)
     row["seconds_in_all"] = round(time.monotonic() - begin, 1)
     (folder / ROWS).mkdir(parents=True, exist_ok=True)
     run.write_atomically(folder / ROWS / f"{own}.json", json.dumps(row, indent=2, ensure_ascii=False) + "\n")
@@ -126,7 +126,7 @@ class Summary(Callback):
                 check(config.sweep)
                 preflight.before_sweep(config)
         except ValueError as error:
-            print(f"error: {redact(str(error))}", file=sys.stderr)
+            print(f"error: {line(redact(str(error)))}", file=sys.stderr)
             sys.exit(2)
         if "trainer" in config and config.preflight.only:
             sys.exit(0)
@@ -232,7 +232,6 @@ def describe(table: dict, out: Path) -> str:
     """The table as a terminal shows it, the best job, and what lies where."""
     from rlhf_recipes.evaluation.definitions import METRICS as DEFINED
     from rlhf_recipes.stats import format_estimate
-    from rlhf_recipes.text import line
 
     objective = DEFINED.get(table["objective"], [table["objective"].replace("_", " ")])[0].lower()
     lines = [["job", objective, "KL, nats", "length", "s", "GiB", "doctor", ""]]

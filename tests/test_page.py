@@ -46,6 +46,20 @@ def test_nothing_is_loaded_from_elsewhere(report):
     assert not re.search(r"url\((?!#)|@import|<script|<link|<iframe", report)
 
 
+def test_nothing_is_run_or_fetched_where_it_is_published(report, tmp_path):
+    from rlhf_recipes.hub import contents, scan
+
+    for page in (
+        "<script>x()</script>", "<svg onload='x()'></svg>", "<a href=' javascript:x()'>a</a>", "<img src='//evil.com/a.png'>",
+        "<link href='https://evil.com/a.css'>", "<iframe></iframe>", "<image xlink:href='http://evil.com/a.svg'/>",
+    ):  # fmt: skip
+        (tmp_path / "evaluation.html").write_text(page)
+        with pytest.raises(ValueError, match=r"^evaluation.html: holds .*, as no page of ours does\."):
+            scan.files(tmp_path, False, {}, contents.hashes(tmp_path))
+    (tmp_path / "evaluation.html").write_text(report)
+    scan.files(tmp_path, True, {}, contents.hashes(tmp_path))
+
+
 def test_every_figure_is_described_and_ids_are_unique(report):
     figures = re.findall(r"<figure>.*?</figure>", report, re.DOTALL)
     assert len(figures) == 5

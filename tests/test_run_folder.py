@@ -14,6 +14,7 @@ import pytest
 from conftest import snapshot, write_adapter, write_pairs
 
 from rlhf_recipes import run, run_folder
+from rlhf_recipes.config import flatten
 
 
 @pytest.fixture
@@ -101,9 +102,9 @@ def test_what_the_command_reads_is_not_replaced(refused, tmp_path, recipe, key, 
 def test_a_word_that_is_the_folders_name_is_no_input(started):
     finished(Path("sigmoid"))
     cfg = started("trainer.loss_type=sigmoid", "run_name=x").config
-    run_folder.refuse_to_replace(Path("sigmoid"), run.inputs(cfg))
+    run_folder.refuse_to_replace(Path("sigmoid"), flatten(cfg))
     with pytest.raises(ValueError, match=r"model\.adapter=sigmoid: lies in sigmoid"):
-        run_folder.refuse_to_replace(Path("sigmoid"), run.inputs({**cfg, "model": {"adapter": "sigmoid"}}))
+        run_folder.refuse_to_replace(Path("sigmoid"), flatten({**cfg, "model": {"adapter": "sigmoid"}}))
 
 
 def test_links_are_neither_followed_nor_passed_over(refused, tmp_path):
@@ -452,7 +453,7 @@ def test_a_row_file_of_pairs_is_an_input(tmp_path):
     folder = finished(tmp_path / "main")
     inside = write_pairs(folder / "metrics.jsonl")
     with pytest.raises(ValueError, match=r"^a\.b=.*lies in"):
-        run_folder.refuse_to_replace(folder, [("x", "a" * 5000), ("y", "nul\0"), ("z", ""), ("a.b", str(inside))])
+        run_folder.refuse_to_replace(folder, [("x", "/a" * 5000), ("y", "/nul\0"), ("path", ""), ("a.b", str(inside))])
 
 
 def test_what_was_published_is_not_recorded_in_the_run_itself(refused, tmp_path):

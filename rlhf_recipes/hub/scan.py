@@ -11,16 +11,22 @@ import re
 import struct
 import tempfile
 from collections.abc import Iterator
+from html.parser import HTMLParser
 from pathlib import Path
 
 from rlhf_recipes import secrets
 from rlhf_recipes.hub.contents import VOCABULARY
+from rlhf_recipes.text import line
 
 # A home or temporary folder of somebody's machine.
 FOLDERS = re.compile(
     r"(?<![\w./])/(?:home|Users|root|tmp|mnt|scratch|workspace)/[\w.@-]+|(?<!\w)[A-Za-z]:\\+Users\\+\w+"
 )
 NOBODY = ("root", "user", "ubuntu", "admin", "runner", "jovyan", "nobody", "app")  # names that tell nothing
+# What runs or fetches something in a page.
+ACTIVE = ("script", "iframe", "object", "embed", "base", "link", "form", "applet")
+FETCHES = ("src", "srcset", "href", "xlink:href", "action", "formaction", "poster", "data", "background")
+SCRIPT = re.compile(r"(?:javascript|vbscript):", re.IGNORECASE)
 BLOCK = 8  # bytes; whatever is longer than twice this has one of them to itself
 PNG = b"\x89PNG\r\n\x1a\n"
 # What matplotlib writes, and text that is not compressed.
@@ -112,12 +118,35 @@ def _texts(name: str, file: Path) -> Iterator[tuple[int | None, str]]:
         yield from ((0, text) for text in _printable(file))
         return
     text = file.read_text(encoding="utf-8", errors="replace")
+    if file.suffix == ".html":
+        _Page(name).feed(text)
     yield None, text
     if file.suffix == ".json" and file.name not in VOCABULARY:  # escapes may hide what is in it
         try:
             yield 0, "\n".join(_strings(json.loads(text)))
         except ValueError as error:
             raise ValueError(f"{name}: is not valid JSON. Restore it.") from error
+
+
+class _Page(HTMLParser):
+    """Refuses a page that runs or fetches something: ours do neither.
+
+    Raises:
+        ValueError: names the element or the attribute.
+    """
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name
+
+    def handle_starttag(self, tag, attrs):
+        active = [key for key, value in attrs if key.startswith("on") or SCRIPT.match((value or "").strip())]
+        fetched = [key for key, value in attrs if key in FETCHES and not (value or "").startswith(("#", "data:"))]
+        if tag in ACTIVE or active or (fetched and tag != "a"):
+            what = f"<{tag}>" if tag in ACTIVE else f"{(active or fetched)[0]} of <{tag}>"
+            raise ValueError(
+                f"{self.name}: holds {line(what)[:40]}, as no page of ours does. Make it again (recipes/evaluate.py)."
+            )
 
 
 def _strings(value) -> Iterator[str]:
