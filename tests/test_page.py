@@ -49,11 +49,11 @@ def test_nothing_is_loaded_from_elsewhere(report):
 def test_nothing_is_run_or_fetched_where_it_is_published(report, tmp_path):
     from rlhf_recipes.hub import contents, scan
 
-    for page in (
-        "<script>x()</script>", "<svg onload='x()'></svg>", "<a href=' javascript:x()'>a</a>", "<img src='//evil.com/a.png'>",
-        "<link href='https://evil.com/a.css'>", "<iframe></iframe>", "<image xlink:href='http://evil.com/a.svg'/>",
+    for html in (
+        "<script>x()</script>", "<svg onload='x()'></svg>", "<a href=' javascript:x()'>a</a>", "<img src='//x.com/a.png'>",
+        "<link href='https://x.com/a.css'>", "<iframe></iframe>", "<image xlink:href='http://x.com/a.svg'/>",
     ):  # fmt: skip
-        (tmp_path / "evaluation.html").write_text(page)
+        (tmp_path / "evaluation.html").write_text(html)
         with pytest.raises(ValueError, match=r"^evaluation.html: holds .*, as no page of ours does\."):
             scan.files(tmp_path, False, {}, contents.hashes(tmp_path))
     (tmp_path / "evaluation.html").write_text(report)
