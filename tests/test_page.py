@@ -50,7 +50,7 @@ def test_nothing_is_run_or_fetched_where_it_is_published(report, tmp_path):
     from rlhf_recipes.hub import contents, scan
 
     for html in (
-        "<script>x()</script>", "<svg onload='x()'></svg>", "<a href=' javascript:x()'>a</a>", "<img src='//x.com/a.png'>",
+        "<script>x()</script>", "<svg onload='x()'></svg>", "<a href=' javascript:x()'>a</a>", "<img src='//x.com/a'>",
         "<link href='https://x.com/a.css'>", "<iframe></iframe>", "<image xlink:href='http://x.com/a.svg'/>",
     ):  # fmt: skip
         (tmp_path / "evaluation.html").write_text(html)
