@@ -161,10 +161,7 @@ WORDS = {
     "dict": "a mapping",
 }
 # How the libraries (safetensors, torch) say that a file could not be written.
-UNWRITTEN = (
-    "No space left on device", "Read-only file system", "iostream error", "PytorchStreamWriter failed",
-    "inline_container",
-)  # fmt: skip
+UNWRITTEN = ("No space left on device", "Read-only file system", "iostream error", "inline_container")
 
 
 def recipe(name: str):
@@ -234,7 +231,7 @@ def check(cfg: DictConfig, recipe: str | None = None) -> None:
     _refuse_unknown([key for key, _ in leaves], recipe or _running())
     for key in sorted(OmegaConf.missing_keys(cfg)):
         raise ValueError(f"{key}: required, but not set. Add {key}=<value> to the command.")
-    _refuse_secrets(cfg)
+    guard.refuse_secrets_of(cfg)
     for key, value in leaves:
         rule = KEYS.get(key) or KEYS.get(key.rpartition(".")[0] + ".*")
         if rule and not (isinstance(value, str) and "${" in value):
@@ -456,13 +453,6 @@ def _refuse_unknown(keys: list[str], recipe: str | None) -> None:
         open_group = key.partition(".")[0] in groups - {"model"}  # checked against the class, or by rlhf_recipes.data
         if not open_group and not any(f"{name}.".startswith(f"{key}.") for name in known):
             raise ValueError(f"{key}: recipes/{recipe}.py has no such key{nearest(key, [*known, *groups])}")
-
-
-def _refuse_secrets(cfg: DictConfig) -> None:
-    """As it is written, and as it is when all that it refers to is filled in."""
-    guard.refuse_secrets(list(guard.leaves(OmegaConf.to_container(cfg, resolve=False))))
-    node = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "output_dir"])  # Hydra's, looked at before
-    guard.refuse_secrets(list(guard.leaves(OmegaConf.to_container(node, resolve=True))))
 
 
 def _running() -> str | None:

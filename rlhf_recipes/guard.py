@@ -97,6 +97,13 @@ def refuse_secrets(found: list[tuple[str, Any]]) -> None:
             raise ValueError(f"{key}: holds {what}, which would be written into files. {NO_SECRETS}")
 
 
+def refuse_secrets_of(cfg: DictConfig) -> None:
+    """The same of a recipe's config as it is written, and as it is when all that it refers to is filled in."""
+    refuse_secrets(list(leaves(OmegaConf.to_container(cfg, resolve=False))))
+    node = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "output_dir"])  # Hydra's, looked at before
+    refuse_secrets(list(leaves(OmegaConf.to_container(node, resolve=True))))
+
+
 def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of what is neither dict nor list below; the entries of a list share its key."""
     if isinstance(node, dict) and node:
