@@ -76,9 +76,9 @@ class Lock:
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-            print(
-                f"{folder}: this file system has no locks ({error.strerror}). Start no second command that writes it."
-            )
+            self.release = lambda: None
+            said = f"this file system has no locks ({error.strerror})"
+            print(f"{folder}: {said}. Start no second command that writes it.", flush=True)
             return
         self.release = weakref.finalize(self, _release, lock, path)
         path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -134,6 +134,8 @@ def refuse_foreign(folder: Path, only: str | None = None) -> None:
         made_here = only and (marked(path) or (path / PUBLISHED).is_file())
         if path.name != PREFLIGHT and not _is_empty(path) and not made_here:
             raise ValueError(f"{where}: holds {path.name} and is no run folder. Choose an empty or a new one.")
+    if folder.resolve() == Path.cwd():  # it could not be set aside under the feet of this process
+        raise ValueError(f"{where}: is the current folder. Name one below it.")
 
 
 def refuse_to_replace(folder: Path, leaves: list[tuple[str, Any]]) -> None:

@@ -118,6 +118,12 @@ def test_links_are_neither_followed_nor_passed_over(refused, tmp_path):
     assert line.startswith("elsewhere: holds checkpoints, which no run writes")
 
 
+def test_the_current_folder_is_no_run_folder(refused, tmp_path):
+    assert refused("dpo", "hydra.run.dir=.", cwd=tmp_path) == (
+        "hydra.run.dir=.: is the current folder. Name one below it."
+    )
+
+
 def test_a_pipeline_keeps_to_its_folder(refused, tmp_path):
     (tmp_path / "project").mkdir()
     (tmp_path / "project" / "summary.json").write_text("mine")
@@ -207,7 +213,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
-    run_folder.Lock(tmp_path / "main")
+    run_folder.Lock(tmp_path / "main").release()
     assert "main: this file system has no locks (No locks available)." in capsys.readouterr().out
 
 
