@@ -14,6 +14,7 @@ import shutil
 import socket
 import sys
 import weakref
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ class Lock:
         from filelock import FileLock, Timeout
 
         path = folder.with_name(f".{folder.name}.lock")
+        made = [above for above in path.parents if not above.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         # One for the process: a job of a sweep that is started again does not wait for what it left behind.
         lock = FileLock(path, timeout=LOCK_SECONDS, thread_local=False, is_singleton=True)
@@ -80,14 +82,17 @@ class Lock:
             said = f"this file system has no locks ({error.strerror})"
             print(f"{folder}: {said}. Start no second command that writes it.", flush=True)
             return
-        self.release = weakref.finalize(self, _release, lock, path)
+        self.release = weakref.finalize(self, _release, lock, path, made)
         path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
 
 
-def _release(lock, path: Path) -> None:
+def _release(lock, path: Path, made: list[Path]) -> None:
     if lock.lock_counter == 1:
         path.unlink(missing_ok=True)  # while it is held: whoever has opened it meanwhile sees that it has no name
     lock.release()
+    for folder in made:  # of what was refused nothing is left
+        with suppress(OSError):  # not empty
+            folder.rmdir()
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -104,6 +104,13 @@ def by_hand(recipe, quantization, tiny_model, cfg, folder):
     return trainer
 
 
+def skip_what_trl_cannot_do(recipe, quantization):
+    from rlhf_recipes import models
+
+    if (recipe, quantization) == ("reward", "nf4") and not models.computes_in_bf16():
+        pytest.skip("TRL rounds the score head to bfloat16, which its forward in float32 does not take")
+
+
 @pytest.mark.parametrize("quantization", ("nf4", "none"))
 @pytest.mark.parametrize("recipe", TRAINERS)
 def test_parity_with_trl(train, tiny_model, tmp_path, recipe, quantization):
@@ -112,6 +119,7 @@ def test_parity_with_trl(train, tiny_model, tmp_path, recipe, quantization):
     The loss is equal to the last bit. So is the norm, but where TRL keeps a QLoRA adapter in bfloat16 and we in
     float32: its gradients are rounded to 8 bits, each by up to 2^-9 and again with every accumulated batch.
     """
+    skip_what_trl_cannot_do(recipe, quantization)
     ours = train(recipe, tmp_path / "ours", f"quantization={quantization}")
     theirs = by_hand(recipe, quantization, tiny_model, ours.cfg, tmp_path / "theirs")
     rounded = {p.dtype for p in theirs.model.parameters() if p.requires_grad} == {torch.bfloat16}
@@ -130,6 +138,7 @@ def test_parity_is_exact_without_our_float32(train, tiny_model, tmp_path, monkey
     """The float32 adapter is the only thing that a recipe adds: without it the norm is TRL's to the last bit too."""
     from rlhf_recipes import models
 
+    skip_what_trl_cannot_do(recipe, "nf4")
     monkeypatch.setattr(models, "keep_adapter_in_float32", lambda model, continued: None)
     ours = train(recipe, tmp_path / "ours")
     theirs = by_hand(recipe, "nf4", tiny_model, ours.cfg, tmp_path / "theirs")
