@@ -8,26 +8,28 @@ Examples:
 
 import sys
 
-from rlhf_recipes import config, data, run
-from rlhf_recipes.audit import report, steps, verdict
+from rlhf_recipes import run
+from rlhf_recipes.audit import report, run_audit, verdict
+from rlhf_recipes.data.fit import describe, fit
+from rlhf_recipes.data.load import load_pairs
+from rlhf_recipes.launch.recipe import recipe
 
 
-@config.recipe("audit")
+@recipe("audit")
 def main(cfg):
-    config.check(cfg)
     verdict.check(cfg.thresholds)
     job = run.start(cfg, "audit")
-    sources = steps.find(cfg)
-    pairs = data.load_pairs(cfg.data)
+    sources = run_audit.find(cfg)
+    pairs = load_pairs(cfg.data)
 
     from rlhf_recipes import models
 
     tokenizer = models.load_tokenizer(cfg.model)
-    pairs = data.fit(pairs, tokenizer, cfg.max_length, cfg.data.too_long)
-    print(data.describe(pairs.report), flush=True)
+    pairs = fit(pairs, tokenizer, cfg.max_length, cfg.data.too_long)
+    print(describe(pairs.report), flush=True)
     run.claim(job)
 
-    findings = steps.take(cfg, sources, pairs, tokenizer, job)
+    findings = run_audit.take(cfg, sources, pairs, tokenizer, job)
     audit = report.build(cfg, sources, pairs, findings)
     report.finish(job, audit, findings)
     code = cfg.exit_codes[audit["verdict"]["verdict"].replace(" ", "_")]

@@ -6,25 +6,28 @@ Examples:
     python recipes/cai.py experiment=cai/demo
 """
 
-from rlhf_recipes import config, data, run
-from rlhf_recipes.cai import constitution, gate, steps
+from rlhf_recipes import run
+from rlhf_recipes.cai import constitution, gate, make_pairs
+from rlhf_recipes.data.fit import describe, fit
+from rlhf_recipes.data.load import load_prompts
+from rlhf_recipes.launch.recipe import recipe
 
 
-@config.recipe("cai")
+@recipe("cai")
 def main(cfg):
-    config.check(cfg)
-    steps.check(cfg)
+    make_pairs.check(cfg)
     job = run.start(cfg, "cai")
     principles = constitution.load(cfg.constitution)
     gold = gate.load_gold(cfg)
-    prompts = data.load_prompts(cfg.data)
+    prompts = load_prompts(cfg.data)
 
     from rlhf_recipes.cai import backend, dataset, judge, report
+    from rlhf_recipes.cai.load import load
 
-    generator, judging = backend.load(cfg)
+    generator, judging = load(cfg)
     if tokenizer := getattr(generator, "tokenizer", None):
-        prompts = data.fit(prompts, tokenizer, cfg.max_prompt_length, cfg.data.too_long)
-    print(data.describe(prompts.report), flush=True)
+        prompts = fit(prompts, tokenizer, cfg.max_prompt_length, cfg.data.too_long)
+    print(describe(prompts.report), flush=True)
     run.claim(job)
 
     critic = judge.Judge(judging, principles, cfg.judging, cfg.seed)
@@ -35,7 +38,7 @@ def main(cfg):
         sources, critic = gate.decide(worth, critic, cfg)
         rows = [{**row, "split": name} for name in ("test", "train") for row in getattr(prompts, name)]
         gate.confirm(gate.estimate(cfg, sources, rows, generator, judged=critic is not None))
-        maker = steps.Maker(generator, critic, principles, sources, cfg)
+        maker = make_pairs.Maker(generator, critic, principles, sources, cfg)
         shards = list(maker.shards(rows, job.dir / "shards"))
         made = dataset.write(shards, job.dir, maker.provenance())
         result |= {"generator": generator.name, "labelled_by": "judge" if critic else "construction", **made}

@@ -7,25 +7,28 @@ Examples:
     python recipes/dpo.py sweep=dpo_beta model.adapter=outputs/sft/main
 """
 
-from rlhf_recipes import config, data, run
+from rlhf_recipes import run
+from rlhf_recipes.data.fit import describe, fit
+from rlhf_recipes.data.load import load_pairs
+from rlhf_recipes.launch.recipe import recipe
+from rlhf_recipes.training.finish import finish
 
 
-@config.recipe("dpo")
+@recipe("dpo")
 def main(cfg):
-    config.check(cfg)
     job = run.start(cfg, "dpo")
-    pairs = data.load_pairs(cfg.data)
+    pairs = load_pairs(cfg.data)
 
     from trl import DPOTrainer
 
-    from rlhf_recipes import callbacks, models
-    from rlhf_recipes.evaluation import measure, metrics
+    from rlhf_recipes import inference, models
+    from rlhf_recipes.training import callbacks, metrics
 
     args = models.training_args(cfg.trainer, job)
     models.check(cfg.model, cfg.quantization, cfg.lora)
     tokenizer = models.load_tokenizer(cfg.model)
-    pairs = data.fit(pairs, tokenizer, args.max_length, cfg.data.too_long)
-    print(data.describe(pairs.report))
+    pairs = fit(pairs, tokenizer, args.max_length, cfg.data.too_long)
+    print(describe(pairs.report))
     if job.shared and cfg.data.too_long == "drop":
         args.max_length = None  # none is longer; TRL's own look would tie the rows, and so their reference, to beta
     train_dataset, eval_dataset = pairs.to_datasets(job.shared)
@@ -43,13 +46,13 @@ def main(cfg):
     run.claim(job)
 
     before = run.once(
-        job, pairs.test, lambda: measure.pair_logps(trainer.model, tokenizer, pairs.test, "Held out, before")
+        job, pairs.test, lambda: inference.pair_logps(trainer.model, tokenizer, pairs.test, "Held out, before")
     )
     trainer.train(resume_from_checkpoint=job.checkpoint)
-    after = measure.pair_logps(trainer.model, tokenizer, pairs.test, "Held out, after")
+    after = inference.pair_logps(trainer.model, tokenizer, pairs.test, "Held out, after")
 
     models.save_adapter(trainer.model, tokenizer, job.adapter, cfg.model)
-    return run.finish(
+    return finish(
         job,
         trainer,
         main="preference_accuracy",

@@ -11,32 +11,34 @@ Examples:
 
 import sys
 
-from rlhf_recipes import config, data, run, sweep
+from rlhf_recipes import config, run
+from rlhf_recipes.data.load import load_pairs
+from rlhf_recipes.evaluation import sweeps
+from rlhf_recipes.launch.recipe import recipe
 from rlhf_recipes.text import line
 
 
-@config.recipe("evaluate")
+@recipe("evaluate")
 def main(cfg):
-    config.check(cfg)
     job = run.start(cfg, "evaluate")
     if cfg.sweeps:
-        return sweep.join(job, cfg.sweeps, cfg.sweep)
-    from rlhf_recipes.evaluation import checkpoints, judging, page, summary, systems, tasks
+        return sweeps.join(job, cfg.sweeps, cfg.sweep)
+    from rlhf_recipes.evaluation import checkpoints, judges, measure, page, summary, table, tasks
 
-    candidates = systems.find(cfg.runs, cfg.parent, cfg.model.id, cfg.checkpoints)
-    scorers = systems.find_scorer(cfg.reward_model, cfg.model.id)
-    proxy = systems.find_proxy(cfg.checkpoints, cfg.model.id)
-    judged = judging.check(cfg)
+    candidates = measure.find(cfg.runs, cfg.parent, cfg.model.id, cfg.checkpoints)
+    scorers = measure.find_scorer(cfg.reward_model, cfg.model.id)
+    proxy = measure.find_proxy(cfg.checkpoints, cfg.model.id)
+    judged = judges.check(cfg)
     function = config.import_function(cfg.judge_function, "judge_function") if cfg.judge_function else None
-    pairs = data.load_pairs(cfg.data)
+    pairs = load_pairs(cfg.data)
     harness = tasks.find(cfg.tasks, cfg.lm_eval)
-    measurements = systems.measure(cfg, candidates, scorers, pairs, function, tasks=harness, proxy=proxy)
-    judge = judging.load(cfg) if judged else None
+    measurements = measure.measure(cfg, candidates, scorers, pairs, function, tasks=harness, proxy=proxy)
+    judge = judges.load(cfg) if judged else None
 
     run.claim(job)
     if judge:
         path = job.dir / run.GATE
-        measurements = judging.compare(judge, measurements, pairs.test, path, cfg.judging.tie_margin)
+        measurements = judges.compare(judge, measurements, pairs.test, path, cfg.judging.tie_margin)
     evaluation = summary.summarise(measurements, cfg.thresholds)
     if cfg.checkpoints:
         evaluation["checkpoints"] = checkpoints.compare(measurements, evaluation, same=scorers == [proxy])
@@ -44,7 +46,7 @@ def main(cfg):
     page.write_page(evaluation, job.dir / "report.html")
     main = summary.headline(evaluation)
     run.write_result(job, run.record(job, main=main, evaluation=evaluation, counts=pairs.report))
-    print(f"\n{summary.table(evaluation)}\n")
+    print(f"\n{table.as_text(evaluation)}\n")
     for name, system in evaluation["systems"].items():
         if "verdict" in system:
             print(line(f"{name}: {system['verdict']['verdict']}. {' '.join(system['verdict']['reasons'])}"))

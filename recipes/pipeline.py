@@ -8,18 +8,19 @@ Examples:
 
 import sys
 
-from rlhf_recipes import config, preflight, stages
+from rlhf_recipes.launch import pipeline
+from rlhf_recipes.launch.preflight import look
+from rlhf_recipes.launch.recipe import recipe
 
 
-@config.recipe("pipeline")
+@recipe("pipeline")
 def main(cfg):
-    config.check(cfg)
-    plan = stages.plan(cfg)
-    preflight.before_pipeline(plan.stages, plan.dir, cfg.preflight)
+    plan = pipeline.plan(cfg)
+    look.before_pipeline(plan.stages, plan.dir, cfg.preflight)
     if cfg.preflight.only:
         return
-    status = stages.execute(plan)
-    stages.print_summary(plan, cfg.next)
+    status = pipeline.execute(plan)
+    pipeline.print_summary(plan, cfg.next)
     if status:
         sys.exit(status)
 

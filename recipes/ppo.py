@@ -6,24 +6,28 @@ Examples:
     python recipes/ppo.py reward_funcs=outputs/reward/main model.adapter=outputs/sft/main trainer.kl_coef=0.1
 """
 
-from rlhf_recipes import config, data, ppo, run
+from rlhf_recipes import ppo, run
+from rlhf_recipes.data.fit import describe, fit
+from rlhf_recipes.data.load import load_prompts
+from rlhf_recipes.launch.recipe import recipe
+from rlhf_recipes.ppo import sources
+from rlhf_recipes.training.finish import finish
 
 
-@config.recipe("ppo")
+@recipe("ppo")
 def main(cfg):
-    config.check(cfg)
     job = run.start(cfg, "ppo")
-    functions = ppo.find_rewards(cfg.reward_funcs)
-    prompts = data.load_prompts(cfg.data)
+    functions = sources.find_rewards(cfg.reward_funcs)
+    prompts = load_prompts(cfg.data)
 
-    from rlhf_recipes import callbacks, models
-    from rlhf_recipes.evaluation import metrics
+    from rlhf_recipes import models
+    from rlhf_recipes.training import callbacks, metrics
 
     args = models.training_args(cfg.trainer, job)
     models.check(cfg.model, cfg.quantization, cfg.lora)
     tokenizer = models.load_tokenizer(cfg.model)
-    prompts = data.fit(prompts, tokenizer, cfg.max_prompt_length, cfg.data.too_long)
-    print(data.describe(prompts.report))
+    prompts = fit(prompts, tokenizer, cfg.max_prompt_length, cfg.data.too_long)
+    print(describe(prompts.report))
     args.check_prompts(len(prompts.train))
     train_dataset, eval_dataset = prompts.to_datasets()
     policy, lora = models.load_policy(cfg.model, cfg.quantization, cfg.lora)
@@ -44,7 +48,7 @@ def main(cfg):
     after = trainer.measure(eval_dataset, "Held out, after")
 
     models.save_adapter(trainer.model, tokenizer, job.adapter, cfg.model)
-    return run.finish(
+    return finish(
         job,
         trainer,
         main="reward",

@@ -6,17 +6,15 @@ Examples:
     python recipes/publish.py run=outputs/dpo/main repo_id=<user>/<name> evaluation=outputs/evaluate/main
 """
 
-from rlhf_recipes import config
+from rlhf_recipes.launch.recipe import recipe
 
 
-@config.recipe("publish")
+@recipe("publish")
 def main(cfg):
-    config.check(cfg)
+    from rlhf_recipes.publish import publish
 
-    from rlhf_recipes import hub
-
-    job = hub.start(cfg)
-    return hub.record(job, cfg, hub.publish(cfg))
+    job = publish.start(cfg)
+    return publish.record(job, cfg, publish.publish(cfg))
 
 
 if __name__ == "__main__":

@@ -6,24 +6,27 @@ Examples:
     python recipes/reward.py model.adapter=outputs/sft/main
 """
 
-from rlhf_recipes import config, data, run
+from rlhf_recipes import run
+from rlhf_recipes.data.fit import describe, fit
+from rlhf_recipes.data.load import load_pairs
+from rlhf_recipes.launch.recipe import recipe
+from rlhf_recipes.training.finish import finish
 
 
-@config.recipe("reward")
+@recipe("reward")
 def main(cfg):
-    config.check(cfg)
     job = run.start(cfg, "reward")
-    pairs = data.load_pairs(cfg.data)
+    pairs = load_pairs(cfg.data)
 
-    from rlhf_recipes import callbacks, models
-    from rlhf_recipes.evaluation import measure, metrics
-    from rlhf_recipes.reward import SoftLabelRewardTrainer
+    from rlhf_recipes import inference, models
+    from rlhf_recipes.training import callbacks, metrics
+    from rlhf_recipes.training.reward_trainer import SoftLabelRewardTrainer
 
     args = models.training_args(cfg.trainer, job)
     models.check(cfg.model, cfg.quantization, cfg.lora)
     tokenizer = models.load_tokenizer(cfg.model)
-    pairs = data.fit(pairs, tokenizer, args.max_length, cfg.data.too_long)
-    print(data.describe(pairs.report))
+    pairs = fit(pairs, tokenizer, args.max_length, cfg.data.too_long)
+    print(describe(pairs.report))
     train_dataset, eval_dataset = pairs.to_datasets(job.shared)
     reward_model, lora = models.load_reward_model(cfg.model, cfg.quantization, cfg.lora)
     trainer = SoftLabelRewardTrainer(
@@ -38,15 +41,15 @@ def main(cfg):
     callbacks.watch(trainer, job)
     run.claim(job)
 
-    before = measure.pair_rewards(trainer.model, tokenizer, pairs.test, "Held out, before")
+    before = inference.pair_rewards(trainer.model, tokenizer, pairs.test, "Held out, before")
     trainer.train(resume_from_checkpoint=job.checkpoint)
-    after = measure.pair_rewards(trainer.model, tokenizer, pairs.test, "Held out, after")
+    after = inference.pair_rewards(trainer.model, tokenizer, pairs.test, "Held out, after")
 
     models.save_adapter(trainer.model, tokenizer, job.adapter, cfg.model)
     models.prove_reload(
-        trainer.model, job.adapter, lambda: measure.pair_rewards(trainer.model, tokenizer, pairs.test[:8])
+        trainer.model, job.adapter, lambda: inference.pair_rewards(trainer.model, tokenizer, pairs.test[:8])
     )
-    return run.finish(
+    return finish(
         job,
         trainer,
         main="preference_accuracy",

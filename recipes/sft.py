@@ -6,25 +6,28 @@ Examples:
     python recipes/sft.py data=ultrachat model=qwen3_4b trainer.learning_rate=1e-4
 """
 
-from rlhf_recipes import config, data, run
+from rlhf_recipes import run
+from rlhf_recipes.data.fit import describe, fit
+from rlhf_recipes.data.load import load_demonstrations
+from rlhf_recipes.launch.recipe import recipe
+from rlhf_recipes.training.finish import finish
 
 
-@config.recipe("sft")
+@recipe("sft")
 def main(cfg):
-    config.check(cfg)
     job = run.start(cfg, "sft")
-    demonstrations = data.load_demonstrations(cfg.data)
+    demonstrations = load_demonstrations(cfg.data)
 
     from trl import SFTTrainer
 
-    from rlhf_recipes import callbacks, models
-    from rlhf_recipes.evaluation import measure, metrics
+    from rlhf_recipes import inference, models
+    from rlhf_recipes.training import callbacks, metrics
 
     args = models.training_args(cfg.trainer, job)
     models.check(cfg.model, cfg.quantization, cfg.lora)
     tokenizer = models.load_tokenizer(cfg.model)
-    demonstrations = data.fit(demonstrations, tokenizer, args.max_length, cfg.data.too_long)
-    print(data.describe(demonstrations.report))
+    demonstrations = fit(demonstrations, tokenizer, args.max_length, cfg.data.too_long)
+    print(describe(demonstrations.report))
     train_dataset, eval_dataset = demonstrations.to_datasets(job.shared)
     policy, lora = models.load_policy(cfg.model, cfg.quantization, cfg.lora)
     trainer = SFTTrainer(
@@ -39,12 +42,12 @@ def main(cfg):
     callbacks.watch(trainer, job)
     run.claim(job)
 
-    before = measure.demonstration_logps(trainer.model, tokenizer, demonstrations.test, "Held out, before")
+    before = inference.demonstration_logps(trainer.model, tokenizer, demonstrations.test, "Held out, before")
     trainer.train(resume_from_checkpoint=job.checkpoint)
-    after = measure.demonstration_logps(trainer.model, tokenizer, demonstrations.test, "Held out, after")
+    after = inference.demonstration_logps(trainer.model, tokenizer, demonstrations.test, "Held out, after")
 
     models.save_adapter(trainer.model, tokenizer, job.adapter, cfg.model)
-    return run.finish(
+    return finish(
         job,
         trainer,
         main="perplexity",

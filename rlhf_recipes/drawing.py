@@ -14,6 +14,7 @@ INK = "#010203"  # replaced by currentColor in the SVG
 PARENT_COLOUR = "#7d858c"
 COLOURS = ("#2b7bba", "#c9731a", "#2e9b73", "#a2589f", "#b03a48", "#8a7a1f")  # legible on white and on near-black
 MARKERS = "Ds^vPX"
+TITLE = 100  # characters of a picture's
 
 
 def write(template: Path, path: str | Path, **values) -> None:

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from rlhf_recipes import text
-from rlhf_recipes.config import nearest
+from rlhf_recipes.errors import nearest
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 BARE_ID = re.compile(r"[\w-][\w.-]*")  # of the Hub's first models (gpt2); nobody can take such a name

@@ -9,14 +9,13 @@ import json
 import logging
 import os
 import sys
-import textwrap
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -24,9 +23,6 @@ from omegaconf import DictConfig, OmegaConf
 from rlhf_recipes import memory, run_folder
 from rlhf_recipes.config import CONF, flatten, in_sweep
 from rlhf_recipes.run_folder import write_atomically
-
-if TYPE_CHECKING:
-    from rlhf_recipes.callbacks import Doctor
 
 LIBRARIES = (
     "torch",
@@ -60,7 +56,6 @@ class Run:
         checkpoint: folder of the last complete checkpoint to continue from, or None.
         parent: result.json of the run whose adapter this one continues, or None.
         shared: in a sweep, the folder of what its jobs have in common, or None.
-        doctor: the callback that watches the training, or None.
         lock: keeps other processes from writing the folder; None where this is not the first of several processes.
     """
 
@@ -70,7 +65,6 @@ class Run:
     checkpoint: str | None = None
     parent: dict | None = None
     shared: Path | None = None
-    doctor: "Doctor | None" = None
     lock: run_folder.Lock | None = None
     started: float = field(default_factory=time.monotonic)
 
@@ -212,50 +206,6 @@ def relative(folder: Path) -> Path:
     """The folder as seen from here where it lies below, so that no result names a machine's folders."""
     here = Path.cwd()
     return folder.relative_to(here) if folder.is_relative_to(here) else folder
-
-
-def finish(run: Run, trainer, *, main: str, before: dict, metrics: dict, counts: dict, **entries) -> float:
-    """Write curves, the doctor's page, card and result.json of a training, end its checkpoints, print the summary.
-
-    Args:
-        trainer: after training; its log history becomes curves.png.
-        main: the metric that the run is about.
-        before: metrics before training, name -> estimate (`value`, `low`, `high`, `n`).
-        metrics: the same after training.
-        counts: report of the data.
-        entries: what else result.json says of this recipe.
-
-    Returns:
-        The value of the main metric, which makes the recipe an objective for sweeps.
-    """
-    from rlhf_recipes import card, doctor, doctor_page
-    from rlhf_recipes.evaluation.page import plot_curves
-
-    title = f"{run.recipe} · {run.dir.name}"
-    if run.doctor:
-        seen = run.doctor.record(before, metrics)
-        entries["doctor"] = {**doctor.examine(seen), "facts": seen.facts}
-        doctor_page.plot(seen, entries["doctor"]["findings"], run.dir / "doctor.png", title)
-        if run.doctor.stopped:
-            entries["stopped"] = run.doctor.stopped
-    result = record(
-        run,
-        main={"name": main, "before": before[main], "after": metrics[main]},
-        before=before,
-        metrics=metrics,
-        counts=counts,
-        seed=trainer.args.seed,
-        steps=trainer.state.global_step,
-        resumed_from=run.checkpoint and Path(run.checkpoint).name,
-        adapter_sha256=adapter_sha256(run.adapter),
-        parent=run.parent and run.parent["lineage"],
-        **entries,
-    )
-    plot_curves(trainer.state.log_history, run.dir / "curves.png", title)
-    write_atomically(run.dir / "README.md", card.write(result, run.config))
-    write_result(run, result)
-    _print_summary(run, result)
-    return metrics[main]["value"]
 
 
 def _end_checkpoints(run: Run) -> None:
@@ -464,34 +414,3 @@ def _refuse_other_trainer(config: dict, recipe: str) -> None:
     targets = {file.stem: OmegaConf.load(file).get("_target_") for file in (CONF / "trainer").glob("*.yaml")}
     if given != targets.get(recipe) and given in targets.values():
         raise ValueError(f"trainer: {given} is not for {recipe}, which takes {targets[recipe]}. Use trainer={recipe}.")
-
-
-def _print_summary(run: Run, result: dict) -> None:
-    from rlhf_recipes import doctor
-    from rlhf_recipes.stats import format_estimate
-    from rlhf_recipes.text import line
-
-    main, where = result["main"], line(run.dir)
-    peak = ", ".join(f"{gib} GiB {where}" for where, gib in result["peak_memory_gib"].items())
-    print(f"\n{run.recipe} finished in {result['seconds']:.0f} s, peak {peak}.")
-    name, before, after = line(main["name"].replace("_", " ")), main["before"], main["after"]
-    print(f"  {name}: {format_estimate(before)} -> {format_estimate(after)}")
-    if result.get("stopped"):
-        print(f"  stopped   {line(result['stopped'])}")
-    if result.get("doctor"):
-        findings = [doctor.line(finding) for finding in result["doctor"]["findings"]]
-        print("\n".join(f"  doctor    {said}" for said in findings or [result["doctor"]["verdict"]]))
-    for sample in result.get("samples", []):
-        said = textwrap.shorten(line(sample["completion"]), 80, placeholder=" …")
-        print(f"  sample    {sample['reward']:+.3f}  {said or '(empty)'}")
-    print(f"  adapter   {where}/adapter\n  curves    {where}/curves.png\n  result    {where}/result.json")
-    print(f"  next      {line(next_command(run))}", flush=True)
-
-
-def next_command(run: Run) -> str:
-    """The command that usually follows this recipe."""
-    if run.recipe == "sft":
-        return f"python recipes/dpo.py model.adapter={run.dir}"
-    if run.recipe == "reward":
-        return f"python recipes/audit.py reward_model={run.dir}"
-    return f"python recipes/evaluate.py 'runs=[{run.dir}]'"

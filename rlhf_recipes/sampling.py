@@ -17,3 +17,13 @@ def draw(logits_BV: Tensor, generators: list[torch.Generator]) -> Tensor:
         ]
     )
     return (logits_BV - noise_BV.log()).argmax(1, keepdim=True)
+
+
+def kl_estimates(logps: Tensor, reference_logps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """k1, k2 and k3 of KL(pi, pi_ref) at sampled tokens (Schulman 2020, "Approximating KL Divergence").
+
+    With r = pi_ref/pi: k1 = -log r (unbiased), k2 = (log r)^2 / 2 (biased, of low variance), k3 = r - 1 - log r
+    (unbiased, never negative).
+    """
+    log_r = reference_logps - logps
+    return -log_r, log_r.square() / 2, log_r.exp() - 1 - log_r

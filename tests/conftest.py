@@ -237,7 +237,7 @@ def train(compose, tiny_overrides):
     """
     from importlib import import_module
 
-    from rlhf_recipes import run
+    from rlhf_recipes.training import finish as finishing
 
     def trained(recipe, folder, *overrides):
         main = import_module(f"rlhf_recipes.recipes.{recipe}").main.__wrapped__
@@ -249,12 +249,12 @@ def train(compose, tiny_overrides):
             seen.append(trainer)
             return original(job, trainer, **kwargs)
 
-        original, run.finish = run.finish, finish
+        original, finishing.finish = finishing.finish, finish
         try:
             with contextlib.chdir(folder.parent):
                 main(cfg)
         finally:
-            run.finish = original
+            finishing.finish = original
         return Trained(folder, cfg, seen[0])
 
     return trained

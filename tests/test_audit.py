@@ -125,17 +125,18 @@ def test_scores_are_those_of_the_reward_models(audited, here, compose, tiny_mode
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification
 
-    from rlhf_recipes import data, models
-    from rlhf_recipes.evaluation import measure
+    from rlhf_recipes import inference, models
+    from rlhf_recipes.data.fit import fit
+    from rlhf_recipes.data.load import load_pairs
 
     _, folder, _ = audited
     cfg = compose("audit", *tiny_model_overrides, "quantization=none", "data.eval_size=6", "reward_model=x")
     tokenizer = models.load_tokenizer(cfg.model)
-    rows = data.fit(data.load_pairs(cfg.data), tokenizer, cfg.max_length).test
+    rows = fit(load_pairs(cfg.data), tokenizer, cfg.max_length).test
     for member in (0, 1):
         base = models.load_base(cfg.model, cfg.quantization, AutoModelForSequenceClassification, num_labels=1)
         model = PeftModel.from_pretrained(base, str(here / f"outputs/reward/ensemble/member_{member}/adapter"))
-        known = measure.pair_rewards(model, tokenizer, rows)
+        known = inference.pair_rewards(model, tokenizer, rows)
         with np.load(folder / "scores" / f"held-out_pairs.{member}.npz") as kept:
             assert kept["rewards"].tolist() == [row[side] for row in known for side in ("chosen", "rejected")]
             if member == 0:  # the score head of what it read is the score

@@ -7,7 +7,7 @@ import pytest
 
 from rlhf_recipes.audit import judgements
 from rlhf_recipes.cai import dataset
-from rlhf_recipes.data import shapes
+from rlhf_recipes.data import formats
 
 ROW = {"prompt": "Hi", "first": "a", "second": "b", "p": 0.8, "judge": "j"}
 
@@ -19,7 +19,7 @@ def written(path, *rows):
 
 def case(prompt="Hi", first="a", second="b", **more):
     messages = [{"role": "user", "content": prompt}]
-    found = {"prompt_id": shapes.prompt_id(messages), "prompt": messages, "family": "f", "first": first}
+    found = {"prompt_id": formats.prompt_id(messages), "prompt": messages, "family": "f", "first": first}
     return found | {"second": second, "why": ["judges"]} | more
 
 
@@ -33,7 +33,7 @@ def test_a_row_with_the_least_and_with_all(tmp_path):
     )
     prompt = [{"role": "user", "content": "Hi"}]
     assert least == {
-        "prompt_id": shapes.prompt_id(prompt), "prompt": prompt, "first": "a", "second": "b", "p": 0.8,
+        "prompt_id": formats.prompt_id(prompt), "prompt": prompt, "first": "a", "second": "b", "p": 0.8,
         "judge": "j", "principle": None, "family": None, "flip": None,
     }  # fmt: skip
     assert (most["prompt_id"], most["principle"], most["family"], most["flip"]) == ("q", "kind", "f", True)

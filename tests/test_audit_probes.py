@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rlhf_recipes.audit import probes
-from rlhf_recipes.data import neutralise
+from rlhf_recipes.data.tokens import neutralise
 
 TOPICS = ("invoice", "visit", "letter", "parking", "referral", "prescription", "interpreter", "form", "result", "fee")
 

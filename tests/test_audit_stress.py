@@ -8,7 +8,7 @@ import pytest
 
 from rlhf_recipes import stats
 from rlhf_recipes.audit import stress
-from rlhf_recipes.data import shapes
+from rlhf_recipes.data import formats
 
 FAMILIES = [*stress.TEMPLATES, *stress.REWRITES]
 
@@ -176,7 +176,7 @@ def test_own_pairs_and_templates(tmp_path):
     )  # fmt: skip
     pairs, templates = stress.load(path)
     assert [len(pair["prompt"]) for pair in pairs] == [1, 3]
-    assert pairs[0]["prompt_id"] == shapes.prompt_id([{"role": "user", "content": PAIR["prompt"]}])
+    assert pairs[0]["prompt_id"] == formats.prompt_id([{"role": "user", "content": PAIR["prompt"]}])
     assert templates[0] == {"family": "pirates", "before": "Arr! ", "after": ""}
     made = stress.make(ROWS, pairs, templates)
     arr = [each for each in made if each["family"] == "pirates"]
@@ -273,5 +273,5 @@ def test_the_clinic_stress_pairs_load_and_balance():
 
 def test_the_clinic_stress_prompts_are_in_no_split_of_the_clinic_pairs():
     lines = (stress.CLINIC.parents[1] / "clinic" / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
-    known = {shapes.prompt_id(json.loads(line)["prompt"]) for line in lines}
+    known = {formats.prompt_id(json.loads(line)["prompt"]) for line in lines}
     assert not known & {pair["prompt_id"] for pair in shipped()}

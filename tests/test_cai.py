@@ -217,11 +217,11 @@ def test_later_recipes_train_on_the_pairs(train, pairs, tmp_path, recipe):
 
 
 def test_ppo_takes_the_prompts(pairs, compose):
-    from rlhf_recipes import data
+    from rlhf_recipes.data.load import load_demonstrations, load_prompts
 
-    splits = data.load_prompts(compose("ppo", "data=cai_pairs", f"data.path={pairs}", "reward_funcs=x:y").data)
+    splits = load_prompts(compose("ppo", "data=cai_pairs", f"data.path={pairs}", "reward_funcs=x:y").data)
     assert (len(splits.train), len(splits.test)) == (8, 4)
     node = compose(
         "sft", "data=cai_pairs", f"data.path={pairs}", "data.train_split=train_sft", "data.test_split=test_sft"
     )
-    assert len(data.load_demonstrations(node.data).train) == 8
+    assert len(load_demonstrations(node.data).train) == 8

@@ -19,8 +19,9 @@ import pytest
 from conftest import ROOT
 from omegaconf import OmegaConf
 
-from rlhf_recipes.cai import constitution, dataset, filters, judge, report, steps
+from rlhf_recipes.cai import constitution, dataset, judge, make_pairs, report
 from rlhf_recipes.cai.backend import Journal
+from rlhf_recipes.text_metrics import near_duplicate_keys
 
 WORDS = [
     first + second + third for first in "bdfgklmnprst" for second in "aeiou" for third in ("ba", "lo", "ni", "ru")
@@ -165,7 +166,7 @@ def make(folder, prompts, sources=("revision", "on_policy"), judged=True, log=No
     folder.mkdir(exist_ok=True)
     if critic:
         critic.learn_priors(Journal(folder / "gate.jsonl"))
-    maker = steps.Maker(generator, critic, principles, list(sources), cfg)
+    maker = make_pairs.Maker(generator, critic, principles, list(sources), cfg)
     shards = list(maker.shards(prompts, folder / "shards"))
     if note:
         note("writing")
@@ -179,7 +180,7 @@ def rows_of(folder, split):
 
 
 def records_of(shards):
-    return [record for shard in shards for record in steps.read(shard)]
+    return [record for shard in shards for record in make_pairs.read(shard)]
 
 
 @pytest.fixture(scope="module")
@@ -337,9 +338,9 @@ def test_no_test_prompt_is_in_train(made):
     assert train and test and not train & test
     held_out = {row["prompt"][0]["content"] for row in made["prompts"] if row["split"] == "test"}
     assert not train & held_out
-    keys = {(n, key) for text in held_out for n, key in enumerate(filters.near_duplicate_keys(text).tolist())}
+    keys = {(n, key) for text in held_out for n, key in enumerate(near_duplicate_keys(text).tolist())}
     for text in train:
-        assert keys.isdisjoint(enumerate(filters.near_duplicate_keys(text).tolist()))
+        assert keys.isdisjoint(enumerate(near_duplicate_keys(text).tolist()))
     leaks = sum(record["family"] == "leak" for record in made["records"])
     assert leaks and made["funnel"]["unfit"]["leakage"] == 2 * leaks
     assert made["ledger"]["leak/revision"]["unfit"] == leaks
@@ -405,7 +406,7 @@ def test_shard_size_changes_nothing(made, tmp_path):
 def test_data_sets_load(made, compose, tmp_path, monkeypatch):
     from datasets import load_dataset
 
-    from rlhf_recipes import data
+    from rlhf_recipes.data.load import load_demonstrations, load_pairs, load_prompts
 
     files = {split: str(made["folder"] / f"{split}.parquet") for split in (*dataset.PREFS, *dataset.SFT)}
     for group in (dataset.PREFS, dataset.SFT):
@@ -417,25 +418,25 @@ def test_data_sets_load(made, compose, tmp_path, monkeypatch):
         return compose("dpo", "data=cai_pairs", f"data.path={made['folder']}", *overrides).data
 
     written = made["funnel"]["written"]
-    pairs = data.load_pairs(node())
+    pairs = load_pairs(node())
     assert (len(pairs.train), len(pairs.test)) == (written["train_prefs"], written["test_prefs"])
     assert not any(pairs.report["dropped"].values())
     p = {row["chosen"][0]["content"]: row["p"] for s in dataset.PREFS[:2] for row in rows_of(made["folder"], s)}
     assert all(row["p"] == p[row["chosen"][0]["content"]] and row["p"] > 0.6 for row in (*pairs.train, *pairs.test))
     assert all(row["family"] in (*TAGS, "plain") for row in pairs.train)
     assert "p" in pairs.to_datasets()[0].column_names
-    good = data.load_demonstrations(node("data.train_split=train_sft", "data.test_split=test_sft"))
+    good = load_demonstrations(node("data.train_split=train_sft", "data.test_split=test_sft"))
     assert (len(good.train), len(good.test)) == (written["train_sft"], written["test_sft"])
-    asked = data.load_prompts(node())
+    asked = load_prompts(node())
     assert {row["prompt_id"] for row in asked.train} == {row["prompt_id"] for row in pairs.train}
-    looked_at = data.load_pairs(node("data.train_split=disputed", "data.test_split=null", "data.test_size=2"))
+    looked_at = load_pairs(node("data.train_split=disputed", "data.test_split=null", "data.test_size=2"))
     assert len(looked_at.train) + len(looked_at.test) == written["disputed"]
 
 
 def test_contrastive_without_a_judge(compose, tmp_path):
     from datasets import load_dataset
 
-    from rlhf_recipes import data
+    from rlhf_recipes.data.load import load_pairs
 
     prompts = prompts_of(36, ("tie", "worse", "mute"))
     _, generator, grader, shards, found = make(tmp_path / "run", prompts, ["contrastive"], judged=False)
@@ -451,7 +452,7 @@ def test_contrastive_without_a_judge(compose, tmp_path):
         loaded = load_dataset("parquet", data_files={s: files[s] for s in group}, cache_dir=str(tmp_path / "cache"))
         assert [len(loaded[split]) for split in group] == [found["funnel"]["written"][split] for split in group]
     assert rows_of(tmp_path / "run", "ties") == rows_of(tmp_path / "run", "disputed") == []
-    pairs = data.load_pairs(compose("dpo", "data=cai_pairs", f"data.path={tmp_path / 'run'}").data)
+    pairs = load_pairs(compose("dpo", "data=cai_pairs", f"data.path={tmp_path / 'run'}").data)
     assert (
         all(row["p"] is None for row in (*pairs.train, *pairs.test)) and "p" not in pairs.to_datasets()[0].column_names
     )

@@ -10,8 +10,10 @@ import pytest
 from conftest import CLINIC, SHARED
 from omegaconf import OmegaConf
 
+from rlhf_recipes import text_metrics
 from rlhf_recipes.cai import filters
-from rlhf_recipes.data import shapes
+from rlhf_recipes.data import formats
+from rlhf_recipes.text_metrics import BANDS, near_duplicate_keys
 
 LIMITS = OmegaConf.create({"min_words": 5, "max_words": 60, "max_length_ratio": 3.0})
 ATTACKS = [json.loads(line) for line in (Path(__file__).parent / "judge_attacks.jsonl").read_text().splitlines()]
@@ -144,9 +146,9 @@ def clinic():
 def human(shared_data):
     """1,000 human-chosen replies of HH-RLHF; those of fewer than `min_words` are too short by definition."""
     with gzip.open(shared_data / "hh-rlhf-harmless-dev.jsonl.gz", "rt", encoding="utf-8") as lines:
-        turns = [shapes.parse_transcript(json.loads(line)["chosen"]) for line in lines]
+        turns = [formats.parse_transcript(json.loads(line)["chosen"]) for line in lines]
     texts = [each[-1]["content"] for each in turns if each and each[-1]["role"] == "assistant"]
-    return [text for text in texts if len(filters.words(text)) >= LIMITS.min_words][:1000]
+    return [text for text in texts if len(text_metrics.words(text)) >= LIMITS.min_words][:1000]
 
 
 CLEAN = pytest.mark.parametrize(
@@ -228,7 +230,7 @@ def test_no_text_is_slow(part):
     text, begin = part * (30_000 // len(part)), time.process_time()
     filters.speaks_to_judge(text)
     filters.unfit_reply(text, True, OmegaConf.merge(LIMITS, {"min_words": 0, "max_words": 10**6}))
-    filters.strip_preamble(text), filters.closer(text), filters.near_duplicate_keys(text)
+    filters.strip_preamble(text), filters.closer(text), near_duplicate_keys(text)
     assert time.process_time() - begin < 2
 
 
@@ -313,7 +315,7 @@ def test_near_duplicate_keys(similarity):
     rng, found, count, expected = random.Random(similarity), 0, 400, 0.0
     for _ in range(count):
         first, second, exact = alike(rng, similarity)
-        keys = [filters.near_duplicate_keys(text) for text in (first, second)]
+        keys = [near_duplicate_keys(text) for text in (first, second)]
         found += bool((keys[0] == keys[1]).any())
         expected += 1 - (1 - exact**4) ** 8
     deviation = (expected / count * (1 - expected / count) / count) ** 0.5
@@ -322,15 +324,15 @@ def test_near_duplicate_keys(similarity):
 
 
 def test_near_duplicates_of_clean_replies(clinic):
-    keys = [filters.near_duplicate_keys(text) for text in clinic]
+    keys = [near_duplicate_keys(text) for text in clinic]
     pairs = [(i, j) for i in range(len(keys)) for j in range(i) if (keys[i] == keys[j]).any()]
     assert not pairs
     for i, text in enumerate(clinic):  # case, spacing and punctuation are no difference
-        assert (filters.near_duplicate_keys(f" {text.upper().replace('.', ' ...')}") == keys[i]).all()
+        assert (near_duplicate_keys(f" {text.upper().replace('.', ' ...')}") == keys[i]).all()
     edited = {i: text.replace(" the ", " our ", 1) for i, text in enumerate(clinic) if " the " in text}
-    caught = sum(bool((filters.near_duplicate_keys(text) == keys[i]).any()) for i, text in edited.items())
+    caught = sum(bool((near_duplicate_keys(text) == keys[i]).any()) for i, text in edited.items())
     print(f"\none word changed: {caught} of {len(edited)} found")
     assert len(edited) > 100 and caught > 0.9 * len(edited)
-    assert not (filters.near_duplicate_keys("one two") == filters.near_duplicate_keys("one three")).any()
-    assert (filters.near_duplicate_keys("One two!") == filters.near_duplicate_keys("one  two")).all()
-    assert filters.near_duplicate_keys("").shape == (filters.BANDS,) and filters.near_duplicate_keys("").all()
+    assert not (near_duplicate_keys("one two") == near_duplicate_keys("one three")).any()
+    assert (near_duplicate_keys("One two!") == near_duplicate_keys("one  two")).all()
+    assert near_duplicate_keys("").shape == (BANDS,) and near_duplicate_keys("").all()

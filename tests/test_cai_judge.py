@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from rlhf_recipes.cai import constitution, gate, judge, layout
+from rlhf_recipes.cai import constitution, gate, judge, prompt_templates
 from rlhf_recipes.cai.backend import Journal
 from rlhf_recipes.cai.judge import Judge, Pair
 
@@ -235,7 +235,7 @@ def test_calibration_error_of_a_calibrated_judge_is_small():
 
 
 def test_the_estimate_counts_the_calls_that_are_made(cfg, tmp_path):
-    from rlhf_recipes.cai import steps
+    from rlhf_recipes.cai import make_pairs
 
     cfg = OmegaConf.merge(cfg, {"generate": {"n_samples": 3}, "revise": {"n_revisions": 2}})
     rows = [
@@ -256,10 +256,10 @@ def test_the_estimate_counts_the_calls_that_are_made(cfg, tmp_path):
 
     backend = Writer(erratic)
     critic = Judge(backend, constitution.load(cfg.constitution), cfg.judging, 0)
-    sources = list(steps.SOURCES)
+    sources = list(make_pairs.SOURCES)
     spend = gate.estimate(cfg, sources, rows, backend, judged=True)
     backend.asked.clear()
-    maker = steps.Maker(backend, critic, critic.constitution, sources, cfg)
+    maker = make_pairs.Maker(backend, critic, critic.constitution, sources, cfg)
     made = maker.records(rows, Journal(tmp_path / "a.jsonl"), "")
     assert spend["prompts"] == 5 and spend["calls"] == len(backend.asked) == 5 * (5 + 3 + 2 + 5 * 8)
     assert all(not pair["unfit"] for record in made for pair in record["pairs"]), made
@@ -267,7 +267,7 @@ def test_the_estimate_counts_the_calls_that_are_made(cfg, tmp_path):
 
 
 def test_the_cost_of_a_priced_endpoint_is_said(compose):
-    from rlhf_recipes.cai.steps import price
+    from rlhf_recipes.cai.make_pairs import price
 
     server = ("generator=server", "generator.model=m", "judge=server", "judge.model=m")
     cfg = compose("cai", *server, "generator.prompt_price=2", "generator.completion_price=10")
@@ -276,5 +276,7 @@ def test_the_cost_of_a_priced_endpoint_is_said(compose):
 
 
 def test_layout_names_the_options_that_are_read(cfg):
-    asked = layout.judgement(USER, "one", "two", constitution.load(cfg.constitution).principles[0])[-1]["content"]
-    assert all(f"({letter}) Reply {letter}" in asked for letter in layout.LETTERS)
+    asked = prompt_templates.judgement(USER, "one", "two", constitution.load(cfg.constitution).principles[0])[-1][
+        "content"
+    ]
+    assert all(f"({letter}) Reply {letter}" in asked for letter in prompt_templates.LETTERS)

@@ -19,7 +19,7 @@ import pytest
 
 from rlhf_recipes.cai import server
 from rlhf_recipes.cai.backend import Journal, Request, ask
-from rlhf_recipes.config import as_refusal
+from rlhf_recipes.launch.refusals import as_refusal
 
 pytest.importorskip("openai")
 

@@ -45,8 +45,7 @@ def test_tables_say_what_was_measured_and_set(trained):
 
 
 def test_snippet_runs(trained):
-    from rlhf_recipes import models
-    from rlhf_recipes.evaluation import measure
+    from rlhf_recipes import inference, models
 
     card = (trained.dir / "README.md").read_text(encoding="utf-8")
     (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
@@ -59,7 +58,7 @@ def test_snippet_runs(trained):
     asked, said = [{"role": "user", "content": "Hi"}], [{"role": "assistant", "content": "Good morning."}]
     if trained.result["recipe"] == "reward":
         loaded, trainers = (
-            measure.rewards(model, tokenizer, [asked + said])
+            inference.rewards(model, tokenizer, [asked + said])
             for model in (names["reward_model"], trained.trainer.model)
         )
         untrained = names["model"].score.original_module.weight
@@ -67,7 +66,7 @@ def test_snippet_runs(trained):
         assert loaded == pytest.approx(trainers, abs=2e-2)  # the snippet computes in float32
     else:
         loaded, trainers = (
-            measure.completion_logps(model, tokenizer, [(asked, said)], "test")[0][0]
+            inference.completion_logps(model, tokenizer, [(asked, said)], "test")[0][0]
             for model in (names["policy"], trained.trainer.model)
         )
         assert loaded == pytest.approx(trainers, rel=1e-2)
@@ -77,7 +76,7 @@ NASTY = "a|b `c` \\| d\n---\n# Title\n```python\n| e |"
 
 
 def test_values_cannot_break_the_card(trained):
-    from rlhf_recipes import card
+    from rlhf_recipes.training import card
 
     config = yaml.safe_load((trained.dir / "config.yaml").read_text())
     plain = card.write(trained.result, config)
@@ -99,7 +98,7 @@ def test_values_cannot_break_the_card(trained):
 
 def test_no_folder_of_this_machine(trained):
     """A data file is named, the folder it lies in is nobody's business."""
-    from rlhf_recipes import card
+    from rlhf_recipes.training import card
 
     config = yaml.safe_load((trained.dir / "config.yaml").read_text())
     config["data"]["path"] = "/home/grace/secret project/prefs.jsonl"
@@ -115,7 +114,7 @@ def test_no_folder_of_this_machine(trained):
 
 
 def test_chain_is_told_from_the_base(trained):
-    from rlhf_recipes import card
+    from rlhf_recipes.training import card
 
     sft = {"run": "/home/grace/sft", "recipe": "sft", "adapter_sha256": "1" * 64, "parent": None}
     dpo = {"run": "outputs/dpo/main", "recipe": "dpo", "adapter_sha256": "2" * 64, "parent": sft}

@@ -14,6 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from rlhf_recipes import config, guard
+from rlhf_recipes.launch.refusals import as_refusal
 
 LEAVES_A_FILE = "import pathlib; pathlib.Path({witness!r}).touch()\n"
 
@@ -61,8 +62,8 @@ def test_pip_is_that_of_this_python(trap, tmp_path, monkeypatch):
 
 
 def test_the_steps_of_a_preflight_take_nothing_from_the_current_folder(trap, tmp_path, monkeypatch, clean_env):
-    from rlhf_recipes.data import Splits
-    from rlhf_recipes.preflight import step
+    from rlhf_recipes.data.load import Splits
+    from rlhf_recipes.launch.preflight import real_steps
 
     ran = trap(tmp_path, *MODULES)
     monkeypatch.chdir(tmp_path)
@@ -70,7 +71,7 @@ def test_the_steps_of_a_preflight_take_nothing_from_the_current_folder(trap, tmp
         monkeypatch.setenv(key, value)
     splits = Splits(train=[{"prompt": "a"}], test=[], report={}, source="x")
     args = SimpleNamespace(per_device_train_batch_size=1, prompts_per_rollout=1, num_mini_batches=1)
-    seen = step.measure("dpo", ["modle=x"], args, splits, [1])
+    seen = real_steps.measure("dpo", ["modle=x"], args, splits, [1])
     assert seen["error"].startswith("modle: there is no such key;") and not ran.exists()
 
 
@@ -316,7 +317,7 @@ def test_the_empty_node_is_no_option(compose, experiment, option):
     for composed in (lambda: compose("dpo", option), lambda: experiment(f"defaults: [override /{group}: {name}]")):
         with pytest.raises(MissingConfigException) as caught:
             composed()
-        assert config.as_refusal(caught.value, "dpo").startswith(f"{option}: there is no such option. Options: ")
+        assert as_refusal(caught.value, "dpo").startswith(f"{option}: there is no such option. Options: ")
 
 
 def test_a_callback_that_was_sent_does_not_run(run_recipe, trap, tmp_path):
@@ -425,11 +426,11 @@ def test_code_that_is_trusted_runs(compose, with_code):
     assert type(_loads()["config"](cfg.model)).__name__ == "OwnConfig" and ran.exists()
     assert type(_loads()["tokenizer"](cfg.model)).__name__ == "OwnTokenizer"
     assert type(_loads()["weights"](cfg.model)).__name__ == "OwnModel"
-    from rlhf_recipes.preflight import footprint
+    from rlhf_recipes.launch.preflight import predict_memory
     from rlhf_recipes.run import resolved
 
     assert resolved(cfg)["model"]["trust_remote_code"] is True
-    assert footprint.backbone(cfg, "dpo").config.model_type == "own"
+    assert predict_memory.backbone(cfg, "dpo").config.model_type == "own"
 
 
 def test_a_library_that_loads_by_itself_does_not_ask(compose, with_code, tiny_model):
@@ -483,4 +484,4 @@ def test_nothing_is_asked_of_a_user(run_recipe, with_code, tmp_path):
 def test_the_witnesses_see(trap, tmp_path, clean_env):
     ran = trap(tmp_path, "yaml")
     subprocess.run([sys.executable, "-m", "yaml"], cwd=tmp_path, env=merged(clean_env, {}), check=True)
-    assert ran.exists() and guard.HYDRA_TARGETS.fullmatch("rlhf_recipes.sweep.Summary")
+    assert ran.exists() and guard.HYDRA_TARGETS.fullmatch("rlhf_recipes.launch.sweep.Summary")

@@ -9,13 +9,15 @@ import pytest
 from conftest import ROOT
 from omegaconf import OmegaConf
 
-from rlhf_recipes import config, stages
+from rlhf_recipes import config
+from rlhf_recipes.launch import keys, pipeline
+from rlhf_recipes.launch.refusals import PARTS
 
 CONF = ROOT / "conf"
 TRAINING = ("sft", "reward", "ppo", "dpo", "orpo", "simpo")
 RECIPES = (*TRAINING, "cai", "evaluate", "audit", "publish", "pipeline")
 GROUPS = {
-    folder.name: sorted(file.stem for file in folder.glob("*.yaml") if file.stem not in config.PARTS)
+    folder.name: sorted(file.stem for file in folder.glob("*.yaml") if file.stem not in PARTS)
     for folder in CONF.iterdir()
     if folder.is_dir() and folder.name not in ("experiment", "__pycache__")
 }
@@ -51,15 +53,15 @@ def test_every_option_composes_and_fits_its_class(compose, recipe, group, option
     assert missing == OPEN.get(recipe, set()) | OPEN_OPTIONS.get((group, option), set())
     for key in missing:
         OmegaConf.update(cfg, key, ["a"] if key in ("runs", "stages") else "a")
-    config.check(cfg, recipe)
+    keys.check(cfg, recipe)
     for node in ("trainer", "lora", "quantization"):
         if "_target_" in cfg.get(node, {}):
             # A machine without bfloat16 needs what models.training_args derives.
             config.build(cfg[node], node, use_cpu=True, bf16=False)
     if "data" in cfg:
-        from rlhf_recipes import data
+        from rlhf_recipes.data.load import check
 
-        data.check(cfg.data)
+        check(cfg.data)
 
 
 def test_every_recipe_has_its_files():
@@ -73,11 +75,11 @@ def test_every_experiment_composes_with_its_recipe(compose, experiment):
     recipe = experiment.partition("/")[0]
     cfg = compose(recipe, f"experiment={experiment}")
     assert not OmegaConf.missing_keys(cfg)
-    config.check(cfg, recipe)
+    keys.check(cfg, recipe)
     for stage in cfg.get("stages", []):
-        shared = [text for text in cfg.shared if stages.takes(stage.recipe, text)]
+        shared = [text for text in cfg.shared if pipeline.takes(stage.recipe, text)]
         overrides = [text.replace("{dir}", "outputs/demo") for text in [*shared, *stage.get("overrides", [])]]
-        config.check(compose(stage.recipe, *overrides), stage.recipe)
+        keys.check(compose(stage.recipe, *overrides), stage.recipe)
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from rlhf_recipes import data
-from rlhf_recipes.data import readers, shapes
+from rlhf_recipes.data import formats, readers
+from rlhf_recipes.data.fit import describe, fit
+from rlhf_recipes.data.load import KEYS, Splits, _settings, load_demonstrations, load_pairs, shorter_wins
 from rlhf_recipes.data.tokens import neutralise, percentiles
 
 ROOT = Path(__file__).parents[1]
@@ -106,8 +107,8 @@ def any_tokenizer(request):
 @pytest.mark.parametrize("name", ["clinic", "ultrafeedback", "ultrachat", "hh_rlhf", "local"])
 def test_every_config_has_the_same_keys_and_passes_its_own_check(name):
     composed = node(name, "data.path=elsewhere/set")
-    assert list(composed) == list(data.KEYS)
-    assert data._settings(composed)["path"] == "elsewhere/set"
+    assert list(composed) == list(KEYS)
+    assert _settings(composed)["path"] == "elsewhere/set"
 
 
 def test_configs_name_the_splits_of_the_hub():
@@ -120,14 +121,14 @@ def test_configs_name_the_splits_of_the_hub():
 
 
 def test_a_pair_becomes_conversational(prefs):
-    splits = data.load_pairs(local(prefs))
+    splits = load_pairs(local(prefs))
     row = next(row for row in splits.train + splits.test if row["prompt"][0]["content"] == "question 7")
     assert row == {
         "prompt": [{"role": "user", "content": "question 7"}],
         "chosen": [{"role": "assistant", "content": "good 7"}],
         "rejected": [{"role": "assistant", "content": "bad 7"}],
         "family": None,
-        "prompt_id": shapes.prompt_id(row["prompt"]),
+        "prompt_id": formats.prompt_id(row["prompt"]),
         "p": None,
     }
     assert splits.source == "prefs.jsonl"
@@ -169,7 +170,7 @@ def test_every_kind_of_file_gives_the_same_rows(name, tmp_path, prefs):
     rows[3]["chosen"] = 'two\nlines, "quoted": é'
     WRITERS[name](tmp_path / name, rows)
     write_lines(prefs, rows)
-    ours, reference = data.load_pairs(local(tmp_path / name)), data.load_pairs(local(prefs))
+    ours, reference = load_pairs(local(tmp_path / name)), load_pairs(local(prefs))
     assert (ours.train, ours.test) == (reference.train, reference.test)
 
 
@@ -178,21 +179,19 @@ def test_compressed_json_and_csv(name, tmp_path):
     WRITERS[name](tmp_path / name, [pair(index) for index in range(50)])
     zipped = tmp_path / f"{name}.gz"
     zipped.write_bytes(gzip.compress((tmp_path / name).read_bytes()))
-    assert data.load_pairs(local(zipped)).train == data.load_pairs(local(tmp_path / name)).train
+    assert load_pairs(local(zipped)).train == load_pairs(local(tmp_path / name)).train
 
 
 def test_byte_order_mark_and_blank_lines_are_no_rows(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + b"\n\n".join(json.dumps(pair(index)).encode() for index in range(50)) + b"\n")
-    assert data.load_pairs(local(path)).report["rows"] == 50
+    assert load_pairs(local(path)).report["rows"] == 50
 
 
 def test_message_lists_written_into_csv(tmp_path):
     rows = [pair(i, chosen=json.dumps([{"role": "assistant", "content": f"good {i}"}])) for i in range(50)]
     write_csv(tmp_path / "p.csv", rows)
-    assert all(
-        row["chosen"][0]["content"].startswith("good ") for row in data.load_pairs(local(tmp_path / "p.csv")).train
-    )
+    assert all(row["chosen"][0]["content"].startswith("good ") for row in load_pairs(local(tmp_path / "p.csv")).train)
 
 
 def test_saved_dataset_dict_and_parquet_folder(tmp_path):
@@ -205,12 +204,12 @@ def test_saved_dataset_dict_and_parquet_folder(tmp_path):
     for name, rows in parts.items():
         write_parquet(tmp_path / "parquet" / f"{name}-00000-of-00001.parquet", rows)
     for folder in ("saved", "parquet"):
-        splits = data.load_pairs(local(tmp_path / folder))
+        splits = load_pairs(local(tmp_path / folder))
         assert (splits.report["train"], splits.report["test"], splits.source) == (20, 5, folder)
         assert splits.report["split"] == "test: split test"
-        message = refusal(data.load_pairs, local(tmp_path / folder, "data.test_split=tset"))
+        message = refusal(load_pairs, local(tmp_path / folder, "data.test_split=tset"))
         assert message.startswith("data.test_split=tset: no such split in ")
-        assert "no such split" in refusal(data.load_pairs, local(tmp_path / folder, "data.train_split=training"))
+        assert "no such split" in refusal(load_pairs, local(tmp_path / folder, "data.train_split=training"))
     train, test = splits.to_datasets()
     assert (len(train), len(test)) == (20, 5) and train.features == test.features
     assert {**train[0], "p": None} == splits.train[0]  # a column without a value is left out
@@ -229,30 +228,30 @@ def test_probabilities_arrive(tmp_path, suffix):
             for n, p in enumerate(values)
         ]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    splits = data.load_pairs(local(path))
+    splits = load_pairs(local(path))
     found = {row["prompt"][0]["content"]: row["p"] for row in splits.train + splits.test}
     assert [found[f"question {n}"] for n in range(4)] == [0.75, 1.0, None, 0.5]
     assert "p" in splits.to_datasets()[0].column_names
-    assert "p" not in data.load_demonstrations(local(path)).train[0]
+    assert "p" not in load_demonstrations(local(path)).train[0]
 
 
 @pytest.mark.parametrize("value", [1.5, -0.1, "often", True])
 def test_what_is_no_probability_is_refused(tmp_path, value):
     path = tmp_path / "soft.jsonl"
     path.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c", "p": value}) + "\n")
-    assert refusal(data.load_pairs, local(path)).startswith(f"{path}:1: p: must be a probability from 0 to 1, not ")
+    assert refusal(load_pairs, local(path)).startswith(f"{path}:1: p: must be a probability from 0 to 1, not ")
 
 
 def test_columns_are_mapped(tmp_path):
     rows = [{"question": f"q {i}", "good": "g", "bad": "b", "topic": f"t{i % 2}"} for i in range(50)]
     path = write_lines(tmp_path / "p.jsonl", rows)
     names = {"prompt": "question", "chosen": "good", "rejected": "bad", "family": "topic"}
-    splits = data.load_pairs(local(path, *(f"data.columns.{ours}={theirs}" for ours, theirs in names.items())))
+    splits = load_pairs(local(path, *(f"data.columns.{ours}={theirs}" for ours, theirs in names.items())))
     assert sorted({row["family"] for row in splits.train}) == ["t0", "t1"]
 
 
 def test_clinic_ships_with_its_own_split():
-    for load, least in ((data.load_pairs, 96), (data.load_demonstrations, 96)):
+    for load, least in ((load_pairs, 96), (load_demonstrations, 96)):
         splits = load(node("clinic"))
         assert splits.report["split"] == "test: column split" and splits.source == "clinic"
         assert splits.report["train"] + splits.report["test"] >= least
@@ -274,12 +273,12 @@ def test_prompt_and_answers_in_every_accepted_form(tmp_path):
         {"chosen": [asked, good], "rejected": [asked, bad]},
         {"prompt": "q", "chosen": [system, asked, good], "rejected": [system, asked, bad]},
     ]
-    columns = dict.fromkeys(shapes.COLUMNS) | {key: key for key in shapes.COLUMNS}
+    columns = dict.fromkeys(formats.COLUMNS) | {key: key for key in formats.COLUMNS}
     for form in forms:
-        (found,) = shapes.candidates(shapes.Row("f:1", form, columns), "pairs", "all", ("chosen", "rejected"))
+        (found,) = formats.candidates(formats.Row("f:1", form, columns), "pairs", "all", ("chosen", "rejected"))
         assert (found["chosen"], found["rejected"], found["prompt"][-1]) == ([good], [bad], asked)
     other = {"prompt": "another", "chosen": [asked, good], "rejected": [asked, bad]}
-    found = shapes.candidates(shapes.Row("f:1", other, columns), "pairs", "all", ("chosen", "rejected"))
+    found = formats.candidates(formats.Row("f:1", other, columns), "pairs", "all", ("chosen", "rejected"))
     assert list(found) == ["context_differs"]
 
 
@@ -301,17 +300,17 @@ def test_demonstrations_from_every_shape(tmp_path):
         if shape == "messages":
             lines = [{"messages": [{**messages[0], "content": f"q {i}"}, *messages[1:]]} for i in range(40)]
         path = write_lines(tmp_path / f"{shape}.jsonl", lines)
-        splits = data.load_demonstrations(local(path, f"data.format={shape}"))
+        splits = load_demonstrations(local(path, f"data.format={shape}"))
         assert {row["completion"][0]["content"] for row in splits.train} == {"last"}
         assert set(splits.train[0]) == {"prompt", "completion", "family", "prompt_id"}
     assert [turn["content"] for turn in splits.train[0]["prompt"]][1:] == ["a", "again"]
-    message = refusal(data.load_pairs, local(path, "data.format=messages"))
+    message = refusal(load_pairs, local(path, "data.format=messages"))
     assert message.startswith("data.format=messages: holds no preferences")
 
 
 def test_a_completion_column_goes_before_chosen(tmp_path):
     path = write_lines(tmp_path / "p.jsonl", [pair(index, completion="own") for index in range(50)])
-    assert data.load_demonstrations(local(path)).train[0]["completion"][0]["content"] == "own"
+    assert load_demonstrations(local(path)).train[0]["completion"][0]["content"] == "own"
 
 
 @pytest.mark.parametrize(
@@ -325,10 +324,10 @@ def test_a_completion_column_goes_before_chosen(tmp_path):
     ],
 )
 def test_ratings_and_rankings_reduce_to_pairs(reduce, values, wanted, ties, tmp_path):
-    columns = {key: key for key in shapes.COLUMNS}
+    columns = {key: key for key in formats.COLUMNS}
     for shape, key, sign in (("ratings", "scores", 1), ("rankings", "ranks", -1)):
         row = {"prompt": "q", "responses": ["a", "b", "c"], key: [sign * value for value in values]}
-        found = list(shapes.candidates(shapes.Row("f:1", row, columns), shape, reduce, ("chosen", "rejected")))
+        found = list(formats.candidates(formats.Row("f:1", row, columns), shape, reduce, ("chosen", "rejected")))
         pairs = [each for each in found if isinstance(each, dict)]
         text = [f"{each['chosen'][0]['content']}>{each['rejected'][0]['content']}" for each in pairs]
         assert sorted(text) == sorted(wanted) and found.count("tie") == ties
@@ -338,7 +337,7 @@ def test_ratings_keep_the_books(tmp_path):
     rows = [{"prompt": f"q {i}", "responses": '["a", "b", "b "]', "scores": "[1, 2, 3]"} for i in range(30)]
     rows[0]["scores"] = "[2, 2, 2]"
     write_csv(tmp_path / "r.csv", rows)
-    report = data.load_pairs(local(tmp_path / "r.csv", "data.format=ratings", "data.reduce=all")).report
+    report = load_pairs(local(tmp_path / "r.csv", "data.format=ratings", "data.reduce=all")).report
     assert (report["rows"], report["candidates"]) == (30, 90)
     assert (report["dropped"]["tie"], report["dropped"]["identical"]) == (3, 29)
     assert accounted(report) == 90
@@ -368,18 +367,18 @@ def test_transcripts_survive_a_round_trip():
     for _ in range(300):
         texts = [" ".join(draw.choices(NASTY, k=draw.randint(1, 3))).strip() for _ in range(draw.choice((2, 4, 6)))]
         turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
-        assert shapes.parse_transcript(transcript(turns)) == turns
+        assert formats.parse_transcript(transcript(turns)) == turns
 
 
 def test_what_is_no_transcript_has_no_turns():
-    assert shapes.parse_transcript("hello") == []
-    assert shapes.parse_transcript("") == []
-    assert shapes.parse_transcript("Preface\n\nHuman: hi\n\nAssistant: yo") == []
-    assert [turn["role"] for turn in shapes.parse_transcript("Human: hi\n\nAssistant: yo")] == [
+    assert formats.parse_transcript("hello") == []
+    assert formats.parse_transcript("") == []
+    assert formats.parse_transcript("Preface\n\nHuman: hi\n\nAssistant: yo") == []
+    assert [turn["role"] for turn in formats.parse_transcript("Human: hi\n\nAssistant: yo")] == [
         "user",
         "assistant",
     ]
-    assert shapes.parse_transcript("\n\nHuman: hi\n\nAssistant:")[1] == {"role": "assistant", "content": ""}
+    assert formats.parse_transcript("\n\nHuman: hi\n\nAssistant:")[1] == {"role": "assistant", "content": ""}
 
 
 def test_odd_transcripts_are_dropped_and_counted(tmp_path):
@@ -397,7 +396,7 @@ def test_odd_transcripts_are_dropped_and_counted(tmp_path):
         row("\n\nHuman: q\n\nAssistant: g\n\nHuman: bye", "\n\nHuman: q\n\nAssistant: g\n\nHuman: ciao"),  # roles
     ]
     path = write_lines(tmp_path / "hh.jsonl", good + odd)
-    report = data.load_pairs(local(path, "data.format=hh_rlhf")).report
+    report = load_pairs(local(path, "data.format=hh_rlhf")).report
     assert {key: count for key, count in report["dropped"].items() if count} == {
         "context_differs": 1,
         "empty": 2,
@@ -410,7 +409,7 @@ def test_odd_transcripts_are_dropped_and_counted(tmp_path):
 
 @pytest.mark.skipif(not HH.exists(), reason="needs ../shared/data")
 def test_hh_rlhf_counts():
-    splits = data.load_pairs(node("hh_rlhf", f"data.path={HH}", "data.test_size=0.32"))
+    splits = load_pairs(node("hh_rlhf", f"data.path={HH}", "data.test_size=0.32"))
     report = splits.report
     assert report["rows"] == 1181 == accounted(report)
     dropped = {key: count for key, count in report["dropped"].items() if count}
@@ -418,9 +417,9 @@ def test_hh_rlhf_counts():
     assert (report["train"], report["test"]) == (810, 363)
     openings = [{row["prompt"][0]["content"] for row in rows} for rows in (splits.train, splits.test)]
     assert not openings[0] & openings[1]
-    shorter = data.shorter_wins(splits.test + splits.train)
+    shorter = shorter_wins(splits.test + splits.train)
     assert 0.5 < sum(shorter) / len(shorter) < 0.65
-    wide = data.load_pairs(node("hh_rlhf", f"data.path={HH}", "data.test_size=0.32", "data.train_size=800"))
+    wide = load_pairs(node("hh_rlhf", f"data.path={HH}", "data.test_size=0.32", "data.train_size=800"))
     assert wide.train == splits.train[:800] and wide.report["capped"] == {"train": 10, "test": 0}
 
 
@@ -438,7 +437,7 @@ def test_drops_are_counted_with_their_places(tmp_path):
         pair(34, split="train", prompt=[{"role": "assistant", "content": "x"}]),  # 31 roles
         pair(35, split="train", prompt=[]),  # 32 empty
     ]
-    splits = data.load_pairs(local(write_lines(tmp_path / "p.jsonl", rows)))
+    splits = load_pairs(local(write_lines(tmp_path / "p.jsonl", rows)))
     report = splits.report
     assert report["dropped"] == {
         "empty": 3,
@@ -458,7 +457,7 @@ def test_drops_are_counted_with_their_places(tmp_path):
         "leakage": ["p.jsonl:28"],
     }
     assert (report["train"], report["test"]) == (20, 5) and accounted(report) == 32
-    assert data.describe(report) == (
+    assert describe(report) == (
         "data: p.jsonl: 20 train, 5 test rows of 32 (test: column split)\n"
         "      dropped 3 empty, 1 roles, 1 identical, 1 duplicate, 1 leakage"
     )
@@ -467,12 +466,12 @@ def test_drops_are_counted_with_their_places(tmp_path):
 def test_an_empty_system_turn_is_no_empty_text(tmp_path):
     prompt = [{"role": "system", "content": ""}, {"role": "user", "content": "q"}]
     rows = [pair(i, prompt=[prompt[0], {"role": "user", "content": f"q{i}"}]) for i in range(30)]
-    assert data.load_pairs(local(write_lines(tmp_path / "p.jsonl", rows))).report["dropped"]["empty"] == 0
+    assert load_pairs(local(write_lines(tmp_path / "p.jsonl", rows))).report["dropped"]["empty"] == 0
 
 
 def test_test_path_wins_over_test_size_and_leaks_are_removed_from_train(tmp_path, prefs):
     test = write_lines(tmp_path / "test.jsonl", [pair(index) for index in range(5)])
-    report = data.load_pairs(local(prefs, f"data.test_path={test}")).report
+    report = load_pairs(local(prefs, f"data.test_path={test}")).report
     assert (report["train"], report["test"], report["dropped"]["leakage"]) == (45, 5, 5)
     assert report["split"] == "test: test.jsonl"
 
@@ -481,20 +480,20 @@ def test_held_out_prompts_depend_on_prompt_and_seed_alone(tmp_path):
     rows = [pair(index) for index in range(400)]
     held = {}
     for name, chosen in {"all": rows, "reversed": rows[::-1], "half": rows[::2]}.items():
-        splits = data.load_pairs(local(write_lines(tmp_path / f"{name}.jsonl", chosen), "data.test_size=0.25"))
+        splits = load_pairs(local(write_lines(tmp_path / f"{name}.jsonl", chosen), "data.test_size=0.25"))
         held[name] = {row["prompt_id"] for row in splits.test}
         assert not held[name] & {row["prompt_id"] for row in splits.train}
     assert held["all"] == held["reversed"] and held["half"] < held["all"]
     assert 70 <= len(held["all"]) <= 130
-    demonstrations = data.load_demonstrations(local(tmp_path / "all.jsonl", "data.test_size=0.25"))
+    demonstrations = load_demonstrations(local(tmp_path / "all.jsonl", "data.test_size=0.25"))
     assert {row["prompt_id"] for row in demonstrations.test} == held["all"]
-    other = data.load_pairs(local(tmp_path / "all.jsonl", "data.test_size=0.25", "data.seed=1"))
+    other = load_pairs(local(tmp_path / "all.jsonl", "data.test_size=0.25", "data.seed=1"))
     assert {row["prompt_id"] for row in other.test} != held["all"]
 
 
 def test_a_count_holds_out_that_many_prompts_with_all_their_rows(tmp_path):
     rows = [pair(index // 3, chosen=f"good {index}") for index in range(90)]
-    splits = data.load_pairs(local(write_lines(tmp_path / "p.jsonl", rows), "data.test_size=7"))
+    splits = load_pairs(local(write_lines(tmp_path / "p.jsonl", rows), "data.test_size=7"))
     assert (splits.report["test"], splits.report["train"]) == (21, 69)
     assert splits.report["split"] == "test: 7 of 30 prompts held out, seed 42"
 
@@ -505,31 +504,31 @@ def test_the_stages_of_one_conversation_stay_together(tmp_path):
         opening = [{"role": "user", "content": f"q {index}"}]
         longer = [*opening, {"role": "assistant", "content": "a"}, {"role": "user", "content": "more"}]
         rows += [pair(index, prompt=opening), pair(index, prompt=longer)]
-    splits = data.load_pairs(local(write_lines(tmp_path / "p.jsonl", rows), "data.test_size=10"))
+    splits = load_pairs(local(write_lines(tmp_path / "p.jsonl", rows), "data.test_size=10"))
     assert (len(splits.train), len(splits.test)) == (60, 20)
 
 
 def test_caps_take_the_head_of_one_shuffle(prefs):
-    whole = data.load_pairs(local(prefs, "data.test_size=20"))
-    capped = data.load_pairs(local(prefs, "data.test_size=20", "data.train_size=12", "data.eval_size=3"))
+    whole = load_pairs(local(prefs, "data.test_size=20"))
+    capped = load_pairs(local(prefs, "data.test_size=20", "data.train_size=12", "data.eval_size=3"))
     assert capped.train == whole.train[:12] and capped.test == whole.test[:3]
     assert capped.report["capped"] == {"train": 18, "test": 17} and accounted(capped.report) == 50
     assert [row["prompt"] for row in whole.train] != sorted([row["prompt"] for row in whole.train], key=str)
-    assert whole.train == data.load_pairs(local(prefs, "data.test_size=20")).train
+    assert whole.train == load_pairs(local(prefs, "data.test_size=20")).train
 
 
 def test_a_bootstrap_draws_with_replacement(prefs):
-    whole = data.load_pairs(local(prefs, "data.test_size=20"))
-    drawn = data.load_pairs(local(prefs, "data.test_size=20", "data.bootstrap=3"))
+    whole = load_pairs(local(prefs, "data.test_size=20"))
+    drawn = load_pairs(local(prefs, "data.test_size=20", "data.bootstrap=3"))
     assert len(drawn.train) == len(whole.train) == 30 and drawn.test == whole.test
     different = {row["prompt_id"] for row in drawn.train}
     assert different < {row["prompt_id"] for row in whole.train}
     assert drawn.report["repeated"] == 30 - len(different) > 0 == whole.report["repeated"]
     assert accounted(drawn.report) - drawn.report["repeated"] == 50
-    assert f"drawn with replacement, {len(different)} different train rows" in data.describe(drawn.report)
-    assert drawn.train == data.load_pairs(local(prefs, "data.test_size=20", "data.bootstrap=3")).train
-    assert drawn.train != data.load_pairs(local(prefs, "data.test_size=20", "data.bootstrap=4")).train
-    assert len(data.load_pairs(local(prefs, "data.test_size=20", "data.bootstrap=3", "data.train_size=7")).train) == 7
+    assert f"drawn with replacement, {len(different)} different train rows" in describe(drawn.report)
+    assert drawn.train == load_pairs(local(prefs, "data.test_size=20", "data.bootstrap=3")).train
+    assert drawn.train != load_pairs(local(prefs, "data.test_size=20", "data.bootstrap=4")).train
+    assert len(load_pairs(local(prefs, "data.test_size=20", "data.bootstrap=3", "data.train_size=7")).train) == 7
 
 
 # ---- refusals
@@ -577,24 +576,24 @@ def test_bad_files_are_refused_on_one_line(name, tmp_path):
     content, wanted = BAD_FILES[name]
     path = tmp_path / name
     path.write_bytes(content)
-    message = refusal(data.load_pairs, local(path))
+    message = refusal(load_pairs, local(path))
     assert message.startswith((wanted or "{}: no column").format(path)), message
     assert path.read_bytes() == content
 
 
 def test_missing_files_and_folders(tmp_path, prefs):
-    message = refusal(data.load_pairs, local(tmp_path / "pref.jsonl"))
+    message = refusal(load_pairs, local(tmp_path / "pref.jsonl"))
     assert message == f"{tmp_path}/pref.jsonl: no such file; did you mean 'prefs.jsonl'? Give the path of your data."
-    message = refusal(data.load_pairs, local(tmp_path / "no" / "prefs.jsonl"))
+    message = refusal(load_pairs, local(tmp_path / "no" / "prefs.jsonl"))
     assert message.startswith(f"{tmp_path}/no/prefs.jsonl: no such file, nor the folder {tmp_path}/no.")
-    message = refusal(data.load_pairs, local(tmp_path))
+    message = refusal(load_pairs, local(tmp_path))
     assert message.startswith(f"{tmp_path}: a folder, but neither saved by DatasetDict.save_to_disk nor")
-    assert "no such file" in refusal(data.load_pairs, local(prefs, f"data.test_path={tmp_path}/t.jsonl"))
+    assert "no such file" in refusal(load_pairs, local(prefs, f"data.test_path={tmp_path}/t.jsonl"))
     os.mkfifo(tmp_path / "pipe.jsonl")
-    assert "not a regular file" in refusal(data.load_pairs, local(tmp_path / "pipe.jsonl"))
+    assert "not a regular file" in refusal(load_pairs, local(tmp_path / "pipe.jsonl"))
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "dataset_dict.json").write_text("{")
-    assert "a damaged save_to_disk folder" in refusal(data.load_pairs, local(tmp_path / "saved"))
+    assert "a damaged save_to_disk folder" in refusal(load_pairs, local(tmp_path / "saved"))
 
 
 def test_an_unreadable_file(prefs, monkeypatch):
@@ -613,20 +612,20 @@ def test_a_parquet_row_that_is_not_utf8(tmp_path):
     texts = pyarrow.array([b"fine", b"caf\xe9"]).view(pyarrow.string())
     table = pyarrow.table({"prompt": texts, "chosen": ["a", "b"], "rejected": ["c", "d"]})
     pyarrow.parquet.write_table(table, tmp_path / "p.parquet")
-    message = refusal(data.load_pairs, local(tmp_path / "p.parquet"))
+    message = refusal(load_pairs, local(tmp_path / "p.parquet"))
     assert message.startswith(f"{tmp_path}/p.parquet:2: not UTF-8 (")
 
 
 def test_missing_columns_name_the_nearest(tmp_path):
     path = write_lines(tmp_path / "p.jsonl", [{"prompt": "a", "chosen": "b", "reject": "c"}])
-    assert refusal(data.load_pairs, local(path)) == (
+    assert refusal(load_pairs, local(path)) == (
         f"{path}: no column 'rejected' (found: prompt, chosen, reject). Name it with data.columns.rejected=reject"
     )
-    message = refusal(data.load_pairs, local(path, "data.columns.rejected=reject", "data.columns.family=topic"))
+    message = refusal(load_pairs, local(path, "data.columns.rejected=reject", "data.columns.family=topic"))
     assert message.endswith("Name it with data.columns.family=<its name>")
     hh = write_lines(tmp_path / "hh.jsonl", [{"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: a"}])
-    assert refusal(data.load_pairs, local(hh)).endswith("These are transcripts: set data.format=hh_rlhf.")
-    message = refusal(data.load_pairs, local(path, "data.format=ratings"))
+    assert refusal(load_pairs, local(hh)).endswith("These are transcripts: set data.format=hh_rlhf.")
+    message = refusal(load_pairs, local(path, "data.format=ratings"))
     assert "no column 'responses'" in message
 
 
@@ -652,7 +651,7 @@ def test_missing_columns_name_the_nearest(tmp_path):
 def test_wrong_values_name_row_and_key(changes, wanted, tmp_path):
     row = {key: value for key, value in pair(1, **changes).items() if value is not ...}
     path = write_lines(tmp_path / "p.jsonl", [pair(0), row])
-    message = refusal(data.load_pairs, local(path))
+    message = refusal(load_pairs, local(path))
     assert message.startswith(f"{path}:2: {wanted}"), message
 
 
@@ -670,27 +669,27 @@ def test_wrong_values_name_row_and_key(changes, wanted, tmp_path):
 def test_wrong_ratings_name_row_and_key(changes, wanted, tmp_path):
     good = {"prompt": "q", "responses": ["a", "b"], "scores": [1, 2]}
     path = write_lines(tmp_path / "r.jsonl", [good, good | changes])
-    assert refusal(data.load_pairs, local(path, "data.format=ratings")).startswith(f"{path}:2: {wanted}")
+    assert refusal(load_pairs, local(path, "data.format=ratings")).startswith(f"{path}:2: {wanted}")
 
 
 def test_a_split_column_must_name_the_splits(tmp_path):
     for value, shown in (("dev", "'dev'"), (None, "None")):
         rows = [pair(0, split="train"), pair(1, split="test"), pair(2, split=value)]
         path = write_lines(tmp_path / "p.jsonl", rows)
-        message = refusal(data.load_pairs, local(path))
+        message = refusal(load_pairs, local(path))
         assert message.startswith(f"{path}:3: split: {shown} is not train or test. Set data.train_split")
-    assert data.load_pairs(local(path, "data.columns.split=null", "data.test_size=1")).report["train"] == 2
+    assert load_pairs(local(path, "data.columns.split=null", "data.test_size=1")).report["train"] == 2
 
 
 def test_nothing_left_says_what_was_dropped(tmp_path):
     path = write_lines(tmp_path / "p.jsonl", [pair(index, chosen="x", rejected="x") for index in range(9)])
-    assert refusal(data.load_pairs, local(path)).startswith(
+    assert refusal(load_pairs, local(path)).startswith(
         "p.jsonl: no train rows left of 9 (9 identical, e.g. p.jsonl:1; "
     )
     one = write_lines(tmp_path / "one.jsonl", [pair(0)])
-    message = refusal(data.load_pairs, local(one))
+    message = refusal(load_pairs, local(one))
     assert message.startswith("data.test_size=0.1: leaves nothing of 1 prompts to train on.")
-    assert "no test split. Give data.test_path" in refusal(data.load_pairs, local(one, "data.test_size=null"))
+    assert "no test split. Give data.test_path" in refusal(load_pairs, local(one, "data.test_size=null"))
 
 
 @pytest.mark.parametrize(
@@ -716,7 +715,7 @@ def test_keys_are_checked_before_a_file_is_opened(changes, wanted):
     from omegaconf import OmegaConf
 
     values = OmegaConf.to_container(local("absent.jsonl")) | changes
-    assert refusal(data.load_pairs, OmegaConf.create(values)).startswith(wanted)
+    assert refusal(load_pairs, OmegaConf.create(values)).startswith(wanted)
 
 
 def test_a_refusal_imports_no_heavy_library(tmp_path):
@@ -790,7 +789,7 @@ def test_hub_refusals_are_one_line_without_a_token(kind, status, wanted, monkeyp
 
     monkeypatch.setattr(huggingface_hub.HfApi, "auth_check", refuse)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    message = refusal(data.load_pairs, node("ultrafeedback", "data.path=org/set"))
+    message = refusal(load_pairs, node("ultrafeedback", "data.path=org/set"))
     assert message.startswith(f"data.path=org/set: {wanted}") and "hf_abc" not in message
 
 
@@ -824,12 +823,10 @@ def test_hub_splits_are_read_under_their_names(monkeypatch):
 
     monkeypatch.setattr(readers, "reach_hub", lambda path, offline: None)
     monkeypatch.setattr(datasets, "load_dataset", load)
-    splits = data.load_pairs(
-        node("local", "data.path=org/set", "data.name=en", "data.revision=v2", "data.test_size=5")
-    )
+    splits = load_pairs(node("local", "data.path=org/set", "data.name=en", "data.revision=v2", "data.test_size=5"))
     assert asked == [("org/set", "en", "v2", "train"), ("org/set", "en", "v2", "test")]
     assert (splits.source, splits.report["test"]) == ("org/set", 5)
-    message = refusal(data.load_pairs, node("local", "data.path=org/set", "data.train_split=test"))
+    message = refusal(load_pairs, node("local", "data.path=org/set", "data.train_split=test"))
     assert message.startswith("data.train_split=test: no such split in org/set.")
 
 
@@ -841,7 +838,7 @@ def test_a_loader_error_of_the_hub_is_one_line(monkeypatch):
 
     monkeypatch.setattr(readers, "reach_hub", lambda path, offline: None)
     monkeypatch.setattr(datasets, "load_dataset", load)
-    message = refusal(data.load_pairs, node("local", "data.path=org/set", "data.name=xx"))
+    message = refusal(load_pairs, node("local", "data.path=org/set", "data.name=xx"))
     assert message.startswith("data.path=org/set: BuilderConfig 'xx' not found. Available: ['en']. Check data.name")
 
 
@@ -951,37 +948,37 @@ def sized_splits(sizes):
         "capped": {"train": 0, "test": 0},
         "split": "t",
     }
-    return data.Splits(examples, list(examples), report, "s")
+    return Splits(examples, list(examples), report, "s")
 
 
 def test_fit_drops_counts_or_stops(tokenizer):
     splits = sized_splits([1, 10, 20, 30])
     limit = tokens_of("0000", "x" * 20)
-    fitted = data.fit(splits, tokenizer, limit, "drop")
+    fitted = fit(splits, tokenizer, limit, "drop")
     assert (len(fitted.train), len(fitted.test)) == (3, 3)
     assert fitted.report["dropped"] == {"template": 0, "over_length": 2}
     assert fitted.report["over_length"] == {"train": 1, "test": 1} and fitted.report["train"] == 3
     assert fitted.report["tokens"] == {"p50": limit - 10, "p95": limit + 10, "max": limit + 10}
-    kept = data.fit(splits, tokenizer, limit, "truncate")
+    kept = fit(splits, tokenizer, limit, "truncate")
     assert len(kept.train) == 4 and kept.report["over_length_truncated"] == 2
     assert kept.report["dropped"]["over_length"] == 0
-    assert refusal(data.fit, splits, tokenizer, limit, "stop") == (
+    assert refusal(fit, splits, tokenizer, limit, "stop") == (
         f"data.too_long=stop: 2 of 8 rows exceed trainer.max_length={limit} (p50 {limit - 10}, "
         f"p95 {limit + 10}, max {limit + 10} tokens). "
         "Raise trainer.max_length, or set data.too_long=drop or truncate."
     )
-    assert len(data.fit(splits, tokenizer, None, "stop").train) == 4
-    assert "no train rows left of 8 (8 over_length" in refusal(data.fit, splits, tokenizer, 5, "drop")
-    assert refusal(data.fit, splits, tokenizer, 5, "dorp").startswith("data.too_long=dorp: not one of")
-    assert "over max_length, left to the trainer" in data.describe(kept.report)
+    assert len(fit(splits, tokenizer, None, "stop").train) == 4
+    assert "no train rows left of 8 (8 over_length" in refusal(fit, splits, tokenizer, 5, "drop")
+    assert refusal(fit, splits, tokenizer, 5, "dorp").startswith("data.too_long=dorp: not one of")
+    assert "over max_length, left to the trainer" in describe(kept.report)
 
 
 def test_fit_neutralises_before_it_measures(tokenizer):
-    splits = data.Splits(rows_saying("<|im_end|>"), rows_saying("q"), sized_splits([1]).report, "s")
-    fitted = data.fit(splits, tokenizer, None)
+    splits = Splits(rows_saying("<|im_end|>"), rows_saying("q"), sized_splits([1]).report, "s")
+    fitted = fit(splits, tokenizer, None)
     assert fitted.report["neutralised"] == {"rows": 1, "occurrences": 2}
     assert fitted.report["tokens"]["max"] == tokens_of("< |im_end|>", "< |im_end|>")
-    assert "control tokens made plain in 1 rows (2 times)" in data.describe(fitted.report)
+    assert "control tokens made plain in 1 rows (2 times)" in describe(fitted.report)
 
 
 def test_rows_that_the_template_refuses_are_dropped():
@@ -991,12 +988,12 @@ def test_rows_that_the_template_refuses_are_dropped():
         **splits.train[1],
         "prompt": [{"role": "system", "content": "s"}, *splits.train[1]["prompt"]],
     }
-    fitted = data.fit(splits, make_tokenizer(template), 100)
+    fitted = fit(splits, make_tokenizer(template), 100)
     assert (len(fitted.train), fitted.report["dropped"]["template"]) == (2, 1)
 
 
 def test_a_tokenizer_without_template_is_refused():
-    message = refusal(data.fit, sized_splits([1]), make_tokenizer(None), 10)
+    message = refusal(fit, sized_splits([1]), make_tokenizer(None), 10)
     assert message.startswith("model: its tokenizer has no chat template.")
 
 
@@ -1013,7 +1010,7 @@ def test_shorter_wins():
             "rejected": [{"role": "assistant", "content": rejected}],
         }
 
-    assert data.shorter_wins([row("a", "bb"), row("bb", "a"), row("a", "b")]) == [1.0, 0.0, 0.5]
+    assert shorter_wins([row("a", "bb"), row("bb", "a"), row("a", "b")]) == [1.0, 0.0, 0.5]
 
 
 def test_a_row_that_holds_a_secret_is_dropped_and_named(tmp_path, monkeypatch):
@@ -1023,7 +1020,7 @@ def test_a_row_that_holds_a_secret_is_dropped_and_named(tmp_path, monkeypatch):
     rows[5]["rejected"] += " postgresql://ada:correct-mule@db/x"
     rows[7]["prompt"] += " correct-horse-battery"
     path = write_lines(tmp_path / "rows.jsonl", rows)
-    splits = data.load_pairs(node("local", f"data.path={path}", "data.test_size=2"))
+    splits = load_pairs(node("local", f"data.path={path}", "data.test_size=2"))
     assert splits.report["dropped"]["secret"] == 3 and splits.report["train"] + splits.report["test"] == 9
     assert splits.report["examples"]["secret"] == ["rows.jsonl:4", "rows.jsonl:6", "rows.jsonl:8"]
-    assert "3 secret" in data.describe(splits.report)
+    assert "3 secret" in describe(splits.report)

@@ -9,6 +9,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from rlhf_recipes import config
+from rlhf_recipes.launch import keys
+from rlhf_recipes.launch.recipe import spelled_out
 
 COMMAND = re.compile(r"(?:python recipes/(\w+)\.py|python -m rlhf_recipes\.recipes\.(\w+)|rlhf-(\w+))(?: |$)")
 RECIPES = {file.stem for file in (ROOT / "recipes").glob("*.py")} - {"__init__"}
@@ -52,7 +54,7 @@ def parsed(command):
     overrides = [word for word in words if "=" in word]
     rest = set(words) - set(overrides) - {"-m", "--multirun", "--help", "--cfg", "job"}
     assert not rest, f"no override: {rest}"
-    return recipe, config.spelled_out(overrides), sweep
+    return recipe, spelled_out(overrides), sweep
 
 
 def check(compose, command):
@@ -68,14 +70,14 @@ def check(compose, command):
     for job in jobs:
         cfg = compose(recipe, *job)
         if not shown_alone:
-            config.check(cfg, recipe)
+            keys.check(cfg, recipe)
         for node in ("trainer", "lora", "quantization"):
             if "_target_" in cfg.get(node, {}):
                 config.build(cfg[node], node, use_cpu=True, bf16=False)
         if "data" in cfg:
-            from rlhf_recipes import data
+            from rlhf_recipes.data import load
 
-            data.check(cfg.data)
+            load.check(cfg.data)
 
 
 def test_there_is_much_to_check():

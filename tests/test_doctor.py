@@ -9,7 +9,9 @@ import pytest
 import torch
 import yaml
 
-from rlhf_recipes import config, doctor
+from rlhf_recipes import config
+from rlhf_recipes.launch import keys as launch_keys
+from rlhf_recipes.training import doctor
 
 STEPS = 24
 
@@ -414,7 +416,7 @@ def test_strict_stops_with_the_last_good_weights(train, tmp_path, monkeypatch, l
 
 def test_a_resumed_run_has_the_same_verdict(train, tmp_path, monkeypatch):
     """Interrupted at step 4, behind the checkpoint of step 3, whose last good weights are those of step 1."""
-    from rlhf_recipes import callbacks
+    from rlhf_recipes.training import callbacks
 
     monkeypatch.setattr(doctor, "RULES", (*doctor.RULES, broken_from(4)))
     arguments = (*LONG, "trainer.logging_steps=2", "doctor=strict")
@@ -474,11 +476,11 @@ def test_the_doctor_computes_nothing(compose):
 
 def test_words_are_checked(compose):
     with pytest.raises(ValueError, match="doctor=sometimes: not one of warn, strict, none"):
-        config.check(compose("dpo", "doctor=sometimes"), "dpo")
+        launch_keys.check(compose("dpo", "doctor=sometimes"), "dpo")
 
 
 def test_text_of_a_finding_cannot_break_the_card():
-    from rlhf_recipes import card
+    from rlhf_recipes.training import card
 
     nasty = "a|b `c` <script>\n# Title"
     finding = {
@@ -496,7 +498,7 @@ def test_text_of_a_finding_cannot_break_the_card():
 
 def test_length_bias_is_the_difference_of_two_accuracies():
     """By hand: 3 pairs whose chosen reply is the longer, 2 of them right; 2 pairs with the shorter, 1 right."""
-    from rlhf_recipes.evaluation.metrics import accuracy_metrics
+    from rlhf_recipes.training.metrics import accuracy_metrics
 
     def pair(number, chosen, rejected):
         return {
@@ -515,19 +517,19 @@ def test_length_bias_is_the_difference_of_two_accuracies():
 
 
 def test_page_draws_every_recipe(tmp_path):
-    from rlhf_recipes import doctor_page
+    from rlhf_recipes.training import doctor_plot
 
     whole = [record(recipe) for recipe in ("dpo", "orpo", "ppo", "sft")]
     for number, seen in enumerate([*whole, record("reward", log=[]), record("simpo", held_out=False)]):
         path = tmp_path / f"{number}.png"
-        doctor_page.plot(seen, doctor.examine(seen)["findings"], path, "run $x_1$ <b>")
+        doctor_plot.plot(seen, doctor.examine(seen)["findings"], path, "run $x_1$ <b>")
         assert path.read_bytes().startswith(b"\x89PNG\r\n")
 
 
 def test_every_rule_is_drawn():
-    from rlhf_recipes import doctor_page
+    from rlhf_recipes.training import doctor_plot
 
-    drawn = {rule for recipe in ("dpo", "ppo") for panel in doctor_page.panels(record(recipe)) for rule in panel.rules}
+    drawn = {rule for recipe in ("dpo", "ppo") for panel in doctor_plot.panels(record(recipe)) for rule in panel.rules}
     assert drawn == {rule.__name__ for rule in doctor.RULES}
 
 

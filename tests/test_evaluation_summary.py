@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from test_cai_judge import Stub
 
+from rlhf_recipes import ensemble
 from rlhf_recipes.cai import constitution
 from rlhf_recipes.cai.judge import Judge, Judgement
-from rlhf_recipes.evaluation import checkpoints, definitions, ensemble, judging, summary
+from rlhf_recipes.evaluation import checkpoints, definitions, judges, summary, table
 from rlhf_recipes.evaluation import verdict as verdict_of
+from rlhf_recipes.text_metrics import distinct_2, refuses, repeats
 
 FAMILIES = [
     "booking",
@@ -234,7 +236,7 @@ def test_only_pairs_or_only_answers_are_enough():
     answers = summary.summarise(by_hand() | {"pairs": [], "neutral": {}})
     assert answers["systems"]["dpo"]["verdict"]["main"] == "win_rate"
     assert "max_perplexity_ratio" in answers["systems"]["dpo"]["verdict"]["unchecked"]
-    assert summary.table(pairs) and summary.table(answers)
+    assert table.as_text(pairs) and table.as_text(answers)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +254,7 @@ def test_only_pairs_or_only_answers_are_enough():
     ],
 )
 def test_refusals(text):
-    assert summary.refuses(text)
+    assert refuses(text)
 
 
 @pytest.mark.parametrize(
@@ -268,15 +270,15 @@ def test_refusals(text):
     ],
 )
 def test_answers_that_are_no_refusals(text):
-    assert not summary.refuses(text)
+    assert not refuses(text)
 
 
 def test_repetition_and_distinct_words():
     phrase = "there is a restaurant "
-    assert summary.repeats(phrase * 4)
-    assert not summary.repeats(phrase * 3)
-    assert summary.distinct_2("to be or not to be") == pytest.approx(4 / 5)
-    assert summary.distinct_2("word") is None
+    assert repeats(phrase * 4)
+    assert not repeats(phrase * 3)
+    assert distinct_2("to be or not to be") == pytest.approx(4 / 5)
+    assert distinct_2("word") is None
 
 
 def estimate(value, low, high, n=100):
@@ -401,14 +403,14 @@ def test_regressions_without_rewards_go_by_flags():
 
 
 def test_table_fits_a_terminal():
-    shown = summary.table(summary.summarise(fake()))
+    shown = table.as_text(summary.summarise(fake()))
     lines = shown.splitlines()
     assert max(map(len, lines)) <= 110
     row = next(line for line in lines if line.startswith("dpo"))
     assert "72.5 [64.2, 80.0]" in row and "200/120" in row and row.endswith("ship")
     assert any(line.startswith("shorter wins") for line in lines)
     long = fake(skill={"a-very-long-name-of-a-parent": 0.2, "a-very-long-name-of-a-system": 0.6})
-    assert max(map(len, summary.table(summary.summarise(long)).splitlines())) <= 110
+    assert max(map(len, table.as_text(summary.summarise(long)).splitlines())) <= 110
 
 
 @pytest.mark.parametrize(
@@ -429,7 +431,7 @@ def test_refused_settings(change, thresholds, said):
 
 def test_a_judgement_counts_one_half_where_the_judge_does_not_know():
     def value(*given, **more):
-        return judging.verdict("a", Judgement(*given, **more), tie_margin=0.05)
+        return judges.verdict("a", Judgement(*given, **more), tie_margin=0.05)
 
     assert value(0.8, position_gap=0.1) == {
         "prompt_id": "a", "p": 0.8, "tie": False, "asked": True, "answered": True, "flip": False, "gap": 0.1,
@@ -439,16 +441,16 @@ def test_a_judgement_counts_one_half_where_the_judge_does_not_know():
     assert (value(0.7, flip=True)["p"], value(0.7, flip=True)["flip"]) == (0.5, True)
     unanswered = value(None)
     assert (unanswered["p"], unanswered["answered"], unanswered["flip"]) == (0.5, False, None)
-    assert judging.verdict("a", None, 0.05) == {"prompt_id": "a", "p": 0.5, "tie": True, "asked": False}
+    assert judges.verdict("a", None, 0.05) == {"prompt_id": "a", "p": 0.5, "tie": True, "asked": False}
 
 
 def test_what_a_judge_is_worth_by_hand():
     """Four prompts: a win, a flip, no answer, the same text twice."""
     rows = [
-        judging.verdict("a", Judgement(0.9, position_gap=0.2), 0.05),
-        judging.verdict("b", Judgement(0.6, position_gap=0.6, flip=True), 0.05),
-        judging.verdict("c", Judgement(None), 0.05),
-        judging.verdict("d", None, 0.05),
+        judges.verdict("a", Judgement(0.9, position_gap=0.2), 0.05),
+        judges.verdict("b", Judgement(0.6, position_gap=0.6, flip=True), 0.05),
+        judges.verdict("c", Judgement(None), 0.05),
+        judges.verdict("d", None, 0.05),
     ]
     found = summary._judge(rows)
     assert {key: (e["value"], e["n"]) for key, e in found.items()} == {
@@ -478,10 +480,10 @@ def test_a_judge_compares_what_differs(compose, tmp_path, likes, rate, same):
     third["systems"] = dict.fromkeys(("base", "dpo"), measured["answers"][0]["systems"]["base"])
     measured["answers"] = [measured["answers"][0], third]
     rows = [{"prompt_id": i, "prompt": [{"role": "user", "content": "?"}]} for i in "qs"]
-    found = judging.compare(critic, measured, rows, tmp_path / "answers.jsonl", cfg.judging.tie_margin)
+    found = judges.compare(critic, measured, rows, tmp_path / "answers.jsonl", cfg.judging.tie_margin)
     assert len(stub.asked) == 2 * cfg.judging.principles_per_pair
     first, second = found["judgements"]["dpo"]
-    assert (first["p"] > 0.99) == (rate == 1.0) and second == judging.verdict("s", None, 0.05)
+    assert (first["p"] > 0.99) == (rate == 1.0) and second == judges.verdict("s", None, 0.05)
     metrics = summary.summarise(found)["systems"]["dpo"]["metrics"]
     assert metrics["judge_consistency"]["value"] == same and metrics["judge_consistency"]["n"] == 1
     assert found["settings"] == {"judge": "stub", "constitution": "clinic 1"}
@@ -490,11 +492,11 @@ def test_a_judge_compares_what_differs(compose, tmp_path, likes, rate, same):
 def test_a_function_that_likes_what_comes_first_is_not_consistent():
     answers = {"dpo": [{"text": "a"}, {"text": "b"}], "base": [{"text": "x"}, {"text": "b"}]}
     prompts = [{"prompt_id": i, "prompt": []} for i in "qr"]
-    rows = judging.by_function(lambda prompts, one, two: [0.9] * len(one), prompts, answers, "dpo", "base")
+    rows = judges.by_function(lambda prompts, one, two: [0.9] * len(one), prompts, answers, "dpo", "base")
     assert rows[0] == {"prompt_id": "q", "p": pytest.approx(0.5), "tie": True, "asked": True, "answered": True,
                        "flip": True, "gap": pytest.approx(0.8)}  # fmt: skip
     assert not rows[1]["asked"]
-    fair = judging.by_function(lambda _, one, two: [float(a < b) for a, b in zip(one, two, strict=True)],
+    fair = judges.by_function(lambda _, one, two: [float(a < b) for a, b in zip(one, two, strict=True)],
                                prompts, answers, "dpo", "base")  # fmt: skip
     assert (fair[0]["p"], fair[0]["flip"], fair[0]["gap"]) == (1.0, False, 0.0)
 
@@ -531,7 +533,7 @@ def test_tasks_by_hand():
     assert dpo["metrics"]["task_accuracy"]["value"] == pytest.approx(0.75)
     assert base["metrics"]["task_accuracy"]["value"] == pytest.approx(0.625)
     assert dpo["differences"]["task_accuracy"]["value"] == pytest.approx(0.125)
-    assert "arc (acc, n 4), %, and points to the parent: base 75.0" in summary.table(evaluation)
+    assert "arc (acc, n 4), %, and points to the parent: base 75.0" in table.as_text(evaluation)
     assert evaluation["counts"]["task_examples"] == 6
 
 

@@ -11,7 +11,7 @@ from conftest import CHATML, write_adapter
 from omegaconf import OmegaConf
 
 from rlhf_recipes import models, run
-from rlhf_recipes.evaluation import checkpoints, systems
+from rlhf_recipes.evaluation import checkpoints, measure
 
 
 class Payload:
@@ -79,8 +79,8 @@ def test_pickles_of_a_checkpoint_are_not_run(trained, tmp_path, ran, names):
 
 
 def test_pickles_of_ppo_and_of_the_doctor_are_not_run(tmp_path, ran, monkeypatch):
-    from rlhf_recipes.callbacks import Doctor
     from rlhf_recipes.ppo import trainer
+    from rlhf_recipes.training.callbacks import Doctor
 
     monkeypatch.setattr(trainer, "load_peft_weights", lambda *_, **__: {})
     monkeypatch.setattr(trainer, "set_peft_model_state_dict", lambda *_, **__: None)
@@ -168,9 +168,9 @@ def test_measuring_a_run_builds_nothing_of_its_config(tmp_path, ran):
     (kept / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "tests/tiny"}))
     read = checkpoints.config_of(str(folder))
     assert read["trainer"] == evil and read["data"]["path"] == "${oc.env:HOME}"
-    assert [system.step for system in systems.find([], "base", "tests/tiny", str(folder))] == [None, 2]
-    assert systems.find([str(folder)], "base", "tests/tiny")[1].adapter == str(folder / "adapter")
-    assert systems.find_proxy(str(folder), "tests/tiny") is None
+    assert [system.step for system in measure.find([], "base", "tests/tiny", str(folder))] == [None, 2]
+    assert measure.find([str(folder)], "base", "tests/tiny")[1].adapter == str(folder / "adapter")
+    assert measure.find_proxy(str(folder), "tests/tiny") is None
     from rlhf_recipes.audit import answers
 
     assert [step for step, _ in answers.steps(str(folder), "tests/tiny")] == [2, 3]

@@ -17,13 +17,13 @@ BASE = {"README.md": b"---\nlicense: apache-2.0\n---\n# Tiny\n"}
 @pytest.fixture(scope="module")
 def trained(train, tmp_path_factory):
     """A finished run of dpo that got better, with its 32 numbers."""
-    from rlhf_recipes import hub
-    from rlhf_recipes.hub import contents
+    from rlhf_recipes.publish import contents
+    from rlhf_recipes.publish import publish as publishing
 
     folder = tmp_path_factory.mktemp("trained") / "dpo"
     train("dpo", folder, "quantization=none", "trainer.learning_rate=0.01", "trainer.warmup_steps=0")
     change(folder / "result.json", lambda result: result["main"]["after"].update(value=0.75))
-    hub._probe(contents.find(str(folder), None))
+    publishing._probe(contents.find(str(folder), None))
     return folder
 
 
@@ -41,7 +41,7 @@ def server(tiny_model, tmp_path, monkeypatch):
     from huggingface_hub import constants
     from huggingface_hub.utils import _http, close_session
 
-    from rlhf_recipes.hub import upload
+    from rlhf_recipes.publish import upload
 
     started = hub_server.start()
     started.put(TINY_ID, tiny_model, **BASE)
@@ -69,14 +69,15 @@ def server(tiny_model, tmp_path, monkeypatch):
 @pytest.fixture
 def publish(compose, monkeypatch):
     """publish(*overrides): what `hub.publish` returns. It loads in this process, tests/test_publish.py in others."""
-    from rlhf_recipes import config, hub
+    from rlhf_recipes.launch import keys
+    from rlhf_recipes.publish import publish as publishing
 
-    monkeypatch.setattr(hub.proof, "in_fresh_process", hub.proof.measure)
+    monkeypatch.setattr(publishing.round_trip, "in_fresh_process", publishing.round_trip.measure)
 
     def published(*overrides):
         cfg = compose("publish", *overrides)
-        config.check(cfg, "publish")
-        return hub.publish(cfg)
+        keys.check(cfg, "publish")
+        return publishing.publish(cfg)
 
     return published
 
@@ -84,7 +85,7 @@ def publish(compose, monkeypatch):
 @pytest.fixture
 def refused(publish):
     """refused(*overrides): the one line; what is refused has written nothing."""
-    from rlhf_recipes.config import as_refusal
+    from rlhf_recipes.launch.refusals import as_refusal
 
     def line(*overrides):
         with pytest.raises(ValueError) as caught:
@@ -354,24 +355,24 @@ def numbers(values, **entries):
 
 
 def test_how_far_numbers_may_differ():
-    from rlhf_recipes.hub import proof
+    from rlhf_recipes.publish import round_trip
 
     expected = numbers([-10.0, -20.0])
-    assert proof.compare(expected, numbers([-10.0, -20.0]))["passed"]
-    near = proof.compare(expected, numbers([-10.1, -20.0]))
+    assert round_trip.compare(expected, numbers([-10.0, -20.0]))["passed"]
+    near = round_trip.compare(expected, numbers([-10.1, -20.0]))
     assert near["largest"] == pytest.approx(0.01) and near["allowed"] == 0.02 and near["passed"]
-    assert not proof.compare(expected, numbers([-10.3, -20.0]))["passed"]
-    assert not proof.compare(expected, numbers([-10.0, float("nan")]))["passed"]
-    assert not proof.compare(numbers([-10.0, -20.0], dtype="float32"), numbers([-10.1, -20.0]))["passed"]
-    assert not proof.compare(numbers([-10.0, -20.0], effect=0.05), numbers([-10.1, -20.0]))["passed"]
+    assert not round_trip.compare(expected, numbers([-10.3, -20.0]))["passed"]
+    assert not round_trip.compare(expected, numbers([-10.0, float("nan")]))["passed"]
+    assert not round_trip.compare(numbers([-10.0, -20.0], dtype="float32"), numbers([-10.1, -20.0]))["passed"]
+    assert not round_trip.compare(numbers([-10.0, -20.0], effect=0.05), numbers([-10.1, -20.0]))["passed"]
     with pytest.raises(ValueError):
-        proof.compare(expected, numbers([-10.0]))
-    assert proof.drift(expected, numbers([-11.0, -20.0])) == pytest.approx(0.05)
+        round_trip.compare(expected, numbers([-10.0]))
+    assert round_trip.drift(expected, numbers([-11.0, -20.0])) == pytest.approx(0.05)
 
 
 def test_the_fresh_process_gets_no_token(run, server, monkeypatch):
     """Nor has it one among its arguments, which everybody on the machine can list."""
-    from rlhf_recipes.hub import proof
+    from rlhf_recipes.publish import round_trip
 
     seen = []
 
@@ -379,9 +380,9 @@ def test_the_fresh_process_gets_no_token(run, server, monkeypatch):
         seen.append((command, env))
         raise ValueError("seen")
 
-    monkeypatch.setattr(proof.subprocess, "run", note)
+    monkeypatch.setattr(round_trip.subprocess, "run", note)
     with pytest.raises(ValueError, match="seen"):
-        proof.in_fresh_process({"folder": str(run)})
+        round_trip.in_fresh_process({"folder": str(run)})
     ((command, env),) = seen
     assert TOKEN not in " ".join(command) and TOKEN not in env.values() and env["HF_HUB_OFFLINE"] == "1"
 
@@ -431,13 +432,13 @@ def test_the_constitution_of_its_pairs(server, run, publish):
 
 
 def test_what_cannot_be_loaded(run, tmp_path):
-    from rlhf_recipes import hub
+    from rlhf_recipes.publish import publish as publishing
 
     shutil.copytree(run / "adapter", tmp_path / "broken")
     (tmp_path / "broken" / "adapter_config.json").write_text("{}")
     config = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
     with pytest.raises(ValueError, match=r"^a fresh process cannot load it \(.+\)$"):
-        hub.proof.in_fresh_process(hub.proof.task(tmp_path / "broken", config, reward=False))
+        publishing.round_trip.in_fresh_process(publishing.round_trip.task(tmp_path / "broken", config, reward=False))
 
 
 # ---- the card
@@ -447,8 +448,8 @@ def test_text_cannot_break_the_card(run):
     import yaml
     from huggingface_hub import ModelCard
 
-    from rlhf_recipes import hub
-    from rlhf_recipes.hub import card, contents
+    from rlhf_recipes.publish import card, contents
+    from rlhf_recipes.publish import publish as publishing
 
     nasty = "a|b `c` <b>d</b>\n---\n# Title\n```python\n| e |"
     source = contents.find("dpo", None)
@@ -471,12 +472,12 @@ def test_text_cannot_break_the_card(run):
     lines = [line for line in text.splitlines() if line.startswith("#")]
     assert [line for line in lines if line not in plain.splitlines()] == ["## Evaluation"]
     assert yaml.safe_load(text.split("---\n")[1])["base_model"] == TINY_ID
-    assert hub.card.is_proven(card.write(source, facts, {"n": 2, "files": 3}), "f" * 64)
-    assert not hub.card.is_proven(text, "f" * 64)
+    assert publishing.card.is_proven(card.write(source, facts, {"n": 2, "files": 3}), "f" * 64)
+    assert not publishing.card.is_proven(text, "f" * 64)
 
 
 def test_every_setting_that_is_no_default(run):
-    from rlhf_recipes.hub import card, contents
+    from rlhf_recipes.publish import card, contents
 
     source = contents.find("dpo", None)
     table = card._settings(source.config)
@@ -492,7 +493,7 @@ def test_every_setting_that_is_no_default(run):
      ("clinic", False), ("dpo/adapter", False)],
 )  # fmt: skip
 def test_data_that_the_metadata_names(run, path, there):
-    from rlhf_recipes.hub import card, contents
+    from rlhf_recipes.publish import card, contents
 
     configured("data.path", path)(run)
     facts = {"repo_id": "ada/x", "merged": None, "dtype": "bfloat16", "fingerprint": "", "evaluation": None}

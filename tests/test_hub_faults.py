@@ -133,7 +133,7 @@ def test_it_goes_on_from_where_it_was_stopped(server, run, refused, publish):
 
 
 def test_the_hub_says_how_long_to_wait(server, run, publish, monkeypatch):
-    from rlhf_recipes.hub import upload
+    from rlhf_recipes.publish import upload
 
     waited = []
     monkeypatch.setattr(upload.time, "sleep", waited.append)
@@ -144,7 +144,7 @@ def test_the_hub_says_how_long_to_wait(server, run, publish, monkeypatch):
 
 
 def test_ctrl_c_says_what_is_there(server, run, publish):
-    from rlhf_recipes.hub import upload
+    from rlhf_recipes.publish import upload
 
     def interrupt(*_, **__):
         raise KeyboardInterrupt
@@ -163,9 +163,9 @@ def test_ctrl_c_says_what_is_there(server, run, publish):
 @pytest.mark.parametrize("lost", ["weights", "template"])
 def test_what_a_file_hash_cannot_see(server, run, refused, monkeypatch, lost):
     """All files arrive; what the fresh process makes of them is not what was trained."""
-    from rlhf_recipes import hub
+    from rlhf_recipes.publish import publish as publishing
 
-    measure = hub.proof.measure
+    measure = publishing.round_trip.measure
 
     def forgetful(task):
         folder = run.parent / "spoiled"
@@ -181,14 +181,14 @@ def test_what_a_file_hash_cannot_see(server, run, refused, monkeypatch, lost):
         return measure({**task, "folder": str(folder)})
 
     cfg = ["run=dpo", "repo_id=ada/x"]
-    published = hub._round_trip
+    published = publishing._round_trip
 
     def spoiled(*args):
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(hub.proof, "in_fresh_process", forgetful)
+            patched.setattr(publishing.round_trip, "in_fresh_process", forgetful)
             return published(*args)
 
-    monkeypatch.setattr(hub, "_round_trip", spoiled)
+    monkeypatch.setattr(publishing, "_round_trip", spoiled)
     line = refused(*cfg)
     assert "not published. of 32 numbers one differs by" in line and "its card says 'broken'" in line, line
     assert b"> **Broken.**" in server.repos["model", "ada/x"].files["README.md"]

@@ -6,9 +6,11 @@ import os
 import pytest
 from conftest import write_adapter, write_pairs
 
-from rlhf_recipes import config, data, models, places, ppo, run
-from rlhf_recipes.data import readers
-from rlhf_recipes.evaluation import systems
+from rlhf_recipes import models, places, run
+from rlhf_recipes.data import load, readers
+from rlhf_recipes.evaluation import measure
+from rlhf_recipes.launch.refusals import as_refusal
+from rlhf_recipes.ppo import sources
 
 
 @pytest.fixture
@@ -51,12 +53,12 @@ def hub(monkeypatch):
 def refusal(call, *args):
     with pytest.raises(ValueError) as caught:
         call(*args)
-    assert "\n" not in str(caught.value) and config.as_refusal(caught.value, None)
+    assert "\n" not in str(caught.value) and as_refusal(caught.value, None)
     return str(caught.value)
 
 
 def load_pairs(compose, path):
-    return data.load_pairs(compose("dpo", "data=local", f"data.path='{path}'").data)
+    return load.load_pairs(compose("dpo", "data=local", f"data.path='{path}'").data)
 
 
 def load_model(compose, name):
@@ -64,7 +66,7 @@ def load_model(compose, name):
 
 
 def find_reward(compose, name):
-    return ppo.find_rewards([name])
+    return sources.find_rewards([name])
 
 
 def load_classifier(compose, name):
@@ -135,9 +137,9 @@ def test_a_run_is_never_looked_for_on_the_hub(here, hub, compose):
     """`runs`, `parent`, `reward_model`, `model.adapter`, `judge.adapter`, `sweep.reward_model`: folders alone."""
     write_adapter(here / "outputs" / "dpo", recipe="dpo")
     for call, key in [
-        (lambda: systems.find(["org/name"], "base", "tests/tiny"), "runs"),
-        (lambda: systems.find(["outputs/dpo"], "org/name", "tests/tiny"), "parent"),
-        (lambda: systems.find_scorer("org/name", "tests/tiny"), "reward_model"),
+        (lambda: measure.find(["org/name"], "base", "tests/tiny"), "runs"),
+        (lambda: measure.find(["outputs/dpo"], "org/name", "tests/tiny"), "parent"),
+        (lambda: measure.find_scorer("org/name", "tests/tiny"), "reward_model"),
         (lambda: run.parent_of("org/name", "tests/tiny"), "model.adapter"),
         (lambda: run.resolve_adapter("org/name"), "model.adapter"),
     ]:

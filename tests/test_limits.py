@@ -11,11 +11,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from rlhf_recipes import data
-from rlhf_recipes.cai import server, steps
+from rlhf_recipes.cai import make_pairs, server
 from rlhf_recipes.cai.backend import Journal, Request, ask
-from rlhf_recipes.config import as_refusal
 from rlhf_recipes.data import readers, template
+from rlhf_recipes.data.fit import fit
+from rlhf_recipes.data.load import Splits
+from rlhf_recipes.launch.refusals import as_refusal
 
 MIB = 2**20
 
@@ -287,7 +288,7 @@ GOOD = {"text": "t", "finished": True, "prompt_tokens": 2, "tokens": 1}
 def test_counts_in_a_journal_that_are_no_numbers_do_not_end_a_run(tmp_path, compose, bad):
     path = old_journal(tmp_path / "answers.jsonl", {**GOOD, "prompt_tokens": bad})
     cfg = compose("cai")
-    maker = steps.Maker(None, None, None, [], cfg)
+    maker = make_pairs.Maker(None, None, None, [], cfg)
     spent = maker.spent(path, [tmp_path / "records.jsonl"])
     assert (spent["calls"], spent["prompt_tokens"], spent["completion_tokens"]) == (4, 4, 4)
     assert Journal(path).answers["k"] == {**GOOD, "prompt_tokens": 0}
@@ -330,13 +331,13 @@ def test_a_damaged_line_is_named_and_stays(tmp_path, compose, damage):
     with path.open("ab") as file:
         file.write(damage + b"\n")
     before = path.read_bytes()
-    for read in (Journal, lambda path: steps.Maker(None, None, None, [], compose("cai")).spent(path, [])):
+    for read in (Journal, lambda path: make_pairs.Maker(None, None, None, [], compose("cai")).spent(path, [])):
         with pytest.raises(ValueError, match=r"answers\.jsonl:3: is damaged\. Remove the line") as raised:
             read(path)
         assert as_refusal(raised.value, None)
     (tmp_path / "records.jsonl").write_bytes(b"{}\n" + b"\0\0\n")
     with pytest.raises(ValueError, match=r"records\.jsonl:2: is damaged\. Remove the file"):
-        list(steps.read(tmp_path / "records.jsonl"))
+        list(make_pairs.read(tmp_path / "records.jsonl"))
     assert path.read_bytes() == before
 
 
@@ -438,24 +439,24 @@ def splits_of(count):
     ]
     labels = {"family": None, "prompt_id": "0", "p": None}
     report = {"source": "s", "rows": count, "dropped": {}, "examples": {}, "split": "s"}
-    return data.Splits([row | labels for row in rows], [row | labels for row in rows[:2]], report, "s")
+    return Splits([row | labels for row in rows], [row | labels for row in rows[:2]], report, "s")
 
 
 def renders(tokenizer):
     """Every place that renders."""
     from types import SimpleNamespace
 
+    from rlhf_recipes import inference
     from rlhf_recipes.cai.local import Local
-    from rlhf_recipes.evaluation import measure
     from rlhf_recipes.ppo.rewards import LearnedReward
     from rlhf_recipes.ppo.trainer import PPOTrainer
 
     request = Request("p", "draft", ANSWER[:1], "", (), 5)
     return {
-        "fit": lambda: data.fit(splits_of(1200), tokenizer, None),
+        "fit": lambda: fit(splits_of(1200), tokenizer, None),
         "cai": lambda: Local._encode(SimpleNamespace(tokenizer=tokenizer, _ids=len), request, ANSWER[:1]),
-        "measure": lambda: measure.encode(tokenizer, ANSWER[:1], ANSWER[1:]),
-        "prompt": lambda: measure.encode(tokenizer, ANSWER[:1], None),
+        "measure": lambda: inference.encode(tokenizer, ANSWER[:1], ANSWER[1:]),
+        "prompt": lambda: inference.encode(tokenizer, ANSWER[:1], None),
         "reward": lambda: LearnedReward("r", tokenizer, None, None)._encode(ANSWER[:1], ANSWER[1:]),
         "ppo": lambda: PPOTrainer._prompt_ids(
             SimpleNamespace(processing_class=tokenizer, args=SimpleNamespace(chat_template_kwargs=None)), ANSWER[:1]
@@ -479,7 +480,7 @@ def test_many_rows_may_take_longer_than_one(tokenizer, monkeypatch):
     """The limit is that of one conversation."""
     monkeypatch.setattr(template, "SECONDS", 0.05)
     tokenizer.chat_template = "{% for a in range(3000) %}{% endfor %}x"
-    assert data.fit(splits_of(1200), tokenizer, None).report["tokens"]["max"] > 0
+    assert fit(splits_of(1200), tokenizer, None).report["tokens"]["max"] > 0
 
 
 def test_a_rendering_leaves_timers_and_handlers_as_they_were(tokenizer):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlhf_recipes.evaluation import metrics
+from rlhf_recipes.training import metrics
 
 
 def rows(count):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlhf_recipes.cai import layout
+from rlhf_recipes.cai import prompt_templates
 from rlhf_recipes.data.tokens import neutralise
 
 # Of the families that served judges come from: what their servers parse inside of a message.
@@ -32,23 +32,26 @@ ORDINARY = (
 @pytest.mark.parametrize("around", ["{}", "a{}b", "{}{}", "({})", "x [1] {} < 2", "<{}>", "[{}]", "**{}**", "{}\n{}"])
 def test_a_chat_token_is_broken_in_what_a_served_judge_reads(token, around):
     text = around.replace("{}", token)
-    for broken in (layout.quote(text), layout.plain([{"role": "user", "content": text}])[0]["content"]):
+    for broken in (
+        prompt_templates.quote(text),
+        prompt_templates.plain([{"role": "user", "content": text}])[0]["content"],
+    ):
         assert token not in broken
         assert "".join(broken.replace(">", "").split()) == "".join(text.replace(">", "").split())
-        again = layout.plain([{"role": "user", "content": broken}])[0]["content"]
+        again = prompt_templates.plain([{"role": "user", "content": broken}])[0]["content"]
         assert again == broken, "broken once for all"
-    assert layout.chat_tokens(text) >= around.count("{}")
+    assert prompt_templates.chat_tokens(text) >= around.count("{}")
 
 
 @pytest.mark.parametrize("text", ORDINARY)
 def test_ordinary_text_is_quoted_as_it_is(text):
-    assert layout.quote(text) == f"> {text}" and layout.chat_tokens(text) == 0
+    assert prompt_templates.quote(text) == f"> {text}" and prompt_templates.chat_tokens(text) == 0
 
 
 def test_code_stays_readable():
-    assert layout.quote("<div>x</div> List<int> <at>") == "> < div>x< /div> List< int> < at>"
-    assert layout.quote("<a href='x y'> [NOTE] [/B]") == "> <a href='x y'> [ NOTE] [/B]"
-    assert layout.chat_tokens("<div>x</div>", "[NOTE]", "plain") == 3
+    assert prompt_templates.quote("<div>x</div> List<int> <at>") == "> < div>x< /div> List< int> < at>"
+    assert prompt_templates.quote("<a href='x y'> [NOTE] [/B]") == "> <a href='x y'> [ NOTE] [/B]"
+    assert prompt_templates.chat_tokens("<div>x</div>", "[NOTE]", "plain") == 3
 
 
 def test_chat_tokens_in_pairs_are_counted(tmp_path):
@@ -151,13 +154,14 @@ def test_tags_that_a_template_writes_as_letters():
 
 
 def test_the_line_about_the_data_counts_them():
-    from rlhf_recipes import data
+    from rlhf_recipes.data.fit import describe, fit
+    from rlhf_recipes.data.load import Splits
 
     report = {"source": "s", "rows": 1, "dropped": {}, "capped": {"train": 0, "test": 0}, "split": "t"}
-    splits = data.Splits([saying("a<tool_call>b")], [saying("plain")], report, "s")
-    fitted = data.fit(splits, make_tokenizer(TAGS), None)
+    splits = Splits([saying("a<tool_call>b")], [saying("plain")], report, "s")
+    fitted = fit(splits, make_tokenizer(TAGS), None)
     assert fitted.report["neutralised"] == {"rows": 1, "occurrences": 3}
-    assert "control tokens made plain in 1 rows (3 times)" in data.describe(fitted.report)
+    assert "control tokens made plain in 1 rows (3 times)" in describe(fitted.report)
 
 
 # ---- cards
@@ -217,7 +221,7 @@ def assert_harmless(card, plain):
 
 
 def test_a_run_s_card_says_what_others_wrote_and_does_nothing_of_it():
-    from rlhf_recipes import card
+    from rlhf_recipes.training import card
 
     made = [card.write(result_of(said, recipe), config_of(said)) for said, recipe in ((HOSTILE, HOSTILE), ("s", "x"))]
     assert_harmless(*made)
@@ -226,7 +230,7 @@ def test_a_run_s_card_says_what_others_wrote_and_does_nothing_of_it():
 
 
 def test_an_unknown_recipe_in_a_lineage_is_an_adapter():
-    from rlhf_recipes import card
+    from rlhf_recipes.training import card
 
     for recipe in ("[x](http://evil)", "cai", None, 7, ["dpo"], {"a": 1}, "DPO"):
         result = {
@@ -244,7 +248,7 @@ def test_an_unknown_recipe_in_a_lineage_is_an_adapter():
 def test_a_published_card(kind, proof, monkeypatch):
     from pathlib import Path
 
-    from rlhf_recipes.hub import card, contents
+    from rlhf_recipes.publish import card, contents
 
     def written(said, recipe):
         terms = {"license": said, "license_name": said, "license_link": said}
@@ -310,11 +314,11 @@ def assert_printed(make):
 
 
 def test_the_lines_about_the_data():
-    from rlhf_recipes import data
+    from rlhf_recipes.data.fit import describe
 
     def make(said):
         report = {"source": said, "train": 1, "test": 1, "rows": 2, "dropped": {"empty": 1}, "split": said}
-        return data.describe(report | {"capped": {"train": 0, "test": 0}})
+        return describe(report | {"capped": {"train": 0, "test": 0}})
 
     assert_printed(make)
 
@@ -322,7 +326,7 @@ def test_the_lines_about_the_data():
 def test_preflight():
     from types import SimpleNamespace
 
-    from rlhf_recipes.preflight import page
+    from rlhf_recipes.launch.preflight import printed as preflight_report
 
     def make(said):
         model = {"id": said, "download_gib": 0}
@@ -335,15 +339,17 @@ def test_preflight():
         seen |= {"example": example, "rows": rows, "watch": [said], "stops": [said]}
         report = {"disk": {"need_gib": 1, "free_gib": 2, "stops": []}, "jobs": [seen]}
         jobs = [SimpleNamespace(name=said, recipe="dpo")]
-        return "\n".join([page.head(jobs), page.describe(seen, []), page.summary(report)])
+        return "\n".join(
+            [preflight_report.head(jobs), preflight_report.describe(seen, []), preflight_report.summary(report)]
+        )
 
     assert_printed(make)
 
 
 def test_an_example_of_preflight_keeps_its_lines():
-    from rlhf_recipes.preflight import page
+    from rlhf_recipes.launch.preflight import printed as preflight_report
 
-    rows = page._example({"text": "one\r\ntwo\x1b[2J\n  STOP     three", "ends": None, "eos": []}, "dpo")
+    rows = preflight_report._example({"text": "one\r\ntwo\x1b[2J\n  STOP     three", "ends": None, "eos": []}, "dpo")
     assert rows[1:] == ["           │ one", "           │ two␛[2J", "           │   STOP     three"]
 
 
@@ -378,21 +384,22 @@ def hostile_measurements(said):
 
 def test_the_table_of_an_evaluation():
     from rlhf_recipes.evaluation import summary
+    from rlhf_recipes.evaluation import table as terminal
 
-    assert_printed(lambda said: summary.table(summary.summarise(hostile_measurements(said))))
+    assert_printed(lambda said: terminal.as_text(summary.summarise(hostile_measurements(said))))
 
 
 def test_the_summary_of_a_pipeline(tmp_path):
     from types import SimpleNamespace
 
-    from rlhf_recipes import stages
+    from rlhf_recipes.launch import pipeline
 
     def make(said):
         answers = [{"family": said, "prompt": said, "systems": {said: {"text": said}, "b": {"text": said}}}]
         evaluation = {"parent": said, "recommended": "b", "answers": answers}
         result = {"main": {"name": said, "before": ESTIMATE, "after": ESTIMATE}, "peak_memory_gib": {said: 1.0}}
-        table = stages._table([(SimpleNamespace(name="sft", seconds=1.0), result)])
-        return f"{table}\n{stages._side_by_side(evaluation)}"
+        table = pipeline._table([(SimpleNamespace(name="sft", seconds=1.0), result)])
+        return f"{table}\n{pipeline._side_by_side(evaluation)}"
 
     assert_printed(make)
 
@@ -409,11 +416,11 @@ def sweep_row(said):
 
 
 def test_the_summary_of_a_sweep(tmp_path):
-    from rlhf_recipes import sweep
+    from rlhf_recipes.evaluation import sweeps
 
     def make(said):
         table = {"rows": [sweep_row(said), sweep_row("b")], "objective": "reward", "best": said, "equal": [said]}
-        return sweep.describe(table | {"drawn": True}, tmp_path)
+        return sweeps.describe(table | {"drawn": True}, tmp_path)
 
     assert_printed(make)
 
@@ -423,9 +430,9 @@ def test_a_table_for_spreadsheets_has_no_formula(said):
     import csv
     import io
 
-    from rlhf_recipes import sweep
+    from rlhf_recipes.evaluation import sweeps
 
-    text = sweep._csv([sweep_row(said), sweep_row("b")])
+    text = sweeps._csv([sweep_row(said), sweep_row("b")])
     rows = list(csv.reader(io.StringIO(text)))
     for cell in (cell for row in rows for cell in row):
         assert not cell.lstrip().startswith(("=", "+", "-", "@")), cell
@@ -435,13 +442,14 @@ def test_a_table_for_spreadsheets_has_no_formula(said):
 
 def test_the_summary_of_a_run(capsys, tmp_path):
     from rlhf_recipes import run
+    from rlhf_recipes.training.finish import _print_summary
 
     def make(said):
         job = run.Run(tmp_path / said[:4], "ppo", {})
         result = {"main": {"name": said, "before": ESTIMATE, "after": ESTIMATE}, "peak_memory_gib": {}, "seconds": 1.0}
         result |= {"stopped": said, "samples": [{"completion": said, "reward": 1.0}]}
         finding = dict.fromkeys(("level", "rule", "step", "saw", "means", "change"), said)
-        run._print_summary(job, result | {"doctor": {"verdict": said, "findings": [finding]}})
+        _print_summary(job, result | {"doctor": {"verdict": said, "findings": [finding]}})
         return capsys.readouterr().out
 
     assert_printed(make)
@@ -475,9 +483,10 @@ def test_a_server_s_refusal():
     import threading
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-    from rlhf_recipes import config, text
+    from rlhf_recipes import text
     from rlhf_recipes.cai.backend import Request
     from rlhf_recipes.cai.server import Server
+    from rlhf_recipes.launch.refusals import as_refusal
 
     class Endpoint(BaseHTTPRequestHandler):
         def do_POST(self):
@@ -500,7 +509,7 @@ def test_a_server_s_refusal():
     finally:
         endpoint.shutdown()
         endpoint.server_close()
-    printed = text.line(config.as_refusal(caught.value, "cai"))
+    printed = text.line(as_refusal(caught.value, "cai"))
     assert "422" in printed and "pwned" in printed and "all is well" in printed
     assert len(printed.splitlines()) == 1 and "\x1b" not in printed and "\u202e" not in printed
 
@@ -546,13 +555,14 @@ def test_the_page_of_an_audit(tmp_path):
 def test_pictures_draw_any_name(said, tmp_path):
     from types import SimpleNamespace
 
-    from rlhf_recipes import doctor_page
-    from rlhf_recipes.doctor import Record
-    from rlhf_recipes.evaluation import frontier, page
+    from rlhf_recipes.evaluation import frontier
+    from rlhf_recipes.training import doctor_plot
+    from rlhf_recipes.training.curves import plot_curves
+    from rlhf_recipes.training.doctor import Record
 
-    page.plot_curves([{"step": 1, "loss": 1.0}], tmp_path / "curves.png", said)
+    plot_curves([{"step": 1, "loss": 1.0}], tmp_path / "curves.png", said)
     args = SimpleNamespace(beta=0.1, kl_target=1.0)
-    doctor_page.plot(Record("sft", [{"step": 1, "loss": 1.0}], args, 1), [], tmp_path / "doctor.png", said)
+    doctor_plot.plot(Record("sft", [{"step": 1, "loss": 1.0}], args, 1), [], tmp_path / "doctor.png", said)
     rows = [sweep_row(said) | {"system": said, "recipe": said}, sweep_row("b") | {"system": "b"}]
     frontier.plot(rows, "reward", said, tmp_path / "frontier.png")
     for name in ("curves", "doctor", "frontier"):
@@ -597,12 +607,14 @@ def test_a_run_on_hostile_data_with_a_hostile_parent(train, tmp_path, capfd):
 def test_a_refusal_names_hostile_columns_on_one_line(tmp_path, compose):
     import json
 
-    from rlhf_recipes import config, data, text
+    from rlhf_recipes import text
+    from rlhf_recipes.data.load import load_pairs
+    from rlhf_recipes.launch.refusals import as_refusal
 
     said = HOSTILE.replace("\ud800", "")
     path = tmp_path / "x.jsonl"
     path.write_text(json.dumps({said: "a", "chosen": "b", "rejected": "c"}) + "\n")
     with pytest.raises(ValueError) as caught:
-        data.load_pairs(compose("dpo", "data=local", f"data.path={path}").data)
-    printed = text.line(config.as_refusal(caught.value, "dpo"))
+        load_pairs(compose("dpo", "data=local", f"data.path={path}").data)
+    printed = text.line(as_refusal(caught.value, "dpo"))
     assert "no column 'prompt' (found: x␛]0;pwned␇␛[2J" in printed and len(printed.splitlines()) == 1

@@ -7,6 +7,7 @@ import pytest
 from test_evaluation_summary import by_ensemble, by_hand, fake, steps, with_tasks
 
 from rlhf_recipes.evaluation import checkpoints, page, summary
+from rlhf_recipes.training.curves import _series, plot_curves
 
 EVIL = '<script>alert("x")</script>&<b>$\\frac$'
 
@@ -47,7 +48,7 @@ def test_nothing_is_loaded_from_elsewhere(report):
 
 
 def test_nothing_is_run_or_fetched_where_it_is_published(report, tmp_path):
-    from rlhf_recipes.hub import contents, scan
+    from rlhf_recipes.publish import contents, scan
 
     for html in (
         "<script>x()</script>", "<svg onload='x()'></svg>", "<a href=' javascript:x()'>a</a>", "<img src='//x.com/a'>",
@@ -173,7 +174,7 @@ STEP = {
     ],
 )
 def test_curves_are_drawn_from_any_log(history, tmp_path):
-    page.plot_curves(history, tmp_path / "curves.png", "run $x_1$ <b>")
+    plot_curves(history, tmp_path / "curves.png", "run $x_1$ <b>")
     data = (tmp_path / "curves.png").read_bytes()
     assert data.startswith(b"\x89PNG")
     assert int.from_bytes(data[16:20], "big") == 900  # width in pixels
@@ -181,7 +182,7 @@ def test_curves_are_drawn_from_any_log(history, tmp_path):
 
 def test_series_keep_training_and_held_out_apart():
     history = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "epoch": 1.0}, {"step": 2, "eval_loss": 1.5}]
-    assert page._series(history, ("loss",)) == [
+    assert _series(history, ("loss",)) == [
         ("loss", False, [(1, 2.0), (2, 1.0)]),
         ("loss, held out", True, [(2, 1.5)]),
     ]

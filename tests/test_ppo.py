@@ -173,17 +173,17 @@ def test_an_ensemble_is_put_on_one_scale(build, judge, tmp_path, capsys):
 
 
 def test_the_folder_of_an_ensemble_names_its_members(judge, tmp_path, monkeypatch):
-    from rlhf_recipes import ppo
+    from rlhf_recipes.ppo import sources
 
     for name in ("member_0", "member_1"):
         shutil.copytree(judge, tmp_path / "ensemble" / name)
     monkeypatch.chdir(tmp_path)
     both = ["ensemble/member_0", "ensemble/member_1"]
-    assert ppo.find_rewards("ensemble") == both
-    assert ppo.find_rewards(["ensemble", "json:loads"]) == [*both, "json:loads"]
+    assert sources.find_rewards("ensemble") == both
+    assert sources.find_rewards(["ensemble", "json:loads"]) == [*both, "json:loads"]
     (tmp_path / "ensemble" / "member_1" / "result.json").unlink()
     with pytest.raises(ValueError, match=r"^reward_funcs=ensemble: member_1 is not finished\."):
-        ppo.find_rewards("ensemble")
+        sources.find_rewards("ensemble")
 
 
 @pytest.mark.parametrize("value", ["separate", "head"])
@@ -258,8 +258,7 @@ def test_the_reward_model_scores_as_it_does_alone(build, judge, compose, tiny_mo
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification
 
-    from rlhf_recipes import models
-    from rlhf_recipes.evaluation import measure
+    from rlhf_recipes import inference, models
 
     prompts = [row["prompt"] for row in rows()]
     answers = [[{"role": "assistant", "content": f"Yes, on day {n}. <|im_end|>"}] for n in range(8)]
@@ -267,7 +266,7 @@ def test_the_reward_model_scores_as_it_does_alone(build, judge, compose, tiny_mo
     base = models.load_base(cfg.model, cfg.quantization, AutoModelForSequenceClassification, num_labels=1)
     alone = PeftModel.from_pretrained(base, judge / "adapter")
     typed = [[{**turn, "content": turn["content"].replace("<|im", "< |im")} for turn in answer] for answer in answers]
-    expected = measure.rewards(alone, tokenizer, [p + a for p, a in zip(prompts, typed, strict=True)])
+    expected = inference.rewards(alone, tokenizer, [p + a for p, a in zip(prompts, typed, strict=True)])
     for trainer in (build(str(judge)), build(str(judge / "adapter")), build(alone, lora=False)):
         assert trainer.reward_funcs[0](prompts, answers, 3) == pytest.approx(expected, abs=1e-5)
 

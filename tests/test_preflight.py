@@ -8,9 +8,14 @@ from types import SimpleNamespace
 import pytest
 from omegaconf import OmegaConf
 
-from rlhf_recipes import config, data, memory, models, ppo, preflight, run
-from rlhf_recipes.preflight import footprint, rows, step
-from rlhf_recipes.preflight import job as examination
+from rlhf_recipes import memory, models, run
+from rlhf_recipes.data.fit import fit
+from rlhf_recipes.data.load import load_pairs
+from rlhf_recipes.launch.preflight import job as examination
+from rlhf_recipes.launch.preflight import look as preflight
+from rlhf_recipes.launch.preflight import predict_memory, real_steps, rows
+from rlhf_recipes.launch.recipe import spelled_out
+from rlhf_recipes.ppo import sources
 
 GIB = 2**30
 
@@ -77,7 +82,7 @@ def test_the_report_counts_what_is_planted(planted, compose, tiny_model_override
     cfg = compose("dpo", *tiny_model_overrides, "data=local", f"data.path={planted}",
                   f"data.test_path={planted.with_name('test.jsonl')}")  # fmt: skip
     tokenizer = models.load_tokenizer(cfg.model)
-    splits = data.fit(data.load_pairs(cfg.data), tokenizer, 200, "drop")
+    splits = fit(load_pairs(cfg.data), tokenizer, 200, "drop")
     report = rows.examine(splits, [10] * 24)
     assert report["over_length"] == {"rows": 2, "of": 27, "fate": " (left out)"}
     assert (report["train"], report["test"], report["near_duplicates"]) == (24, 1, 1)
@@ -97,7 +102,7 @@ def test_the_report_counts_what_is_planted(planted, compose, tiny_model_override
 def test_the_example_marks_what_is_trained_and_eos_that_is_cut_off_is_missed(planted, compose, tiny_model_overrides):
     cfg = compose("dpo", *tiny_model_overrides, "data=local", f"data.path={planted}", "data.test_size=2")
     tokenizer = models.load_tokenizer(cfg.model)
-    splits = data.fit(data.load_pairs(cfg.data), tokenizer, None)
+    splits = fit(load_pairs(cfg.data), tokenizer, None)
     found = rows.example(splits, tokenizer, models.model_path(cfg.model))
     text, first = found["text"], splits.train[0]
     assert first["chosen"][0]["content"] in text.partition("⟦")[2].partition("⟧")[0]
@@ -118,7 +123,7 @@ def test_a_backbone_counts_what_a_loaded_model_has(recipe, quantization, compose
     cfg = compose(recipe, *tiny_model_overrides, f"quantization={quantization}")
     load = models.load_reward_model if recipe == "reward" else models.load_policy
     model, lora = load(cfg.model, cfg.quantization, cfg.lora)
-    found = footprint.backbone(cfg, recipe)
+    found = predict_memory.backbone(cfg, recipe)
     base = sum(weight.nbytes for weight in model.parameters())
     if recipe == "reward":
         base -= model.score.weight.nbytes  # counted with LoRA: it is trained
@@ -135,7 +140,7 @@ def test_a_step_allocates_what_is_predicted(recipe, checkpointing, train, tmp_pa
     from torch.profiler import ProfilerActivity, profile
     from transformers import TrainerCallback
 
-    from rlhf_recipes import callbacks
+    from rlhf_recipes.training import callbacks
 
     class Count(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
@@ -166,9 +171,9 @@ def test_a_step_allocates_what_is_predicted(recipe, checkpointing, train, tmp_pa
     settings = ["data=local", f"data.path={pairs}", "data.test_size=4", "trainer.gradient_accumulation_steps=1",
                 "doctor=none", f"trainer.gradient_checkpointing={str(checkpointing).lower()}"]  # fmt: skip
     trained = train(recipe, tmp_path / "run", *settings)
-    base = footprint.backbone(trained.cfg, recipe)
+    base = predict_memory.backbone(trained.cfg, recipe)
     longest = trained.result["counts"]["tokens"]["max"]
-    parts = footprint._step(base, footprint.Batch(4, longest), "cpu", recipe, trained.trainer.args)
+    parts = predict_memory._step(base, predict_memory.Batch(4, longest), "cpu", recipe, trained.trainer.args)
     assert sum(parts.values()) == pytest.approx(count.peak, rel=0.2)
 
 
@@ -176,16 +181,16 @@ def test_peaks_by_hand(compose, tiny_model_overrides):
     """Two layers, 1,000 tokens in the vocabulary; bfloat16 or float32 as the processor has it."""
     cfg = compose("dpo", *tiny_model_overrides, "quantization=none", "lora.r=4")
     args = models.training_args(cfg.trainer, run.Run(Path("x"), "dpo", {}))
-    base = footprint.backbone(cfg, "dpo")
+    base = predict_memory.backbone(cfg, "dpo")
     shape = base.config
     d, f, half = shape.hidden_size, shape.intermediate_size, base.item // 2
     kept = half * (10 * d + 8 * f + 4 * base.keys + 2 * 7 * 4) + 8 * d + 4 * shape.num_attention_heads
     assert base.kept == kept
-    seen = footprint.predict(cfg, "dpo", args, base, footprint.Batch(64, 1000, shapes=3), libraries=GIB)
+    seen = predict_memory.predict(cfg, "dpo", args, base, predict_memory.Batch(64, 1000, shapes=3), libraries=GIB)
     expected = {
-        "libraries": GIB + footprint.STARTED,
+        "libraries": GIB + predict_memory.STARTED,
         "base": base.stored,
-        "kernels": footprint.KERNEL_BYTES * 3 if base.item == 2 else 0,
+        "kernels": predict_memory.KERNEL_BYTES * 3 if base.item == 2 else 0,
         "LoRA": 4 * base.lora,
         "optimizer": 8 * base.lora,
         "gradients": 4 * base.lora,
@@ -271,7 +276,7 @@ def test_a_shape_is_one_whatever_the_rates_are(compose, tiny_overrides):
 
 def test_steps_are_those_of_the_run(train, tmp_path):
     trained = train("dpo", tmp_path / "run", "trainer.max_steps=-1", "data.train_size=7", "trainer.num_train_epochs=3")
-    assert step.total_steps("dpo", trained.trainer.args, 7) == trained.trainer.state.global_step == 6
+    assert real_steps.total_steps("dpo", trained.trainer.args, 7) == trained.trainer.state.global_step == 6
 
 
 def test_real_steps_are_measured_and_their_failure_is_one_line(
@@ -280,23 +285,23 @@ def test_real_steps_are_measured_and_their_failure_is_one_line(
     monkeypatch.setattr("os.environ", dict(clean_env))
     cfg = compose("dpo", *tiny_overrides)
     args = models.training_args(cfg.trainer, run.Run(Path("x"), "dpo", {}))
-    splits = data.fit(data.load_pairs(cfg.data), models.load_tokenizer(cfg.model), args.max_length)
+    splits = fit(load_pairs(cfg.data), models.load_tokenizer(cfg.model), args.max_length)
     sizes = [100 + i for i in range(len(splits.train))]
-    took = step.measure("dpo", tiny_overrides, args, splits, sizes)
+    took = real_steps.measure("dpo", tiny_overrides, args, splits, sizes)
     assert took["seconds"] > 0 and 0.3 < took["peak_gib"] < 8
-    failed = step.measure("dpo", [*tiny_overrides, "trainer.loss_type=[nonsense]"], args, splits, sizes)
+    failed = real_steps.measure("dpo", [*tiny_overrides, "trainer.loss_type=[nonsense]"], args, splits, sizes)
     assert list(failed) == ["error"] and "\n" not in failed["error"] and "nonsense" in failed["error"]
 
 
 def test_two_steps_are_never_published(compose, tiny_overrides):
     args = models.training_args(compose("dpo", *tiny_overrides).trainer, run.Run(Path("x"), "dpo", {}))
-    told = step._overrides("dpo", [*tiny_overrides, "publish=true", "repo_id=a/b", "data=hh_rlhf"], args, "f")
+    told = real_steps._overrides("dpo", [*tiny_overrides, "publish=true", "repo_id=a/b", "data=hh_rlhf"], args, "f")
     assert not any(each.startswith(("publish", "repo_id", "data=hh")) for each in told) and "data=local" in told
 
 
 def test_a_failure_is_measured_again_and_a_success_is_not(compose, tiny_overrides, tmp_path, monkeypatch):
     answers = [{"error": "no network"}, {"seconds": 1.0, "peak_gib": 1.0}]
-    monkeypatch.setattr(step, "measure", lambda *_: answers.pop(0))
+    monkeypatch.setattr(real_steps, "measure", lambda *_: answers.pop(0))
     cfg = compose("dpo", *tiny_overrides)
     jobs = [examination.Job("", "dpo", cfg, tiny_overrides)]
     with pytest.raises(ValueError, match="its first step fails: no network"):
@@ -309,7 +314,7 @@ def test_a_failure_is_measured_again_and_a_success_is_not(compose, tiny_override
 def test_a_function_as_reward_is_found_after_ppo_was_imported():
     from rlhf_recipes.ppo.config import PPOConfig  # noqa: F401  a module named as one that ppo once had for itself
 
-    assert ppo.find_rewards("json:loads") == ["json:loads"]
+    assert sources.find_rewards("json:loads") == ["json:loads"]
 
 
 # ---- The command line
@@ -317,7 +322,7 @@ def test_a_function_as_reward_is_found_after_ppo_was_imported():
 
 def test_preflight_true_is_spelled_out():
     given = ["trainer.beta=0.1", "preflight=true", "preflight.measure=false", "run_name=preflight=true"]
-    assert config.spelled_out(given) == ["trainer.beta=0.1", "preflight.only=true", *given[2:]]
+    assert spelled_out(given) == ["trainer.beta=0.1", "preflight.only=true", *given[2:]]
 
 
 def test_preflight_alone_trains_nothing_and_says_the_next_command(run_recipe, tiny_overrides, tmp_path):

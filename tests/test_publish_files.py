@@ -7,7 +7,7 @@ import pytest
 from conftest import snapshot
 from test_hub import add_line, publish, refused, run, server, trained  # noqa: F401  fixtures
 
-from rlhf_recipes.hub import manifest
+from rlhf_recipes.publish import manifest
 
 # ruff: noqa: F811
 
@@ -96,10 +96,10 @@ def test_what_was_put_beside_it_stays(run, publish, refused, change, says):
 
 
 def test_a_file_that_is_put_there_while_models_load(run, publish, monkeypatch):
-    from rlhf_recipes import hub
+    from rlhf_recipes.publish import publish as publishing
 
-    measure = hub._measure
-    monkeypatch.setattr(hub, "_measure", lambda *a: write(run.parent / "x", MODEL) and measure(*a))
+    measure = publishing._measure
+    monkeypatch.setattr(publishing, "_measure", lambda *a: write(run.parent / "x", MODEL) and measure(*a))
     with pytest.raises(ValueError, match=r"^folder=x: holds config.json, and no publication of ours"):
         publish("run=dpo", "license=mit", "folder=x")
     assert read(run.parent / "x") == MODEL
@@ -197,15 +197,15 @@ def test_a_card_that_was_edited_there(server, run, refused, publish):
 
 
 def test_a_file_that_is_pushed_while_models_load(server, run, refused, monkeypatch):
-    from rlhf_recipes import hub
+    from rlhf_recipes.publish import publish as publishing
 
-    repo, measure = put(server, {}), hub._measure
+    repo, measure = put(server, {}), publishing._measure
 
     def push(*args):
         repo.add("main", "theirs", {**repo.files, "config.yaml": b"mine"})
         return measure(*args)
 
-    monkeypatch.setattr(hub, "_measure", push)
+    monkeypatch.setattr(publishing, "_measure", push)
     assert refused("run=dpo", "repo_id=ada/x").startswith(
         "repo_id=ada/x: holds 1 files that were not published from here"
     )
@@ -252,15 +252,15 @@ def test_a_repo_that_appears_meanwhile(server, run, refused):
 
 
 def test_a_repo_that_is_made_public_meanwhile(server, run, refused, monkeypatch):
-    from rlhf_recipes import hub
+    from rlhf_recipes.publish import publish as publishing
 
-    repo, measure = put(server, {}), hub._measure
+    repo, measure = put(server, {}), publishing._measure
 
     def open_it(*args):
         repo.private = False
         return measure(*args)
 
-    monkeypatch.setattr(hub, "_measure", open_it)
+    monkeypatch.setattr(publishing, "_measure", open_it)
     assert refused("run=dpo", "repo_id=ada/x").startswith("repo_id=ada/x: is public already.")
     assert len(repo.commits) == 1 and not server.seen["preupload"]
 

@@ -152,7 +152,7 @@ def test_a_secret_is_refused_by_the_name_of_its_file(run, pairs, refused, enviro
 
 def test_words_that_are_no_secrets(run, pairs, monkeypatch):
     """Long names with hyphens; what a vocabulary has anyway; weights, which are any bytes."""
-    from rlhf_recipes.hub import contents, scan
+    from rlhf_recipes.publish import contents, scan
 
     monkeypatch.setenv("ADMIN_PASSWORD", "password")
     staged = run.parent / "staged"
@@ -169,7 +169,7 @@ def test_words_that_are_no_secrets(run, pairs, monkeypatch):
 
 @pytest.mark.parametrize("place", [0, 5, 2**24 - 30, 2**24 - 9, 2**24 + 1, 2**25 + 12000])
 def test_a_secret_anywhere_in_a_large_file(tmp_path, place):
-    from rlhf_recipes.hub import contents, scan
+    from rlhf_recipes.publish import contents, scan
 
     data = bytearray(np.random.default_rng(1).integers(0, 256, 2**25 + 12345, np.uint8).tobytes())
     data[place : place + len(TOKEN) + 2] = b"\0" + TOKEN.encode() + b"\0"
@@ -301,11 +301,11 @@ def test_the_snippet_holds_no_code_of_the_run(run, publish):
 
 
 def test_it_runs_nothing_of_the_current_folder(run):
-    from rlhf_recipes.hub import proof
+    from rlhf_recipes.publish import round_trip
 
     for name in ("json", "yaml", "hydra", "datasets", "torch", "pip"):
         (run.parent / f"{name}.py").write_text(f"open('pwned-{name}', 'w')\n")
-    assert proof.in_fresh_process({"folder": str(run), "splits": []}) == {}
+    assert round_trip.in_fresh_process({"folder": str(run), "splits": []}) == {}
     assert not list(run.parent.glob("pwned*"))
 
 
@@ -313,7 +313,7 @@ def test_what_it_is_given(run, environment, monkeypatch):
     """As many threads as this process has, and no secret, be it in a variable, a file or a URL."""
     import torch
 
-    from rlhf_recipes.hub import proof
+    from rlhf_recipes.publish import round_trip
 
     given = {"HF_TOKEN": TOKEN, "HTTPS_PROXY": "http://me:s3cretly@proxy:8080", "GIT_AUTH": f"Bearer {HEX}"}
     given |= {"HF_TOKEN_PATH": "/somewhere/token", "PIN_KEY": "1234", "HF_HOME": "/cache"}
@@ -326,13 +326,13 @@ def test_what_it_is_given(run, environment, monkeypatch):
         stderr = f"Traceback\nOSError: \x1b[2J{WORD} {TOKEN} is no token\n"
         return subprocess.CompletedProcess(command, 1, "", stderr)
 
-    monkeypatch.setattr(proof.subprocess, "run", note)
+    monkeypatch.setattr(round_trip.subprocess, "run", note)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        task = proof.task(run, OmegaConf.to_container(OmegaConf.load(run / "config.yaml")), reward=False)
+        task = round_trip.task(run, OmegaConf.to_container(OmegaConf.load(run / "config.yaml")), reward=False)
         with pytest.raises(ValueError) as caught:
-            proof.in_fresh_process(task)
+            round_trip.in_fresh_process(task)
     finally:
         torch.set_num_threads(threads)
     assert str(caught.value) == "a fresh process cannot load it (OSError: ␛[2J<secret> <secret> is no token)"
@@ -348,13 +348,13 @@ def test_what_it_is_given(run, environment, monkeypatch):
 def test_it_computes_with_as_many_threads(monkeypatch, tmp_path):
     import torch
 
-    from rlhf_recipes.hub import proof
+    from rlhf_recipes.publish import round_trip
 
     threads = torch.get_num_threads()
-    monkeypatch.setattr(proof, "measure", lambda task: {"threads": torch.get_num_threads()})
+    monkeypatch.setattr(round_trip, "measure", lambda task: {"threads": torch.get_num_threads()})
     (tmp_path / "task.json").write_text(json.dumps({"threads": 3}))
     try:
-        proof._main(str(tmp_path / "task.json"), str(tmp_path / "answer.json"))
+        round_trip._main(str(tmp_path / "task.json"), str(tmp_path / "answer.json"))
     finally:
         torch.set_num_threads(threads)
     assert json.loads((tmp_path / "answer.json").read_text()) == {"threads": 3}
@@ -362,12 +362,12 @@ def test_it_computes_with_as_many_threads(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("other", [{"threads": 99}, {"device": "GPU"}, {"kernels": "AVX1024"}, {"versions": {}}])
 def test_numbers_of_another_machine_are_measured_anew(run, other):
-    from rlhf_recipes import hub
-    from rlhf_recipes.hub import contents
+    from rlhf_recipes.publish import contents
+    from rlhf_recipes.publish import publish as publishing
 
     source = contents.find("dpo", None)
-    kept = hub._probe(source)
+    kept = publishing._probe(source)
     change(run / "probe.json", lambda found: found.update(values=[0.0] * 32, machine={**found["machine"], **other}))
-    assert hub._probe(source) == kept == json.loads((run / "probe.json").read_text())
+    assert publishing._probe(source) == kept == json.loads((run / "probe.json").read_text())
     change(run / "probe.json", lambda found: found.update(values=[1.0] * 32))
-    assert hub._probe(source)["values"] == [1.0] * 32  # of this machine they are kept
+    assert publishing._probe(source)["values"] == [1.0] * 32  # of this machine they are kept

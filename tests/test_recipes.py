@@ -77,15 +77,16 @@ def load_base(cfg, recipe):
 
 
 def held_out(cfg, tokenizer):
-    from rlhf_recipes import data
+    from rlhf_recipes.data.fit import fit
+    from rlhf_recipes.data.load import load_pairs
 
-    return data.fit(data.load_pairs(cfg.data), tokenizer, 1024).test
+    return fit(load_pairs(cfg.data), tokenizer, 1024).test
 
 
 def measured(model, tokenizer, recipe, rows):
-    from rlhf_recipes.evaluation import measure
+    from rlhf_recipes import inference
 
-    of_pairs = measure.pair_rewards if recipe == "reward" else measure.pair_logps
+    of_pairs = inference.pair_rewards if recipe == "reward" else inference.pair_logps
     return torch.tensor([list(row.values()) for row in of_pairs(model, tokenizer, rows)], dtype=torch.float64)
 
 

@@ -101,7 +101,8 @@ def command(recipe, overrides, cwd, kill, log):
 def arm(what, moment=None):
     from transformers import Trainer, TrainerState
 
-    from rlhf_recipes import callbacks, models
+    from rlhf_recipes import models
+    from rlhf_recipes.training import callbacks
 
     def die(*_args, **_kwargs):
         os.kill(os.getpid(), signal.SIGKILL)

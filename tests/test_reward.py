@@ -14,7 +14,7 @@ def trainer(tiny_model, tmp_path):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
     from trl import RewardConfig, RewardTrainer
 
-    from rlhf_recipes.reward import SoftLabelRewardTrainer
+    from rlhf_recipes.training.reward_trainer import SoftLabelRewardTrainer
 
     def made(labels, trl=False, **settings):
         set_seed(0)

@@ -9,6 +9,8 @@ import pytest
 from conftest import ROOT, TINY_ID, merged, snapshot
 
 from rlhf_recipes import config, secrets
+from rlhf_recipes.launch import keys
+from rlhf_recipes.launch.refusals import as_refusal
 
 # Written in pieces: this file holds no token.
 LETTERS = "aB3dE6gH9jK2mN5pQ8rS1tU4vW7xY0zA3bC6dE9fG2hJ5kL8"
@@ -191,7 +193,7 @@ def test_what_is_filled_in_later_is_looked_at_too(compose, variable):
     variable("PLACE", f"pairs/{PLANTED}.jsonl")
     cfg = compose("dpo", "data=local", "data.path=${oc.env:PLACE}")
     with pytest.raises(ValueError, match=r"^data.path: holds the value of the environment variable WANDB_API_KEY, wh"):
-        config.check(cfg, "dpo")
+        keys.check(cfg, "dpo")
 
 
 def test_a_file_may_not_hold_one_either(compose, variable, tmp_path):
@@ -209,9 +211,9 @@ def test_a_file_may_not_hold_one_either(compose, variable, tmp_path):
 
 
 def test_null_is_no_secret_and_names_of_variables_are_none(compose, no_secrets_here):
-    config.check(compose("dpo", "trainer.hub_token=null"), "dpo")
+    keys.check(compose("dpo", "trainer.hub_token=null"), "dpo")
     cfg = compose("cai", "judge=server", "judge.model=m", "judge.api_key_env=OPENAI_API_KEY", "generator=local")
-    config.check(cfg, "cai")
+    keys.check(cfg, "cai")
 
 
 # ---- what is printed
@@ -256,6 +258,6 @@ def test_a_refusal_is_one_line_without_control_characters(variable):
     variable("MY_TOKEN", PLANTED)
     with pytest.raises(ValueError) as caught:
         config.check_value(f"\x1b]0;pwned\x07x\n{PLANTED}", "a", int)
-    line = config.as_refusal(caught.value, None)
+    line = as_refusal(caught.value, None)
     assert "\x1b" not in line and "\n" not in line and PLANTED not in line
     assert line.startswith("␛]0;pwned␇x <secret>=a: must be a whole number.")

@@ -13,8 +13,8 @@ import pytest
 from omegaconf import OmegaConf
 from test_evaluation_summary import fake
 
-from rlhf_recipes import sweep
-from rlhf_recipes.evaluation import frontier, systems
+from rlhf_recipes.evaluation import frontier, measure, sweeps
+from rlhf_recipes.launch import sweep
 from rlhf_recipes.run import write_atomically
 
 NODE = OmegaConf.create({"objective": "auto", "max_kl": None, "max_length_ratio": None})
@@ -162,7 +162,7 @@ def test_what_was_measured_differently_is_not_compared(change, said):
     other = copy.deepcopy(fake(8, 8))
     change(other)
     with pytest.raises(ValueError, match=said):
-        systems.merge([fake(8, 8), other])
+        measure.merge([fake(8, 8), other])
 
 
 @pytest.fixture
@@ -197,34 +197,34 @@ def only(measurements, job):
 
 def test_the_best_beats_those_that_it_is_not_equal_to(written):
     folder = written("s", {"0.1": 0.9, "0.3": 0.88, "1.0": 0.1})
-    found = sweep.rebuild([folder], folder, NODE)
+    found = sweeps.rebuild([folder], folder, NODE)
     assert found["objective"] == "win_rate"
     assert {found["best"], *found["equal"]} == {"dpo 0.1", "dpo 0.3"}
-    assert "not told apart from it: dpo 0." in sweep.describe(found, folder)
+    assert "not told apart from it: dpo 0." in sweeps.describe(found, folder)
 
 
 def test_a_job_over_the_budget_is_never_the_best(written):
     folder = written("s", {"1.0": 0.3, "0.1": 0.95})
-    free = sweep.rebuild([folder], folder, NODE)
+    free = sweeps.rebuild([folder], folder, NODE)
     assert free["best"] == "dpo 0.1"
     kl = {row["job"]: row["metrics"]["kl_k1"]["value"] for row in free["rows"]}
     assert kl["0.1"] > kl["1.0"], kl
-    limited = sweep.rebuild([folder], folder, OmegaConf.merge(NODE, {"max_kl": (kl["0.1"] + kl["1.0"]) / 2}))
+    limited = sweeps.rebuild([folder], folder, OmegaConf.merge(NODE, {"max_kl": (kl["0.1"] + kl["1.0"]) / 2}))
     assert limited["best"] == "dpo 1.0"
-    none = sweep.rebuild([folder], folder, OmegaConf.merge(NODE, {"max_kl": -1e9}))
-    assert none["best"] is None and "None is named the best" in sweep.describe(none, folder)
+    none = sweeps.rebuild([folder], folder, OmegaConf.merge(NODE, {"max_kl": -1e9}))
+    assert none["best"] is None and "None is named the best" in sweeps.describe(none, folder)
 
 
 def test_a_broken_job_is_never_the_best(written):
     folder = written("s", {"1.0": 0.3, "0.1": 0.95}, **{"0.1": {"doctor": "broken"}})
-    found = sweep.rebuild([folder], folder, NODE)
+    found = sweeps.rebuild([folder], folder, NODE)
     assert found["best"] == "dpo 1.0" and found["equal"] == []
-    assert f"next      python recipes/evaluate.py 'runs=[\"{folder}/1.0\"]'" in sweep.describe(found, folder)
+    assert f"next      python recipes/evaluate.py 'runs=[\"{folder}/1.0\"]'" in sweeps.describe(found, folder)
 
 
 def test_two_sweeps_with_jobs_of_one_name(written, tmp_path):
     folders = [written("a", {"0.1": 0.9}), written("b", {"0.1": 0.3})]
-    found = sweep.rebuild(folders, tmp_path, NODE)
+    found = sweeps.rebuild(folders, tmp_path, NODE)
     assert found["best"] == f"{folders[0]} 0.1" and [row["system"] for row in found["rows"]][1] == f"{folders[1]} 0.1"
 
 
@@ -234,9 +234,9 @@ def test_jobs_on_other_data_have_a_table_alone(written):
     other = json.loads(path.read_text())
     other["settings"]["data"] = "elsewhere"
     write_atomically(path, json.dumps(other))
-    found = sweep.rebuild([folder], folder, NODE)
+    found = sweeps.rebuild([folder], folder, NODE)
     assert found["best"] is None and [row["value"] is not None for row in found["rows"]] == [True, True]
-    assert "different models or data" in sweep.describe(found, folder) and not (folder / "report.html").exists()
+    assert "different models or data" in sweeps.describe(found, folder) and not (folder / "report.html").exists()
 
 
 def test_reward_models_are_compared_by_what_they_are_about(tmp_path):
@@ -248,9 +248,9 @@ def test_reward_models_are_compared_by_what_they_are_about(tmp_path):
                "main": {"name": "preference_accuracy", "after": after}, "seconds": 1.0,
                "peak_memory_gib": 1.0}  # fmt: skip
         write_atomically(tmp_path / "rows" / f"{job}.json", json.dumps(row))
-    found = sweep.rebuild([tmp_path], tmp_path, NODE)
+    found = sweeps.rebuild([tmp_path], tmp_path, NODE)
     assert (found["best"], found["equal"]) == ("1e-4", ["1e-3"])
-    said = sweep.describe(found, tmp_path)
+    said = sweeps.describe(found, tmp_path)
     assert "80.0 % [74.0, 86.0]" in said
     assert "frontier" not in said and not (tmp_path / "frontier.png").exists()
     assert [row["preference_accuracy"] for row in table(tmp_path)] == ["0.55", "0.8", "0.75"]
@@ -258,7 +258,7 @@ def test_reward_models_are_compared_by_what_they_are_about(tmp_path):
 
 def test_no_rows_is_said(tmp_path):
     with pytest.raises(ValueError, match="holds no rows of a sweep"):
-        sweep.read(tmp_path)
+        sweeps.read(tmp_path)
 
 
 def test_pareto():
@@ -268,12 +268,12 @@ def test_pareto():
 
 def test_jobs_are_sorted_by_their_numbers(tmp_path):
     names = ["beta=10", "beta=2", "beta=0.1", "beta=1e-3"]
-    assert sorted(names, key=sweep._natural) == ["beta=1e-3", "beta=0.1", "beta=2", "beta=10"]
+    assert sorted(names, key=sweeps._natural) == ["beta=1e-3", "beta=0.1", "beta=2", "beta=10"]
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in Path(sweep.config.CONF / "sweep").glob("[!b]*.yaml")))
+@pytest.mark.parametrize("name", sorted(path.stem for path in Path(sweeps.config.CONF / "sweep").glob("[!b]*.yaml")))
 def test_shipped_sweeps_compose_and_name_their_jobs(name, compose):
-    text = OmegaConf.load(sweep.config.CONF / "sweep" / f"{name}.yaml")
+    text = OmegaConf.load(sweeps.config.CONF / "sweep" / f"{name}.yaml")
     recipe = name.partition("_")[0]
     assert compose(recipe, f"sweep={name}", *(["reward_funcs=x"] if recipe == "ppo" else [])).run_name == name
     for key in text.hydra.sweeper.params:

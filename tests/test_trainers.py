@@ -43,7 +43,8 @@ def by_hand(recipe, quantization, tiny_model, cfg, folder):
         set_seed,
     )
 
-    from rlhf_recipes import data
+    from rlhf_recipes.data.fit import fit
+    from rlhf_recipes.data.load import load_demonstrations, load_pairs
 
     config, own = ARGUMENTS[recipe]
     cpu = not torch.cuda.is_available()
@@ -85,8 +86,8 @@ def by_hand(recipe, quantization, tiny_model, cfg, folder):
     model.config.pad_token_id = tokenizer.pad_token_id
     if recipe == "reward":
         model.score.float()
-    rows = data.load_demonstrations(cfg.data) if recipe == "sft" else data.load_pairs(cfg.data)
-    train_dataset, _ = data.fit(rows, tokenizer, 1024).to_datasets()
+    rows = load_demonstrations(cfg.data) if recipe == "sft" else load_pairs(cfg.data)
+    train_dataset, _ = fit(rows, tokenizer, 1024).to_datasets()
     trainer = imported(TRAINERS[recipe])(
         model=model,
         args=args,

@@ -46,8 +46,9 @@ sys.argv = ["dpo", *sys.argv[1:]]
 try:
     runpy.run_module("rlhf_recipes.recipes.dpo", run_name="__main__")
 finally:
-    import rlhf_recipes.conf, rlhf_recipes.data
-    print(rlhf_recipes.conf.__file__, rlhf_recipes.data.CLINIC, "torch" in sys.modules, sep="\\n", file=sys.stderr)
+    import rlhf_recipes.conf
+    from rlhf_recipes.data.load import CLINIC
+    print(rlhf_recipes.conf.__file__, CLINIC, "torch" in sys.modules, sep="\\n", file=sys.stderr)
 """
     env = {**clean_env, "PYTHONPATH": str(installed)}
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
-from rlhf_recipes import config, ppo, run
+from rlhf_recipes import config, ensemble, run
 from rlhf_recipes.audit.scoring import Ensemble, members
-from rlhf_recipes.evaluation import ensemble
+from rlhf_recipes.ppo import sources
 
 Gold = Callable[[list[dict], list[str], str], np.ndarray]
 TO_LABEL = "to_label.jsonl"
@@ -120,7 +120,7 @@ class Sampler:
 
     def answers(self, adapter: Path | None, rows: list[dict], part: str, kl: bool = False) -> list[dict]:
         """`text` and, with `kl`, `k1` (nats) of one answer to the prompt of each row; adapter None: the start."""
-        from rlhf_recipes.evaluation import measure
+        from rlhf_recipes import inference
 
         used = adapter or self.parent
         asked = [row["prompt"] for row in rows]
@@ -131,27 +131,27 @@ class Sampler:
         if path.is_file() and (known := json.loads(path.read_text(encoding="utf-8")))["key"] == key:
             return known["answers"]
         with self._loaded().using(used and str(used)) as model:
-            answers = measure.generate(model, self.tokenizer, asked, max_new_tokens=self.cfg.max_new_tokens,
+            answers = inference.generate(model, self.tokenizer, asked, max_new_tokens=self.cfg.max_new_tokens,
                                        temperature=1.0, seed=self.cfg.seed, what=f"{part}: answers")  # fmt: skip
         if kl:
             encoded = [(answer["ids"], answer["start"]) for answer in answers]
             own, reference = (self._logps(folder, encoded, part) for folder in (used, self.parent))
             for answer, p, q in zip(answers, own, reference, strict=True):
-                answer["k1"] = measure.kl_terms(p, q)[0]
+                answer["k1"] = inference.kl_terms(p, q)[0]
         kept = [{key: answer[key] for key in ("text", "k1") if key in answer} for answer in answers]
         self.keep.mkdir(parents=True, exist_ok=True)
         run.write_atomically(path, json.dumps({"key": key, "answers": kept}, ensure_ascii=False))
         return kept
 
     def _logps(self, folder: Path | None, encoded: list, part: str) -> list:
-        from rlhf_recipes.evaluation import measure
+        from rlhf_recipes import inference
 
         with self._loaded().using(folder and str(folder)) as model:
-            return measure.token_logps(model, self.tokenizer.pad_token_id, encoded, f"{part}: KL")
+            return inference.token_logps(model, self.tokenizer.pad_token_id, encoded, f"{part}: KL")
 
     def _loaded(self):
         if self._policies is None:
-            from rlhf_recipes.evaluation.systems import Policies, System
+            from rlhf_recipes.adapters import Policies, System
 
             folders = [self.parent, *self.adapters]
             found = [System(str(folder), folder and str(folder)) for folder in folders]
@@ -186,7 +186,7 @@ def _proxy(cfg: DictConfig, folder: str, reward_models: list[Path]) -> str | int
     given = config.get("reward_funcs") or []
     given = [given] if isinstance(given, str) else given
     try:
-        named = ppo.expand(given)
+        named = sources.expand(given)
         weights = config["trainer"].get("reward_weights") or [1.0] * len(named)
         paid = [each for each, weight in zip(named, weights, strict=True) if weight]
         hashes = [run.adapter_sha256(run.resolve_adapter(each)) for each in paid]
@@ -215,18 +215,18 @@ def _call(function: Callable, name: str, rows: list[dict], texts: list[str]) -> 
 
 def _labels(path: str) -> dict[tuple[str, str], float]:
     """(prompt_id, answer) -> gold of a file of labels."""
-    from rlhf_recipes.data import readers, shapes
+    from rlhf_recipes.data import formats, readers
 
     labels = {}
     for where, values in readers.read_file(path):
-        row = shapes.Row(where, values, {key: key for key in (*shapes.COLUMNS, "answer", "gold")})
+        row = formats.Row(where, values, {key: key for key in (*formats.COLUMNS, "answer", "gold")})
         if row.value("gold") is None:
             continue
         if not isinstance(row.value("gold"), int | float):
             raise ValueError(f"{where}: gold: {row.value('gold')!r:.40} is no number. Correct it.")
         turns = row.value("prompt")
         turns = [{"role": "user", "content": turns}] if isinstance(turns, str) else turns
-        labels[shapes.prompt_id(turns), row.text("answer")] = float(row.value("gold"))
+        labels[formats.prompt_id(turns), row.text("answer")] = float(row.value("gold"))
     return labels
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from rlhf_recipes import stats
 from rlhf_recipes.audit import section
-from rlhf_recipes.evaluation.summary import refuses
+from rlhf_recipes.text_metrics import refuses
 
 KEY, TITLE = "coverage", "Coverage"
 QUESTION = "Which kinds of prompts and answers did people or judges compare, and which never?"
@@ -106,7 +106,7 @@ def worth_labelling(prompts: list[str], novelty, uncertainty, families: list[str
     Returns:
         `index`, `prompt`, `family`, `score`, `novelty`, `uncertainty`.
     """
-    from rlhf_recipes.cai.filters import jaccard
+    from rlhf_recipes.text_metrics import jaccard
 
     if not prompts:
         return []

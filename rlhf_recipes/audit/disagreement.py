@@ -19,7 +19,7 @@ import numpy as np
 from rlhf_recipes import stats
 from rlhf_recipes.audit.judgements import LABELS, Judgement, Pair, by_judge, by_pair
 from rlhf_recipes.audit.section import curve, dots, example, examples, figure, lines, section, skipped, table
-from rlhf_recipes.config import nearest
+from rlhf_recipes.errors import nearest
 
 TITLE = "Disagreement"
 QUESTION = "Where do judges, principles and people disagree, and does the reward model show it?"

@@ -27,7 +27,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from rlhf_recipes.data import readers, shapes
+from rlhf_recipes.data import formats, readers
 from rlhf_recipes.run import write_atomically
 
 LABELS = ("human", "data")
@@ -194,11 +194,11 @@ def _read(where: str, row: dict[str, Any]) -> Judgement:
         raise ValueError(f"{where}: flip = {flip!r:.40}: must be true, false or null. Mend or remove it.")
     prompt = None
     if row.get("prompt"):
-        prompt = shapes.Row(where, row, {"prompt": "prompt"}).messages("prompt", "user")
+        prompt = formats.Row(where, row, {"prompt": "prompt"}).messages("prompt", "user")
     if row.get("prompt_id") in (None, ""):
         if not prompt:
             raise ValueError(f"{where}: prompt_id: missing, and no prompt to take it from. Add one of the two.")
-        prompt_id = shapes.prompt_id(prompt)
+        prompt_id = formats.prompt_id(prompt)
     else:
         prompt_id = _text(where, row, "prompt_id")
     return {"prompt_id": prompt_id, "prompt": prompt, **found, "p": float(p), "flip": flip}

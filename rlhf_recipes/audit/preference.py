@@ -2,9 +2,10 @@
 
 import numpy as np
 
-from rlhf_recipes import data, stats
+from rlhf_recipes import stats
 from rlhf_recipes.audit import section
-from rlhf_recipes.evaluation.metrics import wins
+from rlhf_recipes.data.load import shorter_wins
+from rlhf_recipes.training.metrics import wins
 
 KEY, TITLE = "preference", "Held-out preferences"
 QUESTION = "Does the reward model prefer what people preferred, on pairs that it has not seen?"
@@ -21,11 +22,11 @@ def audit(rows: list[dict], margins_N, train: list[dict]) -> dict:
     """
     margins_N = np.asarray(margins_N, dtype=float)
     ids, right = [row["prompt_id"] for row in rows], wins(margins_N.tolist())
-    shorter = data.shorter_wins(rows)
+    shorter = shorter_wins(rows)
     share = sum(shorter) / max(len(shorter), 1)
     rule, baseline = max(("the shorter answer wins", share), ("the longer answer wins", 1 - share), key=lambda r: r[1])
     accuracy = stats.estimate(right, ids)
-    longer = stats.estimate([1 - each for each in data.shorter_wins(train)], [row["prompt_id"] for row in train])
+    longer = stats.estimate([1 - each for each in shorter_wins(train)], [row["prompt_id"] for row in train])
     figures = [
         section.figure(
             "accuracy", "Preference accuracy", accuracy, unit="%", better="higher", baseline=(rule, baseline),

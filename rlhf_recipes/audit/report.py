@@ -6,9 +6,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from rlhf_recipes import data, run
+from rlhf_recipes import run
 from rlhf_recipes.audit import judgements, page, verdict
-from rlhf_recipes.audit.steps import Findings, Sources
+from rlhf_recipes.audit.run_audit import Findings, Sources
+from rlhf_recipes.data.load import Splits
 from rlhf_recipes.stats import format_estimate
 from rlhf_recipes.text import line
 
@@ -16,7 +17,7 @@ WIDTH = 110
 WEAKEST = 5
 
 
-def build(cfg: DictConfig, sources: Sources, pairs: data.Splits, found: Findings) -> dict[str, Any]:
+def build(cfg: DictConfig, sources: Sources, pairs: Splits, found: Findings) -> dict[str, Any]:
     """audit.json: what was audited, the sections, the gates and the verdict in plain words."""
     decided = verdict.decide(found.sections, dict(cfg.thresholds))
     names = [str(run.folder_of(folder)) for folder in sources.reward_models]

@@ -12,15 +12,16 @@ import numpy as np
 from omegaconf import DictConfig
 
 from rlhf_recipes import run
-from rlhf_recipes.data import neutralise
-from rlhf_recipes.evaluation import systems
+from rlhf_recipes.adapters import RewardModels
+from rlhf_recipes.data.tokens import neutralise
+from rlhf_recipes.evaluation import measure
 
 Message = dict[str, str]
 
 
 def members(reference: str | list[str], base_model: str, key: str = "reward_model") -> list[Path]:
     """Adapter folders of the reward models that `key=reference` names: see `evaluation.systems.find_scorer`."""
-    return [Path(system.adapter) for system in systems.find_scorer(reference, base_model, key)]
+    return [Path(system.adapter) for system in measure.find_scorer(reference, base_model, key)]
 
 
 @dataclass
@@ -68,7 +69,7 @@ class Ensemble:
         return Scored(np.array([each["rewards"] for each in found]), found[0].get("features"))
 
     def _member(self, m: int, turns: list, part: str, asked: str, features: bool) -> dict:
-        from rlhf_recipes.evaluation import measure
+        from rlhf_recipes import inference
 
         path, key = self.keep / f"{part.replace(' ', '_')}.{m}.npz", f"{self.hashes[m]} {asked}"
         if path.is_file():
@@ -76,7 +77,7 @@ class Ensemble:
                 if str(known["key"]) == key and (not features or "features" in known):
                     return {name: known[name] for name in known.files}
         what = f"{part}, reward model {m + 1}/{len(self.folders)}" if len(self.folders) > 1 else part
-        scored = measure.rewards_and_features(self._model(m), self.tokenizer, turns, what)
+        scored = inference.rewards_and_features(self._model(m), self.tokenizer, turns, what)
         found = {"key": np.array(key), "rewards": np.array([score for score, _ in scored], dtype=np.float64)}
         if features:
             found["features"] = np.array([each for _, each in scored], dtype=np.float32)
@@ -88,5 +89,5 @@ class Ensemble:
 
     def _model(self, m: int):
         if self._models is None:
-            self._models = systems.RewardModels(*self.settings, self.folders)
+            self._models = RewardModels(*self.settings, self.folders)
         return self._models.using(self.folders[m])

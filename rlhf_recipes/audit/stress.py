@@ -19,7 +19,8 @@ import numpy as np
 
 from rlhf_recipes import stats
 from rlhf_recipes.audit import section
-from rlhf_recipes.data import readers, shapes, shorter_wins
+from rlhf_recipes.data import formats, readers
+from rlhf_recipes.data.load import shorter_wins
 
 CLINIC = Path(__file__).parents[1] / "assets" / "stress" / "clinic.jsonl"
 TITLE = "Under stress"
@@ -101,7 +102,7 @@ def load(path: str | Path) -> tuple[list[dict], list[dict]]:
     """
     pairs, templates = [], []
     for where, values in readers.read_file(str(path)):
-        row = shapes.Row(where, values, {key: key for key in shapes.COLUMNS} | {key: key for key in KEYS})
+        row = formats.Row(where, values, {key: key for key in formats.COLUMNS} | {key: key for key in KEYS})
         family = row.text("family").strip()
         if not family:
             raise ValueError(f"{where}: family: must name the kind of stress, not be blank. Fill it in.")
@@ -113,10 +114,10 @@ def load(path: str | Path) -> tuple[list[dict], list[dict]]:
             continue
         for key in ("prompt", "chosen", "rejected"):
             row.value(key)
-        pair = next(iter(shapes.candidates(row, "pairs", "all", ("chosen", "rejected"))))
+        pair = next(iter(formats.candidates(row, "pairs", "all", ("chosen", "rejected"))))
         if isinstance(pair, str):
             raise ValueError(f"{where}: prompt, chosen, rejected: no pair ({pair}). Mend or remove the row.")
-        pairs.append({**pair, "family": family, "prompt_id": shapes.prompt_id(pair["prompt"]), "p": None})
+        pairs.append({**pair, "family": family, "prompt_id": formats.prompt_id(pair["prompt"]), "p": None})
     return pairs, templates
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from rlhf_recipes import stats
 from rlhf_recipes.audit import section
-from rlhf_recipes.evaluation.ensemble import LAMBDA, combine, standardise
+from rlhf_recipes.ensemble import LAMBDA, combine, standardise
 
 KEY, TITLE = "uncertainty", "Uncertainty"
 QUESTION = "Does the reward model know when it does not know?"

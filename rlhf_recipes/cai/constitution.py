@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf_recipes.config import nearest
+from rlhf_recipes.errors import nearest
 
 FRAMINGS = ("positive", "negative")
 FIELDS = {

@@ -18,8 +18,9 @@ import numpy as np
 import xxhash
 
 from rlhf_recipes import stats
-from rlhf_recipes.cai import filters, layout, steps
+from rlhf_recipes.cai import filters, make_pairs, prompt_templates
 from rlhf_recipes.run import write_atomically
+from rlhf_recipes.text_metrics import BANDS, near_duplicate_keys
 
 PREFS, SFT = ("train_prefs", "test_prefs", "ties", "disputed"), ("train_sft", "test_sft")
 # A closing sentence in more of the rows than this was learned by heart.
@@ -107,9 +108,9 @@ def write(shards: list[Path], folder: Path, provenance: dict[str, Any]) -> dict[
     return made
 
 
-def _records(shards: Iterable[Path]) -> Iterator[steps.Record]:
+def _records(shards: Iterable[Path]) -> Iterator[make_pairs.Record]:
     for shard in shards:
-        yield from steps.read(shard)
+        yield from make_pairs.read(shard)
 
 
 def _sides(pair: dict) -> tuple[str, str]:
@@ -166,7 +167,7 @@ def _repeated(shards: list[Path]) -> np.ndarray:
     total = 0
     for n, record in enumerate(_records(shards)):
         asked = "\n".join(turn["content"] for turn in record["prompt"] if turn["role"] != "system")
-        prompts.extend(filters.near_duplicate_keys(asked).tolist())
+        prompts.extend(near_duplicate_keys(asked).tolist())
         pairs.append(len(record["pairs"]))
         test.append(record["split"] == "test")
         for number, pair in enumerate(record["pairs"], total):
@@ -175,13 +176,13 @@ def _repeated(shards: list[Path]) -> np.ndarray:
                 ending = filters.closer(chosen)
                 numbers.append(number)
                 owners.append(n)
-                replies.extend(filters.near_duplicate_keys(chosen).tolist())
+                replies.extend(near_duplicate_keys(chosen).tolist())
                 closers.append(xxhash.xxh3_64_intdigest(ending.encode()) if ending else 0)
         total += len(record["pairs"])
 
     found_N = np.zeros(total, np.uint8)
     test_P, leaked_P = np.array(test, bool), np.zeros(len(test), bool)
-    for keys_P in np.asarray(prompts).reshape(-1, filters.BANDS).T:
+    for keys_P in np.asarray(prompts).reshape(-1, BANDS).T:
         leaked_P |= np.isin(keys_P, keys_P[test_P])
     leaked_P &= ~test_P
     found_N[np.repeat(leaked_P, np.asarray(pairs))] = REPEATED.index("leakage")
@@ -189,7 +190,7 @@ def _repeated(shards: list[Path]) -> np.ndarray:
     owners_A, numbers_A = np.asarray(owners), np.asarray(numbers)
     left_A = np.argsort(~test_P[owners_A], kind="stable")
     left_A = left_A[~leaked_P[owners_A[left_A]]]
-    for keys_A in np.asarray(replies).reshape(-1, filters.BANDS).T:
+    for keys_A in np.asarray(replies).reshape(-1, BANDS).T:
         _, first, inverse = np.unique(keys_A[left_A], return_index=True, return_inverse=True)
         alike = owners_A[left_A] != owners_A[left_A][first][inverse]
         found_N[numbers_A[left_A[alike]]] = REPEATED.index("near_duplicate")
@@ -230,7 +231,7 @@ class _Tally:
         self.accepted.append(route == "accepted")
         self.speaking += pair["speaks_to_judge"]
         asked = (turn["content"] for turn in record["prompt"])
-        typed = layout.chat_tokens(*asked, pair["first"], pair["second"])
+        typed = prompt_templates.chat_tokens(*asked, pair["first"], pair["second"])
         self.neutralised.update(rows=typed > 0, occurrences=typed)
         cell = self.cells.setdefault(f"{record['family'] or 'none'}/{pair['source']}", Counter())
         cell["pairs"] += 1

@@ -9,12 +9,10 @@ import re
 import unicodedata
 from collections import Counter
 
-import numpy as np
-import xxhash
 from omegaconf import DictConfig
 
-from rlhf_recipes.cai.layout import MARKER, visible
-from rlhf_recipes.evaluation.summary import refuses
+from rlhf_recipes.cai.prompt_templates import MARKER, visible
+from rlhf_recipes.text_metrics import jaccard, refuses, words
 
 _REVISED = "new|final|revised|rewritten|improved|corrected|edited|updated|better|reworded|rephrased"
 _REPLY = "reply|response|answer|version|revision|rewrite"
@@ -62,10 +60,6 @@ INJECTION = re.compile("|".join(INJECTIONS), re.IGNORECASE | re.DOTALL | re.MULT
 EMOJI = re.compile("[\U0001f300-\U0001faff\u2600-\u27bf]\ufe0f?")
 EMOJI_RUN = re.compile(rf"(?:{EMOJI.pattern}\s*){{3}}")
 STUCK = re.compile(r"([^\W\d_]|[!?])\1{9}")  # "nooooooooooo"
-WORD = re.compile(r"\w+(?:'\w+)?")
-BANDS, ROWS = 8, 4
-# Odd, so that each permutes the 64-bit numbers.
-FACTORS = np.array([xxhash.xxh3_64_intdigest(b"", seed=n) | 1 for n in range(BANDS * ROWS)], np.uint64)
 
 
 def strip_preamble(text: str) -> str:
@@ -76,16 +70,6 @@ def strip_preamble(text: str) -> str:
         if len(stripped) > 1 and stripped[0] == begin and stripped[-1] == end and not {begin, end} & set(inside):
             stripped = inside.strip()
     return stripped
-
-
-def words(text: str) -> list[str]:
-    return WORD.findall(text.lower().replace("’", "'"))
-
-
-def jaccard(a: str, b: str) -> float:
-    """|A and B| / |A or B| of the words; 1 for two texts without words."""
-    left, right = set(words(a)), set(words(b))
-    return len(left & right) / len(left | right) if left | right else 1.0
 
 
 def unfit_reply(text: str, finished: bool, limits: DictConfig) -> str | None:
@@ -144,14 +128,3 @@ def closer(text: str) -> str | None:
     sentences = [part for part in re.split(r"(?<=[.!?])\s+", text.strip()) if part]
     last = " ".join(words(sentences[-1])) if len(sentences) > 1 else ""
     return last if last.count(" ") >= 3 else None
-
-
-def near_duplicate_keys(text: str) -> np.ndarray:
-    """Keys, uint64 of shape (BANDS,), of which near-duplicates share one: MinHash over sequences of five words, in
-    `BANDS` bands of `ROWS` values (Broder 1997). Two texts with Jaccard similarity s share a key with probability
-    1 - (1 - s^4)^8: 0.985 at 0.8, 0.06 at 0.3."""
-    tokens = words(text)
-    shingles = {" ".join(tokens[i : i + 5]) for i in range(max(1, len(tokens) - 4))}
-    hashes_S = np.array([xxhash.xxh3_64_intdigest(each.encode()) for each in shingles], np.uint64)
-    least = (hashes_S[:, None] * FACTORS).min(0).reshape(BANDS, ROWS)
-    return np.array([xxhash.xxh3_64_intdigest(row.tobytes(), seed=n) for n, row in enumerate(least)], np.uint64)

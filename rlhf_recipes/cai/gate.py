@@ -7,11 +7,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import data
 from rlhf_recipes.cai.backend import Backend, Journal, Request
 from rlhf_recipes.cai.judge import Judge, Pair, worth
-from rlhf_recipes.cai.steps import price
+from rlhf_recipes.cai.make_pairs import price
 from rlhf_recipes.config import CONF
+from rlhf_recipes.data.load import load_pairs
 from rlhf_recipes.stats import format_estimate
 
 # Worked on before the estimate, to know the pace; their answers are thrown away.
@@ -31,7 +31,7 @@ def load_gold(cfg: DictConfig) -> list[dict]:
         node = cfg.data
     else:
         node = OmegaConf.merge(OmegaConf.load(CONF / "data" / "base.yaml"), {"path": cfg.gate.gold})
-    rows = data.load_pairs(node).train
+    rows = load_pairs(node).train
     return rows[: cfg.gate.pairs]
 
 

@@ -22,10 +22,10 @@ import numpy as np
 from omegaconf import DictConfig
 
 from rlhf_recipes import stats
-from rlhf_recipes.cai import layout
+from rlhf_recipes.cai import prompt_templates
 from rlhf_recipes.cai.backend import Backend, Journal, Message, Request, ask
 from rlhf_recipes.cai.constitution import Constitution, Principle
-from rlhf_recipes.evaluation.summary import refuses
+from rlhf_recipes.text_metrics import refuses
 
 THINK = "Think about it step by step, in a few sentences, before you answer."
 THEN = "Answer with the letter of one option alone."
@@ -82,8 +82,8 @@ class Judge:
         """prior_k of every principle: the mean over replies without content (`layout.CONTENT_FREE`)."""
         if not self.settings.prior_correction:
             return
-        prompt = [{"role": "user", "content": layout.CONTENT_FREE[0]}]
-        pairs = [Pair("content-free", prompt, text, text) for text in layout.CONTENT_FREE]
+        prompt = [{"role": "user", "content": prompt_templates.CONTENT_FREE[0]}]
+        pairs = [Pair("content-free", prompt, text, text) for text in prompt_templates.CONTENT_FREE]
         asked = [self._question(pair, p, False) for p in self.constitution.principles for pair in pairs]
         odds = [_log_odds(answer["logps"]) for answer in self._ask(asked, journal, "judge: prior")]
         count = len(pairs)
@@ -114,9 +114,9 @@ class Judge:
         return Request(
             pair.prompt_id,
             f"judge.{principle.id}.{'BA' if swapped else 'AB'}",
-            layout.judgement(pair.prompt, first, second, principle),
-            prefix=layout.VERDICT,
-            options=layout.LETTERS,
+            prompt_templates.judgement(pair.prompt, first, second, principle),
+            prefix=prompt_templates.VERDICT,
+            options=prompt_templates.LETTERS,
         )
 
     def _ask(self, requests: list[Request], journal: Journal, what: str) -> list[dict]:
@@ -128,7 +128,7 @@ class Judge:
             ]  # fmt: skip
             thoughts = ask(self.backend, thinking, journal, f"{what}, thinking")
             requests = [
-                replace(r, messages=[*t.messages, *layout.plain([_said(thought["text"])]), _user(THEN)])
+                replace(r, messages=[*t.messages, *prompt_templates.plain([_said(thought["text"])]), _user(THEN)])
                 for r, t, thought in zip(requests, thinking, thoughts, strict=True)
             ]
         return ask(self.backend, requests, journal, what)

@@ -24,7 +24,7 @@ from rlhf_recipes import memory, models, progress, run
 from rlhf_recipes.cai.backend import Answer, Message, Request
 from rlhf_recipes.data.template import render
 from rlhf_recipes.data.tokens import neutralise
-from rlhf_recipes.evaluation.measure import left_pad, stop_ids
+from rlhf_recipes.inference import left_pad, stop_ids
 from rlhf_recipes.sampling import draw
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes import places
-from rlhf_recipes.config import nearest
+from rlhf_recipes.errors import nearest
 from rlhf_recipes.secrets import redact
 
 Located = tuple[str, dict[str, Any]]

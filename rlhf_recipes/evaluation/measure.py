@@ -1,231 +1,322 @@
-"""Forward passes: log-probabilities of answers, scores of a reward model, sampled answers and their KL.
+"""Measure several runs on one base model: each is an adapter that is switched on in turn."""
 
-Shapes: B sequences in a batch, T tokens, K completion tokens, V vocabulary. Log-probabilities are in nats.
-"""
-
-from collections.abc import Iterator
-from contextlib import contextmanager
+import copy
+import json
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
-from rlhf_recipes import memory, progress
-from rlhf_recipes.data.template import render
+from omegaconf import DictConfig
 
-Message = dict[str, str]
+from rlhf_recipes import ensemble, models, run
+from rlhf_recipes import inference as m
+from rlhf_recipes.adapters import BASE, Policies, RewardModels, System
+from rlhf_recipes.data import fit, neutralise
+from rlhf_recipes.data.load import Splits
+from rlhf_recipes.evaluation import checkpoints, judges
+from rlhf_recipes.evaluation import tasks as harness
 
-# Float32 logits of one batch stay below this: a CPU is busy with few rows, a GPU wants many.
-LOGITS_BYTES, LOGITS_BYTES_ON_CPU = 2**29, 2**27
-# Padded tokens of one batch of a forward without logits.
-BATCH_TOKENS = 8192
-
-
-def completion_logps(model, tokenizer, conversations: list[tuple[list[Message], list[Message]]], what: str):
-    """Log-probability of each completion given its prompt, under the chat template.
-
-    Returns:
-        A list of (sum over completion tokens in nats, number of completion tokens) in the order given. The completion
-        starts where the rendered prompt and the rendered whole diverge, as in TRL's DPOTrainer.
-    """
-    return _sums(token_logps(model, tokenizer.pad_token_id, [encode(tokenizer, *c) for c in conversations], what))
+NEUTRAL = Path(__file__).parents[1] / "assets" / "neutral.txt"
+# The reward that each method trains; the others are measured by the log-ratio to what they started from.
+METHOD_REWARD = {"orpo": "average_logp", "simpo": "average_logp"}
 
 
-def text_logps(model, tokenizer, texts: list[str], what: str):
-    """The same for plain texts: every token but the first is predicted."""
-    return _sums(token_logps(model, tokenizer.pad_token_id, [(tokenizer(t)["input_ids"], 1) for t in texts], what))
-
-
-def token_logps(model, pad_id: int, encoded: list[tuple[list[int], int]], what: str) -> list:
-    """Log-probabilities of the tokens from `start` on, a float64 tensor of K values for each (token ids, start)."""
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    results: list[Any] = [None] * len(encoded)
-    with measuring(model):
-        for indices in _batches(encoded, what, model.device, vocabulary):
-            ids_BT, mask_BT, positions_BT = left_pad([encoded[i][0] for i in indices], pad_id, model.device)
-            counts = [len(encoded[i][0]) - encoded[i][1] for i in indices]
-            K = max(counts)
-            output = model(
-                input_ids=ids_BT,
-                attention_mask=mask_BT,
-                position_ids=positions_BT,
-                logits_to_keep=K + 1,
-                use_cache=False,
-            )
-            logits_BKV = output.logits[:, :-1].float()
-            logps_BK = logits_BKV.gather(2, ids_BT[:, -K:, None])[..., 0] - logits_BKV.logsumexp(2)
-            for row, (i, count) in enumerate(zip(indices, counts, strict=True)):
-                results[i] = logps_BK[row, K - count :].double().cpu()
-    return results
-
-
-def _sums(logps: list) -> list[tuple[float, int]]:
-    return [(logps_K.sum().item(), len(logps_K)) for logps_K in logps]
-
-
-def pair_logps(model, tokenizer, rows: list[dict], what: str = "Held-out pairs") -> list[dict]:
-    """`chosen_logp`, `rejected_logp` (sums, nats), `chosen_tokens`, `rejected_tokens` for each preference pair."""
-    both = [(row["prompt"], row[side]) for row in rows for side in ("chosen", "rejected")]
-    logps = completion_logps(model, tokenizer, both, what)
-    return [
-        {"chosen_logp": c[0], "chosen_tokens": c[1], "rejected_logp": r[0], "rejected_tokens": r[1]}
-        for c, r in zip(logps[::2], logps[1::2], strict=True)
-    ]
-
-
-def demonstration_logps(model, tokenizer, rows: list[dict], what: str = "Demonstrations") -> list[tuple[float, int]]:
-    """(log-probability in nats, tokens) of each row's completion."""
-    return completion_logps(model, tokenizer, [(row["prompt"], row["completion"]) for row in rows], what)
-
-
-def rewards(model, tokenizer, conversations: list[list[Message]], what: str = "Rewards") -> list[float]:
-    """r(x, y) of a reward model for each conversation, read at its last token."""
-    return [score for score, _ in rewards_and_features(model, tokenizer, conversations, what)]
-
-
-def rewards_and_features(model, tokenizer, conversations: list[list[Message]], what: str) -> list[tuple]:
-    """(r(x, y), what its score head read, a float32 array of F features) for each conversation."""
-    encoded = [(render(tokenizer, c, return_dict=False), 0) for c in conversations]
-    results: list[Any] = [None] * len(encoded)
-    read: list[Any] = []
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hook = base.score.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0][:, -1].float().cpu()))
-    try:
-        with measuring(model):
-            for indices in _batches(encoded, what, model.device):
-                ids_BT, mask_BT, positions_BT = left_pad(
-                    [encoded[i][0] for i in indices], tokenizer.pad_token_id, model.device
-                )
-                output = model(input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT)
-                scores_B, features_BF = output.logits[:, 0].float().tolist(), read.pop().numpy()
-                for i, score, features in zip(indices, scores_B, features_BF, strict=True):
-                    results[i] = score, features
-    finally:
-        hook.remove()
-    return results
-
-
-def pair_rewards(model, tokenizer, rows: list[dict], what: str = "Held-out pairs") -> list[dict]:
-    """`chosen` and `rejected` rewards for each preference pair."""
-    scores = rewards(
-        model, tokenizer, [row["prompt"] + row[side] for row in rows for side in ("chosen", "rejected")], what
-    )
-    return [{"chosen": c, "rejected": r} for c, r in zip(scores[::2], scores[1::2], strict=True)]
-
-
-def generate(model, tokenizer, prompts: list[list[Message]], *, max_new_tokens, temperature, seed, what) -> list[dict]:
-    """One answer to each prompt: `ids`, `start` (of the answer in `ids`), `text`, `tokens`, `finished` (by its EOS).
-
-    `temperature=0` is greedy; otherwise the full distribution is sampled (no top-p, no top-k), so that
-    log-probabilities of the samples estimate the KL of the policy itself.
-    """
-    import torch
-
-    encoded = [(encode(tokenizer, p, None)[0], 0) for p in prompts]
-    stops = stop_ids(model, tokenizer)
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        if temperature
-        else {"do_sample": False}
-    )
-    results: list[Any] = [None] * len(encoded)
-    torch.manual_seed(seed)
-    with measuring(model):
-        for indices in _batches([(ids + [0] * max_new_tokens, 0) for ids, _ in encoded], what, model.device):
-            ids_BT, mask_BT, _ = left_pad([encoded[i][0] for i in indices], tokenizer.pad_token_id, model.device)
-            out_BT = model.generate(
-                input_ids=ids_BT, attention_mask=mask_BT, max_new_tokens=max_new_tokens, eos_token_id=stops,
-                pad_token_id=tokenizer.pad_token_id, **sampling,
-            )  # fmt: skip
-            for row, i in enumerate(indices):
-                answer = out_BT[row, ids_BT.shape[1] :].tolist()
-                end = next((n for n, token in enumerate(answer) if token in stops), None)
-                answer = answer if end is None else answer[: end + 1]
-                results[i] = {
-                    "ids": encoded[i][0] + answer,
-                    "start": len(encoded[i][0]),
-                    "text": tokenizer.decode(answer, skip_special_tokens=True).strip(),
-                    "tokens": len(answer),
-                    "finished": end is not None,
-                }
-    return results
-
-
-def kl_terms(policy_logps_K, reference_logps_K) -> tuple[float, float]:
-    """k1 and k3 of one sampled answer, summed over its tokens, in nats: see `ppo.algorithm.kl_estimates`."""
-    from rlhf_recipes.ppo.algorithm import kl_estimates
-
-    k1_K, _, k3_K = kl_estimates(policy_logps_K, reference_logps_K)
-    return k1_K.sum().item(), k3_K.sum().item()
-
-
-def encode(tokenizer, prompt: list[Message], completion: list[Message] | None) -> tuple[list[int], int]:
-    """Token ids of the rendered conversation, and where the completion starts in them."""
-    prompt_ids = render(tokenizer, prompt, add_generation_prompt=True, return_dict=False)
-    if completion is None:
-        return prompt_ids, len(prompt_ids)
-    ids = render(tokenizer, prompt + completion, return_dict=False)
-    start = next((n for n, (a, b) in enumerate(zip(prompt_ids, ids, strict=False)) if a != b), len(prompt_ids))
-    return ids, start
-
-
-def _batches(encoded: list[tuple[list[int], int]], what: str, device, vocabulary: int = 0) -> Iterator[list[int]]:
-    """Indices grouped by length, the longest first: an out-of-memory shows at once.
+def find(runs: list[str], parent: str, base_model: str, steps_of: str | None = None) -> list[System]:
+    """The systems that `parent`, `runs` and `checkpoints` name, in this order.
 
     Args:
-        vocabulary: V where the forward pass makes logits of completions, 0 where it makes none that count.
+        steps_of: a run all of whose checkpoints are systems, in the order of their steps.
+
+    Raises:
+        ValueError: a run is not there, is no policy, or was trained on another base.
     """
-    logits_bytes = LOGITS_BYTES_ON_CPU if device.type == "cpu" else LOGITS_BYTES
-    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i][0]))
-
-    def groups():
-        rest = order
-        while rest:
-            size, K, T = 0, 0, len(encoded[rest[0]][0])
-            for i in rest:
-                K = max(K, len(encoded[i][0]) - encoded[i][1] + 1)
-                B = size + 1
-                if size and (B * T > BATCH_TOKENS or 4 * B * K * vocabulary > logits_bytes):
-                    break
-                size = B
-            yield rest[:size]
-            rest = rest[size:]
-
-    for group in progress.batches(what, len(order), groups()):
-        yield group
-        memory.return_freed_memory()
+    if isinstance(runs, str) or not (runs or steps_of):
+        raise ValueError("runs: a list of run folders, at least one: 'runs=[outputs/dpo/main]'.")
+    found = [System(BASE) if parent == BASE else _system(parent, base_model, "parent")]
+    for folder in runs:
+        system = _system(folder, base_model, "runs")
+        if system.adapter not in [s.adapter for s in found]:
+            found.append(system)
+    found += [_checkpoint(*each) for each in checkpoints.find(steps_of, base_model)] if steps_of else []
+    names = [s.name for s in found]
+    for system in found:
+        if names.count(system.name) > 1:
+            system.name = str(run.folder_of(system.adapter))
+    return found
 
 
-def left_pad(sequences: list[list[int]], pad_id: int, device):
-    """Ids, mask and positions; padding on the left aligns the completions at the end."""
-    import torch
+def find_scorer(reference: str | list[str] | None, base_model: str, key: str = "reward_model") -> list[System]:
+    """The reward models that `key=reference` names: none, one, or the members of an ensemble (`ensemble.members`).
 
-    T = max(map(len, sequences))
-    ids_BT = torch.tensor([[pad_id] * (T - len(s)) + s for s in sequences], device=device)
-    mask_BT = torch.tensor([[0] * (T - len(s)) + [1] * len(s) for s in sequences], device=device)
-    return ids_BT, mask_BT, (mask_BT.cumsum(1) - 1).clamp(min=0)
-
-
-def stop_ids(model, tokenizer) -> list[int]:
-    """Every token that ends an answer: those that the model declares, and the tokenizer's."""
-    configured = model.generation_config.eos_token_id
-    stops = configured if isinstance(configured, list) else [configured]
-    return sorted({i for i in [*stops, tokenizer.eos_token_id] if i is not None})
-
-
-@contextmanager
-def measuring(model):
-    """No gradients, no dropout, and the precision that the model was loaded in; afterwards everything as it was.
-
-    Training changes nothing about it: not the float32 norms of a quantized base in ORPOTrainer and CPOTrainer, nor
-    accelerate's mixed-precision `forward`. Before and after differ by what was learned alone.
+    Raises:
+        ValueError: a run is not there, is no reward model, or was trained on another base.
     """
-    import torch
+    found = [_system(each, base_model, key, recipe="reward") for each in ensemble.members(reference, key)]
+    names = [system.name for system in found]
+    for system in found:
+        if names.count(system.name) > 1:
+            system.name = str(run.folder_of(system.adapter))
+    return found
 
-    bf16 = model.config.dtype == torch.bfloat16
-    was_training, trainers_forward = model.training, vars(model).pop("forward", None)
-    model.eval()
+
+def find_proxy(run_folder: str | None, base_model: str) -> System | None:
+    """The reward model that a run of recipes/ppo.py was optimised against; None where it was something else, or is not
+    there."""
+    reference = run_folder and checkpoints.config_of(run_folder).get("reward_funcs")
+    if not isinstance(reference, str):
+        reference = reference[0] if reference and len(reference) == 1 else None
     try:
-        with torch.inference_mode(), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-            yield
-    finally:
-        model.train(was_training)
-        if trainers_forward:
-            model.forward = trainers_forward
+        return _system(reference, base_model, "reward_funcs", recipe="reward") if reference else None
+    except ValueError:
+        return None
+
+
+def measure(
+    cfg: DictConfig,
+    systems: list[System],
+    scorers: list[System],
+    pairs: Splits,
+    judge: Callable | None,
+    before: dict | None = None,
+    tasks: dict | None = None,
+    proxy: System | None = None,
+) -> dict:
+    """MEASUREMENTS for `summary.summarise`: log-probabilities, answers with their KL to the parent, rewards.
+
+    Args:
+        scorers: the reward model, or the members of an ensemble.
+        tasks: of `tasks.find`.
+        proxy: another reward model, whose scores are kept apart.
+        before: measurements on the same pairs with the same settings; what they say of the parent is not measured
+            again.
+    """
+    tokenizer = models.load_tokenizer(cfg.model)
+    rows = fit(pairs, tokenizer, cfg.max_length, cfg.data.too_long).test
+    prompts = _prompts(rows, cfg.prompts)
+    policies = Policies(cfg.model, cfg.quantization, systems)
+    texts = NEUTRAL.read_text(encoding="utf-8").strip().split("\n\n")
+    parent, fresh = systems[0], systems[1:] if before else systems
+    logps, neutral, answers = _known(before, parent) if before else ({}, {}, {})
+    folders = dict.fromkeys(folder for s in fresh for folder in (s.reference, s.adapter))
+    logps |= {folder: policies.pair_logps(folder, tokenizer, rows) for folder in folders if folder not in logps}
+    neutral |= {s.name: policies.neutral(s, tokenizer, texts) for s in fresh}
+    answers |= {s.name: policies.answers(s, parent, tokenizer, prompts, cfg) for s in fresh}
+    scored = {}
+    for s in fresh if tasks else []:
+        with policies.using(s.adapter) as model, m.measuring(model):
+            scored[s.name] = harness.score(model, tokenizer, tasks, cfg.lm_eval, s.name)
+    del policies
+
+    reward_models = before["reward_models"] if before else {}
+    if scorers or proxy:
+        folders = [Path(scorer.adapter) for scorer in (*scorers, *([proxy] if proxy else []))]
+        readers = RewardModels(cfg.model, cfg.quantization, folders)
+        if not before:
+            for scorer in scorers:
+                rewards = m.pair_rewards(readers.using(Path(scorer.adapter)), tokenizer, rows, f"{scorer.name}: pairs")
+                reward_models[scorer.name] = [_labels(r) | each for r, each in zip(rows, rewards, strict=True)]
+        for system in fresh:
+            _reward(readers, scorers, proxy, tokenizer, prompts, answers[system.name], system.name, reward_models)
+        del readers
+    judgements = (
+        {s.name: judges.by_function(judge, prompts, answers, s.name, parent.name) for s in systems[1:]}
+        if judge
+        else {}
+    )
+    return {
+        "parent": parent.name,
+        "systems": [s.name for s in systems],
+        "info": {s.name: _info(s) for s in systems},
+        "pairs": [_pair(i, row, systems, logps) for i, row in enumerate(rows)],
+        "answers": [_answer(i, row, cfg.harmful_families, answers) for i, row in enumerate(prompts)],
+        "judgements": judgements,
+        "reward_models": reward_models,
+        "neutral": neutral,
+        "tasks": _tasks(scored),
+        "settings": {
+            "model": cfg.model.id,
+            "quantization": "none" if "_target_" not in cfg.quantization else dict(cfg.quantization),
+            "data": pairs.source,
+            "reward_model": ", ".join(map(_hashed, scorers)) or None,
+            "temperature": cfg.temperature,
+            "max_new_tokens": cfg.max_new_tokens,
+            "seed": cfg.seed,
+        }
+        | ({"proxy": _hashed(proxy)} if proxy else {})
+        | ({"lm_eval": dict(cfg.lm_eval) | {"version": metadata.version("lm_eval")}} if tasks else {}),
+    }
+
+
+def merge(measurements: list[dict]) -> dict:
+    """One set of measurements from several of the same parent on the same pairs and prompts with the same settings.
+
+    Raises:
+        ValueError: they differ in one of these.
+    """
+    merged = copy.deepcopy(measurements[0])
+    for other in measurements[1:]:
+        for key in ("parent", "settings"):
+            if other[key] != merged[key]:
+                raise ValueError(f"sweeps: measured with different {key}, {merged[key]} and {other[key]}.")
+        for key in ("pairs", "answers"):
+            if [row["prompt_id"] for row in other[key]] != [row["prompt_id"] for row in merged[key]]:
+                raise ValueError(f"sweeps: measured on different {key}. Give both the same data and prompts.")
+            for row, more in zip(merged[key], other[key], strict=True):
+                row["systems"] |= more["systems"]
+        merged["systems"] += [name for name in other["systems"] if name not in merged["systems"]]
+        for key in ("info", "judgements", "reward_models", "neutral"):
+            merged[key] |= other[key]
+    return merged
+
+
+def rename(measurements: dict, old: str, new: str) -> dict:
+    """The measurements with another name for one of their systems."""
+
+    def renamed(by_system: dict) -> dict:
+        return {new if name == old else name: value for name, value in by_system.items()}
+
+    rows = {
+        key: [row | {"systems": renamed(row["systems"])} for row in measurements[key]] for key in ("pairs", "answers")
+    }
+    kept = {key: renamed(measurements[key]) for key in ("info", "judgements", "neutral")}
+    return measurements | rows | kept | {"systems": [new if name == old else name for name in measurements["systems"]]}
+
+
+def _known(before: dict, parent: System) -> tuple[dict, dict, dict]:
+    """Log-probabilities of the pairs, neutral text and answers that measurements hold of the parent."""
+    logps, answers = ([row["systems"][parent.name] for row in before[key]] for key in ("pairs", "answers"))
+    return {parent.adapter: logps}, {parent.name: before["neutral"][parent.name]}, {parent.name: answers}
+
+
+def _reward(
+    readers: RewardModels,
+    scorers: list[System],
+    proxy: System | None,
+    tokenizer,
+    prompts: list[dict],
+    answers: list[dict],
+    name: str,
+    reward_models: dict,
+) -> None:
+    """Give every answer its `reward`; of several reward models their mean, worst case and spread; and its `proxy`."""
+    scores = [
+        _score(readers.using(Path(s.adapter)), tokenizer, prompts, answers, f"{s.name} of {name}") for s in scorers
+    ]
+    if len(scorers) == 1:
+        for answer, reward in zip(answers, scores[0], strict=True):
+            answer["reward"] = reward
+    elif scorers:
+        for answer, together in zip(answers, ensemble.answers(scores, reward_models), strict=True):
+            answer |= together
+    if proxy:
+        values = _score(readers.using(Path(proxy.adapter)), tokenizer, prompts, answers, f"proxy of {name}")
+        for answer, value in zip(answers, values, strict=True):
+            answer["proxy"] = value
+
+
+def _score(reward_model, tokenizer, prompts: list[dict], answers: list[dict], what: str) -> list[float]:
+    """The reward of each answer to its prompt."""
+    turns = [{"completion": [{"role": "assistant", "content": answer["text"]}]} for answer in answers]
+    asked = [{"prompt": row["prompt"], **turn} for row, turn in zip(prompts, turns, strict=True)]
+    # A policy may spell a control token in plain letters; the reward model must read letters too.
+    conversations = [row["prompt"] + row["completion"] for row in neutralise(asked, tokenizer)[0]]
+    return m.rewards(reward_model, tokenizer, conversations, f"rewards by {what}")
+
+
+def _tasks(scored: dict[str, dict]) -> dict[str, dict]:
+    """Task -> `metric`, `ids` of its examples, and the `values` of each system."""
+    one = next(iter(scored.values()), {})
+    return {
+        task: {
+            "metric": first["metric"],
+            "ids": first["ids"],
+            "values": {s: own[task]["values"] for s, own in scored.items()},
+        }
+        for task, first in one.items()
+    }
+
+
+def _checkpoint(step: int, folder: Path, config: dict, recipe: str | None) -> System:
+    started_from = config["model"].get("adapter")
+    return System(f"step {step}", str(folder), recipe, started_from and str(run.resolve_adapter(started_from)), step)
+
+
+def _hashed(scorer: System) -> str:
+    return f"{scorer.name} ({str(run.adapter_sha256(Path(scorer.adapter)))[:12]})"
+
+
+def _system(folder: str, base_model: str, key: str, recipe: str | None = None) -> System:
+    try:
+        parent = run.parent_of(folder, base_model)
+    except ValueError as error:
+        raise ValueError(str(error).replace("model.adapter=", f"{key}=", 1)) from error
+    result = run.read_result(run.folder_of(parent["adapter"])) or {}
+    made_by = result.get("recipe")
+    # An adapter from elsewhere has no result.json; it is a reward model if it was made as one.
+    scores = json.loads((Path(parent["adapter"]) / "adapter_config.json").read_text()).get("task_type") == "SEQ_CLS"
+    if (made_by == "reward" if made_by else scores) != (recipe == "reward"):
+        is_one = f"a run of {made_by}" if made_by else "a reward model" if scores else "no reward model"
+        wanted = "a run of recipes/reward.py" if recipe else "a policy; a reward model goes to reward_model="
+        raise ValueError(f"{key}={folder}: is {is_one}, not {wanted}.")
+    name = run.folder_of(parent["adapter"]).name
+    name = name if made_by in (None, name) else f"{made_by}/{name}"
+    started_from = (result.get("parent") or {}).get("run")
+    try:
+        reference = str(run.resolve_adapter(started_from)) if started_from else None
+    except ValueError as error:
+        raise ValueError(
+            f"{key}={folder}: started from {started_from}, its reference, which is not there. Put that run back, or "
+            "evaluate where both were trained."
+        ) from error
+    return System(name, parent["adapter"], made_by, reference)
+
+
+def _prompts(rows: list[dict], limit: int | None) -> list[dict]:
+    return list({row["prompt_id"]: row for row in rows}.values())[:limit]
+
+
+def _labels(row: dict) -> dict:
+    chosen, rejected = (len(row[side][-1]["content"]) for side in ("chosen", "rejected"))
+    labels = {"prompt_id": row["prompt_id"], "family": row["family"]}
+    return labels | {"chosen_chars": chosen, "rejected_chars": rejected}
+
+
+def _pair(i: int, row: dict, systems: list[System], logps: dict) -> dict:
+    def of(system: System) -> dict:
+        own = logps[system.adapter][i]
+        if "chosen_reference_logp" in own:  # measured before
+            return own
+        reference = logps[system.reference][i]
+        return own | {
+            "chosen_reference_logp": reference["chosen_logp"],
+            "rejected_reference_logp": reference["rejected_logp"],
+        }
+
+    return _labels(row) | {"systems": {system.name: of(system) for system in systems}}
+
+
+def _answer(i: int, row: dict, harmful: list[str], answers: dict) -> dict:
+    shown = ("text", "tokens", "finished", "k1", "k3", "reward")
+    more = ("worst", "spread", "members", "proxy")
+    return {
+        "prompt_id": row["prompt_id"],
+        "family": row["family"],
+        "prompt": "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in row["prompt"])
+        if len(row["prompt"]) > 1
+        else row["prompt"][0]["content"],
+        "harmful": row["family"] in harmful,
+        "systems": {
+            name: {key: given[i].get(key) for key in shown} | {key: given[i][key] for key in more if key in given[i]}
+            for name, given in answers.items()
+        },
+    }
+
+
+def _info(system: System) -> dict[str, Any]:
+    reward = METHOD_REWARD.get(system.recipe or "", "log_ratio")
+    return {
+        "recipe": system.recipe,
+        "path": system.adapter and str(run.folder_of(system.adapter)),
+        "method_reward": reward,
+    } | ({} if system.step is None else {"step": system.step})

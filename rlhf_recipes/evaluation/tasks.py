@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from rlhf_recipes.config import nearest
+from rlhf_recipes.errors import nearest
 from rlhf_recipes.text import line
 
 # Of the metrics that a task gives per example, the first of these, else its first that is a mean.

@@ -14,16 +14,6 @@ ENSEMBLES = ("sum", "mean", "min", "uwo")
 CONTROLLERS = ("fixed", "adaptive", "limit")
 
 
-def kl_estimates(logps: Tensor, reference_logps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """k1, k2 and k3 of KL(pi, pi_ref) at sampled tokens (Schulman 2020, "Approximating KL Divergence").
-
-    With r = pi_ref/pi: k1 = -log r (unbiased), k2 = (log r)^2 / 2 (biased, of low variance), k3 = r - 1 - log r
-    (unbiased, never negative).
-    """
-    log_r = reference_logps - logps
-    return -log_r, log_r.square() / 2, log_r.exp() - 1 - log_r
-
-
 def token_rewards(scores_B: Tensor, kl_BK: Tensor, mask_BK: Tensor, kl_coef: float) -> Tensor:
     """-kl_coef * k1 at every token, and the score at the last one (Ziegler et al., arXiv:1909.08593)."""
     rewards_BK = -kl_coef * kl_BK * mask_BK

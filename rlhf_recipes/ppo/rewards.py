@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_recipes import config, models, places, run
-from rlhf_recipes.data import neutralise
 from rlhf_recipes.data.template import render
+from rlhf_recipes.data.tokens import neutralise
 from rlhf_recipes.ppo.roles import Roles
 from rlhf_recipes.text import line
 

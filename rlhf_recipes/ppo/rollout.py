@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
-from rlhf_recipes.evaluation.measure import left_pad
+from rlhf_recipes.inference import left_pad
 from rlhf_recipes.ppo.roles import Roles
 from rlhf_recipes.sampling import draw
 

@@ -24,8 +24,7 @@ from transformers.trainer_utils import speed_metrics
 
 from rlhf_recipes import models, progress
 from rlhf_recipes.data.template import render
-from rlhf_recipes.evaluation.measure import stop_ids
-from rlhf_recipes.evaluation.summary import distinct_2
+from rlhf_recipes.inference import stop_ids
 from rlhf_recipes.ppo import algorithm, rewards
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.experience import MicroBatch, RolloutSampler, Tally, compute_advantages
@@ -38,6 +37,8 @@ from rlhf_recipes.ppo.trl_private import (
     get_config_model_id,
     get_soft_overlong_punishment,
 )
+from rlhf_recipes.sampling import kl_estimates
+from rlhf_recipes.text_metrics import distinct_2
 
 TRAIN, EVALUATE = 0, 1  # streams of random numbers
 SAMPLES = 4  # completions of each rollout to show
@@ -311,7 +312,7 @@ class PPOTrainer(BaseTrainer):
             old_logps = batch.padded(torch.cat([completions.logps[i] for i in indices]))
             reference_logps = batch.padded(self._logps(REFERENCE, batch))
             old_values = self._values(batch, completions, indices)
-            k1, _, _ = algorithm.kl_estimates(old_logps, reference_logps)
+            k1, _, _ = kl_estimates(old_logps, reference_logps)
             token_rewards = algorithm.token_rewards(scores_B[indices], k1, batch.mask_BK, self.kl.coef)
             micro_batches.append(MicroBatch(batch, old_logps, reference_logps, old_values, token_rewards))
         self._rollout_log = compute_advantages(micro_batches, args, self._sum)
@@ -429,7 +430,7 @@ class PPOTrainer(BaseTrainer):
         reference. Steer the KL coefficient, brake where the policy has broken, else remember it as good."""
         args, terms = self.args, []
         for m in micro_batches:
-            k1, _, k3 = algorithm.kl_estimates(m.old_logps, m.reference_logps)
+            k1, _, k3 = kl_estimates(m.old_logps, m.reference_logps)
             terms.append(torch.stack([k1.sum(1), k3.sum(1)], 1))
         terms_B2 = self.accelerator.gather(torch.cat(terms))
         kl, kl_k3 = terms_B2.mean(0).tolist()
@@ -493,7 +494,7 @@ class PPOTrainer(BaseTrainer):
             parts = self._rewards(rows, completions)
             batch = Batch.of(prompts, completions.ids, *self._padding())
             logps_N, reference_N = self._logps(POLICY, batch), self._logps(REFERENCE, batch)
-            k1, _, k3 = (batch.padded(k).sum(1).cpu() for k in algorithm.kl_estimates(logps_N, reference_N))
+            k1, _, k3 = (batch.padded(k).sum(1).cpu() for k in kl_estimates(logps_N, reference_N))
             columns = self._columns(completions, parts) | {"kl": k1, "kl_k3": k3}
             found += [dict(zip(columns, values, strict=True)) for values in self._gathered(columns).tolist()]
             line.update(min(len(found), len(data)))

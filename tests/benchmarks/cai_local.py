@@ -82,18 +82,18 @@ def compose(quantization: str, dtype: str):
 
 def critiques(cfg, count: int) -> list:
     """What the recipe asks first of a clinic set's worse replies, each under a principle drawn for it."""
-    from rlhf_recipes import data
-    from rlhf_recipes.cai import constitution, layout
+    from rlhf_recipes.cai import constitution, prompt_templates
     from rlhf_recipes.cai.backend import Request
+    from rlhf_recipes.data.load import load_pairs, load_prompts
 
     law = constitution.load(cfg.constitution)
-    prompts = data.load_prompts(cfg.data)
-    replies = {row["prompt_id"]: row["rejected"][0]["content"] for row in data.load_pairs(cfg.data).train}
+    prompts = load_prompts(cfg.data)
+    replies = {row["prompt_id"]: row["rejected"][0]["content"] for row in load_pairs(cfg.data).train}
     return [
         Request(
             row["prompt_id"],
             "critique.1",
-            layout.critique(
+            prompt_templates.critique(
                 law,
                 row["prompt"],
                 replies[row["prompt_id"]],
@@ -117,7 +117,7 @@ def plain_loop(model, backend, sequences: list[list[int]], sizes: list[int]) -> 
     """The tokens of each answer, as text, by batches of these sizes in the order given."""
     import torch
 
-    from rlhf_recipes.evaluation.measure import left_pad
+    from rlhf_recipes.inference import left_pad
 
     pad, rest, said = backend.tokenizer.pad_token_id, sequences, []
     for size in sizes:

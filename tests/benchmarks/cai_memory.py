@@ -70,7 +70,7 @@ def work(count: int) -> dict:
     """What one process finds."""
     from omegaconf import OmegaConf
 
-    from rlhf_recipes.cai import constitution, dataset, judge, steps
+    from rlhf_recipes.cai import constitution, dataset, judge, make_pairs
     from rlhf_recipes.config import CONF
 
     cfg = OmegaConf.load(CONF / "cai.yaml")
@@ -78,7 +78,7 @@ def work(count: int) -> dict:
     cfg.revise.few_shot = 0
     principles = constitution.load(OmegaConf.load(CONF / "constitution" / "general.yaml"))
     critic = judge.Judge(Grader(), principles, cfg.judging, cfg.seed)
-    maker = steps.Maker(Generator(), critic, principles, ["revision", "on_policy"], cfg)
+    maker = make_pairs.Maker(Generator(), critic, principles, ["revision", "on_policy"], cfg)
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         shards = list(maker.shards(Prompts(count), Path(folder) / "shards"))

@@ -206,8 +206,8 @@ def examined(folder: Path) -> dict:
     """The report of a finished run by the rules as they are, from its files."""
     from omegaconf import OmegaConf
 
-    from rlhf_recipes import doctor
     from rlhf_recipes.config import build
+    from rlhf_recipes.training import doctor
 
     result = json.loads((folder / "result.json").read_text())
     config = OmegaConf.load(folder / "config.yaml")
@@ -234,7 +234,7 @@ def describe(name: str, seed, rule: str | None, report: dict, seconds: float) ->
 
 
 def table(rows: list[tuple]) -> str:
-    from rlhf_recipes import doctor
+    from rlhf_recipes.training import doctor
 
     good = [report for _, _, rule, report in rows if rule is None]
     lines = ["| rule | bad runs named | good runs with an alarm |", "| --- | --- | --- |"]

@@ -90,10 +90,10 @@ def main() -> None:
 
 def write_pairs(folder: Path) -> Path:
     """16 training pairs in TRL's conversational format, two more to hold out."""
-    import rlhf_recipes.data as data
+    from rlhf_recipes.data.load import CLINIC
 
     folder.mkdir()
-    rows = [json.loads(line) for line in (data.CLINIC / "pairs.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (CLINIC / "pairs.jsonl").read_text().splitlines()]
     train = [row for row in rows if row["split"] == "train"][:16]
     test = [row for row in rows if row["split"] == "test"][:2]
     for name, part in (("train", train), ("test", test)):

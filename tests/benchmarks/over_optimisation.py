@@ -106,8 +106,8 @@ def label(seed: int) -> list[dict]:
     """Pairs of the model's answers to the clinic's prompts, by gold; a quarter of the train labels flipped."""
     import hydra
 
-    from rlhf_recipes import config, data, models, run
-    from rlhf_recipes.evaluation import measure
+    from rlhf_recipes import config, inference, models, run
+    from rlhf_recipes.data.load import load_prompts
 
     run.environment()
     from transformers import AutoModelForCausalLM
@@ -116,10 +116,10 @@ def label(seed: int) -> list[dict]:
         cfg = hydra.compose("evaluate")
     policy = models.load_base(cfg.model, cfg.quantization, AutoModelForCausalLM)
     tokenizer = models.load_tokenizer(cfg.model)
-    splits, dice, rows = data.load_prompts(cfg.data), random.Random(seed), []
+    splits, dice, rows = load_prompts(cfg.data), random.Random(seed), []
     for split, prompts in (("train", splits.train), ("test", splits.test)):
         asked = [row["prompt"] for row in prompts for _ in range(SAMPLES)]
-        answers = measure.generate(
+        answers = inference.generate(
             policy, tokenizer, asked, max_new_tokens=TOKENS, temperature=1.0, seed=seed, what=f"{split} answers"
         )
         texts = [answer["text"] for answer in answers]
@@ -210,7 +210,7 @@ def scored(answers: list[dict]) -> list[float]:
 
 
 def worst(rewards_MC, reference_MK):
-    from rlhf_recipes.evaluation import ensemble
+    from rlhf_recipes import ensemble
 
     return ensemble.combine(ensemble.standardise(rewards_MC, reference_MK), "min")
 

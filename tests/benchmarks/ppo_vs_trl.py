@@ -149,9 +149,9 @@ def install_trl(venv: Path) -> str:
 
 
 def write_prompts(folder: Path) -> list:
-    from rlhf_recipes import data
+    from rlhf_recipes.data.load import CLINIC
 
-    rows = [json.loads(line) for line in (data.CLINIC / "pairs.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (CLINIC / "pairs.jsonl").read_text().splitlines()]
     prompts = [row["prompt"] for row in rows if row["split"] == "train"][: BATCH * UPDATES]
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
     (folder / "test.jsonl").write_text(json.dumps({"prompt": "When do you open on Sunday?"}) + "\n")

@@ -1,0 +1,116 @@
+"""Several adapters on one base model, switched on in turn."""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from rlhf_recipes import inference as m
+from rlhf_recipes import models, run
+
+BASE = "base"
+
+
+@dataclass
+class System:
+    """A run under evaluation.
+
+    Attributes:
+        name: how tables call it: recipe, and the run's name where it differs.
+        adapter: its folder, None for the base model.
+        recipe: the recipe that made it.
+        reference: adapter folder of what it started from, None for the base model.
+        step: of a checkpoint, else None.
+    """
+
+    name: str
+    adapter: str | None = None
+    recipe: str | None = None
+    reference: str | None = None
+    step: int | None = None
+
+
+class Policies:
+    """One base model with the adapters of all systems and of their references on it."""
+
+    def __init__(self, model: DictConfig, quantization: DictConfig, systems: list[System]):
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+
+        self.folders = list(dict.fromkeys(f for s in systems for f in (s.reference, s.adapter)))
+        self.model = models.load_base(model, quantization, AutoModelForCausalLM)
+        for folder in filter(None, self.folders):
+            if isinstance(self.model, PeftModel):
+                self.model.load_adapter(folder, adapter_name=self._name(folder))
+            else:
+                self.model = PeftModel.from_pretrained(self.model, folder, adapter_name=self._name(folder))
+
+    def _name(self, folder: str) -> str:
+        return f"adapter{self.folders.index(folder)}"
+
+    @contextmanager
+    def using(self, folder: str | None):
+        """The model as the adapter of `folder`, or as the base."""
+        if folder is None:
+            with self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else _nothing():
+                yield self.model
+        else:
+            self.model.set_adapter(self._name(folder))
+            yield self.model
+
+    def pair_logps(self, folder: str | None, tokenizer, rows: list[dict]) -> list[dict]:
+        with self.using(folder) as model:
+            return m.pair_logps(model, tokenizer, rows, f"{short_name(folder)}: pairs")
+
+    def neutral(self, system: System, tokenizer, texts: list[str]) -> list[list[float]]:
+        """[negative log-likelihood, tokens] of each paragraph."""
+        with self.using(system.adapter) as model:
+            return [[-logp, tokens] for logp, tokens in m.text_logps(model, tokenizer, texts, f"{system.name}: text")]
+
+    def answers(self, system: System, parent: System, tokenizer, prompts: list[dict], cfg: DictConfig) -> list[dict]:
+        """An answer to each prompt, with k1 and k3 of another answer sampled at temperature 1."""
+        asked = [row["prompt"] for row in prompts]
+        options = {"max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed}
+        with self.using(system.adapter) as model:
+            shown = m.generate(
+                model, tokenizer, asked, temperature=cfg.temperature, what=f"{system.name}: answers", **options
+            )
+        if system is parent:
+            return [{**answer, "k1": 0.0, "k3": 0.0} for answer in shown]
+        with self.using(system.adapter) as model:
+            sampled = m.generate(model, tokenizer, asked, temperature=1.0, what=f"{system.name}: samples", **options)
+            encoded = [(answer["ids"], answer["start"]) for answer in sampled]
+            own = m.token_logps(model, tokenizer.pad_token_id, encoded, f"{system.name}: KL")
+        with self.using(parent.adapter) as model:
+            reference = m.token_logps(model, tokenizer.pad_token_id, encoded, f"{system.name}: KL, parent")
+        terms = [m.kl_terms(p, q) for p, q in zip(own, reference, strict=True)]
+        return [{**answer, "k1": k1, "k3": k3} for answer, (k1, k3) in zip(shown, terms, strict=True)]
+
+
+class RewardModels:
+    """One base model with the adapters of several reward models on it, each with its own score head."""
+
+    def __init__(self, model: DictConfig, quantization: DictConfig, folders: list[Path]):
+        from peft import PeftModel
+        from transformers import AutoModelForSequenceClassification
+
+        self.folders = list(dict.fromkeys(folders))
+        base = models.load_base(model, quantization, AutoModelForSequenceClassification, num_labels=1)
+        self.model = PeftModel.from_pretrained(base, str(self.folders[0]), adapter_name="member0")
+        for n, folder in enumerate(self.folders[1:], 1):
+            self.model.load_adapter(str(folder), adapter_name=f"member{n}")
+
+    def using(self, folder: Path):
+        """The model as the reward model of this folder."""
+        self.model.set_adapter(f"member{self.folders.index(folder)}")
+        return self.model
+
+
+def short_name(folder: str | None) -> str:
+    return BASE if folder is None else run.folder_of(folder).name
+
+
+@contextmanager
+def _nothing():
+    yield

@@ -1,0 +1,227 @@
+"""An audit's work in order: score once what every part asks for, then hand rows and numbers to the parts.
+
+Models are here and in `scoring` and `answers`; the parts see arrays alone.
+"""
+
+import hashlib
+import random
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+
+from rlhf_recipes import progress, run
+from rlhf_recipes.audit import answers, credit, judgements, preference, stress
+from rlhf_recipes.audit.scoring import Ensemble, members
+from rlhf_recipes.data.load import Splits, load_prompts
+
+
+@dataclass
+class Sources:
+    """What an audit reads beside its pairs, checked before a model loads.
+
+    Attributes:
+        reward_models: adapter folders, those of an ensemble in order.
+        stress: (pairs, templates) of a file.
+        deployment: prompts of the place where the reward model is used, or None.
+        judgements: labels of judges, of principles or of people.
+        gold: of `answers.find_gold`, or None.
+        checkpoints: runs whose checkpoints are held against gold.
+        ppo: of `credit.read_run`, or None.
+    """
+
+    reward_models: list[Path]
+    stress: tuple[list, list]
+    deployment: list[dict] | None
+    judgements: list[dict]
+    gold: tuple | None
+    checkpoints: list[str]
+    ppo: dict | None
+
+
+def find(cfg: DictConfig) -> Sources:
+    """All that the config names.
+
+    Raises:
+        ValueError: on one line, for the first that is not there or not right.
+    """
+    folders = members(cfg.reward_model if isinstance(cfg.reward_model, str) else list(cfg.reward_model), cfg.model.id)
+    gold = answers.find_gold(cfg, folders)
+    compared = [cfg.checkpoints] if isinstance(cfg.checkpoints, str) else list(cfg.checkpoints or [])
+    if compared and not gold:
+        raise ValueError("checkpoints: need gold=<another reward model, module:function or labels.jsonl>. Give it.")
+    for each in compared:
+        answers.steps(each, cfg.model.id)
+    return Sources(
+        folders,
+        ([], []) if not cfg.stress else stress.load(stress.CLINIC if cfg.stress == "clinic" else cfg.stress),
+        _deployment(cfg) if cfg.deployment else None,
+        [each for path in cfg.judgements for each in judgements.load(path)],
+        gold,
+        compared,
+        credit.read_run(cfg.ppo_run) if cfg.ppo_run else None,
+    )
+
+
+def _deployment(cfg: DictConfig) -> list[dict]:
+    """Every prompt of a file, whatever its split."""
+    node = {**OmegaConf.to_container(cfg.data, resolve=True), "path": cfg.deployment, "test_path": None}
+    node |= {"format": "pairs", "train_size": None, "eval_size": None, "bootstrap": None}
+    splits = load_prompts(OmegaConf.create(node))
+    return [*splits.train, *splits.test]
+
+
+@dataclass
+class Findings:
+    """What an audit found.
+
+    Attributes:
+        sections: of the report.
+        label_next: prompts whose label would teach most: `prompt`, `family`, `why`.
+        disputed: pairs on which judges or the reward model disagree, for people to label.
+    """
+
+    sections: list[dict]
+    label_next: list[dict]
+    disputed: list[dict]
+
+
+def take(cfg: DictConfig, found: Sources, pairs: Splits, tokenizer, job: run.Run) -> Findings:
+    """Score what is needed, then every part in turn."""
+    from rlhf_recipes.audit import (
+        calibration,
+        consistency,
+        coverage,
+        disagreement,
+        overoptimisation,
+        probes,
+        uncertainty,
+    )
+
+    rows, train = pairs.test, pairs.train
+    scored = Scored(Ensemble(cfg.model, cfg.quantization, tokenizer, found.reward_models, job.dir / run.SCORES))
+    chosen_MN, rejected_MN, features_2NF = scored.pairs(rows, "held-out pairs", features=True)
+    sample = random.Random(cfg.seed).sample(train, min(cfg.ledger_pairs, len(train)))
+    ledger_KF = scored.pairs(sample, "train pairs", features=True, first_alone=True)[2]
+    margins_N = (chosen_MN - rejected_MN).mean(0)
+    novelty_N2 = uncertainty.mahalanobis(ledger_KF, features_2NF).reshape(-1, 2)
+    validation = np.array([_in_first_half(row["prompt_id"]) for row in rows])
+    test = [row for row, first in zip(rows, validation, strict=True) if not first]
+
+    made = {
+        "stress": stress.make(rows, *found.stress, limit=cfg.stress_pairs, seed=cfg.seed),
+        "probes": probes.make(rows, limit=cfg.probe_pairs, seed=cfg.seed),
+        "credit": credit.make(rows, limit=cfg.credit_pairs, seed=cfg.seed),
+    }
+    stressed = scored.pairs(made["stress"], "stress")[:2]
+    edited_MK, parts_MK = (scored.answers(made[name], name) for name in ("probes", "credit"))
+    told = [*judgements.from_pairs([*train, *rows]), *found.judgements]
+    used = {}
+    if found.deployment:
+        used = _deployed(cfg, found, scored, ledger_KF, novelty_N2.max(1), tokenizer, job)
+    over = _against_gold(cfg, found, scored.ensemble, tokenizer, rows, job) if found.gold else {}
+    parts = {
+        "preference": partial(preference.audit, rows, margins_N, train),
+        "calibration": partial(
+            calibration.audit, margins_N[validation], margins_N[~validation], test,
+            [row["prompt_id"] for row, first in zip(rows, validation, strict=True) if first],
+        ),
+        "uncertainty": partial(uncertainty.audit, rows, chosen_MN, rejected_MN, novelty_N2),
+        "stress": partial(stress.audit, made["stress"], *stressed, rows, chosen_MN, rejected_MN),
+        "probes": partial(probes.audit, made["probes"], edited_MK, rows, chosen_MN, rejected_MN),
+        "over-optimisation": partial(overoptimisation.audit, **over),
+        "coverage": partial(coverage.audit, train, **used.get("coverage", {})),
+        "disagreement": partial(disagreement.audit, told, rows, chosen_MN, rejected_MN),
+        "consistency": partial(consistency.audit, told),
+        "credit": partial(credit.audit, made["credit"], parts_MK, rows, found.ppo),
+    }  # fmt: skip
+    done = []
+    for names in progress.batches("figures", len(parts), [[name] for name in parts]):
+        done += [parts[name]() for name in names]
+    asked = used.get("rows") or rows
+    spread = used.get("spread_P", (chosen_MN - rejected_MN).std(0))
+    novelty = used.get("novelty_P", novelty_N2.max(1))
+    worth = coverage.worth_labelling(
+        [row["prompt"][-1]["content"] for row in asked], novelty, spread if len(chosen_MN) > 1 else None,
+        [row["family"] or "" for row in asked],
+    )  # fmt: skip
+    return Findings(
+        done,
+        [_why(each, novelty_N2.max(1)) for each in worth],
+        disagreement.disputed(told, rows, chosen_MN, rejected_MN),
+    )
+
+
+def _deployed(cfg: DictConfig, found: Sources, scored: "Scored", ledger_KF, held_out_N, tokenizer, job) -> dict:
+    """Answers to a sample of the deployment prompts: novelty, spread of the rewards, what coverage asks."""
+    from rlhf_recipes import ensemble
+    from rlhf_recipes.audit import uncertainty
+
+    rows = random.Random(cfg.seed).sample(found.deployment, min(cfg.prompts, len(found.deployment)))
+    sampler = answers.Sampler(cfg, tokenizer, _start(cfg), [], job.dir / run.SCORES)
+    texts = [answer["text"] for answer in sampler.answers(None, rows, "deployment")]
+    turns = [row["prompt"] + [{"role": "assistant", "content": t}] for row, t in zip(rows, texts, strict=True)]
+    result = scored.ensemble.score(turns, "deployment", features=True)
+    scaled_MP = ensemble.standardise(result.rewards_MC, result.rewards_MC)
+    novelty_P = uncertainty.mahalanobis(ledger_KF, result.features_CF)
+    ledger = {
+        "deployment_prompts": [row["prompt"] for row in found.deployment],
+        "features": {"held_out": held_out_N, "deployment": novelty_P},
+        "generated": [{"prompt": row["prompt"], "text": text} for row, text in zip(rows, texts, strict=True)],
+    }
+    return {"rows": rows, "novelty_P": novelty_P, "spread_P": scaled_MP.std(0), "coverage": ledger}
+
+
+def _why(worth: dict, held_out_N: np.ndarray) -> dict:
+    """A prompt worth labelling, with the reason in words."""
+    further = f"further from the train pairs than {(held_out_N < worth['novelty']).mean():.0%} of the held-out pairs"
+    said = [] if worth["uncertainty"] is None else [f"the reward models differ by {worth['uncertainty']:.2f}"]
+    return {"prompt": worth["prompt"], "family": worth["family"] or None, "why": "; ".join([*said, further])}
+
+
+@dataclass
+class Scored:
+    """Pair rows and answers through an ensemble."""
+
+    ensemble: Ensemble
+
+    def pairs(self, rows: list[dict], part: str, features: bool = False, first_alone: bool = False) -> tuple:
+        """(chosen_MN, rejected_MN, features of both in turn: shape (2N, F), or None)."""
+        turns = [row["prompt"] + row[side] for row in rows for side in ("chosen", "rejected")]
+        scored = self.ensemble.score(turns, part, features, first_alone)
+        return scored.rewards_MC[:, ::2], scored.rewards_MC[:, 1::2], scored.features_CF
+
+    def answers(self, made: list[dict], part: str) -> np.ndarray:
+        return self.ensemble.score([row["prompt"] + row["completion"] for row in made], part).rewards_MC
+
+
+def _against_gold(cfg: DictConfig, found: Sources, proxies: Ensemble, tokenizer, rows: list[dict], job) -> dict:
+    """Arguments of `overoptimisation.audit`."""
+    kind, source = found.gold
+    gold = answers.load_gold(cfg, source, tokenizer, job.dir)
+    prompts = list({row["prompt_id"]: row for row in rows}.values())[: cfg.prompts]
+    keep = job.dir / run.SCORES
+    given = {}
+    if cfg.samples:
+        sampler = answers.Sampler(cfg, tokenizer, _start(cfg), [], keep)
+        given["best_of_n"] = answers.best_of_n(cfg, sampler, proxies, gold, kind, prompts)
+    for folder in found.checkpoints:
+        started = ((run.read_result(Path(folder)) or {}).get("parent") or {}).get("run")
+        start = run.resolve_adapter(started) if started else None
+        sampler = answers.Sampler(
+            cfg, tokenizer, start, [adapter for _, adapter in answers.steps(folder, cfg.model.id)], keep
+        )
+        entry = answers.checkpoints(cfg, folder, sampler, proxies, gold, kind, prompts)
+        given.setdefault("checkpoints", []).append(entry)
+    return given
+
+
+def _start(cfg: DictConfig) -> Path | None:
+    """The policy whose answers are looked at: `model.adapter`, or the base."""
+    return run.resolve_adapter(cfg.model.adapter) if cfg.model.adapter else None
+
+
+def _in_first_half(prompt_id: str) -> bool:
+    return hashlib.sha256(prompt_id.encode()).digest()[0] < 128

@@ -1,0 +1,396 @@
+"""Preferences and demonstrations: load, validate, split, neutralise, fit to a length.
+
+    splits = load_pairs(cfg.data)  # before a model loads: imports neither torch nor transformers
+    splits = fit(splits, tokenizer, cfg.trainer.max_length, cfg.data.too_long)
+    print(describe(splits.report))
+
+What becomes of what is found (`Splits.report` has the counts, with up to three places each under `examples`):
+
+| found                                                           | what happens                          |
+| --------------------------------------------------------------- | ------------------------------------- |
+| file missing, unreadable, empty, binary, not UTF-8, unparsable  | stops, with file and line             |
+| column missing, value of a wrong type, unknown role             | stops, with row and key               |
+| no train or no test rows left                                   | stops, with what was dropped          |
+| null or blank text in a user or assistant turn                  | dropped: `empty`                      |
+| turns out of order: [system,] user, assistant, user, assistant  | dropped: `roles`                      |
+| chosen and rejected that answer different contexts              | dropped: `context_differs`            |
+| chosen that equals rejected after stripping                     | dropped: `identical`                  |
+| two answers with the same score or rank                         | dropped: `tie`                        |
+| a token, key or password, of a known shape or the environment's | dropped: `secret`                     |
+| the same example before it in the same split                    | dropped: `duplicate`                  |
+| a train row whose prompt is in test too                         | dropped: `leakage`                    |
+| roles that the chat template refuses (`fit`)                    | dropped: `template`                   |
+| more than `max_length` tokens (`fit`)                           | `data.too_long`: drop, truncate, stop |
+| control tokens typed into a message (`fit`)                     | rewritten, counted: `neutralised`     |
+| more rows than `train_size` or `eval_size`                      | left out, counted: `capped`           |
+| a train row drawn again by `bootstrap`                          | kept, counted: `repeated`             |
+
+`candidates` (one a row; more for ratings reduced to all pairs) = all dropped and capped + train - repeated + test.
+Prompts are held out by the turn that opens them, so that no conversation continues on the other side.
+"""
+
+import functools
+import hashlib
+import os
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from rlhf_recipes import secrets
+from rlhf_recipes.config import check_value
+from rlhf_recipes.data import formats, readers
+from rlhf_recipes.errors import nearest
+
+CLINIC = Path(__file__).parents[1] / "assets" / "clinic"
+
+
+KEYS = {
+    "path": str,
+    "test_path": str | None,
+    "name": str | None,
+    "revision": str | None,
+    "format": formats.FORMATS,
+    "columns": dict,
+    "reduce": ("all", "best_worst"),
+    "train_split": str,
+    "test_split": str | None,
+    "test_size": int | float | None,
+    "train_size": int | None,
+    "eval_size": int | None,
+    "bootstrap": int | None,
+    "too_long": ("drop", "truncate", "stop"),
+    "seed": int,
+}
+
+
+REASONS = ("empty", "roles", "context_differs", "identical", "tie", "secret", "duplicate", "leakage")
+
+
+EXAMPLES = 3
+
+
+Example = dict[str, Any]
+
+
+@dataclass
+class Splits:
+    """Examples to train on and to hold out, in TRL's conversational format.
+
+    Attributes:
+        train: pairs (`prompt`, `chosen`, `rejected`), demonstrations (`prompt`, `completion`) or prompts, all lists of
+            messages, each with `family` (str or None) and `prompt_id` (hash of the prompt without case and
+            spacing), pairs with `p` (probability that chosen is better, None where nothing says), in seeded order.
+        test: likewise; shares no `prompt_id` with `train`.
+        report: the counts described at the head of this module; JSON-able.
+        source: the Hub id, `clinic`, or the name of the file or folder.
+    """
+
+    train: list[Example]
+    test: list[Example]
+    report: dict[str, Any]
+    source: str
+
+    def to_datasets(self, folder: Path | None = None):
+        """(train, test) as `datasets.Dataset`s of the same features.
+
+        Args:
+            folder: where they shall lie, for as many runs as use the same rows; what a trainer derives from them
+                (tokens, the reference's log-probabilities) is then kept beside them. None: in memory.
+        """
+        from datasets import Dataset, Features, Value, load_from_disk
+
+        turns = [{"role": Value("string"), "content": Value("string")}]
+        kinds = {"family": Value("string"), "prompt_id": Value("string"), "p": Value("float64")}
+        features = Features({key: kinds.get(key, turns) for key in self.train[0]})
+        datasets = [Dataset.from_list(rows, features=features) for rows in (self.train, self.test)]
+        if all(row.get("p") is None for row in (*self.train, *self.test)):
+            datasets = [each.remove_columns("p") if "p" in each.column_names else each for each in datasets]
+        for i, each in enumerate(datasets if folder else []):
+            place = folder / each._fingerprint
+            if not place.exists():
+                scratch = place.with_name(f".{place.name}.{os.getpid()}")  # jobs of a sweep may write side by side
+                each.save_to_disk(scratch)
+                with suppress(OSError):  # another job was faster
+                    scratch.rename(place)
+            datasets[i] = load_from_disk(place)
+        return datasets[0], datasets[1]
+
+
+def load_pairs(node: DictConfig) -> Splits:
+    """Preference pairs from a data node (conf/data/base.yaml documents its keys).
+
+    Raises:
+        ValueError: on one line, for what the table at the head of this module stops at.
+    """
+    return _load(node, ("chosen", "rejected"))
+
+
+def load_demonstrations(node: DictConfig) -> Splits:
+    """Prompts with one good answer each: the column `completion`, else the chosen, best rated or last answer.
+
+    Raises:
+        ValueError: on one line, for what the table at the head of this module stops at.
+    """
+    return _load(node, ("completion",))
+
+
+def load_prompts(node: DictConfig) -> Splits:
+    """Prompts alone: the column `prompt`, else what the answers of a row answer; each prompt once.
+
+    Raises:
+        ValueError: on one line, for what the table at the head of this module stops at.
+    """
+    return _load(node, ())
+
+
+def check(node: DictConfig) -> None:
+    """Refuse a data node with an unknown key or a value of a wrong type; nothing is read.
+
+    Raises:
+        ValueError: names the key as typed.
+    """
+    _settings(node)
+
+
+def _load(node: DictConfig, sides: tuple[str, ...]) -> Splits:
+    data = _settings(node)
+    if data["format"] == "messages" and "rejected" in sides:
+        raise ValueError(
+            f"data.format=messages: holds no preferences. Choose one of {', '.join(formats.PREFERENCES)}."
+        )
+    tally = _Tally()
+    train_rows, test_rows = _sources(data, sides)
+    test = None if test_rows is None else _places(test_rows, data, sides, tally)
+    train = _places(train_rows, data, sides, tally)
+    train, test, how = _split(train, test, data)
+    train, test = _unique(train, tally), _unique(test, tally)
+    train = _without_leakage(train, test, tally)
+    found = {"train": len(train), "test": len(test)}
+    repeated = 0
+    if data["bootstrap"] is None:
+        train = _shuffled(train, data["seed"])[: data["train_size"]]
+    elif train:
+        train = random.Random(data["bootstrap"]).choices(train, k=data["train_size"] or len(train))
+        repeated = len(train) - len(set(map(id, train)))
+    test = _shuffled(test, data["seed"])[: data["eval_size"]]
+    report = {
+        "source": _source_name(data["path"]),
+        "format": data["format"],
+        "split": how,
+        "rows": tally.rows,
+        "candidates": tally.candidates,
+        "dropped": dict(tally.dropped),
+        "examples": tally.examples,
+        "capped": {"train": found["train"] - len(train) + repeated, "test": found["test"] - len(test)},
+        "repeated": repeated,
+    }
+    return finished([place.example for place in train], [place.example for place in test], report)
+
+
+def finished(train: list[Example], test: list[Example], report: dict[str, Any]) -> Splits:
+    for name, rows in (("train", train), ("test", test)):
+        if not rows:
+            counts = [f"{count} {reason}" for reason, count in report["dropped"].items() if count]
+            place = next((f", e.g. {places[0]}" for places in report["examples"].values()), "")
+            raise ValueError(
+                f"{report['source']}: no {name} rows left of {report['rows']} "
+                f"({', '.join(counts) or 'none dropped'}{place}; {report['split']}). "
+                "Check data.format, data.columns and trainer.max_length, or give more rows."
+            )
+    return Splits(train, test, {**report, "train": len(train), "test": len(test)}, report["source"])
+
+
+def _settings(node: DictConfig) -> dict[str, Any]:
+    """The node as a plain dict with every key checked."""
+    data = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
+    check_keys("data", data, KEYS)
+    check_keys("data.columns", data["columns"], dict.fromkeys(formats.COLUMNS, str | None))
+    for key in ("train_size", "eval_size"):
+        if data[key] is not None and data[key] < 1:
+            raise ValueError(f"data.{key}={data[key]}: must be at least 1, or null for all rows. Change it.")
+    size = data["test_size"]
+    if size is not None and not (0 < size < 1 or (size >= 1 and size == int(size))):
+        raise ValueError(f"data.test_size={size}: must be a fraction below 1 or a count of prompts. Change it.")
+    return data
+
+
+def check_keys(where: str, values: dict[str, Any], rules: dict[str, Any]) -> None:
+    for key in values:
+        if key not in rules:
+            raise ValueError(f"{where}.{key}: no such key{nearest(str(key), rules)} See conf/data/base.yaml.")
+    for key, rule in rules.items():
+        if key not in values or values[key] in ("???", ""):
+            raise ValueError(f"{where}.{key}: required, but not set. Add {where}.{key}=<value>.")
+        check_value(f"{where}.{key}", values[key], rule)
+
+
+def _sources(data: dict[str, Any], sides: tuple[str, ...]) -> tuple[Iterator, Iterator | None]:
+    """Rows of the train source, and of the test source where the data has one of its own."""
+    path = data["path"]
+    if path == "clinic":
+        file = CLINIC / ("demonstrations.jsonl" if "completion" in sides else "pairs.jsonl")
+        train, test = readers.read_file(str(file)), None
+    elif readers.is_hub_id(path):
+        hub = functools.partial(readers.read_hub, path, data["name"], data["revision"])
+        train, test = _two_splits(data, hub)
+    elif os.path.isdir(os.path.expanduser(path)):
+        train, test = _two_splits(data, functools.partial(readers.read_folder, path))
+    else:
+        train, test = readers.read_file(path), None
+    return train, readers.read_file(data["test_path"]) if data["test_path"] else test
+
+
+def _two_splits(data: dict[str, Any], read: Callable[[str], Iterator | None]) -> tuple[Iterator, Iterator | None]:
+    train = read(data["train_split"])
+    if train is None:
+        raise ValueError(f"data.train_split={data['train_split']}: no such split in {data['path']}. Name one it has.")
+    if data["test_path"] or data["test_split"] is None:
+        return train, None
+    test = read(data["test_split"])
+    # A name that was typed is never replaced by held-out rows; the default one may be.
+    if test is None and data["test_split"] != "test":
+        raise ValueError(
+            f"data.test_split={data['test_split']}: no such split in {data['path']}. Name one it has, or "
+            "set it to null to hold out data.test_size."
+        )
+    return train, test
+
+
+def _source_name(path: str) -> str:
+    """What a report or a card may show: no folders of this machine."""
+    return path if path == "clinic" or readers.is_hub_id(path) else Path(path).name
+
+
+@dataclass
+class _Place:
+    """An example, where it came from, and the split that its row names."""
+
+    where: str
+    example: Example
+    split: str | None
+
+
+@dataclass
+class _Tally:
+    rows: int = 0
+    candidates: int = 0
+    dropped: Counter = field(default_factory=lambda: Counter(dict.fromkeys(REASONS, 0)))
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def drop(self, reason: str, where: str) -> None:
+        self.dropped[reason] += 1
+        places = self.examples.setdefault(reason, [])
+        if len(places) < EXAMPLES:
+            places.append(Path(where).name)
+
+
+def _places(rows: Iterator, data: dict[str, Any], sides: tuple[str, ...], tally: _Tally) -> list[_Place]:
+    """Every example that the rows give; what they do not give goes into the tally."""
+    places, held = [], secrets.in_environment()
+    for index, (where, values) in enumerate(rows):
+        row = formats.Row(where, values, data["columns"])
+        if index == 0:
+            formats.check_columns(row, data["format"], sides)
+        tally.rows += 1
+        family, split = row.label("family"), row.label("split")
+        for candidate in formats.candidates(row, data["format"], data["reduce"], sides):
+            tally.candidates += 1
+            if isinstance(candidate, str):
+                tally.drop(candidate, where)
+            elif any(secrets.find(said, held) for said in (family or "", *_texts(candidate))):
+                tally.drop("secret", where)  # a model would learn it, and samples and pages would show it
+            else:
+                labels = {"family": family, "prompt_id": formats.prompt_id(candidate["prompt"])}
+                if "rejected" in sides:
+                    labels["p"] = row.probability("p")
+                places.append(_Place(where, {**candidate, **labels}, split))
+    return places
+
+
+def _texts(example: Example) -> list[str]:
+    return [turn["content"] for turns in example.values() for turn in turns]
+
+
+def _split(train: list[_Place], test: list[_Place] | None, data: dict[str, Any]):
+    """(train, test, how): the test source, else what the split column says, else prompts held out."""
+    if test is not None:
+        name = _source_name(data["test_path"]) if data["test_path"] else f"split {data['test_split']}"
+        return train, test, f"test: {name}"
+    if any(place.split for place in train):
+        return *_split_by_column(train, data), f"test: column {data['columns']['split']}"
+    size, seed = data["test_size"], data["seed"]
+    if size is None:
+        raise ValueError(
+            f"{_source_name(data['path'])}: no test split. Give data.test_path, or hold out prompts: "
+            "data.test_size=0.1"
+        )
+    openings = [formats.opening_id(place.example["prompt"]) for place in train]
+    held_out = _held_out(set(openings), size, seed)
+    if len(held_out) == len(set(openings)) > 0:
+        raise ValueError(
+            f"data.test_size={size}: leaves nothing of {len(held_out)} prompts to train on. "
+            "Lower it, or give data.test_path."
+        )
+    test = [place for place, opening in zip(train, openings, strict=True) if opening in held_out]
+    train = [place for place, opening in zip(train, openings, strict=True) if opening not in held_out]
+    return train, test, f"test: {len(held_out)} of {len(set(openings))} prompts held out, seed {seed}"
+
+
+def _held_out(ids: set[str], size: float, seed: int) -> set[str]:
+    """A count of prompts, or each prompt with probability `size`, at least one.
+
+    The draw depends on the prompt and the seed alone: what one recipe holds out stays held out in the next,
+    whatever rows are added or dropped between them.
+    """
+    draws = {each: int(hashlib.sha256(f"{seed}:{each}".encode()).hexdigest()[:12], 16) / 16**12 for each in ids}
+    ranked = sorted(ids, key=lambda each: (draws[each], each))
+    count = int(size) if size >= 1 else max(1, sum(draw < size for draw in draws.values()))
+    return set(ranked[:count])
+
+
+def _split_by_column(places: list[_Place], data: dict[str, Any]) -> tuple[list[_Place], list[_Place]]:
+    train, test = data["train_split"], data["test_split"]
+    for place in places:
+        if place.split not in (train, test):
+            raise ValueError(
+                f"{place.where}: {data['columns']['split']}: {place.split!r:.40} is not {train} or {test}. "
+                "Set data.train_split and data.test_split, or data.columns.split=null to ignore the column."
+            )
+    return [place for place in places if place.split == train], [place for place in places if place.split == test]
+
+
+def _unique(places: list[_Place], tally: _Tally) -> list[_Place]:
+    seen, kept = set(), []
+    for place in places:
+        identity = repr([turns for turns in place.example.values() if isinstance(turns, list)])
+        if identity in seen:
+            tally.drop("duplicate", place.where)
+        else:
+            kept.append(place)
+        seen.add(identity)
+    return kept
+
+
+def _without_leakage(train: list[_Place], test: list[_Place], tally: _Tally) -> list[_Place]:
+    held_out = {place.example["prompt_id"] for place in test}
+    for place in train:
+        if place.example["prompt_id"] in held_out:
+            tally.drop("leakage", place.where)
+    return [place for place in train if place.example["prompt_id"] not in held_out]
+
+
+def _shuffled(places: list[_Place], seed: int) -> list[_Place]:
+    """In seeded order: a smaller cap takes a subset of a larger one."""
+    return random.Random(seed).sample(places, len(places))
+
+
+def shorter_wins(rows: list[Example]) -> list[float]:
+    """The baseline "the shorter answer wins": per pair 1.0 if chosen has fewer characters, 0.5 if as many."""
+    sizes = [(len(row["chosen"][-1]["content"]), len(row["rejected"][-1]["content"])) for row in rows]
+    return [float(chosen < rejected) + 0.5 * (chosen == rejected) for chosen, rejected in sizes]

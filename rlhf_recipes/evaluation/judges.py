@@ -1,0 +1,114 @@
+"""Win rate by the judge of cai: which of two answers is better under a constitution, asked in both orders.
+
+An answer's verdict is the judge's probability p that it beats the parent's (`cai.judge`), or one half where the judge
+does not know: the same text twice (nothing is asked), |p - 1/2| below `tie_margin`, another winner in the other order
+(Zheng et al. 2023, arXiv:2306.05685, section 3.4), or no answer. The judge's answers lie in the run folder as they
+come, so that an interrupted evaluation asks nothing twice.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from rlhf_recipes import run
+from rlhf_recipes.cai import constitution, prompt_templates
+from rlhf_recipes.cai.backend import Journal
+from rlhf_recipes.cai.judge import Judge, Judgement, Pair
+from rlhf_recipes.cai.load import load_one
+
+
+def check(cfg: DictConfig) -> bool:
+    """Whether a judge is asked, after refusing what cannot judge; nothing is loaded or sent.
+
+    Raises:
+        ValueError: two judges, an adapter of another base, an endpoint without its key, a broken constitution.
+    """
+    node = cfg.get("judge")
+    if node is None:
+        return False
+    if cfg.judge_function:
+        raise ValueError(f"judge_function={cfg.judge_function}: there is a judge already. Give one of the two.")
+    if cfg.judging.principles_per_pair < 1:
+        raise ValueError(
+            f"judging.principles_per_pair={cfg.judging.principles_per_pair}: must be at least 1. Change it."
+        )
+    constitution.load(cfg.constitution)
+    if node.kind == "server":
+        load_one(node, cfg)
+    elif node.adapter:
+        try:
+            run.parent_of(node.adapter, node.id)
+        except ValueError as error:
+            raise ValueError(str(error).replace("model.", "judge.")) from error
+    return True
+
+
+def load(cfg: DictConfig) -> Judge:
+    """The judge, ready to be asked."""
+    return Judge(load_one(cfg.judge, cfg), constitution.load(cfg.constitution), cfg.judging, cfg.seed)
+
+
+def compare(judge: Judge, measurements: dict, rows: list[dict], path: Path, tie_margin: float) -> dict:
+    """The measurements with `judgements` of each system's answers against the parent's.
+
+    Args:
+        rows: the held-out rows, which have the `prompt` of each `prompt_id` as a conversation.
+        path: of the file that keeps the judge's answers.
+    """
+    prompts = {row["prompt_id"]: row["prompt"] for row in rows}
+    parent, journal = measurements["parent"], Journal(path)
+    judge.learn_priors(journal)
+    judgements, typed = {}, 0
+    for name in measurements["systems"]:
+        if name == parent:
+            continue
+        pairs = [
+            Pair(
+                row["prompt_id"], prompts[row["prompt_id"]], *(row["systems"][each]["text"] for each in (name, parent))
+            )
+            for row in measurements["answers"]
+        ]
+        asked = [pair for pair in pairs if pair.first != pair.second]
+        typed += sum(prompt_templates.chat_tokens(pair.first, pair.second) for pair in asked)
+        found = iter(judge.compare(asked, journal, f"judge: {name}"))
+        judgements[name] = [
+            verdict(pair.prompt_id, next(found) if pair.first != pair.second else None, tie_margin) for pair in pairs
+        ]
+    asked_of = {"judge": judge.backend.name, "constitution": f"{judge.constitution.name} {judge.constitution.version}"}
+    asked_of |= {"chat tokens made plain for the judge": typed} if typed else {}
+    return measurements | {"judgements": judgements, "settings": measurements["settings"] | asked_of}
+
+
+def verdict(prompt_id: str, judgement: Judgement | None, tie_margin: float) -> dict[str, Any]:
+    """What a judgement comes to: `p`, one half where it is a `tie`; `asked`, False for the same text twice; and of
+    what was asked `answered`, `flip` (None where not answered) and `gap`, the gain of the first place."""
+    if judgement is None:
+        return {"prompt_id": prompt_id, "p": 0.5, "tie": True, "asked": False}
+    answered = judgement.p is not None
+    tie = not answered or judgement.flip or abs(judgement.p - 0.5) < tie_margin
+    return {
+        "prompt_id": prompt_id,
+        "p": 0.5 if tie else judgement.p,
+        "tie": bool(tie),
+        "asked": True,
+        "answered": answered,
+        "flip": judgement.flip if answered else None,
+        "gap": judgement.position_gap if answered else None,
+    }
+
+
+def by_function(judge: Callable, prompts: list[dict], answers: dict, name: str, parent: str) -> list[dict]:
+    """The same of a `judge_function`, which is asked of every pair; its mean probability is taken as it is."""
+    asked = [row["prompt"] for row in prompts]
+    own, other = ([answer["text"] for answer in answers[key]] for key in (name, parent))
+    first, second = judge(asked, own, other), judge(asked, other, own)
+    rows = []
+    for row, a, b, p, q in zip(prompts, own, other, first, second, strict=True):
+        mean = (p + 1 - q) / 2
+        found = {"prompt_id": row["prompt_id"], "p": mean, "tie": abs(mean - 0.5) < 1e-9, "asked": a != b}
+        if a != b:
+            found |= {"answered": True, "flip": (p - 0.5) * (0.5 - q) < 0, "gap": p + q - 1}
+        rows.append(found)
+    return rows

@@ -1,0 +1,231 @@
+"""Forward passes: log-probabilities of answers, scores of a reward model, sampled answers and their KL.
+
+Shapes: B sequences in a batch, T tokens, K completion tokens, V vocabulary. Log-probabilities are in nats.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rlhf_recipes import memory, progress
+from rlhf_recipes.data.template import render
+
+Message = dict[str, str]
+
+# Float32 logits of one batch stay below this: a CPU is busy with few rows, a GPU wants many.
+LOGITS_BYTES, LOGITS_BYTES_ON_CPU = 2**29, 2**27
+# Padded tokens of one batch of a forward without logits.
+BATCH_TOKENS = 8192
+
+
+def completion_logps(model, tokenizer, conversations: list[tuple[list[Message], list[Message]]], what: str):
+    """Log-probability of each completion given its prompt, under the chat template.
+
+    Returns:
+        A list of (sum over completion tokens in nats, number of completion tokens) in the order given. The completion
+        starts where the rendered prompt and the rendered whole diverge, as in TRL's DPOTrainer.
+    """
+    return _sums(token_logps(model, tokenizer.pad_token_id, [encode(tokenizer, *c) for c in conversations], what))
+
+
+def text_logps(model, tokenizer, texts: list[str], what: str):
+    """The same for plain texts: every token but the first is predicted."""
+    return _sums(token_logps(model, tokenizer.pad_token_id, [(tokenizer(t)["input_ids"], 1) for t in texts], what))
+
+
+def token_logps(model, pad_id: int, encoded: list[tuple[list[int], int]], what: str) -> list:
+    """Log-probabilities of the tokens from `start` on, a float64 tensor of K values for each (token ids, start)."""
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    results: list[Any] = [None] * len(encoded)
+    with measuring(model):
+        for indices in _batches(encoded, what, model.device, vocabulary):
+            ids_BT, mask_BT, positions_BT = left_pad([encoded[i][0] for i in indices], pad_id, model.device)
+            counts = [len(encoded[i][0]) - encoded[i][1] for i in indices]
+            K = max(counts)
+            output = model(
+                input_ids=ids_BT,
+                attention_mask=mask_BT,
+                position_ids=positions_BT,
+                logits_to_keep=K + 1,
+                use_cache=False,
+            )
+            logits_BKV = output.logits[:, :-1].float()
+            logps_BK = logits_BKV.gather(2, ids_BT[:, -K:, None])[..., 0] - logits_BKV.logsumexp(2)
+            for row, (i, count) in enumerate(zip(indices, counts, strict=True)):
+                results[i] = logps_BK[row, K - count :].double().cpu()
+    return results
+
+
+def _sums(logps: list) -> list[tuple[float, int]]:
+    return [(logps_K.sum().item(), len(logps_K)) for logps_K in logps]
+
+
+def pair_logps(model, tokenizer, rows: list[dict], what: str = "Held-out pairs") -> list[dict]:
+    """`chosen_logp`, `rejected_logp` (sums, nats), `chosen_tokens`, `rejected_tokens` for each preference pair."""
+    both = [(row["prompt"], row[side]) for row in rows for side in ("chosen", "rejected")]
+    logps = completion_logps(model, tokenizer, both, what)
+    return [
+        {"chosen_logp": c[0], "chosen_tokens": c[1], "rejected_logp": r[0], "rejected_tokens": r[1]}
+        for c, r in zip(logps[::2], logps[1::2], strict=True)
+    ]
+
+
+def demonstration_logps(model, tokenizer, rows: list[dict], what: str = "Demonstrations") -> list[tuple[float, int]]:
+    """(log-probability in nats, tokens) of each row's completion."""
+    return completion_logps(model, tokenizer, [(row["prompt"], row["completion"]) for row in rows], what)
+
+
+def rewards(model, tokenizer, conversations: list[list[Message]], what: str = "Rewards") -> list[float]:
+    """r(x, y) of a reward model for each conversation, read at its last token."""
+    return [score for score, _ in rewards_and_features(model, tokenizer, conversations, what)]
+
+
+def rewards_and_features(model, tokenizer, conversations: list[list[Message]], what: str) -> list[tuple]:
+    """(r(x, y), what its score head read, a float32 array of F features) for each conversation."""
+    encoded = [(render(tokenizer, c, return_dict=False), 0) for c in conversations]
+    results: list[Any] = [None] * len(encoded)
+    read: list[Any] = []
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hook = base.score.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0][:, -1].float().cpu()))
+    try:
+        with measuring(model):
+            for indices in _batches(encoded, what, model.device):
+                ids_BT, mask_BT, positions_BT = left_pad(
+                    [encoded[i][0] for i in indices], tokenizer.pad_token_id, model.device
+                )
+                output = model(input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT)
+                scores_B, features_BF = output.logits[:, 0].float().tolist(), read.pop().numpy()
+                for i, score, features in zip(indices, scores_B, features_BF, strict=True):
+                    results[i] = score, features
+    finally:
+        hook.remove()
+    return results
+
+
+def pair_rewards(model, tokenizer, rows: list[dict], what: str = "Held-out pairs") -> list[dict]:
+    """`chosen` and `rejected` rewards for each preference pair."""
+    scores = rewards(
+        model, tokenizer, [row["prompt"] + row[side] for row in rows for side in ("chosen", "rejected")], what
+    )
+    return [{"chosen": c, "rejected": r} for c, r in zip(scores[::2], scores[1::2], strict=True)]
+
+
+def generate(model, tokenizer, prompts: list[list[Message]], *, max_new_tokens, temperature, seed, what) -> list[dict]:
+    """One answer to each prompt: `ids`, `start` (of the answer in `ids`), `text`, `tokens`, `finished` (by its EOS).
+
+    `temperature=0` is greedy; otherwise the full distribution is sampled (no top-p, no top-k), so that
+    log-probabilities of the samples estimate the KL of the policy itself.
+    """
+    import torch
+
+    encoded = [(encode(tokenizer, p, None)[0], 0) for p in prompts]
+    stops = stop_ids(model, tokenizer)
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        if temperature
+        else {"do_sample": False}
+    )
+    results: list[Any] = [None] * len(encoded)
+    torch.manual_seed(seed)
+    with measuring(model):
+        for indices in _batches([(ids + [0] * max_new_tokens, 0) for ids, _ in encoded], what, model.device):
+            ids_BT, mask_BT, _ = left_pad([encoded[i][0] for i in indices], tokenizer.pad_token_id, model.device)
+            out_BT = model.generate(
+                input_ids=ids_BT, attention_mask=mask_BT, max_new_tokens=max_new_tokens, eos_token_id=stops,
+                pad_token_id=tokenizer.pad_token_id, **sampling,
+            )  # fmt: skip
+            for row, i in enumerate(indices):
+                answer = out_BT[row, ids_BT.shape[1] :].tolist()
+                end = next((n for n, token in enumerate(answer) if token in stops), None)
+                answer = answer if end is None else answer[: end + 1]
+                results[i] = {
+                    "ids": encoded[i][0] + answer,
+                    "start": len(encoded[i][0]),
+                    "text": tokenizer.decode(answer, skip_special_tokens=True).strip(),
+                    "tokens": len(answer),
+                    "finished": end is not None,
+                }
+    return results
+
+
+def kl_terms(policy_logps_K, reference_logps_K) -> tuple[float, float]:
+    """k1 and k3 of one sampled answer, summed over its tokens, in nats: see `ppo.algorithm.kl_estimates`."""
+    from rlhf_recipes.sampling import kl_estimates
+
+    k1_K, _, k3_K = kl_estimates(policy_logps_K, reference_logps_K)
+    return k1_K.sum().item(), k3_K.sum().item()
+
+
+def encode(tokenizer, prompt: list[Message], completion: list[Message] | None) -> tuple[list[int], int]:
+    """Token ids of the rendered conversation, and where the completion starts in them."""
+    prompt_ids = render(tokenizer, prompt, add_generation_prompt=True, return_dict=False)
+    if completion is None:
+        return prompt_ids, len(prompt_ids)
+    ids = render(tokenizer, prompt + completion, return_dict=False)
+    start = next((n for n, (a, b) in enumerate(zip(prompt_ids, ids, strict=False)) if a != b), len(prompt_ids))
+    return ids, start
+
+
+def _batches(encoded: list[tuple[list[int], int]], what: str, device, vocabulary: int = 0) -> Iterator[list[int]]:
+    """Indices grouped by length, the longest first: an out-of-memory shows at once.
+
+    Args:
+        vocabulary: V where the forward pass makes logits of completions, 0 where it makes none that count.
+    """
+    logits_bytes = LOGITS_BYTES_ON_CPU if device.type == "cpu" else LOGITS_BYTES
+    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i][0]))
+
+    def groups():
+        rest = order
+        while rest:
+            size, K, T = 0, 0, len(encoded[rest[0]][0])
+            for i in rest:
+                K = max(K, len(encoded[i][0]) - encoded[i][1] + 1)
+                B = size + 1
+                if size and (B * T > BATCH_TOKENS or 4 * B * K * vocabulary > logits_bytes):
+                    break
+                size = B
+            yield rest[:size]
+            rest = rest[size:]
+
+    for group in progress.batches(what, len(order), groups()):
+        yield group
+        memory.return_freed_memory()
+
+
+def left_pad(sequences: list[list[int]], pad_id: int, device):
+    """Ids, mask and positions; padding on the left aligns the completions at the end."""
+    import torch
+
+    T = max(map(len, sequences))
+    ids_BT = torch.tensor([[pad_id] * (T - len(s)) + s for s in sequences], device=device)
+    mask_BT = torch.tensor([[0] * (T - len(s)) + [1] * len(s) for s in sequences], device=device)
+    return ids_BT, mask_BT, (mask_BT.cumsum(1) - 1).clamp(min=0)
+
+
+def stop_ids(model, tokenizer) -> list[int]:
+    """Every token that ends an answer: those that the model declares, and the tokenizer's."""
+    configured = model.generation_config.eos_token_id
+    stops = configured if isinstance(configured, list) else [configured]
+    return sorted({i for i in [*stops, tokenizer.eos_token_id] if i is not None})
+
+
+@contextmanager
+def measuring(model):
+    """No gradients, no dropout, and the precision that the model was loaded in; afterwards everything as it was.
+
+    Training changes nothing about it: not the float32 norms of a quantized base in ORPOTrainer and CPOTrainer, nor
+    accelerate's mixed-precision `forward`. Before and after differ by what was learned alone.
+    """
+    import torch
+
+    bf16 = model.config.dtype == torch.bfloat16
+    was_training, trainers_forward = model.training, vars(model).pop("forward", None)
+    model.eval()
+    try:
+        with torch.inference_mode(), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            yield
+    finally:
+        model.train(was_training)
+        if trainers_forward:
+            model.forward = trainers_forward

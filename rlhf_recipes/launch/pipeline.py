@@ -1,0 +1,245 @@
+"""A pipeline's stages: check all of them first, run what is missing in processes of their own, summarise."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+
+from rlhf_recipes import config, run, run_folder
+from rlhf_recipes.data.load import check
+from rlhf_recipes.errors import nearest
+from rlhf_recipes.launch import keys
+from rlhf_recipes.launch.refusals import WANTS_TRACEBACK, as_refusal
+
+WIDTH = 110
+SHOWN_ANSWERS = 4
+SUMMARY = "summary.json"
+NAME = r"\w[\w.-]*"  # no path
+INTERRUPTED = (130, -2)  # by Ctrl-C: exit status of a recipe, of a process that could not catch it
+
+
+@dataclass
+class Stage:
+    """One recipe of a pipeline: its folder, its command line, the hash of what it will compute."""
+
+    name: str
+    recipe: str
+    dir: Path
+    overrides: list[str]
+    cfg: DictConfig
+    config_sha256: str
+    status: str = "pending"
+    seconds: float = 0.0
+    ran: bool = False
+
+    def result(self) -> dict | None:
+        return run.read_result(self.dir)
+
+
+@dataclass
+class Plan:
+    """The stages of a pipeline and the folder they share."""
+
+    dir: Path
+    stages: list[Stage]
+    lock: run_folder.Lock
+    started: float = field(default_factory=time.monotonic)
+
+    def write(self) -> None:
+        """summary.json, as far as the pipeline has come."""
+        summary = {
+            "stages": [
+                {"name": s.name, "recipe": s.recipe, "status": s.status, "ran": s.ran, "seconds": s.seconds,
+                 "result": str(s.dir / "result.json")}
+                for s in self.stages
+            ],
+            "seconds": round(time.monotonic() - self.started, 1),
+        }  # fmt: skip
+        run.write_atomically(self.dir / SUMMARY, json.dumps(summary, indent=2) + "\n")
+
+
+def plan(cfg: DictConfig) -> Plan:
+    """Compose every stage's config, so that a wrong override is refused before the first stage starts.
+
+    Raises:
+        ValueError: a stage has an unknown recipe or override, or was made with other settings before; the folder, or
+            with `overwrite` that of a stage, holds foreign files; another process writes it.
+    """
+    here = run.relative(Path(cfg.output_dir))
+    run_folder.refuse_foreign(here, only="pipeline")
+    lock = run_folder.Lock(here)
+    recipes = {path.stem for path in (config.CONF.parent / "recipes").glob("*.py")} - {"__init__"}
+    stages, before = [], _previous_seconds(here)
+    for entry in cfg.stages:
+        _check_entry(entry, [stage.name for stage in stages], recipes)
+        shared = [text for text in cfg.shared if takes(entry.recipe, text)]
+        shared += ["overwrite=true"] if cfg.overwrite else []
+        overrides = [text.replace("{dir}", str(here)) for text in [*shared, *entry.get("overrides", [])]]
+        own = _compose(entry, overrides)
+        sha256 = run.config_sha256(run.resolved(own))
+        stage = Stage(entry.name, entry.recipe, here / entry.name, overrides, own, sha256)
+        result = None if cfg.overwrite else stage.result()
+        if result and result["config_sha256"] != stage.config_sha256:
+            raise ValueError(
+                f"run_name={cfg.run_name}: {stage.dir} was made with other settings. Choose another run_name, or "
+                "make all stages again with overwrite=true."
+            )
+        elif result:
+            stage.status, stage.seconds = "finished", before.get(entry.name, result["seconds"])
+        if cfg.overwrite and entry.recipe != "publish":  # it replaces what its manifest lists
+            run_folder.refuse_to_replace(stage.dir, config.flatten(run.resolved(own)))
+        stages.append(stage)
+    return Plan(here, stages, lock)
+
+
+def execute(plan: Plan) -> int:
+    """Run the stages that have no result; the exit status of the first that fails, else 0."""
+    status = 0
+    run_folder.mark(plan.dir, "pipeline")
+    for number, stage in enumerate(plan.stages, 1):
+        label = f"{number}/{len(plan.stages)} {stage.name}"
+        if stage.status == "finished":
+            print(f"[{label}] finished before, kept: {stage.dir}", flush=True)
+            continue
+        print(f"\n[{label}] python -m rlhf_recipes.recipes.{stage.recipe} {' '.join(stage.overrides)}", flush=True)
+        code, stage.seconds = _run(stage, label)
+        stage.ran = True
+        # A verdict has an exit status of its own: what makes a stage finished is its result.
+        stage.status = "finished" if stage.result() else "interrupted" if code in INTERRUPTED else "failed"
+        plan.write()
+        status = status or code
+        if code in INTERRUPTED:
+            raise KeyboardInterrupt
+        if stage.status != "finished":
+            print(f"[{label}] failed. The same command starts again here.", file=sys.stderr)
+            return code or 1
+    plan.write()
+    return status
+
+
+def print_summary(plan: Plan, next_commands: list[str]) -> None:
+    """The table of the stages, four prompts answered before and after, the adapter, what to try next."""
+    results = [(stage, stage.result()) for stage in plan.stages]
+    print("\n" + _table(results))
+    evaluations = [result["evaluation"] for _, result in results if result and "evaluation" in result]
+    if evaluations:
+        print(_side_by_side(evaluations[-1]))
+    adapters = [stage.dir / "adapter" for stage, result in results if result and stage.recipe != "reward"]
+    adapters = [folder for folder in adapters if folder.is_dir()]
+    if adapters:
+        print(f"adapter  {adapters[-1]}")
+    print(f"summary  {plan.dir / SUMMARY}")
+    for command in next_commands:
+        print(f"next     {command.replace('{dir}', str(plan.dir))}")
+    sys.stdout.flush()
+
+
+def _run(stage: Stage, label: str) -> tuple[int, float]:
+    begin = time.monotonic()
+    command = [sys.executable, "-P", "-m", f"rlhf_recipes.recipes.{stage.recipe}", *stage.overrides]
+    environment = {**os.environ, "RLHF_RECIPES_STAGE": label}
+    if not WANTS_TRACEBACK:
+        environment.pop("HYDRA_FULL_ERROR", None)  # set by this process for itself
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the child does not outlive this process
+    process = subprocess.Popen([*command, f"hydra.run.dir={stage.dir}"], env=environment)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:  # the child got it too: let it finish its line
+        code = process.wait()
+        code = code or 130
+    finally:
+        if process.poll() is None:
+            process.terminate()
+    return code, round(time.monotonic() - begin, 1)
+
+
+def _compose(entry: DictConfig, overrides: list[str]) -> DictConfig:
+    GlobalHydra.instance().clear()  # of the pipeline's own composition
+    try:
+        with hydra.initialize_config_module("rlhf_recipes.conf", version_base="1.3"):
+            cfg = hydra.compose(entry.recipe, overrides=overrides)
+        keys.check(cfg, entry.recipe)
+        if "data" in cfg:
+            check(cfg.data)
+    except Exception as error:
+        raise ValueError(f"stages.{entry.name}: {as_refusal(error, entry.recipe) or error}") from error
+    return cfg
+
+
+def takes(recipe: str, override: str) -> bool:
+    """Whether a recipe has the group that an override is about; a key of no group is for all."""
+    group = override.lstrip("+~").partition("=")[0].partition(".")[0]
+    defaults = OmegaConf.load(config.CONF / f"{recipe}.yaml").defaults
+    groups = {name for entry in defaults if isinstance(entry, DictConfig) for name in entry}
+    return group in groups or not (config.CONF / group).is_dir()
+
+
+def _check_entry(entry: DictConfig, names: list[str], recipes: set[str]) -> None:
+    shape = "{name: sft, recipe: sft, overrides: [...]}"
+    if not isinstance(entry, DictConfig) or not {"name", "recipe"} <= entry.keys():
+        raise ValueError(f"stages: each entry is {shape}, not {entry}.")
+    for key in entry:
+        if key not in ("name", "recipe", "overrides"):
+            raise ValueError(f"stages.{entry.name}.{key}: there is no such key. An entry is {shape}.")
+    if entry.recipe not in recipes:
+        raise ValueError(f"stages.{entry.name}.recipe={entry.recipe}: no such recipe{nearest(entry.recipe, recipes)}")
+    if not re.fullmatch(NAME, str(entry.name)) or entry.name in (run_folder.CONFIG, run_folder.PREFLIGHT, SUMMARY):
+        raise ValueError(f"stages.name={entry.name}: is the stage's folder. Use letters, digits, '_', '-' and '.'.")
+    if entry.name in names:
+        raise ValueError(f"stages.{entry.name}: two stages have this name, which is their folder. Rename one.")
+
+
+def _previous_seconds(here: Path) -> dict[str, float]:
+    path = here / SUMMARY
+    if not path.is_file():
+        return {}
+    return {stage["name"]: stage["seconds"] for stage in json.loads(path.read_text())["stages"]}
+
+
+def _table(results: list[tuple[Stage, dict | None]]) -> str:
+    from rlhf_recipes.stats import format_estimate
+    from rlhf_recipes.text import line
+
+    rows = [["stage", "metric", "before", "after", "n", "seconds", "peak GiB"]]
+    for stage, result in results:
+        if result is None:
+            rows.append([stage.name, stage.status, "", "", "", f"{stage.seconds:.0f}", ""])
+            continue
+        main = result["main"]
+        peak = "/".join(f"{gib:.1f}" for gib in result["peak_memory_gib"].values())
+        estimates = [format_estimate(main[when]) if main[when] else "" for when in ("before", "after")]
+        name, n = line(main["name"].replace("_", " ")), line(main["after"]["n"])
+        rows.append([stage.name, name, *estimates, n, f"{stage.seconds:.0f}", peak])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "─" * max(map(len, lines)), *lines[1:], "[95 % interval, bootstrap over prompts]\n"])
+
+
+def _side_by_side(evaluation: dict) -> str:
+    """The first prompts of different families, not the best ones, as the parent and the last system answer them."""
+    from rlhf_recipes.text import line
+
+    parent, tuned = evaluation["parent"], evaluation["recommended"]
+    by_family = {answer["family"]: answer for answer in reversed(evaluation["answers"])}
+    column = WIDTH // 2 - 2
+    lines = []
+    for answer in list(by_family.values())[:SHOWN_ANSWERS]:
+        lines += textwrap.wrap(f"▶ {line(answer['prompt'])}", WIDTH, max_lines=3, placeholder=" …")
+        lines.append(f"{line(parent):<{column}}  │ {line(tuned)}")
+        texts = [line(answer["systems"][name]["text"]) for name in (parent, tuned)]
+        left, right = (textwrap.wrap(text, column, max_lines=8, placeholder=" …") or ["(empty)"] for text in texts)
+        for i in range(max(len(left), len(right))):
+            a, b = (side[i] if i < len(side) else "" for side in (left, right))
+            lines.append(f"{a:<{column}}  │ {b}".rstrip())
+        lines.append("")
+    return "\n".join(lines)

@@ -1,0 +1,306 @@
+"""What is seen of one job before it runs."""
+
+import copy
+import hashlib
+import itertools
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from rlhf_recipes import memory, models, run
+from rlhf_recipes.data.fit import fit
+from rlhf_recipes.data.load import load_demonstrations, load_pairs, load_prompts
+from rlhf_recipes.data.tokens import lengths
+from rlhf_recipes.launch.preflight import predict_memory, real_steps, rows
+from rlhf_recipes.launch.refusals import as_refusal
+from rlhf_recipes.ppo import sources
+
+READ = {
+    "sft": load_demonstrations,
+    "reward": load_pairs,
+    "dpo": load_pairs,
+    "orpo": load_pairs,
+    "simpo": load_pairs,
+    "ppo": load_prompts,
+}
+GIB = predict_memory.GIB
+# Runs over many lengths took up to so much more than predicted: within it a job is warned of, not stopped.
+MARGIN = 0.5
+SHORTEST = 128  # tokens that a proposal leaves
+FEW_ENDS, MANY_CUT, SOME_REFUSALS = 0.9, 0.05, 0.01
+
+
+@dataclass
+class Job:
+    """A recipe with its composed config.
+
+    Attributes:
+        name: of a sweep's job or a pipeline's stage; "" for a run alone.
+        overrides: as on the command line.
+        later: the folder in which earlier stages of a pipeline will have written what this one reads.
+    """
+
+    name: str
+    recipe: str
+    cfg: DictConfig
+    overrides: list[str]
+    later: Path | None = None
+
+
+@dataclass
+class LookedAt:
+    """What jobs have in common is looked at once.
+
+    Attributes:
+        measured: what real steps came to, by the job's shape.
+        measure: whether to run any.
+        elsewhere: the jobs run on another machine.
+    """
+
+    measured: dict[str, dict]
+    measure: bool
+    elsewhere: bool
+    rows: dict[str, tuple] = field(default_factory=dict)
+
+    @cached_property
+    def libraries(self) -> int:
+        """Bytes of a process that has imported what a recipe does, before it reads anything."""
+        import bitsandbytes  # noqa: F401
+        import datasets  # noqa: F401
+        import peft  # noqa: F401
+        from trl import DPOTrainer, RewardTrainer, SFTTrainer  # noqa: F401
+
+        return memory.resident()
+
+
+def examine(job: Job, looked_at: LookedAt) -> dict[str, Any]:
+    """Everything about a job that can be known before it runs.
+
+    Returns:
+        `name`, `recipe`, `watch` (what to know) and `stops` (why it could not run), sentences with what to do; and as
+        far as it could be looked at `settings`, `model`, `lora`, `rows`, `example`, `memory` and `step`, else None.
+    """
+    found: dict[str, Any] = {"name": job.name, "recipe": job.recipe, "watch": [], "stops": []}
+    found |= dict.fromkeys(("settings", "model", "lora", "rows", "example", "memory", "step"))
+    try:
+        _look(job, looked_at, found)
+    except ValueError as error:
+        reason = as_refusal(error, job.recipe)
+        if reason is None:
+            raise
+        found["stops"].append(f"{job.name or job.recipe}: {reason}")
+    return found
+
+
+def _look(job: Job, looked_at: LookedAt, found: dict[str, Any]) -> None:
+    """Fill in what `examine` returns.
+
+    Raises:
+        ValueError: the recipe would refuse the job.
+    """
+    cfg, recipe = job.cfg, job.recipe
+    libraries = looked_at.libraries  # before anything is read
+    args = models.training_args(cfg.trainer, run.Run(Path(), recipe, {}))
+    models.check(cfg.model, cfg.quantization, cfg.lora)
+    tokenizer = models.load_tokenizer(cfg.model)
+    found["settings"] = _settings(cfg, args)
+    found["model"] = {"id": cfg.model.id, "download_gib": models.download_bytes(cfg.model) / GIB}
+    later = _made_later(job)
+    if str(cfg.data.path) in later:
+        found["watch"].append(f"{cfg.data.path} is made by an earlier stage: not looked at")
+        return
+    _find_rewards(cfg)
+    splits, sizes, found["rows"], found["example"] = _rows(job, args, tokenizer, looked_at)
+    found["watch"] += _remarks(found["rows"], found["example"], recipe)
+    steps = real_steps.total_steps(recipe, args, len(splits.train))
+    found["settings"]["steps"] = steps
+    _memory(found, job, args, _largest(recipe, args, sizes, steps), libraries, looked_at.elsewhere)
+    if looked_at.measure and not found["stops"] and not later:
+        shape = _shape(cfg, recipe)
+        if shape not in looked_at.measured:
+            print(f"  steps    real ones of {job.name or recipe}, in a process of their own ...", flush=True)
+            looked_at.measured[shape] = real_steps.measure(recipe, job.overrides, args, splits, sizes)
+        found["step"] = looked_at.measured[shape]
+        if "error" in found["step"]:
+            found["stops"].append(f"{job.name or recipe}: its first step fails: {found['step']['error']}")
+
+
+def disk(found: list[dict], folder: Path) -> dict[str, Any]:
+    """What the runs leave behind, and the checkpoints of the one that runs."""
+    trained = [seen["lora"] for seen in found if seen["lora"]]
+    adapters = sum(4 * each["numbers"] for each in trained)
+    checkpoints = 3 * max((each["bytes"] for each in trained), default=0)  # two are kept while a third is written
+    downloads = {seen["model"]["id"]: seen["model"]["download_gib"] for seen in found if seen["model"]}
+    need = (adapters + checkpoints) / GIB + sum(downloads.values())
+    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(there).free / GIB
+    stops = (
+        [f"{folder}: needs {need:.1f} GiB, {free:.1f} GiB are free. Free space or choose another."]
+        if need > free
+        else []
+    )
+    return {"need_gib": need, "free_gib": free, "stops": stops}
+
+
+def _settings(cfg: DictConfig, args) -> dict[str, Any]:
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "max_completion_length",
+             "learning_rate", "beta", "simpo_gamma", "kl_coef", "cliprange", "label_smoothing", "loss_type",
+             "num_train_epochs", "gradient_checkpointing", "bf16", "seed")  # fmt: skip
+    kept = {name: getattr(args, name) for name in names if getattr(args, name, None) not in (None, "")}
+    kind = (
+        "nf4" if cfg.quantization.get("load_in_4bit") else "int8" if cfg.quantization.get("load_in_8bit") else "none"
+    )
+    return {"adapter": cfg.model.adapter, "quantization": kind, "lora r": cfg.lora.get("r"), **kept}
+
+
+def _made_later(job: Job) -> list[str]:
+    """What the job reads that an earlier stage of its pipeline has yet to write."""
+    if job.later is None:
+        return []
+    read = [job.cfg.data.path, job.cfg.model.adapter, *_rewards(job.cfg)]
+    return [str(each) for each in read if each and Path(each).is_relative_to(job.later) and not Path(each).exists()]
+
+
+def _rewards(cfg: DictConfig) -> list[str]:
+    given = cfg.get("reward_funcs") or []
+    return [given] if isinstance(given, str) else list(given)
+
+
+def _find_rewards(cfg: DictConfig) -> None:
+    """Refuse what `reward_funcs` names, but for what an earlier stage has yet to make."""
+    present = [each for each in _rewards(cfg) if ":" in each or Path(each).is_dir()]
+    if present:
+        sources.find_rewards(present)
+
+
+def _rows(job: Job, args, tokenizer, looked_at: LookedAt) -> tuple:
+    """(splits, tokens of each train row, the report about them, an example), read once for jobs with the same data."""
+    cfg = job.cfg
+    max_length = cfg.max_prompt_length if job.recipe == "ppo" else args.max_length
+    read = {key: OmegaConf.to_container(cfg[key], resolve=True) for key in ("data", "model")}
+    node = {"read": READ[job.recipe].__name__, **read, "max_length": max_length}
+    key = json.dumps(node, sort_keys=True)
+    if key not in looked_at.rows:
+        splits = fit(READ[job.recipe](cfg.data), tokenizer, max_length, cfg.data.too_long)
+        sizes = [min(size, max_length or size) for size in lengths(splits.train, tokenizer, "train")]
+        example = rows.example(splits, tokenizer, models.model_path(cfg.model))
+        looked_at.rows[key] = splits, sizes, rows.examine(splits, sizes), example
+    if job.recipe == "ppo":
+        args.check_prompts(len(looked_at.rows[key][0].train))
+    return looked_at.rows[key]
+
+
+def _largest(recipe: str, args, sizes: list[int], steps: int) -> predict_memory.Batch:
+    """The micro-batch with the longest row: every other is padded to it."""
+    batch = args.per_device_train_batch_size
+    count = steps * args.gradient_accumulation_steps
+    if recipe == "ppo":  # where a completion ends nobody knows
+        completion = args.max_completion_length
+        tokens = max(sizes) + completion
+        return predict_memory.Batch(batch, tokens, count, completion, args.prompts_per_rollout)
+    padded = list(itertools.islice(real_steps.padded_lengths(sizes, batch), count))
+    longest = args.max_length if getattr(args, "packing", False) else max(sizes)
+    return predict_memory.Batch(batch if recipe == "sft" else 2 * batch, longest, len(set(padded)))
+
+
+def _memory(found: dict, job: Job, args, batch: predict_memory.Batch, libraries: int, elsewhere: bool) -> None:
+    """Fill in `lora` and `memory`, and judge what is needed by what is free."""
+    try:
+        base = predict_memory.backbone(job.cfg, job.recipe)
+    except ValueError as error:  # not the kind of model that the counts are of
+        found["watch"].append(str(error))
+        return
+    rewards = sum(":" not in each for each in _rewards(job.cfg))  # as adapters on the policy's base
+
+    def predicted(args, batch: predict_memory.Batch) -> dict:
+        return predict_memory.predict(job.cfg, job.recipe, args, base, batch, libraries, rewards)
+
+    found["lora"] = {"numbers": base.lora, "bytes": base.lora * (4 + 4 + predict_memory.state_bytes(args.optim))}
+    found["memory"] = predicted(args, batch) | {"free_gib": None}
+    if elsewhere:
+        return
+    peak, free = found["memory"]["peak_gib"], memory.free() / GIB
+    found["memory"]["free_gib"] = free
+    needs = f"{job.name or job.recipe}: needs about {peak:.1f} GiB at its peak, {free:.1f} GiB are free."
+    if peak > free:
+        fitting = proposal(job.recipe, args, batch, lambda *asked: predicted(*asked)["peak_gib"] <= free)
+        advice = f"It fits with {' '.join(fitting)}" if fitting else "Choose a smaller model or another machine"
+        found["stops"].append(f"{needs} {advice}.")
+    elif peak * (1 + MARGIN) > free:
+        found["watch"].append(f"memory is tight: {needs}")
+
+
+def proposal(
+    recipe: str, args, batch: predict_memory.Batch, fits: Callable[[Any, predict_memory.Batch], bool]
+) -> list[str]:
+    """The overrides nearest to what was asked that fit; empty where none do.
+
+    First a smaller micro-batch, which changes nothing that is learned; then checkpointing, which costs time; then
+    PPO's value head; last shorter rows.
+    """
+    args, changes = copy.copy(args), {}
+
+    def change(key: str, value) -> None:
+        setattr(args, key, value)
+        changes[f"trainer.{key}"] = str(value).lower()
+
+    while not fits(args, batch) and args.per_device_train_batch_size % 2 == 0:
+        change("per_device_train_batch_size", args.per_device_train_batch_size // 2)
+        change("gradient_accumulation_steps", args.gradient_accumulation_steps * 2)
+        batch = replace(batch, sequences=batch.sequences // 2)
+    if not fits(args, batch) and not args.gradient_checkpointing:
+        change("gradient_checkpointing", True)
+    if not fits(args, batch) and recipe == "ppo" and args.value == "separate":
+        change("value", "head")
+    while not fits(args, batch) and recipe != "ppo" and batch.tokens // 2 >= SHORTEST:
+        batch = replace(batch, tokens=batch.tokens // 2)
+        change("max_length", batch.tokens)
+    return [f"{key}={value}" for key, value in changes.items()] if fits(args, batch) else []
+
+
+def _shape(cfg: DictConfig, recipe: str) -> str:
+    """Hash of what the seconds and the memory of a step depend on, which are no rates (floats), seeds and names."""
+    node = run.resolved(cfg)
+    kept = {key: node[key] for key in ("model", "quantization", "lora", "data")}
+    trainer = {key: value for key, value in node["trainer"].items() if type(value) is not float and "seed" not in key}
+    others = (node.get("reward_funcs"), node.get("max_prompt_length"), recipe)
+    text = json.dumps([kept, trainer, others], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _remarks(report: dict, example: dict, recipe: str) -> list[str]:
+    """What a person should know of the rows before they are trained on."""
+    said = []
+    over = report["over_length"]
+    if over["rows"] > MANY_CUT * over["of"]:
+        key = "max_prompt_length" if recipe == "ppo" else "trainer.max_length"
+        share = over["rows"] / over["of"]
+        said.append(f"{share:.0%} of the rows are over {key}={report['max_length']}{over['fate']}: raise it.")
+    if example["ends"] and example["ends"]["value"] < FEW_ENDS:
+        said.append(
+            f"only {example['ends']['value']:.0%} of the replies end with {' or '.join(example['eos'])}: the model "
+            "will not learn to stop. Check the chat template, or raise trainer.max_length."
+        )
+    if report["near_duplicates"]:
+        said.append(
+            f"{report['near_duplicates']} of {report['test']} test prompts nearly are train prompts: held-out figures "
+            "will flatter. Remove them."
+        )
+    longer = report.get("chosen_longer")
+    if longer and longer["low"] is not None and not longer["low"] <= 0.5 <= longer["high"]:
+        rule = "longer" if longer["value"] > 0.5 else "shorter"
+        share = max(longer["value"], 1 - longer["value"])
+        said.append(f"'the {rule} reply wins' is right for {share:.0%} of the pairs: compare accuracies with that.")
+    refused = report.get("both_refuse")
+    if refused and (refused["low"] or 0) > SOME_REFUSALS:
+        said.append(
+            f"both replies of {refused['value']:.0%} of the pairs refuse: such pairs make both less likely "
+            "(arXiv:2410.08847). Drop them."
+        )
+    return said

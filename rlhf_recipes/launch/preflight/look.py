@@ -1,0 +1,155 @@
+"""A look before the spend: configs, rows, the template, access, disk, memory by role, and real steps.
+
+    python recipes/dpo.py preflight=true                            # look, and stop
+    python recipes/dpo.py preflight=true preflight.measure=false    # no step is run
+    python recipes/dpo.py sweep=dpo_beta                            # a sweep looks at all its jobs first
+
+What is seen is printed and kept as preflight.json in the folder of the run, sweep or pipeline. A job that could not
+run (its memory is predicted not to fit, its first step fails) stops everything before anything starts, with the
+nearest setting that would fit; `preflight.fails=warn` starts all the same. What a recipe refuses is refused here.
+"""
+
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from rlhf_recipes import run
+from rlhf_recipes.launch import keys, publish_after
+from rlhf_recipes.launch.refusals import as_refusal
+
+FILE = "preflight.json"
+
+
+def alone(cfg: DictConfig, recipe: str, overrides: list[str]) -> None:
+    """Look at one run, and print the command that starts it.
+
+    Raises:
+        ValueError: it could not run.
+    """
+    from rlhf_recipes.launch.preflight.job import Job
+
+    job = run.start(cfg, recipe)
+    if cfg.publish:
+        publish_after.check_ready(cfg, recipe)
+    look([Job("", recipe, cfg, overrides)], job.dir, cfg.preflight)
+    wanted = [f"'{each}'" if set("[]{}() ") & set(each) else each for each in _without_preflight(overrides)]
+    print(f"next      {' '.join([f'python recipes/{recipe}.py', *wanted])}", flush=True)
+
+
+def before_sweep(cfg: DictConfig) -> None:
+    """Look at the jobs of a sweep that have no result; each distinct shape runs its steps once.
+
+    Args:
+        cfg: the config of the launch, Hydra's own node included.
+
+    Raises:
+        ValueError: a job's config is refused, or it could not run.
+    """
+    from rlhf_recipes.launch.preflight.job import Job
+
+    folder = run.relative(Path(cfg.hydra.sweep.dir).absolute())
+    with _environment_kept():
+        jobs = [Job(*each) for each in sweep_jobs(cfg)]
+        jobs = [job for job in jobs if not (folder / job.name / "result.json").is_file()]
+        if jobs:
+            look(jobs, folder, cfg.preflight, elsewhere="slurm" in cfg.hydra.launcher._target_.lower())
+
+
+def before_pipeline(stages: list, folder: Path, settings: DictConfig) -> None:
+    """Look at the training stages of a pipeline that have no result.
+
+    Raises:
+        ValueError: a stage could not run.
+    """
+    from rlhf_recipes.launch.preflight.job import READ, Job
+
+    todo = [stage for stage in stages if stage.recipe in READ and stage.status != "finished"]
+    if todo:
+        look([Job(s.name, s.recipe, s.cfg, s.overrides, folder) for s in todo], folder, settings)
+
+
+def look(jobs: list, folder: Path, settings: DictConfig, elsewhere: bool = False) -> None:
+    """Examine the jobs, print what is seen, and keep it in `folder`.
+
+    Args:
+        elsewhere: the jobs run on other machines, whose memory is not this one's.
+
+    Raises:
+        ValueError: a job could not run, unless `settings.fails` is warn.
+    """
+    run.environment()
+    from rlhf_recipes.launch.preflight import job as examination
+    from rlhf_recipes.launch.preflight import printed
+
+    kept = folder / FILE
+    measured = json.loads(kept.read_text())["measured"] if kept.is_file() else {}
+    measured = {shape: took for shape, took in measured.items() if "error" not in took}  # it may have been mended
+    looked_at = examination.LookedAt(measured, settings.measure and not elsewhere, elsewhere)
+    found: list[dict] = []
+    print(printed.head(jobs), flush=True)
+    for each in jobs:
+        found.append(examination.examine(each, looked_at))
+        print(printed.describe(found[-1], found[:-1]), flush=True)
+    report = {"jobs": found, "disk": examination.disk(found, folder), "measured": looked_at.measured}
+    folder.mkdir(parents=True, exist_ok=True)
+    run.write_atomically(kept, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    print(printed.summary(report), flush=True)
+    reasons = [reason for seen in (*found, report["disk"]) for reason in seen["stops"]]
+    if reasons and settings.fails == "stop":
+        raise ValueError(f"preflight: {reasons[0]} Or start all the same: preflight.fails=warn")
+
+
+def sweep_jobs(cfg: DictConfig) -> Iterator[tuple[str, str, DictConfig, list[str]]]:
+    """(name, recipe, config, overrides) of every job; of a search, whose jobs nobody knows before, the corners of its
+    space.
+
+    Raises:
+        ValueError: a job's config is refused.
+    """
+    import hydra
+
+    params = OmegaConf.to_container(cfg.hydra.sweeper.get("params") or OmegaConf.create(), resolve=False)
+    texts = [*(f"{key}={value}" for key, value in params.items()), *cfg.hydra.overrides.task]
+    choices = []
+    for override in OverridesParser.create().parse_overrides(texts):
+        key = override.get_key_element()
+        if override.is_interval_sweep():
+            values = [str(override.value().start), str(override.value().end)]
+        elif override.is_sweep_override():
+            values = list(override.sweep_string_iterator())
+        else:
+            values = [override.get_value_element_as_str()]
+        choices.append([f"{key}={value}" for value in values] if not override.is_delete() else [override.input_line])
+    recipe = cfg.hydra.job.config_name
+    for number, chosen in enumerate(itertools.product(*choices)):
+        own = [*chosen, f"hydra.job.num={number}"]
+        try:
+            composed = hydra.compose(recipe, overrides=own, return_hydra_config=True)
+            name = str(composed.hydra.sweep.subdir)
+            # Hydra names a job's folder when it starts it.
+            job_cfg = OmegaConf.masked_copy(composed, [key for key in composed if key not in ("hydra", "output_dir")])
+            keys.check(job_cfg, recipe)
+        except Exception as error:
+            raise ValueError(f"{' '.join(chosen)}: {as_refusal(error, recipe) or error}") from error
+        yield name, recipe, job_cfg, list(chosen)
+
+
+def _without_preflight(overrides: list[str]) -> list[str]:
+    return [each for each in overrides if not each.lstrip("+").startswith("preflight")]
+
+
+@contextmanager
+def _environment_kept():
+    """A sweep's launcher decides how many threads a job has: what is set to look stays here."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)

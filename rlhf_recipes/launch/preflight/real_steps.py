@@ -1,0 +1,112 @@
+"""Real steps of a job, run by its own recipe in a process of its own: seconds, and the peak that they took.
+
+The rows are the longest of the data, two micro-batches of them, so that what a run takes at most is taken here.
+"""
+
+import itertools
+import json
+import math
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from rlhf_recipes.data.load import Splits
+
+MICRO_BATCHES = 2
+# What the process that takes the steps is not told: two steps of a model must never be published.
+NOT_THE_STEPS = ("data=", "data.", "run_name=", "preflight", "publish=", "repo_id=")
+TEST_ROWS = 4
+SIMULATED = 200  # micro-batches drawn to know what padding makes of the rows
+
+
+def measure(recipe: str, overrides: list[str], args, splits: Splits, sizes: list[int]) -> dict:
+    """Train the job's model on two micro-batches (PPO: one rollout).
+
+    Args:
+        overrides: the job's, as on the command line.
+        args: the built `trainer`.
+        sizes: tokens of each train row.
+
+    Returns:
+        `seconds` of an optimizer step on the data as they are, and `peak_gib`; or `error`, why the job cannot run.
+    """
+    count = args.prompts_per_rollout if recipe == "ppo" else MICRO_BATCHES * args.per_device_train_batch_size
+    longest = sorted(range(len(sizes)), key=lambda i: -sizes[i])[:count]
+    with tempfile.TemporaryDirectory() as folder:
+        for name, rows in (("train", [splits.train[i] for i in longest]), ("test", splits.test[:TEST_ROWS])):
+            lines = [json.dumps({key: value for key, value in row.items() if key != "family"}) for row in rows]
+            (Path(folder) / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+        command = [
+            sys.executable,
+            "-P",  # the current folder holds data, not code
+            "-m",
+            f"rlhf_recipes.recipes.{recipe}",
+            *_overrides(recipe, overrides, args, folder),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            said = [line for line in done.stderr.splitlines() if line.strip()]
+            refusal = next((line.removeprefix("error: ") for line in said if line.startswith("error: ")), said[-1:])
+            killed = "the system ended it, most likely for want of memory" if done.returncode == -9 else ""
+            return {"error": killed or "".join(refusal) or f"exit status {done.returncode}"}
+        run = Path(folder) / "run"
+        peaks = json.loads((run / "result.json").read_text())["peak_memory_gib"]
+        log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    seconds = _ppo_seconds(log, args) if recipe == "ppo" else _seconds(log, args, sizes, longest)
+    return {"seconds": seconds, "peak_gib": peaks.get("cuda", peaks["process"])}
+
+
+def _overrides(recipe: str, overrides: list[str], args, folder: str) -> list[str]:
+    """The job's command line on the chosen rows, at the end of which nothing of the data node is the job's."""
+    keys = {
+        **dict.fromkeys(("name", "revision", "train_size", "eval_size", "test_size"), "null"),
+        "too_long": "truncate",
+    }
+    own = [each for each in overrides if not each.lstrip("+~").startswith(NOT_THE_STEPS)]
+    steps = {"max_steps": args.num_mini_batches, "num_ppo_epochs": 1} if recipe == "ppo" else {
+        "max_steps": MICRO_BATCHES, "gradient_accumulation_steps": 1,
+    }  # fmt: skip
+    steps |= {"save_strategy": "no", "logging_steps": 1}
+    return [
+        *own, "data=local", f"data.path={folder}/train.jsonl", f"data.test_path={folder}/test.jsonl",
+        *(f"data.{key}={value}" for key, value in keys.items()), *(f"trainer.{k}={v}" for k, v in steps.items()),
+        "doctor=none", "overwrite=true", f"hydra.run.dir={folder}/run", "hydra.mode=RUN",
+    ]  # fmt: skip
+
+
+def _seconds(log: list[dict], args, sizes: list[int], longest: list[int]) -> float:
+    """Of an optimizer step: those of the long micro-batches, less what the data's own are shorter after padding."""
+    batch = args.per_device_train_batch_size
+    padded = list(itertools.islice(padded_lengths(sizes, batch), SIMULATED))
+    here = [max(sizes[i] for i in longest[start : start + batch]) for start in range(0, len(longest), batch)]
+    share = (sum(padded) / len(padded)) / (sum(here) / len(here))
+    micro = next(row["train_runtime"] for row in reversed(log) if "train_runtime" in row) / MICRO_BATCHES
+    return micro * share * args.gradient_accumulation_steps
+
+
+def _ppo_seconds(log: list[dict], args) -> float:
+    """Of an optimizer step: its update, and its part of the rollout."""
+    row = next(row for row in log if "seconds/rollout" in row)
+    return row["seconds/update"] + (row["seconds/rollout"] + row["seconds/scoring"]) / args.steps_per_rollout
+
+
+def padded_lengths(sizes: list[int], batch: int) -> Iterator[int]:
+    """Lengths to which micro-batches are padded, epoch after epoch in a drawn order."""
+    draw = random.Random(0)
+    while True:
+        order = draw.sample(sizes, len(sizes))
+        yield from (max(order[start : start + batch]) for start in range(0, len(order), batch))
+
+
+def total_steps(recipe: str, args, rows: int) -> int:
+    """Optimizer steps of a run over `rows` train rows."""
+    if args.max_steps > 0:
+        return args.max_steps
+    if recipe == "ppo":
+        rollouts = rows // (args.prompts_per_rollout * args.world_size)
+        return math.ceil(args.num_train_epochs * rollouts * args.steps_per_rollout)
+    micro_batches = math.ceil(rows / (args.per_device_train_batch_size * args.world_size))
+    return math.ceil(args.num_train_epochs * max(1, math.ceil(micro_batches / args.gradient_accumulation_steps)))

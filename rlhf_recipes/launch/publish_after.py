@@ -1,0 +1,31 @@
+"""`publish=true`: what may be refused before a training, and the options of publishing after it."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from rlhf_recipes import config, run
+from rlhf_recipes.publish import checks, contents, upload
+from rlhf_recipes.publish.publish import connect, terms
+
+
+def options(cfg: DictConfig, recipe: str) -> DictConfig:
+    """The options of conf/publish.yaml for a recipe with `publish=true`."""
+    defaults = OmegaConf.load(config.CONF / "publish.yaml")
+    own = OmegaConf.masked_copy(defaults, [key for key in defaults if key not in ("defaults", "hydra")])
+    folder = str(run.relative(Path(cfg.output_dir)))
+    return OmegaConf.merge(own, {"pairs" if recipe == "cai" else "run": folder, "repo_id": cfg.repo_id})
+
+
+def check_ready(cfg: DictConfig, recipe: str) -> None:
+    """Refuse a recipe with `publish=true` that could not publish, before it has trained for hours.
+
+    Raises:
+        ValueError: as for `connect`.
+    """
+    asked = options(cfg, recipe)
+    checks.options(asked)
+    source = contents.Source("pairs" if recipe == "cai" else "run", Path(cfg.output_dir), run.resolved(cfg), {})
+    target = connect(asked, source.repo_type)
+    with upload.told(target):
+        terms(source, None, target.api)

@@ -1,0 +1,92 @@
+"""`@recipe("dpo")` over a recipe's `main(cfg)`: Hydra, and what stands around a run."""
+
+import functools
+import os
+import re
+import sys
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from rlhf_recipes.config import in_sweep
+from rlhf_recipes.launch.keys import check
+from rlhf_recipes.launch.refusals import OneLine, print_traceback
+
+
+def recipe(name: str):
+    """Decorate `main(cfg)` of recipes/<name>.py: Hydra over conf/<name>.yaml, errors of use on one line.
+
+    A refusal exits with 2, an interruption with 130. Whatever is no refusal keeps its traceback;
+    HYDRA_FULL_ERROR=1 shows it for refusals too.
+    """
+
+    def decorate(main):
+        @functools.wraps(main)
+        def run_job(cfg: DictConfig):
+            if in_sweep() and "trainer" in cfg:
+                from rlhf_recipes.launch import sweep
+
+                return sweep.job(main, cfg)
+            with OneLine(), _no_empty_folder():  # inside Hydra, which would announce the failure on a line of its own
+                check(cfg)
+                if "trainer" in cfg and cfg.preflight.only:
+                    from rlhf_recipes.launch.preflight import look
+
+                    return look.alone(cfg, name, list(HydraConfig.get().overrides.task))
+                return _published(main, cfg, name) if cfg.get("publish") else main(cfg)
+
+        @functools.wraps(main)
+        def launch():
+            _leave_script_folder()
+            sys.excepthook = print_traceback
+            sys.argv[1:] = spelled_out(sys.argv[1:])
+            with OneLine(name):
+                if any(argument.startswith("--exp") for argument in sys.argv[1:]):
+                    raise ValueError("--experimental-rerun: reads a pickle, which can run code. Give the overrides.")
+                hydra.main(version_base="1.3", config_path="../conf", config_name=name)(run_job)()
+
+        return launch
+
+    return decorate
+
+
+def spelled_out(arguments: list[str]) -> list[str]:
+    """The command line with `preflight=true` written as Hydra takes it: a node cannot be a switch as well."""
+    return [re.sub(r"^preflight=(true|false)$", r"preflight.only=\1", each, flags=re.IGNORECASE) for each in arguments]
+
+
+def _published(main, cfg: DictConfig, recipe: str):
+    """`publish=true`: look whether it may be published, run the recipe, publish what it made."""
+    from rlhf_recipes import memory
+    from rlhf_recipes.launch import publish_after
+    from rlhf_recipes.publish import publish
+
+    publish_after.check_ready(cfg, recipe)
+    value = main(cfg)
+    memory.forget_peak()  # the model, too: it is loaded again
+    asked = publish_after.options(cfg, recipe)
+    publish.tell(asked, publish.publish(asked))
+    return value
+
+
+@contextmanager
+def _no_empty_folder():
+    """Hydra makes the run's folder before the recipe starts: where the recipe leaves nothing in it, it goes."""
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # not empty
+            Path(HydraConfig.get().runtime.output_dir).rmdir()
+
+
+def _leave_script_folder() -> None:
+    # `python recipes/dpo.py` puts recipes/ first on the path, where evaluate.py would pass for the package `evaluate`;
+    # `python -m` puts the current folder there, and so would the processes that libraries start.
+    first = Path(sys.path[0] or ".").resolve()
+    script = first == Path(sys.argv[0]).resolve().parent and (first / "pipeline.py").exists()
+    if script or (first == Path.cwd() and first != Path(__file__).parents[2]):
+        sys.path.pop(0)
+    os.environ.setdefault("PYTHONSAFEPATH", "1")

@@ -1,0 +1,127 @@
+"""Errors of use on one line with an exit code; every other exception keeps its traceback."""
+
+import os
+import re
+import sys
+import traceback
+from pathlib import Path
+
+import hydra
+from omegaconf import OmegaConf
+
+from rlhf_recipes import secrets, text
+from rlhf_recipes.config import CONF, flatten
+from rlhf_recipes.errors import first_line, nearest
+
+WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+
+# Files of a group that others are made of.
+PARTS = ("base", "common")
+
+
+# How the libraries (safetensors, torch) say that a file could not be written.
+UNWRITTEN = ("No space left on device", "Read-only file system", "iostream error", "inline_container")
+
+
+class OneLine:
+    """Turn errors of use into one line on stderr and an exit code; let everything else through."""
+
+    def __init__(self, config_name: str | None = None):
+        self.config_name = config_name
+
+    def __enter__(self):
+        if self.config_name:
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing several lines
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if error is None or WANTS_TRACEBACK:
+            return False
+        if isinstance(error, BrokenPipeError):  # `--help | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)  # 128 + SIGPIPE
+        if isinstance(error, KeyboardInterrupt):
+            below = "\n" if sys.stderr.isatty() else ""  # the progress line is still being written
+            said = str(error) or "Interrupted. The same command continues from the last checkpoint."
+            print(f"{below}{text.line(secrets.redact(said))}", file=sys.stderr)
+            sys.exit(130)
+        line = as_refusal(error, self.config_name)
+        if line is None:
+            return False
+        print(f"error: {line}", file=sys.stderr)
+        sys.exit(2)
+
+
+def as_refusal(error: BaseException, config_name: str | None) -> str | None:
+    """What an error of use says on one line, without secrets and control characters; None for any other error."""
+    said = _refusal(error, config_name)
+    return said and text.line(" ".join(secrets.redact(said).split()))
+
+
+def _refusal(error: BaseException, config_name: str | None) -> str | None:
+    from hydra.errors import HydraException, MissingConfigException
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(error, MissingConfigException):
+        return _unknown_option(error)
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return _unknown_key(error, config_name) or _not_taken(error) or str(error)
+    if isinstance(error, ValueError) and raised_here(error):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}. What was saved before is untouched."
+    if any(sign in str(error) for sign in UNWRITTEN):
+        return (
+            f"a file could not be written ({first_line(error).rstrip('.')}): the disk is full or read-only. What was "
+            "saved before is untouched; free space, then run the same command again."
+        )
+    return None
+
+
+def raised_here(error: BaseException) -> bool:
+    package = Path(__file__).parents[1]
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and package in Path(frames[-1].filename).resolve().parents
+
+
+def _unknown_key(error: Exception, config_name: str | None) -> str | None:
+    found = re.search(r"Could not override '([^']+)'", str(error))
+    if not found:
+        return None
+    key = found.group(1)
+    detail = str(error.__cause__ or "").splitlines()
+    if detail and not re.search(r"is not in struct|not in '\w+Config'", detail[0]):
+        return f"{key}: {detail[0]}."
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_module("rlhf_recipes.conf", version_base="1.3"):
+        known = OmegaConf.to_container(hydra.compose(config_name), resolve=False)
+    leaves = [leaf for leaf, _ in flatten(known)]
+    return f"{key}: there is no such key{nearest(key, leaves + list(known))} `--help` lists the keys."
+
+
+def _not_taken(error: Exception) -> str | None:
+    found = re.match(r"Error merging override (\S+)", str(error))
+    reason = found and first_line(error.__cause__ or error)
+    return found and f"{found.group(1)}: {reason}."
+
+
+def _unknown_option(error: Exception) -> str:
+    lines = str(error).splitlines()
+    wanted = re.search(r"Could not find '((?:hydra/)?[^'/]+)/([^']+)'", str(error))
+    if not wanted:
+        return lines[0]
+    group, option = wanted.groups()
+    # The message lists the files of one folder; those of ours may lie deeper (experiment=pipeline/demo).
+    options = {line.strip() for line in lines if line.startswith("\t") and "provider=" not in line}
+    options |= {str(file.relative_to(CONF / group).with_suffix("")) for file in (CONF / group).rglob("*.yaml")}
+    options = sorted(options - {*PARTS})
+    listed = ", ".join(options) or "none"
+    return f"{group}={option}: there is no such option{nearest(option, options)} Options: {listed}."
+
+
+def print_traceback(kind, error, trace) -> None:
+    """Of a bug: an exception's message may hold what was in the environment."""
+    print(text.shown(secrets.redact("".join(traceback.format_exception(kind, error, trace)))), end="", file=sys.stderr)

@@ -1,0 +1,150 @@
+"""One job of a sweep, and what Hydra does before the first and after the last."""
+
+import json
+import math
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from rlhf_recipes import config, memory, run, run_folder
+from rlhf_recipes.evaluation.sweeps import ROWS, check, describe, may_be_best, read_measurements, rebuild
+from rlhf_recipes.launch import keys
+from rlhf_recipes.launch.preflight import look
+from rlhf_recipes.launch.refusals import as_refusal
+from rlhf_recipes.secrets import redact
+from rlhf_recipes.text import line, shown
+
+
+def job(main, cfg: DictConfig) -> float:
+    """Run one job of a sweep, measure it and write its row; a failure is a row too.
+
+    Returns:
+        The objective, which is better when it is higher; minus infinity where the job failed.
+    """
+    hydra = HydraConfig.get()
+    folder, own = run.relative(Path(hydra.sweep.dir).absolute()), hydra.sweep.subdir
+    row: dict[str, Any] = {"job": own, "overrides": list(hydra.overrides.task), "status": "failed"}
+    begin, os.environ["RLHF_RECIPES_STAGE"] = time.monotonic(), own  # before every progress line
+    memory.forget_peak()
+    take_gpu(hydra.launcher.get("n_jobs", 1), hydra.job.num)
+    try:
+        keys.check(cfg)
+        check(cfg.sweep)
+        result = _finished(folder / own, cfg)
+        if result:
+            print(f"{folder / own}: finished before, kept.", flush=True)
+        else:
+            main(cfg)
+            result = run.read_result(folder / own)
+        row |= {"recipe": result["recipe"], "main": result["main"], "seconds": result["seconds"]}
+        row |= {"peak_memory_gib": max(result["peak_memory_gib"].values()), "stopped": result.get("stopped")}
+        row |= {"doctor": (result.get("doctor") or {}).get("verdict"), "adapter_sha256": result["adapter_sha256"]}
+        row |= {"system": _measure(folder / own, folder, cfg), "status": "finished"}
+    except Exception as error:
+        refusal = as_refusal(error, hydra.job.config_name)
+        row["reason"] = line(redact(refusal or f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"))
+        print(f"error: {own}: {row['reason']}", file=sys.stderr, flush=True)
+        if not refusal:
+            print(shown(redact(traceback.format_exc())), file=sys.stderr, flush=True)
+    row["seconds_in_all"] = round(time.monotonic() - begin, 1)
+    (folder / ROWS).mkdir(parents=True, exist_ok=True)
+    run.write_atomically(folder / ROWS / f"{own}.json", json.dumps(row, indent=2, ensure_ascii=False) + "\n")
+    table = rebuild([folder], folder, cfg.sweep)
+    return next((r["value"] for r in table["rows"] if r["job"] == own and may_be_best(r)), -math.inf)
+
+
+def take_gpu(jobs_at_a_time: int, number: int) -> None:
+    """Give a worker of a launcher that runs several jobs on one machine a GPU of its own: that of its first job, which
+    it keeps.
+
+    Args:
+        jobs_at_a_time: joblib's `n_jobs`.
+        number: of the job in the sweep.
+    """
+    import torch
+
+    if jobs_at_a_time == 1 or torch.cuda.is_initialized():
+        return
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = shown.split(",") if shown else [str(each) for each in range(torch.cuda.device_count())]
+    if len(gpus) > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
+
+
+class Summary(Callback):
+    """Refuses a sweep before its first job, and says what it came to; it fails where a job did.
+
+    Hydra turns an exception of a callback into a warning; an exit passes.
+    """
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        here = run.relative(Path(config.hydra.sweep.dir).absolute())
+        try:
+            run_folder.refuse_foreign(here, only="sweep")
+            self.lock = run_folder.Lock(here)
+            if "trainer" in config:
+                check(config.sweep)
+                look.before_sweep(config)
+        except ValueError as error:
+            print(f"error: {line(redact(str(error)))}", file=sys.stderr)
+            sys.exit(2)
+        if "trainer" in config and config.preflight.only:
+            sys.exit(0)
+        run_folder.mark(here, "sweep")
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        folder = run.relative(Path(config.hydra.sweep.dir).absolute())
+        if "trainer" in config and (folder / ROWS).is_dir():
+            table = rebuild([folder], folder, config.sweep)
+            print(describe(table, folder), flush=True)
+            if any(row["status"] != "finished" for row in table["rows"]):
+                sys.exit(1)
+
+
+def _finished(folder: Path, cfg: DictConfig) -> dict | None:
+    """result.json of the job where it is done already with this config; another config is refused by `run.start`."""
+    result = None if cfg.overwrite else run.read_result(folder)
+    same = result and result["config_sha256"] == run.config_sha256(run.resolved(cfg))
+    return result if same else None
+
+
+def _measure(folder: Path, sweep: Path, cfg: DictConfig) -> str | None:
+    """Measure the job beside its parent, unless that was done; its name among the systems, None for a reward model."""
+    from rlhf_recipes.adapters import BASE
+    from rlhf_recipes.data.load import load_pairs
+    from rlhf_recipes.evaluation import measure
+
+    if cfg.sweep.prompts == 0 or not (folder / "adapter").is_dir():
+        return None
+    settings = OmegaConf.load(config.CONF / "evaluate.yaml")
+    shared = {key: cfg[key] for key in ("model", "quantization", "data")}
+    asked = {key: cfg.sweep[key] for key in ("prompts", "max_new_tokens", "reward_model")}
+    settings = OmegaConf.merge(settings, shared, asked)
+    result = run.read_result(folder)
+    if result["recipe"] == "reward":
+        return None
+    parent = (result["parent"] or {}).get("run") or BASE
+    found = measure.find([str(folder)], parent, cfg.model.id)
+    fingerprint = {"adapter": result["adapter_sha256"], "parent": parent, "asked": OmegaConf.to_container(settings)}
+    known = read_measurements(folder)
+    if known is None or known["fingerprint"] != fingerprint:
+        others = (read_measurements(path.parent) for path in sorted(sweep.glob("*/measurements.json")))
+        alike = {**fingerprint, "adapter": None}
+        before = next((m for m in others if {**m["fingerprint"], "adapter": None} == alike), None)
+        scorer = measure.find_scorer(settings.reward_model, cfg.model.id)
+        try:
+            pairs = load_pairs(cfg.data)
+        except ValueError as error:  # ppo needs prompts alone
+            print(f"{folder}: not measured beside its parent. {error}", file=sys.stderr, flush=True)
+            return None
+        known = measure.measure(settings, found, scorer, pairs, None, before)
+        text = json.dumps({**known, "fingerprint": fingerprint}, ensure_ascii=False)
+        run.write_atomically(folder / "measurements.json", text)
+    return found[1].name

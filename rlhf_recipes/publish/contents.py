@@ -1,0 +1,216 @@
+"""What is published of a run: its files, gathered in one folder, without what is of no use to others.
+
+Of a training: the adapter in safetensors with tokenizer and chat template, `config.yaml`, `result.json`, the curves
+and `probe.json`. Of recipes/cai.py: the splits, the accounts of what became of the pairs, and the constitution.
+Files are taken by their exact names, and a run folder is data, whoever it comes from: no link leads out of it, and
+nothing is imported because its config.yaml says so.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from rlhf_recipes import run
+from rlhf_recipes.cai.dataset import PREFS, SFT
+from rlhf_recipes.config import CONF, flatten
+from rlhf_recipes.errors import nearest
+from rlhf_recipes.text import line
+from rlhf_recipes.training.card import PAPERS, without_folder
+
+WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# Those that transformers writes; a template of several lies in a folder of its own.
+VOCABULARY = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json", "tokenizer.model",
+              "spiece.model", "spm.model", "sentencepiece.model", "sentencepiece.bpe.model", "bpe.codes",
+              "normalizer.json")  # fmt: skip
+TOKENIZER = (*VOCABULARY, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+TEMPLATES = "additional_chat_templates"
+PICTURES = ("curves.png", "doctor.png", "metrics.jsonl")
+DATA = (*(f"{split}.parquet" for split in (*PREFS, *SFT)), "funnel.json", "ledger.json", "funnel.png")
+CARD, PROBE, PAGE = "README.md", "probe.json", "evaluation.html"
+# Of result.json: rows of the data that a policy was trained on.
+PRIVATE = ("samples",)
+# What a config.yaml must have to be published.
+NEEDED = {"run": ("model.id", "model.dtype", "data.path"), "pairs": ("constitution",)}
+
+
+@dataclass
+class Source:
+    """A finished run that is to be published.
+
+    Attributes:
+        key: how the user named it, `run` or `pairs`.
+        dir: its folder.
+        config: its resolved config.
+        result: its result.json.
+    """
+
+    key: str
+    dir: Path
+    config: dict[str, Any]
+    result: dict[str, Any]
+
+    @property
+    def recipe(self) -> str:
+        return self.result["recipe"]
+
+    @property
+    def repo_type(self) -> str:
+        return "dataset" if self.key == "pairs" else "model"
+
+    @property
+    def adapter(self) -> Path:
+        return self.dir / "adapter"
+
+    @property
+    def pairs(self) -> "Source | None":
+        """Of a training, the run of recipes/cai.py that made its pairs, where it is still there."""
+        folder = Path(self.config["data"]["path"])
+        made_by = run.read_result(folder) if folder.is_dir() else None
+        return find(None, str(folder)) if self.key == "run" and made_by and made_by.get("recipe") == "cai" else None
+
+    @property
+    def splits(self) -> list[str]:
+        """Of a data set, those that the card's metadata names: not empty, of train and test."""
+        written = self.result["funnel"]["written"]
+        return [name for name, count in written.items() if count and name.startswith(("train_", "test_"))]
+
+
+def find(run_folder: str | None, pairs_folder: str | None) -> Source:
+    """The run to publish.
+
+    Raises:
+        ValueError: none is named, or both are, or it is not finished, or of a recipe that makes nothing to publish.
+    """
+    if (run_folder is None) == (pairs_folder is None):
+        raise ValueError("run: give a run of a training (run=<folder>), or one of recipes/cai.py (pairs=<folder>).")
+    key, folder = ("run", run_folder) if pairs_folder is None else ("pairs", pairs_folder)
+    where, path = f"{key}={folder}", Path(folder)
+    if not path.is_dir():
+        near = nearest(path.name, [f.name for f in path.parent.glob("*")]) if path.parent.is_dir() else "."
+        raise ValueError(f"{where}: no such folder{near}")
+    refuse_links(where, path)
+    result, config = _read(where, path / "result.json"), _read(where, path / "config.yaml")
+    made_by = result.get("recipe")
+    if key == "pairs" and made_by != "cai":
+        raise ValueError(f"{where}: is a run of {made_by}, not of recipes/cai.py. Use run={folder}.")
+    if key == "run" and made_by == "cai":
+        raise ValueError(f"{where}: is a data set. Use pairs={folder}.")
+    if key == "run" and made_by not in PAPERS:
+        raise ValueError(f"{where}: is a run of {made_by}, which makes no adapter. Name one of {', '.join(PAPERS)}.")
+    if result.get("status") != "finished":
+        raise ValueError(f"{where}: its status is {result.get('status')}. Let it finish first.")
+    _refuse_code(where, key, config)
+    return Source(key, path, config, result)
+
+
+def _read(where: str, path: Path) -> dict:
+    if not path.is_file():
+        raise ValueError(f"{where}: no {path.name} in it, so no finished run. Name a run that has ended.")
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else OmegaConf.to_container(OmegaConf.create(text))
+    except Exception as error:  # json's, yaml's and omegaconf's share no base
+        raise ValueError(f"{where}: {path.name} cannot be read ({str(error).splitlines()[0]}).") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{where}: {path.name} is no mapping. Restore the file, or run the recipe again.")
+    return content
+
+
+def refuse_links(where: str, folder: Path) -> None:
+    """Refuse a folder with a link that leads out of it: a file of this machine would be published as the run's.
+
+    Raises:
+        ValueError: names the link.
+    """
+    inside = folder.resolve()
+    for place, folders, files in os.walk(folder):
+        for path in (Path(place) / name for name in sorted(folders + files)):
+            if path.is_symlink() and not path.resolve().is_relative_to(inside):
+                name = line(path.relative_to(folder))
+                raise ValueError(f"{where}: {name} is a link that leads out of it. Replace it by what it stands for.")
+
+
+def _refuse_code(where: str, key: str, config: dict[str, Any]) -> None:
+    """What is built of a config.yaml is what conf/ names; the rest of it is data.
+
+    Raises:
+        ValueError: it names another class, code of the Hub, or something to be looked up on this machine.
+    """
+    leaves = dict(flatten(config))
+    for needed in NEEDED[key]:
+        if not any(f"{name}.".startswith(f"{needed}.") for name in leaves):
+            raise ValueError(f"{where}: config.yaml has no {needed}. Restore the file, or run the recipe again.")
+    for name, value in leaves.items():
+        if "${" in str(value) and name.partition(".")[0] != "constitution":  # where it is text
+            raise ValueError(f"{where}: {line(name)} in config.yaml is not resolved. Write its value there.")
+    model, node = config.get("model") or {}, config.setdefault("quantization", {})
+    if not isinstance(node, dict) or ("_target_" in node and node["_target_"] not in targets("quantization")):
+        raise ValueError(
+            f"{where}: quantization in config.yaml names {line(node)[:80]}, which is in no file of conf/quantization "
+            "and is not run. Restore the file."
+        )
+    if "/" in str(model.get("attn_implementation")):  # transformers would fetch a kernel
+        raise ValueError(f"{where}: model.attn_implementation in config.yaml is code on the Hub, which is not run.")
+    if model.get("trust_remote_code"):
+        raise ValueError(
+            f"{where}: its model brings code (model.trust_remote_code in config.yaml), which is not run to publish it."
+        )
+
+
+def targets(group: str) -> set[str]:
+    """What the files of a group of conf/ build: the only classes that are imported for a run that is published."""
+    nodes = [OmegaConf.load(file) for file in (CONF / group).glob("*.yaml")]
+    return {node._target_ for node in nodes if "_target_" in node}
+
+
+def gather(source: Source, base: dict, page: Path | None, folder: Path) -> None:
+    """Copy what is published into `folder`, all but weights, card and `probe.json`.
+
+    Args:
+        base: `revision`, to be written into the adapter's config.
+        page: report.html of an evaluation.
+    """
+    result = {key: value for key, value in source.result.items() if key not in PRIVATE}
+    for name, content in (("result.json", result), ("config.yaml", source.config)):
+        portable = without_folder(content)
+        text = json.dumps(portable, indent=2, ensure_ascii=False) + "\n"
+        run.write_atomically(folder / name, text if name.endswith("json") else OmegaConf.to_yaml(portable))
+    for name in DATA if source.key == "pairs" else PICTURES:
+        _copy(source.dir / name, folder / name)
+    if page:
+        _copy(page, folder / PAGE)
+    made = source if source.key == "pairs" else source.pairs
+    if made:
+        run.write_atomically(folder / "constitution.yaml", OmegaConf.to_yaml(made.config["constitution"]))
+    if source.key == "pairs":
+        return
+    templates = [f"{TEMPLATES}/{file.name}" for file in sorted((source.adapter / TEMPLATES).glob("*.jinja"))]
+    for name in (*TOKENIZER, *templates):
+        _copy(source.adapter / name, folder / name)
+    adapter_config = json.loads((source.adapter / ADAPTER_CONFIG).read_text()) | {"revision": base["revision"]}
+    run.write_atomically(folder / ADAPTER_CONFIG, json.dumps(adapter_config, indent=2, sort_keys=True) + "\n")
+    _copy(source.adapter / WEIGHTS, folder / WEIGHTS)
+
+
+def _copy(file: Path, to: Path) -> None:
+    """The content alone, neither dates nor permissions; nothing where there is no such file."""
+    if file.is_file():
+        to.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, to)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Path -> SHA-256 of every file below."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    return {file.relative_to(folder).as_posix(): sha256(file) for file in files}
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

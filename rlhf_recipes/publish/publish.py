@@ -1,0 +1,286 @@
+"""Publish a run on the Hub, and prove that what lies there is what was trained.
+
+    checks -> gather -> 32 numbers -> card -> upload (its card says: not proven) -> download into an empty cache ->
+    hashes -> 32 numbers in a fresh process -> the card says: proven -> tag, public -> "published"
+
+Whatever ends in between leaves a repo whose card says that it is not proven, or broken. The same command goes on.
+"""
+
+import hashlib
+import json
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from rlhf_recipes import models, run
+from rlhf_recipes.publish import base_model, card, checks, contents, manifest, merge, round_trip, upload
+
+PLACEHOLDER = "<user>/<name>"
+
+
+class Mismatch(Exception):
+    """What came back is not what went."""
+
+
+def publish(cfg: DictConfig) -> dict[str, Any]:
+    """Publish what `cfg.run` or `cfg.pairs` names to `cfg.repo_id`, or into `cfg.folder` as a dry run.
+
+    Returns:
+        `where` (link or folder), `revision` (None for a folder), `uploaded` (whether anything was sent), `proof` (what
+        the round trip found; None where an earlier one has proven these files), `files` (path -> SHA-256).
+
+    Raises:
+        ValueError: it is refused, or fails; says what state the repo is in.
+    """
+    checks.options(cfg)
+    source = contents.find(cfg.run, cfg.pairs)
+    evaluation, page = checks.evaluation(cfg.evaluation, source, cfg.force)
+    checks.source(source, cfg.force)
+    if cfg.folder:
+        checks.place(Path(cfg.folder), [source.dir, cfg.evaluation], cfg.get("output_dir"))
+    target = connect(cfg, source.repo_type) if cfg.repo_id else None
+    with upload.told(target) if target else nullcontext(), tempfile.TemporaryDirectory() as scratch:
+        staged = Path(scratch) / "files"
+        staged.mkdir()
+        facts = {
+            "repo_id": cfg.repo_id or PLACEHOLDER,
+            "base": terms(source, cfg.license, target and target.api),
+            "evaluation": evaluation,
+            "merged": None,
+        }
+        contents.gather(source, facts["base"], page, staged)
+        seen: dict[str, str] = {}
+        checks.files(staged, cfg.max_file_gib, cfg.force, seen)  # before a model loads; once more when all is there
+        if target:
+            upload.refuse_collisions(target, {*seen, contents.CARD, contents.PROBE})
+        expected = _measure(source, facts, cfg, staged)
+        facts |= {"dtype": expected.get("dtype"), "fingerprint": ""}
+        digests = [contents.hashes(staged), card.write(source, facts, None)]
+        facts["fingerprint"] = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+        _seal(staged, card.write(source, facts, None))
+        checks.files(staged, cfg.max_file_gib, cfg.force, seen)
+        if target:
+            return _upload(source, facts, expected, staged, target, cfg)
+        return _dry_run(source, facts, expected, staged, Path(cfg.folder))
+
+
+def _seal(staged: Path, text: str) -> None:
+    """The card, and the manifest of all files with it."""
+    run.write_atomically(staged / contents.CARD, text)
+    manifest.write(staged)
+
+
+def terms(source: contents.Source, licence: str | None, api) -> dict[str, Any]:
+    return (base_model.describe_generator if source.key == "pairs" else base_model.describe)(source, licence, api)
+
+
+def connect(cfg: DictConfig, repo_type: str) -> upload.Target:
+    """The repo that `cfg` names, after all that can be known without writing to it."""
+    return upload.connect(cfg.repo_id, repo_type, cfg.revision, cfg.tag, cfg.public, cfg.force)
+
+
+def start(cfg: DictConfig) -> run.Run:
+    """The run of recipes/publish.py, whose folder takes the record of what was published last.
+
+    Raises:
+        ValueError: the folder is another's, or another process writes it.
+    """
+    run.environment()
+    job = run.Run(run.relative(Path(cfg.output_dir)), "publish", run.resolved(cfg))
+    run.hold(job, only="publish")
+    return job
+
+
+def record(job: run.Run, cfg: DictConfig, published: dict[str, Any]) -> float | None:
+    """Write result.json, print where all is.
+
+    Returns:
+        The largest difference that the round trip found.
+    """
+    found = published["proof"] or {}
+    largest = found.get("largest")
+    after = {"value": largest, "low": None, "high": None, "n": found.get("n", 0), "clusters": found.get("n", 0)}
+    main = {"name": "round_trip_difference", "before": None, "after": after}
+    result = run.record(job, main=main, **published)
+    run.write_config(job)
+    run.write_result(job, result)
+    tell(cfg, published)
+    return largest
+
+
+def tell(cfg: DictConfig, published: dict[str, Any]) -> None:
+    """Print what the round trip found, and where all is."""
+    found = published["proof"]
+    if found:
+        print(f"  proof     {card.found(found)}")
+    if published["revision"]:
+        print(f"published {published['where']}", flush=True)
+        return
+    key, folder = ("run", cfg.run) if cfg.run else ("pairs", cfg.pairs)
+    print(f"  folder    {published['where']}: what would be uploaded; nothing was")
+    print(f"  next      python recipes/publish.py {key}={folder} repo_id={PLACEHOLDER}", flush=True)
+
+
+def _measure(source: contents.Source, facts: dict, cfg: DictConfig, staged: Path) -> dict[str, Any]:
+    """The numbers that the round trip must find again; also merges, and compares the base with that on the Hub."""
+    if source.key == "pairs":
+        return round_trip.rows(staged, source.splits)
+    reward = source.recipe == "reward"
+    numbers = _probe(source)
+    if facts["base"]["same"] is False:
+        facts["base"]["drift"] = _drift_on_public_base(source, facts["base"], numbers, cfg.max_base_drift)
+    if cfg.merged:
+        merge.write(source, staged)
+        merged = round_trip.measure(round_trip.task(staged, source.config, reward=reward, merged=True))
+        facts["merged"] = merge.report(round_trip.drift(numbers, merged), reward, cfg.max_merge_drift)
+        numbers = merged | {"effect": numbers["effect"]}
+    run.write_atomically(staged / contents.PROBE, json.dumps(numbers, indent=1) + "\n")
+    return numbers
+
+
+def _probe(source: contents.Source) -> dict[str, Any]:
+    """The numbers of the run's adapter on the base that it was trained on; kept in the run's folder, for this machine
+    and as many threads."""
+    path, digest = source.dir / contents.PROBE, source.result["adapter_sha256"]
+    if path.is_file():
+        kept = json.loads(path.read_text())
+        dtype = str(models.compute_dtype(OmegaConf.create(source.config["model"]))).removeprefix("torch.")
+        same = {
+            "adapter_sha256": digest,
+            "probes": round_trip.probes_sha256(),
+            "machine": round_trip.machine(),
+            "dtype": dtype,
+        }
+        if {key: kept.get(key) for key in same} == same:
+            return kept
+    task = round_trip.task(source.adapter, source.config, reward=source.recipe == "reward")
+    numbers = {"adapter_sha256": digest, **round_trip.measure(task)}
+    run.write_atomically(path, json.dumps(numbers, indent=1) + "\n")
+    return numbers
+
+
+def _drift_on_public_base(source: contents.Source, origin: dict, numbers: dict, limit: float) -> float:
+    """How far the numbers are with the weights that the Hub has under the base's name.
+
+    Raises:
+        ValueError: too far, so that the adapter would not be for anybody else what it was here.
+    """
+    model = {**source.config["model"], "path": None, "revision": origin["revision"]}
+    task = round_trip.task(source.adapter, {**source.config, "model": model}, reward=source.recipe == "reward")
+    drift = round_trip.drift(numbers, round_trip.measure(task))
+    if not drift <= limit:
+        raise ValueError(
+            f"{source.key}={source.dir}: was trained on other weights than {origin['id']} has on the Hub; with those "
+            f"its numbers differ by {drift:.4f} (nats per token, or units of the score), more than "
+            f"max_base_drift={limit}. Train on the Hub's weights, or raise the limit."
+        )
+    return drift
+
+
+def _upload(source, facts: dict, expected: dict, staged: Path, target: upload.Target, cfg) -> dict[str, Any]:
+    """From the first word to the Hub that changes something to the last; see the head of this module."""
+    upload.make(target)
+    revision, sent, found, branch = _proven_before(facts, staged, target), False, None, target.revision
+    if revision is None:
+        upload.refuse_moved_tag(target)
+        message = cfg.commit_message or f"{source.recipe}: {facts['fingerprint'][:12]}"
+        revision, sent, pull_request = upload.commit(target, staged, message, branch, cfg.create_pr)
+        branch = pull_request or branch
+        target.state = f"Revision {revision[:12]} is there; its card says 'not proven'."
+        print(f"uploaded  {target.repo_id} at {revision[:12]}, to be downloaded and loaded", flush=True)
+        found = _come_back(source, facts, expected, staged, target, revision, branch)
+        _seal(staged, card.write(source, facts, found))
+        revision, _, _ = upload.commit(target, staged, f"{message}, proven", branch)
+        _, remote = upload.remote_files(target, revision)
+        if wrong := upload.differing(staged, remote):
+            raise ValueError(f"repo_id={target.repo_id}: {wrong[0]} is not what was sent. Run the same command again.")
+    target.state = f"Revision {revision[:12]} is there and proven."
+    if cfg.tag:
+        upload.tag(target, cfg.tag, revision)
+    if cfg.public and target.private:
+        upload.make_public(target)
+    where = target.link(branch if cfg.create_pr and sent else revision)
+    return {"where": where, "revision": revision, "uploaded": sent, "proof": found, "files": contents.hashes(staged),
+            "base_model": source.config["model"]["id"]}  # fmt: skip
+
+
+def _proven_before(facts: dict, staged: Path, target: upload.Target) -> str | None:
+    """The revision at which an earlier publication has proven exactly these files."""
+    revision, remote = upload.remote_files(target, target.revision)
+    changing = {contents.CARD, manifest.MANIFEST}  # the manifest has the card's hash
+    if set(upload.differing(staged, remote)) != changing or not changing <= remote.keys():
+        return None
+    with tempfile.TemporaryDirectory() as cache:
+        folder = upload.download(target, revision, Path(cache), [contents.CARD])
+        text = (folder / contents.CARD).read_text(encoding="utf-8")
+    if not card.is_proven(text, facts["fingerprint"]):
+        return None
+    print(f"unchanged {target.repo_id} has these files, proven: nothing is uploaded", flush=True)
+    return revision
+
+
+def _come_back(source, facts, expected, staged, target: upload.Target, revision: str, branch: str) -> dict[str, Any]:
+    """Download the revision into an empty cache and look at it; what is not as it was is marked broken."""
+    try:
+        with tempfile.TemporaryDirectory() as cache:
+            folder = upload.download(target, revision, Path(cache))
+            return _round_trip(source, facts, expected, contents.hashes(staged), folder)
+    except Mismatch as mismatch:
+        target.state = f"Revision {revision[:12]} is there and broken ({mismatch}) Its card says 'not proven'."
+        _seal(staged, card.write(source, facts, str(mismatch)))
+        upload.commit(target, staged, "broken: not what was uploaded", branch)
+        target.state = f"Revision {revision[:12]} is there; its card says 'broken'."
+        raise ValueError(
+            f"repo_id={target.repo_id}: not published. {mismatch} {target.state} Run the same command again."
+        ) from None
+
+
+def _round_trip(source, facts: dict, expected: dict, sent: dict[str, str], folder: Path) -> dict[str, Any]:
+    """Compare files and numbers of a folder with what was to be published.
+
+    Raises:
+        Mismatch: says what differs.
+    """
+    came = contents.hashes(folder)
+    for path, digest in sent.items():
+        if came.get(path) != digest:
+            raise Mismatch(f"{path} came back with SHA-256 {str(came.get(path))[:12]}, not {digest[:12]}.")
+    if source.key == "pairs":
+        task = {"folder": str(folder), "splits": source.splits}
+    else:
+        task = round_trip.task(folder, source.config, reward=source.recipe == "reward", merged=bool(facts["merged"]))
+    try:
+        came = round_trip.in_fresh_process(task)
+    except ValueError as error:
+        raise Mismatch(f"{error}.") from error
+    if source.key == "pairs":
+        for split, found in came.items():
+            if found != expected[split]:
+                raise Mismatch(f"{split} came back with other rows ({found[0]}, not {expected[split][0]}).")
+        return {"n": sum(count for count, _ in came.values()), "files": len(sent), "what": "rows"}
+    compared = round_trip.compare(expected, came)
+    if not compared["passed"]:
+        raise Mismatch(
+            f"of {compared['n']} numbers one differs by {compared['largest']:.4g} {compared['unit']}, more than "
+            f"{compared['allowed']:.4g}."
+        )
+    return {**compared, "files": len(sent), "what": "scores" if source.recipe == "reward" else "log-probabilities"}
+
+
+def _dry_run(source, facts: dict, expected: dict, staged: Path, folder: Path) -> dict[str, Any]:
+    """The same without a Hub: what would be uploaded lies in a folder, and is loaded from there.
+
+    Raises:
+        ValueError: what lies there is not what was trained.
+    """
+    sent = contents.hashes(staged)
+    manifest.replace(folder, staged)
+    try:
+        found = _round_trip(source, facts, expected, sent, folder)
+    except Mismatch as mismatch:
+        raise ValueError(f"folder={folder}: {mismatch} Look at the run before it is published.") from None
+    return {"where": str(folder), "revision": None, "uploaded": False, "proof": found, "files": sent,
+            "base_model": source.config["model"]["id"]}  # fmt: skip

@@ -1,0 +1,1 @@
+"""What every training shares: callbacks, the doctor, curves, card, metrics, and its end."""

@@ -1,0 +1,188 @@
+"""What a run says while it trains: a progress line with ETA, metrics on disk, and what the doctor sees."""
+
+import json
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from transformers import PrinterCallback, TrainerCallback
+
+from rlhf_recipes import memory, progress
+from rlhf_recipes.run import write_atomically
+from rlhf_recipes.training import doctor
+
+# What TRL and transformers count since the launch: wrong after a resume.
+SINCE_LAUNCH = ("num_tokens", "train_loss")
+SHOWN = ("reward", "kl", "loss", "eval_loss", "rewards/accuracies", "accuracy", "mean_token_accuracy")
+
+
+def watch(trainer, run) -> None:
+    """Replace the trainer's own printing by `Progress`, and keep metrics.jsonl in step with the training."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Progress(run.recipe))
+    if run.config["doctor"] != "none":
+        # before MetricsFile: it adds to the row
+        trainer.add_callback(Doctor(run, trainer, strict=run.config["doctor"] == "strict"))
+    trainer.add_callback(MetricsFile(run.dir / "metrics.jsonl"))
+    trainer.add_callback(ReturnFreedMemory())
+    if hasattr(trainer, "samples"):
+        trainer.add_callback(SamplesFile(run.dir / "samples.jsonl", trainer))
+
+
+class Progress(TrainerCallback):
+    """The progress line of a training, with the last logged loss and accuracy."""
+
+    def __init__(self, recipe: str):
+        self.recipe, self.metrics = recipe, ""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.line = progress.Line(f"{self.recipe} step", state.max_steps, state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        seen = [f"{name.rpartition('/')[2]} {float(logs[name]):.3f}" for name in SHOWN if name in logs]
+        self.metrics = " · ".join(seen) or self.metrics
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.line.update(state.global_step, self.metrics)
+
+
+class MetricsFile(TrainerCallback):
+    """metrics.jsonl is the trainer's log history: after a resume it holds no row of steps that were lost."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_log(self, args, state, control, **kwargs):
+        rows = [{key: value for key, value in row.items() if key not in SINCE_LAUNCH} for row in state.log_history]
+        lines = [json.dumps({**row, "max_steps": state.max_steps}) for row in rows]
+        write_atomically(self.path, "\n".join(lines) + "\n")
+
+
+class SamplesFile(TrainerCallback):
+    """samples.jsonl: some completions of every rollout, with their scores."""
+
+    def __init__(self, path: Path, trainer):
+        self.path, self.trainer = path, trainer
+
+    def on_log(self, args, state, control, **kwargs):
+        lines = [json.dumps(sample, ensure_ascii=False) for sample in self.trainer.samples]
+        write_atomically(self.path, "\n".join(lines) + "\n")
+
+
+class Doctor(TrainerCallback):
+    """Asks the doctor's rules whenever the trainer logs, and prints a line when a rule first finds something.
+
+    Each row of the log gets `dead_gradients`, the share of the policy's (or reward model's) trained tensors without a
+    gradient in the row's last step; the first step always has a row. The rules read the log alone, which checkpoints
+    keep: a resumed run has the verdict of one that was not.
+
+    Args:
+        strict: a broken run ends at once with its last good weights. A row tells of the weights before its step, so
+            these are the ones before the step of the last row without such a finding.
+    """
+
+    ROWS = 256  # training replies that are looked at for their length and their EOS
+    FILE = "doctor.pt"  # the last good weights, beside a checkpoint
+
+    def __init__(self, run, trainer, strict: bool):
+        self.run, self.trainer, self.strict = run, trainer, strict
+        self.stopped: str | None = None
+        self._said: set[tuple[str, str]] = set()
+        self._dead: float | None = None
+        self._before: list[torch.Tensor] = []  # the weights before the running step
+        self._good: list[torch.Tensor] = []
+
+    def record(self, before: dict | None = None, after: dict | None = None) -> doctor.Record:
+        """What is known of the run; `before` and `after`, its held-out metrics, when it is over."""
+        return doctor.Record(
+            self.run.recipe,
+            [row for row in self.trainer.state.log_history if "loss" in row],
+            self.trainer.args,
+            self.trainer.state.max_steps,
+            self.facts,
+            before or {},
+            after or {},
+            getattr(self.trainer, "stopped", None),
+        )
+
+    @cached_property
+    def facts(self) -> dict:
+        """Of the tokenised training replies: mean length in tokens, and share that ends with EOS within max_length."""
+        data, limit = self.trainer.train_dataset, getattr(self.trainer.args, "max_length", None)
+        if self.run.recipe in ("reward", "ppo") or not hasattr(data, "select"):
+            return {}
+        from rlhf_recipes.inference import stop_ids
+
+        # of DPO; of ORPO and SimPO, and of SFT, behind the prompt
+        key = next(k for k in ("chosen_ids", "chosen_input_ids", "input_ids") if k in data.column_names)
+        stops, ends, lengths = set(stop_ids(self.trainer.model, self.trainer.processing_class)), [], []
+        for row in data.select(range(min(self.ROWS, len(data)))):
+            ids = [*row.get("prompt_ids", []), *row[key]][:limit] if key == "chosen_ids" else row[key][:limit]
+            ends.append(not stops.isdisjoint(ids[-3:]))  # a template may close a turn with a line break
+            lengths.append(len(row[key]))
+        return {"reply_tokens": sum(lengths) / len(lengths), "ends_with_eos": sum(ends) / len(ends)}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        kept = Path(self.run.checkpoint or "") / self.FILE
+        if self.strict:
+            self._good = torch.load(kept, weights_only=True) if kept.is_file() else self._weights()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if self.strict:
+            self._before = self._weights()
+        if not (self.trainer.is_deepspeed_enabled or self.trainer.is_fsdp_enabled):  # each process has parts of them
+            self._dead = dead_share(self.trainer.model)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 1:  # where a policy still is its reference
+            control.should_log = True
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" not in logs:
+            return
+        if self._dead is not None:
+            state.log_history[-1]["dead_gradients"] = round(self._dead, 4)
+        findings = doctor.examine(self.record())["findings"]
+        for finding in findings:
+            if state.is_world_process_zero and (finding["rule"], finding["level"]) not in self._said:
+                print(f"doctor: {doctor.line(finding)}", flush=True)
+            self._said.add((finding["rule"], finding["level"]))
+        broken = [finding for finding in findings if finding["level"] == doctor.BROKEN]
+        if not broken:
+            self._good = self._before
+        elif self.strict and not self.stopped and not getattr(self.trainer, "stopped", None):
+            self.stopped = f"doctor: {broken[0]['rule'].replace('_', ' ')} at step {state.global_step}"
+            control.should_training_stop = True
+            control.should_save = False  # a checkpoint of this step would be continued
+            for parameter, good in zip(self._parameters(), self._good, strict=True):
+                parameter.data.copy_(good)
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.strict and state.is_world_process_zero:
+            torch.save(self._good, Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.FILE)
+
+    def _parameters(self) -> list[torch.Tensor]:
+        return [parameter for group in self.trainer.optimizer.param_groups for parameter in group["params"]]
+
+    def _weights(self) -> list[torch.Tensor]:
+        return [parameter.detach().cpu().clone() for parameter in self._parameters()]
+
+
+def dead_share(model) -> float:
+    """Share of the trained tensors of `model` whose gradient is exactly zero or missing.
+
+    With LoRA only those of the adapter "default". An A whose B is zero has no gradient by construction.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad or p.grad is not None}
+    trained = {name: p for name, p in trained.items() if ".default" in name} or trained
+    none = torch.zeros((), dtype=torch.bool, device=next(iter(trained.values())).device)
+    alive = torch.stack([none if p.grad is None else p.grad.any() for p in trained.values()])
+    counts = torch.stack(
+        [trained[name.replace("_A.", "_B.")].any() if ".lora_A." in name else ~none for name in trained]
+    )
+    return (counts & ~alive).sum().item() / counts.sum().item()
+
+
+class ReturnFreedMemory(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        memory.return_freed_memory()

@@ -1,0 +1,121 @@
+"""What a training recipe reports of its held-out rows: estimates with n and a 95 % interval, beside a baseline."""
+
+import numpy as np
+
+from rlhf_recipes import stats
+from rlhf_recipes.data.load import shorter_wins
+
+
+def preference_margins(logps: list[dict], reference: list[dict], reward: str) -> list[float]:
+    """Implicit reward of chosen minus rejected, in nats, up to the factor beta that no comparison depends on.
+
+    `log_ratio`: log pi/pi_ref (y|x), the reward of DPO (arXiv:2305.18290, equation 5).
+    `average_logp`: log pi(y|x) / |y|, the reward of SimPO (arXiv:2405.14734, equation 3) and what ORPO's odds are
+    made of (arXiv:2403.07691, equation 3); it needs no reference.
+    """
+    if reward == "average_logp":
+        return [p["chosen_logp"] / p["chosen_tokens"] - p["rejected_logp"] / p["rejected_tokens"] for p in logps]
+    return [
+        (p["chosen_logp"] - q["chosen_logp"]) - (p["rejected_logp"] - q["rejected_logp"])
+        for p, q in zip(logps, reference, strict=True)
+    ]
+
+
+def preference_metrics(rows: list[dict], logps: list[dict], reference: list[dict], reward: str) -> dict:
+    """Held-out metrics of a policy on preference pairs; `reference` are the log-probabilities before training."""
+    prompts = [row["prompt_id"] for row in rows]
+    margins = preference_margins(logps, reference, reward)
+    pairs = list(zip(logps, reference, strict=True))
+    return {
+        **accuracy_metrics(rows, margins, preference_margins(reference, reference, reward)),
+        "reward_margin": _mean(margins, prompts),
+        "chosen_logp_change": _mean([p["chosen_logp"] - q["chosen_logp"] for p, q in pairs], prompts),
+        "rejected_logp_change": _mean([p["rejected_logp"] - q["rejected_logp"] for p, q in pairs], prompts),
+        **{
+            f"{side}_logp_change_per_token": stats.ratio_of_sums(
+                [p[f"{side}_logp"] - q[f"{side}_logp"] for p, q in pairs],
+                [p[f"{side}_tokens"] for p, _ in pairs],
+                prompts,
+            )
+            for side in ("chosen", "rejected")
+        },
+        "baseline_shorter_wins": stats.estimate(shorter_wins(rows), prompts),
+    }
+
+
+def reward_metrics(rows: list[dict], scores: list[dict], before: list[dict]) -> dict:
+    """Held-out metrics of a reward model: accuracy on pairs, margin, mean and standard deviation of its rewards;
+    `before` are the scores before training."""
+    prompts = [row["prompt_id"] for row in rows]
+    margins, margins_before = ([s["chosen"] - s["rejected"] for s in each] for each in (scores, before))
+    return {
+        **accuracy_metrics(rows, margins, margins_before),
+        "reward_margin": _mean(margins, prompts),
+        "mean_reward": _mean([(s["chosen"] + s["rejected"]) / 2 for s in scores], prompts),
+        "sd_reward": _deviation([s["chosen"] for s in scores] + [s["rejected"] for s in scores], prompts * 2),
+        "baseline_shorter_wins": stats.estimate(shorter_wins(rows), prompts),
+    }
+
+
+def demonstration_metrics(rows: list[dict], logps: list[tuple[float, int]]) -> dict:
+    """Perplexity of held-out completions: exp of the mean negative log-probability per token."""
+    prompts = [row["prompt_id"] for row in rows]
+    losses, tokens = [-logp for logp, _ in logps], [tokens for _, tokens in logps]
+    return {"perplexity": stats.ratio_of_sums(losses, tokens, prompts, exponential=True)}
+
+
+def episode_metrics(rows: list[dict], episodes: list[dict], before: list[dict]) -> dict:
+    """Held-out metrics of one sampled answer to each prompt: reward, KL to the reference (nats), length, endings.
+
+    `before` are the answers before training; `reward_change` pairs the two answers to each prompt, so that its
+    interval is free of how much prompts differ.
+    """
+    prompts = [row["prompt_id"] for row in rows]
+    names = {"reward": "reward", "kl": "kl", "kl_k3": "kl_k3", "completion_tokens": "completions/mean_length"}
+    means = {k: _mean([e[key] for e in episodes], prompts) for k, key in names.items()}
+    change = stats.difference([e["reward"] for e in episodes], [e["reward"] for e in before], prompts)
+    return {
+        **means,
+        "reward_change": change,
+        "eos_rate": stats.estimate([e["completions/eos_rate"] for e in episodes], prompts),
+    }
+
+
+def accuracy_metrics(rows: list[dict], margins: list[float], before: list[float]) -> dict:
+    """Share of the pairs whose margin is positive, how it changed (paired), and what length has to do with it.
+
+    `length_bias` is the accuracy where the chosen reply is the longer one, less that where it is the shorter: the
+    slope of being right, w, on z = 1 (longer) or -1 (shorter), twice; row by row 2 (w - mean w)(z - mean z) / var z.
+    """
+    prompts, right = [row["prompt_id"] for row in rows], wins(margins)
+    longer = [1 - 2 * shorter for shorter in shorter_wins(rows)]
+    mean_right, mean_longer = (sum(values) / max(len(rows), 1) for values in (right, longer))
+    variance = sum((z - mean_longer) ** 2 for z in longer) / max(len(rows), 1)
+    slopes = [2 * (w - mean_right) * (z - mean_longer) / (variance or 1) for w, z in zip(right, longer, strict=True)]
+    return {
+        "preference_accuracy": stats.estimate(right, prompts),
+        # No share either: a difference that is the same for all pairs is no point on a scale from 0 to 1.
+        "accuracy_change": stats.difference(right, wins(before), prompts),
+        "length_bias": _mean(slopes, prompts),
+    }
+
+
+def wins(margins: list[float]) -> list[float]:
+    """1 where the margin is positive, 0.5 where it is exactly zero, else 0."""
+    return [0.5 if margin == 0 else float(margin > 0) for margin in margins]
+
+
+def _mean(values: list[float], prompts: list[str]) -> dict:
+    """The mean of what is no share: where all values are alike, as a KL is before training, so is every resample."""
+    return stats.ratio_of_sums(values, [1] * len(values), prompts)
+
+
+def _deviation(values: list[float], prompts: list[str]) -> dict:
+    """The standard deviation, of the population."""
+    values_N = np.array(values, dtype=float)
+
+    def deviation(weights_N) -> float:
+        mean = np.average(values_N, weights=weights_N)
+        return float(np.sqrt(np.average((values_N - mean) ** 2, weights=weights_N)))
+
+    return stats.resampled(deviation, len(values), prompts)
