@@ -28,7 +28,7 @@ CONFIG_CLASSES = (
 )
 # What Hydra's own node may name: our callback, Hydra's own parts and those of its plugins.
 HYDRA_TARGETS = re.compile(
-    r"rlhf_recipes\.sweep\.Summary|hydra\.experimental\.callbacks\.\w+Callback|optuna\.samplers\.\w+Sampler"
+    r"rlhf_recipes\.launch\.sweep\.Summary|hydra\.experimental\.callbacks\.\w+Callback|optuna\.samplers\.\w+Sampler"
     r"|(hydra\._internal\.core_plugins|hydra_plugins\.\w+)\.\w+\.\w+(Launcher|Sweeper)"
 )
 LOGGING_CLASSES = ("logging.StreamHandler", "logging.FileHandler", "logging.NullHandler")

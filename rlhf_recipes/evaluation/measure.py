@@ -12,8 +12,9 @@ from omegaconf import DictConfig
 from rlhf_recipes import ensemble, models, run
 from rlhf_recipes import inference as m
 from rlhf_recipes.adapters import BASE, Policies, RewardModels, System
-from rlhf_recipes.data import fit, neutralise
+from rlhf_recipes.data.fit import fit
 from rlhf_recipes.data.load import Splits
+from rlhf_recipes.data.tokens import neutralise
 from rlhf_recipes.evaluation import checkpoints, judges
 from rlhf_recipes.evaluation import tasks as harness
 
