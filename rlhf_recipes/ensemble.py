@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from rlhf_recipes.errors import Refusal
+
 LAMBDA = 0.5  # of `combine`; best-of-n in Coste et al.
 
 
@@ -19,14 +21,14 @@ def members(reference: str | list[str] | None, key: str = "reward_model") -> lis
     """The runs that `key=reference` names: one, several, or those in the folder of a sweep (`reward=ensemble`).
 
     Raises:
-        ValueError: the list is empty or names a run twice, or a job of the sweep is not finished.
+        Refusal: the list is empty or names a run twice, or a job of the sweep is not finished.
     """
     if reference is None:
         return []
     if not isinstance(reference, str):
         folders = list(map(str, reference))
         if len(set(folders)) < len(folders) or not folders:
-            raise ValueError(f"{key}={folders}: must name one run or more, each once. Change the list.")
+            raise Refusal(f"{key}={folders}: must name one run or more, each once. Change the list.")
         return folders
     folder = Path(reference)
     if (folder / "adapter").is_dir() or (folder / "adapter_config.json").is_file():
@@ -34,7 +36,7 @@ def members(reference: str | list[str] | None, key: str = "reward_model") -> lis
     jobs = sorted(path.parent for path in folder.glob("*/config.yaml"))
     for job in jobs:
         if not (job / "result.json").is_file():
-            raise ValueError(f"{key}={reference}: {job.name} is not finished. Finish it, or list the others.")
+            raise Refusal(f"{key}={reference}: {job.name} is not finished. Finish it, or list the others.")
     return [str(job) for job in jobs] or [reference]
 
 
@@ -64,7 +66,7 @@ def combine(rewards, how: str, lam: float = LAMBDA) -> np.ndarray:
         return rewards.mean(0) - lam * rewards.var(0)
     if how == "std":
         return rewards.std(0)
-    raise ValueError(f"how = {how}: must be one of mean, min, uwo, std.")
+    raise Refusal(f"how = {how}: must be one of mean, min, uwo, std.")
 
 
 def answers(scores_MN, reward_models: dict[str, list[dict]]) -> list[dict]:

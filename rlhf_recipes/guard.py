@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_recipes import secrets
+from rlhf_recipes.errors import Refusal
 
 # Where the config classes live, and what they are.
 LIBRARIES = ("trl", "transformers", "peft", "rlhf_recipes")
@@ -61,7 +62,7 @@ def refuse(cfg: DictConfig) -> None:
     """Refuse a composed config, Hydra's node included, that holds a secret or names code.
 
     Raises:
-        ValueError: the first offence, naming its key.
+        Refusal: the first offence, naming its key.
     """
     found = list(leaves(OmegaConf.to_container(cfg, resolve=False)))
     refuse_secrets(found)
@@ -82,19 +83,19 @@ def refuse_secrets(found: list[tuple[str, Any]]) -> None:
         found: dotted keys and values, as `leaves` gives them.
 
     Raises:
-        ValueError: it names the key and, where there is one, the variable; never the value.
+        Refusal: it names the key and, where there is one, the variable; never the value.
     """
     for key, value in found:
         if secrets.find(key):
-            raise ValueError(f"a key of the config holds {secrets.find(key)}. {NO_SECRETS}")
+            raise Refusal(f"a key of the config holds {secrets.find(key)}. {NO_SECRETS}")
         if value is not None and any(secrets.KEY.search(part) for part in key.split(".")):
-            raise ValueError(f"{key}: names a secret, which would be written into files. {NO_SECRETS}")
+            raise Refusal(f"{key}: names a secret, which would be written into files. {NO_SECRETS}")
         if not isinstance(value, str):
             continue
         named = next((name for name in NAMED_VARIABLE.findall(value) if secrets.names_one(name)), None)
         what = f"the value of the environment variable {named}" if named else secrets.find(value)
         if what:
-            raise ValueError(f"{key}: holds {what}, which would be written into files. {NO_SECRETS}")
+            raise Refusal(f"{key}: holds {what}, which would be written into files. {NO_SECRETS}")
 
 
 def refuse_secrets_of(cfg: DictConfig) -> None:
@@ -123,21 +124,21 @@ def find_class(target: str, where: str) -> Any:
         where: the node's key on the command line, for messages (`trainer`).
 
     Raises:
-        ValueError: it is neither, or it is not there. Only modules of the libraries are imported to see that.
+        Refusal: it is neither, or it is not there. Only modules of the libraries are imported to see that.
     """
     typed = [*HydraConfig.get().overrides.task] if HydraConfig.initialized() else []
     allowed = target in _allowed(typed)
     module, _, name = target.rpartition(".")
     refusal = f"{where}._target_={target}: is no config class of {', '.join(LIBRARIES[:3])}. {RUN_IT.format(target)}"
     if not allowed and module.partition(".")[0] not in LIBRARIES:
-        raise ValueError(refusal)
+        raise Refusal(refusal)
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{where}._target_={target}: cannot be imported ({error}).") from error
+        raise Refusal(f"{where}._target_={target}: cannot be imported ({error}).") from error
     bases = tuple(getattr(importlib.import_module(home), base) for home, base in CONFIG_CLASSES)
     if not allowed and not (isinstance(found, type) and issubclass(found, bases)):
-        raise ValueError(refusal)
+        raise Refusal(refusal)
     return found
 
 
@@ -154,7 +155,7 @@ def _refuse_overrides(overrides: list[str]) -> None:
         key, _, value = override.partition("=")
         refuse_secrets([(key.lstrip("+~"), None if value in ("", "null") else value)])
         if "hydra.searchpath" in key and re.search(r"(?!file)\b\w+://", value):
-            raise ValueError("hydra.searchpath: names a package, which would be imported. Give folders.")
+            raise Refusal("hydra.searchpath: names a package, which would be imported. Give folders.")
 
 
 def _refuse_target_from_file(cfg: DictConfig, found: list[tuple[str, Any]]) -> None:
@@ -163,26 +164,26 @@ def _refuse_target_from_file(cfg: DictConfig, found: list[tuple[str, Any]]) -> N
         below = key != "allow_target" and re.search(r"(^|[.+~\s])allow_target\b", key)
         listed = isinstance(value, str) and not key.startswith(AS_TYPED) and SETS_TARGET.match(value)
         if below or listed:
-            raise ValueError(f"{key}: sets allow_target, which only the command line itself may. Give it there.")
+            raise Refusal(f"{key}: sets allow_target, which only the command line itself may. Give it there.")
     typed = any(SETS_TARGET.match(each) for each in cfg.hydra.overrides.task)
     if cfg.get("allow_target") is not None and not typed:
-        raise ValueError("allow_target: is set by a file, which only the command line may. Give it there.")
+        raise Refusal("allow_target: is set by a file, which only the command line may. Give it there.")
 
 
 def _refuse_hydra(key: str, value: Any, allowed: list[str], typed: list[str]) -> None:
     last = key.rpartition(".")[2]
     if key.startswith(("hydra.job.env_set", "hydra.job.env_copy")) and value not in ({}, []):
         name = last if key.count(".") > 2 else value
-        raise ValueError(f"{key}: a config sets no environment variables. Set {name} where you start the command.")
+        raise Refusal(f"{key}: a config sets no environment variables. Set {name} where you start the command.")
     named = last == "_target_" and not HYDRA_TARGETS.fullmatch(str(value))
     if (named or key == "hydra.sweeper.custom_search_space") and value not in (None, *allowed):
-        raise ValueError(f"{key}={value}: is no part of Hydra. {RUN_IT.format(value)}")
+        raise Refusal(f"{key}={value}: is no part of Hydra. {RUN_IT.format(value)}")
     if key == "hydra.output_subdir" and value and (".." in value or value.startswith(("/", "~"))):
-        raise ValueError(f"{key}={value}: Hydra would write outside the run folder. Give a name, or leave it out.")
+        raise Refusal(f"{key}={value}: Hydra would write outside the run folder. Give a name, or leave it out.")
     if key.startswith("hydra.launcher."):
         own = any(each.lstrip("+~").partition("=")[0] == key for each in typed)
         if (last == "setup" and value and not own) or "\n" in str(value):
-            raise ValueError(f"{key}: holds commands for a shell. Give them on the command line: {key}=[...].")
+            raise Refusal(f"{key}: holds commands for a shell. Give them on the command line: {key}=[...].")
     if key.startswith(("hydra.job_logging.", "hydra.hydra_logging.")):
         _refuse_logging(key, last, str(value))
 
@@ -193,4 +194,4 @@ def _refuse_logging(key: str, last: str, value: str) -> None:
     reads = value.startswith(("ext://", "cfg://")) and value not in STREAMS
     writes = last == "filename" and not (value.startswith(OUTPUT_DIR) and ".." not in value)
     if loads or reads or writes:
-        raise ValueError(f"{key}={value}: logging that runs or writes something else than Hydra's own. Leave it out.")
+        raise Refusal(f"{key}={value}: logging that runs or writes something else than Hydra's own. Leave it out.")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import config, embedded, places
+from rlhf_recipes.errors import Refusal
 from rlhf_recipes.run import Run, resolve_adapter
 
 if TYPE_CHECKING:
@@ -46,11 +47,11 @@ def check(model: DictConfig, quantization: DictConfig, lora: DictConfig) -> None
     """Refuse what the classes behind `quantization` and `lora` refuse, before anything is fetched or tokenised.
 
     Raises:
-        ValueError: an unknown key, a wrong type, `model.dtype` is none, or `model.attn_implementation` is code of the
+        Refusal: an unknown key, a wrong type, `model.dtype` is none, or `model.attn_implementation` is code of the
             Hub.
     """
     if "/" in (model.attn_implementation or "") and not model.get("trust_remote_code"):
-        raise ValueError(
+        raise Refusal(
             f"model.attn_implementation={model.attn_implementation}: is a kernel on the Hub, code that would be run "
             "here. Choose sdpa, eager or another of the library's own, or, if you know it, add "
             "model.trust_remote_code=true."
@@ -72,7 +73,7 @@ def load_tokenizer(model: DictConfig) -> "PreTrainedTokenizerBase":
     """The model's tokenizer with a padding token.
 
     Raises:
-        ValueError: the model cannot be found or fetched, or its tokenizer has no chat template.
+        Refusal: the model cannot be found or fetched, or its tokenizer has no chat template.
     """
     from transformers import AutoTokenizer
 
@@ -82,9 +83,7 @@ def load_tokenizer(model: DictConfig) -> "PreTrainedTokenizerBase":
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is None:
-        raise ValueError(
-            f"model.id={model.id}: its tokenizer has no chat template. Choose an instruction-tuned model."
-        )
+        raise Refusal(f"model.id={model.id}: its tokenizer has no chat template. Choose an instruction-tuned model.")
     return tokenizer
 
 
@@ -92,7 +91,7 @@ def load_config(model: DictConfig) -> "PretrainedConfig":
     """What the model's config.json says, of its text part where it has several; no weights.
 
     Raises:
-        ValueError: the model cannot be found or fetched.
+        Refusal: the model cannot be found or fetched.
     """
     from transformers import AutoConfig
 
@@ -103,7 +102,7 @@ def download_bytes(model: DictConfig) -> int:
     """What is to be fetched before the model can be loaded: its weights on the Hub, where the cache lacks them.
 
     Raises:
-        ValueError: they cannot be found.
+        Refusal: they cannot be found.
     """
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HTTPError
@@ -117,7 +116,7 @@ def download_bytes(model: DictConfig) -> int:
     try:
         files = HfApi().model_info(path, revision=model.revision, files_metadata=True).siblings or []
     except (OSError, HTTPError) as error:
-        raise ValueError(f"model.id={model.id}: {_hub_refusal(error)}") from error
+        raise Refusal(f"model.id={model.id}: {_hub_refusal(error)}") from error
     return sum(file.size or 0 for file in files if file.rfilename.endswith(".safetensors"))
 
 
@@ -225,7 +224,7 @@ def compute_dtype(model: DictConfig):
         return torch.bfloat16 if computes_in_bf16() else torch.float32
     dtype = getattr(torch, model.dtype, None)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"model.dtype={model.dtype}: not a torch dtype. Use auto, bfloat16, float16 or float32.")
+        raise Refusal(f"model.dtype={model.dtype}: not a torch dtype. Use auto, bfloat16, float16 or float32.")
     return dtype
 
 
@@ -281,7 +280,7 @@ def read_adapter(model: "PeftModel", reference: str) -> None:
     """Put a run's saved weights into the adapter "default"; what the run does not bring, a score head, stays.
 
     Raises:
-        ValueError: the run brings weights that this model has no place for.
+        Refusal: the run brings weights that this model has no place for.
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from peft.utils import load_peft_weights
@@ -289,7 +288,7 @@ def read_adapter(model: "PeftModel", reference: str) -> None:
     weights = load_peft_weights(str(resolve_adapter(reference)), device="cpu")
     present = get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False)
     for name in weights.keys() - present.keys():
-        raise ValueError(f"model.adapter={reference}: {name} has no place in this model. Leave the adapter out.")
+        raise Refusal(f"model.adapter={reference}: {name} has no place in this model. Leave the adapter out.")
     set_peft_model_state_dict(model, {**present, **weights}, adapter_name="default")
 
 
@@ -339,14 +338,12 @@ def _from_hub(model: DictConfig, load, path: str, **kwargs):
     dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # what a library loads by itself is refused, too, not asked about
 
     if model.path not in (None, "embedded") and not Path(path).is_dir():
-        raise ValueError(f"model.path={model.path}: no such folder. Give a folder with a model, or leave it out.")
+        raise Refusal(f"model.path={model.path}: no such folder. Give a folder with a model, or leave it out.")
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise ValueError(f"model.path={path}: no config.json in it, so no model. Give a folder saved by transformers.")
+        raise Refusal(f"model.path={path}: no config.json in it, so no model. Give a folder saved by transformers.")
     if not Path(path).is_dir():
         if not places.on_hub(path, "model.id", bare=True):
-            raise ValueError(
-                f"model.id={path}: no folder here, and no id of the Hub. Check it; a folder may be given."
-            )
+            raise Refusal(f"model.id={path}: no folder here, and no id of the Hub. Check it; a folder may be given.")
         places.tell("model", path)
     try:
         if not Path(path).is_dir():
@@ -356,14 +353,14 @@ def _from_hub(model: DictConfig, load, path: str, **kwargs):
         if "trust_remote_code" not in str(error):
             raise
         where = f"model.path={path}" if Path(path).is_dir() else f"model.id={model.id}"
-        raise ValueError(
+        raise Refusal(
             f"{where}: brings Python code of its own, which would run here (auto_map). Read it; if you trust it, add "
             "model.trust_remote_code=true."
         ) from error
     except (OSError, HTTPError) as error:
         if Path(path).is_dir():
-            raise ValueError(f"model.path={path}: {str(error).splitlines()[0]}") from error
-        raise ValueError(f"model.id={model.id}: {_hub_refusal(error)}") from error
+            raise Refusal(f"model.path={path}: {str(error).splitlines()[0]}") from error
+        raise Refusal(f"model.id={model.id}: {_hub_refusal(error)}") from error
 
 
 def _ask_hub(repo: str, revision: str | None) -> None:

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from rlhf_recipes import text
-from rlhf_recipes.errors import nearest
+from rlhf_recipes.errors import Refusal, nearest
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 BARE_ID = re.compile(r"[\w-][\w.-]*")  # of the Hub's first models (gpt2); nobody can take such a name
@@ -23,7 +23,7 @@ def on_hub(reference: str, key: str, bare: bool = False) -> bool:
         bare: `name` alone is an id, too.
 
     Raises:
-        ValueError: it would, but `org` is a folder or file here: a path, then, to what is not there.
+        Refusal: it would, but `org` is a folder or file here: a path, then, to what is not there.
     """
     if os.path.lexists(os.path.expanduser(reference)):
         return False
@@ -32,7 +32,7 @@ def on_hub(reference: str, key: str, bare: bool = False) -> bool:
     first, _, name = reference.partition("/")
     if os.path.lexists(first):
         kind, inside = ("folder", sorted(os.listdir(first))) if Path(first).is_dir() else ("file", [])
-        raise ValueError(
+        raise Refusal(
             f"{key}={reference}: {first} is a {kind} here, and there is no {reference}"
             f"{text.line(nearest(name, inside))} Mend the path; for what has that name on the Hub, start from another "
             "folder."

@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import memory, run_folder
 from rlhf_recipes.config import CONF, flatten, in_sweep
+from rlhf_recipes.errors import Refusal
 from rlhf_recipes.run_folder import write_atomically
 
 LIBRARIES = (
@@ -85,7 +86,7 @@ def start(cfg: DictConfig, recipe: str) -> Run:
     after it costs nobody a file; `claim` follows when all is loaded.
 
     Raises:
-        ValueError: the folder holds a finished run, an interrupted one with another config, or foreign files; another
+        Refusal: the folder holds a finished run, an interrupted one with another config, or foreign files; another
             process writes it; it would be replaced and something that the command reads lies in it;
             `model.adapter` names no adapter, or one that was trained on another base model; or `trainer` belongs to
             another recipe.
@@ -103,7 +104,7 @@ def start(cfg: DictConfig, recipe: str) -> Run:
     hold(run)
     finished = (run.dir / run_folder.RESULT).exists()
     if finished and not cfg.overwrite:
-        raise ValueError(
+        raise Refusal(
             f"run_name={cfg.run_name}: {run.dir} holds a finished run. Choose another run_name, or replace it with "
             "overwrite=true."
         )
@@ -113,7 +114,7 @@ def start(cfg: DictConfig, recipe: str) -> Run:
         run.checkpoint = str(kept[0]) if kept else run_folder.last_checkpoint(run.dir)
     if run.checkpoint and (other := _other_config(run)):
         if not cfg.overwrite:
-            raise ValueError(other)
+            raise Refusal(other)
         run.checkpoint = None
     if run.checkpoint:
         where = KEPT.get(Path(run.checkpoint).name) or f"step {run.checkpoint.rpartition('-')[2]}"
@@ -130,7 +131,7 @@ def hold(run: Run, only: str | None = None) -> None:
         only: see `run_folder.refuse_foreign`.
 
     Raises:
-        ValueError: it holds foreign files, or another process writes it.
+        Refusal: it holds foreign files, or another process writes it.
     """
     run_folder.refuse_foreign(run.dir, only)
     if is_first_process():
@@ -164,7 +165,7 @@ def claim(run: Run) -> None:
     """Make the folder this run's: what it does not continue is set aside, and config.yaml is written.
 
     Raises:
-        ValueError: as `start`, for what has come into the folder meanwhile.
+        Refusal: as `start`, for what has come into the folder meanwhile.
     """
     if not is_first_process():
         return
@@ -183,15 +184,15 @@ def read_config(run_dir: Path) -> dict:
     """config.yaml of a run folder without its mark.
 
     Raises:
-        ValueError: it cannot be read, or is no mapping.
+        Refusal: it cannot be read, or is no mapping.
     """
     path = run_dir / run_folder.CONFIG
     try:
         config = OmegaConf.to_container(OmegaConf.load(path))
     except Exception as error:  # yaml's and omegaconf's share no base
-        raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0]}). Restore it.") from error
+        raise Refusal(f"{path}: cannot be read ({str(error).splitlines()[0]}). Restore it.") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{path}: is no mapping. Restore it.")
+        raise Refusal(f"{path}: is no mapping. Restore it.")
     config.pop(run_folder.MARK, None)
     return config
 
@@ -280,18 +281,18 @@ def resolve_adapter(reference: str) -> Path:
     """The adapter folder that a run folder or an adapter folder stands for.
 
     Raises:
-        ValueError: neither is there, or its weights are not in safetensors.
+        Refusal: neither is there, or its weights are not in safetensors.
     """
     found = [f for f in (Path(reference) / "adapter", Path(reference)) if (f / ADAPTER_CONFIG).is_file()]
     if not found:
         what = "has no adapter in it (is the run finished?)" if Path(reference).is_dir() else "does not exist"
-        raise ValueError(f"model.adapter={reference}: {what}. Give a run folder such as outputs/sft/main.")
+        raise Refusal(f"model.adapter={reference}: {what}. Give a run folder such as outputs/sft/main.")
     if not (found[0] / WEIGHTS).is_file():
         pickled = (found[0] / "adapter_model.bin").exists()
         what = "adapter_model.bin is a pickle, which can run code" if pickled else "the weights are missing"
-        raise ValueError(f"model.adapter={reference}: has no {WEIGHTS}; {what}. Save the adapter as safetensors.")
+        raise Refusal(f"model.adapter={reference}: has no {WEIGHTS}; {what}. Save the adapter as safetensors.")
     if read_json(found[0] / ADAPTER_CONFIG).get("megatron_config") is not None:
-        raise ValueError(
+        raise Refusal(
             f"model.adapter={reference}: its megatron_config names a module that PEFT would import. Take it out of "
             f"{ADAPTER_CONFIG}."
         )
@@ -307,7 +308,7 @@ def read_result(run_dir: Path) -> dict | None:
     """result.json of a run folder, or None.
 
     Raises:
-        ValueError: it cannot be read as one.
+        Refusal: it cannot be read as one.
     """
     path = run_dir / run_folder.RESULT
     return read_json(path) if path.is_file() else None
@@ -317,14 +318,14 @@ def read_json(path: Path) -> dict:
     """A file that holds one JSON object.
 
     Raises:
-        ValueError: it holds none.
+        Refusal: it holds none.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({str(error).splitlines()[0]}). Restore it.") from error
+        raise Refusal(f"{path}: not valid JSON ({str(error).splitlines()[0]}). Restore it.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: is no JSON object. Restore it.")
+        raise Refusal(f"{path}: is no JSON object. Restore it.")
     return content
 
 
@@ -355,12 +356,12 @@ def parent_of(reference: str, base_model: str) -> dict:
     """The adapter that a run or folder stands for, and its `lineage`: run, recipe, hash and parents.
 
     Raises:
-        ValueError: there is none, or it was trained on another base model.
+        Refusal: there is none, or it was trained on another base model.
     """
     adapter = resolve_adapter(reference)
     base = read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
     if base != base_model:
-        raise ValueError(
+        raise Refusal(
             f"model.adapter={reference}: was trained on {base}, not on model.id={base_model}. Choose the model it "
             "belongs to."
         )
@@ -373,7 +374,7 @@ def parent_of(reference: str, base_model: str) -> dict:
     }
     if not _is_lineage(lineage):
         path = folder_of(adapter) / run_folder.RESULT
-        raise ValueError(
+        raise Refusal(
             f"model.adapter={reference}: {path} does not say which runs it comes from (recipe, adapter_sha256 and "
             "parent of each). Restore it, or give the folder of the adapter alone."
         )
@@ -413,4 +414,4 @@ def _refuse_other_trainer(config: dict, recipe: str) -> None:
     given = config.get("trainer", {}).get("_target_")
     targets = {file.stem: OmegaConf.load(file).get("_target_") for file in (CONF / "trainer").glob("*.yaml")}
     if given != targets.get(recipe) and given in targets.values():
-        raise ValueError(f"trainer: {given} is not for {recipe}, which takes {targets[recipe]}. Use trainer={recipe}.")
+        raise Refusal(f"trainer: {given} is not for {recipe}, which takes {targets[recipe]}. Use trainer={recipe}.")

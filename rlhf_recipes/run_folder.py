@@ -18,6 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from rlhf_recipes.errors import Refusal
+
 MARK = "rlhf_recipes"
 CONFIG, RESULT, PREFLIGHT = "config.yaml", "result.json", "preflight.json"
 PUBLISHED = "published.json"  # the manifest of what was published into a folder
@@ -57,7 +59,7 @@ class Lock:
         release: ends it.
 
     Raises:
-        ValueError: another process holds it.
+        Refusal: another process holds it.
     """
 
     def __init__(self, folder: Path):
@@ -72,7 +74,7 @@ class Lock:
             lock.acquire()
         except Timeout:
             holder = " ".join(path.read_text(errors="replace").split()[:4]) or "another process"
-            raise ValueError(
+            raise Refusal(
                 f"{folder}: is being written by {holder}. Wait for it or end it, or choose another run_name."
             ) from None
         except OSError as error:
@@ -127,20 +129,20 @@ def refuse_foreign(folder: Path, only: str | None = None) -> None:
             in it lie runs, or what was published.
 
     Raises:
-        ValueError: names what it holds.
+        Refusal: names what it holds.
     """
     where = f"hydra.{'sweep' if only == 'sweep' else 'run'}.dir={folder}"
     if folder.is_symlink():
-        raise ValueError(f"{where}: is a symbolic link. Name the folder that it points to ({folder.resolve()}).")
+        raise Refusal(f"{where}: is a symbolic link. Name the folder that it points to ({folder.resolve()}).")
     recipe = marked(folder)
     if only and recipe not in (None, only):
-        raise ValueError(f"{where}: is the folder of a run of {recipe}. Choose another run_name.")
+        raise Refusal(f"{where}: is the folder of a run of {recipe}. Choose another run_name.")
     for path in _children(folder) if recipe is None else []:
         made_here = only and (marked(path) or (path / PUBLISHED).is_file())
         if path.name != PREFLIGHT and not _is_empty(path) and not made_here:
-            raise ValueError(f"{where}: holds {path.name} and is no run folder. Choose an empty or a new one.")
+            raise Refusal(f"{where}: holds {path.name} and is no run folder. Choose an empty or a new one.")
     if folder.resolve() == Path.cwd():  # it could not be set aside under the feet of this process
-        raise ValueError(f"{where}: is the current folder. Name one below it.")
+        raise Refusal(f"{where}: is the current folder. Name one below it.")
 
 
 def refuse_to_replace(folder: Path, leaves: list[tuple[str, Any]]) -> None:
@@ -150,16 +152,16 @@ def refuse_to_replace(folder: Path, leaves: list[tuple[str, Any]]) -> None:
         leaves: (key, value) of the command's config.
 
     Raises:
-        ValueError: names the file, or the key.
+        Refusal: names the file, or the key.
     """
     refuse_foreign(folder)
     for name in _foreign(folder):
-        raise ValueError(
+        raise Refusal(
             f"{folder}: holds {name}, which no run writes, and would be replaced. Move it, or choose another run_name."
         )
     for key, value in _inputs(leaves):
         if _lies_in(value, folder):
-            raise ValueError(f"{key}={value}: lies in {folder}, which would be replaced. Choose another run_name.")
+            raise Refusal(f"{key}={value}: lies in {folder}, which would be replaced. Choose another run_name.")
 
 
 def clear(folder: Path) -> None:

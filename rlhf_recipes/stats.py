@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from rlhf_recipes.errors import Refusal
+
 Z95 = 1.959963984540054  # 97.5 % quantile of the standard normal
 BLOCK = 2**20  # numbers of a block of resamples
 RIDGE = 1e-2  # keeps the logistic fit finite where lengths separate wins from losses
@@ -30,7 +32,7 @@ def estimate(values, clusters=None, resamples: int = 1000, seed: int = 0) -> dic
         clusters: n hashable ids (prompts); None makes each row its own cluster.
 
     Raises:
-        ValueError: lengths differ, or a value is not finite.
+        Refusal: lengths differ, or a value is not finite.
     """
     values = _finite(values, "values")
     if len(values) and values[0] in (0.0, 1.0) and np.all(values == values[0]):
@@ -42,7 +44,7 @@ def difference(a, b, clusters=None, resamples: int = 1000, seed: int = 0) -> dic
     """Mean of the paired differences a_i - b_i (row i of both is the same prompt), as in `estimate`."""
     a, b = _finite(a, "a"), _finite(b, "b")
     if len(a) != len(b):
-        raise ValueError(f"a, b = {len(a)}, {len(b)} rows: must be paired. Keep the rows that both have.")
+        raise Refusal(f"a, b = {len(a)}, {len(b)} rows: must be paired. Keep the rows that both have.")
     return ratio_of_sums(a - b, np.ones(len(a)), clusters, resamples=resamples, seed=seed)
 
 
@@ -57,7 +59,7 @@ def ratio_of_sums(
     numerators, denominators = _finite(numerators, "numerators"), _finite(denominators, "denominators")
     ids = _codes(clusters, len(numerators))
     if len(denominators) != len(numerators):
-        raise ValueError(f"denominators = {len(denominators)} rows: {len(numerators)} are needed.")
+        raise Refusal(f"denominators = {len(denominators)} rows: {len(numerators)} are needed.")
     if denominators.sum() == 0:
         return _result(None, None, None, len(numerators), 0)
     groups = int(ids.max()) + 1
@@ -103,7 +105,7 @@ def auroc(scores, positive, clusters=None, resamples: int = 1000, seed: int = 0)
     """
     scores, positive = _finite(scores, "scores"), np.asarray(list(positive), dtype=bool)
     if len(scores) != len(positive):
-        raise ValueError(f"positive = {len(positive)} rows: {len(scores)} scores. Pass as many.")
+        raise Refusal(f"positive = {len(positive)} rows: {len(scores)} scores. Pass as many.")
     return resampled(area(scores, positive), len(scores), clusters, resamples, seed)
 
 
@@ -137,7 +139,7 @@ def length_controlled_win_rate(wins, length_differences, clusters=None, resample
     """
     wins, lengths = _finite(wins, "wins"), _finite(length_differences, "length_differences")
     if len(wins) != len(lengths):
-        raise ValueError(f"length_differences = {len(lengths)} rows: {len(wins)} wins. Pass as many.")
+        raise Refusal(f"length_differences = {len(lengths)} rows: {len(wins)} wins. Pass as many.")
     if len(wins) == 0 or lengths.std() == 0 or np.all(wins == wins[0]):
         return estimate(wins, clusters, resamples, seed)
     ids = _codes(clusters, len(wins))
@@ -208,7 +210,7 @@ def _finite(values, name: str) -> np.ndarray:
     values = np.asarray(list(values), dtype=float)
     if not np.all(np.isfinite(values)):
         row = int(np.flatnonzero(~np.isfinite(values))[0])
-        raise ValueError(f"{name}[{row}] = {values[row]}: must be finite. Drop and count such rows first.")
+        raise Refusal(f"{name}[{row}] = {values[row]}: must be finite. Drop and count such rows first.")
     return values
 
 
@@ -218,7 +220,7 @@ def _codes(clusters, n: int) -> np.ndarray:
         return np.arange(n)
     clusters = list(clusters)
     if len(clusters) != n:
-        raise ValueError(f"clusters = {len(clusters)} ids: {n} values. Pass one id for each value.")
+        raise Refusal(f"clusters = {len(clusters)} ids: {n} values. Pass one id for each value.")
     order = {c: i for i, c in enumerate(dict.fromkeys(clusters))}
     return np.array([order[c] for c in clusters], dtype=int)
 

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from rlhf_recipes import config, ensemble, run
 from rlhf_recipes.audit.scoring import Ensemble, members
+from rlhf_recipes.errors import Refusal, users_function
 from rlhf_recipes.ppo import sources
 
 Gold = Callable[[list[dict], list[str], str], np.ndarray]
@@ -25,7 +26,7 @@ def find_gold(cfg: DictConfig, proxies: list[Path]) -> tuple[str, Any] | None:
     """(what gold is, in words; where to load it from), None without one.
 
     Raises:
-        ValueError: it is not there, or it is one of the proxies: nothing could be found out.
+        Refusal: it is not there, or it is one of the proxies: nothing could be found out.
     """
     if not cfg.gold:
         return None
@@ -36,7 +37,7 @@ def find_gold(cfg: DictConfig, proxies: list[Path]) -> tuple[str, Any] | None:
         return f"the function {reference}", config.import_function(reference, "gold")
     folders = members(reference, cfg.model.id, "gold")
     if set(map(run.adapter_sha256, folders)) & set(map(run.adapter_sha256, proxies)):
-        raise ValueError(f"gold={cfg.gold}: is the reward model itself. Give one that learned from other pairs.")
+        raise Refusal(f"gold={cfg.gold}: is the reward model itself. Give one that learned from other pairs.")
     kind = "a reward model" if len(folders) == 1 else f"the mean of {len(folders)} reward models"
     return f"{kind}, {run.folder_of(folders[0])}", folders
 
@@ -95,7 +96,7 @@ def steps(folder: str, base_model: str) -> list[tuple[int, Path]]:
     """(step, adapter folder) of each kept checkpoint of a run, and of its end.
 
     Raises:
-        ValueError: see `evaluation.checkpoints.find`.
+        Refusal: see `evaluation.checkpoints.find`.
     """
     from rlhf_recipes.evaluation import checkpoints as kept
 
@@ -190,7 +191,7 @@ def _proxy(cfg: DictConfig, folder: str, reward_models: list[Path]) -> str | int
         weights = config["trainer"].get("reward_weights") or [1.0] * len(named)
         paid = [each for each, weight in zip(named, weights, strict=True) if weight]
         hashes = [run.adapter_sha256(run.resolve_adapter(each)) for each in paid]
-    except ValueError:  # a function, or not there
+    except Refusal:  # a function, or not there
         return "mean"
     known = [run.adapter_sha256(each) for each in reward_models]
     if len(hashes) == 1 and hashes[0] in known:
@@ -206,10 +207,11 @@ def _conversations(rows: list[dict], texts: list[str]) -> list[list[dict]]:
 
 def _call(function: Callable, name: str, rows: list[dict], texts: list[str]) -> np.ndarray:
     completions = [[{"role": "assistant", "content": text}] for text in texts]
-    found = function(prompts=[row["prompt"] for row in rows], completions=completions)
+    with users_function(f"gold={name}"):
+        found = function(prompts=[row["prompt"] for row in rows], completions=completions)
     scores = np.array([np.nan if score is None else score for score in found], dtype=float)
     if scores.shape != (len(rows),) or not np.isfinite(scores).all():
-        raise ValueError(f"gold={name}: gave {len(scores)} scores for {len(rows)} answers, or one that is not finite.")
+        raise Refusal(f"gold={name}: gave {len(scores)} scores for {len(rows)} answers, or one that is not finite.")
     return scores
 
 
@@ -223,7 +225,7 @@ def _labels(path: str) -> dict[tuple[str, str], float]:
         if row.value("gold") is None:
             continue
         if not isinstance(row.value("gold"), int | float):
-            raise ValueError(f"{where}: gold: {row.value('gold')!r:.40} is no number. Correct it.")
+            raise Refusal(f"{where}: gold: {row.value('gold')!r:.40} is no number. Correct it.")
         turns = row.value("prompt")
         turns = [{"role": "user", "content": turns}] if isinstance(turns, str) else turns
         labels[formats.prompt_id(turns), row.text("answer")] = float(row.value("gold"))
@@ -237,7 +239,7 @@ def _look_up(labels: dict, rows: list[dict], texts: list[str], path: Path) -> np
         asked = {wanted[i]: {"prompt": rows[i]["prompt"], "answer": texts[i], "gold": None} for i in missing}
         with path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in asked.values())
-        raise ValueError(
+        raise Refusal(
             f"gold: {len(asked)} answers have no label. They are in {path}: put a number into `gold` of each and give "
             "that file."
         )

@@ -12,6 +12,7 @@ import numpy as np
 
 from rlhf_recipes import stats
 from rlhf_recipes.audit import section
+from rlhf_recipes.errors import Refusal
 
 KEY, TITLE = "calibration", "Calibration"
 QUESTION = "When the reward model is sure, is it right as often as it claims?"
@@ -134,7 +135,7 @@ def audit(
     """
     validation, margins = _finite(validation_margins, "validation_margins"), _finite(margins, "margins")
     if len(margins) != len(rows):
-        raise ValueError(f"margins = {len(margins)} numbers: {len(rows)} rows. Pass one for each row.")
+        raise Refusal(f"margins = {len(margins)} numbers: {len(rows)} rows. Pass one for each row.")
     if not len(margins):
         return section.skipped(KEY, TITLE, QUESTION, "Give test pairs and their margins.")
     ids, bins = [row["prompt_id"] for row in rows], bins or bins_for(len(rows))
@@ -338,5 +339,5 @@ def _finite(values, name: str) -> np.ndarray:
     values = np.asarray(list(values if values is not None else []), float)
     if not np.isfinite(values).all():
         row = int(np.flatnonzero(~np.isfinite(values))[0])
-        raise ValueError(f"{name}[{row}] = {values[row]}: must be finite. Drop and count such pairs first.")
+        raise Refusal(f"{name}[{row}] = {values[row]}: must be finite. Drop and count such pairs first.")
     return values

@@ -13,6 +13,7 @@ import numpy as np
 
 from rlhf_recipes import stats
 from rlhf_recipes.audit import section
+from rlhf_recipes.errors import Refusal
 from rlhf_recipes.text_metrics import refuses
 
 KEY, TITLE = "coverage", "Coverage"
@@ -253,7 +254,7 @@ def _nearest(embed: Callable, centres, names: list[str]) -> Callable[[list[str]]
 def _families(rows: list[dict], prompts: list[str], families, seed: int) -> tuple[list[str], bool, Callable]:
     """Family of each row, whether they were given, and a function that places further prompts."""
     if families is not None and len(families) != len(rows):
-        raise ValueError(f"families = {len(families)} names: {len(rows)} rows. Give one for each row.")
+        raise Refusal(f"families = {len(families)} names: {len(rows)} rows. Give one for each row.")
     families = [row.get("family") for row in rows] if families is None else list(families)
     if all(family is None for family in families):
         names, place = cluster(prompts, seed)

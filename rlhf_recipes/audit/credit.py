@@ -26,6 +26,7 @@ import numpy as np
 
 from rlhf_recipes import stats
 from rlhf_recipes.audit import section
+from rlhf_recipes.errors import Refusal
 
 TITLE = "Where the reward comes from"
 QUESTION = "Which sentences carry the reward: the whole answer, or how it opens and closes?"
@@ -129,11 +130,11 @@ def audit(made: list[dict], scores_MK, rows: list[dict], ppo: dict | None = None
         ppo: of `read_run`.
 
     Raises:
-        ValueError: scores of another shape than `made`.
+        Refusal: scores of another shape than `made`.
     """
     scores_MK = np.atleast_2d(np.asarray(scores_MK, float))
     if scores_MK.shape[1] != len(made):
-        raise ValueError(f"made = {len(made)} rows: {scores_MK.shape[1]} scores. Pass one for each.")
+        raise Refusal(f"made = {len(made)} rows: {scores_MK.shape[1]} scores. Pass one for each.")
     answers = _answers(made, scores_MK.mean(0))
     figures = [] if ppo is None else _ppo_figures(ppo)
     if not answers and not figures:
@@ -272,22 +273,22 @@ def read_run(folder: str | Path) -> dict:
     `ppo.algorithm.shares`), else nothing.
 
     Raises:
-        ValueError: no metrics.jsonl there, a line of it that is no JSON, or no `explained_variance` in it.
+        Refusal: no metrics.jsonl there, a line of it that is no JSON, or no `explained_variance` in it.
     """
     file = Path(folder) / "metrics.jsonl"
     if not file.is_file():
-        raise ValueError(f"{folder}: no metrics.jsonl in it. Give the folder of a run of recipes/ppo.py.")
+        raise Refusal(f"{folder}: no metrics.jsonl in it. Give the folder of a run of recipes/ppo.py.")
     steps = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         try:
             steps.append(json.loads(line))
         except ValueError as error:
-            raise ValueError(f"{file}:{number}: not valid JSON. Mend or remove the line.") from error
+            raise Refusal(f"{file}:{number}: not valid JSON. Mend or remove the line.") from error
     steps = [
         step for step in steps if isinstance(step, dict) and math.isfinite(step.get("explained_variance", math.nan))
     ]
     if not steps:
-        raise ValueError(f"{file}: no explained_variance in it. Give the folder of a run of recipes/ppo.py.")
+        raise Refusal(f"{file}: no explained_variance in it. Give the folder of a run of recipes/ppo.py.")
     # A rollout is trained on for several steps, each of which logs it again; its seconds tell it from the next.
     keys = ("explained_variance", "seconds/rollout", "seconds/scoring")
     rollouts = list({tuple(step.get(key) for key in keys): step for step in steps}.values())

@@ -19,7 +19,7 @@ import numpy as np
 from rlhf_recipes import stats
 from rlhf_recipes.audit.judgements import LABELS, Judgement, Pair, by_judge, by_pair
 from rlhf_recipes.audit.section import curve, dots, example, examples, figure, lines, section, skipped, table
-from rlhf_recipes.errors import nearest
+from rlhf_recipes.errors import Refusal, nearest
 
 TITLE = "Disagreement"
 QUESTION = "Where do judges, principles and people disagree, and does the reward model show it?"
@@ -55,7 +55,7 @@ def cases(judgements: Sequence[Judgement], rows=None, chosen_MN=None, rejected_M
         second, mean over members; None without a score), `why` (`REASONS`) and `opinions`, how many were asked.
 
     Raises:
-        ValueError: an unknown limit, or scores that are not of these rows.
+        Refusal: an unknown limit, or scores that are not of these rows.
     """
     limits = _limits(limits)
     margins = _margins(rows, chosen_MN, rejected_MN)
@@ -170,10 +170,10 @@ def alpha(opinions: Sequence[Sequence[float]], prompts: Sequence[str], level: st
 def _limits(limits: Mapping | None) -> dict[str, float]:
     for key, value in (limits or {}).items():
         if key not in LIMITS:
-            raise ValueError(f"disagreement.{key}: no such limit{nearest(str(key), LIMITS)} Rename or remove it.")
+            raise Refusal(f"disagreement.{key}: no such limit{nearest(str(key), LIMITS)} Rename or remove it.")
         top = 1.0 if key == "sure" else 0.5
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= top:
-            raise ValueError(f"disagreement.{key} = {value!r:.40}: must be a number from 0 to {top:g}. Change it.")
+            raise Refusal(f"disagreement.{key} = {value!r:.40}: must be a number from 0 to {top:g}. Change it.")
     return LIMITS | dict(limits or {})
 
 
@@ -182,7 +182,7 @@ def _margins(rows, chosen_MN, rejected_MN) -> dict[Pair, float]:
         return {}
     margin_MN = np.atleast_2d(np.asarray(chosen_MN, float) - np.asarray(rejected_MN, float))
     if margin_MN.shape[1] != len(rows):
-        raise ValueError(f"chosen_MN = {margin_MN.shape[1]} pairs: {len(rows)} rows. Pass scores of the same rows.")
+        raise Refusal(f"chosen_MN = {margin_MN.shape[1]} pairs: {len(rows)} rows. Pass scores of the same rows.")
     found: dict[Pair, float] = {}
     for row, margin in zip(rows, margin_MN.mean(0).tolist(), strict=True):
         chosen, rejected = (row[side][-1]["content"].strip() for side in ("chosen", "rejected"))

@@ -28,6 +28,7 @@ from statistics import fmean
 from typing import Any
 
 from rlhf_recipes.data import formats, readers
+from rlhf_recipes.errors import Refusal
 from rlhf_recipes.run import write_atomically
 
 LABELS = ("human", "data")
@@ -44,7 +45,7 @@ def load(path: str) -> list[Judgement]:
     have labelled, or from a run folder of recipes/cai.py, where every principle that a pair was judged under is one.
 
     Raises:
-        ValueError: not readable, or a row that is no judgement, with file, row and key.
+        Refusal: not readable, or a row that is no judgement, with file, row and key.
     """
     if Path(path).expanduser().is_dir():
         return list(_of_run(path))
@@ -90,13 +91,13 @@ def export(path: str, disputed: list[dict], seed: int = 0) -> int:
     can tell which one was chosen.
 
     Raises:
-        ValueError: the file is there with labels in it, or is none that this wrote.
+        Refusal: the file is there with labels in it, or is none that this wrote.
     """
     file = Path(path).expanduser()
     if file.exists() and file.stat().st_size:
         done = len(labels(path))
         if done:
-            raise ValueError(f"{path}: has {done} labels, which are never overwritten. Give another path.")
+            raise Refusal(f"{path}: has {done} labels, which are never overwritten. Give another path.")
     lines = []
     for case in disputed:
         name = _id(case["prompt_id"], case["first"], case["second"])
@@ -114,20 +115,20 @@ def labels(path: str) -> list[Judgement]:
     out.
 
     Raises:
-        ValueError: a label that is none, a text that was changed, a pair that appears twice, with file, row and key.
+        Refusal: a label that is none, a text that was changed, a pair that appears twice, with file, row and key.
     """
     found, seen = [], {}
     for where, row in readers.read_file(path):
         if "label" not in row or "id" not in row:
-            raise ValueError(f"{where}: {'id' if 'id' not in row else 'label'}: missing. Label a file of the export.")
+            raise Refusal(f"{where}: {'id' if 'id' not in row else 'label'}: missing. Label a file of the export.")
         label = row["label"].strip().lower() if isinstance(row["label"], str) else row["label"]
         if label is not None and label != "" and label not in tuple(ANSWERS):
-            raise ValueError(f"{where}: label = {row['label']!r:.40}: must be first, second, tie or null. Mend it.")
+            raise Refusal(f"{where}: label = {row['label']!r:.40}: must be first, second, tie or null. Mend it.")
         plain = _read(where, {**row, "p": ANSWERS[label] if label else 0.5, "judge": "human"})
         if row["id"] != _id(plain["prompt_id"], plain["first"], plain["second"]):
-            raise ValueError(f"{where}: id = {row['id']!r:.40}: not of these answers. Restore the row's texts.")
+            raise Refusal(f"{where}: id = {row['id']!r:.40}: not of these answers. Restore the row's texts.")
         if row["id"] in seen:
-            raise ValueError(f"{where}: id = {row['id']}: is in {seen[row['id']]} too. Remove one of the two rows.")
+            raise Refusal(f"{where}: id = {row['id']}: is in {seen[row['id']]} too. Remove one of the two rows.")
         seen[row["id"]] = where
         if label:
             found.append(plain)
@@ -142,7 +143,7 @@ def _of_run(path: str) -> Iterator[Judgement]:
 
     files = [file for split in PREFS if (file := Path(path).expanduser() / f"{split}.parquet").is_file()]
     if not files:
-        raise ValueError(f"{path}: a folder without {PREFS[0]}.parquet. Give a run of recipes/cai.py, or a file.")
+        raise Refusal(f"{path}: a folder without {PREFS[0]}.parquet. Give a run of recipes/cai.py, or a file.")
     for file in files:
         try:
             empty = pyarrow.parquet.read_metadata(file).num_rows == 0
@@ -158,7 +159,7 @@ def _of_run(path: str) -> Iterator[Judgement]:
                 for name, p in principles.items():
                     yield _of_row(row, row["judge"] or "judge", name, p, row["flip"])
             except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-                raise ValueError(f"{where}: not a pair of recipes/cai.py ({error!r:.80}). Make it again.") from error
+                raise Refusal(f"{where}: not a pair of recipes/cai.py ({error!r:.80}). Make it again.") from error
 
 
 def _of_row(row: dict, judge: str, principle: str | None, p: float, flip: bool | None) -> Judgement:
@@ -172,10 +173,10 @@ def _read(where: str, row: dict[str, Any]) -> Judgement:
     for key in row:
         # `flips` or `principal` would be silently without effect; columns like nothing here are the user's own
         if key not in KEYS and (meant := difflib.get_close_matches(key, OPTIONAL, n=1, cutoff=0.8)):
-            raise ValueError(f"{where}: {key}: unknown key; did you mean '{meant[0]}'? Rename or remove it.")
+            raise Refusal(f"{where}: {key}: unknown key; did you mean '{meant[0]}'? Rename or remove it.")
     found = {key: _text(where, row, key) for key in ("first", "second", "judge")}
     if found["first"].strip() == found["second"].strip():
-        raise ValueError(f"{where}: second: the same text as first. Remove the row.")
+        raise Refusal(f"{where}: second: the same text as first. Remove the row.")
     p = row.get("p")
     if isinstance(p, str):  # CSV holds text alone
         try:
@@ -183,21 +184,21 @@ def _read(where: str, row: dict[str, Any]) -> Judgement:
         except ValueError:
             p = row["p"]
     if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1 or math.isnan(p):
-        raise ValueError(f"{where}: p = {row.get('p')!r:.40}: must be a probability from 0 to 1. Mend or remove it.")
+        raise Refusal(f"{where}: p = {row.get('p')!r:.40}: must be a probability from 0 to 1. Mend or remove it.")
     for key in ("principle", "family"):
         found[key] = row.get(key) or None
         if found[key] is not None and not isinstance(found[key], str):
-            raise ValueError(f"{where}: {key} = {found[key]!r:.40}: must be text or null. Mend or remove it.")
+            raise Refusal(f"{where}: {key} = {found[key]!r:.40}: must be text or null. Mend or remove it.")
     flip = {"true": True, "false": False, "": None}.get(row["flip"].lower(), row["flip"]) if isinstance(
         row.get("flip"), str) else row.get("flip")  # fmt: skip
     if flip is not None and not isinstance(flip, bool):
-        raise ValueError(f"{where}: flip = {flip!r:.40}: must be true, false or null. Mend or remove it.")
+        raise Refusal(f"{where}: flip = {flip!r:.40}: must be true, false or null. Mend or remove it.")
     prompt = None
     if row.get("prompt"):
         prompt = formats.Row(where, row, {"prompt": "prompt"}).messages("prompt", "user")
     if row.get("prompt_id") in (None, ""):
         if not prompt:
-            raise ValueError(f"{where}: prompt_id: missing, and no prompt to take it from. Add one of the two.")
+            raise Refusal(f"{where}: prompt_id: missing, and no prompt to take it from. Add one of the two.")
         prompt_id = formats.prompt_id(prompt)
     else:
         prompt_id = _text(where, row, "prompt_id")
@@ -207,9 +208,9 @@ def _read(where: str, row: dict[str, Any]) -> Judgement:
 def _text(where: str, row: dict, key: str) -> str:
     value = row.get(key)
     if value is None:
-        raise ValueError(f"{where}: {key}: missing. Add it or remove the row.")
+        raise Refusal(f"{where}: {key}: missing. Add it or remove the row.")
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{where}: {key} = {value!r:.40}: must be text that is not blank. Mend or remove the row.")
+        raise Refusal(f"{where}: {key} = {value!r:.40}: must be text that is not blank. Mend or remove the row.")
     return value
 
 

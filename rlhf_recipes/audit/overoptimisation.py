@@ -14,6 +14,7 @@ import numpy as np
 
 from rlhf_recipes import stats
 from rlhf_recipes.audit import section
+from rlhf_recipes.errors import Refusal
 
 KEY, TITLE = "overoptimisation", "Over-optimisation"
 QUESTION = "If we push harder on this reward, do the answers get better, or only the score?"
@@ -40,14 +41,14 @@ def best_of_n(proxy, gold, ns) -> tuple[np.ndarray, np.ndarray]:
     """
     proxy, gold = np.asarray(proxy, float), np.asarray(gold, float)
     if proxy.shape != gold.shape or proxy.ndim not in (1, 2):
-        raise ValueError(
+        raise Refusal(
             f"proxy, gold = shapes {proxy.shape}, {gold.shape}: must be (S,) or (P, S). Score each sample by both."
         )
     if not (np.isfinite(proxy).all() and np.isfinite(gold).all()):
-        raise ValueError("proxy, gold = nan or infinite: must be finite. Drop and count such prompts first.")
+        raise Refusal("proxy, gold = nan or infinite: must be finite. Drop and count such prompts first.")
     size = proxy.shape[-1]
     if any(not 1 <= n <= size for n in ns):
-        raise ValueError(f"ns = {list(ns)}: from 1 to the {size} samples of a prompt. Draw more or lower n.")
+        raise Refusal(f"ns = {list(ns)}: from 1 to the {size} samples of a prompt. Draw more or lower n.")
     weights_SK = np.stack([_weights(n, size) for n in ns], axis=1)
     shared = np.array([_share_ties(*row) for row in zip(np.atleast_2d(proxy), np.atleast_2d(gold), strict=True)])
     golds_PK, proxies_PK = shared @ weights_SK, np.sort(np.atleast_2d(proxy)) @ weights_SK
@@ -74,7 +75,7 @@ def fit(d, gains, form: str) -> dict:
         curve bends upward: no peak), all are None with fewer than two different d > 0.
     """
     if form not in FORMS:
-        raise ValueError(f"form = {form}: must be one of {', '.join(FORMS)}.")
+        raise Refusal(f"form = {form}: must be one of {', '.join(FORMS)}.")
     d, gains = np.asarray(d, float), np.asarray(gains, float)
     alpha, beta = _least_squares(d, gains, form)
     if not np.isfinite(alpha):
@@ -216,10 +217,10 @@ def _policy(entry: dict) -> dict:
     sizes = {len(row[key]) for row in rows for key in ("kl_P", "proxy_P", "gold_P")}
     if len(rows) < 2 or len(sizes) != 1:
         text = f"checkpoints '{entry['name']}' = {len(rows)} rows of {sorted(sizes)} prompts: two rows or more of the"
-        raise ValueError(f"{text} same prompts are needed. Score every checkpoint on every prompt.")
+        raise Refusal(f"{text} same prompts are needed. Score every checkpoint on every prompt.")
     kl, gold, proxy = (np.array([row[key] for row in rows], float).T for key in ("kl_P", "gold_P", "proxy_P"))
     if not all(np.isfinite(values).all() for values in (kl, gold, proxy)):
-        raise ValueError(f"checkpoints '{entry['name']}' = nan or infinite: must be finite. Drop such prompts first.")
+        raise Refusal(f"checkpoints '{entry['name']}' = nan or infinite: must be finite. Drop such prompts first.")
     gold, proxy = ((values - values[:, :1]) / _spread(values[:, 0].std()) for values in (gold, proxy))
     return {"labels": [row["step"] for row in rows], "kl_RK": kl, "gold_RK": gold, "proxy_RK": proxy}
 
@@ -233,14 +234,14 @@ def _measure(kind: str, name: str, entries: list[dict]) -> dict:
     parts = [(_samples if kind == "best_of_n" else _policy)(entry) for entry in entries]
     labels = [label for label in parts[0]["labels"] if all(label in part["labels"] for part in parts)]
     if not labels:
-        raise ValueError(f"'{name}' = seeds without a common step: cannot be put together. Evaluate the same steps.")
+        raise Refusal(f"'{name}' = seeds without a common step: cannot be put together. Evaluate the same steps.")
     ids = []
     for part, entry in zip(parts, entries, strict=True):
         at = [part["labels"].index(label) for label in labels]
         part |= {key: part[key][:, at] for key in part if key != "labels"}
         rows = len(part["gold_RK"])
         if len(given := list(entry.get("prompt_ids") or range(rows))) != rows:
-            raise ValueError(f"prompt_ids of '{name}' = {len(given)} ids: {rows} prompts. Give one for each.")
+            raise Refusal(f"prompt_ids of '{name}' = {len(given)} ids: {rows} prompts. Give one for each.")
         ids.append(given)
     keys = [key for key in parts[0] if key != "labels"]
     pooled = {key: np.concatenate([part[key] for part in parts]) for key in keys}

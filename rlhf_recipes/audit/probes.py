@@ -19,6 +19,7 @@ import numpy as np
 
 from rlhf_recipes import stats
 from rlhf_recipes.audit import section
+from rlhf_recipes.errors import Refusal
 
 TITLE = "Hacking probes"
 QUESTION = "Can an answer earn a higher reward without becoming any better?"
@@ -111,11 +112,11 @@ def make(rows: list[dict], probes: list[str] | None = None, limit: int = 200, se
         into `rows`). An edit that leaves its text as it is, as truncation does a single word, is left out.
 
     Raises:
-        ValueError: no such probe.
+        Refusal: no such probe.
     """
     for name in probes or []:
         if name not in PROBES:
-            raise ValueError(f"probes = {name}: no such probe. Choose from {', '.join(PROBES)}.")
+            raise Refusal(f"probes = {name}: no such probe. Choose from {', '.join(PROBES)}.")
     drawn = sorted(random.Random(seed).sample(range(len(rows)), min(limit, len(rows))))
     made = []
     for name, (side, edit, _) in PROBES.items():
@@ -138,7 +139,7 @@ def audit(made: list[dict], scores_MK, rows: list[dict], chosen_MN, rejected_MN)
         made: what `make(rows)` returned; the mean over the reward models decides who wins.
 
     Raises:
-        ValueError: scores of another shape than their rows.
+        Refusal: scores of another shape than their rows.
     """
     scores_K = _mean(scores_MK, len(made), "made")
     rewards = {"chosen": _mean(chosen_MN, len(rows), "rows"), "rejected": _mean(rejected_MN, len(rows), "rows")}
@@ -196,7 +197,7 @@ def audit(made: list[dict], scores_MK, rows: list[dict], chosen_MN, rejected_MN)
 def _mean(scores_MX, count: int, which: str) -> np.ndarray:
     scores_MX = np.atleast_2d(np.asarray(scores_MX, float))
     if scores_MX.shape[1] != count:
-        raise ValueError(f"{which} = {count} rows: {scores_MX.shape[1]} scores. Pass one for each.")
+        raise Refusal(f"{which} = {count} rows: {scores_MX.shape[1]} scores. Pass one for each.")
     return scores_MX.mean(0)
 
 

@@ -16,6 +16,7 @@ from rlhf_recipes import progress, run
 from rlhf_recipes.audit import answers, credit, judgements, preference, stress
 from rlhf_recipes.audit.scoring import Ensemble, members
 from rlhf_recipes.data.load import Splits, load_prompts
+from rlhf_recipes.errors import Refusal
 
 
 @dataclass
@@ -45,13 +46,13 @@ def find(cfg: DictConfig) -> Sources:
     """All that the config names.
 
     Raises:
-        ValueError: on one line, for the first that is not there or not right.
+        Refusal: on one line, for the first that is not there or not right.
     """
     folders = members(cfg.reward_model if isinstance(cfg.reward_model, str) else list(cfg.reward_model), cfg.model.id)
     gold = answers.find_gold(cfg, folders)
     compared = [cfg.checkpoints] if isinstance(cfg.checkpoints, str) else list(cfg.checkpoints or [])
     if compared and not gold:
-        raise ValueError("checkpoints: need gold=<another reward model, module:function or labels.jsonl>. Give it.")
+        raise Refusal("checkpoints: need gold=<another reward model, module:function or labels.jsonl>. Give it.")
     for each in compared:
         answers.steps(each, cfg.model.id)
     return Sources(

@@ -21,6 +21,7 @@ from rlhf_recipes import stats
 from rlhf_recipes.audit import section
 from rlhf_recipes.data import formats, readers
 from rlhf_recipes.data.load import shorter_wins
+from rlhf_recipes.errors import Refusal
 
 CLINIC = Path(__file__).parents[1] / "assets" / "stress" / "clinic.jsonl"
 TITLE = "Under stress"
@@ -98,25 +99,25 @@ def load(path: str | Path) -> tuple[list[dict], list[dict]]:
     "after"}, one of the two at least: texts put around the user's turn as they are, with their own spaces.
 
     Raises:
-        ValueError: names file, row and key.
+        Refusal: names file, row and key.
     """
     pairs, templates = [], []
     for where, values in readers.read_file(str(path)):
         row = formats.Row(where, values, {key: key for key in formats.COLUMNS} | {key: key for key in KEYS})
         family = row.text("family").strip()
         if not family:
-            raise ValueError(f"{where}: family: must name the kind of stress, not be blank. Fill it in.")
+            raise Refusal(f"{where}: family: must name the kind of stress, not be blank. Fill it in.")
         if "before" in values or "after" in values:
             before, after = (row.text(key) if row.has(key) else "" for key in ("before", "after"))
             if not (before + after).strip():
-                raise ValueError(f"{where}: before, after: both blank, which edits nothing. Fill in one.")
+                raise Refusal(f"{where}: before, after: both blank, which edits nothing. Fill in one.")
             templates.append({"family": family, "before": before, "after": after})
             continue
         for key in ("prompt", "chosen", "rejected"):
             row.value(key)
         pair = next(iter(formats.candidates(row, "pairs", "all", ("chosen", "rejected"))))
         if isinstance(pair, str):
-            raise ValueError(f"{where}: prompt, chosen, rejected: no pair ({pair}). Mend or remove the row.")
+            raise Refusal(f"{where}: prompt, chosen, rejected: no pair ({pair}). Mend or remove the row.")
         pairs.append({**pair, "family": family, "prompt_id": formats.prompt_id(pair["prompt"]), "p": None})
     return pairs, templates
 
@@ -174,7 +175,7 @@ def audit(made: list[dict], chosen_MS, rejected_MS, rows: list[dict], chosen_MN,
         made: what `make(rows, ...)` returned; the mean of the reward models' margins orders its pairs.
 
     Raises:
-        ValueError: scores of another shape than their rows.
+        Refusal: scores of another shape than their rows.
     """
     margins_MS, margins_MN = _margins(chosen_MS, rejected_MS, made, "made"), _margins(chosen_MN, rejected_MN, rows, "")
     if not made:
@@ -299,7 +300,7 @@ def _trivial(shorter: float) -> tuple[str, float]:
 def _margins(chosen, rejected, rows: list[dict], which: str) -> np.ndarray:
     margins = np.atleast_2d(np.asarray(chosen, float)) - np.atleast_2d(np.asarray(rejected, float))
     if rows and margins.shape[1] != len(rows):
-        raise ValueError(f"{which or 'rows'} = {len(rows)} pairs: {margins.shape[1]} scores. Pass one for each.")
+        raise Refusal(f"{which or 'rows'} = {len(rows)} pairs: {margins.shape[1]} scores. Pass one for each.")
     return margins[:, : len(rows)]
 
 

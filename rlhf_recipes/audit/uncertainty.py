@@ -11,6 +11,7 @@ import numpy as np
 from rlhf_recipes import stats
 from rlhf_recipes.audit import section
 from rlhf_recipes.ensemble import LAMBDA, combine, standardise
+from rlhf_recipes.errors import Refusal
 
 KEY, TITLE = "uncertainty", "Uncertainty"
 QUESTION = "Does the reward model know when it does not know?"
@@ -31,14 +32,14 @@ def mahalanobis(train_NF, test_KF, ridge: float = 1e-3) -> np.ndarray:
 
     train_NF, test_KF = np.asarray(train_NF, float), np.asarray(test_KF, float)
     if train_NF.ndim != 2 or test_KF.ndim != 2 or train_NF.shape[1] != test_KF.shape[1] or not len(train_NF):
-        raise ValueError(
+        raise Refusal(
             f"train, test = shapes {train_NF.shape}, {test_KF.shape}: must be (N, F) and (K, F), N > 0. "
             "Take both from one reward model."
         )
     gram_FF = train_NF.T @ train_NF
     mean = np.trace(gram_FF) / len(gram_FF)
     if mean == 0:
-        raise ValueError("train = all zero: must have features. Take them from the layer under the reward head.")
+        raise Refusal("train = all zero: must have features. Take them from the layer under the reward head.")
     lower_FF = cholesky(gram_FF + ridge * mean * np.eye(len(gram_FF)), lower=True)
     return np.sqrt((solve_triangular(lower_FF, test_KF.T, lower=True) ** 2).sum(0))
 
@@ -98,7 +99,7 @@ def audit(rows: list[dict], chosen_MN, rejected_MN, novelty_N2=None, reference_M
     """
     chosen_MN, rejected_MN = (np.atleast_2d(np.asarray(scores, float)) for scores in (chosen_MN, rejected_MN))
     if chosen_MN.shape != rejected_MN.shape or chosen_MN.shape[1] != len(rows):
-        raise ValueError(
+        raise Refusal(
             f"chosen, rejected = shapes {chosen_MN.shape}, {rejected_MN.shape}: both must be (M, {len(rows)}). "
             "Score every pair with every member."
         )

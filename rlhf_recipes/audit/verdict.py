@@ -10,6 +10,7 @@ import re
 
 from rlhf_recipes import stats
 from rlhf_recipes.audit.gates import GATES, THRESHOLDS, Gate
+from rlhf_recipes.errors import Refusal
 
 STATES = ("fail", "unclear", "not measured", "pass")  # worst first
 LEADS = {
@@ -25,15 +26,15 @@ def check(thresholds: dict) -> dict:
     """All limits, the default where `thresholds` has none.
 
     Raises:
-        ValueError: an unknown name, or a limit that is no number.
+        Refusal: an unknown name, or a limit that is no number.
     """
     for name, limit in thresholds.items():
         if name not in THRESHOLDS:
             near = difflib.get_close_matches(str(name), THRESHOLDS, 1, 0.3) or list(THRESHOLDS)[:1]
-            raise ValueError(f"thresholds.{name} = {limit}: there is no such limit. Did you mean '{near[0]}'?")
+            raise Refusal(f"thresholds.{name} = {limit}: there is no such limit. Did you mean '{near[0]}'?")
         number = isinstance(limit, int | float) and not isinstance(limit, bool) and math.isfinite(limit)
         if limit is not None and not number:
-            raise ValueError(f"thresholds.{name} = {limit}: must be a number. Give one, or null to switch it off.")
+            raise Refusal(f"thresholds.{name} = {limit}: must be a number. Give one, or null to switch it off.")
     return THRESHOLDS | dict(thresholds)
 
 

@@ -14,6 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+from rlhf_recipes.errors import Refusal
+
 MOST_TOKENS = 2**40  # of one answer; a larger count is none
 
 Message = dict[str, str]
@@ -79,7 +81,7 @@ class Journal:
     answered. An answer that is none (`sound`) is not known: it is asked for again.
 
     Raises:
-        ValueError: a line of the file is damaged.
+        Refusal: a line of the file is damaged.
     """
 
     def __init__(self, path: Path):
@@ -110,7 +112,7 @@ def groups(path: Path) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """Each whole line of a journal: the byte behind it, and its entries (`prompt_id`, `step`, `key`, `answer`).
 
     Raises:
-        ValueError: a line is damaged.
+        Refusal: a line is damaged.
     """
     end = 0
     with path.open("rb") as lines:
@@ -123,9 +125,7 @@ def groups(path: Path) -> Iterator[tuple[int, list[dict[str, Any]]]]:
             except (ValueError, TypeError, AttributeError, RecursionError):
                 whole = False
             if not whole:
-                raise ValueError(
-                    f"{path}:{number}: is damaged. Remove the line: what it held is then asked for again."
-                )
+                raise Refusal(f"{path}:{number}: is damaged. Remove the line: what it held is then asked for again.")
             end += len(line)
             yield end, group
 

@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf_recipes.errors import nearest
+from rlhf_recipes.errors import Refusal, nearest
 
 FRAMINGS = ("positive", "negative")
 FIELDS = {
@@ -85,7 +85,7 @@ def load(node: DictConfig) -> Constitution:
     """The constitution of a config node, or of the file that its `path` names.
 
     Raises:
-        ValueError: a part is missing, blank or of a wrong type; names the file or key.
+        Refusal: a part is missing, blank or of a wrong type; names the file or key.
     """
     content = OmegaConf.to_container(node, resolve=True)
     where = "constitution"
@@ -95,27 +95,25 @@ def load(node: DictConfig) -> Constitution:
     keys = ("name", "version", *FIELDS)
     for key in content:
         if key not in keys:
-            raise ValueError(f"{where}: {key}: no such key{nearest(str(key), keys)}")
+            raise Refusal(f"{where}: {key}: no such key{nearest(str(key), keys)}")
     for key in keys:
         if not content.get(key) or not str(content[key]).strip():
-            raise ValueError(f"{where}: {key}: missing or empty. conf/constitution/general.yaml shows the shape.")
+            raise Refusal(f"{where}: {key}: missing or empty. conf/constitution/general.yaml shows the shape.")
     for key in ("name", "version"):
         if isinstance(content[key], list | dict):
-            raise ValueError(f"{where}: {key}: must be text or a number.")
+            raise Refusal(f"{where}: {key}: must be text or a number.")
     principles = [Principle(**_texts(where, "principles", i, p)) for i, p in _listed(where, content, "principles")]
     examples = [Example(**_texts(where, "examples", i, e)) for i, e in _listed(where, content, "examples")]
     systems = _texts(where, "systems", None, content["systems"])
     ids = [principle.id for principle in principles]
     for i, principle in enumerate(principles):
         if ids.index(principle.id) != i:
-            raise ValueError(f"{where}: principles[{i}].id={principle.id}: used twice. Rename one.")
+            raise Refusal(f"{where}: principles[{i}].id={principle.id}: used twice. Rename one.")
         if principle.framing not in FRAMINGS:
-            raise ValueError(
-                f"{where}: principles[{i}].framing={principle.framing}: not one of {', '.join(FRAMINGS)}."
-            )
+            raise Refusal(f"{where}: principles[{i}].framing={principle.framing}: not one of {', '.join(FRAMINGS)}.")
     for i, example in enumerate(examples):
         if example.principle not in ids:
-            raise ValueError(
+            raise Refusal(
                 f"{where}: examples[{i}].principle={example.principle}: no such principle"
                 f"{nearest(example.principle, ids)}"
             )
@@ -128,23 +126,23 @@ def load(node: DictConfig) -> Constitution:
 def _read(path: str) -> dict:
     file = Path(path).expanduser()
     if not file.is_file():
-        raise ValueError(f"constitution.path={path}: no such file. Give a YAML file.")
+        raise Refusal(f"constitution.path={path}: no such file. Give a YAML file.")
     try:
         content = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
     except (OmegaConfBaseException, OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0]}). Mend it.") from error
+        raise Refusal(f"{path}: cannot be read ({str(error).splitlines()[0]}). Mend it.") from error
     except Exception as error:  # PyYAML's errors share no base with what it may raise besides
         at = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or type(error).__name__
-        raise ValueError(f"{path}{f':{at.line + 1}' if at else ''}: not valid YAML ({problem}). Mend it.") from error
+        raise Refusal(f"{path}{f':{at.line + 1}' if at else ''}: not valid YAML ({problem}). Mend it.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: must be a mapping with name, version and principles.")
+        raise Refusal(f"{path}: must be a mapping with name, version and principles.")
     return content
 
 
 def _listed(where: str, content: dict, key: str):
     if not isinstance(content[key], list):
-        raise ValueError(f"{where}: {key}: must be a list. conf/constitution/general.yaml shows the shape.")
+        raise Refusal(f"{where}: {key}: must be a list. conf/constitution/general.yaml shows the shape.")
     return enumerate(content[key])
 
 
@@ -152,11 +150,11 @@ def _texts(where: str, key: str, index: int | None, values: Any) -> dict[str, st
     """The fields of one entry, every one of them text that is not blank."""
     at = key if index is None else f"{key}[{index}]"
     if not isinstance(values, dict):
-        raise ValueError(f"{where}: {at}: must be a mapping with {', '.join(FIELDS[key])}.")
+        raise Refusal(f"{where}: {at}: must be a mapping with {', '.join(FIELDS[key])}.")
     for name in values:
         if name not in FIELDS[key]:
-            raise ValueError(f"{where}: {at}.{name}: no such key{nearest(str(name), FIELDS[key])}")
+            raise Refusal(f"{where}: {at}.{name}: no such key{nearest(str(name), FIELDS[key])}")
     for name in FIELDS[key]:
         if not isinstance(values.get(name), str) or not values[name].strip():
-            raise ValueError(f"{where}: {at}.{name}: must be text, and not blank.")
+            raise Refusal(f"{where}: {at}.{name}: must be text, and not blank.")
     return {name: values[name].strip() for name in FIELDS[key]}

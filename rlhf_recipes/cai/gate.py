@@ -12,6 +12,7 @@ from rlhf_recipes.cai.judge import Judge, Pair, worth
 from rlhf_recipes.cai.make_pairs import price
 from rlhf_recipes.config import CONF
 from rlhf_recipes.data.load import load_pairs
+from rlhf_recipes.errors import Refusal
 from rlhf_recipes.stats import format_estimate
 
 # Worked on before the estimate, to know the pace; their answers are thrown away.
@@ -25,7 +26,7 @@ def load_gold(cfg: DictConfig) -> list[dict]:
     """Pairs whose better reply is known, from `gate.gold`: the train split of `data`, or a file's.
 
     Raises:
-        ValueError: what `data.load_pairs` refuses.
+        Refusal: what `data.load_pairs` refuses.
     """
     if cfg.gate.gold == "data":
         node = cfg.data
@@ -75,13 +76,13 @@ def decide(found: dict[str, Any], judge: Judge, cfg: DictConfig) -> tuple[list[s
     """The kinds of pairs to make, and the judge, or None where the pairs are labelled by construction.
 
     Raises:
-        ValueError: the judge failed, and `gate.fails=stop`.
+        Refusal: the judge failed, and `gate.fails=stop`.
     """
     if found["passed"] or cfg.gate.fails == "ignore":
         return list(cfg.sources), judge
     failed = "; ".join(check["name"] for check in found["checks"] if not check["passed"])
     if cfg.gate.fails == "stop":
-        raise ValueError(
+        raise Refusal(
             f"gate: {judge.backend.name} fails it ({failed}). Take a better judge (judge=server judge.model=...), "
             "pairs that need none (gate.fails=contrastive), or its labels as they are (gate.fails=ignore)."
         )

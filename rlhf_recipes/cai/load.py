@@ -9,7 +9,7 @@ def load(cfg: DictConfig) -> tuple[Backend, Backend]:
     """Generator and judge of conf/cai.yaml; one model in memory where both are the same.
 
     Raises:
-        ValueError: a model or an endpoint's key cannot be found.
+        Refusal: a model or an endpoint's key cannot be found.
     """
     generator = load_one(cfg.model if cfg.generator.kind == "local" else cfg.generator, cfg)
     same = cfg.generator.kind == cfg.judge.kind == "local" and all(cfg.judge[k] == v for k, v in cfg.model.items())

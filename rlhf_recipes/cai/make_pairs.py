@@ -21,7 +21,7 @@ from rlhf_recipes.cai import filters, prompt_templates
 from rlhf_recipes.cai.backend import Answer, Backend, Journal, Message, Request, ask, groups, token_count
 from rlhf_recipes.cai.constitution import Constitution
 from rlhf_recipes.cai.judge import Judge, Judgement, Pair
-from rlhf_recipes.errors import nearest
+from rlhf_recipes.errors import Refusal, nearest
 
 # Of one prompt: `prompt_id`, `family`, `split`, `prompt`, `draft`, `steps`, `pairs`; see `Maker.records`.
 Record = dict[str, Any]
@@ -32,24 +32,24 @@ def check(cfg: DictConfig) -> None:
     """Refuse what no run can be made of.
 
     Raises:
-        ValueError: an unknown kind of pairs, a count that is too small, or an adapter that the judge cannot have.
+        Refusal: an unknown kind of pairs, a count that is too small, or an adapter that the judge cannot have.
     """
     for source in cfg.sources:
         if source not in SOURCES:
-            raise ValueError(f"sources=[{source}]: not one of {', '.join(SOURCES)}{nearest(str(source), SOURCES)}")
+            raise Refusal(f"sources=[{source}]: not one of {', '.join(SOURCES)}{nearest(str(source), SOURCES)}")
     least = {"shard_size": 1, "generate.max_new_tokens": 1, "revise.max_new_tokens": 1, "revise.n_revisions": 1,
              "generate.n_samples": 2, "judging.principles_per_pair": 1, "gate.pairs": 2}  # fmt: skip
     for key, value in least.items():
         given = OmegaConf.select(cfg, key)
         if given < value:
-            raise ValueError(f"{key}={given}: must be at least {value}. Change it.")
+            raise Refusal(f"{key}={given}: must be at least {value}. Change it.")
     if not cfg.sources:
-        raise ValueError(f"sources=[]: makes no pairs. Choose from {', '.join(SOURCES)}.")
+        raise Refusal(f"sources=[]: makes no pairs. Choose from {', '.join(SOURCES)}.")
     if cfg.judge.kind == "local" and cfg.judge.adapter:
         try:
             run.parent_of(cfg.judge.adapter, cfg.judge.id)
-        except ValueError as error:
-            raise ValueError(str(error).replace("model.", "judge.")) from error
+        except Refusal as error:
+            raise Refusal(str(error).replace("model.", "judge.")) from error
 
 
 @dataclass
@@ -123,7 +123,7 @@ class Maker:
     @staticmethod
     def _same_prompts(done: Path, prompts: list[dict]) -> None:
         if [record["prompt_id"] for record in read(done)] != [row["prompt_id"] for row in prompts]:
-            raise ValueError(
+            raise Refusal(
                 f"{done}: was made of other prompts than the data has. Put the data back, choose another run_name, or "
                 "start afresh with overwrite=true."
             )
@@ -291,14 +291,14 @@ def read(path: Path) -> Iterator[Record]:
     """The records of a shard.
 
     Raises:
-        ValueError: a line of it is damaged.
+        Refusal: a line of it is damaged.
     """
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line)
             except ValueError as error:
-                raise ValueError(
+                raise Refusal(
                     f"{path}:{number}: is damaged. Remove the file: the shard is then made again of its answers, "
                     "which are kept beside it."
                 ) from error

@@ -22,6 +22,7 @@ from urllib.parse import urljoin, urlsplit
 
 from rlhf_recipes import text
 from rlhf_recipes.cai.backend import Answer, Request, token_count
+from rlhf_recipes.errors import Refusal
 from rlhf_recipes.progress import Line
 from rlhf_recipes.secrets import redact
 
@@ -52,7 +53,7 @@ class Server:
         max_attempts: times that a request is sent before the run ends.
 
     Raises:
-        ValueError: the openai package is missing, the URL is none or holds a secret, or the variable is not set.
+        Refusal: the openai package is missing, the URL is none or holds a secret, or the variable is not set.
     """
 
     def __init__(
@@ -68,18 +69,18 @@ class Server:
         try:
             import openai  # noqa: F401
         except ImportError:
-            raise ValueError('The server backend needs openai. pip install "rlhf-recipes[server]".') from None
+            raise Refusal('The server backend needs openai. pip install "rlhf-recipes[server]".') from None
         url = re.fullmatch(r"https?://(([\w.-]+|\[[\da-fA-F:.]+\])(:\d{1,5})?)(/[^\s?#@]*)?", base_url)
         if not url:
-            raise ValueError("base_url: must be like http://localhost:8000/v1; a key goes where api_key_env says.")
+            raise Refusal("base_url: must be like http://localhost:8000/v1; a key goes where api_key_env says.")
         if not (1 <= concurrency <= 1000 and timeout > 0 and max_attempts >= 1):
-            raise ValueError("concurrency (at most 1000), timeout and max_attempts must be above 0. Change them.")
+            raise Refusal("concurrency (at most 1000), timeout and max_attempts must be above 0. Change them.")
         self.base_url, self.model, self.api_key_env = base_url, model, api_key_env
         self.concurrency, self.timeout, self.max_attempts = concurrency, timeout, max_attempts
         self.name, self.host = f"{model} at {url[2]}", url[1]
         self._key = os.environ.get(api_key_env, "").strip() if api_key_env else "none"
         if not (self._key and self._key.isascii() and self._key.isprintable()):
-            raise ValueError(f"{api_key_env}: not set, or not a key. export {api_key_env}=<the key for {self.host}>.")
+            raise Refusal(f"{api_key_env}: not set, or not a key. export {api_key_env}=<the key for {self.host}>.")
         self._connections = _Connections(base_url, self._key, timeout)
         self._lock, self._unsaid = threading.Lock(), threading.Lock()
         self._top_logprobs, self._repeats = TOP_LOGPROBS[0], 0
@@ -96,11 +97,11 @@ class Server:
         is not sent: few chat endpoints continue one.
 
         Raises:
-            ValueError: refused, or `max_attempts` times without an answer; after what was answered is yielded.
+            Refusal: refused, or `max_attempts` times without an answer; after what was answered is yielded.
         """
         todo = [request for request in requests if request.key not in known]
         if any(request.prefix and not request.options for request in todo):
-            raise ValueError("The server backend cannot begin a model's answer for it: a generation has no prefix.")
+            raise Refusal("The server backend cannot begin a model's answer for it: a generation has no prefix.")
         line = Line(what, len(requests), len(requests) - len(todo))
         pending, ready, room = iter(todo), queue.SimpleQueue(), threading.Semaphore(BACKLOG * self.concurrency)
         if self._connections.closed.is_set():  # an earlier call was not heard out
@@ -206,13 +207,13 @@ class Server:
                     "base_url alone. Set base_url to the address that answers."
                 )
             if refused:
-                raise ValueError(refused)
+                raise Refusal(refused)
             if status and status not in (408, 409, 429) and status < 500:
                 raise self._refusal(status, told)
             if wait > LONGEST_WAIT:
                 advice = f"It asks for a pause of {wait:.6g} s: wait"
             if attempt == self.max_attempts or wait > LONGEST_WAIT or connections.closed.is_set():
-                raise ValueError(
+                raise Refusal(
                     f"{self.host}: {failure} (attempt {attempt}). {advice}, then run the same command again; what was "
                     "answered is kept."
                 )
@@ -221,19 +222,19 @@ class Server:
             pause = wait + chance.uniform(0, min(BACKOFF_CAP, BACKOFF_SECONDS * 2 ** (attempt - 1)))
             connections.closed.wait(pause)
 
-    def _refusal(self, status: int, told: str) -> ValueError:
+    def _refusal(self, status: int, told: str) -> Refusal:
         told = told.replace(self._key, "<secret>") if self.api_key_env else told
         told = redact(" ".join(text.line(told).split()))
         if status in (400, 422) or "logprobs" in told:
             return _Rejected(f"{self.host}: status {status}, it does not take the request: {told[:200]}")
         if status in (401, 403):
             key = f"the key in {self.api_key_env}" if self.api_key_env else "requests without a key"
-            return ValueError(f"{self.host}: status {status}, it does not take {key}. Check api_key_env.")
+            return Refusal(f"{self.host}: status {status}, it does not take {key}. Check api_key_env.")
         known = f"no model {self.model!r} there" if status == 404 else told[:200]
-        return ValueError(f"{self.host}: status {status}, {known}. Check model and base_url.")
+        return Refusal(f"{self.host}: status {status}, {known}. Check model and base_url.")
 
 
-class _Rejected(ValueError):
+class _Rejected(Refusal):
     """The endpoint does not take the request as it is."""
 
 

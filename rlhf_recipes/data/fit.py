@@ -5,6 +5,7 @@ from typing import Any
 
 from rlhf_recipes.data.load import KEYS, Splits, check_keys, finished
 from rlhf_recipes.data.tokens import lengths, neutralise, percentiles
+from rlhf_recipes.errors import Refusal
 from rlhf_recipes.text import line
 
 
@@ -18,10 +19,10 @@ def fit(splits: Splits, tokenizer, max_length: int | None, too_long: str = "drop
         too_long: `drop`; `truncate` (kept and counted: the trainer cuts them); `stop`.
 
     Raises:
-        ValueError: no chat template, nothing left, or rows over the length with `stop`.
+        Refusal: no chat template, nothing left, or rows over the length with `stop`.
     """
     if not tokenizer.chat_template:
-        raise ValueError("model: its tokenizer has no chat template. Choose an instruction-tuned model.")
+        raise Refusal("model: its tokenizer has no chat template. Choose an instruction-tuned model.")
     check_keys("data", {"too_long": too_long}, {"too_long": KEYS["too_long"]})
     kept, sizes = {}, []
     over, refused, neutral = Counter(), Counter(), Counter(rows=0, occurrences=0)
@@ -36,7 +37,7 @@ def fit(splits: Splits, tokenizer, max_length: int | None, too_long: str = "drop
         sizes += [size for _, size in taken]
     tokens = percentiles(sizes)
     if too_long == "stop" and over.total():
-        raise ValueError(
+        raise Refusal(
             f"data.too_long=stop: {over.total()} of {len(sizes)} rows exceed trainer.max_length={max_length}"
             f" (p50 {tokens['p50']}, p95 {tokens['p95']}, max {tokens['max']} tokens). "
             "Raise trainer.max_length, or set data.too_long=drop or truncate."

@@ -1,7 +1,7 @@
 """The shapes of rows (`data.format`), turned into prompt and answers in TRL's conversational format.
 
 A row gives candidates: an example (`prompt`, and for each side a list of one message), or the name of the
-reason why it gives none. What is wrong with a column or a type is a `ValueError` with row and key.
+reason why it gives none. What is wrong with a column or a type is a `Refusal` with row and key.
 """
 
 import difflib
@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
+
+from rlhf_recipes.errors import Refusal
 
 PREFERENCES = ("pairs", "hh_rlhf", "ratings", "rankings")
 FORMATS = (*PREFERENCES, "messages")
@@ -59,13 +61,13 @@ class Row:
 
     def value(self, key: str) -> Any:
         if not self.has(key):
-            raise ValueError(f"{self.where}: {self.columns[key]}: missing. Add it or remove the row.")
+            raise Refusal(f"{self.where}: {self.columns[key]}: missing. Add it or remove the row.")
         return self.values[self.columns[key]]
 
-    def wrong(self, key: str, rule: str, value: Any) -> ValueError:
+    def wrong(self, key: str, rule: str, value: Any) -> Refusal:
         kinds = {type(None): "null", dict: "an object", list: "a list", str: "text", bool: "true or false"}
         kind = kinds.get(type(value), f"{value!r:.40}")
-        return ValueError(f"{self.where}: {self.columns[key]}: {rule}, not {kind}. Mend or remove the row.")
+        return Refusal(f"{self.where}: {self.columns[key]}: {rule}, not {kind}. Mend or remove the row.")
 
     def text(self, key: str) -> str:
         value = self.value(key)
@@ -78,7 +80,7 @@ class Row:
         value = self.values.get(self.columns[key])
         if value is not None and not isinstance(value, str):
             at = f"{self.where}: {self.columns[key]}"
-            raise ValueError(f"{at}: must be text, not {value!r:.40}. Mend it, or set data.columns.{key}=null.")
+            raise Refusal(f"{at}: must be text, not {value!r:.40}. Mend it, or set data.columns.{key}=null.")
         return value or None
 
     def probability(self, key: str) -> float | None:
@@ -108,7 +110,7 @@ class Row:
         values = self.items(key)
         if len(values) != count:
             rule = f"{len(values)} entries for {count} {self.columns['responses']}"
-            raise ValueError(f"{self.where}: {self.columns[key]}: {rule}. Mend or remove the row.")
+            raise Refusal(f"{self.where}: {self.columns[key]}: {rule}. Mend or remove the row.")
         for value in values:
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise self.wrong(key, "must hold finite numbers", value)
@@ -130,12 +132,12 @@ class Row:
         at = f"{self.where}: {name}"
         if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
             found = f" (found: {', '.join(map(str, turn))})" if isinstance(turn, dict) else ""
-            raise ValueError(f"{at}: must be a message with role and content{found}. Convert the column.")
+            raise Refusal(f"{at}: must be a message with role and content{found}. Convert the column.")
         role, content = turn["role"], turn["content"]
         if role not in ROLES:
-            raise ValueError(f"{at}.role: {role!r:.40} is not one of {', '.join(ROLES)}. Rename or remove it.")
+            raise Refusal(f"{at}.role: {role!r:.40} is not one of {', '.join(ROLES)}. Rename or remove it.")
         if content is not None and not isinstance(content, str):
-            raise ValueError(f"{at}.content: must be text. Mend or remove the row.")
+            raise Refusal(f"{at}.content: must be text. Mend or remove the row.")
         return {"role": role, "content": content or ""}
 
 
@@ -143,7 +145,7 @@ def check_columns(row: Row, shape: str, sides: tuple[str, ...]) -> None:
     """Refuse a source whose first row lacks a column that its shape needs or that the user named.
 
     Raises:
-        ValueError: `file: no column ...`, with the nearest name that it has.
+        Refusal: `file: no column ...`, with the nearest name that it has.
     """
     if not sides:
         if shape not in ("hh_rlhf", "messages") and row.has("prompt"):
@@ -157,7 +159,7 @@ def check_columns(row: Row, shape: str, sides: tuple[str, ...]) -> None:
     needed += [key for key in OPTIONAL_COLUMNS if row.columns[key] not in (key, None)]
     for key in needed:
         if not row.has(key):
-            raise ValueError(_no_column(row, key, [row.columns[other] for other in needed]))
+            raise Refusal(_no_column(row, key, [row.columns[other] for other in needed]))
 
 
 def _no_column(row: Row, key: str, taken: list[str | None]) -> str:

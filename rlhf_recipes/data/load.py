@@ -45,7 +45,7 @@ from omegaconf import DictConfig, OmegaConf
 from rlhf_recipes import secrets
 from rlhf_recipes.config import check_value
 from rlhf_recipes.data import formats, readers
-from rlhf_recipes.errors import nearest
+from rlhf_recipes.errors import Refusal, nearest
 
 CLINIC = Path(__file__).parents[1] / "assets" / "clinic"
 
@@ -126,7 +126,7 @@ def load_pairs(node: DictConfig) -> Splits:
     """Preference pairs from a data node (conf/data/base.yaml documents its keys).
 
     Raises:
-        ValueError: on one line, for what the table at the head of this module stops at.
+        Refusal: on one line, for what the table at the head of this module stops at.
     """
     return _load(node, ("chosen", "rejected"))
 
@@ -135,7 +135,7 @@ def load_demonstrations(node: DictConfig) -> Splits:
     """Prompts with one good answer each: the column `completion`, else the chosen, best rated or last answer.
 
     Raises:
-        ValueError: on one line, for what the table at the head of this module stops at.
+        Refusal: on one line, for what the table at the head of this module stops at.
     """
     return _load(node, ("completion",))
 
@@ -144,7 +144,7 @@ def load_prompts(node: DictConfig) -> Splits:
     """Prompts alone: the column `prompt`, else what the answers of a row answer; each prompt once.
 
     Raises:
-        ValueError: on one line, for what the table at the head of this module stops at.
+        Refusal: on one line, for what the table at the head of this module stops at.
     """
     return _load(node, ())
 
@@ -153,7 +153,7 @@ def check(node: DictConfig) -> None:
     """Refuse a data node with an unknown key or a value of a wrong type; nothing is read.
 
     Raises:
-        ValueError: names the key as typed.
+        Refusal: names the key as typed.
     """
     _settings(node)
 
@@ -161,9 +161,7 @@ def check(node: DictConfig) -> None:
 def _load(node: DictConfig, sides: tuple[str, ...]) -> Splits:
     data = _settings(node)
     if data["format"] == "messages" and "rejected" in sides:
-        raise ValueError(
-            f"data.format=messages: holds no preferences. Choose one of {', '.join(formats.PREFERENCES)}."
-        )
+        raise Refusal(f"data.format=messages: holds no preferences. Choose one of {', '.join(formats.PREFERENCES)}.")
     tally = _Tally()
     train_rows, test_rows = _sources(data, sides)
     test = None if test_rows is None else _places(test_rows, data, sides, tally)
@@ -198,7 +196,7 @@ def finished(train: list[Example], test: list[Example], report: dict[str, Any]) 
         if not rows:
             counts = [f"{count} {reason}" for reason, count in report["dropped"].items() if count]
             place = next((f", e.g. {places[0]}" for places in report["examples"].values()), "")
-            raise ValueError(
+            raise Refusal(
                 f"{report['source']}: no {name} rows left of {report['rows']} "
                 f"({', '.join(counts) or 'none dropped'}{place}; {report['split']}). "
                 "Check data.format, data.columns and trainer.max_length, or give more rows."
@@ -213,20 +211,20 @@ def _settings(node: DictConfig) -> dict[str, Any]:
     check_keys("data.columns", data["columns"], dict.fromkeys(formats.COLUMNS, str | None))
     for key in ("train_size", "eval_size"):
         if data[key] is not None and data[key] < 1:
-            raise ValueError(f"data.{key}={data[key]}: must be at least 1, or null for all rows. Change it.")
+            raise Refusal(f"data.{key}={data[key]}: must be at least 1, or null for all rows. Change it.")
     size = data["test_size"]
     if size is not None and not (0 < size < 1 or (size >= 1 and size == int(size))):
-        raise ValueError(f"data.test_size={size}: must be a fraction below 1 or a count of prompts. Change it.")
+        raise Refusal(f"data.test_size={size}: must be a fraction below 1 or a count of prompts. Change it.")
     return data
 
 
 def check_keys(where: str, values: dict[str, Any], rules: dict[str, Any]) -> None:
     for key in values:
         if key not in rules:
-            raise ValueError(f"{where}.{key}: no such key{nearest(str(key), rules)} See conf/data/base.yaml.")
+            raise Refusal(f"{where}.{key}: no such key{nearest(str(key), rules)} See conf/data/base.yaml.")
     for key, rule in rules.items():
         if key not in values or values[key] in ("???", ""):
-            raise ValueError(f"{where}.{key}: required, but not set. Add {where}.{key}=<value>.")
+            raise Refusal(f"{where}.{key}: required, but not set. Add {where}.{key}=<value>.")
         check_value(f"{where}.{key}", values[key], rule)
 
 
@@ -249,13 +247,13 @@ def _sources(data: dict[str, Any], sides: tuple[str, ...]) -> tuple[Iterator, It
 def _two_splits(data: dict[str, Any], read: Callable[[str], Iterator | None]) -> tuple[Iterator, Iterator | None]:
     train = read(data["train_split"])
     if train is None:
-        raise ValueError(f"data.train_split={data['train_split']}: no such split in {data['path']}. Name one it has.")
+        raise Refusal(f"data.train_split={data['train_split']}: no such split in {data['path']}. Name one it has.")
     if data["test_path"] or data["test_split"] is None:
         return train, None
     test = read(data["test_split"])
     # A name that was typed is never replaced by held-out rows; the default one may be.
     if test is None and data["test_split"] != "test":
-        raise ValueError(
+        raise Refusal(
             f"data.test_split={data['test_split']}: no such split in {data['path']}. Name one it has, or "
             "set it to null to hold out data.test_size."
         )
@@ -326,14 +324,14 @@ def _split(train: list[_Place], test: list[_Place] | None, data: dict[str, Any])
         return *_split_by_column(train, data), f"test: column {data['columns']['split']}"
     size, seed = data["test_size"], data["seed"]
     if size is None:
-        raise ValueError(
+        raise Refusal(
             f"{_source_name(data['path'])}: no test split. Give data.test_path, or hold out prompts: "
             "data.test_size=0.1"
         )
     openings = [formats.opening_id(place.example["prompt"]) for place in train]
     held_out = _held_out(set(openings), size, seed)
     if len(held_out) == len(set(openings)) > 0:
-        raise ValueError(
+        raise Refusal(
             f"data.test_size={size}: leaves nothing of {len(held_out)} prompts to train on. "
             "Lower it, or give data.test_path."
         )
@@ -358,7 +356,7 @@ def _split_by_column(places: list[_Place], data: dict[str, Any]) -> tuple[list[_
     train, test = data["train_split"], data["test_split"]
     for place in places:
         if place.split not in (train, test):
-            raise ValueError(
+            raise Refusal(
                 f"{place.where}: {data['columns']['split']}: {place.split!r:.40} is not {train} or {test}. "
                 "Set data.train_split and data.test_split, or data.columns.split=null to ignore the column."
             )

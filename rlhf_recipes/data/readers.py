@@ -3,7 +3,7 @@
 Every reader yields `(where, row)`. `where` is `file:line` (jsonl, csv) or `file:row` (a json list, parquet,
 the Hub; rows count from 1); `row` is a dict under the file's own column names. Local files are read with the
 standard library and pyarrow alone, so a refusal needs neither torch nor datasets. All refusals are
-`ValueError`s.
+`Refusal`s.
 """
 
 import csv
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes import places
-from rlhf_recipes.errors import nearest
+from rlhf_recipes.errors import Refusal, nearest
 from rlhf_recipes.secrets import redact
 
 Located = tuple[str, dict[str, Any]]
@@ -45,7 +45,7 @@ def is_hub_id(path: str) -> bool:
     """Whether `path` names a repository: `org/name`, not here on disk, and without the ending of a file.
 
     Raises:
-        ValueError: `org` is a folder or file here; see `places.on_hub`.
+        Refusal: `org` is a folder or file here; see `places.on_hub`.
     """
     return not path.lower().endswith(FILE_ENDINGS) and places.on_hub(path, "data.path")
 
@@ -54,7 +54,7 @@ def read_file(path: str) -> Iterator[Located]:
     """Rows of one .jsonl, .json, .csv (each also .gz) or .parquet file.
 
     Raises:
-        ValueError: missing, unreadable, empty, binary or malformed, with the line or row.
+        Refusal: missing, unreadable, empty, binary or malformed, with the line or row.
     """
     file = Path(os.path.expanduser(path))
     kind = _kind(path, file)
@@ -62,29 +62,29 @@ def read_file(path: str) -> Iterator[Located]:
         rows = _parquet_rows(path, file) if kind == ".parquet" else _text_rows(path, file, kind)
         first = next(rows, None)
         if first is None:
-            raise ValueError(f"{path}: empty, no rows in it. Give a file with at least one row.")
+            raise Refusal(f"{path}: empty, no rows in it. Give a file with at least one row.")
         yield first
         yield from rows
     except OSError as error:  # gzip raises its own OSError for data that is no gzip
         if isinstance(error, gzip.BadGzipFile) or error.strerror is None:
-            raise ValueError(f"{path}: not a valid gzip file ({error}). Compress it again, or drop .gz.") from error
-        raise ValueError(f"{path}: not readable ({error.strerror}). Check its permissions.") from error
+            raise Refusal(f"{path}: not a valid gzip file ({error}). Compress it again, or drop .gz.") from error
+        raise Refusal(f"{path}: not readable ({error.strerror}). Check its permissions.") from error
     except (EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: the gzip data is damaged or cut off ({error}). Copy it again.") from error
+        raise Refusal(f"{path}: the gzip data is damaged or cut off ({error}). Copy it again.") from error
 
 
 def read_folder(path: str, split: str) -> Iterator[Located] | None:
     """Rows of one split of a saved DatasetDict or of a folder of `<split>*.parquet`; None without that split.
 
     Raises:
-        ValueError: the folder is neither.
+        Refusal: the folder is neither.
     """
     folder = Path(os.path.expanduser(path))
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return _saved_split(path, folder, split)
     files = sorted(folder.glob(f"{split}*.parquet"))
     if not files and not any(folder.glob("*.parquet")):
-        raise ValueError(
+        raise Refusal(
             f"{path}: a folder, but neither saved by DatasetDict.save_to_disk nor with train*.parquet in it. "
             "Give one of these, or a single file."
         )
@@ -95,7 +95,7 @@ def reach_hub(path: str, offline: bool) -> None:
     """Refuse a Hub id that this machine cannot load, before `datasets` retries for half a minute.
 
     Raises:
-        ValueError: no network, no such repository, or gated without access; never with a token in it.
+        Refusal: no network, no such repository, or gated without access; never with a token in it.
     """
     if offline:
         return
@@ -106,17 +106,17 @@ def reach_hub(path: str, offline: bool) -> None:
     try:
         HfApi().auth_check(path, repo_type="dataset")
     except GatedRepoError as error:
-        raise ValueError(
+        raise Refusal(
             f"{where}: a gated data set. Accept its terms at https://huggingface.co/datasets/{path}, then log"
             " in with `hf auth login` or set HF_TOKEN."
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise ValueError(
+        raise Refusal(
             f"{where}: no file or folder here, and no data set on the Hub that you can see. Check the "
             "spelling; a private one needs `hf auth login` or HF_TOKEN."
         ) from error
     except (HTTPError, OSError) as error:  # HTTPError: of the HTTP library that huggingface_hub uses
-        raise ValueError(
+        raise Refusal(
             f"{where}: no file or folder here, and the Hub cannot be reached ({type(error).__name__}). "
             "Connect to a network, give a local file, or set HF_HUB_OFFLINE=1 if it was downloaded before."
         ) from error
@@ -126,7 +126,7 @@ def read_hub(path: str, name: str | None, revision: str | None, split: str) -> I
     """Rows of one split of a Hub data set; None where it has no such split.
 
     Raises:
-        ValueError: not reachable, gated, unknown, or no such configuration or revision.
+        Refusal: not reachable, gated, unknown, or no such configuration or revision.
     """
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
@@ -139,14 +139,14 @@ def read_hub(path: str, name: str | None, revision: str | None, split: str) -> I
     except ValueError as error:
         if "Unknown split" in str(error) or "unknown split" in str(error):
             return None
-        raise ValueError(f"data.path={path}: {_first_line(error)}. Check data.name and data.revision.") from error
+        raise Refusal(f"data.path={path}: {_first_line(error)}. Check data.name and data.revision.") from error
     except Exception as error:
         if HF_HUB_OFFLINE:
-            raise ValueError(
+            raise Refusal(
                 f"data.path={path}: no file or folder here, not in the cache, and HF_HUB_OFFLINE=1 bars it. "
                 "Unset it, or give a local file."
             ) from error
-        raise ValueError(
+        raise Refusal(
             f"data.path={path}: cannot be loaded ({type(error).__name__}: {_first_line(error)}). "
             "Check data.name and data.revision, or give a local file."
         ) from error
@@ -158,18 +158,18 @@ def _kind(path: str, file: Path) -> str:
     try:
         mode = file.stat().st_mode
     except PermissionError as error:
-        raise ValueError(f"{path}: not readable ({error.strerror}). Check its permissions.") from error
+        raise Refusal(f"{path}: not readable ({error.strerror}). Check its permissions.") from error
     except OSError as error:
         folder = file.parent
         siblings = os.listdir(folder) if folder.is_dir() else []
         hint = nearest(file.name, siblings) if folder.is_dir() else f", nor the folder {folder}."
-        raise ValueError(f"{path}: no such file{hint} Give the path of your data.") from error
+        raise Refusal(f"{path}: no such file{hint} Give the path of your data.") from error
     if not stat.S_ISREG(mode):
-        raise ValueError(f"{path}: not a regular file. Give a file that ends in one of {', '.join(KINDS)}.")
+        raise Refusal(f"{path}: not a regular file. Give a file that ends in one of {', '.join(KINDS)}.")
     for kind in sorted(KINDS, key=len, reverse=True):
         if file.name.lower().endswith(kind):
             return kind
-    raise ValueError(f"{path}: unknown kind of file. Give one that ends in {', '.join(KINDS)}.")
+    raise Refusal(f"{path}: unknown kind of file. Give one that ends in {', '.join(KINDS)}.")
 
 
 def _text_rows(path: str, file: Path, kind: str) -> Iterator[Located]:
@@ -193,31 +193,31 @@ def _decoded(path: str, stream, most: int) -> Iterator[tuple[int, str]]:
         if len(raw) > most:
             raise _too_large(path) if most == JSON_LIMIT else _too_long(path, number, "a line")
         if b"\0" in raw:
-            raise ValueError(f"{path}:{number}: a binary file (NUL byte), not text. Give {', '.join(TEXT_KINDS)}.")
+            raise Refusal(f"{path}:{number}: a binary file (NUL byte), not text. Give {', '.join(TEXT_KINDS)}.")
         try:
             yield number, raw.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(
+            raise Refusal(
                 f"{path}:{number}: not UTF-8 (byte 0x{raw[error.start]:02x} at position {error.start + 1}). "
                 "Save the file as UTF-8."
             ) from error
 
 
-def _too_long(path: str, number: int, what: str) -> ValueError:
-    return ValueError(f"{path}:{number}: {what} of more than {LINE_LIMIT >> 20} MiB. Mend or remove it.")
+def _too_long(path: str, number: int, what: str) -> Refusal:
+    return Refusal(f"{path}:{number}: {what} of more than {LINE_LIMIT >> 20} MiB. Mend or remove it.")
 
 
-def _too_large(path: str) -> ValueError:
+def _too_large(path: str) -> Refusal:
     most = f"{JSON_LIMIT >> 20} MiB of JSON"
-    return ValueError(f"{path}: more than {most}, which is read whole. Write it as .jsonl, a row a line.")
+    return Refusal(f"{path}: more than {most}, which is read whole. Write it as .jsonl, a row a line.")
 
 
 def _refuse_magic(path: str, head: bytes) -> None:
     for magic, what in MAGIC.items():
         if head.startswith(magic):
-            raise ValueError(f"{path}: a binary file ({what}), not text. Rename it to what it is, or convert it.")
+            raise Refusal(f"{path}: a binary file ({what}), not text. Rename it to what it is, or convert it.")
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise ValueError(f"{path}:1: not UTF-8 (UTF-16 byte order mark). Save the file as UTF-8.")
+        raise Refusal(f"{path}:1: not UTF-8 (UTF-16 byte order mark). Save the file as UTF-8.")
 
 
 def _jsonl_rows(path: str, lines: Iterator[tuple[int, str]]) -> Iterator[Located]:
@@ -242,9 +242,9 @@ def _json_rows(path: str, lines: Iterator[tuple[int, str]]) -> Iterator[Located]
         rows = json.loads(text)
         _refuse_half_pairs(rows, text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not valid JSON ({_shortly(error)}). Mend the list there.") from error
+        raise Refusal(f"{path}:{error.lineno}: not valid JSON ({_shortly(error)}). Mend the list there.") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not readable JSON ({_first_line(error)}). Mend the list.") from error
+        raise Refusal(f"{path}: not readable JSON ({_first_line(error)}). Mend the list.") from error
     for number, row in enumerate(rows, 1):
         yield f"{path}:{number}", _object(f"{path}:{number}", row)
 
@@ -255,9 +255,9 @@ def _parsed(where: str, line: str) -> Any:
         _refuse_half_pairs(row, line)
         return row
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not valid JSON ({_shortly(error)}). Mend or remove the line.") from error
+        raise Refusal(f"{where}: not valid JSON ({_shortly(error)}). Mend or remove the line.") from error
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits, a thousand brackets
-        raise ValueError(f"{where}: not readable JSON ({_first_line(error)}). Mend or remove the line.") from error
+        raise Refusal(f"{where}: not readable JSON ({_first_line(error)}). Mend or remove the line.") from error
 
 
 def _refuse_half_pairs(value: Any, text: str) -> None:
@@ -273,7 +273,7 @@ def _shortly(error: json.JSONDecodeError) -> str:
 def _object(where: str, row: Any) -> dict[str, Any]:
     if not isinstance(row, dict):
         kind = {list: "a list", str: "a text", type(None): "null"}.get(type(row), f"a {type(row).__name__}")
-        raise ValueError(f'{where}: {kind}, but a row is an object like {{"prompt": ...}}. Mend or remove it.')
+        raise Refusal(f'{where}: {kind}, but a row is an object like {{"prompt": ...}}. Mend or remove it.')
     return row
 
 
@@ -295,7 +295,7 @@ def _csv_rows(path: str, lines: Iterator[tuple[int, str]]) -> Iterator[Located]:
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            raise ValueError(f"{path}:{start}: not valid CSV ({error}). Mend the quotes of this row.") from error
+            raise Refusal(f"{path}:{start}: not valid CSV ({error}). Mend the quotes of this row.") from error
         if cells is None:
             return
         where, start = f"{path}:{start}", reader.line_num + 1
@@ -305,9 +305,9 @@ def _csv_rows(path: str, lines: Iterator[tuple[int, str]]) -> Iterator[Located]:
             header = cells
             twice = next((name for index, name in enumerate(cells) if name in cells[:index]), None)
             if twice is not None:
-                raise ValueError(f"{where}: column {twice!r} appears twice. Rename one.")
+                raise Refusal(f"{where}: column {twice!r} appears twice. Rename one.")
         elif len(cells) != len(header):
-            raise ValueError(f"{where}: {len(cells)} cells under {len(header)} columns. Quote cells that hold commas.")
+            raise Refusal(f"{where}: {len(cells)} cells under {len(header)} columns. Quote cells that hold commas.")
         else:
             yield where, dict(zip(header, map(_cell, cells), strict=True))
 
@@ -341,7 +341,7 @@ def _parquet_rows(path: str, file: Path) -> Iterator[Located]:
     except (pyarrow.ArrowException, OSError) as error:
         if getattr(error, "strerror", None):
             raise
-        raise ValueError(f"{path}: not a readable parquet file ({_first_line(error)}). Write it again.") from error
+        raise Refusal(f"{path}: not a readable parquet file ({_first_line(error)}). Write it again.") from error
 
 
 def _refuse_huge_rows(path: str, metadata) -> None:
@@ -357,7 +357,7 @@ def _arrow_row(where: str, batch, index: int) -> dict[str, Any]:
     try:
         return {name: column[index].as_py() for name, column in zip(batch.schema.names, batch.columns, strict=True)}
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 ({error.reason}). Mend or remove the row.") from error
+        raise Refusal(f"{where}: not UTF-8 ({error.reason}). Mend or remove the row.") from error
 
 
 def _saved_split(path: str, folder: Path, split: str) -> Iterator[Located] | None:
@@ -366,7 +366,7 @@ def _saved_split(path: str, folder: Path, split: str) -> Iterator[Located] | Non
     try:
         data = load_from_disk(str(folder))
     except Exception as error:
-        raise ValueError(
+        raise Refusal(
             f"{path}: a damaged save_to_disk folder ({type(error).__name__}: {_first_line(error)}). Save it again."
         ) from error
     if not isinstance(data, DatasetDict):  # a single saved Dataset has no splits

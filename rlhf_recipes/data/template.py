@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rlhf_recipes import text
+from rlhf_recipes.errors import Refusal
 
 SECONDS = 10.0  # of computing, for one conversation
 
@@ -20,7 +21,7 @@ def render(tokenizer, conversation: list, **kwargs) -> Any:
     interrupted, nor is the memory limited that it takes.
 
     Raises:
-        ValueError: it takes longer.
+        Refusal: it takes longer.
     """
     with _ended(f"the chat template of {text.line(tokenizer.name_or_path)}"):
         return tokenizer.apply_chat_template(conversation, **kwargs)
@@ -36,7 +37,7 @@ def _ended(what: str) -> Iterator[None]:
     def ring(*_: Any) -> None:
         left = SECONDS - (time.thread_time() - begin)
         if left <= 0:
-            raise ValueError(
+            raise Refusal(
                 f"{what}: takes more than {SECONDS:g} s for a conversation. Mend it, or choose another model."
             )
         signal.setitimer(signal.ITIMER_REAL, left)  # others computed meanwhile

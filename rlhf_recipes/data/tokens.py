@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 from rlhf_recipes.data.template import render
+from rlhf_recipes.errors import Refusal
 
 # What begins and ends a turn, of families too whose tokenizer nobody has loaded: ChatML and Llama 3, Gemma 3 and 4,
 # DeepSeek, Llama 2 and Mistral, Seed, EXAONE, GLM, MiniMax.
@@ -42,7 +43,7 @@ def neutralise(rows: list[Example], tokenizer) -> tuple[list[Example], dict[str,
         The rows (untouched ones are the same objects), and how many `rows` and `occurrences` were rewritten.
 
     Raises:
-        ValueError: a text that keeps a control token whatever is done.
+        Refusal: a text that keeps a control token whatever is done.
     """
     answer = _Control(tokenizer)
     controls = {"prompt": _Control(tokenizer, tags=True), **dict.fromkeys(SIDES, answer)}
@@ -115,7 +116,7 @@ class _Control:
             for start, end in reversed(spans):
                 inside = start + 1 if end - start > 1 else start  # one character has no inside: the space replaces it
                 text = f"{text[:inside]} {text[start + 1 :]}"
-        raise ValueError(f"data: the text {text[:40]!r} keeps a control token of the tokenizer. Remove its row.")
+        raise Refusal(f"data: the text {text[:40]!r} keeps a control token of the tokenizer. Remove its row.")
 
     def _spans(self, text: str) -> list[Span]:
         spans = [match.span() for match in self.pattern.finditer(text)]

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from rlhf_recipes import run, stats
 from rlhf_recipes.config import CONF
 from rlhf_recipes.drawing import COLOURS, INK, MARKERS, figure, legend
+from rlhf_recipes.errors import Refusal
 from rlhf_recipes.evaluation import summary
 
 
@@ -24,7 +25,7 @@ def find(reference: str, base_model: str) -> list[tuple[int, Path, dict, str | N
         reference: a run folder, or the folder of its checkpoints.
 
     Raises:
-        ValueError: there are none, or the run is of another base or of a reward model.
+        Refusal: there are none, or the run is of another base or of a reward model.
     """
     home, config = _home(reference), config_of(reference)
     finished = (home / "result.json").is_file()
@@ -35,20 +36,20 @@ def find(reference: str, base_model: str) -> list[tuple[int, Path, dict, str | N
         if (folder / "adapter_config.json").is_file() and (finished or (folder / "trainer_state.json").is_file())
     )
     if not found:
-        raise ValueError(
+        raise Refusal(
             f"checkpoints={reference}: holds no checkpoint. A run keeps them all with trainer.save_total_limit=null "
             "(trainer.save_steps says how often they are written). Train it again with that."
         )
     model = config["model"]["id"]
     if model != base_model:
-        raise ValueError(
+        raise Refusal(
             f"checkpoints={reference}: was trained on {model}, not on model.id={base_model}. Choose the model it "
             "belongs to."
         )
     targets = {OmegaConf.load(file).get("_target_"): file.stem for file in (CONF / "trainer").glob("*.yaml")}
     recipe = targets.get(config["trainer"].get("_target_"))
     if recipe == "reward":
-        raise ValueError(f"checkpoints={reference}: is a run of reward, not a policy. Give one of ppo or dpo, say.")
+        raise Refusal(f"checkpoints={reference}: is a run of reward, not a policy. Give one of ppo or dpo, say.")
     return [(step, folder, config, recipe) for step, folder in found]
 
 
@@ -56,14 +57,12 @@ def config_of(reference: str) -> dict:
     """The config of a run.
 
     Raises:
-        ValueError: it is none.
+        Refusal: it is none.
     """
     home = _home(reference)
     config = run.read_config(home) if (home / "config.yaml").is_file() else {}
     if not {"model", "trainer"} <= set(config):
-        raise ValueError(
-            f"checkpoints={reference}: is no run of a training. Give a run folder such as outputs/ppo/main."
-        )
+        raise Refusal(f"checkpoints={reference}: is no run of a training. Give a run folder such as outputs/ppo/main.")
     return config
 
 

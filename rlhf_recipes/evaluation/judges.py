@@ -7,6 +7,7 @@ come, so that an interrupted evaluation asks nothing twice.
 """
 
 from collections.abc import Callable
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +18,30 @@ from rlhf_recipes.cai import constitution, prompt_templates
 from rlhf_recipes.cai.backend import Journal
 from rlhf_recipes.cai.judge import Judge, Judgement, Pair
 from rlhf_recipes.cai.load import load_one
+from rlhf_recipes.errors import Refusal, users_function
 
 
 def check(cfg: DictConfig) -> bool:
     """Whether a judge is asked, after refusing what cannot judge; nothing is loaded or sent.
 
     Raises:
-        ValueError: two judges, an adapter of another base, an endpoint without its key, a broken constitution.
+        Refusal: two judges, an adapter of another base, an endpoint without its key, a broken constitution.
     """
     node = cfg.get("judge")
     if node is None:
         return False
     if cfg.judge_function:
-        raise ValueError(f"judge_function={cfg.judge_function}: there is a judge already. Give one of the two.")
+        raise Refusal(f"judge_function={cfg.judge_function}: there is a judge already. Give one of the two.")
     if cfg.judging.principles_per_pair < 1:
-        raise ValueError(
-            f"judging.principles_per_pair={cfg.judging.principles_per_pair}: must be at least 1. Change it."
-        )
+        raise Refusal(f"judging.principles_per_pair={cfg.judging.principles_per_pair}: must be at least 1. Change it.")
     constitution.load(cfg.constitution)
     if node.kind == "server":
         load_one(node, cfg)
     elif node.adapter:
         try:
             run.parent_of(node.adapter, node.id)
-        except ValueError as error:
-            raise ValueError(str(error).replace("model.", "judge.")) from error
+        except Refusal as error:
+            raise Refusal(str(error).replace("model.", "judge.")) from error
     return True
 
 
@@ -103,7 +103,7 @@ def by_function(judge: Callable, prompts: list[dict], answers: dict, name: str, 
     """The same of a `judge_function`, which is asked of every pair; its mean probability is taken as it is."""
     asked = [row["prompt"] for row in prompts]
     own, other = ([answer["text"] for answer in answers[key]] for key in (name, parent))
-    first, second = judge(asked, own, other), judge(asked, other, own)
+    first, second = _asked(judge, asked, own, other), _asked(judge, asked, other, own)
     rows = []
     for row, a, b, p, q in zip(prompts, own, other, first, second, strict=True):
         mean = (p + 1 - q) / 2
@@ -112,3 +112,20 @@ def by_function(judge: Callable, prompts: list[dict], answers: dict, name: str, 
             found |= {"answered": True, "flip": (p - 0.5) * (0.5 - q) < 0, "gap": p + q - 1}
         rows.append(found)
     return rows
+
+
+def _asked(judge: Callable, prompts: list, first: list[str], second: list[str]) -> list[float]:
+    """What a `judge_function` says of each pair.
+
+    Raises:
+        Refusal: not as many probabilities as there are pairs.
+    """
+    where = f"judge_function={getattr(judge, '__name__', judge)}"
+    with users_function(where):
+        said = list(judge(prompts, first, second))
+    if len(said) != len(prompts):
+        raise Refusal(f"{where}: gave {len(said)} probabilities for {len(prompts)} pairs. Give one for each.")
+    for p in said:
+        if not isinstance(p, Real) or not 0 <= p <= 1:
+            raise Refusal(f"{where}: gave {p!r:.40}. Give the probability that the first answer is better, 0 to 1.")
+    return said

@@ -15,6 +15,7 @@ from rlhf_recipes.adapters import BASE, Policies, RewardModels, System
 from rlhf_recipes.data.fit import fit
 from rlhf_recipes.data.load import Splits
 from rlhf_recipes.data.tokens import neutralise
+from rlhf_recipes.errors import Refusal
 from rlhf_recipes.evaluation import checkpoints, judges
 from rlhf_recipes.evaluation import tasks as harness
 
@@ -30,10 +31,10 @@ def find(runs: list[str], parent: str, base_model: str, steps_of: str | None = N
         steps_of: a run all of whose checkpoints are systems, in the order of their steps.
 
     Raises:
-        ValueError: a run is not there, is no policy, or was trained on another base.
+        Refusal: a run is not there, is no policy, or was trained on another base.
     """
     if isinstance(runs, str) or not (runs or steps_of):
-        raise ValueError("runs: a list of run folders, at least one: 'runs=[outputs/dpo/main]'.")
+        raise Refusal("runs: a list of run folders, at least one: 'runs=[outputs/dpo/main]'.")
     found = [System(BASE) if parent == BASE else _system(parent, base_model, "parent")]
     for folder in runs:
         system = _system(folder, base_model, "runs")
@@ -51,7 +52,7 @@ def find_scorer(reference: str | list[str] | None, base_model: str, key: str = "
     """The reward models that `key=reference` names: none, one, or the members of an ensemble (`ensemble.members`).
 
     Raises:
-        ValueError: a run is not there, is no reward model, or was trained on another base.
+        Refusal: a run is not there, is no reward model, or was trained on another base.
     """
     found = [_system(each, base_model, key, recipe="reward") for each in ensemble.members(reference, key)]
     names = [system.name for system in found]
@@ -69,7 +70,7 @@ def find_proxy(run_folder: str | None, base_model: str) -> System | None:
         reference = reference[0] if reference and len(reference) == 1 else None
     try:
         return _system(reference, base_model, "reward_funcs", recipe="reward") if reference else None
-    except ValueError:
+    except Refusal:
         return None
 
 
@@ -153,16 +154,16 @@ def merge(measurements: list[dict]) -> dict:
     """One set of measurements from several of the same parent on the same pairs and prompts with the same settings.
 
     Raises:
-        ValueError: they differ in one of these.
+        Refusal: they differ in one of these.
     """
     merged = copy.deepcopy(measurements[0])
     for other in measurements[1:]:
         for key in ("parent", "settings"):
             if other[key] != merged[key]:
-                raise ValueError(f"sweeps: measured with different {key}, {merged[key]} and {other[key]}.")
+                raise Refusal(f"sweeps: measured with different {key}, {merged[key]} and {other[key]}.")
         for key in ("pairs", "answers"):
             if [row["prompt_id"] for row in other[key]] != [row["prompt_id"] for row in merged[key]]:
-                raise ValueError(f"sweeps: measured on different {key}. Give both the same data and prompts.")
+                raise Refusal(f"sweeps: measured on different {key}. Give both the same data and prompts.")
             for row, more in zip(merged[key], other[key], strict=True):
                 row["systems"] |= more["systems"]
         merged["systems"] += [name for name in other["systems"] if name not in merged["systems"]]
@@ -250,8 +251,8 @@ def _hashed(scorer: System) -> str:
 def _system(folder: str, base_model: str, key: str, recipe: str | None = None) -> System:
     try:
         parent = run.parent_of(folder, base_model)
-    except ValueError as error:
-        raise ValueError(str(error).replace("model.adapter=", f"{key}=", 1)) from error
+    except Refusal as error:
+        raise Refusal(str(error).replace("model.adapter=", f"{key}=", 1)) from error
     result = run.read_result(run.folder_of(parent["adapter"])) or {}
     made_by = result.get("recipe")
     # An adapter from elsewhere has no result.json; it is a reward model if it was made as one.
@@ -259,14 +260,14 @@ def _system(folder: str, base_model: str, key: str, recipe: str | None = None) -
     if (made_by == "reward" if made_by else scores) != (recipe == "reward"):
         is_one = f"a run of {made_by}" if made_by else "a reward model" if scores else "no reward model"
         wanted = "a run of recipes/reward.py" if recipe else "a policy; a reward model goes to reward_model="
-        raise ValueError(f"{key}={folder}: is {is_one}, not {wanted}.")
+        raise Refusal(f"{key}={folder}: is {is_one}, not {wanted}.")
     name = run.folder_of(parent["adapter"]).name
     name = name if made_by in (None, name) else f"{made_by}/{name}"
     started_from = (result.get("parent") or {}).get("run")
     try:
         reference = str(run.resolve_adapter(started_from)) if started_from else None
-    except ValueError as error:
-        raise ValueError(
+    except Refusal as error:
+        raise Refusal(
             f"{key}={folder}: started from {started_from}, its reference, which is not there. Put that run back, or "
             "evaluate where both were trained."
         ) from error

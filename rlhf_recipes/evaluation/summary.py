@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 
 from rlhf_recipes import ensemble, stats
+from rlhf_recipes.errors import Refusal
 from rlhf_recipes.evaluation import verdict
 from rlhf_recipes.evaluation.definitions import METRICS
 from rlhf_recipes.text_metrics import distinct_2, refuses, repeats
@@ -34,11 +35,11 @@ def summarise(measurements: dict, thresholds: dict | None = None) -> dict:
     """
     unknown = set(thresholds or {}) - set(verdict.THRESHOLDS)
     if unknown:
-        raise ValueError(f"thresholds = {sorted(unknown)}: no such limit. There are: {', '.join(verdict.THRESHOLDS)}.")
+        raise Refusal(f"thresholds = {sorted(unknown)}: no such limit. There are: {', '.join(verdict.THRESHOLDS)}.")
     thresholds = verdict.THRESHOLDS | dict(thresholds or {})
     parent, names = measurements["parent"], list(measurements["systems"])
     if parent not in names:
-        raise ValueError(f"parent = {parent}: not among the systems. Choose one of {', '.join(names)}.")
+        raise Refusal(f"parent = {parent}: not among the systems. Choose one of {', '.join(names)}.")
     columns = {name: _columns(measurements, name) for name in names}
     systems = {name: _system(measurements, columns, name, parent) for name in names}
     tuned = [name for name in names if name != parent]
@@ -96,7 +97,7 @@ def headline(evaluation: dict) -> dict:
                 "before": before[metric],
                 "after": after[metric],
             }
-    raise ValueError("data: neither pairs nor scored answers are left to compare.")
+    raise Refusal("data: neither pairs nor scored answers are left to compare.")
 
 
 def _columns(measurements: dict, name: str) -> dict[str, tuple[list, list]]:

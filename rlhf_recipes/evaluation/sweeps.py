@@ -20,6 +20,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from rlhf_recipes import config, run
+from rlhf_recipes.errors import Refusal
 from rlhf_recipes.text import cell, line
 from rlhf_recipes.training import doctor
 
@@ -39,10 +40,10 @@ def check(node: DictConfig) -> None:
     """Refuse an objective that says nothing.
 
     Raises:
-        ValueError: it is a loss, or unknown.
+        Refusal: it is a loss, or unknown.
     """
     if "loss" in str(node.objective):
-        raise ValueError(
+        raise Refusal(
             f"sweep.objective={node.objective}: a loss depends on beta itself (DPO's is -log sigmoid(beta * margin)) "
             f"and ranks nothing across beta. Choose one of {', '.join(OBJECTIVES)}."
         )
@@ -58,13 +59,11 @@ def read(folder: Path) -> list[dict]:
     """The rows of a sweep, in the order of their jobs' names.
 
     Raises:
-        ValueError: the folder holds none.
+        Refusal: the folder holds none.
     """
     files = sorted((folder / ROWS).glob("*.json"), key=lambda path: _natural(path.stem))
     if not files:
-        raise ValueError(
-            f"sweeps={folder}: holds no rows of a sweep. Give the folder of one, outputs/dpo/dpo_beta say."
-        )
+        raise Refusal(f"sweeps={folder}: holds no rows of a sweep. Give the folder of one, outputs/dpo/dpo_beta say.")
     return [json.loads(path.read_text(encoding="utf-8")) | {"folder": str(folder)} for path in files]
 
 
@@ -86,7 +85,7 @@ def rebuild(folders: list[Path], out: Path, node: DictConfig) -> dict:
     measured = _measurements(rows)
     try:
         merged = measure.merge(list(measured.values())) if measured else None
-    except ValueError:
+    except Refusal:
         if len(folders) > 1:
             raise
         merged = None  # a sweep over models or data: a table, but nothing to compare
@@ -120,7 +119,7 @@ def join(job: run.Run, folders: list[str], node: DictConfig) -> None:
     """One table, page and frontier of several sweeps, as they were measured.
 
     Raises:
-        ValueError: a folder holds no sweep, or they were not measured alike.
+        Refusal: a folder holds no sweep, or they were not measured alike.
     """
     check(node)
     for folder in folders:

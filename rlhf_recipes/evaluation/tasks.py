@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from rlhf_recipes.errors import nearest
+from rlhf_recipes.errors import Refusal, nearest
 from rlhf_recipes.text import line
 
 # Of the metrics that a task gives per example, the first of these, else its first that is a mean.
@@ -28,32 +28,32 @@ def find(names: list[str], settings: DictConfig) -> dict[str, dict[str, Any]]:
         settings: conf/evaluate.yaml, `lm_eval`.
 
     Raises:
-        ValueError: the harness is not installed, there is no such task, its data cannot be loaded, it runs code that
+        Refusal: the harness is not installed, there is no such task, its data cannot be loaded, it runs code that
             a model writes, or it scores no single example.
     """
     if isinstance(names, str):
-        raise ValueError(f"tasks={names}: must be a list: 'tasks=[{names}]'.")
+        raise Refusal(f"tasks={names}: must be a list: 'tasks=[{names}]'.")
     if not names:
         return {}
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise ValueError(f'tasks={_list(names)}: needs lm_eval. pip install "rlhf-recipes[eval]".') from None
+        raise Refusal(f'tasks={_list(names)}: needs lm_eval. pip install "rlhf-recipes[eval]".') from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     folder = settings.include_path
     if folder is not None and not os.path.isdir(folder):
-        raise ValueError(f"lm_eval.include_path={folder}: no such folder. Give the one that has the task's YAML file.")
+        raise Refusal(f"lm_eval.include_path={folder}: no such folder. Give the one that has the task's YAML file.")
     own = TaskManager(include_path=folder, include_defaults=False) if folder else None
     # The harness's own list takes seconds to read.
     manager = own if own and set(names) <= set(own.all_tasks) else TaskManager(include_path=folder)
     found = {}
     for name in names:
         if name not in manager.all_tasks:
-            raise ValueError(f"tasks=[{name}]: no such task{nearest(str(name), manager.all_tasks)}")
+            raise Refusal(f"tasks=[{name}]: no such task{nearest(str(name), manager.all_tasks)}")
         found[name] = _load(manager, name)
         for leaf, task in found[name].items():
             if getattr(task, "UNSAFE_CODE", False):
-                raise ValueError(f"tasks=[{name}]: {leaf} runs code that the model writes. Use lm_eval in a sandbox.")
+                raise Refusal(f"tasks=[{name}]: {leaf} runs code that the model writes. Use lm_eval in a sandbox.")
             metric_of(task, leaf)
     return found
 
@@ -62,7 +62,7 @@ def metric_of(task, leaf: str) -> str:
     """The metric of an example that is taken: a share, or a number whose mean over examples is the result.
 
     Raises:
-        ValueError: there is none.
+        Refusal: there is none.
     """
     better = task.higher_is_better()
     means = [
@@ -72,7 +72,7 @@ def metric_of(task, leaf: str) -> str:
     ]
     first = next((name for name in METRICS if name in means), None) or next(iter(means), None)
     if first is None:
-        raise ValueError(f"tasks=[{leaf}]: has no accuracy for each example. Choose a task that has, arc_easy say.")
+        raise Refusal(f"tasks=[{leaf}]: has no accuracy for each example. Choose a task that has, arc_easy say.")
     return first
 
 
@@ -114,7 +114,7 @@ def _load(manager, name: str) -> dict[str, Any]:
         return manager.load([name])["tasks"]
     except Exception as error:  # of datasets, the hub or a YAML file: what is said is the same
         said = (str(error).strip().splitlines() or [type(error).__name__])[0][:160].rstrip(".")
-        raise ValueError(
+        raise Refusal(
             f"tasks=[{name}]: its data cannot be loaded ({said}). Connect to the hub, or name a task on local files "
             "with lm_eval.include_path."
         ) from error

@@ -3,6 +3,7 @@
 import math
 
 from rlhf_recipes import stats
+from rlhf_recipes.errors import Refusal
 from rlhf_recipes.evaluation.definitions import METRICS
 
 # Limits of the verdict, a null switches one off. Increases, drops and rates are shares (0.05 = 5 points).
@@ -117,7 +118,7 @@ def _main(system: dict, parent: str, thresholds: dict) -> tuple[str | None, dict
     win = system["metrics"].get("win_rate")
     choice = thresholds["metric"]
     if choice not in ("auto", "win_rate", "preference_accuracy"):
-        raise ValueError(f"metric = {choice}: auto, win_rate or preference_accuracy. Choose one of these.")
+        raise Refusal(f"metric = {choice}: auto, win_rate or preference_accuracy. Choose one of these.")
     if choice == "preference_accuracy" or (choice == "auto" and win is None):
         key, draw, target = "preference_accuracy", 0.0, thresholds["min_accuracy_gain"] or 0.0
         estimate = system["differences"][system["accuracy"]]

@@ -2,10 +2,11 @@
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_recipes import guard
 from rlhf_recipes.config import CONF, ModelConfig, check_value, flatten, in_sweep
-from rlhf_recipes.errors import nearest
+from rlhf_recipes.errors import Refusal, nearest
 
 # What our own keys take: types, or the tuple of the words that are allowed. `data` checks its own.
 KEYS = {
@@ -114,29 +115,32 @@ def check(cfg: DictConfig, recipe: str | None = None) -> None:
         recipe: whose primary config names the keys there are; None: that of the running command.
 
     Raises:
-        ValueError: the first offence, naming its key as typed on the command line.
+        Refusal: the first offence, naming its key as typed on the command line.
     """
     leaves = flatten(OmegaConf.to_container(cfg, resolve=False))
     _refuse_unknown([key for key, _ in leaves], recipe or _running())
     for key in sorted(OmegaConf.missing_keys(cfg)):
-        raise ValueError(f"{key}: required, but not set. Add {key}=<value> to the command.")
-    guard.refuse_secrets_of(cfg)
+        raise Refusal(f"{key}: required, but not set. Add {key}=<value> to the command.")
+    try:
+        guard.refuse_secrets_of(cfg)
+    except OmegaConfBaseException as error:  # a reference to a key that is not there
+        raise Refusal(str(error)) from error
     for key, value in leaves:
         rule = KEYS.get(key) or KEYS.get(key.rpartition(".")[0] + ".*")
         if rule and not (isinstance(value, str) and "${" in value):
             check_value(key, value, rule)
     if "publish" in cfg and cfg.publish != (cfg.repo_id is not None):
-        raise ValueError(f"publish={str(cfg.publish).lower()}: goes with repo_id=<user/name>. Give both, or none.")
+        raise Refusal(f"publish={str(cfg.publish).lower()}: goes with repo_id=<user/name>. Give both, or none.")
     if cfg.get("publish") and in_sweep():
-        raise ValueError("publish=true: not in a sweep. Publish its best job: python recipes/publish.py run=<job>.")
+        raise Refusal("publish=true: not in a sweep. Publish its best job: python recipes/publish.py run=<job>.")
     if OmegaConf.select(cfg, "trainer.push_to_hub"):
-        raise ValueError(
+        raise Refusal(
             "trainer.push_to_hub=true: would upload every checkpoint as it is. Use publish=true repo_id=<user/name>, "
             "which proves what it uploads."
         )
     quantization = OmegaConf.select(cfg, "quantization._target_") or ""
     if quantization.endswith("BitsAndBytesConfig") and not _installed("bitsandbytes"):
-        raise ValueError(
+        raise Refusal(
             "quantization: bitsandbytes is not installed. pip install bitsandbytes, or add quantization=none."
         )
 
@@ -152,7 +156,7 @@ def _refuse_unknown(keys: list[str], recipe: str | None) -> None:
     for key in keys:
         open_group = key.partition(".")[0] in groups - {"model"}  # checked against the class, or by rlhf_recipes.data
         if not open_group and not any(f"{name}.".startswith(f"{key}.") for name in known):
-            raise ValueError(f"{key}: recipes/{recipe}.py has no such key{nearest(key, [*known, *groups])}")
+            raise Refusal(f"{key}: recipes/{recipe}.py has no such key{nearest(key, [*known, *groups])}")
 
 
 def _running() -> str | None:

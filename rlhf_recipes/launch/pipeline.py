@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import config, run, run_folder
 from rlhf_recipes.data.load import check
-from rlhf_recipes.errors import nearest
+from rlhf_recipes.errors import Refusal, nearest
 from rlhf_recipes.launch import keys
 from rlhf_recipes.launch.refusals import WANTS_TRACEBACK, as_refusal
 
@@ -72,7 +72,7 @@ def plan(cfg: DictConfig) -> Plan:
     """Compose every stage's config, so that a wrong override is refused before the first stage starts.
 
     Raises:
-        ValueError: a stage has an unknown recipe or override, or was made with other settings before; the folder, or
+        Refusal: a stage has an unknown recipe or override, or was made with other settings before; the folder, or
             with `overwrite` that of a stage, holds foreign files; another process writes it.
     """
     here = run.relative(Path(cfg.output_dir))
@@ -90,7 +90,7 @@ def plan(cfg: DictConfig) -> Plan:
         stage = Stage(entry.name, entry.recipe, here / entry.name, overrides, own, sha256)
         result = None if cfg.overwrite else stage.result()
         if result and result["config_sha256"] != stage.config_sha256:
-            raise ValueError(
+            raise Refusal(
                 f"run_name={cfg.run_name}: {stage.dir} was made with other settings. Choose another run_name, or "
                 "make all stages again with overwrite=true."
             )
@@ -172,7 +172,7 @@ def _compose(entry: DictConfig, overrides: list[str]) -> DictConfig:
         if "data" in cfg:
             check(cfg.data)
     except Exception as error:
-        raise ValueError(f"stages.{entry.name}: {as_refusal(error, entry.recipe) or error}") from error
+        raise Refusal(f"stages.{entry.name}: {as_refusal(error, entry.recipe) or error}") from error
     return cfg
 
 
@@ -187,16 +187,16 @@ def takes(recipe: str, override: str) -> bool:
 def _check_entry(entry: DictConfig, names: list[str], recipes: set[str]) -> None:
     shape = "{name: sft, recipe: sft, overrides: [...]}"
     if not isinstance(entry, DictConfig) or not {"name", "recipe"} <= entry.keys():
-        raise ValueError(f"stages: each entry is {shape}, not {entry}.")
+        raise Refusal(f"stages: each entry is {shape}, not {entry}.")
     for key in entry:
         if key not in ("name", "recipe", "overrides"):
-            raise ValueError(f"stages.{entry.name}.{key}: there is no such key. An entry is {shape}.")
+            raise Refusal(f"stages.{entry.name}.{key}: there is no such key. An entry is {shape}.")
     if entry.recipe not in recipes:
-        raise ValueError(f"stages.{entry.name}.recipe={entry.recipe}: no such recipe{nearest(entry.recipe, recipes)}")
+        raise Refusal(f"stages.{entry.name}.recipe={entry.recipe}: no such recipe{nearest(entry.recipe, recipes)}")
     if not re.fullmatch(NAME, str(entry.name)) or entry.name in (run_folder.CONFIG, run_folder.PREFLIGHT, SUMMARY):
-        raise ValueError(f"stages.name={entry.name}: is the stage's folder. Use letters, digits, '_', '-' and '.'.")
+        raise Refusal(f"stages.name={entry.name}: is the stage's folder. Use letters, digits, '_', '-' and '.'.")
     if entry.name in names:
-        raise ValueError(f"stages.{entry.name}: two stages have this name, which is their folder. Rename one.")
+        raise Refusal(f"stages.{entry.name}: two stages have this name, which is their folder. Rename one.")
 
 
 def _previous_seconds(here: Path) -> dict[str, float]:

@@ -21,7 +21,7 @@ def check_ready(cfg: DictConfig, recipe: str) -> None:
     """Refuse a recipe with `publish=true` that could not publish, before it has trained for hours.
 
     Raises:
-        ValueError: as for `connect`.
+        Refusal: as for `connect`.
     """
     asked = options(cfg, recipe)
     checks.options(asked)

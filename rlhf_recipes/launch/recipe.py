@@ -12,8 +12,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from rlhf_recipes.config import in_sweep
+from rlhf_recipes.errors import Refusal
 from rlhf_recipes.launch.keys import check
-from rlhf_recipes.launch.refusals import OneLine, print_traceback
+from rlhf_recipes.launch.refusals import OneLine, print_bug
 
 
 def recipe(name: str):
@@ -41,11 +42,11 @@ def recipe(name: str):
         @functools.wraps(main)
         def launch():
             _leave_script_folder()
-            sys.excepthook = print_traceback
+            sys.excepthook = print_bug
             sys.argv[1:] = spelled_out(sys.argv[1:])
             with OneLine(name):
                 if any(argument.startswith("--exp") for argument in sys.argv[1:]):
-                    raise ValueError("--experimental-rerun: reads a pickle, which can run code. Give the overrides.")
+                    raise Refusal("--experimental-rerun: reads a pickle, which can run code. Give the overrides.")
                 hydra.main(version_base="1.3", config_path="../conf", config_name=name)(run_job)()
 
         return launch

@@ -4,14 +4,14 @@ import os
 import re
 import sys
 import traceback
-from pathlib import Path
+from typing import NoReturn
 
 import hydra
 from omegaconf import OmegaConf
 
 from rlhf_recipes import secrets, text
 from rlhf_recipes.config import CONF, flatten
-from rlhf_recipes.errors import first_line, nearest
+from rlhf_recipes.errors import Refusal, first_line, nearest
 
 WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
@@ -20,12 +20,18 @@ WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 PARTS = ("base", "common")
 
 
+BUG = "This is a bug of rlhf-recipes. Report it where you have rlhf-recipes from, with these lines and the command."
 # How the libraries (safetensors, torch) say that a file could not be written.
 UNWRITTEN = ("No space left on device", "Read-only file system", "iostream error", "inline_container")
 
 
 class OneLine:
-    """Turn errors of use into one line on stderr and an exit code; let everything else through."""
+    """Errors of use become one line on stderr and an exit code; every other exception its traceback.
+
+    Args:
+        config_name: the primary config, while Hydra composes it: what Hydra and OmegaConf say is then of the command.
+            Inside a run, None: they say no more of it there, when `keys.check` has looked at the whole config.
+    """
 
     def __init__(self, config_name: str | None = None):
         self.config_name = config_name
@@ -36,7 +42,7 @@ class OneLine:
         return self
 
     def __exit__(self, kind, error, trace):
-        if error is None or WANTS_TRACEBACK:
+        if error is None or isinstance(error, SystemExit) or WANTS_TRACEBACK:
             return False
         if isinstance(error, BrokenPipeError):  # `--help | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -46,15 +52,32 @@ class OneLine:
             said = str(error) or "Interrupted. The same command continues from the last checkpoint."
             print(f"{below}{text.line(secrets.redact(said))}", file=sys.stderr)
             sys.exit(130)
-        line = as_refusal(error, self.config_name)
-        if line is None:
-            return False
-        print(f"error: {line}", file=sys.stderr)
-        sys.exit(2)
+        print_error(error, self.config_name)
 
 
-def as_refusal(error: BaseException, config_name: str | None) -> str | None:
-    """What an error of use says on one line, without secrets and control characters; None for any other error."""
+def print_error(error: Exception, config_name: str | None = None) -> NoReturn:
+    """Print a refusal on one line and exit with 2, a bug with its traceback and exit with 1."""
+    line = as_refusal(error, config_name)
+    if line is None:
+        print_bug(type(error), error, error.__traceback__)
+        sys.exit(1)
+    print(f"error: {line}", file=sys.stderr)
+    sys.exit(2)
+
+
+def print_bug(kind, error, trace) -> None:
+    """The traceback without secrets, which an exception's message may hold, and what to do with it."""
+    lines = "".join(traceback.format_exception(kind, error, trace))
+    print(text.shown(secrets.redact(lines)), end="", file=sys.stderr)
+    print(BUG, file=sys.stderr)
+
+
+def as_refusal(error: BaseException, config_name: str | None = None) -> str | None:
+    """What an error of use says on one line, without secrets and control characters; None for any other error.
+
+    Args:
+        config_name: see `OneLine`.
+    """
     said = _refusal(error, config_name)
     return said and text.line(" ".join(secrets.redact(said).split()))
 
@@ -63,12 +86,12 @@ def _refusal(error: BaseException, config_name: str | None) -> str | None:
     from hydra.errors import HydraException, MissingConfigException
     from omegaconf.errors import OmegaConfBaseException
 
+    if isinstance(error, Refusal):
+        return str(error)
     if isinstance(error, MissingConfigException):
         return _unknown_option(error)
-    if isinstance(error, HydraException | OmegaConfBaseException):
+    if config_name and isinstance(error, HydraException | OmegaConfBaseException):
         return _unknown_key(error, config_name) or _not_taken(error) or str(error)
-    if isinstance(error, ValueError) and raised_here(error):
-        return str(error)
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}. What was saved before is untouched."
     if any(sign in str(error) for sign in UNWRITTEN):
@@ -77,12 +100,6 @@ def _refusal(error: BaseException, config_name: str | None) -> str | None:
             "saved before is untouched; free space, then run the same command again."
         )
     return None
-
-
-def raised_here(error: BaseException) -> bool:
-    package = Path(__file__).parents[1]
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and package in Path(frames[-1].filename).resolve().parents
 
 
 def _unknown_key(error: Exception, config_name: str | None) -> str | None:
@@ -120,8 +137,3 @@ def _unknown_option(error: Exception) -> str:
     options = sorted(options - {*PARTS})
     listed = ", ".join(options) or "none"
     return f"{group}={option}: there is no such option{nearest(option, options)} Options: {listed}."
-
-
-def print_traceback(kind, error, trace) -> None:
-    """Of a bug: an exception's message may hold what was in the environment."""
-    print(text.shown(secrets.redact("".join(traceback.format_exception(kind, error, trace)))), end="", file=sys.stderr)

@@ -14,10 +14,11 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import config, memory, run, run_folder
+from rlhf_recipes.errors import Refusal
 from rlhf_recipes.evaluation.sweeps import ROWS, check, describe, may_be_best, read_measurements, rebuild
 from rlhf_recipes.launch import keys
 from rlhf_recipes.launch.preflight import look
-from rlhf_recipes.launch.refusals import as_refusal
+from rlhf_recipes.launch.refusals import as_refusal, print_error
 from rlhf_recipes.secrets import redact
 from rlhf_recipes.text import line, shown
 
@@ -48,7 +49,7 @@ def job(main, cfg: DictConfig) -> float:
         row |= {"doctor": (result.get("doctor") or {}).get("verdict"), "adapter_sha256": result["adapter_sha256"]}
         row |= {"system": _measure(folder / own, folder, cfg), "status": "finished"}
     except Exception as error:
-        refusal = as_refusal(error, hydra.job.config_name)
+        refusal = as_refusal(error)
         row["reason"] = line(redact(refusal or f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"))
         print(f"error: {own}: {row['reason']}", file=sys.stderr, flush=True)
         if not refusal:
@@ -92,9 +93,8 @@ class Summary(Callback):
             if "trainer" in config:
                 check(config.sweep)
                 look.before_sweep(config)
-        except ValueError as error:
-            print(f"error: {line(redact(str(error)))}", file=sys.stderr)
-            sys.exit(2)
+        except Exception as error:
+            print_error(error)
         if "trainer" in config and config.preflight.only:
             sys.exit(0)
         run_folder.mark(here, "sweep")
@@ -141,7 +141,7 @@ def _measure(folder: Path, sweep: Path, cfg: DictConfig) -> str | None:
         scorer = measure.find_scorer(settings.reward_model, cfg.model.id)
         try:
             pairs = load_pairs(cfg.data)
-        except ValueError as error:  # ppo needs prompts alone
+        except Refusal as error:  # ppo needs prompts alone
             print(f"{folder}: not measured beside its parent. {error}", file=sys.stderr, flush=True)
             return None
         known = measure.measure(settings, found, scorer, pairs, None, before)

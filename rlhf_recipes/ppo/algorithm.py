@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlhf_recipes.errors import Refusal
+
 ENSEMBLES = ("sum", "mean", "min", "uwo")
 CONTROLLERS = ("fixed", "adaptive", "limit")
 
@@ -99,11 +101,11 @@ def combine_rewards(rewards_BR: Tensor, weights_R: Tensor, how: str, uwo_coef: f
     the variance (Coste et al., arXiv:2310.02743). A weight of 0 takes a function out: it is logged, and nothing more.
 
     Raises:
-        ValueError: no function applies to an episode.
+        Refusal: no function applies to an episode.
     """
     weighted_BR = (rewards_BR * weights_R)[:, weights_R != 0]
     if weighted_BR.isnan().all(1).any():
-        raise ValueError("reward_funcs: every function returned None for a completion. One at least must score it.")
+        raise Refusal("reward_funcs: every function returned None for a completion. One at least must score it.")
     if how == "sum":
         return weighted_BR.nansum(1)
     if how == "min":

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from rlhf_recipes.errors import Refusal
 from rlhf_recipes.ppo.algorithm import CONTROLLERS, ENSEMBLES
 from rlhf_recipes.ppo.trl_private import BaseConfig
 
@@ -110,23 +111,23 @@ class PPOConfig(BaseConfig):
             ("value", VALUES), ("kl_controller", CONTROLLERS), ("reward_ensemble", ENSEMBLES)
         ):  # fmt: skip
             if getattr(self, name) not in words:
-                raise ValueError(f"{name}={getattr(self, name)}: not one of {', '.join(words)}.")
+                raise Refusal(f"{name}={getattr(self, name)}: not one of {', '.join(words)}.")
         for name in ("max_completion_length", "num_ppo_epochs", "num_mini_batches", "kl_horizon"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1.")
+                raise Refusal(f"{name}={getattr(self, name)}: must be at least 1.")
         for name in ("temperature", "kl_target", "cliprange", "cliprange_value"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be above 0.")
+                raise Refusal(f"{name}={getattr(self, name)}: must be above 0.")
 
     def check_prompts(self, count: int) -> None:
         """Refuse `count` prompts that do not fill a rollout.
 
         Raises:
-            ValueError: names what to lower.
+            Refusal: names what to lower.
         """
         needed = self.prompts_per_rollout * self.world_size
         if count < needed:
-            raise ValueError(
+            raise Refusal(
                 f"train_dataset: {count} prompts, but a rollout takes {needed} (per_device_train_batch_size x "
                 "gradient_accumulation_steps x num_mini_batches x processes). Lower these, or give more prompts."
             )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rlhf_recipes import config, models, places, run
 from rlhf_recipes.data.template import render
 from rlhf_recipes.data.tokens import neutralise
+from rlhf_recipes.errors import Refusal, users_function
 from rlhf_recipes.ppo.roles import Roles
 from rlhf_recipes.text import line
 
@@ -74,7 +75,7 @@ def load(reference, roles: Roles, tokenizer, reward_tokenizer, args) -> Callable
         reward_tokenizer: for a model of its own; None: the one beside it.
 
     Raises:
-        ValueError: it is none of these.
+        Refusal: it is none of these.
     """
     if callable(reference) and not isinstance(reference, nn.Module):
         return reference
@@ -134,24 +135,23 @@ def call(
     """Rewards of the completions, None where the function does not apply.
 
     Raises:
-        ValueError: not a list of as many finite numbers.
+        Refusal: not a list of as many finite numbers.
     """
     prompts = [row["prompt"] for row in rows]
     if isinstance(function, LearnedReward):
         return function(prompts, completions, micro_batch)
     columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
-    rewards = function(
-        prompts=prompts, completions=completions, completion_ids=completion_ids, trainer_state=state, **columns
-    )
+    with users_function(f"reward_funcs={name_of(function)}"):
+        rewards = function(
+            prompts=prompts, completions=completions, completion_ids=completion_ids, trainer_state=state, **columns
+        )
     if inspect.isawaitable(rewards):
-        raise ValueError(f"reward_funcs={name_of(function)}: is asynchronous. Give a plain function.")
+        raise Refusal(f"reward_funcs={name_of(function)}: is asynchronous. Give a plain function.")
     if len(rewards) != len(rows):
-        raise ValueError(f"reward_funcs={name_of(function)}: gave {len(rewards)} rewards for {len(rows)} completions.")
+        raise Refusal(f"reward_funcs={name_of(function)}: gave {len(rewards)} rewards for {len(rows)} completions.")
     for reward in rewards:
         if reward is not None and not torch.isfinite(torch.tensor(float(reward))):
-            raise ValueError(
-                f"reward_funcs={name_of(function)}: gave {reward}. Give finite numbers, or None to abstain."
-            )
+            raise Refusal(f"reward_funcs={name_of(function)}: gave {reward}. Give finite numbers, or None to abstain.")
     return rewards
 
 
@@ -195,7 +195,7 @@ def _load_classifier(path: str, args):
     if places.on_hub(path, "reward_funcs", bare=True):
         places.tell("reward model", path)
     elif not Path(path).is_dir():
-        raise ValueError(f"reward_funcs={path}: no such folder, and no id of the Hub. Check it.")
+        raise Refusal(f"reward_funcs={path}: no such folder, and no id of the Hub. Check it.")
     try:
         return AutoModelForSequenceClassification.from_pretrained(
             path, num_labels=1, **{"trust_remote_code": False, **(args.model_init_kwargs or {})}
@@ -203,11 +203,9 @@ def _load_classifier(path: str, args):
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
-        raise ValueError(
-            f"reward_funcs={path}: brings Python code of its own, which is not run (auto_map)."
-        ) from error
+        raise Refusal(f"reward_funcs={path}: brings Python code of its own, which is not run (auto_map).") from error
     except OSError as error:
-        raise ValueError(
+        raise Refusal(
             f"reward_funcs={path}: neither a run, nor module:function, nor a model ({str(error).splitlines()[0]})"
         ) from error
 

@@ -21,6 +21,7 @@ from peft.utils import load_peft_weights
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
+from rlhf_recipes.errors import Refusal
 from rlhf_recipes.ppo.trl_private import ChunkedLogProbFunction
 
 POLICY, CRITIC, REFERENCE = "default", "critic", "reference"
@@ -75,13 +76,9 @@ class Roles:
         config = self.causal.config.get_text_config()
         self.softcap = getattr(config, "final_logit_softcapping", None)
         if any(getattr(config, name, None) not in (None, 1, 1.0) for name in LOGIT_SCALES):
-            raise ValueError(
-                f"model: {config.model_type} scales its logits, which PPO does not. Choose another model."
-            )
+            raise Refusal(f"model: {config.model_type} scales its logits, which PPO does not. Choose another model.")
         if isinstance(self.head, BaseTunerLayer):
-            raise ValueError(
-                "lora.target_modules: PPO computes log-probabilities from lm_head's weight. Leave it out."
-            )
+            raise Refusal("lora.target_modules: PPO computes log-probabilities from lm_head's weight. Leave it out.")
         self.separate = value == "separate"
         self.policy_parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.value_head = nn.Linear(config.hidden_size, 1, bias=False).to(self.head.weight.device)
@@ -113,12 +110,12 @@ class Roles:
         """Put a frozen reward model's adapter on the backbone; returns its score head.
 
         Raises:
-            ValueError: it has no score head, or weights that this backbone has no place for.
+            Refusal: it has no score head, or weights that this backbone has no place for.
         """
         weights = load_peft_weights(str(folder), device="cpu")
         score = [key for key in weights if key.endswith("score.weight")]
         if not score:
-            raise ValueError(f"reward_funcs={folder}: has no score head. Give a run of recipes/reward.py.")
+            raise Refusal(f"reward_funcs={folder}: has no score head. Give a run of recipes/reward.py.")
         weight = weights.pop(score[0]).float()
         self._add_adapter(name, PeftConfig.from_pretrained(str(folder)), weights, where=f"reward_funcs={folder}")
         head = nn.Linear(weight.shape[1], 1, bias=False, device=self.head.weight.device).requires_grad_(False)
@@ -196,7 +193,7 @@ class Roles:
         self.model.add_adapter(name, config)
         places = self._weights(name)
         for key in weights.keys() ^ places.keys():
-            raise ValueError(f"{where}: {key} is in one of adapter and model only. They do not belong together.")
+            raise Refusal(f"{where}: {key} is in one of adapter and model only. They do not belong together.")
         set_peft_model_state_dict(self.model, weights, adapter_name=name)
         self.model.set_adapter(POLICY)
 

@@ -24,6 +24,7 @@ from transformers.trainer_utils import speed_metrics
 
 from rlhf_recipes import models, progress
 from rlhf_recipes.data.template import render
+from rlhf_recipes.errors import Refusal
 from rlhf_recipes.inference import stop_ids
 from rlhf_recipes.ppo import algorithm, rewards
 from rlhf_recipes.ppo.config import PPOConfig
@@ -63,7 +64,7 @@ class PPOTrainer(BaseTrainer):
         quantization_config: for a `model` given by its id.
 
     Raises:
-        ValueError: what these do not allow together, on one line.
+        Refusal: what these do not allow together, on one line.
     """
 
     _tag_names = ("trl", "ppo")
@@ -86,7 +87,7 @@ class PPOTrainer(BaseTrainer):
     ):
         args = args or PPOConfig(output_dir="ppo")
         if not isinstance(train_dataset, Dataset) or "prompt" not in train_dataset.column_names:
-            raise ValueError("train_dataset: must be a datasets.Dataset with a column `prompt`.")
+            raise Refusal("train_dataset: must be a datasets.Dataset with a column `prompt`.")
         args.check_prompts(len(train_dataset))
         set_seed(args.seed)
         if isinstance(model, str):
@@ -95,7 +96,7 @@ class PPOTrainer(BaseTrainer):
                 kwargs["quantization_config"] = quantization_config
             model = create_model_from_path(model, **kwargs)
         elif quantization_config is not None:
-            raise ValueError("quantization_config: the model is loaded already. Give its id, or leave this out.")
+            raise Refusal("quantization_config: the model is loaded already. Give its id, or leave this out.")
         if processing_class is None:
             from transformers import AutoTokenizer
 
@@ -106,7 +107,7 @@ class PPOTrainer(BaseTrainer):
             processing_class.pad_token = processing_class.eos_token
         starts_from_adapter = isinstance(model, PeftModel)
         if starts_from_adapter and peft_config is not None:
-            raise ValueError("peft_config: the model has an adapter, which is trained. Leave one of them out.")
+            raise Refusal("peft_config: the model has an adapter, which is trained. Leave one of them out.")
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
         models.keep_gradients_on_cpu(model)
@@ -122,7 +123,7 @@ class PPOTrainer(BaseTrainer):
             models.compute_lora_in_bfloat16(model)
         self.reward_weights = torch.tensor(args.reward_weights or [1.0] * len(self.reward_funcs))
         if len(self.reward_weights) != len(self.reward_funcs):
-            raise ValueError(
+            raise Refusal(
                 f"reward_weights: {len(self.reward_weights)} for {len(self.reward_funcs)} reward_funcs. Give as many."
             )
         self.reward_scales = rewards.scales(self.reward_funcs, args.reward_ensemble)
@@ -152,7 +153,7 @@ class PPOTrainer(BaseTrainer):
             optimizers=optimizers,
         )
         if self.is_deepspeed_enabled or self.is_fsdp_enabled or args.n_gpu > 1:
-            raise ValueError("PPOTrainer: runs on one device, or on several with `accelerate launch` and plain DDP.")
+            raise Refusal("PPOTrainer: runs on one device, or on several with `accelerate launch` and plain DDP.")
         self.roles.value_head.to(args.device)
         for copy in self.roles.copies.values():
             copy.to(args.device)
@@ -571,5 +572,5 @@ class PPOTrainer(BaseTrainer):
         functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         tokenizers = tokenizers if isinstance(tokenizers, list) else [tokenizers] * len(functions)
         if not functions or len(tokenizers) != len(functions):
-            raise ValueError("reward_funcs: at least one, and as many reward_processing_classes if these are given.")
+            raise Refusal("reward_funcs: at least one, and as many reward_processing_classes if these are given.")
         return [rewards.load(f, self.roles, tokenizer, t, args) for f, t in zip(functions, tokenizers, strict=True)]

@@ -7,6 +7,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from rlhf_recipes import models
+from rlhf_recipes.errors import Refusal
 from rlhf_recipes.publish import contents
 from rlhf_recipes.training.card import without_folder
 
@@ -29,7 +30,7 @@ def describe(source: contents.Source, licence: str | None, api) -> dict[str, Any
         were trained on are the Hub's, None where that is not known.
 
     Raises:
-        ValueError: the base is not on the Hub, its licence is not known, or it does not allow the given one.
+        Refusal: the base is not on the Hub, its licence is not known, or it does not allow the given one.
     """
     node = OmegaConf.create(source.config["model"])
     folder = local_folder(node)
@@ -47,14 +48,14 @@ def describe_generator(source: contents.Source, licence: str | None, api) -> dic
     """The terms of a data set: the generator's, where its prompts are the clinic set, which allows any.
 
     Raises:
-        ValueError: nothing here knows the terms of the prompts, or of the model behind a server.
+        Refusal: nothing here knows the terms of the prompts, or of the model behind a server.
     """
     config = source.config
     known = config["data"]["path"] == "clinic" and config["generator"]["kind"] == "local"
     if known and not licence:
         return describe(source, licence, api)
     if not licence:
-        raise ValueError(
+        raise Refusal(
             f"license: the terms of the prompts (data.path={without_folder(config['data']['path'])}) and of the "
             "replies are not known here. Look them up, then recipes/publish.py with license=<id>."
         )
@@ -83,9 +84,9 @@ def _ask(api, repo_id: str, revision: str | None):
     try:
         return api.model_info(repo_id, revision=revision, files_metadata=True)
     except RevisionNotFoundError as error:
-        raise ValueError(f"model.revision={revision}: {repo_id} has no such revision on the Hub.") from error
+        raise Refusal(f"model.revision={revision}: {repo_id} has no such revision on the Hub.") from error
     except RepositoryNotFoundError as error:
-        raise ValueError(
+        raise Refusal(
             f"model.id={repo_id}: the base is not on the Hub, or your token may not see it, so nobody could load the "
             "adapter. Publish the base first."
         ) from error
@@ -129,12 +130,12 @@ def _carried_over(base: str, terms: dict[str, str], given: str | None) -> dict[s
     if isinstance(theirs, list):
         theirs = theirs[0] if len(theirs) == 1 else None
     if not theirs and not given:
-        raise ValueError(
+        raise Refusal(
             f"license: {base} states none, and what is built on it needs one. Look up its terms, then "
             "recipes/publish.py with license=<id>."
         )
     if given and theirs and given != theirs and theirs not in PERMISSIVE:
-        raise ValueError(
+        raise Refusal(
             f"license={given}: {base} is under {theirs}, whose terms hold for what is built on it. Leave license out."
         )
     if given and given != theirs:

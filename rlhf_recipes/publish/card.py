@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from rlhf_recipes.cai import report
 from rlhf_recipes.config import CONF, flatten
 from rlhf_recipes.data.readers import is_hub_id
+from rlhf_recipes.errors import Refusal
 from rlhf_recipes.evaluation.definitions import METRICS
 from rlhf_recipes.publish.contents import PAGE, Source, targets
 from rlhf_recipes.publish.upload import MARK
@@ -359,7 +360,7 @@ def _is_on_the_hub(data: str) -> bool:
     """Whether `data.path` is the id of a data set, rather than a file or folder of somebody's machine."""
     try:
         return is_hub_id(data)
-    except ValueError:  # in a folder that is here, and gone
+    except Refusal:  # in a folder that is here, and gone
         return False
 
 

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from rlhf_recipes import run
 from rlhf_recipes.cai.dataset import PREFS, SFT
 from rlhf_recipes.config import CONF, flatten
-from rlhf_recipes.errors import nearest
+from rlhf_recipes.errors import Refusal, nearest
 from rlhf_recipes.text import line
 from rlhf_recipes.training.card import PAPERS, without_folder
 
@@ -85,40 +85,40 @@ def find(run_folder: str | None, pairs_folder: str | None) -> Source:
     """The run to publish.
 
     Raises:
-        ValueError: none is named, or both are, or it is not finished, or of a recipe that makes nothing to publish.
+        Refusal: none is named, or both are, or it is not finished, or of a recipe that makes nothing to publish.
     """
     if (run_folder is None) == (pairs_folder is None):
-        raise ValueError("run: give a run of a training (run=<folder>), or one of recipes/cai.py (pairs=<folder>).")
+        raise Refusal("run: give a run of a training (run=<folder>), or one of recipes/cai.py (pairs=<folder>).")
     key, folder = ("run", run_folder) if pairs_folder is None else ("pairs", pairs_folder)
     where, path = f"{key}={folder}", Path(folder)
     if not path.is_dir():
         near = nearest(path.name, [f.name for f in path.parent.glob("*")]) if path.parent.is_dir() else "."
-        raise ValueError(f"{where}: no such folder{near}")
+        raise Refusal(f"{where}: no such folder{near}")
     refuse_links(where, path)
     result, config = _read(where, path / "result.json"), _read(where, path / "config.yaml")
     made_by = result.get("recipe")
     if key == "pairs" and made_by != "cai":
-        raise ValueError(f"{where}: is a run of {made_by}, not of recipes/cai.py. Use run={folder}.")
+        raise Refusal(f"{where}: is a run of {made_by}, not of recipes/cai.py. Use run={folder}.")
     if key == "run" and made_by == "cai":
-        raise ValueError(f"{where}: is a data set. Use pairs={folder}.")
+        raise Refusal(f"{where}: is a data set. Use pairs={folder}.")
     if key == "run" and made_by not in PAPERS:
-        raise ValueError(f"{where}: is a run of {made_by}, which makes no adapter. Name one of {', '.join(PAPERS)}.")
+        raise Refusal(f"{where}: is a run of {made_by}, which makes no adapter. Name one of {', '.join(PAPERS)}.")
     if result.get("status") != "finished":
-        raise ValueError(f"{where}: its status is {result.get('status')}. Let it finish first.")
+        raise Refusal(f"{where}: its status is {result.get('status')}. Let it finish first.")
     _refuse_code(where, key, config)
     return Source(key, path, config, result)
 
 
 def _read(where: str, path: Path) -> dict:
     if not path.is_file():
-        raise ValueError(f"{where}: no {path.name} in it, so no finished run. Name a run that has ended.")
+        raise Refusal(f"{where}: no {path.name} in it, so no finished run. Name a run that has ended.")
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text) if path.suffix == ".json" else OmegaConf.to_container(OmegaConf.create(text))
     except Exception as error:  # json's, yaml's and omegaconf's share no base
-        raise ValueError(f"{where}: {path.name} cannot be read ({str(error).splitlines()[0]}).") from error
+        raise Refusal(f"{where}: {path.name} cannot be read ({str(error).splitlines()[0]}).") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{where}: {path.name} is no mapping. Restore the file, or run the recipe again.")
+        raise Refusal(f"{where}: {path.name} is no mapping. Restore the file, or run the recipe again.")
     return content
 
 
@@ -126,39 +126,39 @@ def refuse_links(where: str, folder: Path) -> None:
     """Refuse a folder with a link that leads out of it: a file of this machine would be published as the run's.
 
     Raises:
-        ValueError: names the link.
+        Refusal: names the link.
     """
     inside = folder.resolve()
     for place, folders, files in os.walk(folder):
         for path in (Path(place) / name for name in sorted(folders + files)):
             if path.is_symlink() and not path.resolve().is_relative_to(inside):
                 name = line(path.relative_to(folder))
-                raise ValueError(f"{where}: {name} is a link that leads out of it. Replace it by what it stands for.")
+                raise Refusal(f"{where}: {name} is a link that leads out of it. Replace it by what it stands for.")
 
 
 def _refuse_code(where: str, key: str, config: dict[str, Any]) -> None:
     """What is built of a config.yaml is what conf/ names; the rest of it is data.
 
     Raises:
-        ValueError: it names another class, code of the Hub, or something to be looked up on this machine.
+        Refusal: it names another class, code of the Hub, or something to be looked up on this machine.
     """
     leaves = dict(flatten(config))
     for needed in NEEDED[key]:
         if not any(f"{name}.".startswith(f"{needed}.") for name in leaves):
-            raise ValueError(f"{where}: config.yaml has no {needed}. Restore the file, or run the recipe again.")
+            raise Refusal(f"{where}: config.yaml has no {needed}. Restore the file, or run the recipe again.")
     for name, value in leaves.items():
         if "${" in str(value) and name.partition(".")[0] != "constitution":  # where it is text
-            raise ValueError(f"{where}: {line(name)} in config.yaml is not resolved. Write its value there.")
+            raise Refusal(f"{where}: {line(name)} in config.yaml is not resolved. Write its value there.")
     model, node = config.get("model") or {}, config.setdefault("quantization", {})
     if not isinstance(node, dict) or ("_target_" in node and node["_target_"] not in targets("quantization")):
-        raise ValueError(
+        raise Refusal(
             f"{where}: quantization in config.yaml names {line(node)[:80]}, which is in no file of conf/quantization "
             "and is not run. Restore the file."
         )
     if "/" in str(model.get("attn_implementation")):  # transformers would fetch a kernel
-        raise ValueError(f"{where}: model.attn_implementation in config.yaml is code on the Hub, which is not run.")
+        raise Refusal(f"{where}: model.attn_implementation in config.yaml is code on the Hub, which is not run.")
     if model.get("trust_remote_code"):
-        raise ValueError(
+        raise Refusal(
             f"{where}: its model brings code (model.trust_remote_code in config.yaml), which is not run to publish it."
         )
 

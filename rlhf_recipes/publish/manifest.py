@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 
 from rlhf_recipes import run_folder
+from rlhf_recipes.errors import Refusal
 from rlhf_recipes.publish import contents
 
 MANIFEST, SCRATCH = run_folder.PUBLISHED, ".published.json.tmp"
@@ -42,12 +43,12 @@ def refuse_foreign(folder: Path) -> None:
     """Refuse a place for a dry run that holds anything but an earlier publication as it was made.
 
     Raises:
-        ValueError: it does, or is a file or a link.
+        Refusal: it does, or is a file or a link.
     """
     if folder.is_symlink():
-        raise ValueError(f"folder={folder}: is a symbolic link. Name the folder itself.")
+        raise Refusal(f"folder={folder}: is a symbolic link. Name the folder itself.")
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"folder={folder}: is a file. Name a folder.")
+        raise Refusal(f"folder={folder}: is a file. Name a folder.")
     ours = listed(folder)
     for path in _below(folder):
         name = path.relative_to(folder).as_posix()
@@ -55,9 +56,9 @@ def refuse_foreign(folder: Path) -> None:
             continue
         if name not in ours:
             hint = f"no part of what {MANIFEST} lists" if ours else "and no publication of ours"
-            raise ValueError(f"folder={folder}: holds {name}, {hint}. Name an empty folder.")
+            raise Refusal(f"folder={folder}: holds {name}, {hint}. Name an empty folder.")
         if path.is_symlink() or not path.is_file() or contents.sha256(path) not in ours[name]:
-            raise ValueError(
+            raise Refusal(
                 f"folder={folder}: {name} was changed since it was published, and is not replaced. Move it away, or "
                 "name an empty folder."
             )
@@ -67,7 +68,7 @@ def replace(folder: Path, staged: Path) -> None:
     """Make the files of `folder` those of `staged`, which has a manifest; `refuse_foreign` has found no others there.
 
     Raises:
-        ValueError: somebody has put something there meanwhile.
+        Refusal: somebody has put something there meanwhile.
     """
     folder.mkdir(parents=True, exist_ok=True)
     refuse_foreign(folder)

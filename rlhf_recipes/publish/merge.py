@@ -5,6 +5,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from rlhf_recipes.errors import Refusal
 from rlhf_recipes.publish import contents
 
 
@@ -37,11 +38,11 @@ def report(drift: float, reward: bool, limit: float) -> dict[str, Any]:
     """What the card says of merged weights.
 
     Raises:
-        ValueError: they are too far from what was trained and measured.
+        Refusal: they are too far from what was trained and measured.
     """
     unit = "units of the score (nats of log-odds)" if reward else "nats per reply token"
     if not drift <= limit:
-        raise ValueError(
+        raise Refusal(
             f"merged=true: merged weights differ from the adapter on its base by {drift:.4f} {unit}, more than "
             f"max_merge_drift={limit}. Publish the adapter, or raise the limit."
         )

@@ -16,6 +16,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import models, run
+from rlhf_recipes.errors import Refusal
 from rlhf_recipes.publish import base_model, card, checks, contents, manifest, merge, round_trip, upload
 
 PLACEHOLDER = "<user>/<name>"
@@ -33,7 +34,7 @@ def publish(cfg: DictConfig) -> dict[str, Any]:
         the round trip found; None where an earlier one has proven these files), `files` (path -> SHA-256).
 
     Raises:
-        ValueError: it is refused, or fails; says what state the repo is in.
+        Refusal: it is refused, or fails; says what state the repo is in.
     """
     checks.options(cfg)
     source = contents.find(cfg.run, cfg.pairs)
@@ -86,7 +87,7 @@ def start(cfg: DictConfig) -> run.Run:
     """The run of recipes/publish.py, whose folder takes the record of what was published last.
 
     Raises:
-        ValueError: the folder is another's, or another process writes it.
+        Refusal: the folder is another's, or another process writes it.
     """
     run.environment()
     job = run.Run(run.relative(Path(cfg.output_dir)), "publish", run.resolved(cfg))
@@ -166,13 +167,13 @@ def _drift_on_public_base(source: contents.Source, origin: dict, numbers: dict, 
     """How far the numbers are with the weights that the Hub has under the base's name.
 
     Raises:
-        ValueError: too far, so that the adapter would not be for anybody else what it was here.
+        Refusal: too far, so that the adapter would not be for anybody else what it was here.
     """
     model = {**source.config["model"], "path": None, "revision": origin["revision"]}
     task = round_trip.task(source.adapter, {**source.config, "model": model}, reward=source.recipe == "reward")
     drift = round_trip.drift(numbers, round_trip.measure(task))
     if not drift <= limit:
-        raise ValueError(
+        raise Refusal(
             f"{source.key}={source.dir}: was trained on other weights than {origin['id']} has on the Hub; with those "
             f"its numbers differ by {drift:.4f} (nats per token, or units of the score), more than "
             f"max_base_drift={limit}. Train on the Hub's weights, or raise the limit."
@@ -196,7 +197,7 @@ def _upload(source, facts: dict, expected: dict, staged: Path, target: upload.Ta
         revision, _, _ = upload.commit(target, staged, f"{message}, proven", branch)
         _, remote = upload.remote_files(target, revision)
         if wrong := upload.differing(staged, remote):
-            raise ValueError(f"repo_id={target.repo_id}: {wrong[0]} is not what was sent. Run the same command again.")
+            raise Refusal(f"repo_id={target.repo_id}: {wrong[0]} is not what was sent. Run the same command again.")
     target.state = f"Revision {revision[:12]} is there and proven."
     if cfg.tag:
         upload.tag(target, cfg.tag, revision)
@@ -233,7 +234,7 @@ def _come_back(source, facts, expected, staged, target: upload.Target, revision:
         _seal(staged, card.write(source, facts, str(mismatch)))
         upload.commit(target, staged, "broken: not what was uploaded", branch)
         target.state = f"Revision {revision[:12]} is there; its card says 'broken'."
-        raise ValueError(
+        raise Refusal(
             f"repo_id={target.repo_id}: not published. {mismatch} {target.state} Run the same command again."
         ) from None
 
@@ -254,7 +255,7 @@ def _round_trip(source, facts: dict, expected: dict, sent: dict[str, str], folde
         task = round_trip.task(folder, source.config, reward=source.recipe == "reward", merged=bool(facts["merged"]))
     try:
         came = round_trip.in_fresh_process(task)
-    except ValueError as error:
+    except Refusal as error:
         raise Mismatch(f"{error}.") from error
     if source.key == "pairs":
         for split, found in came.items():
@@ -274,13 +275,13 @@ def _dry_run(source, facts: dict, expected: dict, staged: Path, folder: Path) ->
     """The same without a Hub: what would be uploaded lies in a folder, and is loaded from there.
 
     Raises:
-        ValueError: what lies there is not what was trained.
+        Refusal: what lies there is not what was trained.
     """
     sent = contents.hashes(staged)
     manifest.replace(folder, staged)
     try:
         found = _round_trip(source, facts, expected, sent, folder)
     except Mismatch as mismatch:
-        raise ValueError(f"folder={folder}: {mismatch} Look at the run before it is published.") from None
+        raise Refusal(f"folder={folder}: {mismatch} Look at the run before it is published.") from None
     return {"where": str(folder), "revision": None, "uploaded": False, "proof": found, "files": sent,
             "base_model": source.config["model"]["id"]}  # fmt: skip

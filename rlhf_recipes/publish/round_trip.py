@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes import secrets
+from rlhf_recipes.errors import Refusal
 from rlhf_recipes.text import line
 
 PROBES = 32
@@ -172,7 +173,7 @@ def in_fresh_process(task: dict[str, Any]) -> dict[str, Any]:
     """What a process of its own finds: without network, without secrets, with as many threads as this one.
 
     Raises:
-        ValueError: it fails; says with what.
+        Refusal: it fails; says with what.
     """
     with tempfile.TemporaryDirectory() as scratch:
         asked, answer = Path(scratch) / "task.json", Path(scratch) / "answer.json"
@@ -188,7 +189,7 @@ def in_fresh_process(task: dict[str, Any]) -> dict[str, Any]:
         done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         if done.returncode:
             said = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]
-            raise ValueError(f"a fresh process cannot load it ({line(secrets.redact(said))})")
+            raise Refusal(f"a fresh process cannot load it ({line(secrets.redact(said))})")
         return json.loads(answer.read_text())
 
 

@@ -15,6 +15,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from rlhf_recipes import secrets
+from rlhf_recipes.errors import Refusal
 from rlhf_recipes.publish.contents import VOCABULARY
 from rlhf_recipes.text import line
 
@@ -41,7 +42,7 @@ def files(folder: Path, force: bool, seen: dict[str, str], digests: dict[str, st
         digests: path -> hash of every file below `folder`.
 
     Raises:
-        ValueError: names file and line, and the kind of what was found, never the thing itself.
+        Refusal: names file and line, and the kind of what was found, never the thing itself.
     """
     known = _known()
     here = [str(path) for path in (Path.home(), Path.cwd(), Path(tempfile.gettempdir())) if len(path.parts) > 2]
@@ -53,10 +54,10 @@ def files(folder: Path, force: bool, seen: dict[str, str], digests: dict[str, st
         for row, text in _texts(name, folder / name):
             if found := secret(text, needles):
                 at = _at(name, row, text, found[0])
-                raise ValueError(f"{at}: holds {found[1]}. Remove it from the run's files.")
+                raise Refusal(f"{at}: holds {found[1]}. Remove it from the run's files.")
             if not (force or vocabulary) and (found := _private(text, here)):
                 at, remedy = _at(name, row, text, found[0]), "or publish it all the same with force=true"
-                raise ValueError(f"{at}: holds {found[1]}. Remove it from the run's files, {remedy}.")
+                raise Refusal(f"{at}: holds {found[1]}. Remove it from the run's files, {remedy}.")
         seen[name] = digest
 
 
@@ -125,14 +126,14 @@ def _texts(name: str, file: Path) -> Iterator[tuple[int | None, str]]:
         try:
             yield 0, "\n".join(_strings(json.loads(text)))
         except ValueError as error:
-            raise ValueError(f"{name}: is not valid JSON. Restore it.") from error
+            raise Refusal(f"{name}: is not valid JSON. Restore it.") from error
 
 
 class _Page(HTMLParser):
     """Refuses a page that runs or fetches something: ours do neither.
 
     Raises:
-        ValueError: names the element or the attribute.
+        Refusal: names the element or the attribute.
     """
 
     def __init__(self, name: str):
@@ -144,7 +145,7 @@ class _Page(HTMLParser):
         fetched = [key for key, value in attrs if key in FETCHES and not (value or "").startswith(("#", "data:"))]
         if tag in ACTIVE or active or (fetched and tag != "a"):
             what = f"<{tag}>" if tag in ACTIVE else f"{(active or fetched)[0]} of <{tag}>"
-            raise ValueError(
+            raise Refusal(
                 f"{self.name}: holds {line(what)[:40]}, as no page of ours does. Make it again (recipes/evaluate.py)."
             )
 
@@ -173,7 +174,7 @@ def _rows(name: str, file: Path) -> Iterator[tuple[int, str]]:
                     number += 1
                     yield number, json.dumps(row, ensure_ascii=False, default=str)
     except pa.ArrowException as error:
-        raise ValueError(f"{name}: is no parquet file. Run recipes/cai.py again.") from error
+        raise Refusal(f"{name}: is no parquet file. Run recipes/cai.py again.") from error
 
 
 def _printable(file: Path, size: int = 2**24) -> Iterator[str]:
@@ -201,7 +202,7 @@ def _refuse_no_picture(name: str, file: Path) -> None:
     """Refuse what has the name of a PNG and is none, or holds more than the picture.
 
     Raises:
-        ValueError: it does.
+        Refusal: it does.
     """
     data = file.read_bytes()
     place, kind = len(PNG), b""
@@ -211,4 +212,4 @@ def _refuse_no_picture(name: str, file: Path) -> None:
             break
         place += 12 + size
     if kind != b"IEND" or place != len(data):
-        raise ValueError(f"{name}: is no picture as PNG, or holds more than one. Remove it from the run's files.")
+        raise Refusal(f"{name}: is no picture as PNG, or holds more than one. Remove it from the run's files.")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes import secrets
-from rlhf_recipes.errors import nearest
+from rlhf_recipes.errors import Refusal, nearest
 from rlhf_recipes.publish import contents
 from rlhf_recipes.publish.manifest import MANIFEST, listed
 from rlhf_recipes.text import line
@@ -73,7 +73,7 @@ def told(target: Target):
     except Exception as error:
         if not _came_through_the_client(error):
             raise
-        raise ValueError(f"repo_id={target.repo_id}: {reason(error)} {target.state}") from error
+        raise Refusal(f"repo_id={target.repo_id}: {reason(error)} {target.state}") from error
 
 
 def reason(error: BaseException) -> str:
@@ -115,14 +115,14 @@ def connect(repo_id: str, repo_type: str, revision: str, tag: str | None, public
     """The repo, after everything that can be known without writing to it.
 
     Raises:
-        ValueError: no token or a wrong one, no permission, a name that is taken by another kind of repo or by somebody
+        Refusal: no token or a wrong one, no permission, a name that is taken by another kind of repo or by somebody
             else's files, a tag that is taken, or a public repo where `public` was not asked for.
     """
     from huggingface_hub import HfApi, get_token
 
     target = Target(HfApi(library_name=MARK), repo_id, repo_type, revision, public, force)
     if not get_token():
-        raise ValueError(f"repo_id={repo_id}: no token. `hf auth login`, or the environment variable HF_TOKEN.")
+        raise Refusal(f"repo_id={repo_id}: no token. `hf auth login`, or the environment variable HF_TOKEN.")
     with told(target):
         user = retried(target.api.whoami)
         _refuse_reader(repo_id, user)
@@ -142,7 +142,7 @@ def _look(target: Target) -> bool:
     """Whether the repo is there; where it is, see whose files it holds.
 
     Raises:
-        ValueError: it is public where that was not asked for, or somebody else's.
+        Refusal: it is public where that was not asked for, or somebody else's.
     """
     info = _info(target, None)
     if info is None:
@@ -150,12 +150,12 @@ def _look(target: Target) -> bool:
     retried(target.api.auth_check, target.repo_id, repo_type=target.repo_type, write=True)
     target.private = info.private
     if not info.private and not target.public:
-        raise ValueError(f"repo_id={target.repo_id}: is public already. Add public=true, or choose another name.")
+        raise Refusal(f"repo_id={target.repo_id}: is public already. Add public=true, or choose another name.")
     there = target.revision == "main" or _info(target, target.revision) is not None
     commit, remote = remote_files(target, target.revision if there else "main")
     target.foreign = _foreign(target, commit, remote)
     if target.foreign and MANIFEST not in remote.keys() - target.foreign and not target.force:
-        raise ValueError(
+        raise Refusal(
             f"repo_id={target.repo_id}: holds {len(target.foreign)} files that were not published from here "
             f"({line(min(target.foreign))}). Choose another name, or add to them with force=true."
         )
@@ -166,10 +166,10 @@ def refuse_collisions(target: Target, paths: set[str]) -> None:
     """Refuse to replace a file of the repo that is not as a publication of ours has left it.
 
     Raises:
-        ValueError: names it.
+        Refusal: names it.
     """
     if both := paths & target.foreign:
-        raise ValueError(
+        raise Refusal(
             f"repo_id={target.repo_id}: {min(both)} was not published from here, or was changed there since, and is "
             "not replaced. Move it away there, or choose another name."
         )
@@ -200,7 +200,7 @@ def _refuse_foreign_history(target: Target) -> None:
     """Whoever can see a repo can see all that was ever in it.
 
     Raises:
-        ValueError: a revision holds what was not published from here.
+        Refusal: a revision holds what was not published from here.
     """
     place = {"repo_id": target.repo_id, "repo_type": target.repo_type}
     refs = retried(target.api.list_repo_refs, **place, include_pull_requests=True)
@@ -211,11 +211,11 @@ def _refuse_foreign_history(target: Target) -> None:
     where = f"public=true: {target.repo_id} is private"
     elsewhere = "Make it public on its page, or choose another name."
     if len(commits) > MOST_REVISIONS:
-        raise ValueError(f"{where}, and its {len(commits)} revisions are too many to be looked at. {elsewhere}")
+        raise Refusal(f"{where}, and its {len(commits)} revisions are too many to be looked at. {elsewhere}")
     for commit in commits:
         _, remote = remote_files(target, commit)
         if foreign := _foreign(target, commit, remote):
-            raise ValueError(
+            raise Refusal(
                 f"{where}, and its revision {commit[:12]} holds {line(min(foreign))}, which was not published from "
                 f"here and which everybody could read. {elsewhere}"
             )
@@ -223,14 +223,14 @@ def _refuse_foreign_history(target: Target) -> None:
 
 def _refuse_reader(repo_id: str, user: dict) -> None:
     if ((user.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
-        raise ValueError(f"repo_id={repo_id}: the token may only read. Make one with write access on the Hub's page.")
+        raise Refusal(f"repo_id={repo_id}: the token may only read. Make one with write access on the Hub's page.")
 
 
 def _refuse_foreign_namespace(repo_id: str, user: dict) -> None:
     own = {user["name"]: "admin"} | {org["name"]: org.get("roleInOrg") for org in user.get("orgs", [])}
     owner = repo_id.partition("/")[0]
     if own.get(owner, "read") == "read":
-        raise ValueError(
+        raise Refusal(
             f"repo_id={repo_id}: your token is {user['name']}'s, who may not make repos of {owner}"
             f"{nearest(owner, own)}"
         )
@@ -240,7 +240,7 @@ def _refuse_other_kind(target: Target) -> None:
     for kind in KINDS:
         if kind != target.repo_type and retried(target.api.repo_exists, target.repo_id, repo_type=kind):
             name = {"dataset": "data set"}.get(kind, kind)
-            raise ValueError(f"repo_id={target.repo_id}: is the name of a {name} already. Choose another.")
+            raise Refusal(f"repo_id={target.repo_id}: is the name of a {name} already. Choose another.")
 
 
 def _refuse_taken_tag(target: Target, tag: str) -> None:
@@ -256,10 +256,10 @@ def refuse_moved_tag(target: Target) -> None:
     """Refuse to go on to a revision that is not the one of a tag that is there.
 
     Raises:
-        ValueError: there is one.
+        Refusal: there is one.
     """
     if target.tag:
-        raise ValueError(f"tag={target.tag}: {target.repo_id} has a tag of this name, and tags stay. Choose another.")
+        raise Refusal(f"tag={target.tag}: {target.repo_id} has a tag of this name, and tags stay. Choose another.")
 
 
 def _info(target: Target, revision: str | None):
@@ -276,7 +276,7 @@ def make(target: Target) -> None:
     """The repo, private, and the branch, where they are not there; what has happened to them meanwhile is looked at.
 
     Raises:
-        ValueError: as for `connect`.
+        Refusal: as for `connect`.
     """
     place = {"repo_id": target.repo_id, "repo_type": target.repo_type}
     if target.private is None:
@@ -320,7 +320,7 @@ def commit(target: Target, folder: Path, message: str, revision: str, create_pr:
         (commit, whether anything was sent, pull request's reference or None).
 
     Raises:
-        ValueError: a file there that would be replaced is not ours.
+        Refusal: a file there that would be replaced is not ours.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
@@ -367,13 +367,13 @@ def tag(target: Target, name: str, revision: str) -> None:
     """Set a tag.
 
     Raises:
-        ValueError: somebody has set it meanwhile, elsewhere.
+        Refusal: somebody has set it meanwhile, elsewhere.
     """
     place = {"repo_id": target.repo_id, "repo_type": target.repo_type}
     retried(target.api.create_tag, **place, tag=name, revision=revision, exist_ok=True)
     found = retried(target.api.repo_info, **place, revision=name).sha
     if found != revision:
-        raise ValueError(
+        raise Refusal(
             f"tag={name}: was set meanwhile at {found[:12]}, and tags stay. {target.state} Choose another tag."
         )
 
@@ -382,7 +382,7 @@ def make_public(target: Target) -> None:
     """Show the repo, and all that was ever in it, to everybody.
 
     Raises:
-        ValueError: a revision holds what was not published from here.
+        Refusal: a revision holds what was not published from here.
     """
     _refuse_foreign_history(target)
     retried(target.api.update_repo_settings, target.repo_id, repo_type=target.repo_type, private=False)

@@ -17,6 +17,7 @@ from rlhf_recipes import memory, models, run
 from rlhf_recipes.data.fit import fit
 from rlhf_recipes.data.load import load_demonstrations, load_pairs, load_prompts
 from rlhf_recipes.data.tokens import lengths
+from rlhf_recipes.errors import Refusal
 from rlhf_recipes.launch.preflight import predict_memory, real_steps, rows
 from rlhf_recipes.launch.refusals import as_refusal
 from rlhf_recipes.ppo import sources
@@ -90,11 +91,8 @@ def examine(job: Job, looked_at: LookedAt) -> dict[str, Any]:
     found |= dict.fromkeys(("settings", "model", "lora", "rows", "example", "memory", "step"))
     try:
         _look(job, looked_at, found)
-    except ValueError as error:
-        reason = as_refusal(error, job.recipe)
-        if reason is None:
-            raise
-        found["stops"].append(f"{job.name or job.recipe}: {reason}")
+    except Refusal as error:
+        found["stops"].append(f"{job.name or job.recipe}: {as_refusal(error)}")
     return found
 
 
@@ -102,7 +100,7 @@ def _look(job: Job, looked_at: LookedAt, found: dict[str, Any]) -> None:
     """Fill in what `examine` returns.
 
     Raises:
-        ValueError: the recipe would refuse the job.
+        Refusal: the recipe would refuse the job.
     """
     cfg, recipe = job.cfg, job.recipe
     libraries = looked_at.libraries  # before anything is read
@@ -213,7 +211,7 @@ def _memory(found: dict, job: Job, args, batch: predict_memory.Batch, libraries:
     """Fill in `lora` and `memory`, and judge what is needed by what is free."""
     try:
         base = predict_memory.backbone(job.cfg, job.recipe)
-    except ValueError as error:  # not the kind of model that the counts are of
+    except Refusal as error:  # not the kind of model that the counts are of
         found["watch"].append(str(error))
         return
     rewards = sum(":" not in each for each in _rewards(job.cfg))  # as adapters on the policy's base

@@ -20,6 +20,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import run
+from rlhf_recipes.errors import Refusal
 from rlhf_recipes.launch import keys, publish_after
 from rlhf_recipes.launch.refusals import as_refusal
 
@@ -30,7 +31,7 @@ def alone(cfg: DictConfig, recipe: str, overrides: list[str]) -> None:
     """Look at one run, and print the command that starts it.
 
     Raises:
-        ValueError: it could not run.
+        Refusal: it could not run.
     """
     from rlhf_recipes.launch.preflight.job import Job
 
@@ -49,7 +50,7 @@ def before_sweep(cfg: DictConfig) -> None:
         cfg: the config of the launch, Hydra's own node included.
 
     Raises:
-        ValueError: a job's config is refused, or it could not run.
+        Refusal: a job's config is refused, or it could not run.
     """
     from rlhf_recipes.launch.preflight.job import Job
 
@@ -65,7 +66,7 @@ def before_pipeline(stages: list, folder: Path, settings: DictConfig) -> None:
     """Look at the training stages of a pipeline that have no result.
 
     Raises:
-        ValueError: a stage could not run.
+        Refusal: a stage could not run.
     """
     from rlhf_recipes.launch.preflight.job import READ, Job
 
@@ -81,7 +82,7 @@ def look(jobs: list, folder: Path, settings: DictConfig, elsewhere: bool = False
         elsewhere: the jobs run on other machines, whose memory is not this one's.
 
     Raises:
-        ValueError: a job could not run, unless `settings.fails` is warn.
+        Refusal: a job could not run, unless `settings.fails` is warn.
     """
     run.environment()
     from rlhf_recipes.launch.preflight import job as examination
@@ -102,7 +103,7 @@ def look(jobs: list, folder: Path, settings: DictConfig, elsewhere: bool = False
     print(printed.summary(report), flush=True)
     reasons = [reason for seen in (*found, report["disk"]) for reason in seen["stops"]]
     if reasons and settings.fails == "stop":
-        raise ValueError(f"preflight: {reasons[0]} Or start all the same: preflight.fails=warn")
+        raise Refusal(f"preflight: {reasons[0]} Or start all the same: preflight.fails=warn")
 
 
 def sweep_jobs(cfg: DictConfig) -> Iterator[tuple[str, str, DictConfig, list[str]]]:
@@ -110,7 +111,7 @@ def sweep_jobs(cfg: DictConfig) -> Iterator[tuple[str, str, DictConfig, list[str
     space.
 
     Raises:
-        ValueError: a job's config is refused.
+        Refusal: a job's config is refused.
     """
     import hydra
 
@@ -136,7 +137,7 @@ def sweep_jobs(cfg: DictConfig) -> Iterator[tuple[str, str, DictConfig, list[str
             job_cfg = OmegaConf.masked_copy(composed, [key for key in composed if key not in ("hydra", "output_dir")])
             keys.check(job_cfg, recipe)
         except Exception as error:
-            raise ValueError(f"{' '.join(chosen)}: {as_refusal(error, recipe) or error}") from error
+            raise Refusal(f"{' '.join(chosen)}: {as_refusal(error, recipe) or error}") from error
         yield name, recipe, job_cfg, list(chosen)
 
 

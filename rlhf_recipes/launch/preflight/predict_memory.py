@@ -20,6 +20,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from rlhf_recipes import config, models
+from rlhf_recipes.errors import Refusal
 
 GIB = 2**30
 # TRL's tile of logits (trl.kernels.chunked_logprob): tokens, and entries of the vocabulary in dpo and sft; PPO's.
@@ -97,7 +98,7 @@ def backbone(cfg: DictConfig, recipe: str) -> Backbone:
     """Build the model without its weights.
 
     Raises:
-        ValueError: the model cannot be found, or its config does not say what these counts need.
+        Refusal: the model cannot be found, or its config does not say what these counts need.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -105,7 +106,7 @@ def backbone(cfg: DictConfig, recipe: str) -> Backbone:
     shape = models.load_config(cfg.model)
     for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
         if not isinstance(getattr(shape, name, None), int):
-            raise ValueError(f"model.id={cfg.model.id}: its config has no {name}, so its memory cannot be predicted.")
+            raise Refusal(f"model.id={cfg.model.id}: its config has no {name}, so its memory cannot be predicted.")
     dtype, scores = models.compute_dtype(cfg.model), recipe == "reward"
     auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     shape.num_labels = 1
