@@ -23,7 +23,7 @@ def users_function(where: str):
     try:
         yield
     except Exception as error:
-        inside = traceback.extract_tb(error.__traceback__)[1:2]  # the first frame is the caller's
+        inside = traceback.extract_tb(error.__traceback__)[2:3]  # behind this frame and the caller's
         place = "".join(f" ({frame.filename}:{frame.lineno})" for frame in inside)
         raise Refusal(
             f"{where}: raised {type(error).__name__}: {first_line(error).rstrip('.')}{place}. Mend the function; "
