@@ -31,7 +31,7 @@ def here(run_recipe, tiny_overrides, tmp_path_factory):
     alike = [*tiny_overrides, "quantization=none", "preflight.measure=false", "trainer.save_steps=1"]
     done = run_recipe("reward", *alike, "reward=ensemble", "reward.member=0,1", cwd=folder, timeout=300)
     assert done.returncode == 0, done
-    assert "next      python recipes/audit.py reward_model=outputs/reward/ensemble" in done.stdout
+    assert "next      python -m rlhf_recipes.recipes.audit reward_model=outputs/reward/ensemble" in done.stdout
     done = run_recipe("ppo", *alike, "reward_funcs=[outputs/reward/ensemble/member_0,gold:words]",
                       "trainer.reward_weights=[1.0,0.0]", "trainer.max_completion_length=6", "trainer.value=head",
                       "trainer.num_ppo_epochs=1", "trainer.save_total_limit=null", cwd=write_gold(folder),

@@ -265,7 +265,7 @@ def test_a_dry_run(here, run_recipe):
     """Without a Hub: the same files in a folder, loaded from there."""
     done = run_recipe("publish", "run=sft", "folder=dry", "license=mit", "force=true", cwd=here)
     assert done.returncode == 0, done
-    assert "next      python recipes/publish.py run=sft repo_id=<user>/<name>" in done.stdout
+    assert "next      python -m rlhf_recipes.recipes.publish run=sft repo_id=<user>/<name>" in done.stdout
     assert "32 log-probabilities are within" in done.stdout
     assert "**Not proven.**" in (here / "dry" / "README.md").read_text()
     result = json.loads((here / "outputs" / "publish" / "main" / "result.json").read_text())

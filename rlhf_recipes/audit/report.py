@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 from rlhf_recipes import run
 from rlhf_recipes.audit import judgements, page, verdict
 from rlhf_recipes.audit.run_audit import Findings, Sources
+from rlhf_recipes.commands import command
 from rlhf_recipes.data.load import Splits
 from rlhf_recipes.stats import format_estimate
 from rlhf_recipes.text import line
@@ -81,5 +82,5 @@ def describe(job: run.Run, audit: dict[str, Any], disputed: bool) -> str:
         lines.append(f"  disputed  {path}: for people to label first, second or tie")
         lines.append(f"  next      this command again with 'judgements=[{path}]' run_name=labelled")
     elif audit["counts"]["reward models"] == 1:
-        lines.append("  next      python recipes/reward.py reward=ensemble: one reward model does not know its errors")
+        lines.append(f"  next      {command('reward')} reward=ensemble: one reward model does not know its errors")
     return "\n".join(map(line, lines))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes import run
+from rlhf_recipes.commands import command
 from rlhf_recipes.data import readers
 from rlhf_recipes.stats import format_estimate
 from rlhf_recipes.text import code, line, markdown
@@ -180,7 +181,7 @@ def _print_summary(result: dict[str, Any], folder: Path) -> None:
             print(f"    {side:9} {_short(row[side][-1]['content'])}")
     print(f"  data      {where}\n  card      {where}/README.md\n  result    {where}/result.json")
     if there:
-        print(f"  next      python recipes/dpo.py data=cai_pairs data.path={where}", flush=True)
+        print(f"  next      {command('dpo')} data=cai_pairs data.path={where}", flush=True)
     else:
         most = max({**funnel["unfit"], **funnel["routes"]}.items(), key=lambda entry: entry[1])[0]
         print(

@@ -20,6 +20,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from rlhf_recipes import config, run
+from rlhf_recipes.commands import command
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.text import cell, line
 from rlhf_recipes.training import doctor
@@ -174,8 +175,8 @@ def describe(table: dict, out: Path) -> str:
 
 def _next(best: dict, out: Path) -> str:
     if best["recipe"] == "reward":
-        return f"python recipes/audit.py reward_model={out}"
-    return f"python recipes/evaluate.py 'runs=[\"{Path(best['folder']) / best['job']}\"]'"
+        return f"{command('audit')} reward_model={out}"
+    return f"{command('evaluate')} 'runs=[\"{Path(best['folder']) / best['job']}\"]'"
 
 
 def _measurements(rows: list[dict]) -> dict[str, dict]:

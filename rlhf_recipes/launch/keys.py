@@ -5,6 +5,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_recipes import guard
+from rlhf_recipes.commands import command
 from rlhf_recipes.config import CONF, ModelConfig, check_value, flatten, in_sweep
 from rlhf_recipes.errors import Refusal, nearest
 
@@ -132,7 +133,7 @@ def check(cfg: DictConfig, recipe: str | None = None) -> None:
     if "publish" in cfg and cfg.publish != (cfg.repo_id is not None):
         raise Refusal(f"publish={str(cfg.publish).lower()}: goes with repo_id=<user/name>. Give both, or none.")
     if cfg.get("publish") and in_sweep():
-        raise Refusal("publish=true: not in a sweep. Publish its best job: python recipes/publish.py run=<job>.")
+        raise Refusal(f"publish=true: not in a sweep. Publish its best job: {command('publish')} run=<job>.")
     if OmegaConf.select(cfg, "trainer.push_to_hub"):
         raise Refusal(
             "trainer.push_to_hub=true: would upload every checkpoint as it is. Use publish=true repo_id=<user/name>, "

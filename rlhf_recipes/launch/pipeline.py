@@ -16,6 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import config, run, run_folder
+from rlhf_recipes.commands import as_typed, command
 from rlhf_recipes.data.load import check
 from rlhf_recipes.errors import Refusal, nearest
 from rlhf_recipes.launch import keys
@@ -111,7 +112,7 @@ def execute(plan: Plan) -> int:
         if stage.status == "finished":
             print(f"[{label}] finished before, kept: {stage.dir}", flush=True)
             continue
-        print(f"\n[{label}] python -m rlhf_recipes.recipes.{stage.recipe} {' '.join(stage.overrides)}", flush=True)
+        print(f"\n[{label}] {command(stage.recipe)} {' '.join(stage.overrides)}", flush=True)
         code, stage.seconds = _run(stage, label)
         stage.ran = True
         # A verdict has an exit status of its own: what makes a stage finished is its result.
@@ -139,8 +140,8 @@ def print_summary(plan: Plan, next_commands: list[str]) -> None:
     if adapters:
         print(f"adapter  {adapters[-1]}")
     print(f"summary  {plan.dir / SUMMARY}")
-    for command in next_commands:
-        print(f"next     {command.replace('{dir}', str(plan.dir))}")
+    for each in next_commands:
+        print(f"next     {as_typed(each).replace('{dir}', str(plan.dir))}")
     sys.stdout.flush()
 
 

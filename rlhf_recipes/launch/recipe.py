@@ -11,6 +11,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from rlhf_recipes import commands
 from rlhf_recipes.config import in_sweep
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.launch.keys import check
@@ -42,6 +43,7 @@ def recipe(name: str):
         @functools.wraps(main)
         def launch():
             _leave_script_folder()
+            commands.remember(sys.argv[0])
             sys.excepthook = print_bug
             sys.argv[1:] = spelled_out(sys.argv[1:])
             with OneLine(name):

@@ -16,6 +16,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import models, run
+from rlhf_recipes.commands import command
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.publish import base_model, card, checks, contents, manifest, merge, round_trip, upload
 
@@ -122,7 +123,7 @@ def tell(cfg: DictConfig, published: dict[str, Any]) -> None:
         return
     key, folder = ("run", cfg.run) if cfg.run else ("pairs", cfg.pairs)
     print(f"  folder    {published['where']}: what would be uploaded; nothing was")
-    print(f"  next      python recipes/publish.py {key}={folder} repo_id={PLACEHOLDER}", flush=True)
+    print(f"  next      {command('publish')} {key}={folder} repo_id={PLACEHOLDER}", flush=True)
 
 
 def _measure(source: contents.Source, facts: dict, cfg: DictConfig, staged: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import textwrap
 from contextlib import contextmanager
 from pathlib import Path
 
+from rlhf_recipes.commands import command
 from rlhf_recipes.errors import first_line
 from rlhf_recipes.run import Run, adapter_sha256, record, write_result
 from rlhf_recipes.run_folder import write_atomically
@@ -99,7 +100,7 @@ def _print_summary(run: Run, result: dict) -> None:
 def next_command(run: Run) -> str:
     """The command that usually follows this recipe."""
     if run.recipe == "sft":
-        return f"python recipes/dpo.py model.adapter={run.dir}"
+        return f"{command('dpo')} model.adapter={run.dir}"
     if run.recipe == "reward":
-        return f"python recipes/audit.py reward_model={run.dir}"
-    return f"python recipes/evaluate.py 'runs=[{run.dir}]'"
+        return f"{command('audit')} reward_model={run.dir}"
+    return f"{command('evaluate')} 'runs=[{run.dir}]'"

@@ -20,6 +20,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import run
+from rlhf_recipes.commands import command
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.launch import keys, publish_after
 from rlhf_recipes.launch.refusals import as_refusal
@@ -40,7 +41,7 @@ def alone(cfg: DictConfig, recipe: str, overrides: list[str]) -> None:
         publish_after.check_ready(cfg, recipe)
     look([Job("", recipe, cfg, overrides)], job.dir, cfg.preflight)
     wanted = [f"'{each}'" if set("[]{}() ") & set(each) else each for each in _without_preflight(overrides)]
-    print(f"next      {' '.join([f'python recipes/{recipe}.py', *wanted])}", flush=True)
+    print(f"next      {' '.join([command(recipe), *wanted])}", flush=True)
 
 
 def before_sweep(cfg: DictConfig) -> None:
