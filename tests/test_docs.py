@@ -181,9 +181,12 @@ def test_make_targets_exist():
     assert {"demo", "test"} <= shown <= TARGETS
 
 
-def test_extras_exist():
+def test_extras_and_markers_exist(request):
     shown = {name for line in lines(ALL) for name in EXTRAS.findall(line)}
     assert {"server", "eval", "sweep"} <= shown <= set(PROJECT["optional-dependencies"])
+    markers = {marker.partition(":")[0] for marker in request.config.getini("markers")}
+    shown = {name for line in lines(ALL) for name in re.findall(r'^pytest -m "not (\w+)"$', line)}
+    assert shown and shown <= markers
 
 
 def test_imports_work():
@@ -222,7 +225,7 @@ def test_links_lead_somewhere(name):
 @pytest.mark.parametrize("name", READMES)
 def test_files_that_are_named_exist(name):
     shown = set(re.findall(r"(?:recipes|conf|rlhf_recipes|tests)/[\w./-]*\w/?", READMES[name]))
-    shown |= set(re.findall(r"`(Makefile|Dockerfile|[\w.]+\.(?:toml|txt))`", READMES[name]))
+    shown |= set(re.findall(r"\b(?:pyproject\.toml|constraints\.txt)\b", READMES[name]))
     absent = {path for path in shown if not (ROOT / path).exists()}
     assert shown and not absent
 
