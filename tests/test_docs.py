@@ -26,7 +26,6 @@ READMES = {
 }
 README, ALL = READMES["README.md"], "\n".join(READMES.values())
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-TARGETS = set(re.findall(r"(?m)^([a-z]+):", (ROOT / "Makefile").read_text()))
 
 
 def texts():
@@ -177,8 +176,9 @@ def test_every_benchmark_has_its_figures():
 
 
 def test_make_targets_exist():
+    targets = set(re.findall(r"(?m)^([a-z]+):", (ROOT / "Makefile").read_text()))
     shown = {name for line in lines(ALL) for name in re.findall(r"^make ([a-z]+)", line)}
-    assert {"demo", "test"} <= shown <= TARGETS
+    assert {"demo", "test"} <= shown <= targets
 
 
 def test_extras_and_markers_exist(request):
@@ -226,8 +226,8 @@ def test_links_lead_somewhere(name):
 def test_files_that_are_named_exist(name):
     shown = set(re.findall(r"(?:recipes|conf|rlhf_recipes|tests)/[\w./-]*\w/?", READMES[name]))
     shown |= set(re.findall(r"\b(?:pyproject\.toml|constraints\.txt)\b", READMES[name]))
-    absent = {path for path in shown if not (ROOT / path).exists()}
-    assert shown and not absent
+    assert shown
+    assert {path for path in shown if not (ROOT / path).exists()} == set()
 
 
 def test_readme_is_short():
@@ -265,7 +265,15 @@ def test_the_tree_lists_what_is_there():
             if not (ROOT / path / name).exists() and not (ROOT / path / f"{name}.py").exists():
                 absent.append(f"{path}{name}")
     assert not absent
-    package = [file for file in (ROOT / "rlhf_recipes").iterdir() if file.suffix == ".py" or file.is_dir()]
-    lines = {f"rlhf_recipes/{file.name}{'/' if file.is_dir() else ''}" for file in package}
-    lines -= {"rlhf_recipes/__init__.py", "rlhf_recipes/__pycache__/"}
-    assert lines <= set(rooms), lines - set(rooms)
+    package = [file.relative_to(ROOT / "rlhf_recipes") for file in (ROOT / "rlhf_recipes").rglob("*.py")]
+    expected = {f"{file.parts[0]}/" if file.parts[1:] else file.name for file in package} - {"__init__.py"}
+    expected = {f"rlhf_recipes/{name}" for name in expected}
+    assert expected <= set(rooms), expected - set(rooms)
+
+
+def test_contributing_names_what_is_there():
+    """`RULES` and the like stand in a module that the same point names."""
+    for point in README.partition("## Contributing")[2].split("\n- ")[1:]:
+        modules = [(ROOT / path).read_text() for path in re.findall(r"`(rlhf_recipes/[\w/]+\.py)`", point)]
+        for name in re.findall(r"`([A-Z_]+)`", point):
+            assert re.search(rf"(?m)^{name}\b", "\n".join(modules)), name
