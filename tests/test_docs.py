@@ -1,10 +1,14 @@
-"""Every command that README, docstrings and configs show is one that works, as far as its config goes."""
+"""What README, the manual, the figures, docstrings and configs show: commands that work as far as their config goes,
+names and links of what is there."""
 
+import argparse
 import re
+import runpy
 import shlex
+import tomllib
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, rendered
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
@@ -12,14 +16,23 @@ from rlhf_recipes import config
 from rlhf_recipes.launch import keys
 from rlhf_recipes.launch.recipe import spelled_out
 
-COMMAND = re.compile(r"(?:python recipes/(\w+)\.py|python -m rlhf_recipes\.recipes\.(\w+)|rlhf-(\w+))(?: |$)")
+COMMAND = re.compile(
+    r"(?:(?:\.venv/bin/)?python recipes/(\w+)\.py|python -m rlhf_recipes\.recipes\.(\w+)|rlhf-(\w+))(?: |$)"
+)
+BENCHMARK = re.compile(r"python (tests/benchmarks/\w+\.py)(?: |$)")
+EXTRAS = re.compile(r'pip install -e "\.\[(\w+)\]"$')
 RECIPES = {file.stem for file in (ROOT / "recipes").glob("*.py")} - {"__init__"}
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+READMES = {
+    name: (ROOT / name).read_text(encoding="utf-8")
+    for name in ("README.md", "recipes/README.md", "tests/benchmarks/README.md")
+}
+README, ALL = READMES["README.md"], "\n".join(READMES.values())
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def texts():
     """(where, text) of everything that shows commands, without comment signs."""
-    yield "README.md", README
+    yield from READMES.items()
     for file in sorted((ROOT / "recipes").glob("*.py")):
         text = file.read_text(encoding="utf-8")
         yield f"recipes/{file.name}", text.split('"""')[1] if '"""' in text else ""
@@ -83,7 +96,7 @@ def check(compose, command):
 def test_there_is_much_to_check():
     assert len(commands()) > 30
     wheres = {param.id.partition(":")[0] for param in commands()}
-    assert {"README.md", "conf/dpo.yaml", "conf/data/local.yaml", "recipes/dpo.py"} <= wheres
+    assert {*READMES, "conf/dpo.yaml", "conf/data/local.yaml", "recipes/dpo.py"} <= wheres
     assert "conf/experiment/pipeline/demo.yaml" in wheres
 
 
@@ -99,7 +112,7 @@ def test_a_shown_command_composes(compose, command):
         "python recipes/dpo.py trainer.betaa=1",
         "python recipes/dpo.py data=local",
         "python recipes/dpo.py trainer.beta=0.1,0.2",
-        "python recipes/kto.py",
+        "python recipes/unheard_of.py",
         "rlhf-dpo data.seed=x",
         "python recipes/dpo.py outputs/sft/main",
     ],
@@ -111,8 +124,8 @@ def test_a_wrong_command_would_be_seen(compose, wrong):
 
 
 def test_inline_overrides_compose(compose):
-    """`key=value` in README's running text belongs to one recipe at least."""
-    shown = {code for code in re.findall(r"`([^`\n]+)`", README) if re.fullmatch(r"[a-z_]+(\.\w+)*=[^\s<>]+", code)}
+    """`key=value` in running text belongs to one recipe at least."""
+    shown = {code for code in re.findall(r"`([^`\n]+)`", ALL) if re.fullmatch(r"[a-z_]+(\.\w+)*=[^\s<>]+", code)}
     assert len(shown) > 3
     for override in shown:
         fits = []
@@ -125,11 +138,11 @@ def test_inline_overrides_compose(compose):
         assert fits, f"{override} composes with no recipe"
 
 
-def test_dotted_keys_of_the_readme_exist(compose):
+def test_dotted_keys_exist(compose):
     """`trainer.simpo_gamma` and the like are arguments of a class, or keys of a node."""
     from rlhf_recipes.typecheck import parameters
 
-    shown = set(re.findall(r"`((?:trainer|lora|quantization|data|model)\.[a-z_.]+)(?:=[^`]*)?`", README))
+    shown = set(re.findall(r"`((?:trainer|lora|quantization|data|model)\.[a-z_.]+)(?:=[^`]*)?`", ALL))
     known = set()
     for recipe in sorted(RECIPES - {"audit", "cai", "evaluate", "publish", "pipeline"}):
         cfg = compose(recipe, "data.path=x")
@@ -140,34 +153,129 @@ def test_dotted_keys_of_the_readme_exist(compose):
     assert len(shown) > 3 and shown <= known, shown - known
 
 
+class Parsed(Exception):
+    """The options were taken."""
+
+
+@pytest.mark.parametrize(
+    "command", sorted({line for text in READMES.values() for line in lines(text) if BENCHMARK.match(line)})
+)
+def test_a_shown_benchmark_takes_its_options(command, monkeypatch):
+    parse = argparse.ArgumentParser.parse_args
+
+    def stop(parser):
+        raise Parsed(parse(parser, shlex.split(command)[2:]))  # an option that is none exits
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    with pytest.raises(Parsed):
+        runpy.run_path(str(ROOT / BENCHMARK.match(command)[1]), run_name="__main__")
+
+
+def test_every_benchmark_has_its_figures():
+    programs = {file.name for file in (ROOT / "tests/benchmarks").iterdir() if file.suffix in (".py", ".png")}
+    shown = READMES["tests/benchmarks/README.md"]
+    assert {name for name in programs if name not in shown} == set()
+
+
 def test_make_targets_exist():
     targets = set(re.findall(r"(?m)^([a-z]+):", (ROOT / "Makefile").read_text()))
-    shown = {name for line in lines(README) for name in re.findall(r"^make ([a-z]+)", line)}
+    shown = {name for line in lines(ALL) for name in re.findall(r"^make ([a-z]+)", line)}
     assert {"demo", "test"} <= shown <= targets
 
 
-def test_console_scripts_are_the_recipes():
-    import tomllib
+def test_extras_and_markers_exist(request):
+    shown = {name for line in lines(ALL) for name in EXTRAS.findall(line)}
+    assert {"server", "eval", "sweep"} <= shown <= set(PROJECT["optional-dependencies"])
+    markers = {marker.partition(":")[0] for marker in request.config.getini("markers")}
+    shown = {name for line in lines(ALL) for name in re.findall(r'^pytest -m "not (\w+)"$', line)}
+    assert shown and shown <= markers
 
-    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    assert scripts == {f"rlhf-{name}": f"rlhf_recipes.recipes.{name}:main" for name in RECIPES}
+
+def test_imports_work():
+    shown = {line for line in lines(ALL) if line.startswith("from rlhf_recipes")}
+    assert shown
+    for line in shown:
+        exec(line, {})
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_every_line_of_a_shell_block_is_a_command_that_is_tested(name):
+    shell = "".join(re.findall(r"```bash\n(.*?)```", READMES[name], re.S))
+    shown = re.sub(r"\\\n\s*", "", shell).splitlines()
+    tested = [line for line in shown if COMMAND.match(line) or BENCHMARK.match(line) or line.startswith("make ")]
+    assert shown and shown == tested
+
+
+def headings(name):
+    """Their anchors, as GitHub makes them."""
+    found = re.findall(r"(?m)^#+ (.+)$", re.sub(r"```.*?```", "", READMES[name], flags=re.S))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_links_lead_somewhere(name):
+    found = rendered(READMES[name])
+    inside = [link for link in [*found.links, *found.images] if not link.startswith("https://")]
+    assert inside
+    for link in inside:
+        path, _, anchor = link.partition("#")
+        target = ((ROOT / name).parent / path).resolve() if path else ROOT / name
+        assert target.is_file(), link
+        assert not anchor or anchor in headings(target.relative_to(ROOT).as_posix()), link
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_files_that_are_named_exist(name):
+    shown = set(re.findall(r"(?:recipes|conf|rlhf_recipes|tests)/[\w./-]*\w/?", READMES[name]))
+    shown |= set(re.findall(r"\b(?:pyproject\.toml|constraints\.txt)\b", READMES[name]))
+    assert shown
+    assert {path for path in shown if not (ROOT / path).exists()} == set()
+
+
+def test_readme_is_short():
+    assert len(README.splitlines()) < 230
+
+
+def test_console_scripts_are_the_recipes():
+    assert PROJECT["scripts"] == {f"rlhf-{name}": f"rlhf_recipes.recipes.{name}:main" for name in RECIPES}
+
+
+def tree():
+    """{path: what stands beside it} of README's tree; a line that begins further in continues the one above."""
+    block = next(text for text in re.findall(r"```\w*\n(.*?)```", README, re.S) if "rlhf_recipes/" in text.split())
+    rooms, folder, path = {}, "", ""
+    for line in block.splitlines():
+        depth = len(line) - len(line.lstrip())
+        if depth > 2:
+            rooms[path] += " " + line.strip()
+            continue
+        name, _, said = line.strip().partition(" ")
+        folder = folder if depth else name
+        path = folder + name if depth else name
+        rooms[path] = said.strip()
+    return rooms
 
 
 def test_the_tree_lists_what_is_there():
-    """Each line of README's tree names a file or folder; each module of the package has its line."""
-    block = next(text for text in re.findall(r"```\w*\n(.*?)```", README, re.S) if "rlhf_recipes/" in text.split())
-    shown, folder = set(), {}
-    for line in block.splitlines():
-        bare = re.sub(r"[│├└─]", " ", line)
-        if not bare.strip():
-            continue
-        depth, name = len(bare) - len(bare.lstrip()), bare.split()[0]
-        parents = [folder[level] for level in sorted(folder) if level < depth]
-        folder = {level: there for level, there in folder.items() if level < depth} | {depth: name}
-        shown.add("".join(parents) + name)
-    absent = [path for path in sorted(shown) if not (ROOT / path).exists()]
+    """Each line names a file or folder, that of a folder also what is in it, before a colon; each module and room of
+    the package has its line."""
+    rooms = tree()
+    absent = [path for path in rooms if not (ROOT / path).exists()]
+    for path, said in rooms.items():
+        names, colon, _ = said.partition(":")
+        for name in names.split() if colon and path.endswith("/") else []:
+            if not (ROOT / path / name).exists() and not (ROOT / path / f"{name}.py").exists():
+                absent.append(f"{path}{name}")
     assert not absent
-    modules = {f"rlhf_recipes/{file.name}" for file in (ROOT / "rlhf_recipes").glob("*.py")} - {
-        "rlhf_recipes/__init__.py"
-    }
-    assert modules <= shown, modules - shown
+    package = [file.relative_to(ROOT / "rlhf_recipes") for file in (ROOT / "rlhf_recipes").rglob("*.py")]
+    expected = {f"{file.parts[0]}/" if file.parts[1:] else file.name for file in package} - {"__init__.py"}
+    expected = {f"rlhf_recipes/{name}" for name in expected}
+    assert expected <= set(rooms), expected - set(rooms)
+
+
+def test_contributing_names_what_is_there():
+    """`RULES` and the like stand in a module that the same point names."""
+    for point in README.partition("## Contributing")[2].split("\n- ")[1:]:
+        modules = [(ROOT / path).read_text() for path in re.findall(r"`(rlhf_recipes/[\w/]+\.py)`", point)]
+        for name in re.findall(r"`([A-Z_]+)`", point):
+            assert re.search(rf"(?m)^{name}\b", "\n".join(modules)), name
