@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import warm
 
 ROOT = Path(__file__).parents[1]
 CLINIC = ROOT / "rlhf_recipes" / "assets" / "clinic"
@@ -123,16 +124,24 @@ def clean_env(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def run_recipe(clean_env):
-    """run_recipe(name, *overrides, cwd, env=None, timeout=120): `python -m rlhf_recipes.recipes.<name>`, to its end.
+def warm_python(clean_env, tmp_path_factory):
+    """The path of a Python that has imported the libraries already, in `clean_env`: see tests/warm.py."""
+    with warm.start(tmp_path_factory.mktemp("warm"), clean_env) as program:
+        yield str(program)
 
-    `env` is added to `clean_env`; a value of None removes the variable.
+
+@pytest.fixture(scope="session")
+def run_recipe(clean_env, warm_python):
+    """run_recipe(name, *overrides, cwd, env=None, timeout=120, cold=False): `python -m rlhf_recipes.recipes.<name>`,
+    to its end.
+
+    `env` is added to `clean_env`; a value of None removes the variable. `cold`: by a Python that has imported nothing.
     """
 
-    def run(name, *overrides, cwd, env=None, timeout=120):
+    def run(name, *overrides, cwd, env=None, timeout=120, cold=False):
         begin = time.monotonic()
         done = subprocess.run(
-            [sys.executable, "-m", f"rlhf_recipes.recipes.{name}", *overrides],
+            [sys.executable if cold else warm_python, "-m", f"rlhf_recipes.recipes.{name}", *overrides],
             cwd=cwd,
             env=merged(clean_env, env),
             capture_output=True,
@@ -145,14 +154,14 @@ def run_recipe(clean_env):
 
 
 @pytest.fixture
-def start_recipe(clean_env):
-    """start_recipe(name, *overrides, cwd, env=None): the same as a running process; what still runs at the end of a
-    test is killed with its children."""
+def start_recipe(clean_env, warm_python):
+    """start_recipe(name, *overrides, cwd, env=None, cold=False): the same as a running process, of the recipe's own id
+    where it is cold; what still runs at the end of a test is killed with its children."""
     started = []
 
-    def start(name, *overrides, cwd, env=None):
+    def start(name, *overrides, cwd, env=None, cold=False):
         process = subprocess.Popen(
-            [sys.executable, "-m", f"rlhf_recipes.recipes.{name}", *overrides],
+            [sys.executable if cold else warm_python, "-m", f"rlhf_recipes.recipes.{name}", *overrides],
             cwd=cwd,
             env=merged(clean_env, env),
             stdout=subprocess.PIPE,
