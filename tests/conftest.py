@@ -27,6 +27,22 @@ CHATML = (
 TINY_ID = "tests/tiny"
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # as run.start does
 os.environ["OMP_NUM_THREADS"] = "1"  # matrices of 64 rows: threads would wait for each other
+# What takes longest starts first, so that no core idles at the end.
+LONGEST = (
+    "test_publish.py", "test_audit.py", "test_resume.py", "test_sweep.py", "test_stages.py", "test_preflight.py",
+    "test_planted_secrets.py", "test_ppo.py", "test_bad_input.py", "test_cai.py", "test_data.py", "test_conf.py",
+    "test_recipes.py", "test_run_folder.py", "test_measure.py",
+)  # fmt: skip
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items):
+    """Files by their length; whatever starts a recipe in a process of its own is slow."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+    for item in items:
+        if "warm_python" in item.fixturenames:
+            item.add_marker("slow")
 
 
 @dataclass
