@@ -37,11 +37,11 @@ LONGEST = (
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items):
-    """Files by their length; whatever starts a recipe in a process of its own is slow."""
+    """Files by their length; whatever runs a recipe is slow."""
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
     for item in items:
-        if "warm_python" in item.fixturenames:
+        if {"train", "warm_python", "embedded_model"} & set(item.fixturenames):
             item.add_marker("slow")
 
 
