@@ -20,7 +20,10 @@ from huggingface_hub.utils import _cache_manager, tqdm
 from transformers.utils import hub, logging
 
 read = [constants, datasets.config, hub, _cache_manager, sys.modules["huggingface_hub.utils.tqdm"]]
-said = [{name: str(value) for name, value in vars(module).items() if name.isupper()} for module in read]
+said = [
+    {name: sorted(value) if isinstance(value, set) else str(value) for name, value in vars(module).items()
+     if name.isupper()} for module in read
+]
 said += [dict(os.environ), os.getcwd(), sys.path, sys.argv, __name__, config.WANTS_TRACEBACK, hf_api.api.endpoint]
 print(json.dumps([*said, torch.get_num_threads(), logging.get_verbosity()]))
 """
