@@ -162,7 +162,7 @@ def _become(asked: dict, known: dict[str, str], program: str) -> None:
 
 
 def _run(module: str) -> NoReturn:
-    """Run it to its end and end as Python does, but for the taking apart of all modules, which costs 0.3 s."""
+    """Run it to its end and end as Python does, but for the taking apart of all modules, which takes half a second."""
     code = None
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
