@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import warm
 
 ROOT = Path(__file__).parents[1]
 CLINIC = ROOT / "rlhf_recipes" / "assets" / "clinic"
@@ -26,6 +27,22 @@ CHATML = (
 TINY_ID = "tests/tiny"
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # as run.start does
 os.environ["OMP_NUM_THREADS"] = "1"  # matrices of 64 rows: threads would wait for each other
+# What takes longest starts first, so that no core idles at the end.
+LONGEST = (
+    "test_recipes.py", "test_resume.py", "test_bad_input.py", "test_ppo.py", "test_sweep.py", "test_preflight.py",
+    "test_stages.py", "test_run_folder.py", "test_audit.py", "test_publish.py", "test_cai.py", "test_conf.py",
+    "test_docs.py", "test_data.py", "test_doctor.py", "test_measure.py", "test_code.py", "test_planted_secrets.py",
+)  # fmt: skip
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items):
+    """Files by their length; whatever runs a recipe is slow."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+    for item in items:
+        if {"train", "warm_python", "embedded_model"} & set(item.fixturenames):
+            item.add_marker("slow")
 
 
 @dataclass
@@ -123,16 +140,24 @@ def clean_env(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def run_recipe(clean_env):
-    """run_recipe(name, *overrides, cwd, env=None, timeout=120): `python -m rlhf_recipes.recipes.<name>`, to its end.
+def warm_python(clean_env, tmp_path_factory):
+    """The path of a Python that has imported the libraries already, in `clean_env`: see tests/warm.py."""
+    with warm.start(tmp_path_factory.mktemp("warm"), clean_env) as program:
+        yield str(program)
 
-    `env` is added to `clean_env`; a value of None removes the variable.
+
+@pytest.fixture(scope="session")
+def run_recipe(clean_env, warm_python):
+    """run_recipe(name, *overrides, cwd, env=None, timeout=120, cold=False): `python -m rlhf_recipes.recipes.<name>`,
+    to its end.
+
+    `env` is added to `clean_env`; a value of None removes the variable. `cold`: by a Python that has imported nothing.
     """
 
-    def run(name, *overrides, cwd, env=None, timeout=120):
+    def run(name, *overrides, cwd, env=None, timeout=120, cold=False):
         begin = time.monotonic()
         done = subprocess.run(
-            [sys.executable, "-m", f"rlhf_recipes.recipes.{name}", *overrides],
+            [sys.executable if cold else warm_python, "-m", f"rlhf_recipes.recipes.{name}", *overrides],
             cwd=cwd,
             env=merged(clean_env, env),
             capture_output=True,
@@ -145,14 +170,14 @@ def run_recipe(clean_env):
 
 
 @pytest.fixture
-def start_recipe(clean_env):
-    """start_recipe(name, *overrides, cwd, env=None): the same as a running process; what still runs at the end of a
-    test is killed with its children."""
+def start_recipe(clean_env, warm_python):
+    """start_recipe(name, *overrides, cwd, env=None, cold=False): the same as a running process, of the recipe's own id
+    where it is cold; what still runs at the end of a test is killed with its children."""
     started = []
 
-    def start(name, *overrides, cwd, env=None):
+    def start(name, *overrides, cwd, env=None, cold=False):
         process = subprocess.Popen(
-            [sys.executable, "-m", f"rlhf_recipes.recipes.{name}", *overrides],
+            [sys.executable if cold else warm_python, "-m", f"rlhf_recipes.recipes.{name}", *overrides],
             cwd=cwd,
             env=merged(clean_env, env),
             stdout=subprocess.PIPE,

@@ -171,7 +171,7 @@ def test_a_run_is_held_against_what_it_was_trained_on(audited, compose, tiny_mod
 
 def test_the_same_audit_is_the_same_bit_for_bit(audited, run_recipe, everything, here):
     _, folder, audit = audited
-    done = run_recipe("audit", *everything, "run_name=again", cwd=here, timeout=300)
+    done = run_recipe("audit", *everything, "run_name=again", cwd=here, timeout=300, cold=True)
     assert done.returncode == 0, done
     assert json.loads((here / "outputs/audit/again/audit.json").read_text()) == audit
     assert (here / "outputs/audit/again/report.html").read_bytes() == (folder / "report.html").read_bytes()

@@ -47,7 +47,7 @@ def refuse(run_recipe, site, tmp_path_factory):
         before = snapshot(cwd)
         path = os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH"))))
         env = {"PYTHONPATH": path, "RLHF_TEST_MODULES": seen, **(env or {})}
-        done = run_recipe(recipe, *overrides, cwd=cwd, env=env)
+        done = run_recipe(recipe, *overrides, cwd=cwd, env=env, cold=not torch)
         assert done.returncode == 2, done
         lines = done.stderr.splitlines()
         assert len(lines) == 1 and lines[0].startswith("error: "), done

@@ -46,6 +46,7 @@ def choices(recipe):
     return [(recipe, group, option) for group in groups_of(recipe) for option in own.get(group, GROUPS[group])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "group", "option"), [choice for r in RECIPES for choice in choices(r)])
 def test_every_option_composes_and_fits_its_class(compose, recipe, group, option):
     cfg = compose(recipe, f"{group}={option}")
@@ -177,6 +178,7 @@ def test_thresholds_in_the_file_are_those_of_the_code(compose):
 # ---- the recipes themselves
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_help_has_examples_and_imports_no_torch(clean_env, recipe, tmp_path):
     code = f"""

@@ -100,6 +100,7 @@ def test_there_is_much_to_check():
     assert "conf/experiment/pipeline/demo.yaml" in wheres
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", commands())
 def test_a_shown_command_composes(compose, command):
     check(compose, command)
@@ -123,6 +124,7 @@ def test_a_wrong_command_would_be_seen(compose, wrong):
     assert str(caught.value)
 
 
+@pytest.mark.slow
 def test_inline_overrides_compose(compose):
     """`key=value` in running text belongs to one recipe at least."""
     shown = {code for code in re.findall(r"`([^`\n]+)`", ALL) if re.fullmatch(r"[a-z_]+(\.\w+)*=[^\s<>]+", code)}

@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -488,18 +487,17 @@ if trainer.args.process_index == 0:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("value", ["separate", "head"])
-def test_two_processes_update_as_one(tiny_model, tmp_path, clean_env, value):
+def test_two_processes_update_as_one(tiny_model, tmp_path, warm_python, clean_env, value):
     from safetensors.torch import load_file
 
-    script = tmp_path / "script.py"
-    script.write_text(TWO_PROCESSES)
+    (tmp_path / "warm_script.py").write_text(TWO_PROCESSES)
     for processes in (1, 2):
         argument = json.dumps([str(tiny_model), str(tmp_path / str(processes)), 4 // processes, value, PROMPTS])
         # `accelerate launch --cpu --num_processes 2` starts one process (Accelerate 1.15).
         launcher = ["torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
         done = subprocess.run(
-            [sys.executable, "-m", *launcher, str(script), argument],
-            env=clean_env, capture_output=True, text=True, timeout=300,
+            [warm_python, "-m", *launcher, "-m", "warm_script", argument],
+            cwd=tmp_path, env=clean_env, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
     one, two = (load_file(tmp_path / f"{n}.safetensors") for n in (1, 2))

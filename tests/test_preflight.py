@@ -280,9 +280,10 @@ def test_steps_are_those_of_the_run(train, tmp_path):
 
 
 def test_real_steps_are_measured_and_their_failure_is_one_line(
-    compose, tiny_overrides, tmp_path, monkeypatch, clean_env
+    compose, tiny_overrides, tmp_path, monkeypatch, clean_env, warm_python
 ):
     monkeypatch.setattr("os.environ", dict(clean_env))
+    monkeypatch.setattr("sys.executable", warm_python)
     cfg = compose("dpo", *tiny_overrides)
     args = models.training_args(cfg.trainer, run.Run(Path("x"), "dpo", {}))
     splits = fit(load_pairs(cfg.data), models.load_tokenizer(cfg.model), args.max_length)

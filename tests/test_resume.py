@@ -1,13 +1,10 @@
 """SIGKILL at any moment, the same command again: the adapter is the one of a run that nobody disturbed."""
 
-import importlib
 import json
-import multiprocessing
 import os
 import signal
-import sys
+import subprocess
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -54,80 +51,18 @@ KILLS = (
 TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "tokens_per_second")
 
 
-@dataclass
-class Outcome:
-    exitcode: int
-    output: str
-
-
 @pytest.fixture(scope="module")
-def launch(clean_env, tmp_path_factory):
-    """launch(recipe, overrides, cwd, kill=None): the command in a process of its own, forked from one that has
-    imported everything and computed nothing: a fresh process without ten seconds of imports."""
-    server = multiprocessing.get_context("forkserver")
-    trainers = [f"trl.trainer.{recipe}_trainer" for recipe in ("sft", "dpo", "reward")]
-    server.set_forkserver_preload(["rlhf_recipes.models", "peft", "bitsandbytes", "matplotlib.pyplot", *trainers])
-    logs = tmp_path_factory.mktemp("logs")
-    with pytest.MonkeyPatch.context() as patch:
-        for key in set(os.environ) - set(clean_env):
-            patch.delenv(key)
-        for key, value in clean_env.items():
-            patch.setenv(key, value)
+def launch(warm_python, clean_env):
+    """launch(recipe, overrides, cwd, kill=None): the recipe, with a death sentence where one is given."""
 
-        def launched(recipe, overrides, cwd, kill=None):
-            log = logs / f"{len(list(logs.iterdir()))}.txt"
-            process = server.Process(target=command, args=(recipe, list(overrides), str(cwd), kill, str(log)))
-            process.start()
-            process.join(120)
-            if process.is_alive():
-                process.kill()
-            return Outcome(process.exitcode, log.read_text())
+    def launched(recipe, overrides, cwd, kill=""):
+        module = ["killed", kill, recipe] if kill else [f"rlhf_recipes.recipes.{recipe}"]
+        return subprocess.run(
+            [warm_python, "-m", *module, *overrides], cwd=cwd, env={**clean_env, "PYTHONPATH": Path(__file__).parent},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120,
+        )  # fmt: skip
 
-        yield launched
-
-
-def command(recipe, overrides, cwd, kill, log):
-    """What `python -m rlhf_recipes.recipes.<recipe> <overrides>` does, with a death sentence."""
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.chdir(cwd)
-    sys.argv = [recipe, *overrides]
-    if kill:
-        arm(*kill.rsplit(" ", 1)) if " " in kill else arm(kill)
-    importlib.import_module(f"rlhf_recipes.recipes.{recipe}").main()
-
-
-def arm(what, moment=None):
-    from transformers import Trainer, TrainerState
-
-    from rlhf_recipes import models
-    from rlhf_recipes.training import callbacks
-
-    def die(*_args, **_kwargs):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    if what == "step":
-        callbacks.Progress.on_step_end = lambda self, args, state, *_, **__: (
-            die() if state.global_step == int(moment) else None
-        )
-    elif what == "weights of":
-        save = Trainer._save_optimizer_and_scheduler
-        Trainer._save_optimizer_and_scheduler = lambda self, folder: (
-            die() if self.state.global_step == int(moment) else save(self, folder)
-        )
-    elif what == "half the state of":
-
-        def cut_off(self, path):
-            write(self, path)
-            if self.global_step == int(moment):
-                text = Path(path).read_text()
-                Path(path).write_text(text[: len(text) // 2])
-                die()
-
-        write, TrainerState.save_to_json = TrainerState.save_to_json, cut_off
-    else:
-        models.save_adapter = die
+    return launched
 
 
 @pytest.fixture(scope="module")
@@ -135,9 +70,9 @@ def room(launch, tiny_model_overrides, tmp_path_factory):
     """A folder with an sft run `parent` to chain from, and a reward run `judge`."""
     folder = tmp_path_factory.mktemp("room")
     done = launch("sft", [*tiny_model_overrides, *STEPS, "trainer.max_steps=2", "hydra.run.dir=parent"], folder)
-    assert done.exitcode == 0, done.output
+    assert done.returncode == 0, done.stdout
     done = launch("reward", [*tiny_model_overrides, *STEPS, "trainer.max_steps=2", "hydra.run.dir=judge"], folder)
-    assert done.exitcode == 0, done.output
+    assert done.returncode == 0, done.stdout
     return folder
 
 
@@ -161,7 +96,7 @@ def test_killed_run_ends_with_the_same_adapter(launch, room, tiny_model_override
     arguments = [*tiny_model_overrides, *STEPS, *own]
     for name in ("whole", "again"):
         done = launch(recipe, [*arguments, f"hydra.run.dir={case}_{name}"], room)
-        assert done.exitcode == 0, done.output
+        assert done.returncode == 0, done.stdout
     whole, again, killed = (room / f"{case}_{name}" for name in ("whole", "again", "killed"))
     assert adapter(whole) == adapter(again) and metrics(whole) == metrics(again)
 
@@ -170,13 +105,13 @@ def test_killed_run_ends_with_the_same_adapter(launch, room, tiny_model_override
     continued = None
     for kill, next_start in KILLS:
         done = launch(recipe, [*arguments, f"hydra.run.dir={killed.name}"], room, kill)
-        assert done.exitcode == -signal.SIGKILL, done.output
-        assert ("Continuing" in done.output) == (continued is not None)
-        assert continued is None or f"from step {continued}." in done.output
+        assert done.returncode == -signal.SIGKILL, done.stdout
+        assert ("Continuing" in done.stdout) == (continued is not None)
+        assert continued is None or f"from step {continued}." in done.stdout
         assert not (killed / "result.json").exists()
         continued = next_start
     done = launch(recipe, [*arguments, f"hydra.run.dir={killed.name}"], room)
-    assert done.exitcode == 0, done.output
+    assert done.returncode == 0, done.stdout
     assert result(killed)["resumed_from"] == f"checkpoint-{continued}"
 
     assert adapter(killed) == adapter(whole)
@@ -189,13 +124,13 @@ def test_killed_run_ends_with_the_same_adapter(launch, room, tiny_model_override
 @pytest.mark.slow
 def test_never_starts_afresh(launch, room, tiny_model_overrides):
     arguments = [*tiny_model_overrides, *STEPS, "lora.lora_dropout=0.1", "hydra.run.dir=never"]
-    assert launch("sft", arguments, room, "step 8").exitcode == -signal.SIGKILL
+    assert launch("sft", arguments, room, "step 8").returncode == -signal.SIGKILL
     assert (room / "never" / "checkpoints" / "checkpoint-6").is_dir()
     done = launch("sft", [*arguments, "resume=never"], room, "step 2")
-    assert done.exitcode == -signal.SIGKILL and "Continuing" not in done.output
+    assert done.returncode == -signal.SIGKILL and "Continuing" not in done.stdout
     # Nothing of the first attempt is left to continue from.
     done = launch("sft", arguments, room)
-    assert done.exitcode == 0 and "Continuing" not in done.output
+    assert done.returncode == 0 and "Continuing" not in done.stdout
     assert result(room / "never")["resumed_from"] is None
 
 
@@ -203,7 +138,7 @@ def test_never_starts_afresh(launch, room, tiny_model_overrides):
 def test_kill_from_outside(start_recipe, run_recipe, launch, tiny_model_overrides, tmp_path):
     """The real command line and a signal from another process, when the second checkpoint is being written."""
     arguments = [*tiny_model_overrides, *STEPS, "lora.lora_dropout=0.1"]
-    process = start_recipe("sft", *arguments, "run_name=killed", cwd=tmp_path)
+    process = start_recipe("sft", *arguments, "run_name=killed", cwd=tmp_path, cold=True)
     folder = tmp_path / "outputs" / "sft" / "killed"
     deadline = time.monotonic() + 120
     while not (folder / "checkpoints" / "checkpoint-6").exists():
@@ -214,6 +149,6 @@ def test_kill_from_outside(start_recipe, run_recipe, launch, tiny_model_override
     done = run_recipe("sft", *arguments, "run_name=killed", cwd=tmp_path)
     assert done.returncode == 0 and "Continuing" in done.stdout, done
     done = launch("sft", [*arguments, "hydra.run.dir=whole"], tmp_path)
-    assert done.exitcode == 0, done.output
+    assert done.returncode == 0, done.stdout
     assert adapter(folder) == adapter(tmp_path / "whole")
     assert metrics(folder) == metrics(tmp_path / "whole")

@@ -1,0 +1,45 @@
+"""A recipe with a death sentence: `python -m killed "step 5" dpo trainer.max_steps=9` ends by SIGKILL in step 5."""
+
+import os
+import runpy
+import signal
+import sys
+from pathlib import Path
+
+
+def arm(what, moment=None):
+    from transformers import Trainer, TrainerState
+
+    from rlhf_recipes import models
+    from rlhf_recipes.training import callbacks
+
+    def die(*_args, **_kwargs):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if what == "step":
+        callbacks.Progress.on_step_end = lambda self, args, state, *_, **__: (
+            die() if state.global_step == int(moment) else None
+        )
+    elif what == "weights of":
+        save = Trainer._save_optimizer_and_scheduler
+        Trainer._save_optimizer_and_scheduler = lambda self, folder: (
+            die() if self.state.global_step == int(moment) else save(self, folder)
+        )
+    elif what == "half the state of":
+
+        def cut_off(self, path):
+            write(self, path)
+            if self.global_step == int(moment):
+                text = Path(path).read_text()
+                Path(path).write_text(text[: len(text) // 2])
+                die()
+
+        write, TrainerState.save_to_json = TrainerState.save_to_json, cut_off
+    else:
+        models.save_adapter = die
+
+
+if __name__ == "__main__":
+    _, moment, recipe, *sys.argv[1:] = sys.argv
+    arm(*moment.rsplit(" ", 1)) if " " in moment else arm(moment)
+    runpy.run_module(f"rlhf_recipes.recipes.{recipe}", run_name="__main__", alter_sys=True)
