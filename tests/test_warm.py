@@ -12,7 +12,8 @@ import warm
 # What the libraries have read of the environment, and what else a process has of its own.
 SAYS = """
 import json, os, sys
-from rlhf_recipes import config, run
+from rlhf_recipes import run
+from rlhf_recipes.launch import refusals
 run.environment()
 import datasets, torch
 from huggingface_hub import constants, hf_api
@@ -24,7 +25,7 @@ said = [
     {name: sorted(value) if isinstance(value, set) else str(value) for name, value in vars(module).items()
      if name.isupper()} for module in read
 ]
-said += [dict(os.environ), os.getcwd(), sys.path, sys.argv, __name__, config.WANTS_TRACEBACK, hf_api.api.endpoint]
+said += [dict(os.environ), os.getcwd(), sys.path, sys.argv, __name__, refusals.WANTS_TRACEBACK, hf_api.api.endpoint]
 print(json.dumps([*said, torch.get_num_threads(), logging.get_verbosity()]))
 """
 ENDS = """

@@ -33,7 +33,8 @@ PRELOADED = (
     "transformers.models.llama.modeling_llama", "trl.experimental.cpo", "trl.experimental.orpo",
     "trl.trainer.dpo_trainer", "trl.trainer.reward_trainer", "trl.trainer.sft_trainer", "rlhf_recipes.inference",
     "rlhf_recipes.launch.preflight.look", "rlhf_recipes.launch.sweep", "rlhf_recipes.models",
-    "rlhf_recipes.ppo.trainer", "rlhf_recipes.publish.publish", "rlhf_recipes.training.callbacks", "rlhf_recipes.training.doctor_plot",
+    "rlhf_recipes.ppo.trainer", "rlhf_recipes.publish.publish", "rlhf_recipes.training.callbacks",
+    "rlhf_recipes.training.doctor_plot",
 )  # fmt: skip
 STARTED = ("rlhf_recipes.", "submitit.core._submit", "torch.distributed.run", "killed", "warm_")
 # Variables that the libraries read when they are imported; not those that `_become` sees to.
