@@ -22,7 +22,7 @@ from transformers.utils import hub, logging
 
 read = [constants, datasets.config, hub, _cache_manager, sys.modules["huggingface_hub.utils.tqdm"]]
 said = [
-    {name: sorted(value) if isinstance(value, set) else str(value) for name, value in vars(module).items()
+    {name: sorted(value) if isinstance(value, set | frozenset) else str(value) for name, value in vars(module).items()
      if name.isupper()} for module in read
 ]
 said += [dict(os.environ), os.getcwd(), sys.path, sys.argv, __name__, refusals.WANTS_TRACEBACK, hf_api.api.endpoint]
