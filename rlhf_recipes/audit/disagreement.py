@@ -204,7 +204,7 @@ def _differ(a: float, b: float) -> bool:
 def _reasons(case: Case, limits: dict[str, float]) -> dict[str, bool]:
     p = case["p"]
     differing = [sum(name in LABELS for name in two) for two in combinations(p, 2) if _differ(p[two[0]], p[two[1]])]
-    sure = case["margin"] is not None and _sigmoid(abs(case["margin"])) >= limits["sure"]
+    sure = case["margin"] is not None and stats.sigmoid(abs(case["margin"])) >= limits["sure"]
     return {
         "order": any(case["flips"].values()),
         "close": any(abs(value - 0.5) < limits["close"] for value in p.values()),
@@ -212,7 +212,7 @@ def _reasons(case: Case, limits: dict[str, float]) -> dict[str, bool]:
         "judges": 0 in differing,
         "label": 1 in differing,
         "labels": 2 in differing,
-        "reward_model": sure and _differ(fmean(p.values()), _sigmoid(case["margin"])),
+        "reward_model": sure and _differ(fmean(p.values()), stats.sigmoid(case["margin"])),
     }
 
 
@@ -227,10 +227,6 @@ def _ranked(found: list[Case]) -> list[Case]:
 def _divided(case: Case) -> bool:
     """Disputed whatever the reward model says."""
     return any(reason != "reward_model" for reason in case["why"])
-
-
-def _sigmoid(x):
-    return 0.5 * (1 + np.tanh(np.asarray(x) / 2))
 
 
 def _alphas(found: list[Case]) -> list[dict]:
@@ -295,7 +291,7 @@ def _reward_model_figures(found: list[Case]) -> list[dict]:
     scored = _scored(found)
     parts = {True: [c for c in scored if _divided(c)], False: [c for c in scored if not _divided(c)]}
     sure = {
-        divided: stats.ratio_of_sums([abs(float(_sigmoid(c["margin"])) - 0.5) for c in part], [1] * len(part),
+        divided: stats.ratio_of_sums([abs(float(stats.sigmoid(c["margin"])) - 0.5) for c in part], [1] * len(part),
                                      [c["prompt_id"] for c in part])
         for divided, part in parts.items()
     }  # fmt: skip
@@ -414,7 +410,7 @@ def _example(case: Case) -> dict:
         for principle, p in each.items()
     ]
     if case["margin"] is not None:
-        said.append(f"reward model {float(_sigmoid(case['margin'])):.2f}")
+        said.append(f"reward model {float(stats.sigmoid(case['margin'])):.2f}")
     why = ", ".join(REASONS[reason] for reason in case["why"])
     texts += [("answer 1", case["first"]), ("answer 2", case["second"])]
     return example(why[0].upper() + why[1:], texts, f"Probability that answer 1 is better: {'; '.join(said)}.")
