@@ -7,6 +7,7 @@ Shapes: N pairs.
 """
 
 import math
+from functools import cache
 
 import numpy as np
 
@@ -182,8 +183,12 @@ def _slopes(margins, ids, fitted, seed: int) -> list[dict]:
     y = np.random.default_rng(seed).integers(0, 2, len(margins))
     x = np.where(y == 1, margins, -margins)
 
+    @cache  # slope and intercept ask for the same resamples
+    def fit(weights: bytes) -> tuple[float, float]:
+        return logistic(x, y, np.frombuffer(weights))
+
     def estimate(which: int) -> dict:
-        return stats.resampled(lambda weights: logistic(x, y, weights)[which], len(x), ids, resamples=300)
+        return stats.resampled(lambda weights: fit(weights.tobytes())[which], len(x), ids, resamples=300)
 
     intercept, slope = estimate(0), estimate(1)
     numbers = ("value", "low", "high")

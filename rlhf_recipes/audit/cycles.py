@@ -78,13 +78,10 @@ def triangles(graph: Graph) -> np.ndarray:
     later: dict[int, dict[int, int]] = {}
     for edge, (i, j) in enumerate(zip(graph.first_E.tolist(), graph.second_E.tolist(), strict=True)):
         later.setdefault(i, {})[j] = edge
-    found = [
-        (ij, jk, ends[k])
-        for ends in later.values()
-        for j, ij in ends.items()
-        for k, jk in later.get(j, {}).items()
-        if k in ends
-    ]
+    found = []
+    for ends in later.values():
+        for j, ij in ends.items():
+            found += [(ij, jk, ends[k]) for k, jk in later.get(j, {}).items() if k in ends]
     return np.array(found, int).reshape(-1, 3)
 
 

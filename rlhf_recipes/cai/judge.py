@@ -81,10 +81,10 @@ class Judge:
         self.priors: dict[str, float] = {}
 
     def learn_priors(self, journal: Journal) -> None:
-        """prior_k of every principle: the mean over replies without content (`layout.CONTENT_FREE`)."""
+        """prior_k of every principle: the mean over replies without content (`prompt_templates.CONTENT_FREE`)."""
         if not self.settings.prior_correction:
             return
-        prompt = [{"role": "user", "content": prompt_templates.CONTENT_FREE[0]}]
+        prompt = [prompt_templates.user(prompt_templates.CONTENT_FREE[0])]
         pairs = [Pair("content-free", prompt, text, text) for text in prompt_templates.CONTENT_FREE]
         asked = [self._question(pair, p, False) for p in self.constitution.principles for pair in pairs]
         odds = [_log_odds(answer["logps"]) for answer in self._ask(asked, journal, "judge: prior")]
@@ -130,10 +130,12 @@ class Judge:
                 for r in requests
             ]  # fmt: skip
             thoughts = ask(self.backend, thinking, journal, f"{what}, thinking")
-            requests = [
-                replace(r, messages=[*t.messages, *prompt_templates.plain([_said(thought["text"])]), _user(THEN)])
-                for r, t, thought in zip(requests, thinking, thoughts, strict=True)
-            ]
+            choices = []
+            for request, question, thought in zip(requests, thinking, thoughts, strict=True):
+                said = prompt_templates.plain([prompt_templates.assistant(thought["text"])])
+                messages = [*question.messages, *said, prompt_templates.user(THEN)]
+                choices.append(replace(request, messages=messages))
+            requests = choices
         return ask(self.backend, requests, journal, what)
 
     def _judgement(self, principles: list[Principle], answers: list[tuple]) -> Judgement:
@@ -268,11 +270,3 @@ def _log_odds(logps: list[float] | None) -> float | None:
 
 def _with(messages: list[Message], text: str) -> list[Message]:
     return [*messages[:-1], {**messages[-1], "content": f"{messages[-1]['content']} {text}"}]
-
-
-def _user(text: str) -> Message:
-    return {"role": "user", "content": text}
-
-
-def _said(text: str) -> Message:
-    return {"role": "assistant", "content": text}
