@@ -147,7 +147,9 @@ class Judge:
         for principle, (ab, ba) in zip(principles, answers, strict=True):
             prior = self.priors.get(principle.id, 0.0)
             log_odds.append((_log_odds(ab) - prior, prior - _log_odds(ba)))
-        sides_K2 = np.clip(stats.sigmoid(log_odds), *(CLAMP if self.settings.mode == "cot" else (0.0, 1.0)))
+        sides_K2 = stats.sigmoid(log_odds)
+        if self.settings.mode == "cot":
+            sides_K2 = np.clip(sides_K2, *CLAMP)
         p_K = sides_K2.mean(1)
         return Judgement(
             p=float(tempered(p_K.mean(), self.temperature)),
