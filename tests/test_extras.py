@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from rlhf_recipes.launch import keys, pipeline
+from rlhf_recipes.launch import keys
 
 # Found by no import and by no `find_spec`, as if they were not there.
 HIDE = f"""
@@ -84,20 +84,25 @@ def test_every_module_but_those_of_the_audit_is_imported_without_them(base_env, 
     assert done.stdout.split() == ["True", "True"], done.stderr
 
 
-def test_the_audit_is_refused_without_them_before_anything_loads(base_env, tmp_path):
-    command = [sys.executable, "-X", "importtime", str(ROOT / "recipes" / "audit.py"), "reward_model=x"]
+@pytest.mark.parametrize(
+    ("recipe", "arguments", "where"),
+    [("audit", ["reward_model=x"], ""), ("pipeline", ["experiment=pipeline/demo"], "stages.audit: ")],
+)
+def test_an_audit_is_refused_without_them_before_anything_loads(recipe, arguments, where, base_env, tmp_path):
+    """A pipeline's, before its first stage."""
+    command = [sys.executable, "-X", "importtime", str(ROOT / "recipes" / f"{recipe}.py"), *arguments]
     done = subprocess.run(command, cwd=tmp_path, env=base_env, capture_output=True, text=True)
     lines = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
     assert done.returncode == 2
-    assert lines == ['The audit needs scikit-learn. pip install "rlhf-recipes[audit]".']
-    assert "| torch" not in done.stderr.replace("|   ", "|")
+    assert lines == [f'error: {where}The audit needs scikit-learn. pip install "rlhf-recipes[audit]".']
+    assert re.search(r"\| +hydra$", done.stderr, re.MULTILINE)
+    assert not re.search(r"\| +torch$", done.stderr, re.MULTILINE)
 
 
 @pytest.mark.parametrize("package", keys.AUDIT_PACKAGES)
-def test_a_pipeline_with_an_audit_is_refused_before_its_first_stage(package, compose, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_the_package_that_is_missing_is_named(package, compose, monkeypatch):
     monkeypatch.setattr(keys, "_installed", lambda module: module != keys.AUDIT_PACKAGES[package])
-    cfg = compose("pipeline", "experiment=pipeline/demo", f"output_dir={tmp_path / 'out'}")
-    refusal = rf'^stages\.audit: The audit needs {package}\. pip install "rlhf-recipes\[audit\]"\.$'
-    with pytest.raises(ValueError, match=refusal):
-        pipeline.plan(cfg)
+    cfg = compose("audit", "reward_model=x")
+    with pytest.raises(ValueError, match=rf'^The audit needs {package}\. pip install "rlhf-recipes\[audit\]"\.$'):
+        keys.check(cfg, "audit")
+    keys.check(compose("evaluate", "runs=[x]"), "evaluate")
