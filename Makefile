@@ -19,7 +19,7 @@ bench: $(VENV)/dev
 	@$(BIN)/python tests/benchmarks/ppo_vs_trl.py
 
 # The file appears when the installation is complete: an interrupted one starts again.
-$(VENV)/demo: WHAT := .
+$(VENV)/demo: WHAT := .[audit]
 $(VENV)/dev: WHAT := .[dev]
 $(VENV)/demo $(VENV)/dev: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) ..."

@@ -14,8 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from rlhf_recipes import guard
-from rlhf_recipes.errors import Refusal, nearest
-from rlhf_recipes.errors import first_line as _first_line
+from rlhf_recipes.errors import Refusal, first_line, nearest
 
 
 @dataclass
@@ -102,7 +101,7 @@ def build(node: DictConfig, where: str, **derived) -> Any:
     try:
         return target(**{**{k: v for k, v in derived.items() if k in known}, **given})
     except (ValueError, TypeError) as error:
-        raise Refusal(f"{where}: {node._target_} refuses it: {_first_line(error)}") from error
+        raise Refusal(f"{where}: {node._target_} refuses it: {first_line(error)}") from error
 
 
 def import_function(reference: str, where: str) -> Any:

@@ -38,4 +38,5 @@ def nearest(word: str, known) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of its text that is not blank, or its class where it has no text."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip()

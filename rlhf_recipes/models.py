@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import config, embedded, places
-from rlhf_recipes.errors import Refusal
+from rlhf_recipes.errors import Refusal, first_line
 from rlhf_recipes.run import Run, resolve_adapter
 
 if TYPE_CHECKING:
@@ -359,7 +359,7 @@ def _from_hub(model: DictConfig, load, path: str, **kwargs):
         ) from error
     except (OSError, HTTPError) as error:
         if Path(path).is_dir():
-            raise Refusal(f"model.path={path}: {str(error).splitlines()[0]}") from error
+            raise Refusal(f"model.path={path}: {first_line(error)}") from error
         raise Refusal(f"model.id={model.id}: {_hub_refusal(error)}") from error
 
 

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import memory, run_folder
 from rlhf_recipes.config import CONF, flatten, in_sweep
-from rlhf_recipes.errors import Refusal
+from rlhf_recipes.errors import Refusal, first_line
 from rlhf_recipes.run_folder import write_atomically
 
 LIBRARIES = (
@@ -190,7 +190,7 @@ def read_config(run_dir: Path) -> dict:
     try:
         config = OmegaConf.to_container(OmegaConf.load(path))
     except Exception as error:  # yaml's and omegaconf's share no base
-        raise Refusal(f"{path}: cannot be read ({str(error).splitlines()[0]}). Restore it.") from error
+        raise Refusal(f"{path}: cannot be read ({first_line(error)}). Restore it.") from error
     if not isinstance(config, dict):
         raise Refusal(f"{path}: is no mapping. Restore it.")
     config.pop(run_folder.MARK, None)
@@ -323,7 +323,7 @@ def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise Refusal(f"{path}: not valid JSON ({str(error).splitlines()[0]}). Restore it.") from error
+        raise Refusal(f"{path}: not valid JSON ({first_line(error)}). Restore it.") from error
     if not isinstance(content, dict):
         raise Refusal(f"{path}: is no JSON object. Restore it.")
     return content

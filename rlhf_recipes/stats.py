@@ -150,8 +150,72 @@ def length_controlled_win_rate(wins, length_differences, clusters=None, resample
     if groups > 1:
         weights_RN = np.concatenate(list(_weights(groups, resamples, seed)))[:, ids]
         refits_R2 = _logistic(weights_RN, x, wins, np.repeat(start, resamples, axis=0), steps=12)
-        low, high = np.quantile(_sigmoid(refits_R2[:, 0]), (0.025, 0.975))
-    return _result(_sigmoid(start[0, 0]), low, high, len(wins), groups)
+        low, high = np.quantile(sigmoid(refits_R2[:, 0]), (0.025, 0.975))
+    return _result(sigmoid(start[0, 0]), low, high, len(wins), groups)
+
+
+def sigmoid(x):
+    """1 / (1 + exp(-x)) of a number or an array, without overflow at either end."""
+    return 0.5 * (1 + np.tanh(np.asarray(x, float) / 2))
+
+
+def correlation(x, y, weights) -> float:
+    """Pearson's r of weighted rows; nan where x or y does not vary."""
+    x, y = x - np.average(x, weights=weights), y - np.average(y, weights=weights)
+    xx, yy = (weights * x * x).sum(), (weights * y * y).sum()
+    if min(xx, yy) <= 1e-24 * weights.sum():
+        return math.nan
+    return float((weights * x * y).sum() / math.sqrt(xx * yy))
+
+
+def equal_mass_bins(values, bins: int) -> np.ndarray:
+    """Bin of each value, shape (n,), by rank, so that bins hold equally many; equal values share a bin."""
+    values = np.asarray(values, float)
+    ranks = np.searchsorted(np.sort(values), values, side="left")
+    return ranks * bins // max(1, len(values))
+
+
+def calibration_error(bins_N, gaps_N, weights_N=None) -> float:
+    """Expected calibration error: sum_b |sum_i in b w_i gap_i| / sum_i w_i.
+
+    Args:
+        bins_N: bin of each row, of `equal_mass_bins` of the confidences.
+        gaps_N: correct (1, 0, or 0.5 for a tie) less confidence.
+    """
+    weights_N = np.ones(len(gaps_N)) if weights_N is None else weights_N
+    return float(np.abs(np.bincount(bins_N, weights_N * gaps_N)).sum() / weights_N.sum())
+
+
+def temperature(margins, weights=None) -> float:
+    """T of the least mean NLL of sigmoid(margin / T) (Guo et al. 2017, arXiv:1706.04599).
+
+    0 where no pair is wrong, since any smaller T is better; infinite where the mean margin is not above 0, since a
+    coin is better than any T.
+
+    Args:
+        margins: n log-odds of the right label in nats, below 0 where a pair is wrong.
+    """
+    margins = np.asarray(margins, float)
+    weights = np.ones(len(margins)) if weights is None else weights
+    drawn = margins[weights > 0]
+    if not (drawn < 0).any():
+        return 0.0
+    if weights @ margins <= 0:
+        return math.inf
+    scale = float(np.abs(drawn).max())
+    scaled = margins / scale
+
+    def slope(b: float) -> float:
+        """Derivative of the log-likelihood by b = scale / T: above 0 at b = 0, and falling."""
+        return float(weights @ (scaled * sigmoid(-b * scaled)))
+
+    low, high = 0.0, 1.0
+    while slope(high) > 0:
+        low, high = high, 2 * high
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if slope(middle) > 0 else (low, middle)
+    return scale / high
 
 
 def overlap(a: dict, b: dict) -> bool:
@@ -241,7 +305,7 @@ def _logistic(weights_RN, x_N, y_N, start_R2, steps: int) -> np.ndarray:
     """Newton's method for R weighted logistic regressions y ~ a + b x at once; (a, b) as shape (R, 2)."""
     a, b = start_R2[:, 0].copy(), start_R2[:, 1].copy()
     for _ in range(steps):
-        p = _sigmoid(a[:, None] + b[:, None] * x_N)
+        p = sigmoid(a[:, None] + b[:, None] * x_N)
         error, curve = weights_RN * (y_N - p), weights_RN * p * (1 - p)
         gradient_a, gradient_b = error.sum(1) - RIDGE * a, error @ x_N - RIDGE * b
         h_aa, h_ab, h_bb = curve.sum(1) + RIDGE, curve @ x_N, curve @ x_N**2 + RIDGE
@@ -253,10 +317,6 @@ def _logistic(weights_RN, x_N, y_N, start_R2, steps: int) -> np.ndarray:
         if max(np.abs(step_a).max(), np.abs(step_b).max()) < 1e-9:
             break
     return np.stack([a, b], axis=1)
-
-
-def _sigmoid(x):
-    return 0.5 * (1 + np.tanh(x / 2))  # no overflow at either end
 
 
 def _exp(x: float) -> float:

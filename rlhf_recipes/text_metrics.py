@@ -33,7 +33,7 @@ def refuses(text: str) -> bool:
     return bool(_REFUSAL.search(" ".join(text[:200].replace("’", "'").split())))
 
 
-def repeats(text: str) -> bool:
+def repeats_phrase(text: str) -> bool:
     """Whether some sequence of four words occurs four times or more (overlapping occurrences count)."""
     return max(Counter(_ngrams(text, 4)).values(), default=0) >= 4
 
@@ -45,8 +45,8 @@ def distinct_2(text: str) -> float | None:
 
 
 def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
-    words = re.findall(r"\w+(?:'\w+)?", text.lower().replace("’", "'"))
-    return list(zip(*(words[i:] for i in range(n)), strict=False))
+    tokens = words(text)
+    return list(zip(*(tokens[i:] for i in range(n)), strict=False))
 
 
 WORD = re.compile(r"\w+(?:'\w+)?")

@@ -266,10 +266,10 @@ def test_unfit_pair():
     assert filters.unfit_pair("...", "one two three four", LIMITS) == "length_imbalance"  # no words are no crash
 
 
-def test_repeats():
+def test_degenerates():
     for text in JUNK["repetition"]:
         if not filters.EMOJI.search(text):
-            assert filters.repeats(text), text
+            assert filters.degenerates(text), text
     distinct = " ".join(f"word{i}" for i in range(100))
     for text in (
         "",
@@ -280,8 +280,8 @@ def test_repeats():
         f"{LOOP} {REPLY} {LOOP} {EVEN}",
         "Hmmm!!!",
     ):
-        assert not filters.repeats(text), text
-    assert filters.repeats(f"{distinct} " + f"{LOOP} word " * 4) and not filters.repeats(
+        assert not filters.degenerates(text), text
+    assert filters.degenerates(f"{distinct} " + f"{LOOP} word " * 4) and not filters.degenerates(
         f"{distinct} " + f"{LOOP} " * 3
     )
 

@@ -12,7 +12,7 @@ from rlhf_recipes.cai import constitution
 from rlhf_recipes.cai.judge import Judge, Judgement
 from rlhf_recipes.evaluation import checkpoints, definitions, judges, summary, table
 from rlhf_recipes.evaluation import verdict as verdict_of
-from rlhf_recipes.text_metrics import distinct_2, refuses, repeats
+from rlhf_recipes.text_metrics import distinct_2, refuses, repeats_phrase
 
 FAMILIES = [
     "booking",
@@ -275,8 +275,8 @@ def test_answers_that_are_no_refusals(text):
 
 def test_repetition_and_distinct_words():
     phrase = "there is a restaurant "
-    assert repeats(phrase * 4)
-    assert not repeats(phrase * 3)
+    assert repeats_phrase(phrase * 4)
+    assert not repeats_phrase(phrase * 3)
     assert distinct_2("to be or not to be") == pytest.approx(4 / 5)
     assert distinct_2("word") is None
 

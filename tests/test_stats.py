@@ -177,3 +177,39 @@ def test_resampled_covers_as_the_bootstrap_of_a_mean_does():
     mean = stats.estimate(x, clusters)
     assert mine["value"] == pytest.approx(mean["value"]) and mine["clusters"] == 200
     assert [mine["low"], mine["high"]] == pytest.approx([mean["low"], mean["high"]], abs=0.01)
+
+
+def test_sigmoid_of_numbers_and_arrays():
+    assert stats.sigmoid([0, math.log(3), -math.log(3)]) == pytest.approx([0.5, 0.75, 0.25])
+    assert stats.sigmoid(1e6) == 1 and stats.sigmoid(-1e6) == 0
+
+
+def test_correlation_is_numpys_with_rows_repeated_by_their_weight():
+    rng = np.random.default_rng(4)
+    x, y, weights = rng.normal(size=50), rng.normal(size=50), rng.integers(0, 4, 50)
+    repeated = np.corrcoef(np.repeat(x, weights), np.repeat(y, weights))[0, 1]
+    assert stats.correlation(x, y, weights) == pytest.approx(repeated)
+    assert math.isnan(stats.correlation(x, np.full(50, 0.1), weights))
+
+
+def test_temperature_has_the_least_loss():
+    rng = np.random.default_rng(6)
+    margins = rng.normal(0.3, 2, 80)
+
+    def loss(t: float) -> float:
+        return float(np.logaddexp(0, -margins / t).mean())
+
+    best = stats.temperature(margins)
+    assert loss(best) <= min(loss(t) for t in np.geomspace(0.05, 50, 2000))
+    # ten thousand times the margins, ten thousand times the temperature
+    assert stats.temperature(1e4 * margins) == pytest.approx(1e4 * best, rel=1e-9)
+
+
+def test_calibration_error_by_hand():
+    # by confidence: (.6, .7 | 0, 1) gap -.3; (.8, .9 | 1, 1) gap .3
+    confidences, correct = np.array([0.9, 0.6, 0.8, 0.7]), np.array([1, 0, 1, 1.0])
+    bins = stats.equal_mass_bins(confidences, 2)
+    assert bins.tolist() == [1, 0, 1, 0]
+    assert stats.calibration_error(bins, correct - confidences) == pytest.approx(0.6 / 4)
+    # the row of .6 twice: -.9 of a weight of 5
+    assert stats.calibration_error(bins, correct - confidences, np.array([1, 2, 1, 1])) == pytest.approx(1.2 / 5)

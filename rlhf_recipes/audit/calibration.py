@@ -7,6 +7,7 @@ Shapes: N pairs.
 """
 
 import math
+from functools import cache
 
 import numpy as np
 
@@ -23,8 +24,8 @@ _NONE = stats.estimate([])
 
 
 def probability(margins, temperature: float = 1.0) -> np.ndarray:
-    """sigmoid(margin / T), without overflow."""
-    return 0.5 * (1 + np.tanh(np.asarray(margins, float) / (2 * temperature)))
+    """sigmoid(margin / T)."""
+    return stats.sigmoid(np.asarray(margins, float) / temperature)
 
 
 def symmetrise(margins, temperature: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
@@ -33,22 +34,15 @@ def symmetrise(margins, temperature: float = 1.0) -> tuple[np.ndarray, np.ndarra
     return probability(np.abs(margins), temperature), 0.5 * (1 + np.sign(margins))
 
 
-def bins_of(confidences, bins: int = BINS) -> np.ndarray:
-    """Bin of each row, by rank, so that bins hold equally many; equal confidences share a bin."""
-    confidences = np.asarray(confidences, float)
-    ranks = np.searchsorted(np.sort(confidences), confidences, side="left")
-    return ranks * bins // max(1, len(confidences))
-
-
 def bins_for(size: int) -> int:
     """How many bins so many pairs are put into."""
     return max(1, min(BINS, size // IN_A_BIN))
 
 
-def ece(confidences, correct, bins: int = BINS, weights=None) -> float:
-    """Expected calibration error over bins of equal mass: sum_b |sum_i in b (correct_i - confidence_i)| / N."""
-    weights = np.ones(len(confidences)) if weights is None else weights
-    return _ece(bins_of(confidences, bins), np.asarray(correct, float) - confidences, weights)
+def ece(confidences, correct, bins: int = BINS) -> float:
+    """Expected calibration error over bins of equal mass."""
+    confidences = np.asarray(confidences, float)
+    return stats.calibration_error(stats.equal_mass_bins(confidences, bins), np.asarray(correct, float) - confidences)
 
 
 def chance_ece(confidences, bins: int = BINS, draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
@@ -57,8 +51,9 @@ def chance_ece(confidences, bins: int = BINS, draws: int = DRAWS, seed: int = 0)
     ECE is a sum of absolute values, so it is above 0 for any finite N: correct ~ Bernoulli(confidence), drawn anew.
     """
     confidences, rng = np.asarray(confidences, float), np.random.default_rng(seed)
-    codes, ones = bins_of(confidences, bins), np.ones(len(confidences))
-    found = [_ece(codes, (rng.random(len(codes)) < confidences) - confidences, ones) for _ in range(draws)]
+    codes = stats.equal_mass_bins(confidences, bins)
+    drawn = [(rng.random(len(codes)) < confidences) - confidences for _ in range(draws)]
+    found = [stats.calibration_error(codes, gaps) for gaps in drawn]
     return float(np.mean(found)), float(np.quantile(found, 0.95))
 
 
@@ -73,52 +68,24 @@ def nll(margins, temperature: float = 1.0) -> np.ndarray:
 
 
 def temperature(margins, weights=None) -> float | None:
-    """T of the least mean NLL of sigmoid(margin / T) (Guo et al. 2017, arXiv:1706.04599), as its derivative's root.
-
-    None where there is no such T: no pair is wrong (any smaller T is better), or the mean margin is not above 0 (a
-    coin is better than any T).
-    """
-    from scipy.optimize import brentq
-
-    margins = np.asarray(margins, float)
-    weights = np.ones(len(margins)) if weights is None else weights
-    kept = margins[weights > 0]
-    if len(kept) == 0 or kept.min() >= 0 or weights @ margins <= 0:
-        return None
-    scaled = margins / np.abs(kept).max()
-
-    def slope(b: float) -> float:
-        return float(weights @ (scaled * probability(-b * scaled)))
-
-    high = 1.0
-    while slope(high) > 0:
-        high *= 2
-    return float(np.abs(kept).max() / brentq(slope, 0, high, rtol=1e-10))
+    """`stats.temperature`; None where no T is best: no pair is wrong, or a coin is better than any."""
+    found = stats.temperature(margins, weights)
+    return found if 0 < found < math.inf else None
 
 
-def logistic(x, y, weights=None, start=(0.0, 0.0)) -> tuple[float, float]:
-    """Intercept a and slope b of P(y = 1) = sigmoid(a + b x) by Newton's method; nan, nan where x separates y."""
+def logistic(x, y, weights=None) -> tuple[float, float]:
+    """Intercept a and slope b of P(y = 1) = sigmoid(a + b x), by likelihood; nan, nan where x separates y."""
+    from sklearn.linear_model import LogisticRegression
+
     x, y = np.asarray(x, float), np.asarray(y, float)
     weights = np.ones(len(x)) if weights is None else weights
     drawn = weights > 0
     if _separated(x[drawn], y[drawn]):
         return math.nan, math.nan
     scale = float(np.abs(x).max())
-    design_2N, at = np.stack([np.ones(len(x)), x / scale]), np.array(start) * (1.0, scale)
-    step, loss = np.zeros(2), math.inf
-    for _ in range(100):
-        z = at @ design_2N
-        p = probability(z)
-        before, loss = loss, float(weights @ (np.logaddexp(0, z) - y * z))
-        if loss > before + 1e-12 * abs(before):  # too far: half of the step
-            step = step / 2
-            at, loss = at - step, before
-            continue
-        step = np.linalg.solve((design_2N * (weights * p * (1 - p))) @ design_2N.T, design_2N @ (weights * (y - p)))
-        at = at + step
-        if np.abs(step).max() < 1e-9:
-            break
-    return float(at[0]), float(at[1] / scale)
+    fit = LogisticRegression(C=np.inf, solver="newton-cholesky", tol=1e-10, max_iter=1000)
+    fit.fit((x / scale)[:, None], y > 0.5, sample_weight=weights)
+    return float(fit.intercept_[0]), float(fit.coef_[0, 0] / scale)
 
 
 def audit(
@@ -167,10 +134,6 @@ def audit(
     return section.section(KEY, TITLE, QUESTION, figures=figures, tables=tables, plots=[plot], notes=notes)
 
 
-def _ece(codes_N, gaps_N, weights_N) -> float:
-    return float(np.abs(np.bincount(codes_N, weights_N * gaps_N)).sum() / weights_N.sum())
-
-
 def _reflected(e: dict) -> dict:
     """The basic bootstrap interval, 2 value - quantiles: an ECE of resamples is biased upward once more, and the
     percentiles with it, by about as much as the ECE itself (Efron & Tibshirani 1993, section 13.4); at least the value
@@ -194,10 +157,11 @@ def _errors(margins, t, ids, suffix: str, when: str, bins: int, seed: int, chanc
     found = {"ece": _NONE, "brier": _NONE, "nll": _NONE}
     if t is not None:
         confidences, correct = symmetrise(margins, t)
-        codes, gaps = bins_of(confidences, bins), correct - confidences
+        codes, gaps = stats.equal_mass_bins(confidences, bins), correct - confidences
+        error = stats.resampled(lambda weights: stats.calibration_error(codes, gaps, weights), len(gaps), ids)
         chances[suffix] = chance_ece(confidences, bins, seed=seed)
         found = {
-            "ece": _reflected(stats.resampled(lambda weights: _ece(codes, gaps, weights), len(gaps), ids)),
+            "ece": _reflected(error),
             "brier": stats.estimate(brier(margins, t), ids),
             "nll": stats.estimate(nll(margins, t), ids),
         }
@@ -218,10 +182,13 @@ def _slopes(margins, ids, fitted, seed: int) -> list[dict]:
     """Slope and intercept; dividing margins by T multiplies the slope by T and leaves the intercept."""
     y = np.random.default_rng(seed).integers(0, 2, len(margins))
     x = np.where(y == 1, margins, -margins)
-    start = np.nan_to_num(logistic(x, y))
+
+    @cache  # slope and intercept ask for the same resamples
+    def fit(weights: bytes) -> tuple[float, float]:
+        return logistic(x, y, np.frombuffer(weights))
 
     def estimate(which: int) -> dict:
-        return stats.resampled(lambda weights: logistic(x, y, weights, start)[which], len(x), ids, resamples=300)
+        return stats.resampled(lambda weights: fit(weights.tobytes())[which], len(x), ids, resamples=300)
 
     intercept, slope = estimate(0), estimate(1)
     numbers = ("value", "low", "high")
@@ -253,7 +220,7 @@ def _temperature(validation, ids, fitted) -> dict:
 
 def _reliability(margins, t: float, ids, name: str, bins: int) -> dict:
     confidences, correct = symmetrise(margins, t)
-    groups = _groups(bins_of(confidences, bins))
+    groups = _groups(stats.equal_mass_bins(confidences, bins))
     at = [stats.estimate(correct[group], [ids[i] for i in group]) for group in groups]
     bands = [[e["value"] if e[bound] is None else e[bound] for e in at] for bound in ("low", "high")]
     return section.curve(
@@ -268,7 +235,7 @@ def _groups(codes) -> list[np.ndarray]:
 def _by_bin(margins, t: float, ids, bins: int) -> dict:
     confidences, correct = symmetrise(margins, t)
     rows = []
-    for group in _groups(bins_of(confidences, bins)):
+    for group in _groups(stats.equal_mass_bins(confidences, bins)):
         low, high, mean = (100 * f(confidences[group]) for f in (np.min, np.max, np.mean))
         right = stats.estimate(correct[group], [ids[i] for i in group])
         rows.append([f"{low:.1f} to {high:.1f} %", len(group), f"{mean:.1f} %", right])

@@ -238,18 +238,12 @@ def _sentence_figures(answers: list[dict], shares: list[tuple[dict, float]]) -> 
         section.figure(
             "leave_one_out_agreement",
             "Agreement of the two measures of credit",
-            stats.resampled(lambda weights: _correlation(credit, without, weights), len(credit), owners),
+            stats.resampled(lambda weights: stats.correlation(credit, without, weights), len(credit), owners),
             better="higher",
             baseline=("no relation", 0.0),
             says="Pearson's r over sentences of credit and R(y) - R(y without the sentence).",
         ),
     ]
-
-
-def _correlation(x, y, weights) -> float:
-    x, y = x - np.average(x, weights=weights), y - np.average(y, weights=weights)
-    norm = math.sqrt(np.average(x * x, weights=weights) * np.average(y * y, weights=weights))
-    return float(np.average(x * y, weights=weights) / norm) if norm > 1e-300 else math.nan
 
 
 def _examples(answers: list[dict], rows: list[dict]) -> list[dict]:

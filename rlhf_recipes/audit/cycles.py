@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from rlhf_recipes import stats
 from rlhf_recipes.audit.judgements import Judgement, by_judge, by_pair
 
 EXACT = 16  # answers in one knot for which the fewest contradictions are searched exhaustively: 2^16 subsets
@@ -77,13 +78,10 @@ def triangles(graph: Graph) -> np.ndarray:
     later: dict[int, dict[int, int]] = {}
     for edge, (i, j) in enumerate(zip(graph.first_E.tolist(), graph.second_E.tolist(), strict=True)):
         later.setdefault(i, {})[j] = edge
-    found = [
-        (ij, jk, ends[k])
-        for ends in later.values()
-        for j, ij in ends.items()
-        for k, jk in later.get(j, {}).items()
-        if k in ends
-    ]
+    found = []
+    for ends in later.values():
+        for j, ij in ends.items():
+            found += [(ij, jk, ends[k]) for k, jk in later.get(j, {}).items() if k in ends]
     return np.array(found, int).reshape(-1, 3)
 
 
@@ -258,13 +256,13 @@ def deviance(graph: Graph) -> float:
     p_E, n_E = graph.p_E, graph.n_E
     r_V = np.zeros(len(graph.answers))
     for _ in range(60):
-        q_E = 0.5 * (1 + np.tanh((r_V[graph.first_E] - r_V[graph.second_E]) / 2))
+        q_E = stats.sigmoid(r_V[graph.first_E] - r_V[graph.second_E])
         # labels that a reward separates push it without end: a small ridge, and steps of at most 2 nats
         step_V = _potential(graph, n_E * np.maximum(q_E * (1 - q_E), 1e-9), n_E * (p_E - q_E), r_V, 1e-6)
         r_V += np.clip(step_V, -2, 2)
         if np.abs(step_V).max(initial=0) < 1e-9:
             break
-    q_E = np.clip(0.5 * (1 + np.tanh((r_V[graph.first_E] - r_V[graph.second_E]) / 2)), 1e-12, 1 - 1e-12)
+    q_E = np.clip(stats.sigmoid(r_V[graph.first_E] - r_V[graph.second_E]), 1e-12, 1 - 1e-12)
     both = [x * np.log(np.where(x > 0, x, 1) / y) for x, y in ((p_E, q_E), (1 - p_E, 1 - q_E))]
     return float(2 * (n_E * (both[0] + both[1])).sum())
 

@@ -204,7 +204,7 @@ def _differ(a: float, b: float) -> bool:
 def _reasons(case: Case, limits: dict[str, float]) -> dict[str, bool]:
     p = case["p"]
     differing = [sum(name in LABELS for name in two) for two in combinations(p, 2) if _differ(p[two[0]], p[two[1]])]
-    sure = case["margin"] is not None and _sigmoid(abs(case["margin"])) >= limits["sure"]
+    sure = case["margin"] is not None and stats.sigmoid(abs(case["margin"])) >= limits["sure"]
     return {
         "order": any(case["flips"].values()),
         "close": any(abs(value - 0.5) < limits["close"] for value in p.values()),
@@ -212,13 +212,18 @@ def _reasons(case: Case, limits: dict[str, float]) -> dict[str, bool]:
         "judges": 0 in differing,
         "label": 1 in differing,
         "labels": 2 in differing,
-        "reward_model": sure and _differ(fmean(p.values()), _sigmoid(case["margin"])),
+        "reward_model": sure and _differ(fmean(p.values()), stats.sigmoid(case["margin"])),
     }
+
+
+def _every_p(case: Case) -> list[float]:
+    """p of every judge under each of its principles."""
+    return [p for each in case["judges"].values() for p in each.values()]
 
 
 def _ranked(found: list[Case]) -> list[Case]:
     def rank(case: Case):
-        ps = [p for each in case["judges"].values() for p in each.values()]
+        ps = _every_p(case)
         return -len(case["why"]), min(ps) - max(ps), case["prompt_id"], case["first"], case["second"]
 
     return sorted((case for case in found if case["why"]), key=rank)
@@ -227,10 +232,6 @@ def _ranked(found: list[Case]) -> list[Case]:
 def _divided(case: Case) -> bool:
     """Disputed whatever the reward model says."""
     return any(reason != "reward_model" for reason in case["why"])
-
-
-def _sigmoid(x):
-    return 0.5 * (1 + np.tanh(np.asarray(x) / 2))
 
 
 def _alphas(found: list[Case]) -> list[dict]:
@@ -291,27 +292,42 @@ def _scored(found: list[Case]) -> list[Case]:
     return [case for case in found if case["margin"] is not None and case["opinions"] > 1]
 
 
+def _by_opinion(scored: list[Case]) -> tuple[list[Case], list[Case]]:
+    """Those on which opinions divide, and the unanimous ones."""
+    divided, unanimous = [], []
+    for case in scored:
+        (divided if _divided(case) else unanimous).append(case)
+    return divided, unanimous
+
+
+def _confidence(part: list[Case]) -> dict:
+    """Mean |P - 1/2| of the reward model."""
+    values = [abs(float(stats.sigmoid(case["margin"])) - 0.5) for case in part]
+    return stats.ratio_of_sums(values, [1] * len(part), [case["prompt_id"] for case in part])
+
+
 def _reward_model_figures(found: list[Case]) -> list[dict]:
     scored = _scored(found)
-    parts = {True: [c for c in scored if _divided(c)], False: [c for c in scored if not _divided(c)]}
-    sure = {
-        divided: stats.ratio_of_sums([abs(float(_sigmoid(c["margin"])) - 0.5) for c in part], [1] * len(part),
-                                     [c["prompt_id"] for c in part])
-        for divided, part in parts.items()
-    }  # fmt: skip
-    shows = stats.auroc([abs(c["margin"]) for c in scored], [not _divided(c) for c in scored],
-                        [c["prompt_id"] for c in scored]) if all(parts.values()) else stats.estimate([])  # fmt: skip
-    right = [(np.sign(c["margin"]) * _choices([fmean(c["p"].values())])[0] + 1) / 2 for c in parts[False]]
-    agreed = None if sure[False]["value"] is None else ("unanimous pairs", sure[False]["value"])
+    divided, unanimous = _by_opinion(scored)
+    sure, agreed = _confidence(divided), _confidence(unanimous)["value"]
+    baseline = None if agreed is None else ("unanimous pairs", agreed)
+    shows = stats.estimate([])
+    if divided and unanimous:
+        shows = stats.auroc([abs(case["margin"]) for case in scored], [not _divided(case) for case in scored],
+                            [case["prompt_id"] for case in scored])  # fmt: skip
+    right = []
+    for case in unanimous:
+        choice = _choices([fmean(case["p"].values())])[0]
+        right.append((np.sign(case["margin"]) * choice + 1) / 2)
     return [
         figure("margin_auroc", "Reward model shows disagreement", shows, better="higher", baseline=("a coin", 0.5),
                says="Chance that |margin| is larger on a unanimous pair than on a divided one (AUROC). 1/2: the "
                "reward model is as sure where opinions divide, and hides it (Zhang et al. 2024, arXiv:2410.14632)."),
-        figure("divided_confidence", "Reward model's confidence on divided pairs", sure[True], better="lower",
-               baseline=agreed, says="Mean |P - 1/2|, P = sigmoid(margin): 0 knows that it does not know, 1/2 is "
+        figure("divided_confidence", "Reward model's confidence on divided pairs", sure, better="lower",
+               baseline=baseline, says="Mean |P - 1/2|, P = sigmoid(margin): 0 knows that it does not know, 1/2 is "
                "certain."),
         figure("unanimous_accuracy", "Reward model right on unanimous pairs", stats.estimate(
-               right, [c["prompt_id"] for c in parts[False]]), unit="%", better="higher", baseline=("a coin", 0.5),
+               right, [case["prompt_id"] for case in unanimous]), unit="%", better="higher", baseline=("a coin", 0.5),
                says="Share of the pairs on which all opinions agree where the margin has their sign."),
     ]  # fmt: skip
 
@@ -370,7 +386,7 @@ def _family_tables(found: list[Case], listed: list[tuple[str, str]]) -> list[dic
     summary, who = [], []
     for family, part in _families(found).items():
         prompts = [case["prompt_id"] for case in part]
-        opinions = [[p for each in case["judges"].values() for p in each.values()] for case in part]
+        opinions = [_every_p(case) for case in part]
         summary.append([family, len(part), stats.estimate([bool(c["why"]) for c in part], prompts), _flip_rate(part),
                         stats.format_estimate(alpha(opinions, prompts, "nominal"))])  # fmt: skip
         row = [family]
@@ -387,14 +403,13 @@ def _family_tables(found: list[Case], listed: list[tuple[str, str]]) -> list[dic
 
 
 def _plots(found: list[Case]) -> list[dict]:
-    scored, plots = _scored(found), []
-    parts = {"unanimous": [c for c in scored if not _divided(c)], "divided": [c for c in scored if _divided(c)]}
-    if all(parts.values()):
-        levels = np.linspace(0, 1, CURVE)
-        curves = [
-            curve(name, np.quantile([abs(c["margin"]) for c in part], levels).tolist(), levels.tolist())
-            for name, part in parts.items()
-        ]
+    plots = []
+    divided, unanimous = _by_opinion(_scored(found))
+    if divided and unanimous:
+        levels, curves = np.linspace(0, 1, CURVE), []
+        for name, part in (("unanimous", unanimous), ("divided", divided)):
+            margins = np.quantile([abs(case["margin"]) for case in part], levels)
+            curves.append(curve(name, margins.tolist(), levels.tolist()))
         plots.append(lines("How sure the reward model is where opinions agree and where they divide", "|margin|, nats",
                            "share of pairs below", curves))  # fmt: skip
     shares = [(family, stats.estimate([bool(c["why"]) for c in part], [c["prompt_id"] for c in part]))
@@ -414,7 +429,7 @@ def _example(case: Case) -> dict:
         for principle, p in each.items()
     ]
     if case["margin"] is not None:
-        said.append(f"reward model {float(_sigmoid(case['margin'])):.2f}")
+        said.append(f"reward model {float(stats.sigmoid(case['margin'])):.2f}")
     why = ", ".join(REASONS[reason] for reason in case["why"])
     texts += [("answer 1", case["first"]), ("answer 2", case["second"])]
     return example(why[0].upper() + why[1:], texts, f"Probability that answer 1 is better: {'; '.join(said)}.")

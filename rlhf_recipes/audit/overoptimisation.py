@@ -19,7 +19,7 @@ from rlhf_recipes.errors import Refusal
 KEY, TITLE = "overoptimisation", "Over-optimisation"
 QUESTION = "If we push harder on this reward, do the answers get better, or only the score?"
 RESAMPLES = 1000
-FAR = 10  # times what was measured: a peak beyond is none
+FAR = 10  # a fitted peak beyond so many times the largest measured d counts as none
 FORMS = {"best_of_n": "d (α − β d)", "policy": "d (α − β ln d)"}
 _NONE = stats.estimate([])
 

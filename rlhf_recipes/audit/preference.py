@@ -43,9 +43,14 @@ def audit(rows: list[dict], margins_N, train: list[dict]) -> dict:
             baseline=("balanced", 0.5), says="By characters. Far from one half, length alone earns reward.",
         ),
     ]  # fmt: skip
-    families = dict.fromkeys(row["family"] for row in rows if row["family"])
-    by_family = [(family, [i for i, row in enumerate(rows) if row["family"] == family]) for family in families]
-    found = [(family, stats.estimate([right[i] for i in own], [ids[i] for i in own])) for family, own in by_family]
+    families: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        if row["family"]:
+            families.setdefault(row["family"], []).append(i)
+    found = [
+        (family, stats.estimate([right[i] for i in group], [ids[i] for i in group]))
+        for family, group in families.items()
+    ]
     found.sort(key=lambda each: each[1]["value"])
     plots = [section.dots("Preference accuracy by family, worst first", found, "pairs ranked correctly, %",
                           (rule, baseline))] if found else []  # fmt: skip

@@ -227,16 +227,7 @@ def r_squared(x, y, weights) -> float:
     """Share of the variance of y that a straight line in x explains, rows weighted; nan where one does not vary."""
     if np.count_nonzero(weights) < 3:  # a line fits two points
         return math.nan
-    return correlation(x, y, weights) ** 2
-
-
-def correlation(x, y, weights) -> float:
-    """Pearson's r of weighted rows."""
-    x, y = x - np.average(x, weights=weights), y - np.average(y, weights=weights)
-    xx, yy = (weights * x * x).sum(), (weights * y * y).sum()
-    if min(xx, yy) <= 1e-24 * weights.sum():
-        return math.nan
-    return float((weights * x * y).sum() / math.sqrt(xx * yy))
+    return stats.correlation(x, y, weights) ** 2
 
 
 def _length_figures(rows: list[dict], rewards: dict) -> tuple[list[dict], list[str]]:
@@ -292,7 +283,7 @@ def _length_figures(rows: list[dict], rewards: dict) -> tuple[list[dict], list[s
             says="Below 0 part of the accuracy is owed to length.",
         ),
     ]
-    r = correlation(gaps, margins, np.ones(n))
+    r = stats.correlation(gaps, margins, np.ones(n))
     if math.isnan(r):
         return figures, []
     longer = "longer" if r > 0 else "shorter"

@@ -224,16 +224,10 @@ def _spread(ways: dict, mean_N, wrong_N, ids) -> list[dict]:
         from scipy.stats import rankdata
 
         a_N, b_N = rankdata(ways["std"][1]), rankdata(-mean_N)
-        rank = stats.resampled(lambda w: _correlation(a_N, b_N, w), size, ids)
+        rank = stats.resampled(lambda w: stats.correlation(a_N, b_N, w), size, ids)
     says = "Spearman's rank correlation of the spread with −margin, how wrong a pair is (ranks of all pairs)."
     return [*figures, section.figure("spearman", "Spread against how wrong", rank, better="higher",
                                      baseline=("no relation", 0.0), says=says)]  # fmt: skip
-
-
-def _correlation(a, b, weights) -> float:
-    a, b = a - np.average(a, weights=weights), b - np.average(b, weights=weights)
-    scale = math.sqrt(float(weights @ a**2) * float(weights @ b**2))
-    return float(weights @ (a * b)) / scale if scale > 0 else math.nan
 
 
 def _diversity(margins_MN, clusters: int) -> list[dict]:
@@ -244,7 +238,7 @@ def _diversity(margins_MN, clusters: int) -> list[dict]:
     members, ones = len(margins_MN), np.ones(margins_MN.shape[1])
     for i in range(members if len(ones) > 1 else 0):
         for j in range(i):
-            errors.append(_correlation(wrong_MN[i], wrong_MN[j], ones))
+            errors.append(stats.correlation(wrong_MN[i], wrong_MN[j], ones))
             taus.append(float(kendalltau(margins_MN[i], margins_MN[j]).statistic))
     found = []
     for values in (errors, taus):

@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf_recipes.errors import Refusal, nearest
+from rlhf_recipes.errors import Refusal, first_line, nearest
 
 FRAMINGS = ("positive", "negative")
 FIELDS = {
@@ -130,7 +130,7 @@ def _read(path: str) -> dict:
     try:
         content = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
     except (OmegaConfBaseException, OSError, ValueError) as error:
-        raise Refusal(f"{path}: cannot be read ({str(error).splitlines()[0]}). Mend it.") from error
+        raise Refusal(f"{path}: cannot be read ({first_line(error)}). Mend it.") from error
     except Exception as error:  # PyYAML's errors share no base with what it may raise besides
         at = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or type(error).__name__

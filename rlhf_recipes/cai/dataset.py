@@ -19,6 +19,7 @@ import xxhash
 
 from rlhf_recipes import stats
 from rlhf_recipes.cai import filters, make_pairs, prompt_templates
+from rlhf_recipes.cai.prompt_templates import assistant
 from rlhf_recipes.run import write_atomically
 from rlhf_recipes.text_metrics import BANDS, near_duplicate_keys
 
@@ -145,14 +146,10 @@ def _write_pair(writer: Writer, record: dict, pair: dict, route: str, provenance
     }
     split = record["split"]
     target = {"accepted": f"{split}_prefs", "tie": "ties"}.get(route, "disputed")
-    writer.add(target, {**row, **notes, "chosen": _said(chosen), "rejected": _said(rejected)})
+    writer.add(target, {**row, **notes, "chosen": [assistant(chosen)], "rejected": [assistant(rejected)]})
     if route == "accepted" and chosen not in completions:
         completions.add(chosen)
-        writer.add(f"{split}_sft", {**row, "completion": _said(chosen)})
-
-
-def _said(text: str) -> list[dict]:
-    return [{"role": "assistant", "content": text}]
+        writer.add(f"{split}_sft", {**row, "completion": [assistant(chosen)]})
 
 
 def _repeated(shards: list[Path]) -> np.ndarray:

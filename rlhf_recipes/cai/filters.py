@@ -7,12 +7,11 @@ copies into everything, critiques handed in as revisions, pairs of two refusals 
 import math
 import re
 import unicodedata
-from collections import Counter
 
 from omegaconf import DictConfig
 
 from rlhf_recipes.cai.prompt_templates import MARKER, visible
-from rlhf_recipes.text_metrics import jaccard, refuses, words
+from rlhf_recipes.text_metrics import jaccard, refuses, repeats_phrase, words
 
 _REVISED = "new|final|revised|rewritten|improved|corrected|edited|updated|better|reworded|rephrased"
 _REPLY = "reply|response|answer|version|revision|rewrite"
@@ -42,7 +41,7 @@ ROLE_LEAK = re.compile(
     r"conversation|reply(?: [ab])?|options)\**\s*:|(?-i:\b(?:Human|Assistant): )|^> |" + MARKER.pattern,
     re.IGNORECASE | re.MULTILINE,
 )
-# What speaks to a judge, or looks like what is put to one. A and B count as capitals alone.
+# Phrases that address a judge, or imitate the question that it is asked. The letters A and B: as capitals alone.
 INJECTIONS = (
     r"\b(?:ignore|disregard|forget)\b.{0,40}\b(?:instruction|prompt|rule|above|previous)",
     r"\b(?:choose|select|pick|prefer|vote for|print|say)\b[^.\n]{0,30}\b(?:this (?:reply|answer)|(?-i:[AB]))\b",
@@ -83,17 +82,16 @@ def unfit_reply(text: str, finished: bool, limits: DictConfig) -> str | None:
         return "role_leak"
     if META.search(text) or PREAMBLE.match(text):
         return "preamble"
-    if repeats(text) or EMOJI_RUN.search(text) or len(EMOJI.findall(text)) > 0.02 * count + 1:
+    if degenerates(text) or EMOJI_RUN.search(text) or len(EMOJI.findall(text)) > 0.02 * count + 1:
         return "repetition"
     return None
 
 
-def repeats(text: str) -> bool:
-    """Fewer than half of its sequences of four words are different, one occurs four times, or a letter is stuck."""
+def degenerates(text: str) -> bool:
+    """It repeats a phrase, fewer than half of its sequences of four words are different, or a letter is stuck."""
     tokens = words(text)
-    grams = Counter(tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3))
-    looped = bool(grams) and (len(grams) < 0.5 * grams.total() or max(grams.values()) >= 4)
-    return looped or STUCK.search(text) is not None
+    grams = [tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)]
+    return repeats_phrase(text) or len(set(grams)) < 0.5 * len(grams) or STUCK.search(text) is not None
 
 
 def unfit_revision(before: str, critique: str, revision: str) -> str | None:

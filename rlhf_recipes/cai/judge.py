@@ -32,6 +32,8 @@ THEN = "Answer with the letter of one option alone."
 # Chain of thought commits itself to 0 or 1; Bai et al. 2022, section 4.3, clamp its probabilities to 40-60 %.
 CLAMP = (0.40, 0.60)
 BINS = 10  # of the calibration error, of equal mass
+EXTREMES = (1e-6, 1 - 1e-6)  # a probability beyond them has no log-odds to speak of
+TEMPERATURES = (0.05, 50.0)  # the least and the greatest that is fitted
 
 
 @dataclass(frozen=True)
@@ -79,10 +81,10 @@ class Judge:
         self.priors: dict[str, float] = {}
 
     def learn_priors(self, journal: Journal) -> None:
-        """prior_k of every principle: the mean over replies without content (`layout.CONTENT_FREE`)."""
+        """prior_k of every principle: the mean over replies without content (`prompt_templates.CONTENT_FREE`)."""
         if not self.settings.prior_correction:
             return
-        prompt = [{"role": "user", "content": prompt_templates.CONTENT_FREE[0]}]
+        prompt = [prompt_templates.user(prompt_templates.CONTENT_FREE[0])]
         pairs = [Pair("content-free", prompt, text, text) for text in prompt_templates.CONTENT_FREE]
         asked = [self._question(pair, p, False) for p in self.constitution.principles for pair in pairs]
         odds = [_log_odds(answer["logps"]) for answer in self._ask(asked, journal, "judge: prior")]
@@ -97,17 +99,18 @@ class Judge:
             self.constitution.draw(self.settings.principles_per_pair, self.seed, "judge", pair.prompt_id)
             for pair in pairs
         ]
-        asked = [
-            self._question(pair, principle, swapped)
-            for pair, principles in zip(pairs, drawn, strict=True)
-            for principle in principles
-            for swapped in (False, True)
-        ]
-        answers = iter(self._ask(asked, journal, what))
-        return [
-            self._judgement(principles, [(next(answers)["logps"], next(answers)["logps"]) for _ in principles])
-            for principles in drawn
-        ]
+        asked = []
+        for pair, principles in zip(pairs, drawn, strict=True):
+            for principle in principles:
+                asked += [self._question(pair, principle, swapped) for swapped in (False, True)]
+        logps = [answer["logps"] for answer in self._ask(asked, journal, what)]
+        orders = list(zip(logps[::2], logps[1::2], strict=True))  # (AB, BA) of each pair under each of its principles
+        judgements, begin = [], 0
+        for principles in drawn:
+            end = begin + len(principles)
+            judgements.append(self._judgement(principles, orders[begin:end]))
+            begin = end
+        return judgements
 
     def _question(self, pair: Pair, principle: Principle, swapped: bool) -> Request:
         first, second = (pair.second, pair.first) if swapped else (pair.first, pair.second)
@@ -127,10 +130,12 @@ class Judge:
                 for r in requests
             ]  # fmt: skip
             thoughts = ask(self.backend, thinking, journal, f"{what}, thinking")
-            requests = [
-                replace(r, messages=[*t.messages, *prompt_templates.plain([_said(thought["text"])]), _user(THEN)])
-                for r, t, thought in zip(requests, thinking, thoughts, strict=True)
-            ]
+            choices = []
+            for request, question, thought in zip(requests, thinking, thoughts, strict=True):
+                said = prompt_templates.plain([prompt_templates.assistant(thought["text"])])
+                messages = [*question.messages, *said, prompt_templates.user(THEN)]
+                choices.append(replace(request, messages=messages))
+            requests = choices
         return ask(self.backend, requests, journal, what)
 
     def _judgement(self, principles: list[Principle], answers: list[tuple]) -> Judgement:
@@ -138,29 +143,22 @@ class Judge:
         mass = min((sum(map(math.exp, values)) if values else 0.0) for values in logps)
         if mass < self.settings.min_option_mass:
             return Judgement(None, mass=mass)
-        sides = np.array(
-            [
-                self._sides(_log_odds(ab) - self._prior(principle), -(_log_odds(ba) - self._prior(principle)))
-                for principle, (ab, ba) in zip(principles, answers, strict=True)
-            ]
-        )
-        p_K = sides.mean(1)
+        log_odds = []
+        for principle, (ab, ba) in zip(principles, answers, strict=True):
+            prior = self.priors.get(principle.id, 0.0)
+            log_odds.append((_log_odds(ab) - prior, prior - _log_odds(ba)))
+        sides_K2 = stats.sigmoid(log_odds)
+        if self.settings.mode == "cot":
+            sides_K2 = np.clip(sides_K2, *CLAMP)
+        p_K = sides_K2.mean(1)
         return Judgement(
             p=float(tempered(p_K.mean(), self.temperature)),
             by_principle={principle.id: float(p) for principle, p in zip(principles, p_K, strict=True)},
             spread=float(p_K.std()),
-            position_gap=float((sides[:, 0] - sides[:, 1]).mean()),
-            flip=bool(np.prod(np.round(sides.mean(0) - 0.5, 9)) < 0),
+            position_gap=float((sides_K2[:, 0] - sides_K2[:, 1]).mean()),
+            flip=bool(np.prod(np.round(sides_K2.mean(0) - 0.5, 9)) < 0),
             mass=mass,
         )
-
-    def _prior(self, principle: Principle) -> float:
-        return self.priors.get(principle.id, 0.0)
-
-    def _sides(self, *log_odds: float) -> list[float]:
-        """sigma(s) of both orders; clamped after a chain of thought."""
-        low, high = CLAMP if self.settings.mode == "cot" else (0.0, 1.0)
-        return [min(max(_sigmoid(s), low), high) for s in log_odds]
 
 
 def worth(judge: Judge, gold: list[dict], judgements: list[Judgement], limits: DictConfig) -> dict[str, Any]:
@@ -207,20 +205,17 @@ def worth(judge: Judge, gold: list[dict], judgements: list[Judgement], limits: D
 
 
 def fit_temperature(p: np.ndarray) -> float:
-    """T that minimises the negative log-likelihood of "the first is better" with log-odds logit(p) / T."""
-    grid = np.geomspace(0.05, 50, 400)
-    losses = [-np.log(tempered(p, temperature)).mean() for temperature in grid]
-    return float(grid[int(np.argmin(losses))])
+    """`stats.temperature` of the log-odds logit(p) of "the first is better", within `TEMPERATURES`."""
+    clipped = np.clip(p, *EXTREMES)
+    return float(np.clip(stats.temperature(np.log(clipped / (1 - clipped))), *TEMPERATURES))
 
 
 def calibration_error(p: np.ndarray, bins: int = BINS) -> float:
-    """Expected calibration error: sum_b n_b / N |accuracy_b - confidence_b|, bins of equal mass, with the confidence
-    max(p, 1 - p), since the label is always "the first"."""
-    confidence = np.maximum(p, 1 - p)
-    right = _correct(p)
-    order = np.argsort(np.round(confidence, 9), kind="stable")  # equal but for rounding: not sorted by who was right
-    parts = np.array_split(order, min(bins, len(order)))
-    return float(sum(abs(right[i].sum() - confidence[i].sum()) for i in parts) / len(p))
+    """Expected calibration error over bins of equal mass, with the confidence max(p, 1 - p), since the label is always
+    "the first"."""
+    # p and 1 - p of one confidence differ in their last bits: rounded, they share a bin.
+    confidence = np.round(np.maximum(p, 1 - p), 9)
+    return stats.calibration_error(stats.equal_mass_bins(confidence, bins), _correct(p) - confidence)
 
 
 def _calibration(p: np.ndarray, ids: list[str]) -> dict[str, Any]:
@@ -242,8 +237,8 @@ def _calibration(p: np.ndarray, ids: list[str]) -> dict[str, Any]:
 
 
 def tempered(p, temperature: float):
-    """sigma(logit(p) / temperature); 0 and 1 count as 1e-6 from there."""
-    clipped = np.clip(p, 1e-6, 1 - 1e-6)
+    """sigma(logit(p) / temperature)."""
+    clipped = np.clip(p, *EXTREMES)
     return 1 / (1 + ((1 - clipped) / clipped) ** (1 / temperature))
 
 
@@ -275,17 +270,5 @@ def _log_odds(logps: list[float] | None) -> float | None:
     return None if logps is None else logps[0] - logps[1]
 
 
-def _sigmoid(x: float) -> float:
-    return 0.5 * (1 + math.tanh(x / 2))  # sigmoid(-x) is 1 - sigmoid(x) to the last bit
-
-
 def _with(messages: list[Message], text: str) -> list[Message]:
     return [*messages[:-1], {**messages[-1], "content": f"{messages[-1]['content']} {text}"}]
-
-
-def _user(text: str) -> Message:
-    return {"role": "user", "content": text}
-
-
-def _said(text: str) -> Message:
-    return {"role": "assistant", "content": text}

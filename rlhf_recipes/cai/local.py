@@ -85,8 +85,8 @@ class Local:
     def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", name: str):
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.stops = stop_ids(model, tokenizer)
-        # Padding behind a stem takes places of an attention window: only what is shorter, padding included, may have
-        # stems. Layers that are no attention know no such padding.
+        # Padding behind a stem takes places of a sliding window, so stems are for what fits into it, padding included.
+        # A layer without attention (a recurrent state) cannot mask padding: its window of 0 allows no stem.
         self.window = min(
             math.inf if type(layer) is DynamicLayer else getattr(layer, "sliding_window", 0)
             for layer in DynamicCache(config=model.config).layers

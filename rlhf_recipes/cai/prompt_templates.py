@@ -62,7 +62,7 @@ def conversation(messages: list[Message]) -> str:
 def critique(constitution: Constitution, prompt: list[Message], reply: str, principle: Principle, few_shot: int):
     """Messages that ask for a critique of `reply`."""
     shots = [turn for e in constitution.examples[:few_shot] for turn in _critique_shot(constitution, e)]
-    return [_system(), *shots, _user(_critique_request(prompt, reply, principle))]
+    return [_system(), *shots, user(_critique_request(prompt, reply, principle))]
 
 
 def revision(
@@ -78,18 +78,18 @@ def revision(
         turn
         for example in constitution.examples[:few_shot]
         for turn in (
-            _user(
+            user(
                 _revision_request(
-                    [_user(example.prompt)],
+                    [user(example.prompt)],
                     example.reply,
                     criticism and example.critique,
                     constitution.principle(example.principle),
                 )
             ),
-            _assistant(example.revision),
+            assistant(example.revision),
         )
     ]
-    return [_system(), *shots, _user(_revision_request(prompt, reply, criticism, principle))]
+    return [_system(), *shots, user(_revision_request(prompt, reply, criticism, principle))]
 
 
 def judgement(prompt: list[Message], first: str, second: str, principle: Principle) -> list[Message]:
@@ -100,13 +100,13 @@ def judgement(prompt: list[Message], first: str, second: str, principle: Princip
         f"Conversation:\n{conversation(prompt)}\n\nReply A:\n{quote(first)}\n\nReply B:\n{quote(second)}\n\n"
         f"{principle.judgement}\nOptions:\n(A) Reply A\n(B) Reply B\nAnswer with the letter of one option."
     )
-    return [_user(text)]
+    return [user(text)]
 
 
 def _critique_shot(constitution: Constitution, example: Example):
     principle = constitution.principle(example.principle)
-    asked = _critique_request([_user(example.prompt)], example.reply, principle)
-    return _user(asked), _assistant(example.critique)
+    asked = _critique_request([user(example.prompt)], example.reply, principle)
+    return user(asked), assistant(example.critique)
 
 
 def _critique_request(prompt: list[Message], reply: str, principle: Principle) -> str:
@@ -126,11 +126,11 @@ def _system() -> Message:
     return {"role": "system", "content": EDITOR}
 
 
-def _user(text: str) -> Message:
+def user(text: str) -> Message:
     return {"role": "user", "content": text}
 
 
-def _assistant(text: str) -> Message:
+def assistant(text: str) -> Message:
     return {"role": "assistant", "content": text}
 
 

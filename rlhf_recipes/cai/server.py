@@ -198,7 +198,7 @@ class Server:
                 elsewhere = _host(self.base_url, error.response.headers.get("location"))
                 failure, advice = f"status {status}", "Lower concurrency" if status == 429 else "See its log"
             except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-                # Read as a chat completion, it is none.
+                # The body has not the shape of a chat completion.
                 failure, advice = "no chat completion in its answer", "See that base_url is right"
             # Raised here, not above, no error has one of the client's, which hold the key, as its context.
             if 300 <= status < 400:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes import places
-from rlhf_recipes.errors import Refusal, nearest
+from rlhf_recipes.errors import Refusal, first_line, nearest
 from rlhf_recipes.secrets import redact
 
 Located = tuple[str, dict[str, Any]]
@@ -139,7 +139,7 @@ def read_hub(path: str, name: str | None, revision: str | None, split: str) -> I
     except ValueError as error:
         if "Unknown split" in str(error) or "unknown split" in str(error):
             return None
-        raise Refusal(f"data.path={path}: {_first_line(error)}. Check data.name and data.revision.") from error
+        raise Refusal(f"data.path={path}: {_reason(error)}. Check data.name and data.revision.") from error
     except Exception as error:
         if HF_HUB_OFFLINE:
             raise Refusal(
@@ -147,7 +147,7 @@ def read_hub(path: str, name: str | None, revision: str | None, split: str) -> I
                 "Unset it, or give a local file."
             ) from error
         raise Refusal(
-            f"data.path={path}: cannot be loaded ({type(error).__name__}: {_first_line(error)}). "
+            f"data.path={path}: cannot be loaded ({type(error).__name__}: {_reason(error)}). "
             "Check data.name and data.revision, or give a local file."
         ) from error
     return _numbered(f"{path}[{split}]", data)
@@ -244,7 +244,7 @@ def _json_rows(path: str, lines: Iterator[tuple[int, str]]) -> Iterator[Located]
     except json.JSONDecodeError as error:
         raise Refusal(f"{path}:{error.lineno}: not valid JSON ({_shortly(error)}). Mend the list there.") from error
     except (ValueError, RecursionError) as error:
-        raise Refusal(f"{path}: not readable JSON ({_first_line(error)}). Mend the list.") from error
+        raise Refusal(f"{path}: not readable JSON ({_reason(error)}). Mend the list.") from error
     for number, row in enumerate(rows, 1):
         yield f"{path}:{number}", _object(f"{path}:{number}", row)
 
@@ -257,7 +257,7 @@ def _parsed(where: str, line: str) -> Any:
     except json.JSONDecodeError as error:
         raise Refusal(f"{where}: not valid JSON ({_shortly(error)}). Mend or remove the line.") from error
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits, a thousand brackets
-        raise Refusal(f"{where}: not readable JSON ({_first_line(error)}). Mend or remove the line.") from error
+        raise Refusal(f"{where}: not readable JSON ({_reason(error)}). Mend or remove the line.") from error
 
 
 def _refuse_half_pairs(value: Any, text: str) -> None:
@@ -341,7 +341,7 @@ def _parquet_rows(path: str, file: Path) -> Iterator[Located]:
     except (pyarrow.ArrowException, OSError) as error:
         if getattr(error, "strerror", None):
             raise
-        raise Refusal(f"{path}: not a readable parquet file ({_first_line(error)}). Write it again.") from error
+        raise Refusal(f"{path}: not a readable parquet file ({_reason(error)}). Write it again.") from error
 
 
 def _refuse_huge_rows(path: str, metadata) -> None:
@@ -367,7 +367,7 @@ def _saved_split(path: str, folder: Path, split: str) -> Iterator[Located] | Non
         data = load_from_disk(str(folder))
     except Exception as error:
         raise Refusal(
-            f"{path}: a damaged save_to_disk folder ({type(error).__name__}: {_first_line(error)}). Save it again."
+            f"{path}: a damaged save_to_disk folder ({type(error).__name__}: {_reason(error)}). Save it again."
         ) from error
     if not isinstance(data, DatasetDict):  # a single saved Dataset has no splits
         return _numbered(path, data) if split == "train" else None
@@ -378,6 +378,5 @@ def _numbered(name: str, rows) -> Iterator[Located]:
     return ((f"{name}:{number}", row) for number, row in enumerate(rows, 1))
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return redact(text.splitlines()[0] if text else type(error).__name__)[:200].rstrip(".")
+def _reason(error: Exception) -> str:
+    return redact(first_line(error))[:200].rstrip(".")

@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+from rlhf_recipes import progress
 from rlhf_recipes.data.template import render
 from rlhf_recipes.errors import Refusal
 
@@ -130,16 +131,10 @@ class _Control:
 def lengths(rows: list[Example], tokenizer, name: str) -> list[int | None]:
     """Tokens of prompt plus longest answer (where there is one), template included; None where the template refuses
     the roles."""
-    from tqdm import tqdm
-
-    found = []
-    hidden = len(rows) <= PROGRESS_ROWS
-    with tqdm(total=len(rows), desc=f"data: tokens of {name}", unit=" rows", disable=hidden) as bar:
-        for start in range(0, len(rows), BATCH):
-            batch = rows[start : start + BATCH]
-            found += _batch_lengths(batch, tokenizer)
-            bar.update(len(batch))
-    return found
+    groups = (rows[start : start + BATCH] for start in range(0, len(rows), BATCH))
+    if len(rows) > PROGRESS_ROWS:
+        groups = progress.batches(f"data: tokens of {name}", len(rows), groups)
+    return [length for group in groups for length in _batch_lengths(group, tokenizer)]
 
 
 def _batch_lengths(rows: list[Example], tokenizer) -> list[int | None]:

@@ -70,12 +70,11 @@ def compare(judge: Judge, measurements: dict, rows: list[dict], path: Path, tie_
             )
             for row in measurements["answers"]
         ]
-        asked = [pair for pair in pairs if pair.first != pair.second]
-        typed += sum(prompt_templates.chat_tokens(pair.first, pair.second) for pair in asked)
-        found = iter(judge.compare(asked, journal, f"judge: {name}"))
-        judgements[name] = [
-            verdict(pair.prompt_id, next(found) if pair.first != pair.second else None, tie_margin) for pair in pairs
-        ]
+        differ = [n for n, pair in enumerate(pairs) if pair.first != pair.second]
+        typed += sum(prompt_templates.chat_tokens(pairs[n].first, pairs[n].second) for n in differ)
+        answered = judge.compare([pairs[n] for n in differ], journal, f"judge: {name}")
+        by_place = dict(zip(differ, answered, strict=True))
+        judgements[name] = [verdict(pair.prompt_id, by_place.get(n), tie_margin) for n, pair in enumerate(pairs)]
     asked_of = {"judge": judge.backend.name, "constitution": f"{judge.constitution.name} {judge.constitution.version}"}
     asked_of |= {"chat tokens made plain for the judge": typed} if typed else {}
     return measurements | {"judgements": judgements, "settings": measurements["settings"] | asked_of}

@@ -233,11 +233,9 @@ def _best(rows: list[dict], objective: str, node: DictConfig, apart: Callable[[d
 
 def _csv(rows: list[dict]) -> str:
     given = [dict(_overrides(row)) for row in rows]
-    keys = [
-        key
-        for key in dict.fromkeys(key for each in given for key in each)
-        if len({each.get(key) for each in given}) > 1
-    ]  # what is the same for all is in their config.yaml
+    names = dict.fromkeys(key for each in given for key in each)
+    # what is the same for all jobs is in their config.yaml
+    keys = [name for name in names if len({each.get(name) for each in given}) > 1]
     metrics = dict.fromkeys(key for row in rows for key in row["metrics"])
     estimates = [f"{m}{part}" for m in metrics for part in ("", "_low", "_high", "_n")]
     fields = ["sweep", "job", *keys, "recipe", "status", *estimates, "seconds", "peak_memory_gib", "doctor",

@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from rlhf_recipes.errors import Refusal, nearest
+from rlhf_recipes.errors import Refusal, first_line, nearest
 from rlhf_recipes.text import line
 
 # Of the metrics that a task gives per example, the first of these, else its first that is a mean.
@@ -112,10 +112,10 @@ def score(model, tokenizer, found: dict[str, dict[str, Any]], settings: DictConf
 def _load(manager, name: str) -> dict[str, Any]:
     try:
         return manager.load([name])["tasks"]
-    except Exception as error:  # of datasets, the hub or a YAML file: what is said is the same
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0][:160].rstrip(".")
+    except Exception as error:  # what datasets, the hub and a YAML file raise shares no base
+        reason = first_line(error)[:160].rstrip(".")
         raise Refusal(
-            f"tasks=[{name}]: its data cannot be loaded ({said}). Connect to the hub, or name a task on local files "
+            f"tasks=[{name}]: its data cannot be loaded ({reason}). Connect to the hub, or name a task on local files "
             "with lm_eval.include_path."
         ) from error
 

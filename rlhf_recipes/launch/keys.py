@@ -107,6 +107,13 @@ KEYS = {
     "max_base_drift": int | float,
     "max_file_gib": int | float,
 }
+# What the extra `audit` installs, and the module of each.
+AUDIT_PACKAGES = {
+    "scikit-learn": "sklearn",
+    "scipy": "scipy",
+    "networkx": "networkx",
+    "krippendorff": "krippendorff",
+}
 
 
 def check(cfg: DictConfig, recipe: str | None = None) -> None:
@@ -144,6 +151,10 @@ def check(cfg: DictConfig, recipe: str | None = None) -> None:
         raise Refusal(
             "quantization: bitsandbytes is not installed. pip install bitsandbytes, or add quantization=none."
         )
+    if (recipe or _running()) == "audit":
+        for package, module in AUDIT_PACKAGES.items():
+            if not _installed(module):
+                raise Refusal(f'The audit needs {package}. pip install "rlhf-recipes[audit]".')
 
 
 def _refuse_unknown(keys: list[str], recipe: str | None) -> None:

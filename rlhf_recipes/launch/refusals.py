@@ -16,7 +16,7 @@ from rlhf_recipes.errors import Refusal, first_line, nearest
 WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
-# Files of a group that others are made of.
+# Files of a config group that its other files build on: no choices by themselves.
 PARTS = ("base", "common")
 
 

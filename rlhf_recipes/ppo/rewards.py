@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rlhf_recipes import config, models, places, run
 from rlhf_recipes.data.template import render
 from rlhf_recipes.data.tokens import neutralise
-from rlhf_recipes.errors import Refusal, users_function
+from rlhf_recipes.errors import Refusal, first_line, users_function
 from rlhf_recipes.ppo.roles import Roles
 from rlhf_recipes.text import line
 
@@ -206,7 +206,7 @@ def _load_classifier(path: str, args):
         raise Refusal(f"reward_funcs={path}: brings Python code of its own, which is not run (auto_map).") from error
     except OSError as error:
         raise Refusal(
-            f"reward_funcs={path}: neither a run, nor module:function, nor a model ({str(error).splitlines()[0]})"
+            f"reward_funcs={path}: neither a run, nor module:function, nor a model ({first_line(error)})"
         ) from error
 
 

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from rlhf_recipes import models, run
 from rlhf_recipes.config import flatten
-from rlhf_recipes.errors import Refusal
+from rlhf_recipes.errors import Refusal, first_line
 from rlhf_recipes.publish import contents, manifest, scan
 from rlhf_recipes.stats import format_estimate
 
@@ -55,7 +55,7 @@ def repo_id(given: str) -> None:
     try:
         validate_repo_id(given)
     except HFValidationError as error:
-        said = str(error).splitlines()[0].partition(":")[0].rstrip(".")
+        said = first_line(error).partition(":")[0].rstrip(".")
         raise Refusal(f"repo_id={given}: {said}. Use <user>/<name>.") from error
     if not REPO_ID.fullmatch(given):
         raise Refusal(f"repo_id={given}: must be <user>/<name>. Add the name of its owner.")

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from rlhf_recipes import run
 from rlhf_recipes.cai.dataset import PREFS, SFT
 from rlhf_recipes.config import CONF, flatten
-from rlhf_recipes.errors import Refusal, nearest
+from rlhf_recipes.errors import Refusal, first_line, nearest
 from rlhf_recipes.text import line
 from rlhf_recipes.training.card import PAPERS, without_folder
 
@@ -116,7 +116,7 @@ def _read(where: str, path: Path) -> dict:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text) if path.suffix == ".json" else OmegaConf.to_container(OmegaConf.create(text))
     except Exception as error:  # json's, yaml's and omegaconf's share no base
-        raise Refusal(f"{where}: {path.name} cannot be read ({str(error).splitlines()[0]}).") from error
+        raise Refusal(f"{where}: {path.name} cannot be read ({first_line(error)}).") from error
     if not isinstance(content, dict):
         raise Refusal(f"{where}: {path.name} is no mapping. Restore the file, or run the recipe again.")
     return content

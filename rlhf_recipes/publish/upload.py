@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes import secrets
-from rlhf_recipes.errors import Refusal, nearest
+from rlhf_recipes.errors import Refusal, first_line, nearest
 from rlhf_recipes.publish import contents
 from rlhf_recipes.publish.manifest import MANIFEST, listed
 from rlhf_recipes.text import line
@@ -94,10 +94,10 @@ def reason(error: BaseException) -> str:
     if status and status >= 500:
         return f"the Hub fails ({status}). Run the same command later."
     if status:
-        return f"the Hub refuses ({status}): {line(secrets.redact(_first_line(error)))}"
+        return f"the Hub refuses ({status}): {line(secrets.redact(first_line(error)))}"
     if _is_network(error):
         return "the connection to the Hub was lost. Run the same command again."
-    return f"{line(secrets.redact(_first_line(error))).rstrip('.')}."
+    return f"{line(secrets.redact(first_line(error))).rstrip('.')}."
 
 
 def retried(call: Callable[..., Any], *args, **kwargs):
@@ -430,7 +430,3 @@ def _is_transient(error: BaseException) -> bool:
 
     status = _status(error)
     return status in TRANSIENT if status else _is_network(error) and not _caused_by(error, OfflineModeIsEnabled)
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

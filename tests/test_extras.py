@@ -1,0 +1,108 @@
+"""The packages of the extra `audit` serve the audit alone: everything else works where they are not installed."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from rlhf_recipes.launch import keys
+
+# Found by no import and by no `find_spec`, as if they were not there.
+HIDE = f"""
+from importlib.machinery import PathFinder
+
+find_spec = PathFinder.find_spec
+
+
+def find_others(name, *rest):
+    return None if name in {set(keys.AUDIT_PACKAGES.values())} else find_spec(name, *rest)
+
+
+PathFinder.find_spec = find_others
+"""
+IMPORT_ALL = """
+import importlib, importlib.util, pkgutil, sys
+
+import rlhf_recipes
+
+assert importlib.util.find_spec("sklearn") is None
+names = [module.name for module in pkgutil.walk_packages(rlhf_recipes.__path__, "rlhf_recipes.")]
+for name in [*names, *sys.argv[1:]]:
+    if not name.startswith("rlhf_recipes.audit"):
+        importlib.import_module(name)
+print("rlhf_recipes.evaluation.measure" in sys.modules, "torch" in sys.modules)
+"""
+
+
+@pytest.fixture
+def base_env(clean_env, tmp_path):
+    """The environment of a process in which none of the packages is installed."""
+    (tmp_path / "hide").mkdir()
+    (tmp_path / "hide" / "sitecustomize.py").write_text(HIDE)
+    return {**clean_env, "PYTHONPATH": str(tmp_path / "hide")}
+
+
+def imported(file: Path) -> set[str]:
+    """Top-level packages that a file imports, inside functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module.partition(".")[0])
+    return names
+
+
+def test_no_other_room_imports_them():
+    files = [*(ROOT / "rlhf_recipes").rglob("*.py"), *(ROOT / "recipes").glob("*.py")]
+    rooms = {file.parent.name for file in files if imported(file) & set(keys.AUDIT_PACKAGES.values())}
+    assert rooms == {"audit"}
+
+
+def test_the_extra_installs_what_the_audit_asks_for():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extra = {re.match(r"[\w-]+", each)[0] for each in project["optional-dependencies"]["audit"]}
+    base = {re.match(r"[\w-]+", each)[0] for each in project["dependencies"]}
+    assert extra == set(keys.AUDIT_PACKAGES) and not extra & base
+    assert "audit" in re.search(r"rlhf-recipes\[(.*?)\]", " ".join(project["optional-dependencies"]["dev"]))[1].split(
+        ","
+    )
+    assert re.search(r"^\$\(VENV\)/demo: WHAT := \.\[audit\]$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_every_module_but_those_of_the_audit_is_imported_without_them(base_env, tmp_path):
+    recipes = [f"rlhf_recipes.recipes.{file.stem}" for file in (ROOT / "recipes").glob("[a-z]*.py")]
+    recipes.remove("rlhf_recipes.recipes.audit")
+    command = [sys.executable, "-c", IMPORT_ALL, *recipes]
+    done = subprocess.run(command, cwd=tmp_path, env=base_env, capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "True"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("recipe", "arguments", "where"),
+    [("audit", ["reward_model=x"], ""), ("pipeline", ["experiment=pipeline/demo"], "stages.audit: ")],
+)
+def test_an_audit_is_refused_without_them_before_anything_loads(recipe, arguments, where, base_env, tmp_path):
+    """A pipeline's, before its first stage."""
+    command = [sys.executable, "-X", "importtime", str(ROOT / "recipes" / f"{recipe}.py"), *arguments]
+    done = subprocess.run(command, cwd=tmp_path, env=base_env, capture_output=True, text=True)
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert done.returncode == 2
+    assert lines == [f'error: {where}The audit needs scikit-learn. pip install "rlhf-recipes[audit]".']
+    assert re.search(r"\| +hydra$", done.stderr, re.MULTILINE)
+    assert not re.search(r"\| +torch$", done.stderr, re.MULTILINE)
+
+
+@pytest.mark.parametrize("package", keys.AUDIT_PACKAGES)
+def test_the_package_that_is_missing_is_named(package, compose, monkeypatch):
+    monkeypatch.setattr(keys, "_installed", lambda module: module != keys.AUDIT_PACKAGES[package])
+    cfg = compose("audit", "reward_model=x")
+    with pytest.raises(ValueError, match=rf'^The audit needs {package}\. pip install "rlhf-recipes\[audit\]"\.$'):
+        keys.check(cfg, "audit")
+    keys.check(compose("evaluate", "runs=[x]"), "evaluate")
