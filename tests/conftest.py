@@ -24,7 +24,7 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 TINY_ID = "tests/tiny"
-os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # as run.start does
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # as Run.start does
 os.environ["OMP_NUM_THREADS"] = "1"  # matrices of 64 rows: threads would wait for each other
 
 
@@ -245,9 +245,9 @@ def train(compose, tiny_overrides):
         cfg.output_dir = folder.name
         seen = []
 
-        def finish(job, trainer, **kwargs):
+        def finish(run, trainer, **kwargs):
             seen.append(trainer)
-            return original(job, trainer, **kwargs)
+            return original(run, trainer, **kwargs)
 
         original, finishing.finish = finishing.finish, finish
         try:

@@ -11,7 +11,8 @@ import pytest
 from conftest import TINY_ID, snapshot, write_adapter
 from omegaconf import OmegaConf
 
-from rlhf_recipes.audit import answers, scoring
+from rlhf_recipes import references
+from rlhf_recipes.audit import answers
 from rlhf_recipes.audit.verdict import STATES
 
 pytestmark = pytest.mark.slow
@@ -80,7 +81,8 @@ def test_members_differ_in_seed_rank_and_pairs(here):
         (0, 0, 32),
         (1, 1, 16),
     ]
-    assert scoring.members(str(first.parent), TINY_ID) == [first / "adapter", second / "adapter"]
+    found = references.find_reward_models(str(first.parent), "reward_model", TINY_ID)
+    assert [each.adapter for each in found] == [first / "adapter", second / "adapter"]
 
 
 def test_every_part_is_measured(audited):
@@ -113,7 +115,8 @@ def test_it_ends_with_a_page_and_the_way_to_it(audited):
 
 def test_a_checkpoint_is_held_against_gold(audited, here):
     _, _, audit = audited
-    assert [step for step, _ in answers.steps(str(here / "outputs" / "ppo" / "main"), TINY_ID)] == [1, 2]
+    found = answers.find_run(str(here / "outputs" / "ppo" / "main"), TINY_ID)
+    assert [step for step, _ in found.steps] == [1, 2]
     kept = sorted((here / "outputs" / "ppo" / "main" / "checkpoints" / "checkpoint-1").iterdir())
     assert [path.name for path in kept] == ["adapter_config.json", "adapter_model.safetensors"]
     assert figures(audit)["overoptimisation", "policy_gain"]["estimate"]["clusters"] == 3
@@ -152,7 +155,7 @@ def test_a_run_is_held_against_what_it_was_trained_on(audited, compose, tiny_mod
     assert [note for note in section["notes"] if note.endswith("proxy is reward model 1.")]
     monkeypatch.chdir(here)
     cfg = compose("audit", *tiny_model_overrides, "reward_model=outputs/reward/ensemble")
-    members = scoring.members("outputs/reward/ensemble", TINY_ID)
+    members = references.find_reward_models("outputs/reward/ensemble", "reward_model", TINY_ID)
 
     def proxy(reward_funcs, asked="trained", **trainer):
         run = here / "paid"

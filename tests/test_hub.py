@@ -105,7 +105,7 @@ def change(path, how):
 
 def reweigh(run, how):
     """Change the tensors, and let the result say that these are the ones that were trained."""
-    from rlhf_recipes.run import adapter_sha256
+    from rlhf_recipes.references import adapter_sha256
 
     path = run / "adapter" / "adapter_model.safetensors"
     tensors = load_file(path)
