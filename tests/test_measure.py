@@ -477,6 +477,7 @@ def test_evaluate_checkpoints_with_an_ensemble(more, compose, tiny_model_overrid
 
 
 def test_checkpoints_that_are_not_there_are_refused(more, monkeypatch):
+    from rlhf_recipes import references
 
     monkeypatch.chdir(more)
     with pytest.raises(ValueError, match=r"^checkpoints=dpo: holds no checkpoint\. .*trainer\.save_total_limit=null"):

@@ -114,7 +114,10 @@ def test_the_proxy_of_a_run_is_its_reward_model_or_none(here):
 
 RUN = "Give a run folder such as outputs/sft/main."
 REFUSED = {
-    "nothing there": (lambda: references.find("nowhere", "judge.adapter"), f"judge.adapter=nowhere: does not exist. {RUN}"),
+    "nothing there": (
+        lambda: references.find("nowhere", "judge.adapter"),
+        f"judge.adapter=nowhere: does not exist. {RUN}",
+    ),
     "no adapter in it": (
         lambda: references.find("ensemble", "model.adapter"),
         f"model.adapter=ensemble: has no adapter in it (is the run finished?). {RUN}",
@@ -148,7 +151,10 @@ REFUSED = {
         "reward_funcs=a/b/c: no such folder. Give a run of recipes/reward.py, a folder with a model, "
         "module:function, or an id of the Hub.",
     ),
-    "a function that is not there": (lambda: references.find_rewards("json:lods"), "reward_funcs=json:lods: cannot be"),
+    "a function that is not there": (
+        lambda: references.find_rewards("json:lods"),
+        "reward_funcs=json:lods: cannot be imported",
+    ),
     "no rewards": (lambda: references.find_rewards([]), "reward_funcs: empty."),
     "one reward model twice": (
         lambda: references.find_reward_models(["reward", "reward"], "reward_model", TINY_ID),
@@ -158,7 +164,10 @@ REFUSED = {
         lambda: references.find_reward_models([], "reward_model", TINY_ID),
         "reward_model=[]: must name one run or more, each once. Change the list.",
     ),
-    "no checkpoints": (lambda: references.find_checkpoints("sft", TINY_ID), "checkpoints=sft: is no run of a training."),
+    "no checkpoints": (
+        lambda: references.find_checkpoints("sft", TINY_ID),
+        "checkpoints=sft: is no run of a training.",
+    ),
     "checkpoints on another base": (
         lambda: references.find_checkpoints("ppo", "org/a"),
         f"checkpoints=ppo: was trained on {TINY_ID}, not on model.id=org/a. Choose the model it belongs to.",
@@ -244,7 +253,7 @@ def test_what_a_sweep_keeps_is_read_or_refused(tmp_path):
     """The measurements before a training, which the jobs of a sweep share."""
     from rlhf_recipes.run import Run
 
-    config = dict.fromkeys(("model", "quantization", "lora"), {}) | {"trainer": {"seed": 0}}
+    config = {key: {} for key in ("model", "quantization", "lora")} | {"trainer": {"seed": 0}}
     run = Run(tmp_path / "job", "dpo", config, shared=tmp_path / "shared")
     assert run.cached([{"prompt": "p"}], lambda: [1.5]) == [1.5]
     assert run.cached([{"prompt": "p"}], lambda: [2.5]) == [1.5] and run.cached([], lambda: [3.5]) == [3.5]
