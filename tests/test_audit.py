@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from conftest import TINY_ID, snapshot, write_adapter
 from omegaconf import OmegaConf
 
 from rlhf_recipes import references
-from rlhf_recipes.audit import answers
+from rlhf_recipes.audit import answers, scoring
 from rlhf_recipes.audit.verdict import STATES
+from rlhf_recipes.errors import Refusal
 
 pytestmark = pytest.mark.slow
 SMALL = ["ledger_pairs=4", "stress_pairs=2", "probe_pairs=2", "credit_pairs=1", "prompts=3", "samples=4",
@@ -265,3 +267,22 @@ def test_a_missing_member_is_named(here, run_recipe, everything, tmp_path):
     shutil.rmtree(tmp_path / "outputs" / "reward" / "ensemble" / "member_1" / "adapter")
     done = run_recipe("audit", *everything[:-5], cwd=tmp_path)
     assert done.returncode == 2 and "member_1: has no adapter in it" in done.stderr, done
+
+
+def test_what_was_kept_and_is_damaged_is_refused_by_name(tmp_path):
+    cfg = SimpleNamespace(max_new_tokens=1, seed=0, model=SimpleNamespace(id=TINY_ID))
+    sampler = answers.Sampler(cfg, None, None, [], tmp_path)
+    path = tmp_path / "p.answers.json"
+    path.write_text('{"key": ')
+    with pytest.raises(Refusal, match=rf"^{path}: not valid JSON \(.*\)\. Restore it\.$"):
+        sampler.answers(None, [{"prompt": []}], "p")
+    path = tmp_path / "p.0.npz"
+    np.savez(path, key=np.array("k"), rewards=np.zeros(2))
+    assert scoring._read(path)["rewards"].tolist() == [0, 0]
+    for damage in (path.read_bytes()[:40], b"", b"not one"):
+        path.write_bytes(damage)
+        with pytest.raises(Refusal, match=rf"^{path}: cannot be read \(.*\)\. Remove it: it is scored again\.$"):
+            scoring._read(path)
+    np.savez(path, other=np.zeros(2))
+    with pytest.raises(Refusal, match=rf"^{path}: holds no scores\."):
+        scoring._read(path)
