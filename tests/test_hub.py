@@ -230,7 +230,7 @@ def configured(key, value):
         (told(recipe="cai"), [], "run=dpo: is a data set. Use pairs=dpo."),
         (told(status="running"), [], "run=dpo: its status is running. Let it finish first."),
         (told(main=None), [], "run=dpo: result.json has no main as a training writes it."),
-        (told(main={"name": "x", "before": {}}), [], "run=dpo: result.json has no main.before as a training writes it."),
+        (told(main={"before": {}}), [], "run=dpo: result.json has no main.before as a training writes it."),
         (told(metrics={"x\n": {}}), [], "run=dpo: result.json has no before.x"),
         (infinite, [], "run=dpo: loss in result.json is inf: the training has diverged."),
         (forget("adapter", "adapter_model.safetensors"), [], "run=dpo: no adapter/adapter_model.safetensors in it."),
