@@ -2,7 +2,8 @@
 
 A folder is a run's if its config.yaml begins with `rlhf_recipes: <recipe>`, a key that nobody else writes. Of such a
 folder only what a run writes is ever removed, by name; whatever else lies there is refused. A run that is replaced is
-first renamed to `.replaced/<run>` beside it, and goes when the other one has its result.
+first renamed to `.replaced/<run>` beside it, and goes when the other one has its result. What is read of a folder and
+damaged is refused by the name of the file.
 """
 
 import errno

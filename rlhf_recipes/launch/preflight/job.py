@@ -117,7 +117,7 @@ def _look(job: Job, looked_at: LookedAt, found: dict[str, Any]) -> None:
     found["watch"] += _remarks(found["rows"], found["example"], recipe)
     steps = real_steps.total_steps(recipe, args, len(splits.train))
     found["settings"]["steps"] = steps
-    _memory(found, job, args, _largest(recipe, args, sizes, steps), libraries, rewards, looked_at.elsewhere)
+    _memory(found, job, args, _largest(recipe, args, sizes, steps), rewards, libraries, looked_at.elsewhere)
     if looked_at.measure and not found["stops"] and not later:
         shape = _shape(cfg, recipe)
         if shape not in looked_at.measured:
