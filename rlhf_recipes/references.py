@@ -146,7 +146,7 @@ def find_reward_models(references: str | list[str] | None, key: str, base_model:
     return [_in_role(find(folder, key, base_model), reward_model=True) for folder in folders]
 
 
-def find_rewards(references: str | list[str], key: str = "reward_funcs") -> list[ModelRef]:
+def find_rewards(references: str | list[str]) -> list[ModelRef]:
     """What `reward_funcs` names, with the members of an ensemble for its folder. No model is loaded.
 
     Raises:
@@ -154,17 +154,17 @@ def find_rewards(references: str | list[str], key: str = "reward_funcs") -> list
     """
     given = [references] if isinstance(references, str) else list(references)
     if not given:
-        raise Refusal(f"{key}: empty. Give a run of recipes/reward.py, or module:function.")
-    return [find_reward(each, key) for each in expand(given, key)]
+        raise Refusal("reward_funcs: empty. Give a run of recipes/reward.py, or module:function.")
+    return [find_reward(each) for each in expand(given, "reward_funcs")]
 
 
-def find_reward(reference: str, key: str = "reward_funcs") -> ModelRef:
-    """A reward model (run, adapter folder, folder of transformers, or id of the Hub), or a function.
+def find_reward(reference: str) -> ModelRef:
+    """One of `reward_funcs`: a reward model (run, adapter, folder of transformers or id of the Hub), or a function.
 
     Raises:
         Refusal: it is none of these, or a run of another recipe.
     """
-    folder = Path(reference)
+    key, folder = "reward_funcs", Path(reference)
     if folder.is_dir():
         made_by = (read_result(folder) or {}).get("recipe", "reward")
         if made_by != "reward":
