@@ -8,17 +8,17 @@ Examples:
 
 import sys
 
-from rlhf_recipes import run
 from rlhf_recipes.audit import report, run_audit, verdict
 from rlhf_recipes.data.fit import describe, fit
 from rlhf_recipes.data.load import load_pairs
 from rlhf_recipes.launch.recipe import recipe
+from rlhf_recipes.run import Run
 
 
 @recipe("audit")
 def main(cfg):
     verdict.check(cfg.thresholds)
-    job = run.start(cfg, "audit")
+    run = Run.start(cfg, "audit")
     sources = run_audit.find(cfg)
     pairs = load_pairs(cfg.data)
 
@@ -27,11 +27,11 @@ def main(cfg):
     tokenizer = models.load_tokenizer(cfg.model)
     pairs = fit(pairs, tokenizer, cfg.max_length, cfg.data.too_long)
     print(describe(pairs.report), flush=True)
-    run.claim(job)
+    run.create()
 
-    findings = run_audit.take(cfg, sources, pairs, tokenizer, job)
+    findings = run_audit.take(cfg, sources, pairs, tokenizer, run)
     audit = report.build(cfg, sources, pairs, findings)
-    report.finish(job, audit, findings)
+    report.finish(run, audit, findings)
     code = cfg.exit_codes[audit["verdict"]["verdict"].replace(" ", "_")]
     return sys.exit(code) if code else None
 

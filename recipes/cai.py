@@ -6,17 +6,17 @@ Examples:
     python recipes/cai.py experiment=cai/demo
 """
 
-from rlhf_recipes import run
 from rlhf_recipes.cai import constitution, gate, make_pairs
 from rlhf_recipes.data.fit import describe, fit
 from rlhf_recipes.data.load import load_prompts
 from rlhf_recipes.launch.recipe import recipe
+from rlhf_recipes.run import GATE, Run
 
 
 @recipe("cai")
 def main(cfg):
-    make_pairs.check(cfg)
-    job = run.start(cfg, "cai")
+    judge_adapter = make_pairs.check(cfg)
+    run = Run.start(cfg, "cai")
     principles = constitution.load(cfg.constitution)
     gold = gate.load_gold(cfg)
     prompts = load_prompts(cfg.data)
@@ -24,14 +24,14 @@ def main(cfg):
     from rlhf_recipes.cai import backend, dataset, judge, report
     from rlhf_recipes.cai.load import load
 
-    generator, judging = load(cfg)
+    generator, judging = load(cfg, run.parent, judge_adapter)
     if tokenizer := getattr(generator, "tokenizer", None):
         prompts = fit(prompts, tokenizer, cfg.max_prompt_length, cfg.data.too_long)
     print(describe(prompts.report), flush=True)
-    run.claim(job)
+    run.create()
 
     critic = judge.Judge(judging, principles, cfg.judging, cfg.seed)
-    worth = gate.examine(critic, gold, cfg, backend.Journal(job.dir / run.GATE))
+    worth = gate.examine(critic, gold, cfg, backend.Journal(run.dir / GATE))
     print(gate.describe(worth), flush=True)
     result = {"main": gate.headline(worth), "gate": worth, "constitution": principles.summary(), "judge": judging.name}
     if not cfg.gate.only:
@@ -39,11 +39,11 @@ def main(cfg):
         rows = [{**row, "split": name} for name in ("test", "train") for row in getattr(prompts, name)]
         gate.confirm(gate.estimate(cfg, sources, rows, generator, judged=critic is not None))
         maker = make_pairs.Maker(generator, critic, principles, sources, cfg)
-        shards = list(maker.shards(rows, job.dir / "shards"))
-        made = dataset.write(shards, job.dir, maker.provenance())
+        shards = list(maker.shards(rows, run.dir / "shards"))
+        made = dataset.write(shards, run.dir, maker.provenance())
         result |= {"generator": generator.name, "labelled_by": "judge" if critic else "construction", **made}
-        result |= {"spent": maker.spent(job.dir / run.GATE, shards), "counts": prompts.report}
-    return report.finish(job, result)
+        result |= {"spent": maker.spent(run.dir / GATE, shards), "counts": prompts.report}
+    return report.finish(run, result)
 
 
 if __name__ == "__main__":

@@ -7,16 +7,16 @@ Examples:
     python recipes/dpo.py sweep=dpo_beta model.adapter=outputs/sft/main
 """
 
-from rlhf_recipes import run
 from rlhf_recipes.data.fit import describe, fit
 from rlhf_recipes.data.load import load_pairs
 from rlhf_recipes.launch.recipe import recipe
+from rlhf_recipes.run import Run
 from rlhf_recipes.training.finish import finish
 
 
 @recipe("dpo")
 def main(cfg):
-    job = run.start(cfg, "dpo")
+    run = Run.start(cfg, "dpo")
     pairs = load_pairs(cfg.data)
 
     from trl import DPOTrainer
@@ -24,15 +24,15 @@ def main(cfg):
     from rlhf_recipes import inference, models
     from rlhf_recipes.training import callbacks, metrics
 
-    args = models.training_args(cfg.trainer, job)
+    args = models.training_args(cfg.trainer, run)
     models.check(cfg.model, cfg.quantization, cfg.lora)
     tokenizer = models.load_tokenizer(cfg.model)
     pairs = fit(pairs, tokenizer, args.max_length, cfg.data.too_long)
     print(describe(pairs.report))
-    if job.shared and cfg.data.too_long == "drop":
+    if run.shared and cfg.data.too_long == "drop":
         args.max_length = None  # none is longer; TRL's own look would tie the rows, and so their reference, to beta
-    train_dataset, eval_dataset = pairs.to_datasets(job.shared)
-    policy, lora = models.load_policy(cfg.model, cfg.quantization, cfg.lora)
+    train_dataset, eval_dataset = pairs.to_datasets(run.shared)
+    policy, lora = models.load_policy(cfg.model, cfg.quantization, cfg.lora, run.parent)
     trainer = DPOTrainer(
         model=policy,
         args=args,
@@ -41,19 +41,19 @@ def main(cfg):
         processing_class=tokenizer,
         peft_config=lora,
     )
-    models.keep_adapter_in_float32(trainer, cfg.model.adapter)
-    callbacks.watch(trainer, job)
-    run.claim(job)
+    models.keep_adapter_in_float32(trainer, run.parent)
+    callbacks.watch(trainer, run)
+    run.create()
 
-    before = run.once(
-        job, pairs.test, lambda: inference.pair_logps(trainer.model, tokenizer, pairs.test, "Held out, before")
+    before = run.cached(
+        pairs.test, lambda: inference.pair_logps(trainer.model, tokenizer, pairs.test, "Held out, before")
     )
-    trainer.train(resume_from_checkpoint=job.checkpoint)
+    trainer.train(resume_from_checkpoint=run.checkpoint)
     after = inference.pair_logps(trainer.model, tokenizer, pairs.test, "Held out, after")
 
-    models.save_adapter(trainer.model, tokenizer, job.adapter, cfg.model)
+    models.save_adapter(trainer.model, tokenizer, run.adapter, cfg.model)
     return finish(
-        job,
+        run,
         trainer,
         main="preference_accuracy",
         before=metrics.preference_metrics(pairs.test, before, before, "log_ratio"),

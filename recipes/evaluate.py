@@ -11,48 +11,49 @@ Examples:
 
 import sys
 
-from rlhf_recipes import config, run
+from rlhf_recipes import config
 from rlhf_recipes.data.load import load_pairs
 from rlhf_recipes.evaluation import sweeps
 from rlhf_recipes.launch.recipe import recipe
+from rlhf_recipes.run import GATE, Run
 from rlhf_recipes.text import line
 
 
 @recipe("evaluate")
 def main(cfg):
-    job = run.start(cfg, "evaluate")
+    run = Run.start(cfg, "evaluate")
     if cfg.sweeps:
-        return sweeps.join(job, cfg.sweeps, cfg.sweep)
+        return sweeps.join(run, cfg.sweeps, cfg.sweep)
     from rlhf_recipes.evaluation import checkpoints, judges, measure, page, summary, table, tasks
 
     candidates = measure.find(cfg.runs, cfg.parent, cfg.model.id, cfg.checkpoints)
     scorers = measure.find_scorer(cfg.reward_model, cfg.model.id)
     proxy = measure.find_proxy(cfg.checkpoints, cfg.model.id)
-    judged = judges.check(cfg)
+    judge_adapter = judges.check(cfg)
     function = config.import_function(cfg.judge_function, "judge_function") if cfg.judge_function else None
     pairs = load_pairs(cfg.data)
     harness = tasks.find(cfg.tasks, cfg.lm_eval)
     measurements = measure.measure(cfg, candidates, scorers, pairs, function, tasks=harness, proxy=proxy)
-    judge = judges.load(cfg) if judged else None
+    judge = judges.load(cfg, judge_adapter)
 
-    run.claim(job)
+    run.create()
     if judge:
-        path = job.dir / run.GATE
+        path = run.dir / GATE
         measurements = judges.compare(judge, measurements, pairs.test, path, cfg.judging.tie_margin)
     evaluation = summary.summarise(measurements, cfg.thresholds)
     if cfg.checkpoints:
         evaluation["checkpoints"] = checkpoints.compare(measurements, evaluation, same=scorers == [proxy])
 
-    page.write_page(evaluation, job.dir / "report.html")
+    page.write_page(evaluation, run.dir / "report.html")
     main = summary.headline(evaluation)
-    run.write_result(job, run.record(job, main=main, evaluation=evaluation, counts=pairs.report))
+    run.write_result(run.record(main=main, evaluation=evaluation, counts=pairs.report))
     print(f"\n{table.as_text(evaluation)}\n")
     for name, system in evaluation["systems"].items():
         if "verdict" in system:
             print(line(f"{name}: {system['verdict']['verdict']}. {' '.join(system['verdict']['reasons'])}"))
     for said in evaluation.get("checkpoints", {}).get("says", []):
         print(line(said))
-    print(f"  page  {line(job.dir / 'report.html')}", flush=True)
+    print(f"  page  {line(run.dir / 'report.html')}", flush=True)
     code = cfg.exit_codes[evaluation["verdict"]]
     return sys.exit(code) if code else None
 

@@ -6,50 +6,50 @@ Examples:
     python recipes/ppo.py reward_funcs=outputs/reward/main model.adapter=outputs/sft/main trainer.kl_coef=0.1
 """
 
-from rlhf_recipes import ppo, run
+from rlhf_recipes import ppo, references
 from rlhf_recipes.data.fit import describe, fit
 from rlhf_recipes.data.load import load_prompts
 from rlhf_recipes.launch.recipe import recipe
-from rlhf_recipes.ppo import sources
+from rlhf_recipes.run import Run
 from rlhf_recipes.training.finish import finish
 
 
 @recipe("ppo")
 def main(cfg):
-    job = run.start(cfg, "ppo")
-    functions = sources.find_rewards(cfg.reward_funcs)
+    run = Run.start(cfg, "ppo")
+    rewards = references.find_rewards(cfg.reward_funcs)
     prompts = load_prompts(cfg.data)
 
     from rlhf_recipes import models
     from rlhf_recipes.training import callbacks, metrics
 
-    args = models.training_args(cfg.trainer, job)
+    args = models.training_args(cfg.trainer, run)
     models.check(cfg.model, cfg.quantization, cfg.lora)
     tokenizer = models.load_tokenizer(cfg.model)
     prompts = fit(prompts, tokenizer, cfg.max_prompt_length, cfg.data.too_long)
     print(describe(prompts.report))
     args.check_prompts(len(prompts.train))
     train_dataset, eval_dataset = prompts.to_datasets()
-    policy, lora = models.load_policy(cfg.model, cfg.quantization, cfg.lora)
+    policy, lora = models.load_policy(cfg.model, cfg.quantization, cfg.lora, run.parent)
     trainer = ppo.PPOTrainer(
         model=policy,
-        reward_funcs=functions,
+        reward_funcs=rewards,
         args=args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
         peft_config=lora,
     )
-    callbacks.watch(trainer, job)
-    run.claim(job)
+    callbacks.watch(trainer, run)
+    run.create()
 
     before = trainer.measure(eval_dataset, "Held out, before")
-    trainer.train(resume_from_checkpoint=job.checkpoint)
+    trainer.train(resume_from_checkpoint=run.checkpoint)
     after = trainer.measure(eval_dataset, "Held out, after")
 
-    models.save_adapter(trainer.model, tokenizer, job.adapter, cfg.model)
+    models.save_adapter(trainer.model, tokenizer, run.adapter, cfg.model)
     return finish(
-        job,
+        run,
         trainer,
         main="reward",
         before=metrics.episode_metrics(prompts.test, before, before),

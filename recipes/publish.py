@@ -13,8 +13,8 @@ from rlhf_recipes.launch.recipe import recipe
 def main(cfg):
     from rlhf_recipes.publish import publish
 
-    job = publish.start(cfg)
-    return publish.record(job, cfg, publish.publish(cfg))
+    run = publish.start(cfg)
+    return publish.record(run, cfg, publish.publish(cfg))
 
 
 if __name__ == "__main__":

@@ -6,29 +6,29 @@ Examples:
     python recipes/reward.py model.adapter=outputs/sft/main
 """
 
-from rlhf_recipes import run
 from rlhf_recipes.data.fit import describe, fit
 from rlhf_recipes.data.load import load_pairs
 from rlhf_recipes.launch.recipe import recipe
+from rlhf_recipes.run import Run
 from rlhf_recipes.training.finish import finish
 
 
 @recipe("reward")
 def main(cfg):
-    job = run.start(cfg, "reward")
+    run = Run.start(cfg, "reward")
     pairs = load_pairs(cfg.data)
 
     from rlhf_recipes import inference, models
     from rlhf_recipes.training import callbacks, metrics
     from rlhf_recipes.training.reward_trainer import SoftLabelRewardTrainer
 
-    args = models.training_args(cfg.trainer, job)
+    args = models.training_args(cfg.trainer, run)
     models.check(cfg.model, cfg.quantization, cfg.lora)
     tokenizer = models.load_tokenizer(cfg.model)
     pairs = fit(pairs, tokenizer, args.max_length, cfg.data.too_long)
     print(describe(pairs.report))
-    train_dataset, eval_dataset = pairs.to_datasets(job.shared)
-    reward_model, lora = models.load_reward_model(cfg.model, cfg.quantization, cfg.lora)
+    train_dataset, eval_dataset = pairs.to_datasets(run.shared)
+    reward_model, lora = models.load_reward_model(cfg.model, cfg.quantization, cfg.lora, run.parent)
     trainer = SoftLabelRewardTrainer(
         model=reward_model,
         args=args,
@@ -37,20 +37,20 @@ def main(cfg):
         processing_class=tokenizer,
         peft_config=lora,
     )
-    models.keep_adapter_in_float32(trainer, cfg.model.adapter)
-    callbacks.watch(trainer, job)
-    run.claim(job)
+    models.keep_adapter_in_float32(trainer, run.parent)
+    callbacks.watch(trainer, run)
+    run.create()
 
     before = inference.pair_rewards(trainer.model, tokenizer, pairs.test, "Held out, before")
-    trainer.train(resume_from_checkpoint=job.checkpoint)
+    trainer.train(resume_from_checkpoint=run.checkpoint)
     after = inference.pair_rewards(trainer.model, tokenizer, pairs.test, "Held out, after")
 
-    models.save_adapter(trainer.model, tokenizer, job.adapter, cfg.model)
+    models.save_adapter(trainer.model, tokenizer, run.adapter, cfg.model)
     models.prove_reload(
-        trainer.model, job.adapter, lambda: inference.pair_rewards(trainer.model, tokenizer, pairs.test[:8])
+        trainer.model, run.adapter, lambda: inference.pair_rewards(trainer.model, tokenizer, pairs.test[:8])
     )
     return finish(
-        job,
+        run,
         trainer,
         main="preference_accuracy",
         before=metrics.reward_metrics(pairs.test, before, before),

@@ -6,16 +6,16 @@ Examples:
     python recipes/sft.py data=ultrachat model=qwen3_4b trainer.learning_rate=1e-4
 """
 
-from rlhf_recipes import run
 from rlhf_recipes.data.fit import describe, fit
 from rlhf_recipes.data.load import load_demonstrations
 from rlhf_recipes.launch.recipe import recipe
+from rlhf_recipes.run import Run
 from rlhf_recipes.training.finish import finish
 
 
 @recipe("sft")
 def main(cfg):
-    job = run.start(cfg, "sft")
+    run = Run.start(cfg, "sft")
     demonstrations = load_demonstrations(cfg.data)
 
     from trl import SFTTrainer
@@ -23,13 +23,13 @@ def main(cfg):
     from rlhf_recipes import inference, models
     from rlhf_recipes.training import callbacks, metrics
 
-    args = models.training_args(cfg.trainer, job)
+    args = models.training_args(cfg.trainer, run)
     models.check(cfg.model, cfg.quantization, cfg.lora)
     tokenizer = models.load_tokenizer(cfg.model)
     demonstrations = fit(demonstrations, tokenizer, args.max_length, cfg.data.too_long)
     print(describe(demonstrations.report))
-    train_dataset, eval_dataset = demonstrations.to_datasets(job.shared)
-    policy, lora = models.load_policy(cfg.model, cfg.quantization, cfg.lora)
+    train_dataset, eval_dataset = demonstrations.to_datasets(run.shared)
+    policy, lora = models.load_policy(cfg.model, cfg.quantization, cfg.lora, run.parent)
     trainer = SFTTrainer(
         model=policy,
         args=args,
@@ -38,17 +38,17 @@ def main(cfg):
         processing_class=tokenizer,
         peft_config=lora,
     )
-    models.keep_adapter_in_float32(trainer, cfg.model.adapter)
-    callbacks.watch(trainer, job)
-    run.claim(job)
+    models.keep_adapter_in_float32(trainer, run.parent)
+    callbacks.watch(trainer, run)
+    run.create()
 
     before = inference.demonstration_logps(trainer.model, tokenizer, demonstrations.test, "Held out, before")
-    trainer.train(resume_from_checkpoint=job.checkpoint)
+    trainer.train(resume_from_checkpoint=run.checkpoint)
     after = inference.demonstration_logps(trainer.model, tokenizer, demonstrations.test, "Held out, after")
 
-    models.save_adapter(trainer.model, tokenizer, job.adapter, cfg.model)
+    models.save_adapter(trainer.model, tokenizer, run.adapter, cfg.model)
     return finish(
-        job,
+        run,
         trainer,
         main="perplexity",
         before=metrics.demonstration_metrics(demonstrations.test, before),

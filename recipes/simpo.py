@@ -6,16 +6,16 @@ Examples:
     python recipes/simpo.py model.adapter=outputs/sft/main trainer.beta=2.5 trainer.simpo_gamma=1.4
 """
 
-from rlhf_recipes import run
 from rlhf_recipes.data.fit import describe, fit
 from rlhf_recipes.data.load import load_pairs
 from rlhf_recipes.launch.recipe import recipe
+from rlhf_recipes.run import Run
 from rlhf_recipes.training.finish import finish
 
 
 @recipe("simpo")
 def main(cfg):
-    job = run.start(cfg, "simpo")
+    run = Run.start(cfg, "simpo")
     pairs = load_pairs(cfg.data)
 
     from trl.experimental.cpo import CPOTrainer
@@ -23,13 +23,13 @@ def main(cfg):
     from rlhf_recipes import inference, models
     from rlhf_recipes.training import callbacks, metrics
 
-    args = models.training_args(cfg.trainer, job)
+    args = models.training_args(cfg.trainer, run)
     models.check(cfg.model, cfg.quantization, cfg.lora)
     tokenizer = models.load_tokenizer(cfg.model)
     pairs = fit(pairs, tokenizer, args.max_length, cfg.data.too_long)
     print(describe(pairs.report))
-    train_dataset, eval_dataset = pairs.to_datasets(job.shared)
-    policy, lora = models.load_policy(cfg.model, cfg.quantization, cfg.lora)
+    train_dataset, eval_dataset = pairs.to_datasets(run.shared)
+    policy, lora = models.load_policy(cfg.model, cfg.quantization, cfg.lora, run.parent)
     trainer = CPOTrainer(
         model=policy,
         args=args,
@@ -38,19 +38,19 @@ def main(cfg):
         processing_class=tokenizer,
         peft_config=lora,
     )
-    models.keep_adapter_in_float32(trainer, cfg.model.adapter)
-    callbacks.watch(trainer, job)
-    run.claim(job)
+    models.keep_adapter_in_float32(trainer, run.parent)
+    callbacks.watch(trainer, run)
+    run.create()
 
-    before = run.once(
-        job, pairs.test, lambda: inference.pair_logps(trainer.model, tokenizer, pairs.test, "Held out, before")
+    before = run.cached(
+        pairs.test, lambda: inference.pair_logps(trainer.model, tokenizer, pairs.test, "Held out, before")
     )
-    trainer.train(resume_from_checkpoint=job.checkpoint)
+    trainer.train(resume_from_checkpoint=run.checkpoint)
     after = inference.pair_logps(trainer.model, tokenizer, pairs.test, "Held out, after")
 
-    models.save_adapter(trainer.model, tokenizer, job.adapter, cfg.model)
+    models.save_adapter(trainer.model, tokenizer, run.adapter, cfg.model)
     return finish(
-        job,
+        run,
         trainer,
         main="preference_accuracy",
         before=metrics.preference_metrics(pairs.test, before, before, "average_logp"),

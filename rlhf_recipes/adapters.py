@@ -7,7 +7,8 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from rlhf_recipes import inference as m
-from rlhf_recipes import models, run
+from rlhf_recipes import models
+from rlhf_recipes.references import folder_of
 
 BASE = "base"
 
@@ -108,7 +109,7 @@ class RewardModels:
 
 
 def short_name(folder: str | None) -> str:
-    return BASE if folder is None else run.folder_of(folder).name
+    return BASE if folder is None else folder_of(folder).name
 
 
 @contextmanager

@@ -8,36 +8,11 @@ so each member's score is taken in standard deviations of its scores of the same
 (Coste et al. 2023, arXiv:2310.02743; the spread is the population's). Shapes: M members, N answers.
 """
 
-from pathlib import Path
-
 import numpy as np
 
 from rlhf_recipes.errors import Refusal
 
 LAMBDA = 0.5  # of `combine`; best-of-n in Coste et al.
-
-
-def members(reference: str | list[str] | None, key: str = "reward_model") -> list[str]:
-    """The runs that `key=reference` names: one, several, or those in the folder of a sweep (`reward=ensemble`).
-
-    Raises:
-        Refusal: the list is empty or names a run twice, or a job of the sweep is not finished.
-    """
-    if reference is None:
-        return []
-    if not isinstance(reference, str):
-        folders = list(map(str, reference))
-        if len(set(folders)) < len(folders) or not folders:
-            raise Refusal(f"{key}={folders}: must name one run or more, each once. Change the list.")
-        return folders
-    folder = Path(reference)
-    if (folder / "adapter").is_dir() or (folder / "adapter_config.json").is_file():
-        return [reference]
-    jobs = sorted(path.parent for path in folder.glob("*/config.yaml"))
-    for job in jobs:
-        if not (job / "result.json").is_file():
-            raise Refusal(f"{key}={reference}: {job.name} is not finished. Finish it, or list the others.")
-    return [str(job) for job in jobs] or [reference]
 
 
 def standardise(rewards, reference_MK) -> np.ndarray:

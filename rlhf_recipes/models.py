@@ -11,7 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import config, embedded, places
 from rlhf_recipes.errors import Refusal, first_line
-from rlhf_recipes.run import Run, resolve_adapter
+from rlhf_recipes.references import ModelRef
+from rlhf_recipes.run import Run
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -121,28 +122,30 @@ def download_bytes(model: DictConfig) -> int:
 
 
 def load_policy(
-    model: DictConfig, quantization: DictConfig, lora: DictConfig
+    model: DictConfig, quantization: DictConfig, lora: DictConfig, parent: ModelRef | None
 ) -> tuple["PreTrainedModel | PeftModel", "LoraConfig | None"]:
     """The causal language model to train, and the LoRA that the trainer shall add to it.
 
-    With `model.adapter` the model carries that adapter as "default", trainable, and the second value is None:
-    TRL then keeps a frozen copy of it as the reference.
+    Args:
+        parent: what `model.adapter` names; the model then carries that adapter as "default", trainable, and the
+            second value is None: TRL keeps a frozen copy of it as the reference.
     """
     from transformers import AutoModelForCausalLM
 
     base = load_base(model, quantization, AutoModelForCausalLM)
-    if model.adapter:
-        return continue_adapter(base, model.adapter), None
+    if parent:
+        return continue_adapter(base, parent), None
     return base, config.build(lora, "lora", task_type="CAUSAL_LM")
 
 
 def load_reward_model(
-    model: DictConfig, quantization: DictConfig, lora: DictConfig
+    model: DictConfig, quantization: DictConfig, lora: DictConfig, parent: ModelRef | None
 ) -> tuple["PreTrainedModel | PeftModel", "LoraConfig | None"]:
     """A sequence classifier with one output, r(x, y), read at the last token; see `load_policy` for the pair.
 
-    With `model.adapter` its LoRA starts from that policy's (InstructGPT starts its reward model from SFT,
-    arXiv:2203.02155, section 3.5); the score head is new unless the adapter brings one.
+    Args:
+        parent: what `model.adapter` names; its LoRA starts from that policy's (InstructGPT starts its reward model
+            from SFT, arXiv:2203.02155, section 3.5); the score head is new unless the adapter brings one.
     """
     from peft import PeftConfig, get_peft_model
     from transformers import AutoModelForSequenceClassification
@@ -150,15 +153,15 @@ def load_reward_model(
     base = load_base(model, quantization, AutoModelForSequenceClassification, num_labels=1)
     # SEQ_CLS trains and saves the score head; under another task type it stays as random as it was made.
     peft_config = config.build(lora, "lora", task_type="SEQ_CLS")
-    if not model.adapter:
+    if not parent:
         return base, peft_config
-    parent = PeftConfig.from_pretrained(resolve_adapter(model.adapter))
     if parent.task_type == peft_config.task_type:
-        return continue_adapter(base, model.adapter), None
-    parent.task_type, parent.inference_mode = peft_config.task_type, False
-    parent.base_model_name_or_path = base.name_or_path
-    reward_model = get_peft_model(base, parent)
-    read_adapter(reward_model, model.adapter)
+        return continue_adapter(base, parent), None
+    continued = PeftConfig.from_pretrained(parent.adapter)
+    continued.task_type, continued.inference_mode = peft_config.task_type, False
+    continued.base_model_name_or_path = base.name_or_path
+    reward_model = get_peft_model(base, continued)
+    read_adapter(reward_model, parent)
     return reward_model, None
 
 
@@ -240,7 +243,7 @@ def keep_gradients_on_cpu(model) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def keep_adapter_in_float32(trainer, continued: str | None) -> None:
+def keep_adapter_in_float32(trainer, parent: ModelRef | None) -> None:
     """Undo TRL's rounding of QLoRA adapters to bfloat16.
 
     bfloat16 has 8 bits of mantissa: a weight of 0.01 cannot move by less than 3e-5, while Adam's steps at DPO's
@@ -248,15 +251,15 @@ def keep_adapter_in_float32(trainer, continued: str | None) -> None:
 
     Args:
         trainer: as made, before it trains.
-        continued: `model.adapter`; its weights are read again, or the policy would start beside its reference.
+        parent: what `model.adapter` names; its weights are read again, or the policy would start beside its reference.
     """
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     if trainer.args.bf16:
         compute_lora_in_bfloat16(trainer.model)
-    if continued:
-        read_adapter(trainer.model, continued)
+    if parent:
+        read_adapter(trainer.model, parent)
 
 
 def compute_lora_in_bfloat16(model) -> None:
@@ -266,17 +269,17 @@ def compute_lora_in_bfloat16(model) -> None:
             module.cast_input_dtype_enabled = False
 
 
-def continue_adapter(base: "PreTrainedModel", reference: str) -> "PeftModel":
+def continue_adapter(base: "PreTrainedModel", parent: ModelRef) -> "PeftModel":
     """The base with a run's LoRA on it, trainable under the name that TRL expects ("default")."""
     from peft import PeftModel
 
-    policy = PeftModel.from_pretrained(base, str(resolve_adapter(reference)), is_trainable=True)
+    policy = PeftModel.from_pretrained(base, str(parent.adapter), is_trainable=True)
     # Under the public name PEFT asks the hub for its config at every checkpoint, whether or not there is a network.
     policy.peft_config["default"].base_model_name_or_path = base.name_or_path
     return policy
 
 
-def read_adapter(model: "PeftModel", reference: str) -> None:
+def read_adapter(model: "PeftModel", parent: ModelRef) -> None:
     """Put a run's saved weights into the adapter "default"; what the run does not bring, a score head, stays.
 
     Raises:
@@ -285,10 +288,10 @@ def read_adapter(model: "PeftModel", reference: str) -> None:
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from peft.utils import load_peft_weights
 
-    weights = load_peft_weights(str(resolve_adapter(reference)), device="cpu")
+    weights = load_peft_weights(str(parent.adapter), device="cpu")
     present = get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False)
     for name in weights.keys() - present.keys():
-        raise Refusal(f"model.adapter={reference}: {name} has no place in this model. Leave the adapter out.")
+        raise Refusal(f"{parent.key}={parent.reference}: {name} has no place in this model. Leave the adapter out.")
     set_peft_model_state_dict(model, {**present, **weights}, adapter_name="default")
 
 

@@ -15,15 +15,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import memory, run_folder
 from rlhf_recipes.config import CONF, flatten, in_sweep
-from rlhf_recipes.errors import Refusal, first_line
-from rlhf_recipes.run_folder import write_atomically
+from rlhf_recipes.errors import Refusal
+from rlhf_recipes.references import ADAPTER_CONFIG, WEIGHTS, ModelRef, find
+from rlhf_recipes.run_folder import read_config, read_json, write_atomically
 
 LIBRARIES = (
     "torch",
@@ -40,8 +40,6 @@ _NOT_COMPUTED = ("run_name", "resume", "overwrite", "sweep", "preflight", "allow
 # What an interrupted cai or audit goes on from: the first file or folder of many that it keeps.
 GATE, SCORES = "gate.jsonl", "scores"
 KEPT = {GATE: "what was answered", SCORES: "what was scored"}
-# An adapter; a finished run keeps of a checkpoint no more than these.
-ADAPTER_CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # In a sweep's folder: what its jobs have in common.
 SHARED = "shared"
 
@@ -55,7 +53,7 @@ class Run:
         recipe: name of the recipe.
         config: the resolved config as plain containers.
         checkpoint: folder of the last complete checkpoint to continue from, or None.
-        parent: result.json of the run whose adapter this one continues, or None.
+        parent: what `model.adapter` names, whose adapter this run continues, or None.
         shared: in a sweep, the folder of what its jobs have in common, or None.
         lock: keeps other processes from writing the folder; None where this is not the first of several processes.
     """
@@ -64,7 +62,7 @@ class Run:
     recipe: str
     config: dict
     checkpoint: str | None = None
-    parent: dict | None = None
+    parent: ModelRef | None = None
     shared: Path | None = None
     lock: run_folder.Lock | None = None
     started: float = field(default_factory=time.monotonic)
@@ -77,124 +75,131 @@ class Run:
     def adapter(self) -> Path:
         return self.dir / "adapter"
 
+    @classmethod
+    def start(cls, cfg: DictConfig, recipe: str) -> "Run":
+        """Find what is there of this run, or refuse. It writes and removes nothing but the lock: what may still be
+        refused after it costs nobody a file; `create` follows when all is loaded.
+
+        Raises:
+            Refusal: the folder holds a finished run, an interrupted one with another config, or foreign files; another
+                process writes it; it would be replaced and something that the command reads lies in it;
+                `model.adapter` names no adapter, or one that was trained on another base model; or `trainer` belongs
+                to another recipe.
+        """
+        environment()
+        config = resolved(cfg)
+        _refuse_other_trainer(config, recipe)
+        folder, model = relative(Path(cfg.output_dir)), config["model"]
+        run = cls(
+            folder,
+            recipe,
+            config,
+            parent=find(model["adapter"], "model.adapter", model["id"]) if model.get("adapter") else None,
+            shared=folder.parent / SHARED if in_sweep() else None,
+        )
+        run.hold()
+        finished = (run.dir / run_folder.RESULT).exists()
+        if finished and not cfg.overwrite:
+            raise Refusal(
+                f"run_name={cfg.run_name}: {run.dir} holds a finished run. Choose another run_name, or replace it "
+                "with overwrite=true."
+            )
+        # What has begun to replace another run is continued like any other.
+        if cfg.resume == "auto" and not finished and (not cfg.overwrite or run_folder.replaced(run.dir).is_dir()):
+            kept = [run.dir / name for name in KEPT if (run.dir / name).exists()]
+            run.checkpoint = str(kept[0]) if kept else run_folder.last_checkpoint(run.dir)
+        if run.checkpoint and (other := _other_config(run)):
+            if not cfg.overwrite:
+                raise Refusal(other)
+            run.checkpoint = None
+        if run.checkpoint:
+            where = KEPT.get(Path(run.checkpoint).name) or f"step {run.checkpoint.rpartition('-')[2]}"
+            print(f"Continuing {run.dir} from {where}.", flush=True)
+        else:
+            run_folder.refuse_to_replace(run.dir, flatten(config))
+        return run
+
+    def hold(self, only: str | None = None) -> None:
+        """Refuse a folder that is not this run's to write, and keep others from writing it.
+
+        Args:
+            only: see `run_folder.refuse_foreign`.
+
+        Raises:
+            Refusal: it holds foreign files, or another process writes it.
+        """
+        run_folder.refuse_foreign(self.dir, only)
+        if is_first_process():
+            self.lock = run_folder.Lock(self.dir)
+
+    def create(self) -> None:
+        """Make the folder this run's: what it does not continue is set aside, and config.yaml is written.
+
+        Raises:
+            Refusal: as `start`, for what has come into the folder meanwhile.
+        """
+        if not is_first_process():
+            return
+        if not self.checkpoint:
+            run_folder.refuse_to_replace(self.dir, flatten(self.config))
+            run_folder.clear(self.dir)
+        self.write_config()
+
+    def cached(self, rows: list[dict], measure: Callable[[], list]) -> list:
+        """What `measure` finds of the model before it is trained; jobs of a sweep that start alike are measured once.
+
+        Args:
+            rows: what it is measured on.
+            measure: its result is JSON-able.
+
+        Raises:
+            Refusal: what another job has kept of it cannot be read.
+        """
+        if self.shared is None:
+            return measure()
+        same = {"rows": rows, **{key: self.config[key] for key in ("model", "quantization", "lora")}}
+        same |= {key: self.config["trainer"].get(key) for key in ("seed", "bf16", "fp16")}
+        digest = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
+        path = self.shared / f"before-{digest[:16]}.json"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, json.dumps(measure()))
+        return read_json(path, list)
+
+    def record(self, **entries) -> dict:
+        """What result.json says of every recipe, and `entries`."""
+        return {
+            "recipe": self.recipe,
+            "status": "finished",
+            "base_model": self.config.get("model", {}).get("id"),
+            **entries,
+            "seconds": self.seconds(),
+            "peak_memory_gib": memory.peak_gib(),
+            "device": device_name(),
+            "config_sha256": config_sha256(self.config),
+            "versions": versions(),
+        }
+
+    def write_config(self) -> None:
+        """config.yaml, as what it was resolved to, under the mark of a run's folder."""
+        run_folder.mark(self.dir, self.recipe, OmegaConf.to_yaml(OmegaConf.create(self.config)))
+
+    def write_result(self, result: dict) -> None:
+        """The last file that a recipe writes: a run with it is a finished run, and takes the place of another."""
+        write_atomically(self.dir / run_folder.RESULT, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+        if "trainer" in self.config:
+            _end_checkpoints(self)
+        run_folder.drop_replaced(self.dir)
+        if self.lock:
+            self.lock.release()
+
     def seconds(self) -> float:
         return round(time.monotonic() - self.started, 1)
-
-
-def start(cfg: DictConfig, recipe: str) -> Run:
-    """Find what is there of this run, or refuse. It writes and removes nothing but the lock: what may still be refused
-    after it costs nobody a file; `claim` follows when all is loaded.
-
-    Raises:
-        Refusal: the folder holds a finished run, an interrupted one with another config, or foreign files; another
-            process writes it; it would be replaced and something that the command reads lies in it;
-            `model.adapter` names no adapter, or one that was trained on another base model; or `trainer` belongs to
-            another recipe.
-    """
-    environment()
-    config = resolved(cfg)
-    _refuse_other_trainer(config, recipe)
-    run = Run(
-        relative(Path(cfg.output_dir)),
-        recipe,
-        config,
-        parent=config["model"].get("adapter") and parent_of(config["model"]["adapter"], config["model"]["id"]),
-        shared=relative(Path(cfg.output_dir)).parent / SHARED if in_sweep() else None,
-    )
-    hold(run)
-    finished = (run.dir / run_folder.RESULT).exists()
-    if finished and not cfg.overwrite:
-        raise Refusal(
-            f"run_name={cfg.run_name}: {run.dir} holds a finished run. Choose another run_name, or replace it with "
-            "overwrite=true."
-        )
-    # What has begun to replace another run is continued like any other.
-    if cfg.resume == "auto" and not finished and (not cfg.overwrite or run_folder.replaced(run.dir).is_dir()):
-        kept = [run.dir / name for name in KEPT if (run.dir / name).exists()]
-        run.checkpoint = str(kept[0]) if kept else run_folder.last_checkpoint(run.dir)
-    if run.checkpoint and (other := _other_config(run)):
-        if not cfg.overwrite:
-            raise Refusal(other)
-        run.checkpoint = None
-    if run.checkpoint:
-        where = KEPT.get(Path(run.checkpoint).name) or f"step {run.checkpoint.rpartition('-')[2]}"
-        print(f"Continuing {run.dir} from {where}.", flush=True)
-    else:
-        run_folder.refuse_to_replace(run.dir, flatten(config))
-    return run
-
-
-def hold(run: Run, only: str | None = None) -> None:
-    """Refuse a folder that is not this run's to write, and keep others from writing it.
-
-    Args:
-        only: see `run_folder.refuse_foreign`.
-
-    Raises:
-        Refusal: it holds foreign files, or another process writes it.
-    """
-    run_folder.refuse_foreign(run.dir, only)
-    if is_first_process():
-        run.lock = run_folder.Lock(run.dir)
 
 
 def is_first_process() -> bool:
     """Of the processes that a launcher such as torchrun starts side by side for one run."""
     return os.environ.get("RANK") in (None, "", "0")
-
-
-def once(run: Run, rows: list[dict], measure: Callable[[], Any]) -> Any:
-    """What `measure` finds of the model before it is trained; all jobs of a sweep that start alike are measured once.
-
-    Args:
-        rows: what it is measured on.
-        measure: its result is JSON-able.
-    """
-    if run.shared is None:
-        return measure()
-    same = {"rows": rows, **{key: run.config[key] for key in ("model", "quantization", "lora")}}
-    same |= {key: run.config["trainer"].get(key) for key in ("seed", "bf16", "fp16")}
-    path = run.shared / f"before-{hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]}.json"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(measure()))
-    return json.loads(path.read_text())
-
-
-def claim(run: Run) -> None:
-    """Make the folder this run's: what it does not continue is set aside, and config.yaml is written.
-
-    Raises:
-        Refusal: as `start`, for what has come into the folder meanwhile.
-    """
-    if not is_first_process():
-        return
-    if not run.checkpoint:
-        run_folder.refuse_to_replace(run.dir, flatten(run.config))
-        run_folder.clear(run.dir)
-    write_config(run)
-
-
-def write_config(run: Run) -> None:
-    """config.yaml, as what it was resolved to, under the mark of a run's folder."""
-    run_folder.mark(run.dir, run.recipe, OmegaConf.to_yaml(OmegaConf.create(run.config)))
-
-
-def read_config(run_dir: Path) -> dict:
-    """config.yaml of a run folder without its mark.
-
-    Raises:
-        Refusal: it cannot be read, or is no mapping.
-    """
-    path = run_dir / run_folder.CONFIG
-    try:
-        config = OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:  # yaml's and omegaconf's share no base
-        raise Refusal(f"{path}: cannot be read ({first_line(error)}). Restore it.") from error
-    if not isinstance(config, dict):
-        raise Refusal(f"{path}: is no mapping. Restore it.")
-    config.pop(run_folder.MARK, None)
-    return config
 
 
 def resolved(cfg: DictConfig) -> dict:
@@ -220,31 +225,6 @@ def _end_checkpoints(run: Run) -> None:
         if path.exists():  # where it was trained is no name that another machine knows
             adapter = {**read_json(path), "base_model_name_or_path": run.config["model"]["id"]}
             write_atomically(path, json.dumps(adapter, indent=2, sort_keys=True) + "\n")
-
-
-def record(run: Run, **entries) -> dict:
-    """What result.json says of every recipe, and `entries`."""
-    return {
-        "recipe": run.recipe,
-        "status": "finished",
-        "base_model": run.config.get("model", {}).get("id"),
-        **entries,
-        "seconds": run.seconds(),
-        "peak_memory_gib": memory.peak_gib(),
-        "device": device_name(),
-        "config_sha256": config_sha256(run.config),
-        "versions": versions(),
-    }
-
-
-def write_result(run: Run, result: dict) -> None:
-    """The last file that a recipe writes: a run with a result is a finished run, and takes the place of another."""
-    write_atomically(run.dir / run_folder.RESULT, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-    if "trainer" in run.config:
-        _end_checkpoints(run)
-    run_folder.drop_replaced(run.dir)
-    if run.lock:
-        run.lock.release()
 
 
 def config_sha256(config: dict) -> str:
@@ -277,58 +257,6 @@ def device_name() -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
-def resolve_adapter(reference: str) -> Path:
-    """The adapter folder that a run folder or an adapter folder stands for.
-
-    Raises:
-        Refusal: neither is there, or its weights are not in safetensors.
-    """
-    found = [f for f in (Path(reference) / "adapter", Path(reference)) if (f / ADAPTER_CONFIG).is_file()]
-    if not found:
-        what = "has no adapter in it (is the run finished?)" if Path(reference).is_dir() else "does not exist"
-        raise Refusal(f"model.adapter={reference}: {what}. Give a run folder such as outputs/sft/main.")
-    if not (found[0] / WEIGHTS).is_file():
-        pickled = (found[0] / "adapter_model.bin").exists()
-        what = "adapter_model.bin is a pickle, which can run code" if pickled else "the weights are missing"
-        raise Refusal(f"model.adapter={reference}: has no {WEIGHTS}; {what}. Save the adapter as safetensors.")
-    if read_json(found[0] / ADAPTER_CONFIG).get("megatron_config") is not None:
-        raise Refusal(
-            f"model.adapter={reference}: its megatron_config names a module that PEFT would import. Take it out of "
-            f"{ADAPTER_CONFIG}."
-        )
-    return found[0]
-
-
-def folder_of(adapter: str | Path) -> Path:
-    """The run folder of an adapter, or the adapter's own folder where it is in none."""
-    return Path(adapter).parent if Path(adapter).name == "adapter" else Path(adapter)
-
-
-def read_result(run_dir: Path) -> dict | None:
-    """result.json of a run folder, or None.
-
-    Raises:
-        Refusal: it cannot be read as one.
-    """
-    path = run_dir / run_folder.RESULT
-    return read_json(path) if path.is_file() else None
-
-
-def read_json(path: Path) -> dict:
-    """A file that holds one JSON object.
-
-    Raises:
-        Refusal: it holds none.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise Refusal(f"{path}: not valid JSON ({first_line(error)}). Restore it.") from error
-    if not isinstance(content, dict):
-        raise Refusal(f"{path}: is no JSON object. Restore it.")
-    return content
-
-
 def environment() -> None:
     """Set what must be set before torch and trl are imported; what the user has set stays."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -350,52 +278,6 @@ def _threads(cores: int) -> int:
     launcher = HydraConfig.get().launcher if in_sweep() else {}
     jobs = launcher.get("n_jobs", 1)  # joblib's; -1: as many as there are cores
     return launcher.get("cpus_per_task") or max(1, cores // (cores if jobs < 0 else jobs))
-
-
-def parent_of(reference: str, base_model: str) -> dict:
-    """The adapter that a run or folder stands for, and its `lineage`: run, recipe, hash and parents.
-
-    Raises:
-        Refusal: there is none, or it was trained on another base model.
-    """
-    adapter = resolve_adapter(reference)
-    base = read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
-    if base != base_model:
-        raise Refusal(
-            f"model.adapter={reference}: was trained on {base}, not on model.id={base_model}. Choose the model it "
-            "belongs to."
-        )
-    result = read_result(folder_of(adapter)) or {}
-    lineage = {
-        "run": str(reference),
-        "recipe": result.get("recipe"),
-        "adapter_sha256": adapter_sha256(adapter),
-        "parent": result.get("parent"),
-    }
-    if not _is_lineage(lineage):
-        path = folder_of(adapter) / run_folder.RESULT
-        raise Refusal(
-            f"model.adapter={reference}: {path} does not say which runs it comes from (recipe, adapter_sha256 and "
-            "parent of each). Restore it, or give the folder of the adapter alone."
-        )
-    return {"adapter": str(adapter), "lineage": lineage}
-
-
-def _is_lineage(found: Any) -> bool:
-    """Whether it has what cards and later runs read of a run and all that it comes from."""
-    while found is not None:
-        if not isinstance(found, dict) or not {"recipe", "adapter_sha256", "parent"} <= found.keys():
-            return False
-        if any(not isinstance(found[key], str | None) for key in ("recipe", "adapter_sha256")):
-            return False
-        found = found["parent"]
-    return True
-
-
-def adapter_sha256(adapter: Path) -> str | None:
-    """SHA-256 of the adapter's weights file; None where it has none."""
-    weights = adapter / WEIGHTS
-    return hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None
 
 
 def _other_config(run: Run) -> str | None:

@@ -2,7 +2,8 @@
 
 A folder is a run's if its config.yaml begins with `rlhf_recipes: <recipe>`, a key that nobody else writes. Of such a
 folder only what a run writes is ever removed, by name; whatever else lies there is refused. A run that is replaced is
-first renamed to `.replaced/<run>` beside it, and goes when the other one has its result.
+first renamed to `.replaced/<run>` beside it, and goes when the other one has its result. What is read of a folder and
+damaged is refused by the name of the file.
 """
 
 import errno
@@ -18,7 +19,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.errors import Refusal
+from omegaconf import OmegaConf
+
+from rlhf_recipes.errors import Refusal, first_line
 
 MARK = "rlhf_recipes"
 CONFIG, RESULT, PREFLIGHT = "config.yaml", "result.json", "preflight.json"
@@ -102,6 +105,48 @@ def write_atomically(path: Path, text: str) -> None:
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # jobs of a sweep may write side by side
     scratch.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a surrogate pair is no UTF-8
     os.replace(scratch, path)
+
+
+def read_result(run_dir: Path) -> dict | None:
+    """result.json of a run folder, or None.
+
+    Raises:
+        Refusal: it cannot be read as one.
+    """
+    path = run_dir / RESULT
+    return read_json(path) if path.is_file() else None
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    """A file that holds one JSON object, or with `kind` a list.
+
+    Raises:
+        Refusal: it holds none.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise Refusal(f"{path}: not valid JSON ({first_line(error)}). Restore it.") from error
+    if not isinstance(content, kind):
+        raise Refusal(f"{path}: is no JSON {'object' if kind is dict else 'list'}. Restore it.")
+    return content
+
+
+def read_config(run_dir: Path) -> dict:
+    """config.yaml of a run folder without its mark.
+
+    Raises:
+        Refusal: it cannot be read, or is no mapping.
+    """
+    path = run_dir / CONFIG
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(path))
+    except Exception as error:  # yaml's and omegaconf's share no base
+        raise Refusal(f"{path}: cannot be read ({first_line(error)}). Restore it.") from error
+    if not isinstance(config, dict):
+        raise Refusal(f"{path}: is no mapping. Restore it.")
+    config.pop(MARK, None)
+    return config
 
 
 def mark(folder: Path, recipe: str, config: str = "") -> None:

@@ -25,7 +25,7 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 TINY_ID = "tests/tiny"
-os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # as run.start does
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # as Run.start does
 os.environ["OMP_NUM_THREADS"] = "1"  # matrices of 64 rows: threads would wait for each other
 # What takes longest starts first, so that no core idles at the end.
 LONGEST = (
@@ -262,10 +262,8 @@ def train(compose, tiny_overrides):
     """
     from importlib import import_module
 
-    from rlhf_recipes.training import finish as finishing
-
     def trained(recipe, folder, *overrides):
-        main = import_module(f"rlhf_recipes.recipes.{recipe}").main.__wrapped__
+        module = import_module(f"rlhf_recipes.recipes.{recipe}")
         cfg = compose(recipe, *tiny_overrides, *overrides)
         cfg.output_dir = folder.name
         seen = []
@@ -274,12 +272,12 @@ def train(compose, tiny_overrides):
             seen.append(trainer)
             return original(job, trainer, **kwargs)
 
-        original, finishing.finish = finishing.finish, finish
+        original, module.finish = module.finish, finish
         try:
             with contextlib.chdir(folder.parent):
-                main(cfg)
+                module.main.__wrapped__(cfg)
         finally:
-            finishing.finish = original
+            module.finish = original
         return Trained(folder, cfg, seen[0])
 
     return trained

@@ -5,14 +5,17 @@ import os
 import shutil
 import signal
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import TINY_ID, snapshot, write_adapter
 from omegaconf import OmegaConf
 
+from rlhf_recipes import references
 from rlhf_recipes.audit import answers, scoring
 from rlhf_recipes.audit.verdict import STATES
+from rlhf_recipes.errors import Refusal
 
 pytestmark = pytest.mark.slow
 SMALL = ["ledger_pairs=4", "stress_pairs=2", "probe_pairs=2", "credit_pairs=1", "prompts=3", "samples=4",
@@ -80,7 +83,8 @@ def test_members_differ_in_seed_rank_and_pairs(here):
         (0, 0, 32),
         (1, 1, 16),
     ]
-    assert scoring.members(str(first.parent), TINY_ID) == [first / "adapter", second / "adapter"]
+    found = references.find_reward_models(str(first.parent), "reward_model", TINY_ID)
+    assert [each.adapter for each in found] == [first / "adapter", second / "adapter"]
 
 
 def test_every_part_is_measured(audited):
@@ -113,7 +117,8 @@ def test_it_ends_with_a_page_and_the_way_to_it(audited):
 
 def test_a_checkpoint_is_held_against_gold(audited, here):
     _, _, audit = audited
-    assert [step for step, _ in answers.steps(str(here / "outputs" / "ppo" / "main"), TINY_ID)] == [1, 2]
+    found = answers.find_run(str(here / "outputs" / "ppo" / "main"), TINY_ID)
+    assert [step for step, _ in found.steps] == [1, 2]
     kept = sorted((here / "outputs" / "ppo" / "main" / "checkpoints" / "checkpoint-1").iterdir())
     assert [path.name for path in kept] == ["adapter_config.json", "adapter_model.safetensors"]
     assert figures(audit)["overoptimisation", "policy_gain"]["estimate"]["clusters"] == 3
@@ -152,7 +157,7 @@ def test_a_run_is_held_against_what_it_was_trained_on(audited, compose, tiny_mod
     assert [note for note in section["notes"] if note.endswith("proxy is reward model 1.")]
     monkeypatch.chdir(here)
     cfg = compose("audit", *tiny_model_overrides, "reward_model=outputs/reward/ensemble")
-    members = scoring.members("outputs/reward/ensemble", TINY_ID)
+    members = references.find_reward_models("outputs/reward/ensemble", "reward_model", TINY_ID)
 
     def proxy(reward_funcs, asked="trained", **trainer):
         run = here / "paid"
@@ -262,3 +267,22 @@ def test_a_missing_member_is_named(here, run_recipe, everything, tmp_path):
     shutil.rmtree(tmp_path / "outputs" / "reward" / "ensemble" / "member_1" / "adapter")
     done = run_recipe("audit", *everything[:-5], cwd=tmp_path)
     assert done.returncode == 2 and "member_1: has no adapter in it" in done.stderr, done
+
+
+def test_what_was_kept_and_is_damaged_is_refused_by_name(tmp_path):
+    cfg = SimpleNamespace(max_new_tokens=1, seed=0, model=SimpleNamespace(id=TINY_ID))
+    sampler = answers.Sampler(cfg, None, None, [], tmp_path)
+    path = tmp_path / "p.answers.json"
+    path.write_text('{"key": ')
+    with pytest.raises(Refusal, match=rf"^{path}: not valid JSON \(.*\)\. Restore it\.$"):
+        sampler.answers(None, [{"prompt": []}], "p")
+    path = tmp_path / "p.0.npz"
+    np.savez(path, key=np.array("k"), rewards=np.zeros(2))
+    assert scoring._read(path)["rewards"].tolist() == [0, 0]
+    for damage in (path.read_bytes()[:40], b"", b"not one"):
+        path.write_bytes(damage)
+        with pytest.raises(Refusal, match=rf"^{path}: cannot be read \(.*\)\. Remove it: it is scored again\.$"):
+            scoring._read(path)
+    np.savez(path, other=np.zeros(2))
+    with pytest.raises(Refusal, match=rf"^{path}: holds no scores\."):
+        scoring._read(path)

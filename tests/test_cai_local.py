@@ -521,14 +521,12 @@ def adapted(cfg, model, tmp_path_factory):
 
 
 def test_an_adapter_answers_as_it_does_unmerged(adapted, backend, cfg, model, tokenizer, monkeypatch):
-    from omegaconf import OmegaConf
-
+    from rlhf_recipes import references
     from rlhf_recipes.cai import local
-    from rlhf_recipes.run import adapter_sha256
 
     folder, policy = adapted
-    merged = local.load(OmegaConf.merge(cfg.model, {"adapter": str(folder)}), cfg.quantization)
-    assert merged.name == f"{TINY_ID} + {folder} ({adapter_sha256(folder / 'adapter')[:12]})"
+    merged = local.load(cfg.model, cfg.quantization, references.find(str(folder), "model.adapter"))
+    assert merged.name == f"{TINY_ID} + {folder} ({references.adapter_sha256(folder / 'adapter')[:12]})"
     assert type(merged.model) is type(model)
     unmerged = local.Local(policy, tokenizer, "unmerged")
     merged.stops = unmerged.stops = backend.stops
@@ -545,7 +543,7 @@ def test_an_adapter_answers_as_it_does_unmerged(adapted, backend, cfg, model, to
 def test_no_adapter_is_named_by_its_model(cfg):
     from rlhf_recipes.cai import local
 
-    assert local.load(cfg.model, cfg.quantization).name == TINY_ID
+    assert local.load(cfg.model, cfg.quantization, None).name == TINY_ID
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
@@ -577,7 +575,7 @@ def test_four_bits_are_unpacked_to_what_they_stand_for(cfg, compose, dtype):
 
     cfg = compose("dpo", f"model.path={cfg.model.path}", f"model.id={TINY_ID}", f"model.dtype={dtype}")
     packed = models.load_base(cfg.model, cfg.quantization, AutoModelForCausalLM)
-    found = local.load(cfg.model, cfg.quantization)
+    found = local.load(cfg.model, cfg.quantization, None)
     weights = dict(found.model.named_parameters())
     linears = {name: module for name, module in packed.named_modules() if isinstance(module, Linear4bit)}
     assert len(linears) == 14 and not any(isinstance(module, Linear4bit) for module in found.model.modules())
@@ -598,6 +596,6 @@ def test_eight_bits_generate(cfg, compose):
 
     cfg = compose("dpo", f"model.path={cfg.model.path}", f"model.id={TINY_ID}", "model.dtype=bfloat16",
                   "quantization=int8")  # fmt: skip
-    backend = local.load(cfg.model, cfg.quantization)
+    backend = local.load(cfg.model, cfg.quantization, None)
     assert {weight.dtype for weight in backend.model.parameters()} == {torch.bfloat16}
     assert all(answer["tokens"] for answer in answers(backend, questions(3, max_new_tokens=4)))

@@ -41,7 +41,7 @@ def groups_of(recipe):
 
 
 def choices(recipe):
-    """Each option of each group of a recipe; of sweep/ its own alone, and of trainer/, as `run.start` insists."""
+    """Each option of each group of a recipe; of sweep/ its own alone, and of trainer/, as `Run.start` insists."""
     own = {"trainer": [recipe], "sweep": [name for name in GROUPS["sweep"] if name.partition("_")[0] == recipe]}
     return [(recipe, group, option) for group in groups_of(recipe) for option in own.get(group, GROUPS[group])]
 
@@ -220,10 +220,10 @@ def test_preference_recipes_differ_in_the_method_alone(other):
         "Trainer",
         f'("{other}")',
         '("dpo")',
-        f'run.start(cfg, "{other}")',
-        'run.start(cfg, "dpo")',
+        f'Run.start(cfg, "{other}")',
+        'Run.start(cfg, "dpo")',
         "preference_metrics",
-        "if job.shared and",
+        "if run.shared and",
         "their reference, to beta",
     )
     assert changed and all(any(word in line for word in method) for line in changed), changed

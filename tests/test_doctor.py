@@ -449,8 +449,8 @@ def test_dead_tensors_are_counted(train, tmp_path, monkeypatch):
     """Layers whose gradients vanish on the way: as bitsandbytes does on a CPU, unless `keep_gradients_on_cpu`."""
     from rlhf_recipes import models
 
-    def cut(trainer, continued):
-        keep(trainer, continued)
+    def cut(trainer, parent):
+        keep(trainer, parent)
         for name, parameter in trainer.model.named_parameters():
             if "layers.0" in name and parameter.requires_grad:
                 parameter.register_hook(torch.zeros_like)

@@ -633,25 +633,6 @@ def by_hand_scores():
     ]
 
 
-def test_members_of_an_ensemble(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for job in ("b", "a", "rows"):
-        (tmp_path / "sweep" / job / "adapter").mkdir(parents=True)
-    for job in ("a", "b"):
-        (tmp_path / "sweep" / job / "config.yaml").write_text("run_name: x\n")
-        (tmp_path / "sweep" / job / "result.json").write_text("{}")
-    (tmp_path / "one" / "adapter").mkdir(parents=True)
-    assert ensemble.members("sweep") == ["sweep/a", "sweep/b"]
-    assert ensemble.members("one") == ["one"] and ensemble.members("nowhere") == ["nowhere"]
-    assert ensemble.members(["x", "y"]) == ["x", "y"] and ensemble.members(None) == []
-    for twice in (["x", "x"], []):
-        with pytest.raises(ValueError, match=r"^reward_model=\["):
-            ensemble.members(twice)
-    (tmp_path / "sweep" / "b" / "result.json").unlink()
-    with pytest.raises(ValueError, match=r"^reward_model=sweep: b is not finished\."):
-        ensemble.members("sweep")
-
-
 # ---- checkpoints
 
 

@@ -10,8 +10,9 @@ import torch
 from conftest import CHATML, write_adapter
 from omegaconf import OmegaConf
 
-from rlhf_recipes import models, run
-from rlhf_recipes.evaluation import checkpoints, measure
+from rlhf_recipes import models, references
+from rlhf_recipes.evaluation import measure
+from rlhf_recipes.run import Run
 
 
 class Payload:
@@ -63,7 +64,9 @@ def test_pickled_weights_of_an_adapter_are_not_run(trained, tmp_path, ran, monke
     (folder / "adapter_model.safetensors").unlink()
     plant(folder / "adapter_model.bin", ran)
     loading(lambda: load_peft_weights(str(folder), device="cpu"))
-    loading(lambda: models.read_adapter(trained.model, str(folder.parent)))
+    loading(lambda: references.find(str(folder.parent), "model.adapter"))
+    parent = references.ModelRef(str(folder), "model.adapter", adapter=folder)
+    loading(lambda: models.read_adapter(trained.model, parent))
     trained.model.peft_config["default"].save_pretrained(folder)
     loading(lambda: trained.model.load_adapter(str(folder), adapter_name="foreign"))
     assert not ran.exists()
@@ -166,14 +169,14 @@ def test_measuring_a_run_builds_nothing_of_its_config(tmp_path, ran):
     kept = folder / "checkpoints" / "checkpoint-2"
     kept.mkdir(parents=True)
     (kept / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "tests/tiny"}))
-    read = checkpoints.config_of(str(folder))
+    read = references.config_of(str(folder))
     assert read["trainer"] == evil and read["data"]["path"] == "${oc.env:HOME}"
     assert [system.step for system in measure.find([], "base", "tests/tiny", str(folder))] == [None, 2]
     assert measure.find([str(folder)], "base", "tests/tiny")[1].adapter == str(folder / "adapter")
     assert measure.find_proxy(str(folder), "tests/tiny") is None
     from rlhf_recipes.audit import answers
 
-    assert [step for step, _ in answers.steps(str(folder), "tests/tiny")] == [2, 3]
+    assert [step for step, _ in answers.find_run(str(folder), "tests/tiny").steps] == [2, 3]
     assert not ran.exists()
 
 
@@ -181,7 +184,7 @@ def test_start_refuses_before_anything_is_written(tmp_path, compose, monkeypatch
     monkeypatch.chdir(tmp_path)
     for override in ("model.adapter=nowhere", "trainer=sft"):
         with pytest.raises(ValueError, match=r"nowhere|trainer"):
-            run.start(compose("dpo", *tiny_model_overrides, override), "dpo")
+            Run.start(compose("dpo", *tiny_model_overrides, override), "dpo")
     assert list(tmp_path.iterdir()) == []
 
 

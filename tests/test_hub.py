@@ -105,7 +105,7 @@ def change(path, how):
 
 def reweigh(run, how):
     """Change the tensors, and let the result say that these are the ones that were trained."""
-    from rlhf_recipes.run import adapter_sha256
+    from rlhf_recipes.references import adapter_sha256
 
     path = run / "adapter" / "adapter_model.safetensors"
     tensors = load_file(path)
@@ -229,6 +229,9 @@ def configured(key, value):
         (told(recipe="evaluate"), [], "run=dpo: is a run of evaluate, which makes no adapter. Name one of sft,"),
         (told(recipe="cai"), [], "run=dpo: is a data set. Use pairs=dpo."),
         (told(status="running"), [], "run=dpo: its status is running. Let it finish first."),
+        (told(main=None), [], "run=dpo: result.json has no main as a training writes it."),
+        (told(main={"before": {}}), [], "run=dpo: result.json has no main.before as a training writes it."),
+        (told(metrics={"x\n": {}}), [], "run=dpo: result.json has no before.x"),
         (infinite, [], "run=dpo: loss in result.json is inf: the training has diverged."),
         (forget("adapter", "adapter_model.safetensors"), [], "run=dpo: no adapter/adapter_model.safetensors in it."),
         (pickled, [], "run=dpo: no adapter/adapter_model.safetensors in it. adapter_model.bin is a pickle, which"),

@@ -6,11 +6,10 @@ import os
 import pytest
 from conftest import write_adapter, write_pairs
 
-from rlhf_recipes import models, places, run
+from rlhf_recipes import models, places, references
 from rlhf_recipes.data import load, readers
 from rlhf_recipes.evaluation import measure
 from rlhf_recipes.launch.refusals import as_refusal
-from rlhf_recipes.ppo import sources
 
 
 @pytest.fixture
@@ -66,7 +65,7 @@ def load_model(compose, name):
 
 
 def find_reward(compose, name):
-    return sources.find_rewards([name])
+    return references.find_rewards([name])
 
 
 def load_classifier(compose, name):
@@ -112,7 +111,8 @@ def test_what_looks_like_a_path_is_no_id(here, hub, compose, key, reference):
 def test_an_id_is_asked_for_and_told_once(here, hub, compose, key, capsys):
     for _ in range(2):
         if key == "reward_funcs":
-            assert READERS[key](compose, "org/name") == ["org/name"]  # looked for when it is loaded
+            (found,) = READERS[key](compose, "org/name")  # looked for when it is loaded
+            assert (found.kind, found.reference) == (references.HUB, "org/name")
         else:
             refusal(READERS[key], compose, "org/name")
     out = capsys.readouterr().out
@@ -140,8 +140,8 @@ def test_a_run_is_never_looked_for_on_the_hub(here, hub, compose):
         (lambda: measure.find(["org/name"], "base", "tests/tiny"), "runs"),
         (lambda: measure.find(["outputs/dpo"], "org/name", "tests/tiny"), "parent"),
         (lambda: measure.find_scorer("org/name", "tests/tiny"), "reward_model"),
-        (lambda: run.parent_of("org/name", "tests/tiny"), "model.adapter"),
-        (lambda: run.resolve_adapter("org/name"), "model.adapter"),
+        (lambda: references.find("org/name", "model.adapter", "tests/tiny"), "model.adapter"),
+        (lambda: references.find("org/name", "judge.adapter"), "judge.adapter"),
     ]:
         assert refusal(call).startswith(f"{key}=org/name: does not exist.")
     assert hub == []

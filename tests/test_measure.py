@@ -477,16 +477,16 @@ def test_evaluate_checkpoints_with_an_ensemble(more, compose, tiny_model_overrid
 
 
 def test_checkpoints_that_are_not_there_are_refused(more, monkeypatch):
-    from rlhf_recipes.evaluation import checkpoints
+    from rlhf_recipes import references
 
     monkeypatch.chdir(more)
     with pytest.raises(ValueError, match=r"^checkpoints=dpo: holds no checkpoint\. .*trainer\.save_total_limit=null"):
-        checkpoints.find("dpo", TINY_ID)
+        references.find_checkpoints("dpo", TINY_ID)
     with pytest.raises(ValueError, match=r"^checkpoints=nowhere: is no run of a training"):
-        checkpoints.find("nowhere", TINY_ID)
+        references.find_checkpoints("nowhere", TINY_ID)
     with pytest.raises(ValueError, match=r"^checkpoints=kept: was trained on tests/tiny, not on model\.id=other"):
-        checkpoints.find("kept", "other")
-    assert [step for step, *_ in checkpoints.find("kept/checkpoints", TINY_ID)] == [1, 2]
+        references.find_checkpoints("kept", "other")
+    assert [each.step for each in references.find_checkpoints("kept/checkpoints", TINY_ID)] == [1, 2]
 
 
 JUDGE = ("judge=local", "constitution=clinic", "judging.principles_per_pair=1", "judging.min_option_mass=0")

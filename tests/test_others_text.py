@@ -441,15 +441,15 @@ def test_a_table_for_spreadsheets_has_no_formula(said):
 
 
 def test_the_summary_of_a_run(capsys, tmp_path):
-    from rlhf_recipes import run
+    from rlhf_recipes.run import Run
     from rlhf_recipes.training.finish import _print_summary
 
     def make(said):
-        job = run.Run(tmp_path / said[:4], "ppo", {})
+        run = Run(tmp_path / said[:4], "ppo", {})
         result = {"main": {"name": said, "before": ESTIMATE, "after": ESTIMATE}, "peak_memory_gib": {}, "seconds": 1.0}
         result |= {"stopped": said, "samples": [{"completion": said, "reward": 1.0}]}
         finding = dict.fromkeys(("level", "rule", "step", "saw", "means", "change"), said)
-        _print_summary(job, result | {"doctor": {"verdict": said, "findings": [finding]}})
+        _print_summary(run, result | {"doctor": {"verdict": said, "findings": [finding]}})
         return capsys.readouterr().out
 
     assert_printed(make)

@@ -9,6 +9,8 @@ import torch
 from conftest import TINY_ID
 from datasets import Dataset
 
+from rlhf_recipes import references
+
 PROMPTS = [f"Can I come on day {n}{' please' * (n % 3)}?" for n in range(8)]
 STEPS = {
     "max_steps": 4,
@@ -54,11 +56,12 @@ def build(tiny_model, tokenizer, compose, tiny_model_overrides, tmp_path):
         from rlhf_recipes.ppo import PPOConfig, PPOTrainer
 
         overrides = [*tiny_model_overrides, f"quantization={quantization}", "model.dtype=float32"]
-        cfg = compose("ppo", *overrides, *([f"model.adapter={adapter}"] if adapter else []))
+        cfg = compose("ppo", *overrides)
         defaults = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none"}
         args = PPOConfig(str(tmp_path / "out"), **{**defaults, "save_strategy": "no", **STEPS, **given})
         torch.manual_seed(0)
-        policy, peft_config = models.load_policy(cfg.model, cfg.quantization, cfg.lora)
+        parent = adapter and references.find(str(adapter), "model.adapter")
+        policy, peft_config = models.load_policy(cfg.model, cfg.quantization, cfg.lora, parent)
         return PPOTrainer(
             policy,
             reward_funcs,
@@ -172,17 +175,16 @@ def test_an_ensemble_is_put_on_one_scale(build, judge, tmp_path, capsys):
 
 
 def test_the_folder_of_an_ensemble_names_its_members(judge, tmp_path, monkeypatch):
-    from rlhf_recipes.ppo import sources
-
     for name in ("member_0", "member_1"):
         shutil.copytree(judge, tmp_path / "ensemble" / name)
     monkeypatch.chdir(tmp_path)
     both = ["ensemble/member_0", "ensemble/member_1"]
-    assert sources.find_rewards("ensemble") == both
-    assert sources.find_rewards(["ensemble", "json:loads"]) == [*both, "json:loads"]
+    assert [each.reference for each in references.find_rewards("ensemble")] == both
+    found = references.find_rewards(["ensemble", "json:loads"])
+    assert [each.reference for each in found] == [*both, "json:loads"]
     (tmp_path / "ensemble" / "member_1" / "result.json").unlink()
     with pytest.raises(ValueError, match=r"^reward_funcs=ensemble: member_1 is not finished\."):
-        sources.find_rewards("ensemble")
+        references.find_rewards("ensemble")
 
 
 @pytest.mark.parametrize("value", ["separate", "head"])

@@ -8,14 +8,14 @@ from types import SimpleNamespace
 import pytest
 from omegaconf import OmegaConf
 
-from rlhf_recipes import memory, models, run
+from rlhf_recipes import memory, models, references
 from rlhf_recipes.data.fit import fit
 from rlhf_recipes.data.load import load_pairs
 from rlhf_recipes.launch.preflight import job as examination
 from rlhf_recipes.launch.preflight import look as preflight
 from rlhf_recipes.launch.preflight import predict_memory, real_steps, rows
 from rlhf_recipes.launch.recipe import spelled_out
-from rlhf_recipes.ppo import sources
+from rlhf_recipes.run import Run
 
 GIB = 2**30
 
@@ -122,7 +122,7 @@ def test_a_backbone_counts_what_a_loaded_model_has(recipe, quantization, compose
 
     cfg = compose(recipe, *tiny_model_overrides, f"quantization={quantization}")
     load = models.load_reward_model if recipe == "reward" else models.load_policy
-    model, lora = load(cfg.model, cfg.quantization, cfg.lora)
+    model, lora = load(cfg.model, cfg.quantization, cfg.lora, None)
     found = predict_memory.backbone(cfg, recipe)
     base = sum(weight.nbytes for weight in model.parameters())
     if recipe == "reward":
@@ -180,7 +180,7 @@ def test_a_step_allocates_what_is_predicted(recipe, checkpointing, train, tmp_pa
 def test_peaks_by_hand(compose, tiny_model_overrides):
     """Two layers, 1,000 tokens in the vocabulary; bfloat16 or float32 as the processor has it."""
     cfg = compose("dpo", *tiny_model_overrides, "quantization=none", "lora.r=4")
-    args = models.training_args(cfg.trainer, run.Run(Path("x"), "dpo", {}))
+    args = models.training_args(cfg.trainer, Run(Path("x"), "dpo", {}))
     base = predict_memory.backbone(cfg, "dpo")
     shape = base.config
     d, f, half = shape.hidden_size, shape.intermediate_size, base.item // 2
@@ -285,7 +285,7 @@ def test_real_steps_are_measured_and_their_failure_is_one_line(
     monkeypatch.setattr("os.environ", dict(clean_env))
     monkeypatch.setattr("sys.executable", warm_python)
     cfg = compose("dpo", *tiny_overrides)
-    args = models.training_args(cfg.trainer, run.Run(Path("x"), "dpo", {}))
+    args = models.training_args(cfg.trainer, Run(Path("x"), "dpo", {}))
     splits = fit(load_pairs(cfg.data), models.load_tokenizer(cfg.model), args.max_length)
     sizes = [100 + i for i in range(len(splits.train))]
     took = real_steps.measure("dpo", tiny_overrides, args, splits, sizes)
@@ -295,7 +295,7 @@ def test_real_steps_are_measured_and_their_failure_is_one_line(
 
 
 def test_two_steps_are_never_published(compose, tiny_overrides):
-    args = models.training_args(compose("dpo", *tiny_overrides).trainer, run.Run(Path("x"), "dpo", {}))
+    args = models.training_args(compose("dpo", *tiny_overrides).trainer, Run(Path("x"), "dpo", {}))
     told = real_steps._overrides("dpo", [*tiny_overrides, "publish=true", "repo_id=a/b", "data=hh_rlhf"], args, "f")
     assert not any(each.startswith(("publish", "repo_id", "data=hh")) for each in told) and "data=local" in told
 
@@ -315,7 +315,8 @@ def test_a_failure_is_measured_again_and_a_success_is_not(compose, tiny_override
 def test_a_function_as_reward_is_found_after_ppo_was_imported():
     from rlhf_recipes.ppo.config import PPOConfig  # noqa: F401  a module named as one that ppo once had for itself
 
-    assert sources.find_rewards("json:loads") == ["json:loads"]
+    (found,) = references.find_rewards("json:loads")
+    assert found.function is json.loads
 
 
 # ---- The command line

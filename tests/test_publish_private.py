@@ -63,7 +63,7 @@ def inside_the_picture(run):
 
 def in_metadata(run):
     """Of the weights, and let the result say that these were trained."""
-    from rlhf_recipes.run import adapter_sha256
+    from rlhf_recipes.references import adapter_sha256
 
     path = run / "adapter" / "adapter_model.safetensors"
     note = "eyJ" + "hbGciOiJIUzI1NiJ9" + ".eyJ" + "zdWIiOiIxMjM0NTY3ODkwIn0" + ".c2lnbmF0dXJl"
@@ -75,7 +75,7 @@ def in_numbers(run):
     """The bytes of a tensor."""
     import torch
 
-    from rlhf_recipes.run import adapter_sha256
+    from rlhf_recipes.references import adapter_sha256
 
     path = run / "adapter" / "adapter_model.safetensors"
     tensors = load_file(path)

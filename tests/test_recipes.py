@@ -300,7 +300,7 @@ def test_small_updates_survive_in_float32(chain, train, monkeypatch):
     ours = train("dpo", sft.dir.parent / "float32", *arguments)
     parameters = [p for p in ours.trainer.model.parameters() if p.requires_grad]
     assert parameters and all(p.dtype == torch.float32 for p in parameters)
-    monkeypatch.setattr(models, "keep_adapter_in_float32", lambda model, continued: None)
+    monkeypatch.setattr(models, "keep_adapter_in_float32", lambda model, parent: None)
     theirs = train("dpo", sft.dir.parent / "bfloat16", *arguments)
 
     def moved(weights, origin):

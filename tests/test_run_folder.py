@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from conftest import snapshot, write_adapter, write_pairs
 
-from rlhf_recipes import run, run_folder
+from rlhf_recipes import references, run_folder
 from rlhf_recipes.config import flatten
+from rlhf_recipes.run import Run
 
 
 @pytest.fixture
@@ -243,10 +244,10 @@ def test_the_same_command_twice(start_recipe, run_recipe, tiny_overrides, tmp_pa
 
 @pytest.fixture
 def started(compose, tmp_path):
-    """started(*overrides): `run.start` of dpo in a folder of its own; its lock goes with the run."""
+    """started(*overrides): `Run.start` of dpo in a folder of its own; its lock goes with the run."""
 
     def start(*overrides):
-        return run.start(compose("dpo", *overrides), "dpo")
+        return Run.start(compose("dpo", *overrides), "dpo")
 
     with contextlib.chdir(tmp_path):
         yield start
@@ -262,13 +263,13 @@ def checkpoint(folder, step, state='{"global_step": %d, "max_steps": 900, "epoch
 
 
 def test_an_unreadable_checkpoint_is_skipped_with_a_line(started, monkeypatch, capsys):
-    job = started()
-    run.claim(job)
+    run = started()
+    run.create()
     for step in (100, 200, 300):
-        checkpoint(job.dir, step)
-    before = snapshot(job.dir)
-    read, del_job = Path.read_text, job.dir
-    del job
+        checkpoint(run.dir, step)
+    before = snapshot(run.dir)
+    read, folder = Path.read_text, run.dir
+    del run
 
     def fails(self, *args, **kwargs):
         if self.name == "trainer_state.json" and self.parent.name != "checkpoint-100":
@@ -277,42 +278,42 @@ def test_an_unreadable_checkpoint_is_skipped_with_a_line(started, monkeypatch, c
 
     monkeypatch.setattr(Path, "read_text", fails)
     again = started()
-    assert again.checkpoint == str(del_job / "checkpoints" / "checkpoint-100")
+    assert again.checkpoint == str(folder / "checkpoints" / "checkpoint-100")
     assert capsys.readouterr().err.splitlines() == [
         f"outputs/dpo/main/checkpoints/checkpoint-{step}: is skipped, Input/output error." for step in (300, 200)
     ]
-    run.claim(again)
-    assert snapshot(del_job) == before
+    again.create()
+    assert snapshot(folder) == before
 
 
 @pytest.mark.parametrize("state", [None, '{"global_step": 3', "{}", "[]", '{"global_step": "x", "max_steps": 1}'])
 def test_a_checkpoint_without_its_end_is_skipped(started, state, capsys):
-    job = started()
-    run.claim(job)
-    checkpoint(job.dir, 3)
-    half = checkpoint(job.dir, 6, state)
-    job = started() if (job := None) is None else None
-    assert job.checkpoint == "outputs/dpo/main/checkpoints/checkpoint-3" and half.is_dir()
+    run = started()
+    run.create()
+    checkpoint(run.dir, 3)
+    half = checkpoint(run.dir, 6, state)
+    run = started() if (run := None) is None else None
+    assert run.checkpoint == "outputs/dpo/main/checkpoints/checkpoint-3" and half.is_dir()
     assert "checkpoint-6: is skipped" in capsys.readouterr().err
 
 
 def test_weights_without_a_result_are_set_aside(started, tmp_path, capsys):
     """The adapters that `save_total_limit=null` keeps have no trainer_state.json, and result.json was lost."""
-    job = started()
-    run.claim(job)
+    run = started()
+    run.create()
     for step in (100, 200):
-        checkpoint(job.dir, step, state=None)
-    kept = {name: content for name, content in snapshot(job.dir).items() if "adapter" in name}
-    del job
-    job = started()
-    assert job.checkpoint is None
-    run.claim(job)
+        checkpoint(run.dir, step, state=None)
+    kept = {name: content for name, content in snapshot(run.dir).items() if "adapter" in name}
+    del run
+    run = started()
+    assert run.checkpoint is None
+    run.create()
     aside = Path("outputs/dpo/.replaced/main")
     assert kept.items() <= snapshot(aside).items()
     assert (
         f"outputs/dpo/main: what was there is kept in {aside} until this run is finished." in capsys.readouterr().out
     )
-    run.write_result(job, {"recipe": "dpo"})
+    run.write_result({"recipe": "dpo"})
     assert os.listdir("outputs/dpo") == ["main"]
 
 
@@ -321,56 +322,56 @@ def test_a_run_is_replaced_when_the_other_has_its_result(started, tmp_path):
     old = finished(Path("outputs/dpo/main"))
     (old / "curves.png").write_bytes(b"a picture")
     before = snapshot(old)
-    job = started("overwrite=true")
+    run = started("overwrite=true")
     assert snapshot(old) == before
-    run.claim(job)
+    run.create()
     aside = Path("outputs/dpo/.replaced/main")
     assert snapshot(aside) == before and os.listdir(old) == ["config.yaml"]
     checkpoint(old, 5)
-    del job  # killed
+    del run  # killed
 
     again = started("overwrite=true")
     assert again.checkpoint == "outputs/dpo/main/checkpoints/checkpoint-5"
-    run.claim(again)
+    again.create()
     assert snapshot(aside) == before
     del again
 
     other = started("overwrite=true", "trainer.beta=0.3")  # begins anew; the old run stays where it is
     assert other.checkpoint is None
-    run.claim(other)
+    other.create()
     assert snapshot(aside) == before and os.listdir(old) == ["config.yaml"]
-    run.write_result(other, {"recipe": "dpo"})
+    other.write_result({"recipe": "dpo"})
     assert not aside.parent.exists() and sorted(os.listdir(old)) == ["config.yaml", "result.json"]
 
 
 def test_a_run_that_never_began_is_begun_again(started):
-    job = started()
-    run.claim(job)
-    (job.dir / "metrics.jsonl").write_text("{}\n")
-    (job.dir / "checkpoints").mkdir()
-    del job
-    job = started()
-    run.claim(job)
-    assert os.listdir(job.dir) == ["config.yaml"] and not run_folder.replaced(job.dir).exists()
+    run = started()
+    run.create()
+    (run.dir / "metrics.jsonl").write_text("{}\n")
+    (run.dir / "checkpoints").mkdir()
+    del run
+    run = started()
+    run.create()
+    assert os.listdir(run.dir) == ["config.yaml"] and not run_folder.replaced(run.dir).exists()
 
 
 def test_what_comes_into_the_folder_meanwhile_is_seen(started):
-    job = started()
-    run.claim(job)
-    del job
-    job = started()
+    run = started()
+    run.create()
+    del run
+    run = started()
     Path("outputs/dpo/main/notes.md").write_text("mine")
     with pytest.raises(ValueError, match=r"holds notes\.md, which no run writes"):
-        run.claim(job)
+        run.create()
 
 
 def test_what_no_run_writes_stays_with_what_was_replaced(started, capsys):
     finished(Path("outputs/dpo/main"))
-    job = started("overwrite=true")
-    run.claim(job)
+    run = started("overwrite=true")
+    run.create()
     note = Path("outputs/dpo/.replaced/main/notes.md")
     note.write_text("mine")
-    run.write_result(job, {"recipe": "dpo"})
+    run.write_result({"recipe": "dpo"})
     assert os.listdir(note.parent) == ["notes.md"]
     assert capsys.readouterr().err == "outputs/dpo/.replaced/main: is kept, it holds notes.md.\n"
 
@@ -427,19 +428,19 @@ def test_a_pickled_adapter_is_refused(tmp_path):
     folder = write_adapter(tmp_path / "foreign")
     (folder / "adapter" / "adapter_model.safetensors").rename(folder / "adapter" / "adapter_model.bin")
     with pytest.raises(ValueError, match=r"has no adapter_model\.safetensors; adapter_model\.bin is a pickle"):
-        run.resolve_adapter(str(folder))
+        references.find(str(folder), "model.adapter")
     (folder / "adapter" / "adapter_model.bin").unlink()
     with pytest.raises(ValueError, match=r"has no adapter_model\.safetensors; the weights are missing\."):
-        run.resolve_adapter(str(folder))
+        references.find(str(folder), "model.adapter")
 
 
-def test_the_second_of_several_processes_claims_nothing(started, monkeypatch):
+def test_the_second_of_several_processes_creates_nothing(started, monkeypatch):
     old = finished(Path("outputs/dpo/main"))
     before = snapshot(old)
     monkeypatch.setenv("RANK", "1")
-    job = started("overwrite=true")
-    run.claim(job)
-    assert job.lock is None and snapshot(old) == before
+    run = started("overwrite=true")
+    run.create()
+    assert run.lock is None and snapshot(old) == before
 
 
 def test_ctrl_c_leaves_no_lock(start_recipe, tiny_overrides, tmp_path):
@@ -489,7 +490,7 @@ def test_an_adapter_that_names_a_module_is_refused(tmp_path):
     folder = write_adapter(tmp_path / "foreign")
     (folder / "adapter" / "adapter_config.json").write_text('{"megatron_config": {}, "megatron_core": "antigravity"}')
     with pytest.raises(ValueError, match="its megatron_config names a module that PEFT would import"):
-        run.resolve_adapter(str(folder))
+        references.find(str(folder), "model.adapter")
 
 
 def test_a_kernel_of_the_hub_is_code(refused, tmp_path, tiny_overrides):

@@ -140,7 +140,7 @@ def test_parity_is_exact_without_our_float32(train, tiny_model, tmp_path, monkey
     from rlhf_recipes import models
 
     skip_what_trl_cannot_do(recipe, "nf4")
-    monkeypatch.setattr(models, "keep_adapter_in_float32", lambda model, continued: None)
+    monkeypatch.setattr(models, "keep_adapter_in_float32", lambda model, parent: None)
     ours = train(recipe, tmp_path / "ours")
     theirs = by_hand(recipe, "nf4", tiny_model, ours.cfg, tmp_path / "theirs")
     for row, reference in zip(ours.log[:2], theirs.state.log_history[:2], strict=True):
@@ -185,14 +185,15 @@ def test_bitsandbytes_still_loses_gradients(train, tmp_path, monkeypatch):
 
 def test_trainer_arguments_follow_the_hardware(compose, tmp_path):
     """Precision and checkpointing are derived where nothing is said, and obeyed where something is."""
-    from rlhf_recipes import models, run
+    from rlhf_recipes import models
+    from rlhf_recipes.run import Run
 
-    job = run.Run(tmp_path, "sft", {})
-    args = models.training_args(compose("sft").trainer, job)
+    run = Run(tmp_path, "sft", {})
+    args = models.training_args(compose("sft").trainer, run)
     assert args.use_cpu != torch.cuda.is_available()
     assert args.bf16 == models.computes_in_bf16()
     assert args.gradient_checkpointing == torch.cuda.is_available()
     assert args.report_to in ("none", []) and args.output_dir == str(tmp_path / "checkpoints")
     given = compose("sft", "trainer.bf16=false", "trainer.gradient_checkpointing=true", f"model.id={TINY_ID}")
-    args = models.training_args(given.trainer, job)
+    args = models.training_args(given.trainer, run)
     assert (args.bf16, args.gradient_checkpointing) == (False, True)

@@ -7,22 +7,39 @@ proxy says is what would be optimised.
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig
 
-from rlhf_recipes import config, ensemble, run
-from rlhf_recipes.audit.scoring import Ensemble, members
+from rlhf_recipes import config, ensemble, references
+from rlhf_recipes.audit.scoring import Ensemble
 from rlhf_recipes.errors import Refusal, users_function
-from rlhf_recipes.ppo import sources
+from rlhf_recipes.references import ModelRef, adapter_sha256, folder_of
+from rlhf_recipes.run_folder import read_json, read_result, write_atomically
 
 Gold = Callable[[list[dict], list[str], str], np.ndarray]
 TO_LABEL = "to_label.jsonl"
 
 
-def find_gold(cfg: DictConfig, proxies: list[Path]) -> tuple[str, Any] | None:
+@dataclass(frozen=True)
+class KeptRun:
+    """A run whose checkpoints are held against gold.
+
+    Attributes:
+        folder: as typed.
+        steps: (step, adapter folder) of each checkpoint, and of its end.
+        start: adapter folder of what it started from, None for the base.
+    """
+
+    folder: str
+    steps: list[tuple[int, Path]]
+    start: Path | None
+
+
+def find_gold(cfg: DictConfig, proxies: list[ModelRef]) -> tuple[str, Any] | None:
     """(what gold is, in words; where to load it from), None without one.
 
     Raises:
@@ -35,11 +52,11 @@ def find_gold(cfg: DictConfig, proxies: list[Path]) -> tuple[str, Any] | None:
         return f"labels in {Path(reference).name}", _labels(reference)
     if isinstance(reference, str) and ":" in reference and not Path(reference).exists():
         return f"the function {reference}", config.import_function(reference, "gold")
-    folders = members(reference, cfg.model.id, "gold")
-    if set(map(run.adapter_sha256, folders)) & set(map(run.adapter_sha256, proxies)):
+    members = references.find_reward_models(reference, "gold", cfg.model.id)
+    if {member.sha256 for member in members} & {proxy.sha256 for proxy in proxies}:
         raise Refusal(f"gold={cfg.gold}: is the reward model itself. Give one that learned from other pairs.")
-    kind = "a reward model" if len(folders) == 1 else f"the mean of {len(folders)} reward models"
-    return f"{kind}, {run.folder_of(folders[0])}", folders
+    kind = "a reward model" if len(members) == 1 else f"the mean of {len(members)} reward models"
+    return f"{kind}, {folder_of(members[0].adapter)}", members
 
 
 def load_gold(cfg: DictConfig, source: Any, tokenizer, folder: Path) -> Gold:
@@ -73,13 +90,13 @@ def best_of_n(cfg: DictConfig, policy, proxies: Ensemble, gold: Gold, kind: str,
 
 
 def checkpoints(
-    cfg: DictConfig, folder: str, policy, proxies: Ensemble, gold: Gold, kind: str, prompts: list[dict]
+    cfg: DictConfig, kept: KeptRun, policy, proxies: Ensemble, gold: Gold, kind: str, prompts: list[dict]
 ) -> dict:
     """Entry of `overoptimisation.audit`: the start of a run and each of its checkpoints, all on the same prompts."""
-    how = _proxy(cfg, folder, proxies.folders)
+    how = _proxy(cfg, kept.folder, proxies.members)
     rows, start_MP = [], None
-    for step, adapter in [(0, None), *steps(folder, cfg.model.id)]:
-        part = f"{_slug(folder)}.{step}"
+    for step, adapter in [(0, None), *kept.steps]:
+        part = f"{_slug(kept.folder)}.{step}"
         answers = policy.answers(adapter, prompts, part, kl=True)
         texts = [answer["text"] for answer in answers]
         rewards_MP = proxies.score(_conversations(prompts, texts), part).rewards_MC
@@ -89,22 +106,21 @@ def checkpoints(
                      "gold_P": gold(prompts, texts, part)})  # fmt: skip
     ids = [row["prompt_id"] for row in prompts]
     said = f"reward model {how + 1}" if isinstance(how, int) else WORDS[how]
-    return {"name": str(folder), "rows": rows, "gold_kind": kind, "proxy_kind": said, "prompt_ids": ids}
+    return {"name": kept.folder, "rows": rows, "gold_kind": kind, "proxy_kind": said, "prompt_ids": ids}
 
 
-def steps(folder: str, base_model: str) -> list[tuple[int, Path]]:
-    """(step, adapter folder) of each kept checkpoint of a run, and of its end.
+def find_run(folder: str, base_model: str) -> KeptRun:
+    """A run with its checkpoints, and its end where it is finished.
 
     Raises:
-        Refusal: see `evaluation.checkpoints.find`.
+        Refusal: see `references.find_checkpoints`.
     """
-    from rlhf_recipes.evaluation import checkpoints as kept
-
-    found = {step: adapter for step, adapter, *_ in kept.find(folder, base_model)}
-    result = run.read_result(Path(folder))
-    if result:
-        found.setdefault(result["steps"], Path(folder) / "adapter")
-    return sorted(found.items())
+    found = references.find_checkpoints(folder, base_model)
+    steps = {each.step: each.adapter for each in found}
+    end = (read_result(Path(folder)) or {}).get("steps")
+    if isinstance(end, int):
+        steps.setdefault(end, Path(folder) / "adapter")
+    return KeptRun(folder, sorted(steps.items()), found[0].start)
 
 
 class Sampler:
@@ -126,10 +142,10 @@ class Sampler:
         used = adapter or self.parent
         asked = [row["prompt"] for row in rows]
         settings = [self.cfg.max_new_tokens, self.cfg.seed, self.cfg.model.id, kl]
-        hashes = [folder and run.adapter_sha256(folder) for folder in (used, self.parent)]
+        hashes = [folder and adapter_sha256(folder) for folder in (used, self.parent)]
         key = hashlib.sha256(json.dumps([asked, settings, hashes]).encode()).hexdigest()
         path = self.keep / f"{part}.answers.json"
-        if path.is_file() and (known := json.loads(path.read_text(encoding="utf-8")))["key"] == key:
+        if path.is_file() and (known := read_json(path)).get("key") == key and "answers" in known:
             return known["answers"]
         with self._loaded().using(used and str(used)) as model:
             answers = inference.generate(model, self.tokenizer, asked, max_new_tokens=self.cfg.max_new_tokens,
@@ -141,7 +157,7 @@ class Sampler:
                 answer["k1"] = inference.kl_terms(p, q)[0]
         kept = [{key: answer[key] for key in ("text", "k1") if key in answer} for answer in answers]
         self.keep.mkdir(parents=True, exist_ok=True)
-        run.write_atomically(path, json.dumps({"key": key, "answers": kept}, ensure_ascii=False))
+        write_atomically(path, json.dumps({"key": key, "answers": kept}, ensure_ascii=False))
         return kept
 
     def _logps(self, folder: Path | None, encoded: list, part: str) -> list:
@@ -174,26 +190,23 @@ def _proxies(rewards_MC: np.ndarray, reference_MK: np.ndarray) -> dict[str, np.n
     return found
 
 
-def _proxy(cfg: DictConfig, folder: str, reward_models: list[Path]) -> str | int:
+def _proxy(cfg: DictConfig, folder: str, reward_models: list[ModelRef]) -> str | int:
     """What a run was trained on: one of the reward models, by its index, or what was made of them all. Where its
     config names neither, the mean stands for it."""
     if len(reward_models) == 1:
         return FIRST
     if cfg.proxy != "trained":
         return cfg.proxy
-    from rlhf_recipes.evaluation import checkpoints as kept
-
-    config = kept.config_of(folder)
+    config = references.config_of(folder)
     given = config.get("reward_funcs") or []
     given = [given] if isinstance(given, str) else given
-    try:
-        named = sources.expand(given)
-        weights = config["trainer"].get("reward_weights") or [1.0] * len(named)
-        paid = [each for each, weight in zip(named, weights, strict=True) if weight]
-        hashes = [run.adapter_sha256(run.resolve_adapter(each)) for each in paid]
-    except Refusal:  # a function, or not there
+    named = [str(member) for each in given for member in references.jobs_of(each) or [each]]
+    weights = config["trainer"].get("reward_weights") or [1.0] * len(named)
+    paid = [each for each, weight in zip(named, weights, strict=True) if weight]
+    if not all(map(references.is_adapter, paid)):  # a function, or not there
         return "mean"
-    known = [run.adapter_sha256(each) for each in reward_models]
+    hashes = [adapter_sha256(references.adapter_in(each)) for each in paid]
+    known = [each.sha256 for each in reward_models]
     if len(hashes) == 1 and hashes[0] in known:
         return known.index(hashes[0])
     how = config["trainer"].get("reward_ensemble")

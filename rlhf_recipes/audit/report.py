@@ -6,11 +6,13 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from rlhf_recipes import run
 from rlhf_recipes.audit import judgements, page, verdict
 from rlhf_recipes.audit.run_audit import Findings, Sources
 from rlhf_recipes.commands import command
 from rlhf_recipes.data.load import Splits
+from rlhf_recipes.references import folder_of
+from rlhf_recipes.run import Run
+from rlhf_recipes.run_folder import write_atomically
 from rlhf_recipes.stats import format_estimate
 from rlhf_recipes.text import line
 
@@ -21,7 +23,7 @@ WEAKEST = 5
 def build(cfg: DictConfig, sources: Sources, pairs: Splits, found: Findings) -> dict[str, Any]:
     """audit.json: what was audited, the sections, the gates and the verdict in plain words."""
     decided = verdict.decide(found.sections, dict(cfg.thresholds))
-    names = [str(run.folder_of(folder)) for folder in sources.reward_models]
+    names = [str(folder_of(each.adapter)) for each in sources.reward_models]
     subject = {
         "Reward model" if len(names) == 1 else f"Ensemble of {len(names)}": ", ".join(names),
         "Base model": cfg.model.id,
@@ -41,29 +43,29 @@ def build(cfg: DictConfig, sources: Sources, pairs: Splits, found: Findings) -> 
         "sections": found.sections,
         "label_next": found.label_next,
         "settings": {key: cfg[key] for key in keys},
-        "adapters": {name: run.adapter_sha256(f) for name, f in zip(names, sources.reward_models, strict=True)},
+        "adapters": {name: each.sha256 for name, each in zip(names, sources.reward_models, strict=True)},
         "data": pairs.report,
     }
 
 
-def finish(job: run.Run, audit: dict[str, Any], found: Findings) -> None:
+def finish(run: Run, audit: dict[str, Any], found: Findings) -> None:
     """Write everything, result.json last, and print the verdict, the weakest figures and what to do next."""
-    run.write_atomically(job.dir / "audit.json", json.dumps(audit, indent=2, ensure_ascii=False) + "\n")
-    page.write_page(audit, job.dir / "report.html")
+    write_atomically(run.dir / "audit.json", json.dumps(audit, indent=2, ensure_ascii=False) + "\n")
+    page.write_page(audit, run.dir / "report.html")
     asked = [json.dumps(row, ensure_ascii=False) + "\n" for row in found.label_next]
-    run.write_atomically(job.dir / "label_next.jsonl", "".join(asked))
+    write_atomically(run.dir / "label_next.jsonl", "".join(asked))
     if found.disputed:
-        judgements.export(job.dir / "disputed.jsonl", found.disputed)
+        judgements.export(run.dir / "disputed.jsonl", found.disputed)
     figures = {(s["key"], f["key"]): f for s in audit["sections"] for f in s["figures"]}
     accuracy = figures["preference", "accuracy"]
     rule = {"value": accuracy["baseline"]["value"], "low": None, "high": None, "n": accuracy["estimate"]["n"]}
     main = {"name": "preference_accuracy", "before": rule, "after": accuracy["estimate"]}
     kept = {"verdict": audit["verdict"], "adapters": audit["adapters"], "counts": audit["data"]}
-    run.write_result(job, run.record(job, main=main, audit=kept, page=str(job.dir / "report.html")))
-    print(describe(job, audit, bool(found.disputed)), flush=True)
+    run.write_result(run.record(main=main, audit=kept, page=str(run.dir / "report.html")))
+    print(describe(run, audit, bool(found.disputed)), flush=True)
 
 
-def describe(job: run.Run, audit: dict[str, Any], disputed: bool) -> str:
+def describe(run: Run, audit: dict[str, Any], disputed: bool) -> str:
     """The gates that do not pass, the paragraph's verdict, and where everything lies."""
     gates = [gate for gate in audit["verdict"]["gates"] if gate["state"] in ("fail", "unclear")]
     lines = ["", audit["verdict"]["headline"], ""]
@@ -74,11 +76,11 @@ def describe(job: run.Run, audit: dict[str, Any], disputed: bool) -> str:
     if len(gates) > WEAKEST:
         lines.append(f"           and {len(gates) - WEAKEST} more that fail or are unclear")
     counts = ", ".join(f"{count} {state}" for state, count in audit["verdict"]["counts"].items() if count)
-    lines += ["", f"audit finished in {job.seconds():.0f} s: {counts}."]
-    lines += [f"  page      {job.dir / 'report.html'}", f"  figures   {job.dir / 'audit.json'}"]
-    lines.append(f"  label     {job.dir / 'label_next.jsonl'}")
+    lines += ["", f"audit finished in {run.seconds():.0f} s: {counts}."]
+    lines += [f"  page      {run.dir / 'report.html'}", f"  figures   {run.dir / 'audit.json'}"]
+    lines.append(f"  label     {run.dir / 'label_next.jsonl'}")
     if disputed:
-        path = job.dir / "disputed.jsonl"
+        path = run.dir / "disputed.jsonl"
         lines.append(f"  disputed  {path}: for people to label first, second or tie")
         lines.append(f"  next      this command again with 'judgements=[{path}]' run_name=labelled")
     elif audit["counts"]["reward models"] == 1:

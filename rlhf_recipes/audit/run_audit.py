@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import progress, run
+from rlhf_recipes import progress, references
 from rlhf_recipes.audit import answers, credit, judgements, preference, stress
-from rlhf_recipes.audit.scoring import Ensemble, members
+from rlhf_recipes.audit.scoring import Ensemble
 from rlhf_recipes.data.load import Splits, load_prompts
 from rlhf_recipes.errors import Refusal
+from rlhf_recipes.references import ModelRef
+from rlhf_recipes.run import SCORES, Run
 
 
 @dataclass
@@ -24,7 +26,7 @@ class Sources:
     """What an audit reads beside its pairs, checked before a model loads.
 
     Attributes:
-        reward_models: adapter folders, those of an ensemble in order.
+        reward_models: one, or the members of an ensemble in order.
         stress: (pairs, templates) of a file.
         deployment: prompts of the place where the reward model is used, or None.
         judgements: labels of judges, of principles or of people.
@@ -33,12 +35,12 @@ class Sources:
         ppo: of `credit.read_run`, or None.
     """
 
-    reward_models: list[Path]
+    reward_models: list[ModelRef]
     stress: tuple[list, list]
     deployment: list[dict] | None
     judgements: list[dict]
     gold: tuple | None
-    checkpoints: list[str]
+    checkpoints: list[answers.KeptRun]
     ppo: dict | None
 
 
@@ -48,20 +50,20 @@ def find(cfg: DictConfig) -> Sources:
     Raises:
         Refusal: on one line, for the first that is not there or not right.
     """
-    folders = members(cfg.reward_model if isinstance(cfg.reward_model, str) else list(cfg.reward_model), cfg.model.id)
-    gold = answers.find_gold(cfg, folders)
+    given = cfg.reward_model if isinstance(cfg.reward_model, str) else list(cfg.reward_model)
+    reward_models = references.find_reward_models(given, "reward_model", cfg.model.id)
+    gold = answers.find_gold(cfg, reward_models)
     compared = [cfg.checkpoints] if isinstance(cfg.checkpoints, str) else list(cfg.checkpoints or [])
     if compared and not gold:
         raise Refusal("checkpoints: need gold=<another reward model, module:function or labels.jsonl>. Give it.")
-    for each in compared:
-        answers.steps(each, cfg.model.id)
+    kept = [answers.find_run(each, cfg.model.id) for each in compared]
     return Sources(
-        folders,
+        reward_models,
         ([], []) if not cfg.stress else stress.load(stress.CLINIC if cfg.stress == "clinic" else cfg.stress),
         _deployment(cfg) if cfg.deployment else None,
         [each for path in cfg.judgements for each in judgements.load(path)],
         gold,
-        compared,
+        kept,
         credit.read_run(cfg.ppo_run) if cfg.ppo_run else None,
     )
 
@@ -89,7 +91,7 @@ class Findings:
     disputed: list[dict]
 
 
-def take(cfg: DictConfig, found: Sources, pairs: Splits, tokenizer, job: run.Run) -> Findings:
+def take(cfg: DictConfig, found: Sources, pairs: Splits, tokenizer, run: Run) -> Findings:
     """Score what is needed, then every part in turn."""
     from rlhf_recipes.audit import (
         calibration,
@@ -102,7 +104,7 @@ def take(cfg: DictConfig, found: Sources, pairs: Splits, tokenizer, job: run.Run
     )
 
     rows, train = pairs.test, pairs.train
-    scored = Scored(Ensemble(cfg.model, cfg.quantization, tokenizer, found.reward_models, job.dir / run.SCORES))
+    scored = Scored(Ensemble(cfg.model, cfg.quantization, tokenizer, found.reward_models, run.dir / SCORES))
     chosen_MN, rejected_MN, features_2NF = scored.pairs(rows, "held-out pairs", features=True)
     sample = random.Random(cfg.seed).sample(train, min(cfg.ledger_pairs, len(train)))
     ledger_KF = scored.pairs(sample, "train pairs", features=True, first_alone=True)[2]
@@ -121,8 +123,8 @@ def take(cfg: DictConfig, found: Sources, pairs: Splits, tokenizer, job: run.Run
     told = [*judgements.from_pairs([*train, *rows]), *found.judgements]
     used = {}
     if found.deployment:
-        used = _deployed(cfg, found, scored, ledger_KF, novelty_N2.max(1), tokenizer, job)
-    over = _against_gold(cfg, found, scored.ensemble, tokenizer, rows, job) if found.gold else {}
+        used = _deployed(cfg, found, scored, ledger_KF, novelty_N2.max(1), tokenizer, run)
+    over = _against_gold(cfg, found, scored.ensemble, tokenizer, rows, run) if found.gold else {}
     parts = {
         "preference": partial(preference.audit, rows, margins_N, train),
         "calibration": partial(
@@ -155,13 +157,13 @@ def take(cfg: DictConfig, found: Sources, pairs: Splits, tokenizer, job: run.Run
     )
 
 
-def _deployed(cfg: DictConfig, found: Sources, scored: "Scored", ledger_KF, held_out_N, tokenizer, job) -> dict:
+def _deployed(cfg: DictConfig, found: Sources, scored: "Scored", ledger_KF, held_out_N, tokenizer, run: Run) -> dict:
     """Answers to a sample of the deployment prompts: novelty, spread of the rewards, what coverage asks."""
     from rlhf_recipes import ensemble
     from rlhf_recipes.audit import uncertainty
 
     rows = random.Random(cfg.seed).sample(found.deployment, min(cfg.prompts, len(found.deployment)))
-    sampler = answers.Sampler(cfg, tokenizer, _start(cfg), [], job.dir / run.SCORES)
+    sampler = answers.Sampler(cfg, tokenizer, _start(run), [], run.dir / SCORES)
     texts = [answer["text"] for answer in sampler.answers(None, rows, "deployment")]
     turns = [row["prompt"] + [{"role": "assistant", "content": t}] for row, t in zip(rows, texts, strict=True)]
     result = scored.ensemble.score(turns, "deployment", features=True)
@@ -198,30 +200,26 @@ class Scored:
         return self.ensemble.score([row["prompt"] + row["completion"] for row in made], part).rewards_MC
 
 
-def _against_gold(cfg: DictConfig, found: Sources, proxies: Ensemble, tokenizer, rows: list[dict], job) -> dict:
+def _against_gold(cfg: DictConfig, found: Sources, proxies: Ensemble, tokenizer, rows: list[dict], run: Run) -> dict:
     """Arguments of `overoptimisation.audit`."""
     kind, source = found.gold
-    gold = answers.load_gold(cfg, source, tokenizer, job.dir)
+    gold = answers.load_gold(cfg, source, tokenizer, run.dir)
     prompts = list({row["prompt_id"]: row for row in rows}.values())[: cfg.prompts]
-    keep = job.dir / run.SCORES
+    keep = run.dir / SCORES
     given = {}
     if cfg.samples:
-        sampler = answers.Sampler(cfg, tokenizer, _start(cfg), [], keep)
+        sampler = answers.Sampler(cfg, tokenizer, _start(run), [], keep)
         given["best_of_n"] = answers.best_of_n(cfg, sampler, proxies, gold, kind, prompts)
-    for folder in found.checkpoints:
-        started = ((run.read_result(Path(folder)) or {}).get("parent") or {}).get("run")
-        start = run.resolve_adapter(started) if started else None
-        sampler = answers.Sampler(
-            cfg, tokenizer, start, [adapter for _, adapter in answers.steps(folder, cfg.model.id)], keep
-        )
-        entry = answers.checkpoints(cfg, folder, sampler, proxies, gold, kind, prompts)
+    for kept in found.checkpoints:
+        sampler = answers.Sampler(cfg, tokenizer, kept.start, [adapter for _, adapter in kept.steps], keep)
+        entry = answers.checkpoints(cfg, kept, sampler, proxies, gold, kind, prompts)
         given.setdefault("checkpoints", []).append(entry)
     return given
 
 
-def _start(cfg: DictConfig) -> Path | None:
+def _start(run: Run) -> Path | None:
     """The policy whose answers are looked at: `model.adapter`, or the base."""
-    return run.resolve_adapter(cfg.model.adapter) if cfg.model.adapter else None
+    return run.parent and run.parent.adapter
 
 
 def _in_first_half(prompt_id: str) -> bool:

@@ -5,23 +5,19 @@ What was scored is kept in the run's folder, `scores/<part>.<member>.npz`: an in
 
 import hashlib
 import json
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from omegaconf import DictConfig
 
-from rlhf_recipes import run
 from rlhf_recipes.adapters import RewardModels
 from rlhf_recipes.data.tokens import neutralise
-from rlhf_recipes.evaluation import measure
+from rlhf_recipes.errors import Refusal, first_line
+from rlhf_recipes.references import ModelRef
 
 Message = dict[str, str]
-
-
-def members(reference: str | list[str], base_model: str, key: str = "reward_model") -> list[Path]:
-    """Adapter folders of the reward models that `key=reference` names: see `evaluation.systems.find_scorer`."""
-    return [Path(system.adapter) for system in measure.find_scorer(reference, base_model, key)]
 
 
 @dataclass
@@ -41,13 +37,12 @@ class Ensemble:
     """Reward models on one base. The base is loaded when the first conversation is scored.
 
     Args:
-        folders: of `members`.
+        members: of `references.find_reward_models`.
         keep: folder for what was scored.
     """
 
-    def __init__(self, model: DictConfig, quantization: DictConfig, tokenizer, folders: list[Path], keep: Path):
-        self.settings, self.tokenizer, self.folders, self.keep = (model, quantization), tokenizer, folders, keep
-        self.hashes = [run.adapter_sha256(folder) for folder in folders]
+    def __init__(self, model: DictConfig, quantization: DictConfig, tokenizer, members: list[ModelRef], keep: Path):
+        self.settings, self.tokenizer, self.members, self.keep = (model, quantization), tokenizer, members, keep
         self._models = None
 
     def score(
@@ -62,7 +57,7 @@ class Ensemble:
         rows = [{"prompt": turns[:-1], "completion": turns[-1:]} for turns in conversations]
         turns = [row["prompt"] + row["completion"] for row in neutralise(rows, self.tokenizer)[0]]
         asked = hashlib.sha256(json.dumps(turns).encode()).hexdigest()
-        count = 1 if first_alone else len(self.folders)
+        count = 1 if first_alone else len(self.members)
         if not turns:
             return Scored(np.zeros((count, 0)), np.zeros((0, 0), dtype=np.float32))
         found = [self._member(m, turns, part, asked, features and m == 0) for m in range(count)]
@@ -71,12 +66,12 @@ class Ensemble:
     def _member(self, m: int, turns: list, part: str, asked: str, features: bool) -> dict:
         from rlhf_recipes import inference
 
-        path, key = self.keep / f"{part.replace(' ', '_')}.{m}.npz", f"{self.hashes[m]} {asked}"
+        path, key = self.keep / f"{part.replace(' ', '_')}.{m}.npz", f"{self.members[m].sha256} {asked}"
         if path.is_file():
-            with np.load(path) as known:
-                if str(known["key"]) == key and (not features or "features" in known):
-                    return {name: known[name] for name in known.files}
-        what = f"{part}, reward model {m + 1}/{len(self.folders)}" if len(self.folders) > 1 else part
+            known = _read(path)
+            if str(known["key"]) == key and (not features or "features" in known):
+                return known
+        what = f"{part}, reward model {m + 1}/{len(self.members)}" if len(self.members) > 1 else part
         scored = inference.rewards_and_features(self._model(m), self.tokenizer, turns, what)
         found = {"key": np.array(key), "rewards": np.array([score for score, _ in scored], dtype=np.float64)}
         if features:
@@ -89,5 +84,21 @@ class Ensemble:
 
     def _model(self, m: int):
         if self._models is None:
-            self._models = RewardModels(*self.settings, self.folders)
-        return self._models.using(self.folders[m])
+            self._models = RewardModels(*self.settings, [member.adapter for member in self.members])
+        return self._models.using(self.members[m].adapter)
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    """What was kept of a member's scores.
+
+    Raises:
+        Refusal: the file is damaged.
+    """
+    try:
+        with np.load(path) as file:
+            known = {name: file[name] for name in file.files}
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise Refusal(f"{path}: cannot be read ({first_line(error)}). Remove it: it is scored again.") from error
+    if not {"key", "rewards"} <= known.keys():
+        raise Refusal(f"{path}: holds no scores. Remove it: it is scored again.")
+    return known

@@ -2,21 +2,38 @@
 
 from omegaconf import DictConfig
 
+from rlhf_recipes import references
 from rlhf_recipes.cai.backend import Backend
+from rlhf_recipes.references import ModelRef
 
 
-def load(cfg: DictConfig) -> tuple[Backend, Backend]:
+def find_judge_adapter(judge: DictConfig) -> ModelRef | None:
+    """What `judge.adapter` of a local judge names.
+
+    Raises:
+        Refusal: there is none, or it was trained on another base model.
+    """
+    if judge.kind != "local" or not judge.adapter:
+        return None
+    return references.find(judge.adapter, "judge.adapter", judge.id)
+
+
+def load(cfg: DictConfig, parent: ModelRef | None, judge_adapter: ModelRef | None) -> tuple[Backend, Backend]:
     """Generator and judge of conf/cai.yaml; one model in memory where both are the same.
+
+    Args:
+        parent: what `model.adapter` names, of a local generator.
+        judge_adapter: of `find_judge_adapter`.
 
     Raises:
         Refusal: a model or an endpoint's key cannot be found.
     """
-    generator = load_one(cfg.model if cfg.generator.kind == "local" else cfg.generator, cfg)
+    generator = load_one(cfg.model if cfg.generator.kind == "local" else cfg.generator, cfg, parent)
     same = cfg.generator.kind == cfg.judge.kind == "local" and all(cfg.judge[k] == v for k, v in cfg.model.items())
-    return generator, generator if same else load_one(cfg.judge, cfg)
+    return generator, generator if same else load_one(cfg.judge, cfg, judge_adapter)
 
 
-def load_one(node: DictConfig, cfg: DictConfig) -> Backend:
+def load_one(node: DictConfig, cfg: DictConfig, adapter: ModelRef | None) -> Backend:
     if node.get("kind") == "server":
         from rlhf_recipes.cai.server import Server
 
@@ -24,4 +41,4 @@ def load_one(node: DictConfig, cfg: DictConfig) -> Backend:
         return Server(**{name: node[name] for name in names})
     from rlhf_recipes.cai import local
 
-    return local.load(node, cfg.quantization)
+    return local.load(node, cfg.quantization, adapter)

@@ -20,11 +20,12 @@ from torch import Tensor
 from transformers import TopPLogitsWarper
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from rlhf_recipes import memory, models, progress, run
+from rlhf_recipes import memory, models, progress
 from rlhf_recipes.cai.backend import Answer, Message, Request
 from rlhf_recipes.data.template import render
 from rlhf_recipes.data.tokens import neutralise
 from rlhf_recipes.inference import left_pad, stop_ids
+from rlhf_recipes.references import ModelRef
 from rlhf_recipes.sampling import draw
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ STEM_TOKENS = 16
 ROOM = 64
 
 
-def load(model: "DictConfig", quantization: "DictConfig") -> "Local":
+def load(model: "DictConfig", quantization: "DictConfig", adapter: ModelRef | None) -> "Local":
     """The base in the asked quantization with the run's LoRA added, ready to generate.
 
     On a CPU the quantized weights are unpacked once instead of for every token, to the very numbers that they stand
@@ -55,13 +56,11 @@ def load(model: "DictConfig", quantization: "DictConfig") -> "Local":
     if packed and base.device.type == "cpu":
         base, packed = base.dequantize(), False
     name = model.id
-    if model.adapter:
-        folder = run.resolve_adapter(model.adapter)
-        base = PeftModel.from_pretrained(base, str(folder))
+    if adapter:
+        base = PeftModel.from_pretrained(base, str(adapter.adapter))
         if not packed:
             base = base.merge_and_unload()
-        digest = run.adapter_sha256(folder)
-        name = f"{model.id} + {model.adapter}" + (f" ({digest[:12]})" if digest else "")
+        name = f"{model.id} + {adapter.reference} ({adapter.sha256[:12]})"
     return Local(base.eval(), models.load_tokenizer(model), name)
 
 

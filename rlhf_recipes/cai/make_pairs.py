@@ -16,20 +16,25 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import run
 from rlhf_recipes.cai import filters, prompt_templates
 from rlhf_recipes.cai.backend import Answer, Backend, Journal, Message, Request, ask, groups, token_count
 from rlhf_recipes.cai.constitution import Constitution
 from rlhf_recipes.cai.judge import Judge, Judgement, Pair
+from rlhf_recipes.cai.load import find_judge_adapter
 from rlhf_recipes.errors import Refusal, nearest
+from rlhf_recipes.references import ModelRef
+from rlhf_recipes.run_folder import write_atomically
 
 # Of one prompt: `prompt_id`, `family`, `split`, `prompt`, `draft`, `steps`, `pairs`; see `Maker.records`.
 Record = dict[str, Any]
 SOURCES = ("revision", "on_policy", "contrastive")
 
 
-def check(cfg: DictConfig) -> None:
+def check(cfg: DictConfig) -> ModelRef | None:
     """Refuse what no run can be made of.
+
+    Returns:
+        What `judge.adapter` names.
 
     Raises:
         Refusal: an unknown kind of pairs, a count that is too small, or an adapter that the judge cannot have.
@@ -45,11 +50,7 @@ def check(cfg: DictConfig) -> None:
             raise Refusal(f"{key}={given}: must be at least {value}. Change it.")
     if not cfg.sources:
         raise Refusal(f"sources=[]: makes no pairs. Choose from {', '.join(SOURCES)}.")
-    if cfg.judge.kind == "local" and cfg.judge.adapter:
-        try:
-            run.parent_of(cfg.judge.adapter, cfg.judge.id)
-        except Refusal as error:
-            raise Refusal(str(error).replace("model.", "judge.")) from error
+    return find_judge_adapter(cfg.judge)
 
 
 @dataclass
@@ -117,7 +118,7 @@ class Maker:
                     prompts[n * size : (n + 1) * size], Journal(done.parent / "answers.jsonl"), what
                 )
                 lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-                run.write_atomically(done, "".join(lines))
+                write_atomically(done, "".join(lines))
             yield done
 
     @staticmethod

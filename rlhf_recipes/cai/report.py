@@ -4,9 +4,10 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes import run
 from rlhf_recipes.commands import command
 from rlhf_recipes.data import readers
+from rlhf_recipes.run import Run
+from rlhf_recipes.run_folder import write_atomically
 from rlhf_recipes.stats import format_estimate
 from rlhf_recipes.text import code, line, markdown
 
@@ -147,21 +148,21 @@ def draw_funnel(funnel: dict[str, Any], path: Path) -> None:
     figure.savefig(path)
 
 
-def finish(job: run.Run, result: dict[str, Any]) -> float:
+def finish(run: Run, result: dict[str, Any]) -> float:
     """Write card, picture and result.json, print the summary.
 
     Returns:
         The share of the pairs that were accepted, or the judge's agreement where only that was asked.
     """
-    result = run.record(job, seed=job.config["seed"], **result)
+    result = run.record(seed=run.config["seed"], **result)
     if "funnel" not in result:
-        run.write_result(job, result)
-        print(f"  result    {line(job.dir / 'result.json')}", flush=True)
+        run.write_result(result)
+        print(f"  result    {line(run.dir / 'result.json')}", flush=True)
         return result["main"]["after"]["value"]
-    draw_funnel(result["funnel"], job.dir / "funnel.png")
-    run.write_atomically(job.dir / "README.md", card(result))
-    run.write_result(job, result)
-    _print_summary(result, job.dir)
+    draw_funnel(result["funnel"], run.dir / "funnel.png")
+    write_atomically(run.dir / "README.md", card(result))
+    run.write_result(result)
+    _print_summary(result, run.dir)
     return result["funnel"]["yield"]["value"]
 
 

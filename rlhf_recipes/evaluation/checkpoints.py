@@ -6,64 +6,11 @@ it is the very one that the run was trained on, no turn can be seen.
 """
 
 import math
-from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from rlhf_recipes import run, stats
-from rlhf_recipes.config import CONF
+from rlhf_recipes import stats
 from rlhf_recipes.drawing import COLOURS, INK, MARKERS, figure, legend
-from rlhf_recipes.errors import Refusal
 from rlhf_recipes.evaluation import summary
-
-
-def find(reference: str, base_model: str) -> list[tuple[int, Path, dict, str | None]]:
-    """(step, folder, config, recipe) of each whole checkpoint of a run, in the order of steps.
-
-    Args:
-        reference: a run folder, or the folder of its checkpoints.
-
-    Raises:
-        Refusal: there are none, or the run is of another base or of a reward model.
-    """
-    home, config = _home(reference), config_of(reference)
-    finished = (home / "result.json").is_file()
-    found = sorted(
-        (int(folder.name.rpartition("-")[2]), folder)
-        for folder in (home / "checkpoints").glob("checkpoint-*")
-        # trainer_state.json comes last: without it, the run was killed while the checkpoint was written
-        if (folder / "adapter_config.json").is_file() and (finished or (folder / "trainer_state.json").is_file())
-    )
-    if not found:
-        raise Refusal(
-            f"checkpoints={reference}: holds no checkpoint. A run keeps them all with trainer.save_total_limit=null "
-            "(trainer.save_steps says how often they are written). Train it again with that."
-        )
-    model = config["model"]["id"]
-    if model != base_model:
-        raise Refusal(
-            f"checkpoints={reference}: was trained on {model}, not on model.id={base_model}. Choose the model it "
-            "belongs to."
-        )
-    targets = {OmegaConf.load(file).get("_target_"): file.stem for file in (CONF / "trainer").glob("*.yaml")}
-    recipe = targets.get(config["trainer"].get("_target_"))
-    if recipe == "reward":
-        raise Refusal(f"checkpoints={reference}: is a run of reward, not a policy. Give one of ppo or dpo, say.")
-    return [(step, folder, config, recipe) for step, folder in found]
-
-
-def config_of(reference: str) -> dict:
-    """The config of a run.
-
-    Raises:
-        Refusal: it is none.
-    """
-    home = _home(reference)
-    config = run.read_config(home) if (home / "config.yaml").is_file() else {}
-    if not {"model", "trainer"} <= set(config):
-        raise Refusal(f"checkpoints={reference}: is no run of a training. Give a run folder such as outputs/ppo/main.")
-    return config
 
 
 def compare(measurements: dict, evaluation: dict, same: bool = False) -> dict[str, Any]:
@@ -182,8 +129,3 @@ def _says(found: dict, keep: dict, last: dict, measurements: dict) -> list[str]:
             + (f": the run is {ending}." if ending else "; that may be chance.")
         )
     return says
-
-
-def _home(reference: str) -> Path:
-    folder = Path(reference)
-    return folder.parent if folder.name == "checkpoints" else folder

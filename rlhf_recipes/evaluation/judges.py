@@ -13,41 +13,45 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from rlhf_recipes import run
 from rlhf_recipes.cai import constitution, prompt_templates
 from rlhf_recipes.cai.backend import Journal
 from rlhf_recipes.cai.judge import Judge, Judgement, Pair
-from rlhf_recipes.cai.load import load_one
+from rlhf_recipes.cai.load import find_judge_adapter, load_one
 from rlhf_recipes.errors import Refusal, users_function
+from rlhf_recipes.references import ModelRef
 
 
-def check(cfg: DictConfig) -> bool:
-    """Whether a judge is asked, after refusing what cannot judge; nothing is loaded or sent.
+def check(cfg: DictConfig) -> ModelRef | None:
+    """Refuse what cannot judge; nothing is loaded or sent.
+
+    Returns:
+        What `judge.adapter` names.
 
     Raises:
         Refusal: two judges, an adapter of another base, an endpoint without its key, a broken constitution.
     """
     node = cfg.get("judge")
     if node is None:
-        return False
+        return None
     if cfg.judge_function:
         raise Refusal(f"judge_function={cfg.judge_function}: there is a judge already. Give one of the two.")
     if cfg.judging.principles_per_pair < 1:
         raise Refusal(f"judging.principles_per_pair={cfg.judging.principles_per_pair}: must be at least 1. Change it.")
     constitution.load(cfg.constitution)
     if node.kind == "server":
-        load_one(node, cfg)
-    elif node.adapter:
-        try:
-            run.parent_of(node.adapter, node.id)
-        except Refusal as error:
-            raise Refusal(str(error).replace("model.", "judge.")) from error
-    return True
+        load_one(node, cfg, None)
+    return find_judge_adapter(node)
 
 
-def load(cfg: DictConfig) -> Judge:
-    """The judge, ready to be asked."""
-    return Judge(load_one(cfg.judge, cfg), constitution.load(cfg.constitution), cfg.judging, cfg.seed)
+def load(cfg: DictConfig, adapter: ModelRef | None) -> Judge | None:
+    """The judge, ready to be asked; None without one.
+
+    Args:
+        adapter: of `check`.
+    """
+    if cfg.get("judge") is None:
+        return None
+    return Judge(load_one(cfg.judge, cfg, adapter), constitution.load(cfg.constitution), cfg.judging, cfg.seed)
 
 
 def compare(judge: Judge, measurements: dict, rows: list[dict], path: Path, tie_margin: float) -> dict:

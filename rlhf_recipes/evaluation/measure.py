@@ -1,7 +1,6 @@
 """Measure several runs on one base model: each is an adapter that is switched on in turn."""
 
 import copy
-import json
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -9,15 +8,16 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from rlhf_recipes import ensemble, models, run
+from rlhf_recipes import ensemble, models, references
 from rlhf_recipes import inference as m
 from rlhf_recipes.adapters import BASE, Policies, RewardModels, System
 from rlhf_recipes.data.fit import fit
 from rlhf_recipes.data.load import Splits
 from rlhf_recipes.data.tokens import neutralise
 from rlhf_recipes.errors import Refusal
-from rlhf_recipes.evaluation import checkpoints, judges
+from rlhf_recipes.evaluation import judges
 from rlhf_recipes.evaluation import tasks as harness
+from rlhf_recipes.references import ModelRef, adapter_sha256, folder_of
 
 NEUTRAL = Path(__file__).parents[1] / "assets" / "neutral.txt"
 # The reward that each method trains; the others are measured by the log-ratio to what they started from.
@@ -35,43 +35,34 @@ def find(runs: list[str], parent: str, base_model: str, steps_of: str | None = N
     """
     if isinstance(runs, str) or not (runs or steps_of):
         raise Refusal("runs: a list of run folders, at least one: 'runs=[outputs/dpo/main]'.")
-    found = [System(BASE) if parent == BASE else _system(parent, base_model, "parent")]
+    found = [System(BASE) if parent == BASE else _system(references.find_policy(parent, "parent", base_model))]
     for folder in runs:
-        system = _system(folder, base_model, "runs")
+        system = _system(references.find_policy(folder, "runs", base_model))
         if system.adapter not in [s.adapter for s in found]:
             found.append(system)
-    found += [_checkpoint(*each) for each in checkpoints.find(steps_of, base_model)] if steps_of else []
-    names = [s.name for s in found]
-    for system in found:
-        if names.count(system.name) > 1:
-            system.name = str(run.folder_of(system.adapter))
-    return found
+    found += map(_system, references.find_checkpoints(steps_of, base_model) if steps_of else [])
+    return _named_apart(found)
 
 
 def find_scorer(reference: str | list[str] | None, base_model: str, key: str = "reward_model") -> list[System]:
-    """The reward models that `key=reference` names: none, one, or the members of an ensemble (`ensemble.members`).
+    """The reward models that `key=reference` names: none, one, or the members of an ensemble.
 
     Raises:
         Refusal: a run is not there, is no reward model, or was trained on another base.
     """
-    found = [_system(each, base_model, key, recipe="reward") for each in ensemble.members(reference, key)]
-    names = [system.name for system in found]
-    for system in found:
-        if names.count(system.name) > 1:
-            system.name = str(run.folder_of(system.adapter))
-    return found
+    return _named_apart([_system(each) for each in references.find_reward_models(reference, key, base_model)])
 
 
 def find_proxy(run_folder: str | None, base_model: str) -> System | None:
     """The reward model that a run of recipes/ppo.py was optimised against; None where it was something else, or is not
     there."""
-    reference = run_folder and checkpoints.config_of(run_folder).get("reward_funcs")
+    reference = run_folder and references.config_of(run_folder).get("reward_funcs")
     if not isinstance(reference, str):
         reference = reference[0] if reference and len(reference) == 1 else None
-    try:
-        return _system(reference, base_model, "reward_funcs", recipe="reward") if reference else None
-    except Refusal:
+    if not reference or not references.is_adapter(reference):
         return None
+    found = references.find(reference, "reward_funcs")
+    return _system(found) if found.is_reward_model and found.base == base_model else None
 
 
 def measure(
@@ -150,20 +141,30 @@ def measure(
     }
 
 
+def difference(measurements: list[dict]) -> str | None:
+    """In what they were not measured alike, and what to do; None where parent, settings, pairs and prompts agree."""
+    first = measurements[0]
+    for other in measurements[1:]:
+        for key in ("parent", "settings"):
+            if other[key] != first[key]:
+                return f"measured with different {key}, {first[key]} and {other[key]}."
+        for key in ("pairs", "answers"):
+            if [row["prompt_id"] for row in other[key]] != [row["prompt_id"] for row in first[key]]:
+                return f"measured on different {key}. Give both the same data and prompts."
+    return None
+
+
 def merge(measurements: list[dict]) -> dict:
     """One set of measurements from several of the same parent on the same pairs and prompts with the same settings.
 
     Raises:
         Refusal: they differ in one of these.
     """
+    if differ := difference(measurements):
+        raise Refusal(f"sweeps: {differ}")
     merged = copy.deepcopy(measurements[0])
     for other in measurements[1:]:
-        for key in ("parent", "settings"):
-            if other[key] != merged[key]:
-                raise Refusal(f"sweeps: measured with different {key}, {merged[key]} and {other[key]}.")
         for key in ("pairs", "answers"):
-            if [row["prompt_id"] for row in other[key]] != [row["prompt_id"] for row in merged[key]]:
-                raise Refusal(f"sweeps: measured on different {key}. Give both the same data and prompts.")
             for row, more in zip(merged[key], other[key], strict=True):
                 row["systems"] |= more["systems"]
         merged["systems"] += [name for name in other["systems"] if name not in merged["systems"]]
@@ -239,39 +240,25 @@ def _tasks(scored: dict[str, dict]) -> dict[str, dict]:
     }
 
 
-def _checkpoint(step: int, folder: Path, config: dict, recipe: str | None) -> System:
-    started_from = config["model"].get("adapter")
-    return System(f"step {step}", str(folder), recipe, started_from and str(run.resolve_adapter(started_from)), step)
-
-
 def _hashed(scorer: System) -> str:
-    return f"{scorer.name} ({str(run.adapter_sha256(Path(scorer.adapter)))[:12]})"
+    return f"{scorer.name} ({str(adapter_sha256(Path(scorer.adapter)))[:12]})"
 
 
-def _system(folder: str, base_model: str, key: str, recipe: str | None = None) -> System:
-    try:
-        parent = run.parent_of(folder, base_model)
-    except Refusal as error:
-        raise Refusal(str(error).replace("model.adapter=", f"{key}=", 1)) from error
-    result = run.read_result(run.folder_of(parent["adapter"])) or {}
-    made_by = result.get("recipe")
-    # An adapter from elsewhere has no result.json; it is a reward model if it was made as one.
-    scores = json.loads((Path(parent["adapter"]) / "adapter_config.json").read_text()).get("task_type") == "SEQ_CLS"
-    if (made_by == "reward" if made_by else scores) != (recipe == "reward"):
-        is_one = f"a run of {made_by}" if made_by else "a reward model" if scores else "no reward model"
-        wanted = "a run of recipes/reward.py" if recipe else "a policy; a reward model goes to reward_model="
-        raise Refusal(f"{key}={folder}: is {is_one}, not {wanted}.")
-    name = run.folder_of(parent["adapter"]).name
-    name = name if made_by in (None, name) else f"{made_by}/{name}"
-    started_from = (result.get("parent") or {}).get("run")
-    try:
-        reference = str(run.resolve_adapter(started_from)) if started_from else None
-    except Refusal as error:
-        raise Refusal(
-            f"{key}={folder}: started from {started_from}, its reference, which is not there. Put that run back, or "
-            "evaluate where both were trained."
-        ) from error
-    return System(name, parent["adapter"], made_by, reference)
+def _system(found: ModelRef) -> System:
+    if found.step is not None:
+        name = f"step {found.step}"
+    else:
+        name = found.name if found.recipe in (None, found.name) else f"{found.recipe}/{found.name}"
+    return System(name, str(found.adapter), found.recipe, found.start and str(found.start), found.step)
+
+
+def _named_apart(systems: list[System]) -> list[System]:
+    """Those of one name are called by their folders."""
+    names = [system.name for system in systems]
+    for system in systems:
+        if names.count(system.name) > 1:
+            system.name = str(folder_of(system.adapter))
+    return systems
 
 
 def _prompts(rows: list[dict], limit: int | None) -> list[dict]:
@@ -319,6 +306,6 @@ def _info(system: System) -> dict[str, Any]:
     reward = METHOD_REWARD.get(system.recipe or "", "log_ratio")
     return {
         "recipe": system.recipe,
-        "path": system.adapter and str(run.folder_of(system.adapter)),
+        "path": system.adapter and str(folder_of(system.adapter)),
         "method_reward": reward,
     } | ({} if system.step is None else {"step": system.step})

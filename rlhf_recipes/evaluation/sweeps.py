@@ -11,7 +11,6 @@ The last three are made of the first two alone: a sweep that was killed loses no
 
 import csv
 import io
-import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +18,11 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from rlhf_recipes import config, run
+from rlhf_recipes import config
 from rlhf_recipes.commands import command
 from rlhf_recipes.errors import Refusal
+from rlhf_recipes.run import Run
+from rlhf_recipes.run_folder import read_json, write_atomically
 from rlhf_recipes.text import cell, line
 from rlhf_recipes.training import doctor
 
@@ -65,7 +66,7 @@ def read(folder: Path) -> list[dict]:
     files = sorted((folder / ROWS).glob("*.json"), key=lambda path: _natural(path.stem))
     if not files:
         raise Refusal(f"sweeps={folder}: holds no rows of a sweep. Give the folder of one, outputs/dpo/dpo_beta say.")
-    return [json.loads(path.read_text(encoding="utf-8")) | {"folder": str(folder)} for path in files]
+    return [read_json(path) | {"folder": str(folder)} for path in files]
 
 
 def rebuild(folders: list[Path], out: Path, node: DictConfig) -> dict:
@@ -84,12 +85,9 @@ def rebuild(folders: list[Path], out: Path, node: DictConfig) -> dict:
 
     rows = [row for folder in folders for row in read(folder)]
     measured = _measurements(rows)
-    try:
-        merged = measure.merge(list(measured.values())) if measured else None
-    except Refusal:
-        if len(folders) > 1:
-            raise
-        merged = None  # a sweep over models or data: a table, but nothing to compare
+    alike = measured and not measure.difference(list(measured.values()))
+    # Jobs of one sweep over models or data: a table, but nothing to compare.
+    merged = measure.merge(list(measured.values())) if alike or (measured and len(folders) > 1) else None
     evaluation = summary.summarise(merged) if merged else None
     for row in rows:
         own = measured.get(row["system"])
@@ -109,14 +107,14 @@ def rebuild(folders: list[Path], out: Path, node: DictConfig) -> dict:
 
     table = {"rows": rows, "objective": objective, "drawn": merged is not None}
     table |= _best(rows, objective, node, apart) if merged or not measured else _NONE | {"why_none": DIFFERENT}
-    run.write_atomically(out / "sweep.csv", _csv(rows))
+    write_atomically(out / "sweep.csv", _csv(rows))
     if merged:
         page.write_page(evaluation, out / "report.html")
         frontier.plot(rows, objective, table["best"], out / "frontier.png")
     return table
 
 
-def join(job: run.Run, folders: list[str], node: DictConfig) -> None:
+def join(run: Run, folders: list[str], node: DictConfig) -> None:
     """One table, page and frontier of several sweeps, as they were measured.
 
     Raises:
@@ -125,15 +123,13 @@ def join(job: run.Run, folders: list[str], node: DictConfig) -> None:
     check(node)
     for folder in folders:
         read(Path(folder))
-    run.claim(job)
-    table = rebuild([Path(folder) for folder in folders], job.dir, node)
+    run.create()
+    table = rebuild([Path(folder) for folder in folders], run.dir, node)
     best = next((row for row in table["rows"] if name(row) == table["best"]), None)
     none = {"value": None, "low": None, "high": None, "n": 0}
     estimate = best["metrics"][table["objective"]] if best else none
-    run.write_result(
-        job, run.record(job, main={"name": table["objective"], "before": none, "after": estimate}, **table)
-    )
-    print(describe(table, job.dir), flush=True)
+    run.write_result(run.record(main={"name": table["objective"], "before": none, "after": estimate}, **table))
+    print(describe(table, run.dir), flush=True)
 
 
 def describe(table: dict, out: Path) -> str:
@@ -197,7 +193,7 @@ def _measurements(rows: list[dict]) -> dict[str, dict]:
 
 def read_measurements(folder: Path) -> dict | None:
     path = folder / "measurements.json"
-    return run.read_json(path) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
 
 
 def _objective(asked: str, rows: list[dict]) -> str:

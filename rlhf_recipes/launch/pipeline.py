@@ -44,7 +44,7 @@ class Stage:
     ran: bool = False
 
     def result(self) -> dict | None:
-        return run.read_result(self.dir)
+        return run_folder.read_result(self.dir)
 
 
 @dataclass

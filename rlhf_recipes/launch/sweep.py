@@ -43,7 +43,7 @@ def job(main, cfg: DictConfig) -> float:
             print(f"{folder / own}: finished before, kept.", flush=True)
         else:
             main(cfg)
-            result = run.read_result(folder / own)
+            result = run_folder.read_result(folder / own)
         row |= {"recipe": result["recipe"], "main": result["main"], "seconds": result["seconds"]}
         row |= {"peak_memory_gib": max(result["peak_memory_gib"].values()), "stopped": result.get("stopped")}
         row |= {"doctor": (result.get("doctor") or {}).get("verdict"), "adapter_sha256": result["adapter_sha256"]}
@@ -109,8 +109,8 @@ class Summary(Callback):
 
 
 def _finished(folder: Path, cfg: DictConfig) -> dict | None:
-    """result.json of the job where it is done already with this config; another config is refused by `run.start`."""
-    result = None if cfg.overwrite else run.read_result(folder)
+    """result.json of the job where it is done already with this config; another config is refused by `Run.start`."""
+    result = None if cfg.overwrite else run_folder.read_result(folder)
     same = result and result["config_sha256"] == run.config_sha256(run.resolved(cfg))
     return result if same else None
 
@@ -127,7 +127,7 @@ def _measure(folder: Path, sweep: Path, cfg: DictConfig) -> str | None:
     shared = {key: cfg[key] for key in ("model", "quantization", "data")}
     asked = {key: cfg.sweep[key] for key in ("prompts", "max_new_tokens", "reward_model")}
     settings = OmegaConf.merge(settings, shared, asked)
-    result = run.read_result(folder)
+    result = run_folder.read_result(folder)
     if result["recipe"] == "reward":
         return None
     parent = (result["parent"] or {}).get("run") or BASE

@@ -1,7 +1,6 @@
 """Where rewards come from: reward models on the policy's backbone, reward models of their own, functions."""
 
 import inspect
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,11 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rlhf_recipes import config, models, places, run
+from rlhf_recipes import models, places
 from rlhf_recipes.data.template import render
 from rlhf_recipes.data.tokens import neutralise
 from rlhf_recipes.errors import Refusal, first_line, users_function
 from rlhf_recipes.ppo.roles import Roles
+from rlhf_recipes.references import ADAPTER, FUNCTION, ModelRef, find_reward
 from rlhf_recipes.text import line
 
 
@@ -71,7 +71,7 @@ def load(reference, roles: Roles, tokenizer, reward_tokenizer, args) -> Callable
 
     Args:
         reference: a run of recipes/reward.py (or an adapter folder), a sequence-classification model (its id, folder
-            or itself), `module:function`, or a function.
+            or itself), `module:function`, what `references.find_reward` makes of one of these, or a function.
         reward_tokenizer: for a model of its own; None: the one beside it.
 
     Raises:
@@ -81,23 +81,21 @@ def load(reference, roles: Roles, tokenizer, reward_tokenizer, args) -> Callable
         return reference
     if isinstance(reference, nn.Module):
         return _own_model(reference, reference.config._name_or_path, reward_tokenizer)
-    adapter = next(
-        (f for f in (Path(reference) / "adapter", Path(reference)) if (f / "adapter_config.json").is_file()), None
-    )
-    if adapter is None and ":" in reference:
-        return config.import_function(reference, "reward_funcs")
-    if adapter is None:
-        return _own_model(_load_classifier(reference, args), reference, reward_tokenizer)
-    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    found = reference if isinstance(reference, ModelRef) else find_reward(reference)
+    if found.kind == FUNCTION:
+        return found.function
+    if found.kind != ADAPTER:
+        return _own_model(_load_classifier(found.reference, args), found.reference, reward_tokenizer)
+    base, adapter, scale = found.base, str(found.adapter), _scale(found.metrics)
     if roles.shared and base in (getattr(roles.causal, "public_id", None), roles.causal.name_or_path):
         name = f"reward_{sum(key.startswith('reward_') for key in roles.model.peft_config)}"
-        score = roles.add_reward(adapter, name)
-        return replace(_on_backbone(roles, name, score, tokenizer, _short(adapter)), scale=_scale(adapter))
+        score = roles.add_reward(found.adapter, name)
+        return replace(_on_backbone(roles, name, score, tokenizer, found.name), scale=scale)
     from peft import PeftModel
 
     base = roles.causal.name_or_path if base == getattr(roles.causal, "public_id", None) else base
-    model = PeftModel.from_pretrained(_load_classifier(base, args), str(adapter))
-    return replace(_own_model(model, str(adapter), reward_tokenizer, _short(adapter)), scale=_scale(adapter))
+    model = PeftModel.from_pretrained(_load_classifier(base, args), adapter)
+    return replace(_own_model(model, adapter, reward_tokenizer, found.name), scale=scale)
 
 
 def scales(functions: list[Callable], ensemble: str) -> Tensor:
@@ -210,11 +208,6 @@ def _load_classifier(path: str, args):
         ) from error
 
 
-def _scale(adapter: Path) -> tuple[float, float] | None:
-    metrics = (run.read_result(run.folder_of(adapter)) or {}).get("metrics") or {}
+def _scale(metrics: dict) -> tuple[float, float] | None:
     mean, sd = (metrics.get(key, {}).get("value") for key in ("mean_reward", "sd_reward"))
     return (mean, sd) if mean is not None and sd else None
-
-
-def _short(adapter: Path) -> str:
-    return run.folder_of(adapter).name

@@ -8,10 +8,12 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from rlhf_recipes import models, run
+from rlhf_recipes import models
 from rlhf_recipes.config import flatten
 from rlhf_recipes.errors import Refusal, first_line
 from rlhf_recipes.publish import contents, manifest, scan
+from rlhf_recipes.references import adapter_sha256
+from rlhf_recipes.run_folder import read_result
 from rlhf_recipes.stats import format_estimate
 
 LOWER_IS_BETTER = ("perplexity",)
@@ -110,7 +112,7 @@ def _weights(where: str, source: contents.Source) -> None:
         )
     dtype = models.compute_dtype(OmegaConf.create(source.config["model"]))
     models.build_quantization(OmegaConf.create(source.config["quantization"]), dtype)
-    digest = run.adapter_sha256(source.adapter)
+    digest = adapter_sha256(source.adapter)
     if digest != source.result.get("adapter_sha256"):
         raise Refusal(
             f"{where}: adapter/{weights.name} is not the file that the run wrote (SHA-256 {digest[:12]}, not "
@@ -174,7 +176,7 @@ def evaluation(folder: str | None, source: contents.Source, force: bool) -> tupl
     if folder is None:
         return None, None
     where = f"evaluation={folder}"
-    result = run.read_result(Path(folder)) or {}
+    result = read_result(Path(folder)) or {}
     if "evaluation" not in result:
         raise Refusal(f"{where}: no finished run of recipes/evaluate.py. Name one, or leave it out.")
     found = result["evaluation"]

@@ -16,10 +16,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from rlhf_recipes import run
 from rlhf_recipes.cai.dataset import PREFS, SFT
 from rlhf_recipes.config import CONF, flatten
 from rlhf_recipes.errors import Refusal, first_line, nearest
+from rlhf_recipes.run_folder import read_result, write_atomically
 from rlhf_recipes.text import line
 from rlhf_recipes.training.card import PAPERS, without_folder
 
@@ -71,7 +71,7 @@ class Source:
     def pairs(self) -> "Source | None":
         """Of a training, the run of recipes/cai.py that made its pairs, where it is still there."""
         folder = Path(self.config["data"]["path"])
-        made_by = run.read_result(folder) if folder.is_dir() else None
+        made_by = read_result(folder) if folder.is_dir() else None
         return find(None, str(folder)) if self.key == "run" and made_by and made_by.get("recipe") == "cai" else None
 
     @property
@@ -105,6 +105,8 @@ def find(run_folder: str | None, pairs_folder: str | None) -> Source:
         raise Refusal(f"{where}: is a run of {made_by}, which makes no adapter. Name one of {', '.join(PAPERS)}.")
     if result.get("status") != "finished":
         raise Refusal(f"{where}: its status is {result.get('status')}. Let it finish first.")
+    if key == "run":
+        _refuse_incomplete(where, result)
     _refuse_code(where, key, config)
     return Source(key, path, config, result)
 
@@ -120,6 +122,27 @@ def _read(where: str, path: Path) -> dict:
     if not isinstance(content, dict):
         raise Refusal(f"{where}: {path.name} is no mapping. Restore the file, or run the recipe again.")
     return content
+
+
+def _refuse_incomplete(where: str, result: dict[str, Any]) -> None:
+    """Refuse a result.json without the held-out figures that the card shows.
+
+    Raises:
+        Refusal: names the figure.
+    """
+    parts = {name: result.get(name) for name in ("main", "before", "metrics")}
+    main, before, metrics = (each if isinstance(each, dict) else {} for each in parts.values())
+    estimates = {f"main.{name}": main.get(name) for name in ("before", "after")}
+    for name, after in metrics.items():
+        estimates |= {f"before.{name}": before.get(name), f"metrics.{name}": after}
+    needed = {"value", "low", "high", "n"}
+    missing = [name for name, each in parts.items() if not isinstance(each, dict)]
+    missing += [name for name, each in estimates.items() if not isinstance(each, dict) or not needed <= each.keys()]
+    if missing:
+        raise Refusal(
+            f"{where}: result.json has no {line(missing[0])} as a training writes it. Restore the file, or run the "
+            "recipe again."
+        )
 
 
 def refuse_links(where: str, folder: Path) -> None:
@@ -180,21 +203,21 @@ def gather(source: Source, base: dict, page: Path | None, folder: Path) -> None:
     for name, content in (("result.json", result), ("config.yaml", source.config)):
         portable = without_folder(content)
         text = json.dumps(portable, indent=2, ensure_ascii=False) + "\n"
-        run.write_atomically(folder / name, text if name.endswith("json") else OmegaConf.to_yaml(portable))
+        write_atomically(folder / name, text if name.endswith("json") else OmegaConf.to_yaml(portable))
     for name in DATA if source.key == "pairs" else PICTURES:
         _copy(source.dir / name, folder / name)
     if page:
         _copy(page, folder / PAGE)
     made = source if source.key == "pairs" else source.pairs
     if made:
-        run.write_atomically(folder / "constitution.yaml", OmegaConf.to_yaml(made.config["constitution"]))
+        write_atomically(folder / "constitution.yaml", OmegaConf.to_yaml(made.config["constitution"]))
     if source.key == "pairs":
         return
     templates = [f"{TEMPLATES}/{file.name}" for file in sorted((source.adapter / TEMPLATES).glob("*.jinja"))]
     for name in (*TOKENIZER, *templates):
         _copy(source.adapter / name, folder / name)
     adapter_config = json.loads((source.adapter / ADAPTER_CONFIG).read_text()) | {"revision": base["revision"]}
-    run.write_atomically(folder / ADAPTER_CONFIG, json.dumps(adapter_config, indent=2, sort_keys=True) + "\n")
+    write_atomically(folder / ADAPTER_CONFIG, json.dumps(adapter_config, indent=2, sort_keys=True) + "\n")
     _copy(source.adapter / WEIGHTS, folder / WEIGHTS)
 
 

@@ -15,10 +15,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import models, run
+from rlhf_recipes import models
 from rlhf_recipes.commands import command
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.publish import base_model, card, checks, contents, manifest, merge, round_trip, upload
+from rlhf_recipes.run import Run, environment, relative, resolved
+from rlhf_recipes.run_folder import read_json, write_atomically
 
 PLACEHOLDER = "<user>/<name>"
 
@@ -71,7 +73,7 @@ def publish(cfg: DictConfig) -> dict[str, Any]:
 
 def _seal(staged: Path, text: str) -> None:
     """The card, and the manifest of all files with it."""
-    run.write_atomically(staged / contents.CARD, text)
+    write_atomically(staged / contents.CARD, text)
     manifest.write(staged)
 
 
@@ -84,19 +86,19 @@ def connect(cfg: DictConfig, repo_type: str) -> upload.Target:
     return upload.connect(cfg.repo_id, repo_type, cfg.revision, cfg.tag, cfg.public, cfg.force)
 
 
-def start(cfg: DictConfig) -> run.Run:
+def start(cfg: DictConfig) -> Run:
     """The run of recipes/publish.py, whose folder takes the record of what was published last.
 
     Raises:
         Refusal: the folder is another's, or another process writes it.
     """
-    run.environment()
-    job = run.Run(run.relative(Path(cfg.output_dir)), "publish", run.resolved(cfg))
-    run.hold(job, only="publish")
-    return job
+    environment()
+    run = Run(relative(Path(cfg.output_dir)), "publish", resolved(cfg))
+    run.hold(only="publish")
+    return run
 
 
-def record(job: run.Run, cfg: DictConfig, published: dict[str, Any]) -> float | None:
+def record(run: Run, cfg: DictConfig, published: dict[str, Any]) -> float | None:
     """Write result.json, print where all is.
 
     Returns:
@@ -106,9 +108,9 @@ def record(job: run.Run, cfg: DictConfig, published: dict[str, Any]) -> float | 
     largest = found.get("largest")
     after = {"value": largest, "low": None, "high": None, "n": found.get("n", 0), "clusters": found.get("n", 0)}
     main = {"name": "round_trip_difference", "before": None, "after": after}
-    result = run.record(job, main=main, **published)
-    run.write_config(job)
-    run.write_result(job, result)
+    result = run.record(main=main, **published)
+    run.write_config()
+    run.write_result(result)
     tell(cfg, published)
     return largest
 
@@ -139,7 +141,7 @@ def _measure(source: contents.Source, facts: dict, cfg: DictConfig, staged: Path
         merged = round_trip.measure(round_trip.task(staged, source.config, reward=reward, merged=True))
         facts["merged"] = merge.report(round_trip.drift(numbers, merged), reward, cfg.max_merge_drift)
         numbers = merged | {"effect": numbers["effect"]}
-    run.write_atomically(staged / contents.PROBE, json.dumps(numbers, indent=1) + "\n")
+    write_atomically(staged / contents.PROBE, json.dumps(numbers, indent=1) + "\n")
     return numbers
 
 
@@ -148,7 +150,7 @@ def _probe(source: contents.Source) -> dict[str, Any]:
     and as many threads."""
     path, digest = source.dir / contents.PROBE, source.result["adapter_sha256"]
     if path.is_file():
-        kept = json.loads(path.read_text())
+        kept = read_json(path)
         dtype = str(models.compute_dtype(OmegaConf.create(source.config["model"]))).removeprefix("torch.")
         same = {
             "adapter_sha256": digest,
@@ -160,7 +162,7 @@ def _probe(source: contents.Source) -> dict[str, Any]:
             return kept
     task = round_trip.task(source.adapter, source.config, reward=source.recipe == "reward")
     numbers = {"adapter_sha256": digest, **round_trip.measure(task)}
-    run.write_atomically(path, json.dumps(numbers, indent=1) + "\n")
+    write_atomically(path, json.dumps(numbers, indent=1) + "\n")
     return numbers
 
 

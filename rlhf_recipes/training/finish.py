@@ -7,7 +7,8 @@ from pathlib import Path
 
 from rlhf_recipes.commands import command
 from rlhf_recipes.errors import first_line
-from rlhf_recipes.run import Run, adapter_sha256, record, write_result
+from rlhf_recipes.references import adapter_sha256
+from rlhf_recipes.run import Run
 from rlhf_recipes.run_folder import write_atomically
 from rlhf_recipes.secrets import redact
 from rlhf_recipes.stats import format_estimate
@@ -40,8 +41,7 @@ def finish(run: Run, trainer, *, main: str, before: dict, metrics: dict, counts:
         entries["doctor"] = {**doctor.examine(seen), "facts": seen.facts}
         if watching.stopped:
             entries["stopped"] = watching.stopped
-    result = record(
-        run,
+    result = run.record(
         main={"name": main, "before": before[main], "after": metrics[main]},
         before=before,
         metrics=metrics,
@@ -50,10 +50,10 @@ def finish(run: Run, trainer, *, main: str, before: dict, metrics: dict, counts:
         steps=trainer.state.global_step,
         resumed_from=run.checkpoint and Path(run.checkpoint).name,
         adapter_sha256=adapter_sha256(run.adapter),
-        parent=run.parent and run.parent["lineage"],
+        parent=run.parent and run.parent.lineage,
         **entries,
     )
-    write_result(run, result)
+    run.write_result(result)
     with _spared("README.md"):
         write_atomically(run.dir / "README.md", card.write(result, run.config))
     with _spared("curves.png"):

@@ -62,9 +62,10 @@ def judged(rows: list[dict]) -> list[dict]:
 def measure(count: int, line) -> None:
     import hydra
 
-    from rlhf_recipes import config, run
+    from rlhf_recipes import config
     from rlhf_recipes.audit import page, run_audit, verdict
     from rlhf_recipes.data.load import Splits
+    from rlhf_recipes.run import Run
 
     run_audit.Ensemble = Scores
     with hydra.initialize_config_dir(str(config.CONF), version_base="1.3"):
@@ -74,7 +75,7 @@ def measure(count: int, line) -> None:
     given = run_audit.Sources([], ([], []), None, judged(test), None, [], None)
     before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        found = run_audit.take(cfg, given, splits, None, run.Run(Path(folder), "audit", {}))
+        found = run_audit.take(cfg, given, splits, None, Run(Path(folder), "audit", {}))
         decided = verdict.decide(found.sections, {})
         audit = {"title": "t", "subject": {}, "counts": {}, "verdict": decided, "sections": found.sections,
                  "paragraph": verdict.paragraph(found.sections, decided["gates"], found.label_next),

@@ -53,7 +53,7 @@ def compare(quantization: str, options: argparse.Namespace) -> dict:
 
     cfg = compose(quantization, options.dtype)
     requests = critiques(cfg, options.requests)
-    backend = local.load(cfg.model, cfg.quantization)
+    backend = local.load(cfg.model, cfg.quantization, None)
     backend.tokenizer.decode = lambda ids, **_: " ".join(map(str, ids))  # the tokens themselves are compared
     model = models.load_base(cfg.model, cfg.quantization, AutoModelForCausalLM).eval()
     rows = [backend._encode(request, request.messages) for request in requests]

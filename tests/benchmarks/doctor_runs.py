@@ -123,8 +123,8 @@ def move_policy() -> None:
 
     from rlhf_recipes import models
 
-    def moved(trainer, continued):
-        keep(trainer, continued)
+    def moved(trainer, parent):
+        keep(trainer, parent)
         for name, parameter in trainer.model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.02)

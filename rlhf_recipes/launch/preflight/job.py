@@ -13,14 +13,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import memory, models, run
+from rlhf_recipes import memory, models, references, run
 from rlhf_recipes.data.fit import fit
 from rlhf_recipes.data.load import load_demonstrations, load_pairs, load_prompts
 from rlhf_recipes.data.tokens import lengths
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.launch.preflight import predict_memory, real_steps, rows
 from rlhf_recipes.launch.refusals import as_refusal
-from rlhf_recipes.ppo import sources
 
 READ = {
     "sft": load_demonstrations,
@@ -113,12 +112,12 @@ def _look(job: Job, looked_at: LookedAt, found: dict[str, Any]) -> None:
     if str(cfg.data.path) in later:
         found["watch"].append(f"{cfg.data.path} is made by an earlier stage: not looked at")
         return
-    _find_rewards(cfg)
+    rewards = _reward_models(cfg, later)
     splits, sizes, found["rows"], found["example"] = _rows(job, args, tokenizer, looked_at)
     found["watch"] += _remarks(found["rows"], found["example"], recipe)
     steps = real_steps.total_steps(recipe, args, len(splits.train))
     found["settings"]["steps"] = steps
-    _memory(found, job, args, _largest(recipe, args, sizes, steps), libraries, looked_at.elsewhere)
+    _memory(found, job, args, _largest(recipe, args, sizes, steps), rewards, libraries, looked_at.elsewhere)
     if looked_at.measure and not found["stops"] and not later:
         shape = _shape(cfg, recipe)
         if shape not in looked_at.measured:
@@ -170,11 +169,16 @@ def _rewards(cfg: DictConfig) -> list[str]:
     return [given] if isinstance(given, str) else list(given)
 
 
-def _find_rewards(cfg: DictConfig) -> None:
-    """Refuse what `reward_funcs` names, but for what an earlier stage has yet to make."""
-    present = [each for each in _rewards(cfg) if ":" in each or Path(each).is_dir()]
-    if present:
-        sources.find_rewards(present)
+def _reward_models(cfg: DictConfig, later: list[str]) -> int:
+    """How many reward models `reward_funcs` names, as adapters on the policy's base; `later` are yet to be made.
+
+    Raises:
+        Refusal: the recipe would refuse one of them.
+    """
+    given = _rewards(cfg)
+    present = [each for each in given if each not in later]
+    found = references.find_rewards(present) if present else []
+    return len(given) - len(present) + sum(each.kind != references.FUNCTION for each in found)
 
 
 def _rows(job: Job, args, tokenizer, looked_at: LookedAt) -> tuple:
@@ -207,14 +211,15 @@ def _largest(recipe: str, args, sizes: list[int], steps: int) -> predict_memory.
     return predict_memory.Batch(batch if recipe == "sft" else 2 * batch, longest, len(set(padded)))
 
 
-def _memory(found: dict, job: Job, args, batch: predict_memory.Batch, libraries: int, elsewhere: bool) -> None:
+def _memory(
+    found: dict, job: Job, args, batch: predict_memory.Batch, rewards: int, libraries: int, elsewhere: bool
+) -> None:
     """Fill in `lora` and `memory`, and judge what is needed by what is free."""
     try:
         base = predict_memory.backbone(job.cfg, job.recipe)
     except Refusal as error:  # not the kind of model that the counts are of
         found["watch"].append(str(error))
         return
-    rewards = sum(":" not in each for each in _rewards(job.cfg))  # as adapters on the policy's base
 
     def predicted(args, batch: predict_memory.Batch) -> dict:
         return predict_memory.predict(job.cfg, job.recipe, args, base, batch, libraries, rewards)

@@ -36,10 +36,10 @@ def alone(cfg: DictConfig, recipe: str, overrides: list[str]) -> None:
     """
     from rlhf_recipes.launch.preflight.job import Job
 
-    job = run.start(cfg, recipe)
+    started = run.Run.start(cfg, recipe)
     if cfg.publish:
         publish_after.check_ready(cfg, recipe)
-    look([Job("", recipe, cfg, overrides)], job.dir, cfg.preflight)
+    look([Job("", recipe, cfg, overrides)], started.dir, cfg.preflight)
     wanted = [f"'{each}'" if set("[]{}() ") & set(each) else each for each in _without_preflight(overrides)]
     print(f"next      {' '.join([command(recipe), *wanted])}", flush=True)
 

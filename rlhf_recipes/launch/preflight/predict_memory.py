@@ -19,7 +19,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from rlhf_recipes import config, models
+from rlhf_recipes import config, models, references
 from rlhf_recipes.errors import Refusal
 
 GIB = 2**30
@@ -157,10 +157,8 @@ def _adapted(model, cfg: DictConfig, task_type: str) -> tuple[list, int, int]:
     from peft import PeftConfig, get_peft_model
     from peft.tuners.lora import LoraLayer
 
-    from rlhf_recipes.run import resolve_adapter
-
     if cfg.model.adapter and Path(cfg.model.adapter).exists():  # else an earlier stage of the pipeline makes it
-        lora = PeftConfig.from_pretrained(str(resolve_adapter(cfg.model.adapter)))
+        lora = PeftConfig.from_pretrained(str(references.find(cfg.model.adapter, "model.adapter").adapter))
         lora.task_type, lora.inference_mode = task_type, False
     else:
         lora = config.build(cfg.lora, "lora", task_type=task_type)

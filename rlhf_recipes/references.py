@@ -1,0 +1,342 @@
+"""What a string names: a run, an adapter, a checkpoint, an ensemble, a model, a function, an id of the Hub.
+
+    model.adapter  judge.adapter      find                 one adapter
+    runs  parent                      find_policy          one adapter that answers
+    reward_model  gold                find_reward_models   adapters that score, the members of an ensemble among them
+    reward_funcs                      find_rewards         these, and models, functions and ids of the Hub
+    checkpoints                       find_checkpoints     the adapters that a run kept of its steps
+
+It is asked once, when a command starts; what is found, a `ModelRef`, is passed on.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from rlhf_recipes import places, run_folder
+from rlhf_recipes.config import CONF, import_function
+from rlhf_recipes.errors import Refusal
+from rlhf_recipes.run_folder import read_config, read_json, read_result
+
+ADAPTER_CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Kinds of what is named: LoRA weights here; a folder that transformers reads; module:function; a repository.
+ADAPTER, MODEL, FUNCTION, HUB = "adapter", "model", "function", "hub"
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """What `key=reference` names.
+
+    Attributes:
+        reference: as typed; of an ensemble, the folder of the member.
+        key: whose value it is, for refusals.
+        kind: ADAPTER, MODEL, FUNCTION or HUB. All below but `function` is of adapters alone.
+        adapter: the folder of its weights.
+        base: id of the base model that it belongs to.
+        task_type: PEFT's: SEQ_CLS of what scores, CAUSAL_LM of what answers.
+        sha256: of its weights, None where it has none.
+        recipe: what trained it; None of an adapter from elsewhere.
+        started_from: what its run continued, as typed there; None for the base model.
+        parent: lineage of what its run continued, or None.
+        metrics: held-out metrics, as its run reports them.
+        step: of a checkpoint, else None.
+        function: what `module:function` names.
+    """
+
+    reference: str
+    key: str
+    kind: str = ADAPTER
+    adapter: Path | None = None
+    base: str | None = None
+    task_type: str | None = None
+    sha256: str | None = None
+    recipe: str | None = None
+    started_from: str | None = None
+    parent: dict | None = None
+    metrics: dict = field(default_factory=dict)
+    step: int | None = None
+    function: Callable | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of its run, or of its folder."""
+        return folder_of(self.adapter).name
+
+    @property
+    def lineage(self) -> dict[str, Any]:
+        """What result.json and cards say of it and all that it comes from."""
+        return {"run": self.reference, "recipe": self.recipe, "adapter_sha256": self.sha256, "parent": self.parent}
+
+    @property
+    def is_reward_model(self) -> bool:
+        return self.recipe == "reward" if self.recipe else self.task_type == "SEQ_CLS"
+
+    @property
+    def start(self) -> Path | None:
+        """Adapter folder of what it started from, its reference; None for the base model."""
+        return adapter_in(self.started_from) if self.started_from else None
+
+
+def find(reference: str, key: str, base_model: str | None = None) -> ModelRef:
+    """The adapter that a run folder or an adapter folder stands for.
+
+    Args:
+        base_model: the id that it must belong to.
+
+    Raises:
+        Refusal: none is there; its weights are not in safetensors; it belongs to another base model; or its run does
+            not say where it comes from.
+    """
+    if flaw := _flaw(reference):
+        raise Refusal(f"{key}={reference}: {flaw}")
+    adapter = adapter_in(reference)
+    config, home = read_json(adapter / ADAPTER_CONFIG), folder_of(adapter)
+    base = config.get("base_model_name_or_path")
+    if base_model is not None and base != base_model:
+        _refuse_other_base(reference, key, base, base_model)
+    if base is None:
+        raise Refusal(f"{key}={reference}: its {ADAPTER_CONFIG} names no base model. Add base_model_name_or_path.")
+    result = read_result(home) or {}
+    recipe, parent, metrics = (result.get(name) for name in ("recipe", "parent", "metrics"))
+    sha256 = adapter_sha256(adapter)
+    if not _is_lineage({"recipe": recipe, "adapter_sha256": sha256, "parent": parent}):
+        raise Refusal(
+            f"{key}={reference}: {home / run_folder.RESULT} does not say which runs it comes from (recipe, "
+            "adapter_sha256 and parent of each). Restore it, or give the folder of the adapter alone."
+        )
+    return ModelRef(
+        str(reference),
+        key,
+        adapter=adapter,
+        base=base,
+        task_type=config.get("task_type"),
+        sha256=sha256,
+        recipe=recipe,
+        started_from=(parent or {}).get("run"),
+        parent=parent,
+        metrics=metrics if isinstance(metrics, dict) else {},
+    )
+
+
+def find_policy(reference: str, key: str, base_model: str) -> ModelRef:
+    """The adapter of a policy, for `runs` and `parent`.
+
+    Raises:
+        Refusal: as `find`; it is a reward model; or what it started from is gone.
+    """
+    return _in_role(find(reference, key, base_model), reward_model=False)
+
+
+def find_reward_models(references: str | list[str] | None, key: str, base_model: str) -> list[ModelRef]:
+    """The reward models of `reward_model` or `gold`: none, one, or the members of an ensemble.
+
+    Raises:
+        Refusal: as `find` and `expand`; one is named twice, or none; or one is no reward model.
+    """
+    if references is None:
+        return []
+    given = [references] if isinstance(references, str) else list(map(str, references))
+    folders = expand(given, key)
+    if len(set(folders)) < len(folders) or not folders:
+        raise Refusal(f"{key}={given}: must name one run or more, each once. Change the list.")
+    return [_in_role(find(folder, key, base_model), reward_model=True) for folder in folders]
+
+
+def find_rewards(references: str | list[str]) -> list[ModelRef]:
+    """What `reward_funcs` names, with the members of an ensemble for its folder. No model is loaded.
+
+    Raises:
+        Refusal: as `find_reward` and `expand`; or nothing is named.
+    """
+    given = [references] if isinstance(references, str) else list(references)
+    if not given:
+        raise Refusal("reward_funcs: empty. Give a run of recipes/reward.py, or module:function.")
+    return [find_reward(each) for each in expand(given, "reward_funcs")]
+
+
+def find_reward(reference: str) -> ModelRef:
+    """One of `reward_funcs`: a reward model (run, adapter, folder of transformers or id of the Hub), or a function.
+
+    Raises:
+        Refusal: it is none of these, or a run of another recipe.
+    """
+    key, folder = "reward_funcs", Path(reference)
+    if folder.is_dir():
+        made_by = (read_result(folder) or {}).get("recipe", "reward")
+        if made_by != "reward":
+            raise Refusal(f"{key}={reference}: is a run of {made_by}. Give one of recipes/reward.py.")
+        if adapter_in(reference):
+            return find(reference, key)
+        if (folder / "config.json").is_file():
+            return ModelRef(reference, key, MODEL)
+        raise Refusal(f"{key}={reference}: holds no model (is the run finished?). Give another.")
+    if ":" in reference:
+        return ModelRef(reference, key, FUNCTION, function=import_function(reference, key))
+    if places.on_hub(reference, key, bare=True):
+        return ModelRef(reference, key, HUB)
+    raise Refusal(
+        f"{key}={reference}: no such folder. Give a run of recipes/reward.py, a folder with a model, "
+        "module:function, or an id of the Hub."
+    )
+
+
+def find_checkpoints(reference: str, base_model: str) -> list[ModelRef]:
+    """The whole checkpoints of a run, in the order of steps.
+
+    Args:
+        reference: a run folder, or the folder of its checkpoints.
+
+    Raises:
+        Refusal: there are none; the run is of another base or of a reward model; or what it started from is gone.
+    """
+    key, home, config = "checkpoints", _home(reference), config_of(reference)
+    finished = (home / run_folder.RESULT).is_file()
+    folders = {
+        int(folder.name.rpartition("-")[2]): folder
+        for folder in (home / run_folder.CHECKPOINTS).glob("checkpoint-*")
+        # trainer_state.json comes last: without it, the run was killed while the checkpoint was written
+        if (folder / ADAPTER_CONFIG).is_file() and (finished or (folder / "trainer_state.json").is_file())
+    }
+    if not folders:
+        raise Refusal(
+            f"{key}={reference}: holds no checkpoint. A run keeps them all with trainer.save_total_limit=null "
+            "(trainer.save_steps says how often they are written). Train it again with that."
+        )
+    base = config["model"]["id"]
+    if base != base_model:
+        _refuse_other_base(reference, key, base, base_model)
+    recipes = {OmegaConf.load(file).get("_target_"): file.stem for file in (CONF / "trainer").glob("*.yaml")}
+    recipe = recipes.get(config["trainer"].get("_target_"))
+    if recipe == "reward":
+        raise Refusal(f"{key}={reference}: is a run of reward, not a policy. Give one of ppo or dpo, say.")
+    found = [
+        ModelRef(
+            str(reference),
+            key,
+            adapter=folder,
+            base=base,
+            sha256=adapter_sha256(folder),
+            recipe=recipe,
+            started_from=config["model"].get("adapter"),
+            step=step,
+        )
+        for step, folder in sorted(folders.items())
+    ]
+    return [_in_role(each, reward_model=False) for each in found]
+
+
+def config_of(reference: str) -> dict:
+    """The config of the run whose checkpoints are named.
+
+    Raises:
+        Refusal: it is no training.
+    """
+    home = _home(reference)
+    config = read_config(home) if (home / run_folder.CONFIG).is_file() else {}
+    if not {"model", "trainer"} <= set(config):
+        raise Refusal(f"checkpoints={reference}: is no run of a training. Give a run folder such as outputs/ppo/main.")
+    return config
+
+
+def expand(references: list[str], key: str) -> list[str]:
+    """The references, with the jobs of a sweep (`reward=ensemble`) for its folder.
+
+    Raises:
+        Refusal: a job is not finished.
+    """
+    found = []
+    for reference in references:
+        jobs = jobs_of(reference)
+        for job in jobs:
+            if not (job / run_folder.RESULT).is_file():
+                raise Refusal(f"{key}={reference}: {job.name} is not finished. Finish it, or list the others.")
+        found += map(str, jobs or [reference])
+    return found
+
+
+def jobs_of(reference: str) -> list[Path]:
+    """The jobs of a sweep in their order, of its folder; empty of anything else."""
+    folder = Path(reference)
+    if not folder.is_dir() or (folder / "adapter").is_dir() or (folder / ADAPTER_CONFIG).is_file():
+        return []
+    return sorted(path.parent for path in folder.glob(f"*/{run_folder.CONFIG}"))
+
+
+def is_adapter(reference: str) -> bool:
+    """Whether a string names an adapter that may be loaded."""
+    return _flaw(reference) is None
+
+
+def adapter_in(reference: str | Path) -> Path | None:
+    """The adapter folder of a run folder, or the folder itself where it is one; else None."""
+    folders = (Path(reference) / "adapter", Path(reference))
+    return next((folder for folder in folders if (folder / ADAPTER_CONFIG).is_file()), None)
+
+
+def folder_of(adapter: str | Path) -> Path:
+    """The run folder of an adapter, or the adapter's own folder where it is in none."""
+    return Path(adapter).parent if Path(adapter).name == "adapter" else Path(adapter)
+
+
+def adapter_sha256(adapter: Path) -> str | None:
+    """SHA-256 of the adapter's weights file; None where it has none."""
+    weights = adapter / WEIGHTS
+    return hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None
+
+
+def _flaw(reference: str) -> str | None:
+    """Why a string names no adapter that may be loaded, and what to do; None where it does."""
+    adapter = adapter_in(reference)
+    if adapter is None:
+        what = "has no adapter in it (is the run finished?)" if Path(reference).is_dir() else "does not exist"
+        return f"{what}. Give a run folder such as outputs/sft/main."
+    if not (adapter / WEIGHTS).is_file():
+        pickled = (adapter / "adapter_model.bin").exists()
+        what = "adapter_model.bin is a pickle, which can run code" if pickled else "the weights are missing"
+        return f"has no {WEIGHTS}; {what}. Save the adapter as safetensors."
+    if read_json(adapter / ADAPTER_CONFIG).get("megatron_config") is not None:
+        return f"its megatron_config names a module that PEFT would import. Take it out of {ADAPTER_CONFIG}."
+    return None
+
+
+def _refuse_other_base(reference: str, key: str, base: str | None, base_model: str) -> None:
+    node = key.removesuffix(".adapter") if key.endswith(".adapter") else "model"
+    raise Refusal(
+        f"{key}={reference}: was trained on {base}, not on {node}.id={base_model}. Choose the model it belongs to."
+    )
+
+
+def _in_role(found: ModelRef, reward_model: bool) -> ModelRef:
+    """Refuse a reward model as a policy, a policy as a reward model, and a run without what it started from."""
+    if found.is_reward_model != reward_model:
+        what = "a reward model" if found.is_reward_model else "no reward model"
+        is_one = f"a run of {found.recipe}" if found.recipe else what
+        wanted = "a run of recipes/reward.py" if reward_model else "a policy; a reward model goes to reward_model="
+        raise Refusal(f"{found.key}={found.reference}: is {is_one}, not {wanted}.")
+    if found.started_from and not is_adapter(found.started_from):
+        raise Refusal(
+            f"{found.key}={found.reference}: started from {found.started_from}, its reference, which is not there. "
+            "Put that run back, or evaluate where both were trained."
+        )
+    return found
+
+
+def _is_lineage(found: Any) -> bool:
+    """Whether it has what cards and later runs read of a run and all that it comes from."""
+    while found is not None:
+        if not isinstance(found, dict) or not {"recipe", "adapter_sha256", "parent"} <= found.keys():
+            return False
+        if any(not isinstance(found.get(key), str | None) for key in ("run", "recipe", "adapter_sha256")):
+            return False
+        found = found["parent"]
+    return True
+
+
+def _home(reference: str) -> Path:
+    """The run whose checkpoints lie in the folder, or the folder itself."""
+    folder = Path(reference)
+    return folder.parent if folder.name == run_folder.CHECKPOINTS else folder
