@@ -12,7 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -239,7 +239,8 @@ def record(run: Run, **entries) -> dict:
 
 def write_result(run: Run, result: dict) -> None:
     """The last file that a recipe writes: a run with a result is a finished run, and takes the place of another."""
-    write_atomically(run.dir / run_folder.RESULT, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(result, indent=2, ensure_ascii=False, default=asdict)
+    write_atomically(run.dir / run_folder.RESULT, text + "\n")
     if "trainer" in run.config:
         _end_checkpoints(run)
     run_folder.drop_replaced(run.dir)
@@ -315,13 +316,15 @@ def read_result(run_dir: Path) -> dict | None:
 
 
 def read_json(path: Path) -> dict:
-    """A file that holds one JSON object.
+    """A file that holds one JSON object; estimates in it as `stats.Estimate`.
 
     Raises:
         Refusal: it holds none.
     """
+    from rlhf_recipes.stats import Estimate
+
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_hook=Estimate.of)
     except (ValueError, RecursionError) as error:
         raise Refusal(f"{path}: not valid JSON ({str(error).splitlines()[0]}). Restore it.") from error
     if not isinstance(content, dict):

@@ -12,6 +12,7 @@ from rlhf_recipes.cai import constitution
 from rlhf_recipes.cai.judge import Judge, Judgement
 from rlhf_recipes.evaluation import checkpoints, definitions, judges, summary, table
 from rlhf_recipes.evaluation import verdict as verdict_of
+from rlhf_recipes.stats import Estimate
 from rlhf_recipes.text_metrics import distinct_2, refuses, repeats
 
 FAMILIES = [
@@ -166,7 +167,7 @@ def by_hand() -> dict:
 
 
 def values(evaluation, name, part="metrics"):
-    return {key: e["value"] for key, e in evaluation["systems"][name][part].items()}
+    return {key: e.value for key, e in evaluation["systems"][name][part].items()}
 
 
 def test_every_metric_by_hand():
@@ -191,11 +192,11 @@ def test_every_metric_by_hand():
 
 def test_baselines_and_families_by_hand():
     evaluation = summary.summarise(by_hand())
-    assert evaluation["baselines"]["shorter_wins"]["value"] == pytest.approx(2.5 / 4)
-    assert evaluation["baselines"]["longer_wins"]["value"] == pytest.approx(1.5 / 4)
-    assert evaluation["baselines"]["coin"]["value"] == 0.5
+    assert evaluation["baselines"]["shorter_wins"].value == pytest.approx(2.5 / 4)
+    assert evaluation["baselines"]["longer_wins"].value == pytest.approx(1.5 / 4)
+    assert evaluation["baselines"]["coin"].value == 0.5
     families = evaluation["systems"]["dpo"]["families"]
-    assert {f: (e["value"], e["n"]) for f, e in families.items()} == {"x": (0.5, 2), "y": (0.75, 2)}
+    assert {f: (e.value, e.n) for f, e in families.items()} == {"x": (0.5, 2), "y": (0.75, 2)}
 
 
 def test_reward_models_have_accuracy_families_and_baselines():
@@ -205,17 +206,17 @@ def test_reward_models_have_accuracy_families_and_baselines():
         {"prompt_id": "b", "family": "y", "chosen": 1.0, "rejected": 1.0, "chosen_chars": 2, "rejected_chars": 1},
     ]
     model = summary.summarise(by_hand() | {"reward_models": {"rm": rows}})["reward_models"]["rm"]
-    assert (model["accuracy"]["value"], model["accuracy"]["n"], model["accuracy"]["clusters"]) == (0.5, 3, 2)
-    assert model["families"]["y"]["value"] == 0.25
-    assert model["baselines"]["shorter_wins"]["value"] == pytest.approx(2 / 3)
+    assert (model["accuracy"].value, model["accuracy"].n, model["accuracy"].clusters) == (0.5, 3, 2)
+    assert model["families"]["y"].value == 0.25
+    assert model["baselines"]["shorter_wins"].value == pytest.approx(2 / 3)
 
 
 def test_every_estimate_has_an_interval_and_the_whole_is_json():
     evaluation = summary.summarise(fake())
     for system in evaluation["systems"].values():
         for e in [*system["metrics"].values(), *system["differences"].values(), *system["families"].values()]:
-            assert e["n"] > 0
-            assert e["low"] - 1e-12 <= e["value"] <= e["high"] + 1e-12
+            assert e.n > 0
+            assert e.low - 1e-12 <= e.value <= e.high + 1e-12
     json.dumps(evaluation, allow_nan=False)
 
 
@@ -227,7 +228,7 @@ def test_method_reward_chooses_the_accuracy():
 
 def test_judgements_replace_rewards():
     measured = by_hand() | {"judgements": {"dpo": [{"prompt_id": "q", "p": 0.9}, {"prompt_id": "r", "p": 0.6}]}}
-    assert summary.summarise(measured)["systems"]["dpo"]["metrics"]["win_rate"]["value"] == pytest.approx(0.75)
+    assert summary.summarise(measured)["systems"]["dpo"]["metrics"]["win_rate"].value == pytest.approx(0.75)
 
 
 def test_only_pairs_or_only_answers_are_enough():
@@ -282,7 +283,7 @@ def test_repetition_and_distinct_words():
 
 
 def estimate(value, low, high, n=100):
-    return {"value": value, "low": low, "high": high, "n": n, "clusters": n}
+    return Estimate(value, low, high, n, n)
 
 
 def judged(win=None, differences=None, thresholds=None, nonfinite=0, **metrics):
@@ -373,7 +374,7 @@ def test_a_diverged_model_is_worse_and_still_summarised():
     evaluation = summary.summarise(measured)
     assert evaluation["systems"]["dpo"]["verdict"]["verdict"] == "worse"
     assert evaluation["systems"]["dpo"]["verdict"]["reasons"][0].startswith("3 of its numbers are not finite")
-    assert evaluation["systems"]["dpo"]["metrics"]["kl_k1"]["n"] == 23
+    assert evaluation["systems"]["dpo"]["metrics"]["kl_k1"].n == 23
 
 
 def test_recommended_is_the_best_verdict():
@@ -453,7 +454,7 @@ def test_what_a_judge_is_worth_by_hand():
         judges.verdict("d", None, 0.05),
     ]
     found = summary._judge(rows)
-    assert {key: (e["value"], e["n"]) for key, e in found.items()} == {
+    assert {key: (e.value, e.n) for key, e in found.items()} == {
         "judge_answers": (pytest.approx(2 / 3), 3),
         "judge_consistency": (0.5, 2),
         "judge_position_gap": (pytest.approx(0.4), 2),
@@ -463,8 +464,8 @@ def test_what_a_judge_is_worth_by_hand():
         "judgements": {"dpo": [row | {"prompt_id": i} for row, i in zip(rows, "qr", strict=False)]}
     }
     system = summary.summarise(measured)["systems"]["dpo"]
-    assert system["metrics"]["win_rate"]["value"] == pytest.approx(0.7)
-    assert system["metrics"]["judge_consistency"]["value"] == 0.5
+    assert system["metrics"]["win_rate"].value == pytest.approx(0.7)
+    assert system["metrics"]["judge_consistency"].value == 0.5
     assert "judge_consistency" not in summary.summarise(by_hand())["systems"]["dpo"]["metrics"]
 
 
@@ -485,7 +486,7 @@ def test_a_judge_compares_what_differs(compose, tmp_path, likes, rate, same):
     first, second = found["judgements"]["dpo"]
     assert (first["p"] > 0.99) == (rate == 1.0) and second == judges.verdict("s", None, 0.05)
     metrics = summary.summarise(found)["systems"]["dpo"]["metrics"]
-    assert metrics["judge_consistency"]["value"] == same and metrics["judge_consistency"]["n"] == 1
+    assert metrics["judge_consistency"].value == same and metrics["judge_consistency"].n == 1
     assert found["settings"] == {"judge": "stub", "constitution": "clinic 1"}
 
 
@@ -527,12 +528,12 @@ def test_tasks_by_hand():
     evaluation = summary.summarise(with_tasks())
     dpo, base = evaluation["systems"]["dpo"], evaluation["systems"]["base"]
     arc = dpo["tasks"]["arc"]
-    assert (arc["metric"], arc["accuracy"]["value"], arc["accuracy"]["n"]) == ("acc", 0.5, 4)
-    assert (arc["difference"]["value"], base["tasks"]["arc"]["difference"]) == (-0.25, None)
+    assert (arc["metric"], arc["accuracy"].value, arc["accuracy"].n) == ("acc", 0.5, 4)
+    assert (arc["difference"].value, base["tasks"]["arc"]["difference"]) == (-0.25, None)
     # each task weighs the same, whatever its size: (1/2 + 1) / 2 against (3/4 + 1/2) / 2
-    assert dpo["metrics"]["task_accuracy"]["value"] == pytest.approx(0.75)
-    assert base["metrics"]["task_accuracy"]["value"] == pytest.approx(0.625)
-    assert dpo["differences"]["task_accuracy"]["value"] == pytest.approx(0.125)
+    assert dpo["metrics"]["task_accuracy"].value == pytest.approx(0.75)
+    assert base["metrics"]["task_accuracy"].value == pytest.approx(0.625)
+    assert dpo["differences"]["task_accuracy"].value == pytest.approx(0.125)
     assert "arc (acc, n 4), %, and points to the parent: base 75.0" in table.as_text(evaluation)
     assert evaluation["counts"]["task_examples"] == 6
 
@@ -599,7 +600,7 @@ def test_worst_case_and_disputed_wins_by_hand():
     assert (found["win_rate"], found["win_rate_worst_case"], found["disputed_wins"]) == (1.0, 0.5, 0.5)
     assert (found["reward"], found["reward_worst_case"]) == (pytest.approx(1.25), pytest.approx(0.0))
     assert found["reward_spread"] == pytest.approx((2.0 + 0.5) / 2)
-    assert evaluation["systems"]["dpo"]["metrics"]["disputed_wins"]["n"] == 2
+    assert evaluation["systems"]["dpo"]["metrics"]["disputed_wins"].n == 2
     one = summary.summarise(by_hand())["systems"]["dpo"]["metrics"]
     assert not {"win_rate_worst_case", "disputed_wins", "reward_spread"} & set(one)
 
@@ -623,7 +624,7 @@ def test_an_ensemble_is_one_more_reward_model():
     found = summary.summarise(by_hand() | {"reward_models": {"a": rows, "b": rows}})["reward_models"]
     assert list(found) == ["a", "b", "mean of 2"]
     assert found["mean of 2"]["accuracy"] == found["a"]["accuracy"]
-    assert found["a"]["shorter_wins_by_family"]["x"]["value"] == 1.0
+    assert found["a"]["shorter_wins_by_family"]["x"].value == 1.0
 
 
 def by_hand_scores():
@@ -680,10 +681,10 @@ def kept(measured, same=False):
 def test_the_checkpoint_to_keep_is_where_gold_peaks():
     measured = steps([0.0, 1.0, 2.0, 0.5], proxy=[0.0, 1.0, 2.0, 3.0])
     found = kept(measured)
-    assert [(row["step"], row["kl"]["value"]) for row in found["rows"]] == [(0, 0), (10, 1), (20, 4), (30, 9)]
+    assert [(row["step"], row["kl"].value) for row in found["rows"]] == [(0, 0), (10, 1), (20, 4), (30, 9)]
     assert (found["keep"], found["equal"]) == ("step 20", [])
     deviation = np.std([row["systems"]["base"]["reward"] for row in measured["answers"]])
-    gains = [deviation * row["gold"]["value"] for row in found["rows"]]
+    gains = [deviation * row["gold"].value for row in found["rows"]]
     assert gains == pytest.approx([0, 1, 2, 0.5], abs=0.1)
     assert "The checkpoint to keep is step 20" in found["says"][0] and "over-optimised" in found["says"][1]
     assert checkpoints.plot(found)["svg"].count("<svg") == 1

@@ -11,6 +11,8 @@ from hub_server import TOKEN
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
+from rlhf_recipes.stats import Estimate
+
 BASE = {"README.md": b"---\nlicense: apache-2.0\n---\n# Tiny\n"}
 
 
@@ -458,7 +460,7 @@ def test_text_cannot_break_the_card(run):
     facts["base"] = {"id": TINY_ID, "revision": None, "same": True, "origin": None, **terms}
     plain = card.write(source, facts, None)
     reasons = {"verdict": "hold", "reasons": [nasty]}
-    rate = {"win_rate": {"value": 0.6, "low": 0.4, "high": 0.8, "n": 20, "clusters": 20}}
+    rate = {"win_rate": Estimate(0.6, 0.4, 0.8, 20, 20)}
     facts |= {"evaluation": {"name": "dpo", "parent": nasty, "verdict": reasons, "metrics": rate}}
     facts["base"] |= {"origin": nasty}
     source.config["data"]["path"] = source.config["trainer"]["run_name"] = source.result["device"] = nasty

@@ -1,9 +1,12 @@
 """Text that others wrote never acts: chat tokens in what a model reads, and what cards, terminal and pages show."""
 
+from dataclasses import asdict
+
 import pytest
 
 from rlhf_recipes.cai import prompt_templates
 from rlhf_recipes.data.tokens import neutralise
+from rlhf_recipes.stats import Estimate
 
 # Of the families that served judges come from: what their servers parse inside of a message.
 CHAT_TOKENS = (
@@ -171,7 +174,7 @@ HOSTILE = (
     "<img src=x onerror=alert(1)> <b>b</b> www.evil.example a@evil.example http://evil.example \u202elive\u202c \\| "
     "[y](z) | `c` **s** __u__ ~~d~~ $$m$$ \ud800\u2028- item\n```\nend"
 )
-ESTIMATE = {"value": 0.6, "low": 0.5, "high": 0.7, "n": 20, "clusters": 20}
+ESTIMATE = Estimate(0.6, 0.5, 0.7, 20, 20)
 
 
 def result_of(said="said", recipe="sft"):
@@ -359,7 +362,7 @@ def test_the_summary_of_an_audit(tmp_path):
     from rlhf_recipes.audit import report
 
     def make(said):
-        gate = {"title": said, "name": said, "unit": "%", "state": "fail", **ESTIMATE}
+        gate = {"title": said, "name": said, "unit": "%", "state": "fail", **asdict(ESTIMATE)}
         audit = {"verdict": {"gates": [gate], "headline": said, "counts": {"fail": 1}}, "counts": {"reward models": 1}}
         return report.describe(SimpleNamespace(dir=tmp_path / said[:3], seconds=lambda: 1.0), audit, True)
 

@@ -207,7 +207,7 @@ def test_a_job_over_the_budget_is_never_the_best(written):
     folder = written("s", {"1.0": 0.3, "0.1": 0.95})
     free = sweeps.rebuild([folder], folder, NODE)
     assert free["best"] == "dpo 0.1"
-    kl = {row["job"]: row["metrics"]["kl_k1"]["value"] for row in free["rows"]}
+    kl = {row["job"]: row["metrics"]["kl_k1"].value for row in free["rows"]}
     assert kl["0.1"] > kl["1.0"], kl
     limited = sweeps.rebuild([folder], folder, OmegaConf.merge(NODE, {"max_kl": (kl["0.1"] + kl["1.0"]) / 2}))
     assert limited["best"] == "dpo 1.0"

@@ -11,6 +11,7 @@ from rlhf_recipes import ensemble, stats
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.evaluation import verdict
 from rlhf_recipes.evaluation.definitions import METRICS
+from rlhf_recipes.stats import Estimate
 from rlhf_recipes.text_metrics import distinct_2, refuses, repeats
 
 TIE = 1e-9  # rewards and margins closer than this count as equal
@@ -68,7 +69,7 @@ def summarise(measurements: dict, thresholds: dict | None = None) -> dict:
     }
 
 
-def compare(measurements: dict, metric: str, a: str, b: str) -> dict:
+def compare(measurements: dict, metric: str, a: str, b: str) -> Estimate:
     """Estimate of a system's metric minus another's, paired by prompt; `win_rate` is against the parent's reward."""
     columns = {name: _columns(measurements, name) for name in (a, b, measurements["parent"])}
     if metric != "win_rate":
@@ -91,7 +92,7 @@ def headline(evaluation: dict) -> dict:
         evaluation["systems"][name]["metrics"] for name in (evaluation["parent"], evaluation["recommended"])
     )
     for metric in ("reward", "accuracy_average_logp"):
-        if before[metric]["n"]:
+        if before[metric].n:
             return {
                 "name": f"{metric} of {evaluation['recommended']}",
                 "before": before[metric],
@@ -233,7 +234,7 @@ def _tasks(measurements: dict, name: str, parent: str) -> dict:
     return found
 
 
-def _over_tasks(tasks: dict, name: str, parent: str | None = None) -> dict:
+def _over_tasks(tasks: dict, name: str, parent: str | None = None) -> Estimate:
     """Mean over tasks of the mean over their examples, or of the paired differences to the parent."""
     numerators, weights, ids = [], [], []
     for task, scored in tasks.items():
@@ -269,7 +270,7 @@ def _baselines(pairs: list[dict]) -> dict:
     return {
         "shorter_wins": stats.estimate(shorter, ids),
         "longer_wins": stats.estimate([1 - win for win in shorter], ids),
-        "coin": {"value": 0.5, "low": 0.5, "high": 0.5, "n": len(pairs), "clusters": len(set(ids))},
+        "coin": Estimate(0.5, 0.5, 0.5, len(pairs), len(set(ids))),
     }
 
 
@@ -359,7 +360,7 @@ def _nonfinite(measurements: dict, name: str) -> int:
     return sum(not math.isfinite(x) for x in numbers)
 
 
-def _by_family(column: tuple[list, list], families: list) -> dict:
+def _by_family(column: tuple[list, list], families: list) -> dict[str, Estimate]:
     kept = [(f, v, c) for f, v, c in zip(families, *column, strict=True) if f is not None and v is not None]
     return {
         family: stats.estimate([v for f, v, _ in kept if f == family], [c for f, _, c in kept if f == family])
@@ -367,12 +368,12 @@ def _by_family(column: tuple[list, list], families: list) -> dict:
     }
 
 
-def _estimate(values: list, clusters: list) -> dict:
+def _estimate(values: list, clusters: list) -> Estimate:
     kept = [(v, c) for v, c in zip(values, clusters, strict=True) if v is not None]
     return stats.estimate([v for v, _ in kept], [c for _, c in kept])
 
 
-def _paired(estimator: Callable, own: tuple[list, list], base: tuple[list, list]) -> dict:
+def _paired(estimator: Callable, own: tuple[list, list], base: tuple[list, list]) -> Estimate:
     """estimator(a, b, clusters) over the rows that both systems have."""
     kept = [(a, b, c) for a, b, c in zip(own[0], base[0], own[1], strict=True) if a is not None and b is not None]
     return estimator(*([row[i] for row in kept] for i in range(3)))

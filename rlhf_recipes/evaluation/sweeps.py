@@ -11,7 +11,6 @@ The last three are made of the first two alone: a sweep that was killed loses no
 
 import csv
 import io
-import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -64,7 +63,7 @@ def read(folder: Path) -> list[dict]:
     files = sorted((folder / ROWS).glob("*.json"), key=lambda path: _natural(path.stem))
     if not files:
         raise Refusal(f"sweeps={folder}: holds no rows of a sweep. Give the folder of one, outputs/dpo/dpo_beta say.")
-    return [json.loads(path.read_text(encoding="utf-8")) | {"folder": str(folder)} for path in files]
+    return [run.read_json(path) | {"folder": str(folder)} for path in files]
 
 
 def rebuild(folders: list[Path], out: Path, node: DictConfig) -> dict:
@@ -98,12 +97,13 @@ def rebuild(folders: list[Path], out: Path, node: DictConfig) -> dict:
     for row in rows if not measured else []:  # reward models, say: what each recipe is about
         row["metrics"][objective] = row.get("main", {}).get("after")
     for row in rows:
-        row["value"] = (row["metrics"][objective] or {"value": None})["value"]
+        e = row["metrics"][objective]
+        row["value"] = e and e.value
 
     def apart(a: dict, b: dict) -> bool:
         if not measured:
             return not stats.overlap(a["metrics"][objective], b["metrics"][objective])
-        low = summary.compare(merged, objective, a["system"], b["system"])["low"]
+        low = summary.compare(merged, objective, a["system"], b["system"]).low
         return low is not None and low > 0
 
     table = {"rows": rows, "objective": objective, "drawn": merged is not None}
@@ -216,7 +216,7 @@ def may_be_best(row: dict) -> bool:
 
 def _best(rows: list[dict], objective: str, node: DictConfig, apart: Callable[[dict, dict], bool]) -> dict:
     def within(row: dict, metric: str, limit: float | None) -> bool:
-        return limit is None or (row["metrics"][metric] is not None and row["metrics"][metric]["value"] <= limit)
+        return limit is None or (row["metrics"][metric] is not None and row["metrics"][metric].value <= limit)
 
     candidates = [row for row in rows if may_be_best(row)]
     allowed = [r for r in candidates if within(r, "kl_k1", node.max_kl)
@@ -246,10 +246,10 @@ def _csv(rows: list[dict]) -> str:
     writer.writerow({field: cell(field) for field in fields})
     for row in rows:
         numbers = {
-            f"{metric}{part}": e[key]
+            f"{metric}{part}": number
             for metric, e in row["metrics"].items()
             if e
-            for part, key in (("", "value"), ("_low", "low"), ("_high", "high"), ("_n", "n"))
+            for part, number in (("", e.value), ("_low", e.low), ("_high", e.high), ("_n", e.n))
         }
         reason = row.get("reason") or row.get("stopped")
         cells = {**dict(_overrides(row)), **row, **numbers, "sweep": row["folder"], "reason": reason}

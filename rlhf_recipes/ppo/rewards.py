@@ -212,8 +212,8 @@ def _load_classifier(path: str, args):
 
 def _scale(adapter: Path) -> tuple[float, float] | None:
     metrics = (run.read_result(run.folder_of(adapter)) or {}).get("metrics") or {}
-    mean, sd = (metrics.get(key, {}).get("value") for key in ("mean_reward", "sd_reward"))
-    return (mean, sd) if mean is not None and sd else None
+    mean, sd = metrics.get("mean_reward"), metrics.get("sd_reward")
+    return (mean.value, sd.value) if mean and sd and sd.value else None
 
 
 def _short(adapter: Path) -> str:

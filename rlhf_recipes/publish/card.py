@@ -18,7 +18,7 @@ from rlhf_recipes.errors import Refusal
 from rlhf_recipes.evaluation.definitions import METRICS
 from rlhf_recipes.publish.contents import PAGE, Source, targets
 from rlhf_recipes.publish.upload import MARK
-from rlhf_recipes.stats import format_estimate
+from rlhf_recipes.stats import Estimate, format_estimate
 from rlhf_recipes.text import code, line, markdown
 from rlhf_recipes.training.card import PAPERS, chain, examined, measured, recipe_of, without_folder
 
@@ -106,16 +106,16 @@ def _eval_results(source: Source) -> list:
             dataset_split=data["test_split"] and line(data["test_split"]),
             metric_type=line(key),
             metric_name=line(key.replace("_", " ")),
-            metric_value=round(after["value"], 6),
+            metric_value=round(after.value, 6),
             metric_args={
-                "n": after["n"],
-                "low": _rounded(after["low"]),
-                "high": _rounded(after["high"]),
-                "before": _rounded(source.result["before"][key]["value"]),
+                "n": after.n,
+                "low": _rounded(after.low),
+                "high": _rounded(after.high),
+                "before": _rounded(source.result["before"][key].value),
             },
         )
         for key, after in source.result["metrics"].items()
-        if after["value"] is not None and not key.startswith("baseline_")
+        if after.value is not None and not key.startswith("baseline_")
     ]
 
 
@@ -217,9 +217,9 @@ def _evaluated(entry: dict | None) -> str:
         return ""
     reasons = " ".join(markdown(reason) for reason in entry["verdict"]["reasons"])
     rows = [
-        f"| {METRICS[key][0]} | {_with_unit(e, METRICS[key][1])} | {markdown(e['n'])} |"
+        f"| {METRICS[key][0]} | {_with_unit(e, METRICS[key][1])} | {markdown(e.n)} |"
         for key, e in entry["metrics"].items()
-        if key in METRICS and e["value"] is not None
+        if key in METRICS and e.value is not None
     ]
     table = ["| metric | value | n |", "| --- | --- | --- |", *rows] if rows else []
     parent, verdict = markdown(entry["parent"]), markdown(entry["verdict"]["verdict"])
@@ -232,7 +232,7 @@ def _evaluated(entry: dict | None) -> str:
     )
 
 
-def _with_unit(estimate: dict, unit: str) -> str:
+def _with_unit(estimate: Estimate, unit: str) -> str:
     shown = format_estimate(estimate, percent=unit == "%", digits=1 if unit == "%" else 2)
     return f"{shown} {unit}".rstrip() if unit != "%" else shown
 
@@ -309,13 +309,13 @@ def _hardware(result: dict) -> str:
 
 def _limits(source: Source, facts: dict[str, Any]) -> list[str]:
     main = source.result["main"]
-    n, low, high = (main["after"][key] for key in ("n", "low", "high"))
+    n, low, high = main["after"].n, main["after"].low, main["after"].high
     few = ", too few to decide much" if n < 100 else ""
     limits = [
         f"Measured on {n} held-out rows of the data that it was trained on{few}. Other topics, languages and lengths "
         "were not looked at."
     ]
-    if low is not None and low <= main["before"]["value"] <= high:
+    if low is not None and low <= main["before"].value <= high:
         name = markdown(main["name"].replace("_", " "))
         limits.append(f"The interval of the {name} includes the value before the training.")
     if source.recipe == "reward":

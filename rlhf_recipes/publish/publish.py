@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from rlhf_recipes import models, run
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.publish import base_model, card, checks, contents, manifest, merge, round_trip, upload
+from rlhf_recipes.stats import Estimate
 
 PLACEHOLDER = "<user>/<name>"
 
@@ -103,7 +104,7 @@ def record(job: run.Run, cfg: DictConfig, published: dict[str, Any]) -> float | 
     """
     found = published["proof"] or {}
     largest = found.get("largest")
-    after = {"value": largest, "low": None, "high": None, "n": found.get("n", 0), "clusters": found.get("n", 0)}
+    after = Estimate(largest, None, None, found.get("n", 0), found.get("n", 0))
     main = {"name": "round_trip_difference", "before": None, "after": after}
     result = run.record(job, main=main, **published)
     run.write_config(job)

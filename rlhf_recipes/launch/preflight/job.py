@@ -280,9 +280,9 @@ def _remarks(report: dict, example: dict, recipe: str) -> list[str]:
         key = "max_prompt_length" if recipe == "ppo" else "trainer.max_length"
         share = over["rows"] / over["of"]
         said.append(f"{share:.0%} of the rows are over {key}={report['max_length']}{over['fate']}: raise it.")
-    if example["ends"] and example["ends"]["value"] < FEW_ENDS:
+    if example["ends"] and example["ends"].value < FEW_ENDS:
         said.append(
-            f"only {example['ends']['value']:.0%} of the replies end with {' or '.join(example['eos'])}: the model "
+            f"only {example['ends'].value:.0%} of the replies end with {' or '.join(example['eos'])}: the model "
             "will not learn to stop. Check the chat template, or raise trainer.max_length."
         )
     if report["near_duplicates"]:
@@ -291,14 +291,14 @@ def _remarks(report: dict, example: dict, recipe: str) -> list[str]:
             "will flatter. Remove them."
         )
     longer = report.get("chosen_longer")
-    if longer and longer["low"] is not None and not longer["low"] <= 0.5 <= longer["high"]:
-        rule = "longer" if longer["value"] > 0.5 else "shorter"
-        share = max(longer["value"], 1 - longer["value"])
+    if longer and longer.low is not None and not longer.low <= 0.5 <= longer.high:
+        rule = "longer" if longer.value > 0.5 else "shorter"
+        share = max(longer.value, 1 - longer.value)
         said.append(f"'the {rule} reply wins' is right for {share:.0%} of the pairs: compare accuracies with that.")
     refused = report.get("both_refuse")
-    if refused and (refused["low"] or 0) > SOME_REFUSALS:
+    if refused and (refused.low or 0) > SOME_REFUSALS:
         said.append(
-            f"both replies of {refused['value']:.0%} of the pairs refuse: such pairs make both less likely "
+            f"both replies of {refused.value:.0%} of the pairs refuse: such pairs make both less likely "
             "(arXiv:2410.08847). Drop them."
         )
     return said

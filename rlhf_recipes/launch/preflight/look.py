@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -99,7 +100,7 @@ def look(jobs: list, folder: Path, settings: DictConfig, elsewhere: bool = False
         print(printed.describe(found[-1], found[:-1]), flush=True)
     report = {"jobs": found, "disk": examination.disk(found, folder), "measured": looked_at.measured}
     folder.mkdir(parents=True, exist_ok=True)
-    run.write_atomically(kept, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    run.write_atomically(kept, json.dumps(report, indent=2, ensure_ascii=False, default=asdict) + "\n")
     print(printed.summary(report), flush=True)
     reasons = [reason for seen in (*found, report["disk"]) for reason in seen["stops"]]
     if reasons and settings.fails == "stop":

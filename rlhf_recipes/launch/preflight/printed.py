@@ -82,7 +82,7 @@ def _rows(rows: dict) -> list[str]:
     said += [f"{what} {format_estimate(rows[key], percent=True)}" for key, what in shares if key in rows]
     if "chosen_longer" in rows:
         correlation = format_estimate(rows["length_correlation"], digits=2, sign=True)
-        said.append(f"correlation of label and length {correlation} (n {rows['chosen_longer']['n']} pairs)")
+        said.append(f"correlation of label and length {correlation} (n {rows['chosen_longer'].n} pairs)")
     return _paragraph("rows", said)
 
 
@@ -96,7 +96,7 @@ def _example(example: dict, recipe: str) -> list[str]:
     if len(text) > SHOWN:
         text = f"{text[: SHOWN // 2]} […] {text[-SHOWN // 2 :]}"
     ends = example["ends"]
-    eos = f", {' or '.join(example['eos'])} ends {format_estimate(ends, percent=True)} of {ends['n']}" if ends else ""
+    eos = f", {' or '.join(example['eos'])} ends {format_estimate(ends, percent=True)} of {ends.n}" if ends else ""
     between = {"reward": "the reply, scored at its last token", "ppo": "what is sampled"}.get(
         recipe, "what is trained"
     )
