@@ -45,11 +45,11 @@ class Estimate:
         names = {field.name for field in fields(cls)}
         return cls(**entry) if names - {"clusters"} <= entry.keys() <= names else entry
 
-    def mapped(self, f: Callable[[float], float]) -> "Estimate":
+    def mapped(self, f: Callable[[float], float | None]) -> "Estimate":
         """Value and interval in another unit.
 
         Args:
-            f: increasing.
+            f: increasing, where there is an interval.
         """
         value, low, high = (None if x is None else f(x) for x in (self.value, self.low, self.high))
         return replace(self, value=value, low=low, high=high)

@@ -7,12 +7,13 @@ import pytest
 
 from rlhf_recipes.audit import verdict
 from rlhf_recipes.audit.section import figure, section, skipped
+from rlhf_recipes.stats import Estimate
 
 GATES = {gate.threshold: gate for gate in verdict.GATES}
 
 
-def e(value, low=None, high=None, n=400, clusters=None) -> dict:
-    return {"value": value, "low": low, "high": high, "n": n, "clusters": n if clusters is None else clusters}
+def e(value, low=None, high=None, n=400, clusters=None) -> Estimate:
+    return Estimate(value, low, high, n, n if clusters is None else clusters)
 
 
 def accuracy(*numbers, baseline=("the shorter answer", 0.58), **more) -> dict:

@@ -7,6 +7,7 @@ Shapes: N pairs.
 """
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -171,14 +172,13 @@ def _ece(codes_N, gaps_N, weights_N) -> float:
     return float(np.abs(np.bincount(codes_N, weights_N * gaps_N)).sum() / weights_N.sum())
 
 
-def _reflected(e: dict) -> dict:
+def _reflected(e: stats.Estimate) -> stats.Estimate:
     """The basic bootstrap interval, 2 value - quantiles: an ECE of resamples is biased upward once more, and the
     percentiles with it, by about as much as the ECE itself (Efron & Tibshirani 1993, section 13.4); at least the value
     itself is in it."""
-    if e["low"] is None:
+    if e.low is None:
         return e
-    low, high = (2 * e["value"] - e[bound] for bound in ("high", "low"))
-    return e | {"low": min(e["value"], max(0.0, low)), "high": max(e["value"], high)}
+    return replace(e, low=min(e.value, max(0.0, 2 * e.value - e.high)), high=max(e.value, 2 * e.value - e.low))
 
 
 def _separated(x, y) -> bool:
@@ -220,14 +220,11 @@ def _slopes(margins, ids, fitted, seed: int) -> list[dict]:
     x = np.where(y == 1, margins, -margins)
     start = np.nan_to_num(logistic(x, y))
 
-    def estimate(which: int) -> dict:
+    def estimate(which: int) -> stats.Estimate:
         return stats.resampled(lambda weights: logistic(x, y, weights, start)[which], len(x), ids, resamples=300)
 
     intercept, slope = estimate(0), estimate(1)
-    numbers = ("value", "low", "high")
-    after = _NONE
-    if fitted is not None:
-        after = slope | {key: None if slope[key] is None else slope[key] * fitted for key in numbers}
+    after = _NONE if fitted is None else slope.mapped(lambda b: b * fitted)
     says = (
         "b of P(first better) = sigmoid(a + b · margin), pairs in random order; under 1: too sure, over 1: not enough."
     )
@@ -240,7 +237,7 @@ def _slopes(margins, ids, fitted, seed: int) -> list[dict]:
     ]
 
 
-def _temperature(validation, ids, fitted) -> dict:
+def _temperature(validation, ids, fitted) -> stats.Estimate:
     if fitted is None:
         return _NONE
 
@@ -255,9 +252,10 @@ def _reliability(margins, t: float, ids, name: str, bins: int) -> dict:
     confidences, correct = symmetrise(margins, t)
     groups = _groups(bins_of(confidences, bins))
     at = [stats.estimate(correct[group], [ids[i] for i in group]) for group in groups]
-    bands = [[e["value"] if e[bound] is None else e[bound] for e in at] for bound in ("low", "high")]
+    low = [e.value if e.low is None else e.low for e in at]
+    high = [e.value if e.high is None else e.high for e in at]
     return section.curve(
-        name, [float(confidences[group].mean()) for group in groups], [e["value"] for e in at], *bands
+        name, [float(confidences[group].mean()) for group in groups], [e.value for e in at], low, high
     )
 
 
@@ -305,7 +303,7 @@ def _by_family(margins, t: float, rows: list[dict], seed: int) -> dict | None:
         over = stats.difference(confidences[at], correct[at], ids)
         lines.append([family, len(at), stats.estimate(correct[at], ids), f"{100 * confidences[at].mean():.1f} %", over,
                       f"{100 * error:.1f} %", f"{100 * chance:.1f} %"])  # fmt: skip
-    lines.sort(key=lambda line: -abs(line[4]["value"]))
+    lines.sort(key=lambda line: -abs(line[4].value))
     columns = ["family", "n", "right", "confidence", "confidence − right", "ECE", "ECE by chance"]
     note = f"At T = {t:.2f}, worst first. Read ECE against ECE by chance: with few pairs both are large."
     return section.table("Calibration by family", columns, lines, note) if lines else None

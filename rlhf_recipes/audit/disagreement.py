@@ -10,6 +10,7 @@ Shapes: N pairs, M members of an ensemble of reward models, C = 3 choices.
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from statistics import fmean, pstdev
 from typing import Any
@@ -124,7 +125,7 @@ def kappa(a_N: Sequence[float], b_N: Sequence[float], weights_N=None) -> float:
     return float((agree - chance) / (1 - chance)) if chance < 1 else math.nan
 
 
-def alpha(opinions: Sequence[Sequence[float]], prompts: Sequence[str], level: str) -> dict:
+def alpha(opinions: Sequence[Sequence[float]], prompts: Sequence[str], level: str) -> stats.Estimate:
     """Krippendorff's alpha = 1 - D_o / D_e as an estimate over prompts; units with one opinion are left out.
 
     Args:
@@ -159,12 +160,12 @@ def alpha(opinions: Sequence[Sequence[float]], prompts: Sequence[str], level: st
         return float(1 - (met_CC.sum() - np.trace(met_CC)) / by_chance) if by_chance > 0 else math.nan
 
     found = stats.resampled(nominal, len(opinions), prompts)
-    if found["value"] is not None:
-        import krippendorff
+    if found.value is None:
+        return found
+    import krippendorff
 
-        both = np.concatenate([counts_NC, counts_NC[:, ::-1]]).astype(int)
-        found["value"] = float(krippendorff.alpha(value_counts=both, level_of_measurement="nominal"))
-    return found
+    both = np.concatenate([counts_NC, counts_NC[:, ::-1]]).astype(int)
+    return replace(found, value=float(krippendorff.alpha(value_counts=both, level_of_measurement="nominal")))
 
 
 def _limits(limits: Mapping | None) -> dict[str, float]:
@@ -256,7 +257,7 @@ def _both(found: list[Case], one: str, other: str) -> tuple[list[str], list[floa
     return [c["prompt_id"] for c in shared], [c["p"][one] for c in shared], [c["p"][other] for c in shared]
 
 
-def _kappa_estimate(prompts: list[str], a: list[float], b: list[float]) -> dict:
+def _kappa_estimate(prompts: list[str], a: list[float], b: list[float]) -> stats.Estimate:
     return stats.resampled(lambda weights_N: kappa(a, b, weights_N), len(a), prompts)
 
 
@@ -273,7 +274,7 @@ def _label_figure(found: list[Case]) -> dict:
     for judge in names:
         if label and judge not in LABELS:
             now = _kappa_estimate(*_both(found, judge, label))
-            if now["value"] is not None and (worst[0] is None or now["value"] < worst[1]["value"]):
+            if now.value is not None and (worst[0] is None or now.value < worst[1].value):
                 worst = (judge, now)
     of = f" Lowest: {worst[0]} against {label}." if worst[0] else ""
     return figure("kappa_label", "Agreement of judges with the label", worst[1], better="higher",
@@ -281,7 +282,7 @@ def _label_figure(found: list[Case]) -> dict:
                   f"the label, each pair in both orders.{of}")  # fmt: skip
 
 
-def _flip_rate(found: list[Case]) -> dict:
+def _flip_rate(found: list[Case]) -> stats.Estimate:
     flips = [(case["prompt_id"], flip) for case in found for flip in case["flips"].values()]
     return stats.estimate([flip for _, flip in flips], [prompt for prompt, _ in flips])
 
@@ -302,7 +303,7 @@ def _reward_model_figures(found: list[Case]) -> list[dict]:
     shows = stats.auroc([abs(c["margin"]) for c in scored], [not _divided(c) for c in scored],
                         [c["prompt_id"] for c in scored]) if all(parts.values()) else stats.estimate([])  # fmt: skip
     right = [(np.sign(c["margin"]) * _choices([fmean(c["p"].values())])[0] + 1) / 2 for c in parts[False]]
-    agreed = None if sure[False]["value"] is None else ("unanimous pairs", sure[False]["value"])
+    agreed = None if sure[False].value is None else ("unanimous pairs", sure[False].value)
     return [
         figure("margin_auroc", "Reward model shows disagreement", shows, better="higher", baseline=("a coin", 0.5),
                says="Chance that |margin| is larger on a unanimous pair than on a divided one (AUROC). 1/2: the "

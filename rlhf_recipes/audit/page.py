@@ -3,11 +3,12 @@
 import math
 import re
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 from rlhf_recipes.audit.verdict import STATES, asked, shown
 from rlhf_recipes.drawing import COLOURS, INK, MARKERS, clip, dot, figure, name_rows, write
-from rlhf_recipes.stats import format_estimate, format_number
+from rlhf_recipes.stats import Estimate, format_estimate, format_number
 
 SYMBOLS = {"pass": "✓", "fail": "✗", "unclear": "?", "not measured": "–"}
 VERDICTS = {"trust": "✓", "caution": "!", "do not trust": "✗"}
@@ -115,7 +116,7 @@ def _percent(share: float) -> float:
 
 def _section(section: dict, states: dict) -> dict:
     found = [states[section["key"], f["key"]] for f in section["figures"] if (section["key"], f["key"]) in states]
-    measured = [f for f in section["figures"] if f["estimate"] and _finite(f["estimate"]["value"])]
+    measured = [f for f in section["figures"] if f["estimate"] and _finite(f["estimate"].value)]
     grids = [_grid(plot) for plot in section["plots"] if plot["kind"] == "grid"]
     return {
         "id": _id(section["key"]),
@@ -144,20 +145,20 @@ def _figure(f: dict, state: str | None) -> dict:
         "better": f"{f['better']} is better" if f["better"] else "",
         "value": value if f["unit"] in ("", "%") else f"{value} {f['unit']}",
         "interval": interval and f"[{interval}",
-        "n": _cell(e["n"]),
-        "clusters": _cell(e["clusters"]) if e["clusters"] != e["n"] else "",
+        "n": _cell(e.n),
+        "clusters": _cell(e.clusters) if e.clusters != e.n else "",
         "baseline": baseline and {"name": baseline["name"], "value": _baseline(baseline["value"], f["unit"])},
         "says": f["says"],
         "mark": _mark(state) if state else None,
     }
 
 
-def _estimate(e: dict, percent: bool) -> str:
+def _estimate(e: Estimate, percent: bool) -> str:
     """As everywhere, with a true minus; numbers that are not finite are not printed."""
-    clean = e | {key: e[key] if _finite(e[key]) else None for key in ("value", "low", "high")}
-    if clean["low"] is None or clean["high"] is None:
-        clean |= {"low": None, "high": None}
-    digits = None if percent or clean["value"] is None else _digits(clean["value"])
+    clean = e.mapped(lambda x: x if _finite(x) else None)
+    if clean.low is None or clean.high is None:
+        clean = replace(clean, low=None, high=None)
+    digits = None if percent or clean.value is None else _digits(clean.value)
     return format_estimate(clean, percent=percent, digits=digits).replace("-", "−")
 
 
@@ -180,7 +181,7 @@ def _finite(x) -> bool:
 
 def _cell(value) -> str:
     """Text of a table cell: an estimate of a share, a number, a text, or a dash for nothing."""
-    if isinstance(value, dict):
+    if isinstance(value, Estimate):
         return _estimate(value, percent=True)
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "–"
@@ -223,10 +224,10 @@ def _table(table: dict) -> dict:
 
 
 def _table_cell(cell) -> dict:
-    value, _, interval = _cell(cell).partition(" [") if isinstance(cell, dict) else (_cell(cell), "", "")
-    number = isinstance(cell, dict | int | float) or cell is None
+    value, _, interval = _cell(cell).partition(" [") if isinstance(cell, Estimate) else (_cell(cell), "", "")
+    number = isinstance(cell, Estimate | int | float) or cell is None
     return {"value": value, "interval": interval and f"[{interval}", "number": number,
-            "n": _cell(cell["n"]) if isinstance(cell, dict) and cell["n"] else ""}  # fmt: skip
+            "n": _cell(cell.n) if isinstance(cell, Estimate) and cell.n else ""}  # fmt: skip
 
 
 def _examples(group: dict) -> dict:
@@ -276,14 +277,14 @@ def _plot(plot: dict, name: str) -> dict | None:
 
 
 def _dots(plot: dict, name: str) -> dict | None:
-    rows = [row for row in plot["rows"] if row["estimate"] and _finite(row["estimate"]["value"])]
+    rows = [row for row in plot["rows"] if row["estimate"] and _finite(row["estimate"].value)]
     caption = plot["caption"]
     if not rows:
         return None
     if len(rows) > DRAWN_ROWS:
         caption += f" (the first {DRAWN_ROWS} of {len(rows)})"
         rows = rows[:DRAWN_ROWS]
-    names = [_folded(f"{clip(row['name'], 48)} ({row['estimate']['n']:,})") for row in rows]
+    names = [_folded(f"{clip(row['name'], 48)} ({row['estimate'].n:,})") for row in rows]
     line = plot["line"] if plot["line"] and _finite(plot["line"][1]) else None
 
     def draw(axes):
@@ -297,7 +298,7 @@ def _dots(plot: dict, name: str) -> dict | None:
         xlabel = clip(plot["xlabel"], 70)
         axes.set_xlabel(xlabel if "%" in xlabel else f"{xlabel}, %", loc="right")
 
-    said = "; ".join(f"{row['name']} {_estimate(row['estimate'], True)}, n {row['estimate']['n']}" for row in rows)
+    said = "; ".join(f"{row['name']} {_estimate(row['estimate'], True)}, n {row['estimate'].n}" for row in rows)
     if line:
         said += f". Dashed line: {line[0]} {_baseline(line[1], '%')}"
     return figure(
@@ -314,9 +315,9 @@ def _folded(text: str) -> str:
     return text if len(text) <= 30 else "\n".join(textwrap.wrap(text, 30, max_lines=2, placeholder="…"))
 
 
-def _drawable(e: dict) -> dict:
-    whole = _finite(e["low"]) and _finite(e["high"])
-    return e if whole else e | {"low": None, "high": None}
+def _drawable(e: Estimate) -> Estimate:
+    whole = _finite(e.low) and _finite(e.high)
+    return e if whole else replace(e, low=None, high=None)
 
 
 def _lines(plot: dict, name: str) -> dict | None:

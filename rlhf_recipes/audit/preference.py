@@ -46,7 +46,7 @@ def audit(rows: list[dict], margins_N, train: list[dict]) -> dict:
     families = dict.fromkeys(row["family"] for row in rows if row["family"])
     by_family = [(family, [i for i, row in enumerate(rows) if row["family"] == family]) for family in families]
     found = [(family, stats.estimate([right[i] for i in own], [ids[i] for i in own])) for family, own in by_family]
-    found.sort(key=lambda each: each[1]["value"])
+    found.sort(key=lambda each: each[1].value)
     plots = [section.dots("Preference accuracy by family, worst first", found, "pairs ranked correctly, %",
                           (rule, baseline))] if found else []  # fmt: skip
     return section.section(
@@ -69,12 +69,12 @@ def _by_margin(margins_N: np.ndarray, right: list[float], ids: list[str]) -> dic
     )  # fmt: skip
 
 
-def _notes(accuracy: dict, found: list[tuple]) -> list[str]:
+def _notes(accuracy: stats.Estimate, found: list[tuple]) -> list[str]:
     notes = []
-    if accuracy["low"] is not None:
-        half = 50 * (accuracy["high"] - accuracy["low"])
-        notes.append(f"{accuracy['n']} pairs tell accuracies apart that differ by about {half:.0f} points or more.")
-    few = [family for family, e in found if e["n"] < 30]
+    if accuracy.low is not None:
+        half = 50 * (accuracy.high - accuracy.low)
+        notes.append(f"{accuracy.n} pairs tell accuracies apart that differ by about {half:.0f} points or more.")
+    few = [family for family, e in found if e.n < 30]
     if few:
         notes.append(f"{len(few)} of {len(found)} families have fewer than 30 pairs: their intervals are wide.")
     return notes

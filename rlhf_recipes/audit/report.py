@@ -1,6 +1,7 @@
 """What an audit leaves: audit.json, report.html, what people shall label, and the words on the terminal."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from rlhf_recipes import run
 from rlhf_recipes.audit import judgements, page, verdict
 from rlhf_recipes.audit.run_audit import Findings, Sources
 from rlhf_recipes.data.load import Splits
-from rlhf_recipes.stats import format_estimate
+from rlhf_recipes.stats import Estimate, format_estimate
 from rlhf_recipes.text import line
 
 WIDTH = 110
@@ -47,7 +48,8 @@ def build(cfg: DictConfig, sources: Sources, pairs: Splits, found: Findings) -> 
 
 def finish(job: run.Run, audit: dict[str, Any], found: Findings) -> None:
     """Write everything, result.json last, and print the verdict, the weakest figures and what to do next."""
-    run.write_atomically(job.dir / "audit.json", json.dumps(audit, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(audit, indent=2, ensure_ascii=False, default=asdict)
+    run.write_atomically(job.dir / "audit.json", text + "\n")
     page.write_page(audit, job.dir / "report.html")
     asked = [json.dumps(row, ensure_ascii=False) + "\n" for row in found.label_next]
     run.write_atomically(job.dir / "label_next.jsonl", "".join(asked))
@@ -55,7 +57,7 @@ def finish(job: run.Run, audit: dict[str, Any], found: Findings) -> None:
         judgements.export(job.dir / "disputed.jsonl", found.disputed)
     figures = {(s["key"], f["key"]): f for s in audit["sections"] for f in s["figures"]}
     accuracy = figures["preference", "accuracy"]
-    rule = {"value": accuracy["baseline"]["value"], "low": None, "high": None, "n": accuracy["estimate"]["n"]}
+    rule = {"value": accuracy["baseline"]["value"], "low": None, "high": None, "n": accuracy["estimate"].n}
     main = {"name": "preference_accuracy", "before": rule, "after": accuracy["estimate"]}
     kept = {"verdict": audit["verdict"], "adapters": audit["adapters"], "counts": audit["data"]}
     run.write_result(job, run.record(job, main=main, audit=kept, page=str(job.dir / "report.html")))
@@ -68,7 +70,8 @@ def describe(job: run.Run, audit: dict[str, Any], disputed: bool) -> str:
     lines = ["", audit["verdict"]["headline"], ""]
     for gate in gates[:WEAKEST]:
         name = ": ".join(filter(None, (gate["title"], gate["name"])))
-        shown = format_estimate(gate, percent=gate["unit"] in ("%", "points"))
+        found = Estimate(gate["value"], gate["low"], gate["high"], gate["n"])
+        shown = format_estimate(found, percent=gate["unit"] in ("%", "points"))
         lines.append(line(f"  {gate['state']:<8} {name}: {shown}")[:WIDTH])
     if len(gates) > WEAKEST:
         lines.append(f"           and {len(gates) - WEAKEST} more that fail or are unclear")

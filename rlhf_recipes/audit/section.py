@@ -1,15 +1,13 @@
-"""What every part of an audit comes to: figures, tables, plots and examples, all plain JSON-able dicts.
+"""What every part of an audit comes to: figures, tables, plots and examples, all plain dicts for JSON.
 
 A part is a module with one function `audit(...)` that takes rows and numbers, loads no model, and returns
 `section(...)`, or `skipped(...)` with what to give it. `page` draws them, `verdict` holds their figures against its
 gates.
 
-An estimate is what `stats` returns: value, low, high (95 %), n (rows) and clusters (prompts); shares are in [0, 1].
+Estimates are those of `stats`, clustered by prompt; shares are in [0, 1].
 """
 
-from typing import Any
-
-Estimate = dict[str, Any]
+from rlhf_recipes.stats import Estimate
 
 
 def section(
@@ -77,7 +75,7 @@ def figure(
 
 
 def table(caption: str, columns: list[str], rows: list[list], note: str = "") -> dict:
-    """Cells are text, numbers, estimates of shares (dicts) or None; the first column names the row."""
+    """Cells are text, numbers, estimates of shares or None; the first column names the row."""
     return {"caption": caption, "columns": columns, "rows": rows, "note": note}
 
 

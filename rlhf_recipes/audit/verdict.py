@@ -7,6 +7,7 @@ side, and is unclear between. A figure without an interval (a count of the data 
 import difflib
 import math
 import re
+from dataclasses import asdict
 
 from rlhf_recipes import stats
 from rlhf_recipes.audit.gates import GATES, THRESHOLDS, Gate
@@ -18,7 +19,6 @@ LEADS = {
     "caution": "Use this reward signal with caution, for ranking answers to prompts like those audited",
     "do not trust": "Do not train or select against this reward signal yet",
 }
-_NUMBERS = ("value", "low", "high")
 SHOWN = 5  # sentences of the paragraph about one state
 
 
@@ -75,13 +75,13 @@ def paragraph(sections: list[dict], gates: list[dict], label_next: list[dict]) -
 
 def _outcome(gate: Gate, sections: list[dict], limits: dict) -> dict:
     limit = limits[gate.threshold]
-    found = dict.fromkeys((*_NUMBERS, "more")) | {"state": "not measured", "n": 0, "clusters": 0, "name": ""}
+    found = dict.fromkeys(("value", "low", "high", "more")) | {"state": "not measured", "n": 0, "clusters": 0}
+    found["name"] = ""
     figure, why = _figure(gate, sections)
     if figure is not None:
         estimate = _finite_bounds(figure["estimate"])
         state, why, more = _state(estimate, limit, gate.side, limits["min_prompts"] or 0)
-        found |= {key: estimate[key] for key in ("value", "low", "high", "n", "clusters")}
-        found |= {"state": state, "more": more, "name": figure["title"].partition(": ")[2]}
+        found |= asdict(estimate) | {"state": state, "more": more, "name": figure["title"].partition(": ")[2]}
     fixed = {key: value for key, value in gate._asdict().items() if key not in ("passes", "fails")}
     outcome = fixed | found | {"limit": limit, "why": why}
     template = {"pass": gate.passes, "fail": gate.fails}.get(found["state"], "")
@@ -100,27 +100,27 @@ def _figure(gate: Gate, sections: list[dict]) -> tuple[dict | None, str]:
     return None, "This part of the audit was not run."
 
 
-def _finite(e: dict | None) -> bool:
-    return e is not None and e["value"] is not None and math.isfinite(e["value"])
+def _finite(e: stats.Estimate | None) -> bool:
+    return e is not None and e.value is not None and math.isfinite(e.value)
 
 
-def _finite_bounds(e: dict) -> dict:
+def _finite_bounds(e: stats.Estimate) -> stats.Estimate:
     """A bound that is not finite is none."""
-    return e | {key: e[key] if e[key] is not None and math.isfinite(e[key]) else None for key in _NUMBERS}
+    return e.mapped(lambda x: x if math.isfinite(x) else None)
 
 
-def _state(e: dict, limit: float, side: str, min_prompts: int) -> tuple[str, str, int | None]:
+def _state(e: stats.Estimate, limit: float, side: str, min_prompts: int) -> tuple[str, str, int | None]:
     """State, in words why it is unclear, and how many more prompts would settle it."""
     sign = 1 if side == "min" else -1
-    low, high = e["low"], e["high"]
+    low, high = e.low, e.high
     if low is None or high is None:
-        if e["clusters"] < 2:
+        if e.clusters < 2:
             return "unclear", "A single prompt gives no interval.", None
-        return ("pass" if sign * (e["value"] - limit) >= 0 else "fail"), "", None
-    if e["clusters"] < min_prompts:
-        why = f"{e['clusters']} prompts are too few to decide on; {min_prompts} are the least."
-        return "unclear", why, min_prompts - e["clusters"]
-    if not low <= e["value"] <= high:
+        return ("pass" if sign * (e.value - limit) >= 0 else "fail"), "", None
+    if e.clusters < min_prompts:
+        why = f"{e.clusters} prompts are too few to decide on; {min_prompts} are the least."
+        return "unclear", why, min_prompts - e.clusters
+    if not low <= e.value <= high:
         return "unclear", "The figure is biased with so few rows: its interval does not hold its own value.", None
     near, far = (low, high) if side == "min" else (high, low)
     if sign * (near - limit) >= 0:
@@ -132,12 +132,12 @@ def _state(e: dict, limit: float, side: str, min_prompts: int) -> tuple[str, str
     return "unclear", f"The interval includes the limit; {settles or 'the value is too close to it to settle'}.", more
 
 
-def _more(e: dict, limit: float) -> int | None:
+def _more(e: stats.Estimate, limit: float) -> int | None:
     """Prompts beyond those at hand that would settle it, to two digits; None: more than 20 times those at hand."""
     number = stats.needed(e, limit)
-    if number is None or number > 20 * e["clusters"]:
+    if number is None or number > 20 * e.clusters:
         return None
-    number = max(1, number - e["clusters"])
+    number = max(1, number - e.clusters)
     step = 10 ** max(0, len(str(number)) - 2)
     return -(-number // step) * step
 

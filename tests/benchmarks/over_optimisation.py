@@ -189,9 +189,9 @@ def together(seeds: list[int], folder: Path, path: Path | None) -> None:
 
 
 def said(cell) -> str:
-    from rlhf_recipes.stats import format_estimate
+    from rlhf_recipes.stats import Estimate, format_estimate
 
-    return format_estimate(cell) if isinstance(cell, dict) else str(cell)
+    return format_estimate(cell) if isinstance(cell, Estimate) else str(cell)
 
 
 def setting(key: str) -> str:
