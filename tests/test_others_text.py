@@ -373,15 +373,15 @@ def hostile_measurements(said):
     from test_evaluation_summary import fake
 
     measured = fake(prompts=12, pairs=24, skill={"base": 0.2, f"{said} 1": 0.8})
-    for row in measured["pairs"] + measured["answers"] + measured["reward_models"]["reward"]:
+    for row in measured.pairs + measured.answers + measured.reward_models["reward"]:
         row["family"] = f"{said} {row['family'][0]}"
-    for row in measured["answers"]:
+    for row in measured.answers:
         row["prompt"] = said
         row["systems"][f"{said} 1"]["text"] = said
-    measured["reward_models"] = {said: measured["reward_models"]["reward"]}
-    measured["settings"] = {said: {said: said}}
-    values = {name: [1.0, 0.0, 1.0] for name in measured["systems"]}
-    measured["tasks"] = {said: {"metric": said, "ids": ["a", "b", "c"], "values": values}}
+    measured.reward_models = {said: measured.reward_models["reward"]}
+    measured.settings = {said: {said: said}}
+    values = {name: [1.0, 0.0, 1.0] for name in measured.systems}
+    measured.tasks = {said: {"metric": said, "ids": ["a", "b", "c"], "values": values}}
     return measured
 
 

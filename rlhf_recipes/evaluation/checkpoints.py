@@ -17,6 +17,7 @@ from rlhf_recipes.config import CONF
 from rlhf_recipes.drawing import COLOURS, INK, MARKERS, figure, legend
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.evaluation import summary
+from rlhf_recipes.evaluation.measurements import Measurements
 from rlhf_recipes.stats import Estimate
 
 
@@ -68,7 +69,7 @@ def config_of(reference: str) -> dict:
     return config
 
 
-def compare(measurements: dict, evaluation: dict, same: bool = False) -> dict[str, Any]:
+def compare(measurements: Measurements, evaluation: dict, same: bool = False) -> dict[str, Any]:
     """What the checkpoints say of each other.
 
     Args:
@@ -149,7 +150,7 @@ def plot(found: dict) -> dict | None:
     return figure(caption, f"{caption}. {said}.", draw, 3.2)
 
 
-def _gain(measurements: dict, systems: dict, metric: str, name: str, parent: str) -> Estimate | None:
+def _gain(measurements: Measurements, systems: dict, metric: str, name: str, parent: str) -> Estimate | None:
     """Paired gain over the parent in standard deviations of the parent's own values."""
     if metric not in systems[name]["metrics"] or not systems[name]["metrics"][metric].n:
         return None
@@ -159,7 +160,7 @@ def _gain(measurements: dict, systems: dict, metric: str, name: str, parent: str
     return summary.compare(measurements, metric, name, parent).mapped(lambda gain: gain / sd)
 
 
-def _says(found: dict, keep: dict, last: dict, measurements: dict) -> list[str]:
+def _says(found: dict, keep: dict, last: dict, measurements: Measurements) -> list[str]:
     equal = f"; not told apart from it: {', '.join(found['equal'])}" if found["equal"] else ""
     kept = f"{found['parent']} itself" if keep["system"] == found["parent"] else keep["system"]
     says = [f"The checkpoint to keep is {kept}, which has the highest mean reward{equal}."]

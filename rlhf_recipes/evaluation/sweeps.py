@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 
 from rlhf_recipes import config, run
 from rlhf_recipes.errors import Refusal
+from rlhf_recipes.evaluation.measurements import Measurements
 from rlhf_recipes.text import cell, line
 from rlhf_recipes.training import doctor
 
@@ -178,7 +179,7 @@ def _next(best: dict, out: Path) -> str:
     return f"python recipes/evaluate.py 'runs=[\"{Path(best['folder']) / best['job']}\"]'"
 
 
-def _measurements(rows: list[dict]) -> dict[str, dict]:
+def _measurements(rows: list[dict]) -> dict[str, Measurements]:
     """Name -> measurements of the jobs that have any; two of one name are called by their sweep too. A row's `system`
     becomes that name, or None."""
     from rlhf_recipes.evaluation import measure
@@ -194,9 +195,9 @@ def _measurements(rows: list[dict]) -> dict[str, dict]:
     return found
 
 
-def read_measurements(folder: Path) -> dict | None:
+def read_measurements(folder: Path) -> Measurements | None:
     path = folder / "measurements.json"
-    return run.read_json(path) if path.is_file() else None
+    return Measurements(**run.read_json(path)) if path.is_file() else None
 
 
 def _objective(asked: str, rows: list[dict]) -> str:
