@@ -330,16 +330,17 @@ def test_preflight():
     from types import SimpleNamespace
 
     from rlhf_recipes.launch.preflight import printed as preflight_report
+    from rlhf_recipes.launch.preflight.report import JobReport
 
     def make(said):
         model = {"id": said, "download_gib": 0}
-        seen = {"name": said, "recipe": "dpo", "settings": {said: said}, "model": model, "memory": None, "step": None}
+        seen = JobReport(said, "dpo", [said], [said], {said: said}, model)
         example = {"text": said.replace("\r\n", " ").replace("\u2028", " "), "ends": ESTIMATE, "eos": [said]}
         tokens = {"p50": 1, "p95": 1, "max": 1, "train": 1}
         rows = {"source": said, "train": 1, "test": 1, "split": said, "tokens": tokens, "max_length": 9,
                 "over_length": {"rows": 0, "of": 1, "fate": said}, "duplicate": 0, "leakage": 0, "near_duplicates": 0,
                 "neutralised": {"rows": 0, "occurrences": 0}}  # fmt: skip
-        seen |= {"example": example, "rows": rows, "watch": [said], "stops": [said]}
+        seen.example, seen.rows = example, rows
         report = {"disk": {"need_gib": 1, "free_gib": 2, "stops": []}, "jobs": [seen]}
         jobs = [SimpleNamespace(name=said, recipe="dpo")]
         return "\n".join(
