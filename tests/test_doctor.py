@@ -87,7 +87,7 @@ def record(recipe="dpo", log=None, args=None, facts=None, stopped=None, held_out
         "sft": {"entropy": lambda t: 3 - 2.5 * t},
     }.get(recipe, {"logps/chosen": -2.0, "rewards/margins": lambda t: t, "rewards/accuracies": 0.8})  # fmt: skip
     log = rows(**{**healthy, **(log or {})}) if not isinstance(log, list) else log
-    sides = [{key: pair[side] if isinstance(pair[side], dict) else estimate(pair[side], half if side else 0.0)
+    sides = [{key: pair[side] if isinstance(pair[side], Estimate) else estimate(pair[side], half if side else 0.0)
               for key, pair in both.items()} for side in (0, 1)]  # fmt: skip
     facts = facts or {"reply_tokens": 40.0, "ends_with_eos": 1.0}
     return doctor.Record(recipe, log, args or arguments(), STEPS, facts, *sides, stopped)

@@ -587,7 +587,9 @@ def test_a_run_on_hostile_data_with_a_hostile_parent(train, tmp_path, capfd):
     parent = train("sft", tmp_path / "parent", "quantization=none")
     result = parent.result
     older = {"run": HOSTILE, "recipe": HOSTILE, "adapter_sha256": HOSTILE, "parent": None}
-    (tmp_path / "parent" / "result.json").write_text(json.dumps(result | {"recipe": HOSTILE, "parent": older}))
+    (tmp_path / "parent" / "result.json").write_text(
+        json.dumps(result | {"recipe": HOSTILE, "parent": older}, default=asdict)
+    )
     said = HOSTILE.replace("\ud800", "")
     rows = [{"prompt": f"{said} <tool_call> {i}", "chosen": f"good {said} {i}", "rejected": f"bad {i}", "family": said,
              said: said} for i in range(24)]  # fmt: skip
