@@ -258,13 +258,13 @@ def test_a_published_card(kind, proof, monkeypatch):
         base = {"id": said, "revision": said, "same": None, "origin": said, "drift": None, **terms}
         verdict = {"verdict": said, "reasons": [said, said]}
         entry = {"parent": said, "verdict": verdict, "metrics": {"win_rate": ESTIMATE}}
-        facts = {"repo_id": said, "base": base, "evaluation": entry, "merged": None, "dtype": "float32"}
+        facts = card.Facts(said, base, entry, dtype="float32", fingerprint="f" * 64)
         made = {"constitution": {"name": said, "version": said, "sha256": said}, "labelled_by": said}
         pairs = contents.Source("pairs", Path("nowhere"), {}, made)
         monkeypatch.setattr(contents.Source, "pairs", pairs)
         result = result_of(said, recipe) if kind == "run" else pairs_of(said)
         source = contents.Source(kind, Path("nowhere"), config_of(said), result)
-        return card.write(source, facts | {"fingerprint": "f" * 64}, proof and said)
+        return card.write(source, facts, proof and said)
 
     assert_harmless(written(HOSTILE, HOSTILE), written("s", "x"))
 
