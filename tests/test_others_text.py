@@ -363,7 +363,7 @@ def test_the_summary_of_an_audit(tmp_path):
     from rlhf_recipes.audit import report
 
     def make(said):
-        gate = {"title": said, "name": said, "unit": "%", "state": "fail", **asdict(ESTIMATE)}
+        gate = SimpleNamespace(title=said, name=said, unit="%", state="fail", **vars(ESTIMATE))
         audit = {"verdict": {"gates": [gate], "headline": said, "counts": {"fail": 1}}, "counts": {"reward models": 1}}
         return report.describe(SimpleNamespace(dir=tmp_path / said[:3], seconds=lambda: 1.0), audit, True)
 

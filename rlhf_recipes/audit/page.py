@@ -6,7 +6,7 @@ import textwrap
 from dataclasses import replace
 from pathlib import Path
 
-from rlhf_recipes.audit.verdict import STATES, asked, shown
+from rlhf_recipes.audit.verdict import STATES, Outcome, asked, shown
 from rlhf_recipes.drawing import COLOURS, INK, MARKERS, clip, dot, figure, name_rows, write
 from rlhf_recipes.stats import Estimate, format_estimate, format_number
 
@@ -63,13 +63,13 @@ def _led(paragraph: str) -> tuple[str, str]:
     return (f"{lead}.", rest) if dot and lead.startswith("What ") and len(lead) < 30 else ("", paragraph)
 
 
-def _states(gates: list[dict]) -> dict:
+def _states(gates: list[Outcome]) -> dict:
     """(section, figure) -> the worst state of its gates."""
     worst = {}
     for gate in gates:
-        key = gate["section"], gate["figure"]
-        if gate["state"] != "not measured":
-            worst[key] = min(worst.get(key, gate["state"]), gate["state"], key=STATES.index)
+        key = gate.section, gate.figure
+        if gate.state != "not measured":
+            worst[key] = min(worst.get(key, gate.state), gate.state, key=STATES.index)
     return worst
 
 
@@ -77,36 +77,35 @@ def _mark(state: str) -> dict:
     return {"state": state, "symbol": SYMBOLS[state], "class": CLASSES[state]}
 
 
-def _gate(gate: dict, sections: list[dict]) -> dict:
+def _gate(gate: Outcome, sections: list[dict]) -> dict:
     value, _, interval = shown(gate).partition(" [")
-    action = gate["todo"] if gate["state"] == "fail" else gate["why"]
+    action = gate.todo if gate.state == "fail" else gate.why
     return {
-        "title": gate["title"],
+        "title": gate.title,
         "value": value,
         "interval": interval and f"[{interval.replace(' to ', ', ')}",
-        "n": gate["n"],
+        "n": gate.n,
         "asked": asked(gate),
-        "source": gate["source"],
-        "mark": _mark(gate["state"]),
+        "source": gate.source,
+        "mark": _mark(gate.state),
         "action": action,
         "strip": _strip(gate),
-        "link": _id(gate["section"]) if any(s["key"] == gate["section"] for s in sections) else None,
+        "link": _id(gate.section) if any(s["key"] == gate.section for s in sections) else None,
     }
 
 
-def _strip(gate: dict) -> dict | None:
+def _strip(gate: Outcome) -> dict | None:
     """Where the value, its interval and the limit lie, in % of a strip's width."""
-    numbers = [gate[key] for key in ("value", "low", "high", "limit") if gate[key] is not None]
-    if gate["value"] is None:
+    numbers = {key: getattr(gate, key) for key in ("value", "low", "high", "limit")}
+    numbers = {key: number for key, number in numbers.items() if number is not None}
+    if gate.value is None:
         return None
-    low, high = min(numbers), max(numbers)
+    low, high = min(numbers.values()), max(numbers.values())
     reach = high - low or abs(high) or 1.0
-    at = {
-        key: _percent((gate[key] - low) / reach) for key in ("value", "low", "high", "limit") if gate[key] is not None
-    }
+    at = {key: _percent((number - low) / reach) for key, number in numbers.items()}
     at.setdefault("low", at["value"])
     at.setdefault("high", at["value"])
-    right = gate["side"] == "min"
+    right = gate.side == "min"
     return at | {"good_from": at["limit"] if right else 0, "good_to": 100 if right else at["limit"]}
 
 

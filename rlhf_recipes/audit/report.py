@@ -66,13 +66,13 @@ def finish(job: run.Run, audit: dict[str, Any], found: Findings) -> None:
 
 def describe(job: run.Run, audit: dict[str, Any], disputed: bool) -> str:
     """The gates that do not pass, the paragraph's verdict, and where everything lies."""
-    gates = [gate for gate in audit["verdict"]["gates"] if gate["state"] in ("fail", "unclear")]
+    gates = [gate for gate in audit["verdict"]["gates"] if gate.state in ("fail", "unclear")]
     lines = ["", audit["verdict"]["headline"], ""]
     for gate in gates[:WEAKEST]:
-        name = ": ".join(filter(None, (gate["title"], gate["name"])))
-        found = Estimate(gate["value"], gate["low"], gate["high"], gate["n"])
-        shown = format_estimate(found, percent=gate["unit"] in ("%", "points"))
-        lines.append(line(f"  {gate['state']:<8} {name}: {shown}")[:WIDTH])
+        name = ": ".join(filter(None, (gate.title, gate.name)))
+        found = Estimate(gate.value, gate.low, gate.high, gate.n)
+        shown = format_estimate(found, percent=gate.unit in ("%", "points"))
+        lines.append(line(f"  {gate.state:<8} {name}: {shown}")[:WIDTH])
     if len(gates) > WEAKEST:
         lines.append(f"           and {len(gates) - WEAKEST} more that fail or are unclear")
     counts = ", ".join(f"{count} {state}" for state, count in audit["verdict"]["counts"].items() if count)
