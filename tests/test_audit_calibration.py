@@ -23,7 +23,7 @@ def pairs(n, families=("a", "b")):
 
 
 def figures(section):
-    return {figure["key"]: figure["estimate"] for figure in section["figures"]}
+    return {figure.key: figure.estimate for figure in section["figures"]}
 
 
 def test_ece_by_hand_on_four_bins():

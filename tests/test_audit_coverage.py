@@ -37,7 +37,7 @@ def words(n):
 
 
 def figures(section):
-    return {figure["key"]: figure["estimate"] for figure in section["figures"]}
+    return {figure.key: figure.estimate for figure in section["figures"]}
 
 
 def tables(section):

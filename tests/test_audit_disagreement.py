@@ -29,7 +29,7 @@ def rows_of(prompts):
 
 
 def figures(*args, **kwargs):
-    return {each["key"]: each["estimate"] for each in disagreement.audit(*args, **kwargs)["figures"]}
+    return {each.key: each.estimate for each in disagreement.audit(*args, **kwargs)["figures"]}
 
 
 def table(section, caption):
@@ -171,7 +171,7 @@ def test_planted_disagreement_is_found_and_ranked():
     planted = [said(p, "planted", judge, family="hot") for judge, p in (("j", 0.95), ("k", 0.05), ("human", 0.0))]
     lesser = [said(p, "lesser", judge, family="hot") for judge, p in (("j", 0.6), ("k", 0.4))]
     section = disagreement.audit([*many, *lesser, *planted])
-    found = {each["key"]: each["estimate"].value for each in section["figures"]}
+    found = {each.key: each.estimate.value for each in section["figures"]}
     assert found["disputed"] == pytest.approx(2 / 42)
     kept = disagreement.disputed([*many, *lesser, *planted])
     assert [(case["prompt_id"], case["why"]) for case in kept] == [
@@ -223,13 +223,13 @@ def test_a_reward_model_that_shows_disagreement_and_one_that_hides_it():
     hides = rng.permutation(np.concatenate([np.linspace(1, 2, 60)] * 2))
     hides[60:] = rng.permutation(hides[:60])  # the same margins on both halves
     section = disagreement.audit(opinions, rows, hides[None], none)
-    found = {each["key"]: each for each in section["figures"]}
-    assert found["margin_auroc"]["estimate"].value == pytest.approx(0.5)
+    found = {each.key: each for each in section["figures"]}
+    assert found["margin_auroc"].estimate.value == pytest.approx(0.5)
     same = found["divided_confidence"]
-    assert same["estimate"].value == pytest.approx(same["baseline"]["value"])
+    assert same.estimate.value == pytest.approx(same.baseline.value)
     assert [each["name"] for each in section["plots"][0]["series"]] == ["unanimous", "divided"]
     assert any("cannot be told from a coin" in note for note in section["notes"])
-    assert found["unanimous_accuracy"]["estimate"].value == 1.0
+    assert found["unanimous_accuracy"].estimate.value == 1.0
 
 
 def test_alpha_over_judges_and_over_principles_are_apart():
@@ -255,7 +255,7 @@ def test_one_pair_and_all_alike():
     assert section["examples"] == []
     ties = disagreement.audit([said(0.5), said(0.5, judge="human")])
     json.dumps(ties, allow_nan=False, default=asdict)
-    assert {each["key"]: each["estimate"].value for each in ties["figures"]}["alpha"] is None
+    assert {each.key: each.estimate.value for each in ties["figures"]}["alpha"] is None
 
 
 def test_the_same_again_to_the_last_bit():

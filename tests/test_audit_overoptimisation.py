@@ -101,7 +101,7 @@ def goodhart(prompts=60, samples=256, seed=0, strength=1.0):
 
 
 def figures(section):
-    return {figure["key"]: figure["estimate"] for figure in section["figures"]}
+    return {figure.key: figure.estimate for figure in section["figures"]}
 
 
 def test_a_perfect_proxy_never_over_optimises():

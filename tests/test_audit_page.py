@@ -212,10 +212,10 @@ def test_every_figure_is_there_with_value_interval_n_and_baseline(report):
         words = plain(section_html[: section_html.index("</section>")])
         assert plain(part["question"]) in words
         for f in part["figures"]:
-            assert f["title"] in words
-            if f["estimate"].value is not None:
-                assert page._estimate(f["estimate"], f["unit"] == "%").partition(" [")[0] in words
-            assert f"{f['estimate'].n:,}" in words
+            assert f.title in words
+            if f.estimate.value is not None:
+                assert page._estimate(f.estimate, f.unit == "%").partition(" [")[0] in words
+            assert f"{f.estimate.n:,}" in words
     words = plain(report)
     assert "Brier score lower is better 0.193 [0.182, 0.204] 400 0.250 a coin" in words
     assert "One reward model has no spread." in words

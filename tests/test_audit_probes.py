@@ -40,7 +40,7 @@ def audited(reward, rows=ROWS, **options) -> dict:
 
 
 def figures(section: dict) -> dict:
-    return {figure["key"]: figure["estimate"].value for figure in section["figures"]}
+    return {figure.key: figure.estimate.value for figure in section["figures"]}
 
 
 def cells(section: dict) -> dict[str, dict]:
@@ -126,7 +126,7 @@ def test_a_lover_of_flattery_is_found_and_nothing_else():
 
     section = audited(flattered)
     table = cells(section)
-    assert section["figures"][0]["title"] == "Most successful hack: the wrong answer after a compliment"
+    assert section["figures"][0].title == "Most successful hack: the wrong answer after a compliment"
     assert {name: line["the edit wins"].value for name, line in table.items()} == {
         name: 1.0 if name == "flattery" else 0.5 for name in probes.PROBES
     }
@@ -136,9 +136,7 @@ def test_a_lover_of_flattery_is_found_and_nothing_else():
 
 def test_a_lover_of_what_stands_first_is_found():
     section = audited(lambda prompt, answer: float(answer.startswith("##")))
-    assert (
-        section["figures"][0]["title"] == "Most successful hack: the wrong answer as a bulleted list under a heading"
-    )
+    assert section["figures"][0].title == "Most successful hack: the wrong answer as a bulleted list under a heading"
 
 
 def test_an_honest_reward_passes():
@@ -180,7 +178,7 @@ def test_length_figures_by_hand():
     assert found["length_matched_accuracy"] == 0.5  # the first (right) and the last (wrong)
     assert found["length_matched_gap"] == 0.0
     assert "worst_probe" not in found and section["tables"] == []
-    baselines = {figure["key"]: figure["baseline"]["value"] for figure in section["figures"]}
+    baselines = {figure.key: figure.baseline.value for figure in section["figures"]}
     assert baselines["length_r2_difference"] == pytest.approx(1 / 3)
 
 

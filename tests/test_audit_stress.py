@@ -9,6 +9,7 @@ import pytest
 
 from rlhf_recipes import stats
 from rlhf_recipes.audit import stress
+from rlhf_recipes.audit.section import Baseline
 from rlhf_recipes.data import formats
 
 FAMILIES = [*stress.TEMPLATES, *stress.REWRITES]
@@ -39,7 +40,7 @@ def score(made: list[dict], reward) -> tuple[np.ndarray, np.ndarray]:
 
 
 def figures(section: dict) -> dict:
-    return {figure["key"]: figure["estimate"].value for figure in section["figures"]}
+    return {figure.key: figure.estimate.value for figure in section["figures"]}
 
 
 def audited(reward, rows=ROWS, **options) -> dict:
@@ -111,8 +112,8 @@ def test_a_reward_turned_by_one_family_is_found():
 
     section = audited(turned)
     worst = section["figures"][0]
-    assert worst["title"] == "Accuracy on the worst family: emotional pressure"
-    assert worst["estimate"].value == pytest.approx(9 / 12)  # urgency has 3 of the 12 turns
+    assert worst.title == "Accuracy on the worst family: emotional pressure"
+    assert worst.estimate.value == pytest.approx(9 / 12)  # urgency has 3 of the 12 turns
     found = figures(section)
     edits = len(FAMILIES) * 12
     assert found["accuracy_drop"] == pytest.approx(3 / edits)
@@ -154,9 +155,9 @@ def test_the_mean_over_members_orders_and_their_spread_is_the_uncertainty():
 def test_shorter_wins_stands_beside_the_worst_family():
     rows = [each | {"rejected": [{"role": "assistant", "content": "a much longer wrong answer"}]} for each in ROWS]
     worst = audited(lambda prompt, answer: float(answer.startswith("chosen")), rows)["figures"][0]
-    assert worst["baseline"] == {"name": "the shorter answer wins", "value": 1.0}
+    assert worst.baseline == Baseline("the shorter answer wins", 1.0)
     even = audited(lambda prompt, answer: float(answer.startswith("rejected")))["figures"][0]
-    assert even["baseline"]["value"] == 1.0  # "chosen 1" is shorter than "rejected 1"
+    assert even.baseline.value == 1.0  # "chosen 1" is shorter than "rejected 1"
 
 
 def own_file(tmp_path, *rows):

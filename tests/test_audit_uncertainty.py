@@ -31,7 +31,7 @@ def ensemble(members=4, n=400, seed=0):
 
 
 def figures(section):
-    return {figure["key"]: figure["estimate"] for figure in section["figures"]}
+    return {figure.key: figure.estimate for figure in section["figures"]}
 
 
 @pytest.mark.parametrize(("rewards", "uwo"), [((1.0, 1.2, 2.6), 1.347), ((1, 1.1, 1.2), 1.097)])

@@ -189,7 +189,7 @@ def _separated(x, y) -> bool:
     return ones.min() >= zeros.max() or ones.max() <= zeros.min()
 
 
-def _errors(margins, t, ids, suffix: str, when: str, bins: int, seed: int, chances: dict) -> list[dict]:
+def _errors(margins, t, ids, suffix: str, when: str, bins: int, seed: int, chances: dict) -> list[section.Figure]:
     """ECE, Brier and NLL at temperature t; without a value where there is no t."""
     found = {"ece": _NONE, "brier": _NONE, "nll": _NONE}
     if t is not None:
@@ -214,7 +214,7 @@ def _errors(margins, t, ids, suffix: str, when: str, bins: int, seed: int, chanc
     ]
 
 
-def _slopes(margins, ids, fitted, seed: int) -> list[dict]:
+def _slopes(margins, ids, fitted, seed: int) -> list[section.Figure]:
     """Slope and intercept; dividing margins by T multiplies the slope by T and leaves the intercept."""
     y = np.random.default_rng(seed).integers(0, 2, len(margins))
     x = np.where(y == 1, margins, -margins)

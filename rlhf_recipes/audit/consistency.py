@@ -28,7 +28,7 @@ from rlhf_recipes.audit.cycles import (
     triangles,
 )
 from rlhf_recipes.audit.judgements import Judgement, by_pair
-from rlhf_recipes.audit.section import dots, example, examples, figure, section, skipped, table
+from rlhf_recipes.audit.section import Figure, dots, example, examples, figure, section, skipped, table
 
 TITLE = "Consistency"
 QUESTION = "Could any single score for each answer explain these preferences, or do they run in circles?"
@@ -71,7 +71,7 @@ def audit(judgements: Sequence[Judgement], seed: int = 0) -> dict:
     shown = [*_by_answers(graph, found, chance, testable_P), *([_context_table(contexts)] if contexts else [])]
     plots = []
     if testable_P.any():
-        line = ("labels by a coin", figures[0]["baseline"]["value"])
+        line = ("labels by a coin", figures[0].baseline.value)
         rows = [(f"{row[0]} answers", row[2]) for row in shown[0]["rows"]]
         rows += [(name, each) for name, _, each, *_ in contexts if each.value is not None]
         plots.append(dots("Prompts that one reward can explain", rows, "share of prompts without a cycle", line))
@@ -89,7 +89,7 @@ def _zeta(graph: Graph, found: dict, testable_P: np.ndarray) -> tuple[np.ndarray
     return whole, 1 - 24 * d / np.where(n % 2, n**3 - n, n**3 - 4 * n)
 
 
-def _cycle_figures(graph: Graph, found: dict, chance: list[dict], testable_P: np.ndarray) -> list[dict]:
+def _cycle_figures(graph: Graph, found: dict, chance: list[dict], testable_P: np.ndarray) -> list[Figure]:
     names = np.array(graph.prompts, dtype=object)
     tested = np.flatnonzero(testable_P)
 
@@ -154,7 +154,7 @@ def _cycle_figures(graph: Graph, found: dict, chance: list[dict], testable_P: np
     ]  # fmt: skip
 
 
-def _fit_figures(graph: Graph, coins: list[Graph], corners_T3, rings_P) -> list[dict]:
+def _fit_figures(graph: Graph, coins: list[Graph], corners_T3, rings_P) -> list[Figure]:
     tested = np.flatnonzero(rings_P > 0)
     names = np.array(graph.prompts, dtype=object)[tested]
     split = hodge(graph, corners_T3)
@@ -195,7 +195,7 @@ def _fit_figures(graph: Graph, coins: list[Graph], corners_T3, rings_P) -> list[
     ]  # fmt: skip
 
 
-def _contradictory_figure(judgements: Sequence[Judgement]) -> dict:
+def _contradictory_figure(judgements: Sequence[Judgement]) -> Figure:
     prompts, both, repeated = contradictory(judgements)
     return figure(
         "contradictory_duplicates", "Pairs labelled both ways",

@@ -203,7 +203,7 @@ def _shares(answers: list[dict]) -> list[tuple[dict, float]]:
     ]
 
 
-def _sentence_figures(answers: list[dict], shares: list[tuple[dict, float]]) -> list[dict]:
+def _sentence_figures(answers: list[dict], shares: list[tuple[dict, float]]) -> list[section.Figure]:
     ids = [a["prompt_id"] for a in answers]
     top = [float(np.abs(a["credit"]).max() / np.abs(a["credit"]).sum()) for a in answers]
     (first, even), _, (last, _) = shares
@@ -299,7 +299,7 @@ def read_run(folder: str | Path) -> dict:
     }
 
 
-def _ppo_figures(ppo: dict) -> list[dict]:
+def _ppo_figures(ppo: dict) -> list[section.Figure]:
     """Of the second half of the rollouts, when the value function has seen something."""
     explained = ppo["explained_variance"][len(ppo["explained_variance"]) // 2 :]
     figures = [

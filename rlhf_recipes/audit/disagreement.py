@@ -19,7 +19,7 @@ import numpy as np
 
 from rlhf_recipes import stats
 from rlhf_recipes.audit.judgements import LABELS, Judgement, Pair, by_judge, by_pair
-from rlhf_recipes.audit.section import curve, dots, example, examples, figure, lines, section, skipped, table
+from rlhf_recipes.audit.section import Figure, curve, dots, example, examples, figure, lines, section, skipped, table
 from rlhf_recipes.errors import Refusal, nearest
 
 TITLE = "Disagreement"
@@ -234,7 +234,7 @@ def _sigmoid(x):
     return 0.5 * (1 + np.tanh(np.asarray(x) / 2))
 
 
-def _alphas(found: list[Case]) -> list[dict]:
+def _alphas(found: list[Case]) -> list[Figure]:
     """Over judges and, apart, over the principles of each judge."""
     by_judges = [(case["prompt_id"], list(case["p"].values())) for case in found]
     by_principles = [
@@ -267,7 +267,7 @@ def _judges(found: list[Case]) -> list[str]:
     return sorted(counts, key=lambda judge: (judge in LABELS, -counts[judge], judge))
 
 
-def _label_figure(found: list[Case]) -> dict:
+def _label_figure(found: list[Case]) -> Figure:
     names = _judges(found)
     label = next((name for name in LABELS if name in names), None)
     worst = (None, stats.estimate([]))
@@ -292,7 +292,7 @@ def _scored(found: list[Case]) -> list[Case]:
     return [case for case in found if case["margin"] is not None and case["opinions"] > 1]
 
 
-def _reward_model_figures(found: list[Case]) -> list[dict]:
+def _reward_model_figures(found: list[Case]) -> list[Figure]:
     scored = _scored(found)
     parts = {True: [c for c in scored if _divided(c)], False: [c for c in scored if not _divided(c)]}
     sure = {

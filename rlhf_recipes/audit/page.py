@@ -6,6 +6,7 @@ import textwrap
 from dataclasses import replace
 from pathlib import Path
 
+from rlhf_recipes.audit.section import Figure
 from rlhf_recipes.audit.verdict import STATES, Outcome, asked, shown
 from rlhf_recipes.drawing import COLOURS, INK, MARKERS, clip, dot, figure, name_rows, write
 from rlhf_recipes.stats import Estimate, format_estimate, format_number
@@ -114,8 +115,8 @@ def _percent(share: float) -> float:
 
 
 def _section(section: dict, states: dict) -> dict:
-    found = [states[section["key"], f["key"]] for f in section["figures"] if (section["key"], f["key"]) in states]
-    measured = [f for f in section["figures"] if f["estimate"] and _finite(f["estimate"].value)]
+    found = [states[section["key"], f.key] for f in section["figures"] if (section["key"], f.key) in states]
+    measured = [f for f in section["figures"] if f.estimate and _finite(f.estimate.value)]
     grids = [_grid(plot) for plot in section["plots"] if plot["kind"] == "grid"]
     return {
         "id": _id(section["key"]),
@@ -123,8 +124,8 @@ def _section(section: dict, states: dict) -> dict:
         "question": section["question"],
         "skipped": section.get("skipped", ""),
         "mark": _mark(min(found, key=STATES.index)) if found else None,
-        "figures": [_figure(f, states.get((section["key"], f["key"]))) for f in measured],
-        "unmeasured": [f["title"] for f in section["figures"] if f not in measured],
+        "figures": [_figure(f, states.get((section["key"], f.key))) for f in measured],
+        "unmeasured": [f.title for f in section["figures"] if f not in measured],
         "plots": [
             drawn for i, plot in enumerate(section["plots"]) if (drawn := _plot(plot, f"{_id(section['key'])}-{i}"))
         ],
@@ -135,19 +136,19 @@ def _section(section: dict, states: dict) -> dict:
     }
 
 
-def _figure(f: dict, state: str | None) -> dict:
-    e = f["estimate"]
-    value, _, interval = _estimate(e, f["unit"] == "%").partition(" [")
-    baseline = f["baseline"]
+def _figure(f: Figure, state: str | None) -> dict:
+    e = f.estimate
+    value, _, interval = _estimate(e, f.unit == "%").partition(" [")
+    baseline = f.baseline
     return {
-        "title": f["title"],
-        "better": f"{f['better']} is better" if f["better"] else "",
-        "value": value if f["unit"] in ("", "%") else f"{value} {f['unit']}",
+        "title": f.title,
+        "better": f"{f.better} is better" if f.better else "",
+        "value": value if f.unit in ("", "%") else f"{value} {f.unit}",
         "interval": interval and f"[{interval}",
         "n": _cell(e.n),
         "clusters": _cell(e.clusters) if e.clusters != e.n else "",
-        "baseline": baseline and {"name": baseline["name"], "value": _baseline(baseline["value"], f["unit"])},
-        "says": f["says"],
+        "baseline": baseline and {"name": baseline.name, "value": _baseline(baseline.value, f.unit)},
+        "says": f.says,
         "mark": _mark(state) if state else None,
     }
 

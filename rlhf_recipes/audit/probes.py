@@ -239,7 +239,7 @@ def correlation(x, y, weights) -> float:
     return float((weights * x * y).sum() / math.sqrt(xx * yy))
 
 
-def _length_figures(rows: list[dict], rewards: dict) -> tuple[list[dict], list[str]]:
+def _length_figures(rows: list[dict], rewards: dict) -> tuple[list[section.Figure], list[str]]:
     """Figures on length (characters), and a sentence on the direction."""
     ids = [row["prompt_id"] for row in rows]
     sizes = {side: np.array([len(row[side][-1]["content"]) for row in rows], float) for side in rewards}

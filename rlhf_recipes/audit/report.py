@@ -55,10 +55,10 @@ def finish(job: run.Run, audit: dict[str, Any], found: Findings) -> None:
     run.write_atomically(job.dir / "label_next.jsonl", "".join(asked))
     if found.disputed:
         judgements.export(job.dir / "disputed.jsonl", found.disputed)
-    figures = {(s["key"], f["key"]): f for s in audit["sections"] for f in s["figures"]}
+    figures = {(s["key"], f.key): f for s in audit["sections"] for f in s["figures"]}
     accuracy = figures["preference", "accuracy"]
-    rule = {"value": accuracy["baseline"]["value"], "low": None, "high": None, "n": accuracy["estimate"].n}
-    main = {"name": "preference_accuracy", "before": rule, "after": accuracy["estimate"]}
+    rule = {"value": accuracy.baseline.value, "low": None, "high": None, "n": accuracy.estimate.n}
+    main = {"name": "preference_accuracy", "before": rule, "after": accuracy.estimate}
     kept = {"verdict": audit["verdict"], "adapters": audit["adapters"], "counts": audit["data"]}
     run.write_result(job, run.record(job, main=main, audit=kept, page=str(job.dir / "report.html")))
     print(describe(job, audit, bool(found.disputed)), flush=True)

@@ -7,7 +7,30 @@ gates.
 Estimates are those of `stats`, clustered by prompt; shares are in [0, 1].
 """
 
+from dataclasses import dataclass
+
 from rlhf_recipes.stats import Estimate
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What a trivial rule reaches, `value` in the unit of the estimate that it stands beside."""
+
+    name: str
+    value: float
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number; see `figure`."""
+
+    key: str
+    title: str
+    estimate: Estimate
+    unit: str
+    better: str | None
+    baseline: Baseline | None
+    says: str
 
 
 def section(
@@ -15,7 +38,7 @@ def section(
     title: str,
     question: str,
     *,
-    figures: list[dict],
+    figures: list[Figure],
     tables: list[dict] | None = None,
     plots: list[dict] | None = None,
     examples: list[dict] | None = None,
@@ -54,7 +77,7 @@ def figure(
     better: str | None = None,
     baseline: tuple[str, float] | None = None,
     says: str = "",
-) -> dict:
+) -> Figure:
     """One number.
 
     Args:
@@ -63,15 +86,7 @@ def figure(
         baseline: what a trivial rule reaches, (its name, value in the unit of the estimate).
         says: its definition, with the formula and its source.
     """
-    return {
-        "key": key,
-        "title": title,
-        "estimate": estimate,
-        "unit": unit,
-        "better": better,
-        "baseline": baseline and {"name": baseline[0], "value": baseline[1]},
-        "says": says,
-    }
+    return Figure(key, title, estimate, unit, better, baseline and Baseline(*baseline), says)
 
 
 def table(caption: str, columns: list[str], rows: list[list], note: str = "") -> dict:

@@ -146,7 +146,7 @@ def _margins(chosen_MN, rejected_MN, how: str, lam: float = LAMBDA) -> np.ndarra
     return combine(chosen_MN, how, lam) - combine(rejected_MN, how, lam)
 
 
-def _accuracies(chosen_MN, rejected_MN, ids) -> list[dict]:
+def _accuracies(chosen_MN, rejected_MN, ids) -> list[section.Figure]:
     first_N, several = _right(chosen_MN[0] - rejected_MN[0]), len(chosen_MN) > 1
     ways = {
         "mean": ("mean", "Mean of the members."),
@@ -171,7 +171,7 @@ def _member(chosen_MN, rejected_MN) -> float:
     return float(_right(chosen_MN - rejected_MN).mean())
 
 
-def _detection(ways: dict, wrong_N, ids) -> list[dict]:
+def _detection(ways: dict, wrong_N, ids) -> list[section.Figure]:
     """AUROC of every uncertainty for the errors of the ensemble's mean."""
     areas, figures = {key: stats.area(u_N, wrong_N) for key, (_, u_N) in ways.items()}, []
     texts = {
@@ -194,7 +194,7 @@ def _detection(ways: dict, wrong_N, ids) -> list[dict]:
     return figures
 
 
-def _spread(ways: dict, mean_N, wrong_N, ids) -> list[dict]:
+def _spread(ways: dict, mean_N, wrong_N, ids) -> list[section.Figure]:
     """What the spread of the members (of one member: its margin) is good for."""
     size, figures = len(wrong_N), []
     for key, suffix in (("std", ""), ("margin", "_margin")):
@@ -236,7 +236,7 @@ def _correlation(a, b, weights) -> float:
     return float(weights @ (a * b)) / scale if scale > 0 else math.nan
 
 
-def _diversity(margins_MN, clusters: int) -> list[dict]:
+def _diversity(margins_MN, clusters: int) -> list[section.Figure]:
     """How different the members are; plain numbers over pairs of members."""
     from scipy.stats import kendalltau
 
@@ -260,7 +260,7 @@ def _diversity(margins_MN, clusters: int) -> list[dict]:
     ]  # fmt: skip
 
 
-def _abstaining(mean_N, ids, seed: int) -> tuple[list[dict], str]:
+def _abstaining(mean_N, ids, seed: int) -> tuple[list[section.Figure], str]:
     """The abstain margin from one half of the prompts, tried on the other."""
     names = sorted(set(ids))
     half = set(np.random.default_rng(seed).permutation(names)[: len(names) // 2].tolist())

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from rlhf_recipes import stats
 from rlhf_recipes.audit.gates import GATES, THRESHOLDS, Gate
+from rlhf_recipes.audit.section import Figure
 from rlhf_recipes.errors import Refusal
 
 STATES = ("fail", "unclear", "not measured", "pass")  # worst first
@@ -114,22 +115,22 @@ def _outcome(gate: Gate, sections: list[dict], limits: dict) -> Outcome:
     outcome = Outcome(**fixed | {"limit": limits[gate.threshold]})
     figure, outcome.why = _figure(gate, sections)
     if figure is not None:
-        found = _finite_bounds(figure["estimate"])
+        found = _finite_bounds(figure.estimate)
         outcome.value, outcome.low, outcome.high = found.value, found.low, found.high
         outcome.n, outcome.clusters = found.n, found.clusters
         outcome.state, outcome.why, outcome.more = _state(found, outcome.limit, gate.side, limits["min_prompts"] or 0)
-        outcome.name = figure["title"].partition(": ")[2]
+        outcome.name = figure.title.partition(": ")[2]
     outcome.says = _sentence({"pass": gate.passes, "fail": gate.fails}.get(outcome.state, ""), outcome)
     return outcome
 
 
-def _figure(gate: Gate, sections: list[dict]) -> tuple[dict | None, str]:
+def _figure(gate: Gate, sections: list[dict]) -> tuple[Figure | None, str]:
     for part in sections:
         if part["key"] == gate.section:
             if part.get("skipped"):
                 return None, part["skipped"]
             for figure in part["figures"]:
-                if figure["key"] == gate.figure and _finite(figure["estimate"]):
+                if figure.key == gate.figure and _finite(figure.estimate):
                     return figure, ""
             return None, gate.needs
     return None, "This part of the audit was not run."
