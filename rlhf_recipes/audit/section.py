@@ -1,4 +1,4 @@
-"""What every part of an audit comes to: figures, tables, plots and examples, all plain dicts for JSON.
+"""What every part of an audit comes to: figures, and tables, plots and examples as plain dicts.
 
 A part is a module with one function `audit(...)` that takes rows and numbers, loads no model, and returns
 `section(...)`, or `skipped(...)` with what to give it. `page` draws them, `verdict` holds their figures against its

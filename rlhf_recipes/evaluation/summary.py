@@ -1,7 +1,7 @@
 """From measurements to an evaluation: every metric with n and a 95 % interval, a verdict per tuned system.
 
 `summarise` takes what was measured of each system (log-probabilities of pairs, sampled answers, rewards) and
-returns plain JSON-able dicts; nothing here loads a model. Intervals resample prompts, differences are paired.
+returns dicts of estimates; nothing here loads a model. Intervals resample prompts, differences are paired.
 """
 
 import math
