@@ -705,7 +705,7 @@ def test_steps_without_gold_or_with_the_proxy_as_gold():
     same = kept(steps([0.0, 1.0, 0.5], proxy=[0.0, 1.0, 0.5]), same=True)
     assert "nothing here can show over-optimisation" in same["says"][1]
     blind = steps([0.0, 1.0])
-    for row in blind["answers"]:
+    for row in blind.answers:
         for answer in row["systems"].values():
             answer["reward"] = None
     found = kept(blind)
