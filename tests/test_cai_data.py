@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 
 from rlhf_recipes.cai import constitution, dataset, judge, make_pairs, report
 from rlhf_recipes.cai.backend import Journal
+from rlhf_recipes.stats import Estimate
 from rlhf_recipes.text_metrics import near_duplicate_keys
 
 WORDS = [
@@ -230,7 +231,8 @@ def test_the_funnel_adds_up(made):
         "unfit": dict(Counter(s["unfit"] for r in made["records"] for s in r["steps"] if s["unfit"])),
     }
     for name in ("funnel", "ledger"):
-        assert json.loads((made["folder"] / f"{name}.json").read_text()) == made[name]
+        text = (made["folder"] / f"{name}.json").read_text()
+        assert json.loads(text, object_hook=Estimate.of) == made[name]
 
 
 JUNK_REASONS = {
