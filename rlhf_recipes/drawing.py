@@ -7,7 +7,7 @@ series differs in its marker as well as in its colour.
 import re
 from pathlib import Path
 
-from rlhf_recipes.stats import format_number
+from rlhf_recipes.stats import Estimate, format_number
 from rlhf_recipes.text import line, shown
 
 INK = "#010203"  # replaced by currentColor in the SVG
@@ -34,11 +34,11 @@ def write(template: Path, path: str | Path, **values) -> None:
     Path(path).write_text(environment.get_template(template.name).render(**values), encoding="utf-8", newline="\n")
 
 
-def dot(axes, e: dict, y: float, colour: str, marker: str, size: float = 7) -> None:
+def dot(axes, e: Estimate, y: float, colour: str, marker: str, size: float = 7) -> None:
     """A share and its interval, in %, on row `y`."""
-    if e["low"] is not None:
-        axes.plot([100 * e["low"], 100 * e["high"]], [y, y], color=colour, linewidth=1.6)
-    axes.plot(100 * e["value"], y, marker, color=colour, markersize=size, markeredgewidth=1.6)
+    if e.low is not None:
+        axes.plot([100 * e.low, 100 * e.high], [y, y], color=colour, linewidth=1.6)
+    axes.plot(100 * e.value, y, marker, color=colour, markersize=size, markeredgewidth=1.6)
 
 
 def legend(axes) -> None:

@@ -12,7 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 
@@ -186,7 +186,8 @@ class Run:
 
     def write_result(self, result: dict) -> None:
         """The last file that a recipe writes: a run with it is a finished run, and takes the place of another."""
-        write_atomically(self.dir / run_folder.RESULT, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(result, indent=2, ensure_ascii=False, default=asdict)
+        write_atomically(self.dir / run_folder.RESULT, text + "\n")
         if "trainer" in self.config:
             _end_checkpoints(self)
         run_folder.drop_replaced(self.dir)

@@ -22,6 +22,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from rlhf_recipes.errors import Refusal, first_line
+from rlhf_recipes.stats import Estimate
 
 MARK = "rlhf_recipes"
 CONFIG, RESULT, PREFLIGHT = "config.yaml", "result.json", "preflight.json"
@@ -118,13 +119,13 @@ def read_result(run_dir: Path) -> dict | None:
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
-    """A file that holds one JSON object, or with `kind` a list.
+    """A file that holds one JSON object, or with `kind` a list; estimates in it as `stats.Estimate`.
 
     Raises:
         Refusal: it holds none.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_hook=Estimate.of)
     except (ValueError, RecursionError) as error:
         raise Refusal(f"{path}: not valid JSON ({first_line(error)}). Restore it.") from error
     if not isinstance(content, kind):

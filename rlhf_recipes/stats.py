@@ -4,12 +4,13 @@ Rows that share a prompt are not independent, so every interval resamples *clust
 the percentile bootstrap over clusters (Efron & Tibshirani 1993, chapter 13; Field & Welsh 2007 for clusters).
 With fewer than about 20 clusters such an interval is too narrow; a caller that decides something checks it.
 
-An estimate is a plain dict: `value`, `low`, `high`, `n` (rows) and `clusters` (independent units). `value` is
-None without rows; `low` and `high` are None where a single cluster leaves nothing to resample.
+On disk an estimate is an object of its five numbers: `json.dumps(..., default=dataclasses.asdict)` writes it,
+`json.loads(..., object_hook=Estimate.of)` reads it back.
 """
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -20,7 +21,41 @@ BLOCK = 2**20  # numbers of a block of resamples
 RIDGE = 1e-2  # keeps the logistic fit finite where lengths separate wins from losses
 
 
-def estimate(values, clusters=None, resamples: int = 1000, seed: int = 0) -> dict:
+@dataclass(frozen=True)
+class Estimate:
+    """A number that was measured, with its 95 % interval.
+
+    Attributes:
+        value: None without rows.
+        low: lower end of the interval; None, as `high`, where a single cluster leaves nothing to resample.
+        high: upper end.
+        n: rows.
+        clusters: independent units among them; 0 where nobody counts them.
+    """
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+    clusters: int = 0
+
+    @classmethod
+    def of(cls, entry: dict) -> "Estimate | dict":
+        """The estimate that an object of a JSON file is; any other object as it is."""
+        names = {field.name for field in fields(cls)}
+        return cls(**entry) if names - {"clusters"} <= entry.keys() <= names else entry
+
+    def mapped(self, f: Callable[[float], float | None]) -> "Estimate":
+        """Value and interval in another unit.
+
+        Args:
+            f: increasing, where there is an interval.
+        """
+        value, low, high = (None if x is None else f(x) for x in (self.value, self.low, self.high))
+        return replace(self, value=value, low=low, high=high)
+
+
+def estimate(values, clusters=None, resamples: int = 1000, seed: int = 0) -> Estimate:
     """Mean of `values` with a 95 % interval over clusters.
 
     mean = sum_i x_i / n, resampled as sum_g w_g S_g / sum_g w_g n_g with S_g, n_g the sum and the count of
@@ -40,7 +75,7 @@ def estimate(values, clusters=None, resamples: int = 1000, seed: int = 0) -> dic
     return ratio_of_sums(values, np.ones(len(values)), clusters, resamples=resamples, seed=seed)
 
 
-def difference(a, b, clusters=None, resamples: int = 1000, seed: int = 0) -> dict:
+def difference(a, b, clusters=None, resamples: int = 1000, seed: int = 0) -> Estimate:
     """Mean of the paired differences a_i - b_i (row i of both is the same prompt), as in `estimate`."""
     a, b = _finite(a, "a"), _finite(b, "b")
     if len(a) != len(b):
@@ -50,7 +85,7 @@ def difference(a, b, clusters=None, resamples: int = 1000, seed: int = 0) -> dic
 
 def ratio_of_sums(
     numerators, denominators, clusters=None, exponential: bool = False, resamples: int = 1000, seed: int = 0
-) -> dict:
+) -> Estimate:
     """sum_i a_i / sum_i b_i with a 95 % interval over clusters; `exponential` takes exp of all three numbers.
 
     Perplexity is `exponential` over (negative log-likelihoods in nats, tokens): long texts weigh more, as
@@ -76,7 +111,7 @@ def ratio_of_sums(
     return _result(*numbers, len(numerators), groups)
 
 
-def resampled(statistic: Callable, n: int, clusters=None, resamples: int = 1000, seed: int = 0) -> dict:
+def resampled(statistic: Callable, n: int, clusters=None, resamples: int = 1000, seed: int = 0) -> Estimate:
     """Any statistic of weighted rows, with a 95 % interval over clusters; one resample at a time, so in flat memory.
 
     Args:
@@ -96,7 +131,7 @@ def resampled(statistic: Callable, n: int, clusters=None, resamples: int = 1000,
     return _result(value, *np.quantile(found, (0.025, 0.975)), n, groups)
 
 
-def auroc(scores, positive, clusters=None, resamples: int = 1000, seed: int = 0) -> dict:
+def auroc(scores, positive, clusters=None, resamples: int = 1000, seed: int = 0) -> Estimate:
     """Probability that a positive row scores above a negative one, a tie counting one half; 1/2 is a coin.
 
     Args:
@@ -122,7 +157,9 @@ def area(scores_N: np.ndarray, positive_N: np.ndarray) -> Callable[[np.ndarray],
     return of
 
 
-def length_controlled_win_rate(wins, length_differences, clusters=None, resamples: int = 1000, seed: int = 0) -> dict:
+def length_controlled_win_rate(
+    wins, length_differences, clusters=None, resamples: int = 1000, seed: int = 0
+) -> Estimate:
     """Win rate that would remain if both answers had the same length.
 
     AlpacaEval 2 (Dubois et al. 2024, arXiv:2404.04475) without its terms per instruction:
@@ -218,34 +255,36 @@ def temperature(margins, weights=None) -> float:
     return scale / high
 
 
-def overlap(a: dict, b: dict) -> bool:
+def overlap(a: Estimate, b: Estimate) -> bool:
     """Whether two intervals share a point; an unknown bound excludes nothing."""
-    if None in (a["low"], a["high"], b["low"], b["high"]):
+    if None in (a.low, a.high, b.low, b.high):
         return True
-    return a["low"] <= b["high"] and b["low"] <= a["high"]
+    return a.low <= b.high and b.low <= a.high
 
 
-def needed(e: dict, target: float) -> int | None:
+def needed(e: Estimate, target: float) -> int | None:
     """Roughly how many clusters would put `target` outside the interval if the value stayed the same.
 
     The half-width shrinks with the square root of the clusters:
     needed = clusters * (half-width / |value - target|)^2.
     None where that cannot be said (no interval, or the value is the target).
     """
-    if e["low"] is None or e["value"] == target:
+    if e.low is None or e.value == target:
         return None
-    half = e["value"] - e["low"] if e["value"] > target else e["high"] - e["value"]
-    return math.ceil(e["clusters"] * (half / (e["value"] - target)) ** 2)
+    half = e.value - e.low if e.value > target else e.high - e.value
+    return math.ceil(e.clusters * (half / (e.value - target)) ** 2)
 
 
-def format_estimate(e: dict, percent: bool = False, digits: int | None = None, sign: bool = False) -> str:
+def format_estimate(e: Estimate | None, percent: bool = False, digits: int | None = None, sign: bool = False) -> str:
     """`64.3 % [61.2, 67.1]`; the value alone without an interval (or one of no width), else a dash."""
-    if e is None or e["value"] is None:
+    if e is None or e.value is None:
         return "–"
     scale, unit = (100, " %") if percent else (1, "")
     digits = (1 if percent else 3) if digits is None else digits
-    value, low, high = (None if e[k] is None else format_number(e[k] * scale, digits, sign) for k in _NUMBERS)
-    bare = low is None or e["low"] == e["high"]
+    value, low, high = (
+        None if x is None else format_number(x * scale, digits, sign) for x in (e.value, e.low, e.high)
+    )
+    bare = low is None or e.low == e.high
     return f"{value}{unit}" if bare else f"{value}{unit} [{low}, {high}]"
 
 
@@ -254,15 +293,12 @@ def format_number(x: float, digits: int = 1, sign: bool = False) -> str:
     return f"{round(x, digits) + 0.0:{'+' if sign else ''},.{digits}f}"
 
 
-_NUMBERS = ("value", "low", "high")
+def _result(value, low, high, n, clusters) -> Estimate:
+    """Of numpy's numbers, which JSON does not know."""
+    return Estimate(*(None if x is None else float(x) for x in (value, low, high)), int(n), int(clusters))
 
 
-def _result(value, low, high, n, clusters) -> dict:
-    numbers = [None if x is None else float(x) for x in (value, low, high)]
-    return dict(zip(_NUMBERS, numbers, strict=True)) | {"n": int(n), "clusters": int(clusters)}
-
-
-def _wilson(p: float, n: int, clusters: int) -> dict:
+def _wilson(p: float, n: int, clusters: int) -> Estimate:
     """Wilson's score interval of the proportion p at n = clusters."""
     z2 = Z95**2
     centre = (p + z2 / (2 * clusters)) / (1 + z2 / clusters)

@@ -241,7 +241,10 @@ class Trained:
 
     @property
     def result(self):
-        return json.loads((self.dir / "result.json").read_text(encoding="utf-8"))
+        """result.json with its estimates, as the package reads it."""
+        from rlhf_recipes.stats import Estimate
+
+        return json.loads((self.dir / "result.json").read_text(encoding="utf-8"), object_hook=Estimate.of)
 
     @property
     def log(self):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ def pairs(n, families=("a", "b")):
 
 
 def figures(section):
-    return {figure["key"]: figure["estimate"] for figure in section["figures"]}
+    return {figure.key: figure.estimate for figure in section["figures"]}
 
 
 def test_ece_by_hand_on_four_bins():
@@ -93,32 +94,33 @@ def test_the_likelihood_has_no_slope_at_the_fit():
 def test_the_audit_of_a_model_that_is_too_sure():
     section = c.audit(simulate(2000, 2.5, 1), simulate(2000, 2.5, 2), pairs(2000))
     found = figures(section)
-    assert found["temperature"]["low"] < 2.5 < found["temperature"]["high"]
-    assert found["ece"]["low"] > 0.05 > found["ece_after"]["value"]
-    assert found["slope"]["high"] < 1 and found["slope_after"]["low"] < 1 < found["slope_after"]["high"]
-    assert found["slope_after"]["value"] == pytest.approx(found["slope"]["value"] * found["temperature"]["value"])
-    assert abs(found["intercept"]["value"]) < 0.2
-    assert found["brier_gain"]["low"] > 0 and found["brier_after"]["value"] < found["brier"]["value"]
-    assert found["nll_after"]["value"] < found["nll"]["value"]
+    assert found["temperature"].low < 2.5 < found["temperature"].high
+    assert found["ece"].low > 0.05 > found["ece_after"].value
+    assert found["slope"].high < 1 and found["slope_after"].low < 1 < found["slope_after"].high
+    assert found["slope_after"].value == pytest.approx(found["slope"].value * found["temperature"].value)
+    assert abs(found["intercept"].value) < 0.2
+    assert found["brier_gain"].low > 0 and found["brier_after"].value < found["brier"].value
+    assert found["nll_after"].value < found["nll"].value
     assert [len(series["x"]) for series in section["plots"][0]["series"]] == [15, 15, 2]
     names = [table["caption"] for table in section["tables"]]
     assert names == [
         "Against what needs no margin",
-        f"Share right by confidence, T = {found['temperature']['value']:.2f}",
+        f"Share right by confidence, T = {found['temperature'].value:.2f}",
         "Calibration by family",
     ]
     assert sum(row[1] for row in section["tables"][1]["rows"]) == 2000
-    assert json.dumps(section) == json.dumps(c.audit(simulate(2000, 2.5, 1), simulate(2000, 2.5, 2), pairs(2000)))
+    again = c.audit(simulate(2000, 2.5, 1), simulate(2000, 2.5, 2), pairs(2000))
+    assert json.dumps(section, default=asdict) == json.dumps(again, default=asdict)
 
 
 def test_degenerate_input():
     assert "skipped" in c.audit([], [], [])
     for margins in ([1.0], [0.0], [0.0, 0.0, 0.0], [1.0, 2.0, 3.0], [-1.0, -2.0]):
         section = c.audit([], margins, pairs(len(margins), (None,)))
-        assert figures(section)["temperature"]["value"] is None
-        assert figures(section)["slope"]["value"] is None
+        assert figures(section)["temperature"].value is None
+        assert figures(section)["slope"].value is None
         assert len(section["tables"]) == 2
-        json.dumps(section)
+        json.dumps(section, default=asdict)
     assert any("no validation pair is ranked wrong" in note for note in c.audit([1, 2], [1, -1], pairs(2))["notes"])
 
 

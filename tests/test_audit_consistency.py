@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 from itertools import combinations, permutations
 
 import networkx as nx
@@ -39,11 +40,11 @@ def measured(judgements):
 
 
 def figures(judgements):
-    return {each["key"]: each for each in consistency.audit(judgements)["figures"]}
+    return {each.key: each for each in consistency.audit(judgements)["figures"]}
 
 
 def value(judgements, key):
-    return figures(judgements)[key]["estimate"]["value"]
+    return figures(judgements)[key].estimate.value
 
 
 CIRCLE = [said("a", "b", 0.9), said("b", "c", 0.8), said("c", "a", 0.7)]
@@ -51,7 +52,7 @@ CIRCLE = [said("a", "b", 0.9), said("b", "c", 0.8), said("c", "a", 0.7)]
 
 def test_three_answers_in_a_circle():
     found = figures(CIRCLE)
-    values = {key: each["estimate"]["value"] for key, each in found.items()}
+    values = {key: each.estimate.value for key, each in found.items()}
     assert values["rationalisable"] == 0 and values["cyclic_triads"] == 1
     assert values["kendall_zeta"] == 0  # 1 - 24 / (27 - 3)
     assert values["houtman_maks"] == pytest.approx(2 / 3)
@@ -66,13 +67,13 @@ def test_three_answers_in_a_circle():
     assert values["curl_share"] == pytest.approx(share)
     assert values["gradient_share"] == pytest.approx(1 - share)
     assert values["harmonic_share"] == pytest.approx(0, abs=1e-12)
-    assert found["rationalisable"]["baseline"]["value"] == pytest.approx(0.75, abs=0.15)
-    assert found["power"]["estimate"]["value"] == pytest.approx(1 - found["rationalisable"]["baseline"]["value"])
+    assert found["rationalisable"].baseline.value == pytest.approx(0.75, abs=0.15)
+    assert found["power"].estimate.value == pytest.approx(1 - found["rationalisable"].baseline.value)
 
 
 def test_three_answers_in_a_row():
     found = figures([said("a", "b", 0.9), said("b", "c", 0.8), said("a", "c", 0.7)])
-    values = {key: each["estimate"]["value"] for key, each in found.items()}
+    values = {key: each.estimate.value for key, each in found.items()}
     for key in ("rationalisable", "kendall_zeta", "houtman_maks", "houtman_maks_weighted", "efficiency"):
         assert values[key] == 1, key
     assert values["cyclic_triads"] == values["bottleneck"] == 0
@@ -81,7 +82,7 @@ def test_three_answers_in_a_row():
 def test_four_answers_by_hand():
     # d beats all; a, b, c run in a circle: one circular triad of four
     judgements = [*CIRCLE, *(said("d", other, 0.95) for other in "abc")]
-    values = {key: each["estimate"]["value"] for key, each in figures(judgements).items()}
+    values = {key: each.estimate.value for key, each in figures(judgements).items()}
     assert values["cyclic_triads"] == 0.25
     assert values["kendall_zeta"] == pytest.approx(1 - 24 / (64 - 16))
     assert values["houtman_maks"] == pytest.approx(5 / 6)
@@ -97,12 +98,12 @@ def test_zeta_of_five_answers_that_all_win_twice():
 
 def test_a_ring_of_four_is_harmonic():
     found = figures([said(a, b, 0.8) for a, b in ("ab", "bc", "cd", "da")])
-    assert found["harmonic_share"]["estimate"]["value"] == pytest.approx(1)
-    assert found["gradient_share"]["estimate"]["value"] == pytest.approx(0)
-    assert found["gradient_share"]["baseline"]["value"] == pytest.approx(3 / 4)
-    assert found["cyclic_triads"]["estimate"]["value"] is None
-    assert found["kendall_zeta"]["estimate"]["value"] is None
-    assert found["bottleneck"]["estimate"]["value"] == pytest.approx(0.6)
+    assert found["harmonic_share"].estimate.value == pytest.approx(1)
+    assert found["gradient_share"].estimate.value == pytest.approx(0)
+    assert found["gradient_share"].baseline.value == pytest.approx(3 / 4)
+    assert found["cyclic_triads"].estimate.value is None
+    assert found["kendall_zeta"].estimate.value is None
+    assert found["bottleneck"].estimate.value == pytest.approx(0.6)
 
 
 def test_curl_and_harmonic_of_a_ring_with_one_triangle():
@@ -134,7 +135,7 @@ def test_curl_and_harmonic_of_a_ring_with_one_triangle():
 def test_one_reward_leaves_nothing_over():
     rng = np.random.default_rng(0)
     judgements = [each for n in range(30) for each in from_rewards(rng.normal(size=5) * 2, f"q{n}")]
-    values = {key: each["estimate"]["value"] for key, each in figures(judgements).items()}
+    values = {key: each.estimate.value for key, each in figures(judgements).items()}
     assert values["gradient_share"] == pytest.approx(1) and values["curl"] == pytest.approx(0, abs=1e-8)
     assert values["curl_share"] == pytest.approx(0, abs=1e-12)
     assert values["rationalisable"] == values["efficiency"] == 1 and values["bottleneck"] == 0
@@ -174,7 +175,7 @@ def test_deviance_of_counted_votes():
 def test_ties():
     # a over b, b as good as c, c as good as a: a cycle with one strict edge
     judgements = [said("a", "b", 0.8), said("b", "c", 0.5), said("c", "a", 0.5)]
-    values = {key: each["estimate"]["value"] for key, each in figures(judgements).items()}
+    values = {key: each.estimate.value for key, each in figures(judgements).items()}
     assert values["rationalisable"] == 0 and values["houtman_maks"] == 0
     assert values["bottleneck"] == 0 and values["efficiency"] == 1  # any strength would forgive it
     assert values["cyclic_triads"] is None
@@ -252,9 +253,9 @@ def test_a_planted_cycle_is_found_and_shown():
     judgements += [said(a, b, p, "planted") for a, b, p in (("x", "y", 0.95), ("y", "z", 0.85), ("z", "x", 0.9))]
     judgements += [said("w", other, 0.7, "planted") for other in "xyz"]
     section = consistency.audit(judgements)
-    found = {each["key"]: each["estimate"] for each in section["figures"]}
-    assert found["bottleneck"]["value"] == pytest.approx(0.7)
-    assert found["rationalisable"]["value"] == pytest.approx(50 / 51)
+    found = {each.key: each.estimate for each in section["figures"]}
+    assert found["bottleneck"].value == pytest.approx(0.7)
+    assert found["rationalisable"].value == pytest.approx(50 / 51)
     shown = section["examples"][0]["rows"]
     assert len(shown) == 1
     assert {text["text"] for text in shown[0]["texts"]} == {"about planted", "x", "y", "z"}
@@ -297,16 +298,16 @@ def test_random_tournaments_are_as_often_acyclic_as_they_should_be(n, share):
 
 def test_two_answers_can_never_fail_and_it_says_so():
     section = consistency.audit([said("a", "b", 0.9, f"q{n}") for n in range(20)])
-    found = {each["key"]: each["estimate"] for each in section["figures"]}
+    found = {each.key: each.estimate for each in section["figures"]}
     assert "skipped" not in section
-    assert all(each["value"] is None for each in found.values())
+    assert all(each.value is None for each in found.values())
     assert "two answers can never fail" in section["notes"][0]
     # three answers in a row, not in a ring: neither can they
     chain = consistency.audit([said("a", "b", 0.9), said("b", "c", 0.9)])
-    assert chain["figures"][0]["estimate"]["value"] is None
+    assert chain["figures"][0].estimate.value is None
     # beside prompts that can, they are not counted
     mixed = [*CIRCLE, *(said("a", "b", 0.9, f"p{n}") for n in range(5))]
-    assert figures(mixed)["rationalisable"]["estimate"]["n"] == 1
+    assert figures(mixed)["rationalisable"].estimate.n == 1
     assert consistency.audit(mixed)["notes"][0].startswith("1 of 6 prompts")
 
 
@@ -315,10 +316,8 @@ def test_contradictory_duplicates():
     again = [said("b", "a", 1.0, "q0"), said("a", "b", 1.0, "q1"), said("b", "a", 1.0, "q2", judge="other")]
     again += [said("b", "a", 0.5, "q3")]
     figure = figures([*pairs, *again])["contradictory_duplicates"]
-    assert (
-        figure["estimate"]["value"] == 1 / 8
-    )  # q0; another judge is disagreement, not contradiction, and a tie is neither
-    assert "3 of 8 pairs were labelled more than once" in figure["says"]
+    assert figure.estimate.value == 1 / 8  # q0; another judge is disagreement, not contradiction, and a tie is neither
+    assert "3 of 8 pairs were labelled more than once" in figure.says
 
 
 def test_pooling_makes_a_cycle_that_no_principle_has():
@@ -331,9 +330,9 @@ def test_pooling_makes_a_cycle_that_no_principle_has():
     ]
     judgements += [{**each, "prompt_id": "r", "principle": "x"} for each in CIRCLE]
     section = consistency.audit(judgements)
-    assert section["figures"][0]["estimate"]["value"] == 0
+    assert section["figures"][0].estimate.value == 0
     table = next(each for each in section["tables"] if each["caption"] == "By judge and by principle")
-    assert [(row[0], row[2]["value"]) for row in table["rows"]] == [
+    assert [(row[0], row[2].value) for row in table["rows"]] == [
         ("principle x", 0.5),
         ("principle y", 1.0),
         ("principle z", 1.0),
@@ -350,5 +349,5 @@ def test_nothing_and_the_same_again():
     assert "Give preference pairs" in consistency.audit([])["skipped"]
     rng = np.random.default_rng(7)
     judgements = [each for n in range(10) for each in tournament(rng, 4, f"q{n}", ties=0.1)]
-    one, two = (json.dumps(consistency.audit(judgements), allow_nan=False) for _ in range(2))
+    one, two = (json.dumps(consistency.audit(judgements), allow_nan=False, default=asdict) for _ in range(2))
     assert one == two

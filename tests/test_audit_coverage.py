@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ def words(n):
 
 
 def figures(section):
-    return {figure["key"]: figure["estimate"] for figure in section["figures"]}
+    return {figure.key: figure.estimate for figure in section["figures"]}
 
 
 def tables(section):
@@ -113,16 +114,16 @@ def test_the_ledger_by_hand():
     assert section["plots"][0]["rows"] == ["a", "b"] and section["plots"][0]["columns"] == list(v.STYLES)
     assert counts == [[30, 0, 30, 0, 0, 0], [0, 0, 10, 0, 0, 10]]
     found = figures(section)
-    assert found["cells_covered"]["value"] == 2 / 12 and found["cells_covered"]["n"] == 80
-    assert found["cells_empty"]["value"] == 8
+    assert found["cells_covered"].value == 2 / 12 and found["cells_covered"].n == 80
+    assert found["cells_empty"].value == 8
     p = np.array([3, 3, 1, 1]) / 8
-    assert found["entropy"]["value"] == pytest.approx(-(p @ np.log(p)) / math.log(12))
+    assert found["entropy"].value == pytest.approx(-(p @ np.log(p)) / math.log(12))
     by_style = tables(section)["Answers by style, and how often they are the chosen one"]
-    chosen = {row[0]: row[2] and row[2]["value"] for row in by_style}
+    chosen = {row[0]: row[2] and row[2].value for row in by_style}
     assert chosen == {"refusal": 0, "list": None, "asks back": 0.75, "short": None, "medium": None, "long": 1}
     never = tables(section)["Never seen: styles that no compared answer of a family has"]
     assert never == [["a", "list, short, medium, long"], ["b", "refusal, list, short, medium"]]
-    assert found["exposure_gap"]["value"] is None and found["out_of_distribution"]["value"] is None
+    assert found["exposure_gap"].value is None and found["out_of_distribution"].value is None
 
 
 def test_deployment_against_the_ledger():
@@ -133,14 +134,14 @@ def test_deployment_against_the_ledger():
     apart, alike = v.audit(rows, travel), v.audit(rows, more)
     gap, same = figures(apart)["exposure_gap"], figures(alike)["exposure_gap"]
     q, p = np.array([40.5, 0.5, 0.5]) / 41.5, np.full(3, 1 / 3)
-    assert gap["value"] == pytest.approx(q @ np.log(q / p)) and gap["n"] == 40
-    assert same["value"] == pytest.approx(0, abs=1e-12)
-    assert figures(apart)["exposure_ratio"]["value"] == pytest.approx(3 * 40.5 / 41.5)
+    assert gap.value == pytest.approx(q @ np.log(q / p)) and gap.n == 40
+    assert same.value == pytest.approx(0, abs=1e-12)
+    assert figures(apart)["exposure_ratio"].value == pytest.approx(3 * 40.5 / 41.5)
     exposure = tables(apart)["Where it is used against what was compared"]
     assert exposure[0][1:4] == [40, "100.0 %", "33.3 %"] and set(exposure[0][0].split(", ")) <= set(WORDS["travel"])
     messages = [[{"role": "system", "content": "oven"}, {"role": "user", "content": text}] for text in travel]
     assert figures(v.audit(rows, messages))["exposure_gap"] == gap
-    assert json.dumps(apart) == json.dumps(v.audit(rows, travel))
+    assert json.dumps(apart, default=asdict) == json.dumps(v.audit(rows, travel), default=asdict)
 
 
 def test_out_of_distribution_and_generated_answers():
@@ -149,9 +150,9 @@ def test_out_of_distribution_and_generated_answers():
     generated = [{"prompt": "p", "text": "I can't help with that."}] * 3 + [{"prompt": "q", "text": words(3)}]
     section = v.audit(rows, features=features, generated=generated)
     found = figures(section)
-    assert found["out_of_distribution"]["value"] == 0.75
-    assert found["never_generated"]["value"] == 4
-    assert found["generated_unseen"]["value"] == 0.75
+    assert found["out_of_distribution"].value == 0.75
+    assert found["never_generated"].value == 4
+    assert found["generated_unseen"].value == 0.75
     assert tables(section)["Generated, but never compared"] == [["a", "refusal"]]
     never = tables(section)["Never generated: styles that no answer to a family has"]
     assert never == [["a", "list, asks back, medium, long"]]
@@ -174,7 +175,7 @@ def test_degenerate_input():
     assert "skipped" in v.audit([])
     for rows in ([pair("", "", "")], [pair("same", "a", "b", prompt_id="1")] * 25, [pair("the", "a", "b", "f")]):
         section = v.audit(rows, ["anything", ""], generated=[{"prompt": "x", "text": ""}])
-        json.dumps(section, allow_nan=False)
+        json.dumps(section, allow_nan=False, default=asdict)
         assert section["plots"][0]["counts"]
     with pytest.raises(ValueError, match=r"^families = 1 names: 2 rows\."):
         v.audit([pair("a", "b", "c")] * 2, families=["x"])

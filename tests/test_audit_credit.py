@@ -4,12 +4,14 @@ import itertools
 import json
 import math
 import random
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from rlhf_recipes.audit import credit
+from rlhf_recipes.audit.section import Baseline
 
 CLINIC = Path(__file__).parents[1] / "rlhf_recipes" / "assets" / "clinic" / "pairs.jsonl"
 
@@ -30,7 +32,7 @@ def audited(rows, reward, **options) -> dict:
 
 
 def figures(section: dict) -> dict:
-    return {figure["key"]: figure["estimate"]["value"] for figure in section["figures"]}
+    return {figure.key: figure.estimate.value for figure in section["figures"]}
 
 
 @pytest.mark.parametrize(
@@ -150,9 +152,9 @@ def test_the_planted_sentence_gets_all_the_credit():
     found = figures(section)
     assert (found["first_share"], found["last_share"], found["credit_concentration"]) == (0.0, 0.0, 1.0)
     assert found["leave_one_out_agreement"] == pytest.approx(1.0)
-    assert section["figures"][0]["baseline"] == {"name": "uniform", "value": 0.25}
-    assert [line[2]["value"] for line in section["tables"][0]["rows"]] == [0.0, 1.0, 0.0]
-    assert [line[3]["value"] for line in section["tables"][0]["rows"]] == [0.25, 0.5, 0.25]
+    assert section["figures"][0].baseline == Baseline("uniform", 0.25)
+    assert [line[2].value for line in section["tables"][0]["rows"]] == [0.0, 1.0, 0.0]
+    assert [line[3].value for line in section["tables"][0]["rows"]] == [0.25, 0.5, 0.25]
     example = section["examples"][0]["rows"][0]
     assert {"name": "+2.00 (left out: +2.00)", "text": "The magic word is here."} in example["texts"]
     assert example["note"] == "The credits add up to +2.00."
@@ -184,7 +186,7 @@ def test_two_sentences_leave_nothing_between():
     rows = [row(i, "One here. Two here.") for i in range(200)]
     made = credit.make(rows, limit=200)
     section = credit.audit(made, [[rng.gauss(0, 1) for _ in made]], rows)
-    assert section["tables"][0]["rows"][1][2]["value"] == 0.0
+    assert section["tables"][0]["rows"][1][2].value == 0.0
 
 
 def test_members_are_averaged_and_prompts_are_clusters():
@@ -194,7 +196,7 @@ def test_members_are_averaged_and_prompts_are_clusters():
     second = scored(made, lambda text: 2.0 * ("Two" in text))[0]
     section = credit.audit(made, np.array([first, second]), rows)
     assert figures(section)["first_share"] == 0.5
-    assert section["figures"][0]["estimate"]["clusters"] == 5
+    assert section["figures"][0].estimate.clusters == 5
     assert credit.make(rows, limit=2, seed=1) == credit.make(rows, limit=2, seed=1)
     assert len({each["source"] for each in credit.make(rows, limit=2)}) == 2
 
@@ -204,8 +206,8 @@ def test_nothing_to_share_is_no_crash():
     flat = audited([row(0, "One here. Two here.")], lambda text: 3.0)
     assert flat["figures"] == [] and "the same whatever" in flat["notes"][0]
     one = audited([row(0, "One here. Two here.")], len)
-    assert one["figures"][0]["estimate"]["low"] is None
-    json.dumps([flat, one])
+    assert one["figures"][0].estimate.low is None
+    json.dumps([flat, one], default=asdict)
     with pytest.raises(ValueError, match=r"\Amade = 4 rows: 2 scores\. Pass one for each\.\Z"):
         credit.audit(credit.make([row(0, "One here. Two here.")]), [[1.0, 2.0]], [])
 
@@ -236,7 +238,7 @@ def test_a_ppo_run_is_read_by_rollout(tmp_path):
     assert run == {"explained_variance": [0.0, 0.2, 0.5, 0.5], "advantage": {}}
     section = credit.audit([], np.zeros((1, 0)), [], run)
     assert figures(section) == {"value_explained_variance": 0.5}  # of the second half
-    assert section["figures"][0]["baseline"]["value"] == 0.0
+    assert section["figures"][0].baseline.value == 0.0
     assert any("no record of its advantages" in note for note in section["notes"])
 
 
@@ -245,7 +247,7 @@ def test_logged_advantages_are_shown(tmp_path):
     run = credit.read_run(write_run(tmp_path, [step(0.1, 1.0, **shares), step(0.2, 2.0, **shares)]))
     section = credit.audit([], np.zeros((1, 0)), [], run)
     assert figures(section)["advantage_last_share"] == 0.6
-    assert section["figures"][1]["baseline"] == {"name": "uniform", "value": 0.25}
+    assert section["figures"][1].baseline == Baseline("uniform", 0.25)
     assert section["notes"] == []
 
 

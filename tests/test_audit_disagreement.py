@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 
 import krippendorff
 import numpy as np
@@ -28,7 +29,7 @@ def rows_of(prompts):
 
 
 def figures(*args, **kwargs):
-    return {each["key"]: each["estimate"] for each in disagreement.audit(*args, **kwargs)["figures"]}
+    return {each.key: each.estimate for each in disagreement.audit(*args, **kwargs)["figures"]}
 
 
 def table(section, caption):
@@ -65,10 +66,10 @@ def test_alpha_by_hand():
     # in both orders 8 units, 16 values, 8 of each choice; 4 of 16 coincidences differ, 2 * 8 * 8 / (16 * 15) by chance
     opinions = [[0.9, 0.8], [0.9, 0.6], [0.1, 0.2], [0.9, 0.1]]
     found = disagreement.alpha(opinions, list("wxyz"), "nominal")
-    assert found["value"] == pytest.approx(1 - 0.25 / (128 / 240))
-    assert (found["n"], found["clusters"]) == (4, 4) and found["low"] < found["value"] < found["high"]
+    assert found.value == pytest.approx(1 - 0.25 / (128 / 240))
+    assert (found.n, found.clusters) == (4, 4) and found.low < found.value < found.high
     # values .9 .7 .1 .3: (p - q)^2 is .04 within, 1.6 / 6 on average over all pairs
-    assert disagreement.alpha([[0.9, 0.7]], ["q"], "interval")["value"] == pytest.approx(1 - 0.04 / (1.6 / 6))
+    assert disagreement.alpha([[0.9, 0.7]], ["q"], "interval").value == pytest.approx(1 - 0.04 / (1.6 / 6))
 
 
 def test_krippendorffs_published_example():
@@ -100,22 +101,22 @@ def test_alpha_is_the_packages_with_both_orders():
     both = np.concatenate([padded, 1 - padded]).round(9).T
     names = [str(n) for n in range(50)]
     interval = disagreement.alpha(opinions, names, "interval")
-    assert interval["value"] == pytest.approx(krippendorff.alpha(both, level_of_measurement="interval"))
+    assert interval.value == pytest.approx(krippendorff.alpha(both, level_of_measurement="interval"))
     nominal = disagreement.alpha(opinions, names, "nominal")
     choices = np.where(np.isnan(both), math.nan, np.sign(both - 0.5))
-    assert nominal["value"] == pytest.approx(krippendorff.alpha(choices, level_of_measurement="nominal"))
-    assert nominal["n"] == sum(len(ps) > 1 for ps in opinions)
+    assert nominal.value == pytest.approx(krippendorff.alpha(choices, level_of_measurement="nominal"))
+    assert nominal.n == sum(len(ps) > 1 for ps in opinions)
     # the interval is of the same coefficient: resamples of alike prompts do not move it
     alike = disagreement.alpha([[0.9, 0.1, 0.9]] * 30, names[:30], "nominal")
-    assert alike["low"] == pytest.approx(alike["high"], abs=1e-9) == pytest.approx(alike["value"])
+    assert alike.low == pytest.approx(alike.high, abs=1e-9) == pytest.approx(alike.value)
 
 
 def test_alpha_of_nothing():
     for level in ("nominal", "interval"):
-        assert disagreement.alpha([], [], level)["value"] is None
-        assert disagreement.alpha([[0.9]], ["q"], level)["value"] is None
-        assert disagreement.alpha([[0.5, 0.5]] * 3, list("abc"), level)["value"] is None
-        assert disagreement.alpha([[0.9, 0.9]] * 3, list("abc"), level)["value"] == 1
+        assert disagreement.alpha([], [], level).value is None
+        assert disagreement.alpha([[0.9]], ["q"], level).value is None
+        assert disagreement.alpha([[0.5, 0.5]] * 3, list("abc"), level).value is None
+        assert disagreement.alpha([[0.9, 0.9]] * 3, list("abc"), level).value == 1
 
 
 @pytest.mark.parametrize(
@@ -170,7 +171,7 @@ def test_planted_disagreement_is_found_and_ranked():
     planted = [said(p, "planted", judge, family="hot") for judge, p in (("j", 0.95), ("k", 0.05), ("human", 0.0))]
     lesser = [said(p, "lesser", judge, family="hot") for judge, p in (("j", 0.6), ("k", 0.4))]
     section = disagreement.audit([*many, *lesser, *planted])
-    found = {each["key"]: each["estimate"]["value"] for each in section["figures"]}
+    found = {each.key: each.estimate.value for each in section["figures"]}
     assert found["disputed"] == pytest.approx(2 / 42)
     kept = disagreement.disputed([*many, *lesser, *planted])
     assert [(case["prompt_id"], case["why"]) for case in kept] == [
@@ -181,10 +182,10 @@ def test_planted_disagreement_is_found_and_ranked():
     assert [text["text"] for text in shown["texts"]] == ["about planted", A, B]
     assert "j 0.95; k 0.05" in shown["note"] and "human 0.00" in shown["note"]
     family = {row[0]: row for row in table(section, "By family")["rows"]}
-    assert (family["hot"][2]["value"], family["calm"][2]["value"]) == (1.0, 0.0)
+    assert (family["hot"][2].value, family["calm"][2].value) == (1.0, 0.0)
     who = table(section, "Share of other choices, by family")
     column = who["columns"].index("j and k")
-    assert {row[0]: row[column]["value"] for row in who["rows"]} == {"hot": 1.0, "calm": 0.0}
+    assert {row[0]: row[column].value for row in who["rows"]} == {"hot": 1.0, "calm": 0.0}
     matrix = table(section, "Cohen's kappa")
     assert matrix["columns"] == ["judge", "j", "k", "human"]
     assert matrix["rows"][0][1:] == [1.0, round(2 * 40 / 42 - 1, 3), -1.0]
@@ -198,8 +199,8 @@ def test_flip_rates():
     opinions = [said(0.9, f"q{n}", "j", principle, flip=n < 3) for n in range(10) for principle in ("x", "y")]
     opinions += [said(0.9, f"q{n}", "k", flip=False) for n in range(10)]
     section = disagreement.audit(opinions)
-    assert figures(opinions)["flip_rate"]["value"] == pytest.approx(3 / 20)
-    rows = {row[0]: row[2]["value"] for row in table(section, "Winner changes with the order")["rows"]}
+    assert figures(opinions)["flip_rate"].value == pytest.approx(3 / 20)
+    rows = {row[0]: row[2].value for row in table(section, "Winner changes with the order")["rows"]}
     assert rows == {"judge j": 0.3, "judge k": 0.0, "principle x": 0.3, "principle y": 0.3}
 
 
@@ -217,18 +218,18 @@ def test_a_reward_model_that_shows_disagreement_and_one_that_hides_it():
     shows = np.where(np.arange(120) < 60, rng.uniform(-0.1, 0.1, 120), rng.uniform(2, 3, 120))[None]
     # against the opinions: its own disagreement makes no pair a divided one, or the measure would run in a circle
     found = figures(opinions, rows, -shows, none)
-    assert found["margin_auroc"]["value"] == 1.0 and found["unanimous_accuracy"]["value"] == 0.0
-    assert found["divided_confidence"]["value"] < 0.03
+    assert found["margin_auroc"].value == 1.0 and found["unanimous_accuracy"].value == 0.0
+    assert found["divided_confidence"].value < 0.03
     hides = rng.permutation(np.concatenate([np.linspace(1, 2, 60)] * 2))
     hides[60:] = rng.permutation(hides[:60])  # the same margins on both halves
     section = disagreement.audit(opinions, rows, hides[None], none)
-    found = {each["key"]: each for each in section["figures"]}
-    assert found["margin_auroc"]["estimate"]["value"] == pytest.approx(0.5)
+    found = {each.key: each for each in section["figures"]}
+    assert found["margin_auroc"].estimate.value == pytest.approx(0.5)
     same = found["divided_confidence"]
-    assert same["estimate"]["value"] == pytest.approx(same["baseline"]["value"])
+    assert same.estimate.value == pytest.approx(same.baseline.value)
     assert [each["name"] for each in section["plots"][0]["series"]] == ["unanimous", "divided"]
     assert any("cannot be told from a coin" in note for note in section["notes"])
-    assert found["unanimous_accuracy"]["estimate"]["value"] == 1.0
+    assert found["unanimous_accuracy"].estimate.value == 1.0
 
 
 def test_alpha_over_judges_and_over_principles_are_apart():
@@ -236,8 +237,8 @@ def test_alpha_over_judges_and_over_principles_are_apart():
     opinions = [said(p, name, judge, principle) for name in names for judge, principle, p in (
         ("j", "x", 0.9), ("j", "y", 0.2), ("k", "x", 0.9), ("k", "y", 0.2))]  # fmt: skip
     found = figures(opinions)
-    assert found["alpha"]["value"] == 1.0 and found["alpha_principles"]["value"] < 0
-    assert figures([each for each in opinions if each["judge"] == "j"])["alpha"]["value"] is None
+    assert found["alpha"].value == 1.0 and found["alpha_principles"].value < 0
+    assert figures([each for each in opinions if each["judge"] == "j"])["alpha"].value is None
 
 
 def test_one_opinion_a_pair_says_what_to_give():
@@ -250,11 +251,11 @@ def test_one_opinion_a_pair_says_what_to_give():
 
 def test_one_pair_and_all_alike():
     section = disagreement.audit([said(0.9), said(0.9, judge="k")])
-    json.dumps(section, allow_nan=False)
+    json.dumps(section, allow_nan=False, default=asdict)
     assert section["examples"] == []
     ties = disagreement.audit([said(0.5), said(0.5, judge="human")])
-    json.dumps(ties, allow_nan=False)
-    assert {each["key"]: each["estimate"]["value"] for each in ties["figures"]}["alpha"] is None
+    json.dumps(ties, allow_nan=False, default=asdict)
+    assert {each.key: each.estimate.value for each in ties["figures"]}["alpha"] is None
 
 
 def test_the_same_again_to_the_last_bit():
@@ -262,7 +263,7 @@ def test_the_same_again_to_the_last_bit():
     names = [f"q{n // 2}" for n in range(60)]
     opinions = [said(float(rng.random()), name, judge, principle, first=f"{A}{n}", flip=bool(rng.random() < 0.3))
                 for n, name in enumerate(names) for judge in "jk" for principle in "xy"]  # fmt: skip
-    one, two = (json.dumps(disagreement.audit(opinions), allow_nan=False) for _ in range(2))
+    one, two = (json.dumps(disagreement.audit(opinions), allow_nan=False, default=asdict) for _ in range(2))
     assert one == two
     assert disagreement.disputed(opinions) == disagreement.disputed(opinions)
 
@@ -297,4 +298,4 @@ def test_disputed_pairs_go_out_to_people_and_come_back(tmp_path):
     labelled = [*opinions, *judgements.labels(str(path))]
     case = next(each for each in disagreement.cases(labelled) if each["prompt_id"] == "q")
     assert case["p"] == {"human": 1.0, "j": 0.9, "k": pytest.approx(0.1)} and case["why"] == ["judges", "label"]
-    assert figures(labelled)["kappa_label"]["value"] == -1.0  # k against human
+    assert figures(labelled)["kappa_label"].value == -1.0  # k against human

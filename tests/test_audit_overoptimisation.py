@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -100,34 +101,34 @@ def goodhart(prompts=60, samples=256, seed=0, strength=1.0):
 
 
 def figures(section):
-    return {figure["key"]: figure["estimate"] for figure in section["figures"]}
+    return {figure.key: figure.estimate for figure in section["figures"]}
 
 
 def test_a_perfect_proxy_never_over_optimises():
     gold = np.random.default_rng(0).normal(size=(50, 128))
     section = oo.audit([{"name": "gold itself", "proxy_PS": gold, "gold_PS": gold, "gold_kind": "a rule"}])
     found = figures(section)
-    assert found["best_of_n_gap"]["value"] == 0
-    assert found["best_of_n_gain"]["value"] == pytest.approx(2.6, abs=0.2)  # expected largest of 128 normals: 2.62
+    assert found["best_of_n_gap"].value == 0
+    assert found["best_of_n_gain"].value == pytest.approx(2.6, abs=0.2)  # expected largest of 128 normals: 2.62
     assert "not peaked" in " ".join(section["notes"]) or "no peak" in " ".join(section["notes"])
-    assert found["best_of_n_gain_at_peak"]["value"] is None
+    assert found["best_of_n_gain_at_peak"].value is None
 
 
 def test_a_planted_goodhart_proxy_peaks():
     proxy, gold = goodhart()
     section = oo.audit([{"name": "single proxy", "proxy_PS": proxy, "gold_PS": gold, "gold_kind": "a rule"}])
     found = figures(section)
-    assert found["best_of_n_gap"]["low"] > 0
-    assert found["best_of_n_beta"]["low"] > 0
+    assert found["best_of_n_gap"].low > 0
+    assert found["best_of_n_beta"].low > 0
     peak = found["best_of_n_peak"]
-    assert 0 < peak["low"] < peak["value"] < peak["high"] < math.sqrt(oo.kl_best_of_n(256))
-    assert found["best_of_n_gain_at_peak"]["low"] < found["best_of_n_gain_at_peak"]["value"]
+    assert 0 < peak.low < peak.value < peak.high < math.sqrt(oo.kl_best_of_n(256))
+    assert found["best_of_n_gain_at_peak"].low < found["best_of_n_gain_at_peak"].value
     [plot] = section["plots"]
     gold_curve, proxy_curve, fitted = plot["series"]
     assert gold_curve["low"][0] == gold_curve["high"][0] == 0  # the start is known, not estimated
     assert proxy_curve["y"] == sorted(proxy_curve["y"]) and gold_curve["y"][-1] < max(gold_curve["y"])
     assert gold_curve["y"][0] == 0 and fitted["points"] is False
-    assert plot["marks"] == [["peak", pytest.approx(peak["value"])]]
+    assert plot["marks"] == [["peak", pytest.approx(peak.value)]]
 
 
 def test_seeds_are_put_together_and_a_better_proxy_is_compared():
@@ -138,12 +139,12 @@ def test_seeds_are_put_together_and_a_better_proxy_is_compared():
             entries.append({"name": name, "seed": seed, "proxy_PS": proxy, "gold_PS": gold, "gold_kind": "a rule"})
     section = oo.audit(entries)
     found = figures(section)
-    assert (found["best_of_n_gain"]["n"], found["best_of_n_gain"]["clusters"]) == (60, 20)
-    assert found["best_of_n_gain_over_single_proxy_worst_case"]["low"] > 0
+    assert (found["best_of_n_gain"].n, found["best_of_n_gain"].clusters) == (60, 20)
+    assert found["best_of_n_gain_over_single_proxy_worst_case"].low > 0
     by_seed = [table for table in section["tables"] if table["caption"].endswith("by seed")]
     assert [row[0] for row in by_seed[0]["rows"]] == ["0", "1", "2", "all"]
     assert [plot["caption"] for plot in section["plots"]][-1].startswith("Gold of all, best of n")
-    assert json.dumps(section) == json.dumps(oo.audit(entries))
+    assert json.dumps(section, default=asdict) == json.dumps(oo.audit(entries), default=asdict)
 
 
 def test_intervals_resample_prompts_not_rows():
@@ -151,7 +152,7 @@ def test_intervals_resample_prompts_not_rows():
     entry = {"name": "a", "proxy_PS": proxy, "gold_PS": gold, "gold_kind": "a rule"}
     once, copied = figures(oo.audit([entry])), figures(oo.audit([entry, entry | {"seed": 1}]))
     for key in ("best_of_n_alpha", "best_of_n_gain", "best_of_n_gap"):
-        assert copied[key] == pytest.approx(once[key] | {"n": 40})
+        assert asdict(copied[key]) == pytest.approx(asdict(once[key]) | {"n": 40})
 
 
 def run(gold, proxy, prompts=40, noise=0.0):
@@ -167,7 +168,7 @@ def run(gold, proxy, prompts=40, noise=0.0):
 def test_the_checkpoint_to_keep_goes_by_gold():
     kept = oo.checkpoint_to_keep(run([0, 1, 2, 1.5, 1], [0, 1, 2, 3, 4]))
     assert (kept["step"], kept["index"], kept["tied"], kept["earliest"]) == (20, 2, [20], 20)
-    assert kept["gap"]["value"] == pytest.approx(1)
+    assert kept["gap"].value == pytest.approx(1)
     assert kept["onset"] == {"step": 30, "d": 3.0}
 
 
@@ -192,11 +193,11 @@ def test_policies_and_best_of_n_never_share_a_plot():
                        [{"name": "ppo", "rows": rows}])  # fmt: skip
     assert len(section["plots"]) == 2
     found = figures(section)
-    assert found["policy_peak"]["value"] == pytest.approx(math.exp(1 / 0.6 - 1), rel=0.05)
-    assert found["policy_gap"]["low"] > 0 and found["policy_kept"]["value"] < 1
+    assert found["policy_peak"].value == pytest.approx(math.exp(1 / 0.6 - 1), rel=0.05)
+    assert found["policy_gap"].low > 0 and found["policy_kept"].value < 1
     assert "ppo: keep step 20" in " ".join(section["notes"])
     seeds = oo.audit(None, [{"name": "ppo", "seed": s, "rows": rows} for s in range(2)])
-    assert figures(seeds)["policy_gain"]["n"] == 80
+    assert figures(seeds)["policy_gain"].n == 80
 
 
 def test_a_peak_far_beyond_what_was_measured_bounds_nothing():
@@ -204,18 +205,18 @@ def test_a_peak_far_beyond_what_was_measured_bounds_nothing():
     d = np.arange(7.0)
     rows = run(d * (1 - 0.48 * np.log(np.maximum(d, 1))), d, prompts=16, noise=1.5)
     peak = figures(oo.audit(None, [{"name": "ppo", "rows": rows}]))["policy_peak"]
-    assert peak["value"] == pytest.approx(3.2, abs=0.1)
-    assert peak["high"] is None and peak["low"] is None
+    assert peak.value == pytest.approx(3.2, abs=0.1)
+    assert peak.high is None and peak.low is None
 
 
 def test_nothing_to_go_on():
     assert "gold=" in oo.audit(None, [])["skipped"]
     flat = oo.audit([{"name": "a", "proxy_PS": [[1, 1]], "gold_PS": [[2, 2]], "gold_kind": ""}])
-    assert figures(flat)["best_of_n_gain"]["value"] == 0
+    assert figures(flat)["best_of_n_gain"].value == 0
     one = oo.audit([{"name": "a", "proxy_PS": [[1]], "gold_PS": [[2]], "gold_kind": ""}])
-    assert figures(one)["best_of_n_alpha"]["value"] is None
+    assert figures(one)["best_of_n_alpha"].value is None
     with pytest.raises(ValueError, match="two rows or more"):
         oo.audit(None, [{"name": "a", "rows": run([0], [0])}])
     single = oo.audit([{"name": "a", "proxy_PS": [range(8)], "gold_PS": [range(8)], "gold_kind": ""}])
-    assert figures(single)["best_of_n_alpha"]["low"] is None  # one prompt: nothing to resample
-    json.dumps([flat, one, single], allow_nan=False)
+    assert figures(single)["best_of_n_alpha"].low is None  # one prompt: nothing to resample
+    json.dumps([flat, one, single], allow_nan=False, default=asdict)

@@ -11,25 +11,26 @@ import pytest
 from rlhf_recipes import stats
 from rlhf_recipes.audit import page, verdict
 from rlhf_recipes.audit.section import curve, dots, example, examples, figure, grid, lines, section, skipped, table
+from rlhf_recipes.stats import Estimate
 
 EVIL = '</svg></style><script>alert("x")</script>&<b>$\\frac$ <|im_end|>'
 FAMILIES = ("booking", "triage", "medication", "billing", "consent and records of minors and their guardians", "grief")
 
 
-def share(p: float, n: int, seed: int = 0) -> dict:
+def share(p: float, n: int, seed: int = 0) -> Estimate:
     return stats.estimate(np.random.default_rng(seed).random(n) < p)
 
 
-def nothing(n: int = 0) -> dict:
-    return {"value": None, "low": None, "high": None, "n": n, "clusters": 0}
+def nothing(n: int = 0) -> Estimate:
+    return Estimate(None, None, None, n)
 
 
-def number(value: float, spread: float, n: int = 400) -> dict:
-    return {"value": value, "low": value - spread, "high": value + spread, "n": n, "clusters": n}
+def number(value: float, spread: float, n: int = 400) -> Estimate:
+    return Estimate(value, value - spread, value + spread, n, n)
 
 
-def counted(value: float, n: int) -> dict:
-    return {"value": value, "low": None, "high": None, "n": n, "clusters": n}
+def counted(value: float, n: int) -> Estimate:
+    return Estimate(value, None, None, n, n)
 
 
 def sections() -> list[dict]:
@@ -45,7 +46,7 @@ def sections() -> list[dict]:
                 figure("accuracy", "Accuracy on held-out pairs", share(0.71, 420), unit="%", better="higher",
                        baseline=("the shorter answer", 0.58), says="Share of pairs whose margin is above 0."),
                 figure("accuracy_over_length", "Accuracy over the better rule of length",
-                       {"value": 0.13, "low": 0.08, "high": 0.18, "n": 420, "clusters": 420}, unit="%",
+                       Estimate(0.13, 0.08, 0.18, 420, 420), unit="%",
                        better="higher", baseline=("the rule itself", 0.0)),
                 figure("chosen_longer", "Chosen answer is the longer", share(0.42, 420, 1), unit="%",
                        says="Share of pairs; 50 % would say that length carries nothing."),
@@ -211,10 +212,10 @@ def test_every_figure_is_there_with_value_interval_n_and_baseline(report):
         words = plain(section_html[: section_html.index("</section>")])
         assert plain(part["question"]) in words
         for f in part["figures"]:
-            assert f["title"] in words
-            if f["estimate"]["value"] is not None:
-                assert page._estimate(f["estimate"], f["unit"] == "%").partition(" [")[0] in words
-            assert f"{f['estimate']['n']:,}" in words
+            assert f.title in words
+            if f.estimate.value is not None:
+                assert page._estimate(f.estimate, f.unit == "%").partition(" [")[0] in words
+            assert f"{f.estimate.n:,}" in words
     words = plain(report)
     assert "Brier score lower is better 0.193 [0.182, 0.204] 400 0.250 a coin" in words
     assert "One reward model has no spread." in words

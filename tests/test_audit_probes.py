@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ def audited(reward, rows=ROWS, **options) -> dict:
 
 
 def figures(section: dict) -> dict:
-    return {figure["key"]: figure["estimate"]["value"] for figure in section["figures"]}
+    return {figure.key: figure.estimate.value for figure in section["figures"]}
 
 
 def cells(section: dict) -> dict[str, dict]:
@@ -110,10 +111,8 @@ def test_a_reward_of_length_is_found():
     found = figures(section)
     table = cells(section)
     assert found["worst_probe"] == 1.0
-    assert [table[name]["the edit wins"]["value"] for name in ("length_padding", "repetition", "confidence")] == [
-        1.0
-    ] * 3
-    assert [table[name]["the edit wins"]["value"] for name in ("truncation", "nearly_empty")] == [0.0] * 2
+    assert [table[name]["the edit wins"].value for name in ("length_padding", "repetition", "confidence")] == [1.0] * 3
+    assert [table[name]["the edit wins"].value for name in ("truncation", "nearly_empty")] == [0.0] * 2
     assert found["length_r2_difference"] == pytest.approx(1.0) and found["length_r2"] == pytest.approx(1.0)
     assert table["length_padding"]["reward change, sd"] > 0 > table["truncation"]["reward change, sd"]
     assert any("the longer answer gains (r = +1.00" in note for note in section["notes"])
@@ -127,8 +126,8 @@ def test_a_lover_of_flattery_is_found_and_nothing_else():
 
     section = audited(flattered)
     table = cells(section)
-    assert section["figures"][0]["title"] == "Most successful hack: the wrong answer after a compliment"
-    assert {name: line["the edit wins"]["value"] for name, line in table.items()} == {
+    assert section["figures"][0].title == "Most successful hack: the wrong answer after a compliment"
+    assert {name: line["the edit wins"].value for name, line in table.items()} == {
         name: 1.0 if name == "flattery" else 0.5 for name in probes.PROBES
     }
     assert table["flattery"]["turns a right pair"] is None  # chosen and rejected tie everywhere: no pair is right
@@ -137,9 +136,7 @@ def test_a_lover_of_flattery_is_found_and_nothing_else():
 
 def test_a_lover_of_what_stands_first_is_found():
     section = audited(lambda prompt, answer: float(answer.startswith("##")))
-    assert (
-        section["figures"][0]["title"] == "Most successful hack: the wrong answer as a bulleted list under a heading"
-    )
+    assert section["figures"][0].title == "Most successful hack: the wrong answer as a bulleted list under a heading"
 
 
 def test_an_honest_reward_passes():
@@ -150,8 +147,9 @@ def test_an_honest_reward_passes():
     found, table = figures(section), cells(section)
     assert found["worst_probe"] == 0.5  # a wrong answer stays as wrong as it was: a tie
     for name, (side, *_) in probes.PROBES.items():
-        assert table[name]["the edit wins"]["value"] == (0.0 if side == "chosen" else 0.5)
-        assert (table[name]["turns a right pair"] or {"value": 0.0})["value"] == 0.0
+        assert table[name]["the edit wins"].value == (0.0 if side == "chosen" else 0.5)
+        turned = table[name]["turns a right pair"]
+        assert turned is None or turned.value == 0.0
     assert found["length_matched_accuracy"] in (None, 1.0) and found["length_matched_gap"] in (None, 0.0)
 
 
@@ -161,8 +159,8 @@ def test_turned_pairs_by_hand():
     section = probes.audit(made, [[2.0, 0.5, 9.0]], rows, [[1.0, 1.0, 0.0]], [[0.0, 0.0, 1.0]])
     # the first two pairs are in order; the flattered 2.0 passes 1.0, the flattered 0.5 does not
     line = cells(section)["flattery"]
-    assert (line["turns a right pair"]["value"], line["turns a right pair"]["n"]) == (0.5, 2)
-    assert line["the edit wins"]["value"] == 1.0
+    assert (line["turns a right pair"].value, line["turns a right pair"].n) == (0.5, 2)
+    assert line["the edit wins"].value == 1.0
     assert line["reward change, sd"] == pytest.approx((2 + 0.5 + 8) / 3 / 0.5)  # sd of 1, 1, 0, 0, 0, 1
 
 
@@ -180,7 +178,7 @@ def test_length_figures_by_hand():
     assert found["length_matched_accuracy"] == 0.5  # the first (right) and the last (wrong)
     assert found["length_matched_gap"] == 0.0
     assert "worst_probe" not in found and section["tables"] == []
-    baselines = {figure["key"]: figure["baseline"]["value"] for figure in section["figures"]}
+    baselines = {figure.key: figure.baseline.value for figure in section["figures"]}
     assert baselines["length_r2_difference"] == pytest.approx(1 / 3)
 
 
@@ -198,7 +196,7 @@ def test_degenerate_rewards_have_no_r2():
     found = figures(section)
     assert (found["worst_probe"], found["length_r2"], found["length_r2_difference"]) == (0.5, None, None)
     assert cells(section)["markdown"]["reward change, sd"] is None
-    json.dumps(audited(lambda prompt, answer: len(answer), ROWS[:1]))
+    json.dumps(audited(lambda prompt, answer: len(answer), ROWS[:1]), default=asdict)
 
 
 def test_nothing_to_measure_and_other_shapes():

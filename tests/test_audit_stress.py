@@ -2,12 +2,14 @@
 
 import json
 import random
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 
 from rlhf_recipes import stats
 from rlhf_recipes.audit import stress
+from rlhf_recipes.audit.section import Baseline
 from rlhf_recipes.data import formats
 
 FAMILIES = [*stress.TEMPLATES, *stress.REWRITES]
@@ -38,7 +40,7 @@ def score(made: list[dict], reward) -> tuple[np.ndarray, np.ndarray]:
 
 
 def figures(section: dict) -> dict:
-    return {figure["key"]: figure["estimate"]["value"] for figure in section["figures"]}
+    return {figure.key: figure.estimate.value for figure in section["figures"]}
 
 
 def audited(reward, rows=ROWS, **options) -> dict:
@@ -110,8 +112,8 @@ def test_a_reward_turned_by_one_family_is_found():
 
     section = audited(turned)
     worst = section["figures"][0]
-    assert worst["title"] == "Accuracy on the worst family: emotional pressure"
-    assert worst["estimate"]["value"] == pytest.approx(9 / 12)  # urgency has 3 of the 12 turns
+    assert worst.title == "Accuracy on the worst family: emotional pressure"
+    assert worst.estimate.value == pytest.approx(9 / 12)  # urgency has 3 of the 12 turns
     found = figures(section)
     edits = len(FAMILIES) * 12
     assert found["accuracy_drop"] == pytest.approx(3 / edits)
@@ -119,9 +121,9 @@ def test_a_reward_turned_by_one_family_is_found():
     table = section["tables"][0]
     first = dict(zip(table["columns"], table["rows"][0], strict=True))
     assert (first["family"], first["pairs"]) == ("emotional pressure", 12)
-    assert first["accuracy lost"]["value"] == pytest.approx(0.25)
-    assert [row["estimate"]["value"] for row in section["plots"][0]["rows"]] == sorted(
-        row["estimate"]["value"] for row in section["plots"][0]["rows"]
+    assert first["accuracy lost"].value == pytest.approx(0.25)
+    assert [row["estimate"].value for row in section["plots"][0]["rows"]] == sorted(
+        row["estimate"].value for row in section["plots"][0]["rows"]
     )
     assert section["plots"][0]["line"] == ["unedited pairs", 1.0]
     shown = section["examples"][0]["rows"]
@@ -153,9 +155,9 @@ def test_the_mean_over_members_orders_and_their_spread_is_the_uncertainty():
 def test_shorter_wins_stands_beside_the_worst_family():
     rows = [each | {"rejected": [{"role": "assistant", "content": "a much longer wrong answer"}]} for each in ROWS]
     worst = audited(lambda prompt, answer: float(answer.startswith("chosen")), rows)["figures"][0]
-    assert worst["baseline"] == {"name": "the shorter answer wins", "value": 1.0}
+    assert worst.baseline == Baseline("the shorter answer wins", 1.0)
     even = audited(lambda prompt, answer: float(answer.startswith("rejected")))["figures"][0]
-    assert even["baseline"]["value"] == 1.0  # "chosen 1" is shorter than "rejected 1"
+    assert even.baseline.value == 1.0  # "chosen 1" is shorter than "rejected 1"
 
 
 def own_file(tmp_path, *rows):
@@ -187,7 +189,7 @@ def test_own_pairs_and_templates(tmp_path):
         made, *score(made, lambda p, a: float(a in ("Until six.",))), ROWS, *score(ROWS, lambda p, a: -len(a))
     )
     shift = next(cells for cells in section["tables"][0]["rows"] if cells[0] == "domain shift")
-    assert (shift[1], shift[2]["value"], shift[4]["value"], shift[5], shift[6]) == (2, 1.0, 0.0, None, None)
+    assert (shift[1], shift[2].value, shift[4].value, shift[5], shift[6]) == (2, 1.0, 0.0, None, None)
 
 
 def test_own_pairs_alone_are_held_against_all_unedited_pairs(tmp_path):
@@ -196,7 +198,7 @@ def test_own_pairs_alone_are_held_against_all_unedited_pairs(tmp_path):
     section = stress.audit(made, [[1.0, 0.0]], [[0.0, 1.0]], ROWS, np.ones((1, 12)), np.zeros((1, 12)))
     found = figures(section)
     assert (found["worst_family"], found["accuracy_drop"], found["order_invariance"]) == (0.5, None, None)
-    assert section["tables"][0]["rows"][0][4]["value"] == 0.5  # 1 - 1/2
+    assert section["tables"][0]["rows"][0][4].value == 0.5  # 1 - 1/2
     alone = stress.audit(made, [[1.0, 0.0]], [[0.0, 1.0]], [], np.zeros((1, 0)), np.zeros((1, 0)))
     assert figures(alone)["worst_family"] == 0.5
     assert alone["plots"][0]["line"] is None
@@ -234,7 +236,7 @@ def test_nothing_to_measure_is_no_crash():
     one = audited(lambda prompt, answer: 0.0, ROWS[:1])  # all rewards alike: every pair a tie
     found = figures(one)
     assert (found["worst_family"], found["order_invariance"], found["margin_change"]) == (0.5, 1.0, None)
-    json.dumps(one)
+    json.dumps(one, default=asdict)
 
 
 def test_scores_of_another_shape_are_refused():
@@ -268,7 +270,7 @@ def test_the_clinic_stress_pairs_load_and_balance():
         for family in counts:  # no family gives the order away by length
             inside = [value for value, pair in zip(longer, pairs, strict=True) if pair["family"] == family]
             assert 0.25 <= np.mean(inside) <= 0.75
-    assert stats.estimate(longer)["n"] == len(pairs)
+    assert stats.estimate(longer).n == len(pairs)
 
 
 def test_the_clinic_stress_prompts_are_in_no_split_of_the_clinic_pairs():

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ def ensemble(members=4, n=400, seed=0):
 
 
 def figures(section):
-    return {figure["key"]: figure["estimate"] for figure in section["figures"]}
+    return {figure.key: figure.estimate for figure in section["figures"]}
 
 
 @pytest.mark.parametrize(("rewards", "uwo"), [((1.0, 1.2, 2.6), 1.347), ((1, 1.1, 1.2), 1.097)])
@@ -80,9 +81,9 @@ def test_novelty_rises_off_the_training_distribution():
     train, held_out, same = (rng.normal(size=(500, 4)) * spread for _ in range(3))
     novel = u.mahalanobis(train, rng.normal(size=(500, 4)))
     held_out, same = u.mahalanobis(train, held_out), u.mahalanobis(train, same)
-    assert u.out_of_distribution(held_out, same)["low"] < 0.05 < u.out_of_distribution(held_out, same)["high"]
-    assert u.out_of_distribution(held_out, novel)["value"] > 0.9
-    assert u.out_of_distribution([], novel)["value"] is None
+    assert u.out_of_distribution(held_out, same).low < 0.05 < u.out_of_distribution(held_out, same).high
+    assert u.out_of_distribution(held_out, novel).value > 0.9
+    assert u.out_of_distribution([], novel).value is None
 
 
 def test_risk_and_coverage_by_hand():
@@ -116,40 +117,40 @@ def test_an_ensemble_that_knows_its_errors():
     novelty = np.random.default_rng(1).random((400, 2))
     section = u.audit(rows, chosen, rejected, novelty)
     found = figures(section)
-    assert found["auroc_std"]["low"] > 0.7
-    assert found["auroc_novelty"]["low"] < 0.5 < found["auroc_novelty"]["high"]
-    assert found["accuracy_at_80_gain"]["low"] > 0.02
-    assert found["aurc"]["high"] < 1 - found["accuracy_mean"]["value"]
-    assert found["spearman"]["low"] > 0 and found["accuracy_gain"]["value"] > 0
-    assert 0 < found["diversity"]["value"] < 1 and abs(found["error_correlation"]["value"]) < 0.6
-    assert found["abstain_wrong"]["low"] <= 0.1 and 0 < found["abstain_coverage"]["value"] < 1
-    gained = found["auroc_std"]["value"] - found["auroc_margin"]["value"]
-    assert found["auroc_gain"]["value"] == pytest.approx(gained)
+    assert found["auroc_std"].low > 0.7
+    assert found["auroc_novelty"].low < 0.5 < found["auroc_novelty"].high
+    assert found["accuracy_at_80_gain"].low > 0.02
+    assert found["aurc"].high < 1 - found["accuracy_mean"].value
+    assert found["spearman"].low > 0 and found["accuracy_gain"].value > 0
+    assert 0 < found["diversity"].value < 1 and abs(found["error_correlation"].value) < 0.6
+    assert found["abstain_wrong"].low <= 0.1 and 0 < found["abstain_coverage"].value < 1
+    gained = found["auroc_std"].value - found["auroc_margin"].value
+    assert found["auroc_gain"].value == pytest.approx(gained)
     accuracy, family = section["tables"]
     assert accuracy["rows"][4][1] == accuracy["rows"][6][1]  # UWO with lambda 0 is the mean
     assert [row[0] for row in family["rows"]] == ["hard", "easy"]
     oracle = section["plots"][0]["series"][-2]
-    assert oracle["y"][0] == 0 and oracle["y"][-1] == pytest.approx(1 - found["accuracy_mean"]["value"])
+    assert oracle["y"][0] == 0 and oracle["y"][-1] == pytest.approx(1 - found["accuracy_mean"].value)
     assert len(section["examples"][0]["rows"]) == 3
-    assert json.dumps(section) == json.dumps(u.audit(rows, chosen, rejected, novelty))
+    assert json.dumps(section, default=asdict) == json.dumps(u.audit(rows, chosen, rejected, novelty), default=asdict)
 
 
 def test_copies_are_not_diverse_and_scales_do_not_matter():
     chosen, rejected = (scores[:1].repeat(3, 0) for scores in ensemble())
     scale, offset = np.array([[1], [10], [3]]), np.array([[0], [5], [1]])
     found = figures(u.audit(pairs(400), chosen * scale + offset, rejected * scale + offset))
-    assert found["diversity"]["value"] == pytest.approx(0, abs=1e-6)
-    assert found["error_correlation"]["value"] == pytest.approx(1)
-    assert found["accuracy_min"]["value"] == found["accuracy_mean"]["value"] == found["accuracy"]["value"]
+    assert found["diversity"].value == pytest.approx(0, abs=1e-6)
+    assert found["error_correlation"].value == pytest.approx(1)
+    assert found["accuracy_min"].value == found["accuracy_mean"].value == found["accuracy"].value
 
 
 def test_one_member_still_has_its_margin():
     chosen, rejected = ensemble(1)
     section = u.audit(pairs(400), chosen, rejected)
     found = figures(section)
-    assert found["auroc_margin"]["value"] > 0.5 and found["aurc_margin"]["value"] is not None
+    assert found["auroc_margin"].value > 0.5 and found["aurc_margin"].value is not None
     for key in ("accuracy_mean", "auroc_std", "auroc_gain", "aurc", "spearman", "diversity"):
-        assert found[key]["value"] is None
+        assert found[key].value is None
     assert "train an ensemble" in section["notes"][0]
     assert set(found) == set(figures(u.audit(pairs(400), *ensemble())))
 
@@ -159,6 +160,6 @@ def test_degenerate_input():
     for members, n in ((1, 1), (3, 1), (3, 5)):
         for value in (0.0, 1.0, -1.0):
             section = u.audit(pairs(n), np.full((members, n), value), np.zeros((members, n)), np.zeros((n, 2)))
-            json.dumps(section, allow_nan=False)
+            json.dumps(section, allow_nan=False, default=asdict)
     with pytest.raises(ValueError, match=r"both must be \(M, 2\)"):
         u.audit(pairs(2), np.zeros((1, 3)), np.zeros((1, 3)))

@@ -7,12 +7,13 @@ import pytest
 
 from rlhf_recipes.audit import verdict
 from rlhf_recipes.audit.section import figure, section, skipped
+from rlhf_recipes.stats import Estimate
 
 GATES = {gate.threshold: gate for gate in verdict.GATES}
 
 
-def e(value, low=None, high=None, n=400, clusters=None) -> dict:
-    return {"value": value, "low": low, "high": high, "n": n, "clusters": n if clusters is None else clusters}
+def e(value, low=None, high=None, n=400, clusters=None) -> Estimate:
+    return Estimate(value, low, high, n, n if clusters is None else clusters)
 
 
 def accuracy(*numbers, baseline=("the shorter answer", 0.58), **more) -> dict:
@@ -20,9 +21,9 @@ def accuracy(*numbers, baseline=("the shorter answer", 0.58), **more) -> dict:
     return section("preference", "Preference accuracy", "?", figures=[one])
 
 
-def outcome(name: str, parts: list[dict], **thresholds) -> dict:
+def outcome(name: str, parts: list[dict], **thresholds) -> verdict.Outcome:
     gates = verdict.decide(parts, thresholds)["gates"]
-    return next(g for g in gates if g["threshold"] == name)
+    return next(g for g in gates if g.threshold == name)
 
 
 def good(limit: float, side: str, by: float) -> float:
@@ -59,13 +60,13 @@ def every(states: dict[str, str], default: str = "pass") -> list[dict]:
     ],
 )
 def test_an_interval_decides(numbers, state):
-    assert outcome("min_accuracy", [accuracy(*numbers)])["state"] == state
+    assert outcome("min_accuracy", [accuracy(*numbers)]).state == state
 
 
 def test_an_upper_limit_is_the_mirror_image():
     def probe(*numbers):
         one = figure("worst_probe", "Most successful trick: padding", e(*numbers), unit="%")
-        return outcome("max_probe_share", [section("probes", "Probes", "?", figures=[one])])["state"]
+        return outcome("max_probe_share", [section("probes", "Probes", "?", figures=[one])]).state
 
     assert probe(0.50, 0.45, 0.55) == "pass"
     assert probe(0.53, 0.48, 0.58) == "unclear"
@@ -74,22 +75,22 @@ def test_an_upper_limit_is_the_mirror_image():
 
 def test_few_prompts_decide_nothing():
     found = outcome("min_accuracy", [accuracy(0.9, 0.8, 1.0, n=200, clusters=19)])
-    assert found["state"] == "unclear" and "19 prompts are too few" in found["why"] and found["more"] == 1
-    assert outcome("min_accuracy", [accuracy(0.9, 0.8, 1.0, clusters=19)], min_prompts=None)["state"] == "pass"
-    assert outcome("min_accuracy", [accuracy(0.9, n=7, clusters=1)])["why"] == "A single prompt gives no interval."
+    assert found.state == "unclear" and "19 prompts are too few" in found.why and found.more == 1
+    assert outcome("min_accuracy", [accuracy(0.9, 0.8, 1.0, clusters=19)], min_prompts=None).state == "pass"
+    assert outcome("min_accuracy", [accuracy(0.9, n=7, clusters=1)]).why == "A single prompt gives no interval."
 
 
 def test_a_biased_figure_decides_nothing():
     found = outcome("min_accuracy", [accuracy(0.6, 0.61, 0.64)])
-    assert found["state"] == "unclear" and "biased" in found["why"] and found["more"] is None
+    assert found.state == "unclear" and "biased" in found.why and found.more is None
 
 
 def test_unclear_says_how_many_more_prompts_would_settle_it():
     # half-width below the value .04, distance to the limit .02: (.04 / .02)^2 = 4 times the 400 prompts, 1,200 more
     found = outcome("min_accuracy", [accuracy(0.67, 0.63, 0.71)])
-    assert "about 1,200 more prompts would settle it" in found["why"] and found["more"] == 1200
+    assert "about 1,200 more prompts would settle it" in found.why and found.more == 1200
     close = outcome("min_accuracy", [accuracy(0.651, 0.611, 0.691)])
-    assert "too close" in close["why"]
+    assert "too close" in close.why
 
 
 def test_accuracy_is_held_against_length_too():
@@ -97,26 +98,26 @@ def test_accuracy_is_held_against_length_too():
         one = figure("accuracy_over_length", "Accuracy over length", e(*numbers), unit="%")
         return outcome("min_gain_over_baseline", [section("preference", "Preference accuracy", "?", figures=[one])])
 
-    assert gain(0.13, 0.08, 0.18)["state"] == "pass"
-    assert gain(-0.09, -0.14, -0.04)["state"] == "fail"
+    assert gain(0.13, 0.08, 0.18).state == "pass"
+    assert gain(-0.09, -0.14, -0.04).state == "fail"
 
 
 def test_not_measured_says_why():
-    assert outcome("min_accuracy", [])["why"] == "This part of the audit was not run."
+    assert outcome("min_accuracy", []).why == "This part of the audit was not run."
     parts = [accuracy(None), skipped("uncertainty", "Meter", "?", "Train an ensemble.")]
-    assert outcome("min_uncertainty_auroc", parts)["why"] == "Train an ensemble."
-    assert "too few rows" in outcome("min_accuracy", parts)["why"]
-    assert outcome("max_exposure_gap", [skipped("coverage", "", "?", "") | {"skipped": None}])["why"] == (
+    assert outcome("min_uncertainty_auroc", parts).why == "Train an ensemble."
+    assert "too few rows" in outcome("min_accuracy", parts).why
+    assert outcome("max_exposure_gap", [skipped("coverage", "", "?", "") | {"skipped": None}]).why == (
         "Needs deployment=<file of prompts>."
     )
-    assert outcome("min_accuracy", [accuracy(math.nan, math.nan, math.nan)])["state"] == "not measured"
-    assert outcome("min_accuracy", [accuracy(0.7, math.nan, math.nan)])["low"] is None
+    assert outcome("min_accuracy", [accuracy(math.nan, math.nan, math.nan)]).state == "not measured"
+    assert outcome("min_accuracy", [accuracy(0.7, math.nan, math.nan)]).low is None
 
 
 def test_a_name_from_data_is_not_a_template():
     one = figure("worst_probe", "Most successful trick: {value}{limit}", e(0.9, 0.8, 0.95), unit="%")
     found = outcome("max_probe_share", [section("probes", "Probes", "?", figures=[one])])
-    assert "({value}{limit}) raises its reward 90.0 % [80.0 to 95.0] of the time." in found["says"]
+    assert "({value}{limit}) raises its reward 90.0 % [80.0 to 95.0] of the time." in found.says
 
 
 def test_gates_are_sound():
@@ -129,10 +130,10 @@ def test_gates_are_sound():
 
 def test_limits_can_be_moved_and_switched_off():
     parts = [accuracy(0.6, 0.58, 0.62)]
-    assert outcome("min_accuracy", parts, min_accuracy=0.5)["state"] == "pass"
+    assert outcome("min_accuracy", parts, min_accuracy=0.5).state == "pass"
     decided = verdict.decide(parts, {"min_accuracy": None})
     assert decided["off"] == ["min_accuracy"]
-    assert "min_accuracy" not in [g["threshold"] for g in decided["gates"]]
+    assert "min_accuracy" not in [g.threshold for g in decided["gates"]]
 
 
 @pytest.mark.parametrize(
@@ -176,7 +177,7 @@ def test_headline_counts_in_correct_grammar():
         == f"Use with caution: of {len(GATES)} checks {len(GATES) - 2} pass, 1 fails and 1 was not measured."
     )
     assert decided["counts"] == {"fail": 1, "unclear": 0, "not measured": 1, "pass": len(GATES) - 2}
-    assert [g["state"] for g in decided["gates"]][:2] == ["fail", "not measured"]
+    assert [g.state for g in decided["gates"]][:2] == ["fail", "not measured"]
 
 
 def paragraph(parts, label_next=()):

@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 
 from rlhf_recipes.cai import constitution, dataset, judge, make_pairs, report
 from rlhf_recipes.cai.backend import Journal
+from rlhf_recipes.stats import Estimate
 from rlhf_recipes.text_metrics import near_duplicate_keys
 
 WORDS = [
@@ -218,21 +219,20 @@ def test_the_funnel_adds_up(made):
         totals.update(cell)
     assert totals["pairs"] == funnel["pairs"] and totals["unfit"] == sum(funnel["unfit"].values())
     assert all(totals[route] == count for route, count in routes.items())
-    assert funnel["yield"]["n"] == funnel["pairs"] and funnel["yield"]["clusters"] == 216
-    assert funnel["yield"]["value"] == pytest.approx(routes["accepted"] / funnel["pairs"])
+    assert funnel["yield"].n == funnel["pairs"] and funnel["yield"].clusters == 216
+    assert funnel["yield"].value == pytest.approx(routes["accepted"] / funnel["pairs"])
     longer = [
         len(r["chosen"][0]["content"]) - len(r["rejected"][0]["content"]) for s in dataset.PREFS[:2] for r in rows[s]
     ]
-    assert funnel["chosen_is_longer"]["n"] == sum(size != 0 for size in longer)
-    assert funnel["chosen_is_longer"]["value"] == pytest.approx(
-        sum(s > 0 for s in longer) / sum(s != 0 for s in longer)
-    )
+    assert funnel["chosen_is_longer"].n == sum(size != 0 for size in longer)
+    assert funnel["chosen_is_longer"].value == pytest.approx(sum(s > 0 for s in longer) / sum(s != 0 for s in longer))
     assert funnel["revisions"] == {
         "made": sum(len(record["steps"]) for record in made["records"]),
         "unfit": dict(Counter(s["unfit"] for r in made["records"] for s in r["steps"] if s["unfit"])),
     }
     for name in ("funnel", "ledger"):
-        assert json.loads((made["folder"] / f"{name}.json").read_text()) == made[name]
+        text = (made["folder"] / f"{name}.json").read_text()
+        assert json.loads(text, object_hook=Estimate.of) == made[name]
 
 
 JUNK_REASONS = {
@@ -496,8 +496,8 @@ def test_revisions_start_from_the_last_that_is_fit(tmp_path):
 def test_nothing_fit(tmp_path):
     *_, found = make(tmp_path / "run", prompts_of(8, ("short",)))
     assert found["funnel"]["unfit"] == {"length": 16} and found["funnel"]["routes"] == {}
-    assert set(found["funnel"]["written"].values()) == {0} and found["funnel"]["yield"]["value"] == 0
-    assert found["funnel"]["chosen_is_longer"]["value"] is None
+    assert set(found["funnel"]["written"].values()) == {0} and found["funnel"]["yield"].value == 0
+    assert found["funnel"]["chosen_is_longer"].value is None
     assert all(rows_of(tmp_path / "run", split) == [] for split in (*dataset.PREFS, *dataset.SFT))
 
 

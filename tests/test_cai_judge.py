@@ -171,8 +171,8 @@ def examined(make, cfg, odds, **settings):
 
 def test_a_judge_that_knows_passes(make, cfg):
     found, critic = examined(make, cfg, lambda a, b, text: 1.2 * (("good" in a) - ("good" in b)))
-    assert found["passed"] and found["agreement"]["value"] == 1 and found["kappa"]["value"] == 1
-    assert found["best_baseline"] == "the longer wins" and 0.5 < found["baselines"]["the longer wins"]["value"] < 0.7
+    assert found["passed"] and found["agreement"].value == 1 and found["kappa"].value == 1
+    assert found["best_baseline"] == "the longer wins" and 0.5 < found["baselines"]["the longer wins"].value < 0.7
     assert gate.decide(found, critic, cfg) == (list(cfg.sources), critic)
     assert gate.headline(found)["before"] == found["baselines"]["the longer wins"]
 
@@ -197,14 +197,14 @@ def test_a_judge_that_knows_nothing_fails(make, cfg, odds, fails, capsys):
 
 def test_a_judge_that_does_not_answer_fails(make, cfg):
     found, _ = examined(make, cfg, erratic, mass=0.2)
-    assert not found["passed"] and found["parsed"]["value"] == 0 and found["agreement"]["value"] == 0.5
-    assert found["kappa"]["value"] == 0
+    assert not found["passed"] and found["parsed"].value == 0 and found["agreement"].value == 0.5
+    assert found["kappa"].value == 0
 
 
 def test_kappa_of_a_judge_that_is_always_wrong_is_minus_one(make, cfg):
     found, _ = examined(make, cfg, lambda a, b, text: ("bad" in a) - ("bad" in b))
     kappa = found["kappa"]
-    assert kappa["value"] == -1 and kappa["low"] == -1 and -1 < kappa["high"] < -0.8 and kappa["n"] == 120
+    assert kappa.value == -1 and kappa.low == -1 and -1 < kappa.high < -0.8 and kappa.n == 120
 
 
 def test_a_temperature_is_found_and_used_where_there_are_pairs_enough(make, cfg):
@@ -219,7 +219,7 @@ def test_a_temperature_is_found_and_used_where_there_are_pairs_enough(make, cfg)
     found, critic = examined(make, cfg, odds, prior=False)
     assert found["temperature"] == pytest.approx(9 / math.log(0.7 / 0.3), rel=0.05) and critic.temperature == 1.0
     assert found["calibration_error"]["before"] == pytest.approx(0.3, abs=0.01)
-    assert found["calibration_error"]["after"] < 0.2 and found["brier"]["after"]["value"] < 0.25
+    assert found["calibration_error"]["after"] < 0.2 and found["brier"]["after"].value < 0.25
     few = OmegaConf.merge(cfg, {"judging": {"min_calibration_pairs": 100}})
     critic, journal = make(odds, prior=False)
     assert gate.examine(critic, gold(), few, journal)["temperature"] == critic.temperature

@@ -36,7 +36,7 @@ def test_tables_say_what_was_measured_and_set(trained):
     text, result = (trained.dir / "README.md").read_text(encoding="utf-8"), trained.result
     metrics = rows(text, "Held-out metrics")
     assert [row[0] for row in metrics] == [name.replace("_", " ") for name in result["metrics"]]
-    assert all(len(row) == 4 and row[3] == str(result["metrics"][row[0].replace(" ", "_")]["n"]) for row in metrics)
+    assert all(len(row) == 4 and row[3] == str(result["metrics"][row[0].replace(" ", "_")].n) for row in metrics)
     settings = {key.strip("`"): value.strip("`") for key, value in rows(text, "Settings")}
     assert settings["trainer.learning_rate"] == "0.01" and settings["lora.r"] == "16"
     assert settings["data.path"] == '"clinic"' and settings["trainer.max_steps"] == "2"

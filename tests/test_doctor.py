@@ -11,6 +11,7 @@ import yaml
 
 from rlhf_recipes import config
 from rlhf_recipes.launch import keys as launch_keys
+from rlhf_recipes.stats import Estimate
 from rlhf_recipes.training import doctor
 
 STEPS = 24
@@ -50,7 +51,7 @@ def rows(steps=STEPS, every=1, **series):
 
 
 def estimate(value, half=0.05, n=54):
-    return {"value": value, "low": value - half, "high": value + half, "n": n, "clusters": n}
+    return Estimate(value, value - half, value + half, n, n)
 
 
 HELD_OUT = {
@@ -86,7 +87,7 @@ def record(recipe="dpo", log=None, args=None, facts=None, stopped=None, held_out
         "sft": {"entropy": lambda t: 3 - 2.5 * t},
     }.get(recipe, {"logps/chosen": -2.0, "rewards/margins": lambda t: t, "rewards/accuracies": 0.8})  # fmt: skip
     log = rows(**{**healthy, **(log or {})}) if not isinstance(log, list) else log
-    sides = [{key: pair[side] if isinstance(pair[side], dict) else estimate(pair[side], half if side else 0.0)
+    sides = [{key: pair[side] if isinstance(pair[side], Estimate) else estimate(pair[side], half if side else 0.0)
               for key, pair in both.items()} for side in (0, 1)]  # fmt: skip
     facts = facts or {"reply_tokens": 40.0, "ends_with_eos": 1.0}
     return doctor.Record(recipe, log, args or arguments(), STEPS, facts, *sides, stopped)
@@ -509,11 +510,11 @@ def test_length_bias_is_the_difference_of_two_accuracies():
 
     pairs = [pair(0, 9, 5), pair(1, 9, 5), pair(2, 9, 5), pair(3, 5, 9), pair(4, 5, 9)]
     found = accuracy_metrics(pairs, [1.0, 2.0, -1.0, 1.0, -1.0], [0.0] * 5)
-    assert found["length_bias"]["value"] == pytest.approx(2 / 3 - 1 / 2)
-    assert found["preference_accuracy"]["value"] == pytest.approx(0.6)
-    assert found["accuracy_change"]["value"] == pytest.approx(0.1) and found["accuracy_change"]["n"] == 5
+    assert found["length_bias"].value == pytest.approx(2 / 3 - 1 / 2)
+    assert found["preference_accuracy"].value == pytest.approx(0.6)
+    assert found["accuracy_change"].value == pytest.approx(0.1) and found["accuracy_change"].n == 5
     blind = accuracy_metrics(pairs[:3], [1.0, 1.0, -1.0], [0.0] * 3)
-    assert blind["length_bias"]["value"] == 0  # one side alone says nothing
+    assert blind["length_bias"].value == 0  # one side alone says nothing
 
 
 def test_page_draws_every_recipe(tmp_path):

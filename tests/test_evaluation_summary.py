@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from rlhf_recipes.cai import constitution
 from rlhf_recipes.cai.judge import Judge, Judgement
 from rlhf_recipes.evaluation import checkpoints, definitions, judges, summary, table
 from rlhf_recipes.evaluation import verdict as verdict_of
+from rlhf_recipes.evaluation.measurements import Measurements
+from rlhf_recipes.stats import Estimate
 from rlhf_recipes.text_metrics import distinct_2, refuses, repeats_phrase
 
 FAMILIES = [
@@ -58,24 +61,24 @@ POOR = [
 ]
 
 
-def fake(prompts: int = 120, pairs: int = 200, seed: int = 0, skill: dict | None = None) -> dict:
+def fake(prompts: int = 120, pairs: int = 200, seed: int = 0, skill: dict | None = None) -> Measurements:
     """Measurements of base -> sft -> dpo as a run of the demo would give them, from a seed.
 
     `skill` sets how much of each system's behaviour is good: it moves margins, rewards and texts together.
     """
     rng = np.random.default_rng(seed)
     skill = skill or {"base": 0.25, "sft": 0.45, "dpo": 0.75}
-    return {
-        "parent": next(iter(skill)),
-        "systems": list(skill),
-        "info": {n: {"recipe": n, "path": f"outputs/{n}/demo", "method_reward": "log_ratio"} for n in skill},
-        "pairs": [_pair(rng, i, skill) for i in range(pairs)],
-        "answers": [_row(rng, i, skill) for i in range(prompts)],
-        "neutral": {n: _neutral(seed, s) for n, s in skill.items()},
-        "reward_models": {"reward": [_scores(rng, i) for i in range(pairs)]},
-        "settings": {"model": "HuggingFaceTB/SmolLM2-135M-Instruct", "quantization": "nf4", "temperature": 1.0,
-                     "max_new_tokens": 128, "seed": 42},
-    }  # fmt: skip
+    return Measurements(
+        parent=next(iter(skill)),
+        systems=list(skill),
+        info={n: {"recipe": n, "path": f"outputs/{n}/demo", "method_reward": "log_ratio"} for n in skill},
+        pairs=[_pair(rng, i, skill) for i in range(pairs)],
+        answers=[_row(rng, i, skill) for i in range(prompts)],
+        neutral={n: _neutral(seed, s) for n, s in skill.items()},
+        reward_models={"reward": [_scores(rng, i) for i in range(pairs)]},
+        settings={"model": "HuggingFaceTB/SmolLM2-135M-Instruct", "quantization": "nf4", "temperature": 1.0,
+                  "max_new_tokens": 128, "seed": 42},
+    )  # fmt: skip
 
 
 def _pair(rng, i, skill):
@@ -128,8 +131,8 @@ def _scores(rng, i):
             "rejected": float(rng.normal(0)), "chosen_chars": chosen, "rejected_chars": rejected}  # fmt: skip
 
 
-def by_hand() -> dict:
-    """Two prompts, every number small enough to check on paper."""
+def by_hand(**changed) -> Measurements:
+    """Two prompts, every number small enough to check on paper; `changed` replaces fields."""
 
     def answer(text, tokens, finished, k1, k3, reward):
         return {"text": text, "tokens": tokens, "finished": finished, "k1": k1, "k3": k3, "reward": reward}
@@ -140,7 +143,7 @@ def by_hand() -> dict:
         return sums | references | {"chosen_tokens": tokens[0], "rejected_tokens": tokens[1]}
 
     same = pair(-10.0, -10.0)
-    return {
+    fields = {
         "parent": "base",
         "systems": ["base", "dpo"],
         "pairs": [
@@ -163,10 +166,11 @@ def by_hand() -> dict:
         ],
         "neutral": {"base": [[4.0, 4], [4.0, 4]], "dpo": [[6.0, 4], [4.0, 4]]},
     }  # fmt: skip
+    return Measurements(**(fields | changed))
 
 
 def values(evaluation, name, part="metrics"):
-    return {key: e["value"] for key, e in evaluation["systems"][name][part].items()}
+    return {key: e.value for key, e in evaluation["systems"][name][part].items()}
 
 
 def test_every_metric_by_hand():
@@ -191,11 +195,11 @@ def test_every_metric_by_hand():
 
 def test_baselines_and_families_by_hand():
     evaluation = summary.summarise(by_hand())
-    assert evaluation["baselines"]["shorter_wins"]["value"] == pytest.approx(2.5 / 4)
-    assert evaluation["baselines"]["longer_wins"]["value"] == pytest.approx(1.5 / 4)
-    assert evaluation["baselines"]["coin"]["value"] == 0.5
+    assert evaluation["baselines"]["shorter_wins"].value == pytest.approx(2.5 / 4)
+    assert evaluation["baselines"]["longer_wins"].value == pytest.approx(1.5 / 4)
+    assert evaluation["baselines"]["coin"].value == 0.5
     families = evaluation["systems"]["dpo"]["families"]
-    assert {f: (e["value"], e["n"]) for f, e in families.items()} == {"x": (0.5, 2), "y": (0.75, 2)}
+    assert {f: (e.value, e.n) for f, e in families.items()} == {"x": (0.5, 2), "y": (0.75, 2)}
 
 
 def test_reward_models_have_accuracy_families_and_baselines():
@@ -204,36 +208,36 @@ def test_reward_models_have_accuracy_families_and_baselines():
         {"prompt_id": "b", "family": "y", "chosen": 0.0, "rejected": 1.0, "chosen_chars": 1, "rejected_chars": 2},
         {"prompt_id": "b", "family": "y", "chosen": 1.0, "rejected": 1.0, "chosen_chars": 2, "rejected_chars": 1},
     ]
-    model = summary.summarise(by_hand() | {"reward_models": {"rm": rows}})["reward_models"]["rm"]
-    assert (model["accuracy"]["value"], model["accuracy"]["n"], model["accuracy"]["clusters"]) == (0.5, 3, 2)
-    assert model["families"]["y"]["value"] == 0.25
-    assert model["baselines"]["shorter_wins"]["value"] == pytest.approx(2 / 3)
+    model = summary.summarise(by_hand(reward_models={"rm": rows}))["reward_models"]["rm"]
+    assert (model["accuracy"].value, model["accuracy"].n, model["accuracy"].clusters) == (0.5, 3, 2)
+    assert model["families"]["y"].value == 0.25
+    assert model["baselines"]["shorter_wins"].value == pytest.approx(2 / 3)
 
 
 def test_every_estimate_has_an_interval_and_the_whole_is_json():
     evaluation = summary.summarise(fake())
     for system in evaluation["systems"].values():
         for e in [*system["metrics"].values(), *system["differences"].values(), *system["families"].values()]:
-            assert e["n"] > 0
-            assert e["low"] - 1e-12 <= e["value"] <= e["high"] + 1e-12
-    json.dumps(evaluation, allow_nan=False)
+            assert e.n > 0
+            assert e.low - 1e-12 <= e.value <= e.high + 1e-12
+    json.dumps(evaluation, allow_nan=False, default=asdict)
 
 
 def test_method_reward_chooses_the_accuracy():
-    measured = by_hand() | {"info": {"dpo": {"method_reward": "average_logp"}}}
+    measured = by_hand(info={"dpo": {"method_reward": "average_logp"}})
     system = summary.summarise(measured)["systems"]["dpo"]
     assert system["preference_accuracy"] == system["metrics"]["accuracy_average_logp"]
 
 
 def test_judgements_replace_rewards():
-    measured = by_hand() | {"judgements": {"dpo": [{"prompt_id": "q", "p": 0.9}, {"prompt_id": "r", "p": 0.6}]}}
-    assert summary.summarise(measured)["systems"]["dpo"]["metrics"]["win_rate"]["value"] == pytest.approx(0.75)
+    measured = by_hand(judgements={"dpo": [{"prompt_id": "q", "p": 0.9}, {"prompt_id": "r", "p": 0.6}]})
+    assert summary.summarise(measured)["systems"]["dpo"]["metrics"]["win_rate"].value == pytest.approx(0.75)
 
 
 def test_only_pairs_or_only_answers_are_enough():
-    pairs = summary.summarise(by_hand() | {"answers": []})
+    pairs = summary.summarise(by_hand(answers=[]))
     assert pairs["systems"]["dpo"]["verdict"]["main"] == "preference_accuracy"
-    answers = summary.summarise(by_hand() | {"pairs": [], "neutral": {}})
+    answers = summary.summarise(by_hand(pairs=[], neutral={}))
     assert answers["systems"]["dpo"]["verdict"]["main"] == "win_rate"
     assert "max_perplexity_ratio" in answers["systems"]["dpo"]["verdict"]["unchecked"]
     assert table.as_text(pairs) and table.as_text(answers)
@@ -282,7 +286,7 @@ def test_repetition_and_distinct_words():
 
 
 def estimate(value, low, high, n=100):
-    return {"value": value, "low": low, "high": high, "n": n, "clusters": n}
+    return Estimate(value, low, high, n, n)
 
 
 def judged(win=None, differences=None, thresholds=None, nonfinite=0, **metrics):
@@ -367,13 +371,13 @@ def test_each_limit_holds_or_condemns(where, metric, beyond, across):
 
 def test_a_diverged_model_is_worse_and_still_summarised():
     measured = fake(prompts=24, pairs=24)
-    measured["pairs"][3]["systems"]["dpo"]["chosen_logp"] = float("nan")
-    measured["answers"][0]["systems"]["dpo"]["k1"] = float("inf")
-    measured["neutral"]["dpo"][0][0] = float("nan")
+    measured.pairs[3]["systems"]["dpo"]["chosen_logp"] = float("nan")
+    measured.answers[0]["systems"]["dpo"]["k1"] = float("inf")
+    measured.neutral["dpo"][0][0] = float("nan")
     evaluation = summary.summarise(measured)
     assert evaluation["systems"]["dpo"]["verdict"]["verdict"] == "worse"
     assert evaluation["systems"]["dpo"]["verdict"]["reasons"][0].startswith("3 of its numbers are not finite")
-    assert evaluation["systems"]["dpo"]["metrics"]["kl_k1"]["n"] == 23
+    assert evaluation["systems"]["dpo"]["metrics"]["kl_k1"].n == 23
 
 
 def test_recommended_is_the_best_verdict():
@@ -395,7 +399,7 @@ def test_regressions_come_worst_first_with_what_became_odd():
 
 def test_regressions_without_rewards_go_by_flags():
     measured = by_hand()
-    for row in measured["answers"]:
+    for row in measured.answers:
         for answer in row["systems"].values():
             answer["reward"] = None
     found = summary.summarise(measured)["regressions"]["dpo"]
@@ -423,7 +427,7 @@ def test_table_fits_a_terminal():
 )
 def test_refused_settings(change, thresholds, said):
     with pytest.raises(ValueError, match=said):
-        summary.summarise(by_hand() | change, thresholds)
+        summary.summarise(by_hand(**change), thresholds)
 
 
 # ---- a judge
@@ -453,18 +457,17 @@ def test_what_a_judge_is_worth_by_hand():
         judges.verdict("d", None, 0.05),
     ]
     found = summary._judge(rows)
-    assert {key: (e["value"], e["n"]) for key, e in found.items()} == {
+    assert {key: (e.value, e.n) for key, e in found.items()} == {
         "judge_answers": (pytest.approx(2 / 3), 3),
         "judge_consistency": (0.5, 2),
         "judge_position_gap": (pytest.approx(0.4), 2),
         "judge_ties": (0.75, 4),
     }
-    measured = by_hand() | {
-        "judgements": {"dpo": [row | {"prompt_id": i} for row, i in zip(rows, "qr", strict=False)]}
-    }
+    judged = [row | {"prompt_id": i} for row, i in zip(rows, "qr", strict=False)]
+    measured = by_hand(judgements={"dpo": judged})
     system = summary.summarise(measured)["systems"]["dpo"]
-    assert system["metrics"]["win_rate"]["value"] == pytest.approx(0.7)
-    assert system["metrics"]["judge_consistency"]["value"] == 0.5
+    assert system["metrics"]["win_rate"].value == pytest.approx(0.7)
+    assert system["metrics"]["judge_consistency"].value == 0.5
     assert "judge_consistency" not in summary.summarise(by_hand())["systems"]["dpo"]["metrics"]
 
 
@@ -475,18 +478,18 @@ def test_a_judge_compares_what_differs(compose, tmp_path, likes, rate, same):
     cfg = compose("evaluate", "judge=local", "constitution=clinic", "judging.prior_correction=false")
     stub = Stub((lambda a, b, _: len(a) - len(b)) if likes == "long" else (lambda *_: 2.0))
     critic = Judge(stub, constitution.load(cfg.constitution), cfg.judging, cfg.seed)
-    measured = by_hand() | {"settings": {}}
+    measured = by_hand()
     third = {"prompt_id": "s", "family": "x", "prompt": "!", "harmful": False}
-    third["systems"] = dict.fromkeys(("base", "dpo"), measured["answers"][0]["systems"]["base"])
-    measured["answers"] = [measured["answers"][0], third]
+    third["systems"] = dict.fromkeys(("base", "dpo"), measured.answers[0]["systems"]["base"])
+    measured.answers = [measured.answers[0], third]
     rows = [{"prompt_id": i, "prompt": [{"role": "user", "content": "?"}]} for i in "qs"]
     found = judges.compare(critic, measured, rows, tmp_path / "answers.jsonl", cfg.judging.tie_margin)
     assert len(stub.asked) == 2 * cfg.judging.principles_per_pair
-    first, second = found["judgements"]["dpo"]
+    first, second = found.judgements["dpo"]
     assert (first["p"] > 0.99) == (rate == 1.0) and second == judges.verdict("s", None, 0.05)
     metrics = summary.summarise(found)["systems"]["dpo"]["metrics"]
-    assert metrics["judge_consistency"]["value"] == same and metrics["judge_consistency"]["n"] == 1
-    assert found["settings"] == {"judge": "stub", "constitution": "clinic 1"}
+    assert metrics["judge_consistency"].value == same and metrics["judge_consistency"].n == 1
+    assert found.settings == {"judge": "stub", "constitution": "clinic 1"}
 
 
 def test_a_function_that_likes_what_comes_first_is_not_consistent():
@@ -520,19 +523,19 @@ def with_tasks(own=(0, 1, 1, 0), base=(1, 1, 1, 0), other=(1, 1)):
         return {"metric": "acc", "ids": [f"{name}:{i}" for i in range(len(values))],
                 "values": {"base": list(map(float, parents)), "dpo": list(map(float, values))}}  # fmt: skip
 
-    return by_hand() | {"tasks": {"arc": task("arc", own, base), "copa": task("copa", other, (1, 0))}}
+    return by_hand(tasks={"arc": task("arc", own, base), "copa": task("copa", other, (1, 0))})
 
 
 def test_tasks_by_hand():
     evaluation = summary.summarise(with_tasks())
     dpo, base = evaluation["systems"]["dpo"], evaluation["systems"]["base"]
     arc = dpo["tasks"]["arc"]
-    assert (arc["metric"], arc["accuracy"]["value"], arc["accuracy"]["n"]) == ("acc", 0.5, 4)
-    assert (arc["difference"]["value"], base["tasks"]["arc"]["difference"]) == (-0.25, None)
+    assert (arc["metric"], arc["accuracy"].value, arc["accuracy"].n) == ("acc", 0.5, 4)
+    assert (arc["difference"].value, base["tasks"]["arc"]["difference"]) == (-0.25, None)
     # each task weighs the same, whatever its size: (1/2 + 1) / 2 against (3/4 + 1/2) / 2
-    assert dpo["metrics"]["task_accuracy"]["value"] == pytest.approx(0.75)
-    assert base["metrics"]["task_accuracy"]["value"] == pytest.approx(0.625)
-    assert dpo["differences"]["task_accuracy"]["value"] == pytest.approx(0.125)
+    assert dpo["metrics"]["task_accuracy"].value == pytest.approx(0.75)
+    assert base["metrics"]["task_accuracy"].value == pytest.approx(0.625)
+    assert dpo["differences"]["task_accuracy"].value == pytest.approx(0.125)
     assert "arc (acc, n 4), %, and points to the parent: base 75.0" in table.as_text(evaluation)
     assert evaluation["counts"]["task_examples"] == 6
 
@@ -586,7 +589,7 @@ def by_ensemble():
         ("r", "base"): [0.0, 1.0],
         ("r", "dpo"): [1.0, 2.0],
     }
-    for row in measured["answers"]:
+    for row in measured.answers:
         for name, answer in row["systems"].items():
             members = scores[row["prompt_id"], name]
             answer |= ensemble.answers([[z] for z in members], {"a": [], "b": []})[0]
@@ -599,7 +602,7 @@ def test_worst_case_and_disputed_wins_by_hand():
     assert (found["win_rate"], found["win_rate_worst_case"], found["disputed_wins"]) == (1.0, 0.5, 0.5)
     assert (found["reward"], found["reward_worst_case"]) == (pytest.approx(1.25), pytest.approx(0.0))
     assert found["reward_spread"] == pytest.approx((2.0 + 0.5) / 2)
-    assert evaluation["systems"]["dpo"]["metrics"]["disputed_wins"]["n"] == 2
+    assert evaluation["systems"]["dpo"]["metrics"]["disputed_wins"].n == 2
     one = summary.summarise(by_hand())["systems"]["dpo"]["metrics"]
     assert not {"win_rate_worst_case", "disputed_wins", "reward_spread"} & set(one)
 
@@ -620,10 +623,10 @@ def test_a_win_that_the_worst_case_does_not_see_does_not_ship():
 
 def test_an_ensemble_is_one_more_reward_model():
     rows = by_hand_scores()
-    found = summary.summarise(by_hand() | {"reward_models": {"a": rows, "b": rows}})["reward_models"]
+    found = summary.summarise(by_hand(reward_models={"a": rows, "b": rows}))["reward_models"]
     assert list(found) == ["a", "b", "mean of 2"]
     assert found["mean of 2"]["accuracy"] == found["a"]["accuracy"]
-    assert found["a"]["shorter_wins_by_family"]["x"]["value"] == 1.0
+    assert found["a"]["shorter_wins_by_family"]["x"].value == 1.0
 
 
 def by_hand_scores():
@@ -651,7 +654,7 @@ def steps(gold, proxy=None, n=40):
                 systems[name]["proxy"] = proxy[k] + noise[i] + rng.normal(0, 0.1)
         rows.append({"prompt_id": f"q{i}", "family": "x", "prompt": "?", "harmful": False, "systems": systems})
     info = {name: {"step": 10 * k} for k, name in enumerate(names) if k}
-    return {"parent": "base", "systems": names, "pairs": [], "answers": rows, "info": info}
+    return Measurements("base", names, answers=rows, info=info)
 
 
 def kept(measured, same=False):
@@ -661,10 +664,10 @@ def kept(measured, same=False):
 def test_the_checkpoint_to_keep_is_where_gold_peaks():
     measured = steps([0.0, 1.0, 2.0, 0.5], proxy=[0.0, 1.0, 2.0, 3.0])
     found = kept(measured)
-    assert [(row["step"], row["kl"]["value"]) for row in found["rows"]] == [(0, 0), (10, 1), (20, 4), (30, 9)]
+    assert [(row["step"], row["kl"].value) for row in found["rows"]] == [(0, 0), (10, 1), (20, 4), (30, 9)]
     assert (found["keep"], found["equal"]) == ("step 20", [])
-    deviation = np.std([row["systems"]["base"]["reward"] for row in measured["answers"]])
-    gains = [deviation * row["gold"]["value"] for row in found["rows"]]
+    deviation = np.std([row["systems"]["base"]["reward"] for row in measured.answers])
+    gains = [deviation * row["gold"].value for row in found["rows"]]
     assert gains == pytest.approx([0, 1, 2, 0.5], abs=0.1)
     assert "The checkpoint to keep is step 20" in found["says"][0] and "over-optimised" in found["says"][1]
     assert checkpoints.plot(found)["svg"].count("<svg") == 1
@@ -683,7 +686,7 @@ def test_steps_without_gold_or_with_the_proxy_as_gold():
     same = kept(steps([0.0, 1.0, 0.5], proxy=[0.0, 1.0, 0.5]), same=True)
     assert "nothing here can show over-optimisation" in same["says"][1]
     blind = steps([0.0, 1.0])
-    for row in blind["answers"]:
+    for row in blind.answers:
         for answer in row["systems"].values():
             answer["reward"] = None
     found = kept(blind)

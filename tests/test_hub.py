@@ -11,6 +11,8 @@ from hub_server import TOKEN
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
+from rlhf_recipes.stats import Estimate
+
 BASE = {"README.md": b"---\nlicense: apache-2.0\n---\n# Tiny\n"}
 
 
@@ -457,13 +459,13 @@ def test_text_cannot_break_the_card(run):
     nasty = "a|b `c` <b>d</b>\n---\n# Title\n```python\n| e |"
     source = contents.find("dpo", None)
     terms = {"license": "other", "license_name": "x: y", "license_link": "https://example.org/#a"}
-    facts = {"repo_id": "ada/x", "merged": None, "dtype": "bfloat16", "fingerprint": "f" * 64, "evaluation": None}
-    facts["base"] = {"id": TINY_ID, "revision": None, "same": True, "origin": None, **terms}
+    base = {"id": TINY_ID, "revision": None, "same": True, "origin": None, **terms}
+    facts = card.Facts("ada/x", base, dtype="bfloat16", fingerprint="f" * 64)
     plain = card.write(source, facts, None)
     reasons = {"verdict": "hold", "reasons": [nasty]}
-    rate = {"win_rate": {"value": 0.6, "low": 0.4, "high": 0.8, "n": 20, "clusters": 20}}
-    facts |= {"evaluation": {"name": "dpo", "parent": nasty, "verdict": reasons, "metrics": rate}}
-    facts["base"] |= {"origin": nasty}
+    rate = {"win_rate": Estimate(0.6, 0.4, 0.8, 20, 20)}
+    facts.evaluation = {"name": "dpo", "parent": nasty, "verdict": reasons, "metrics": rate}
+    facts.base["origin"] = nasty
     source.config["data"]["path"] = source.config["trainer"]["run_name"] = source.result["device"] = nasty
     text = card.write(source, facts, nasty)
     head = ModelCard(text).data.to_dict()
@@ -499,8 +501,7 @@ def test_data_that_the_metadata_names(run, path, there):
     from rlhf_recipes.publish import card, contents
 
     configured("data.path", path)(run)
-    facts = {"repo_id": "ada/x", "merged": None, "dtype": "bfloat16", "fingerprint": "", "evaluation": None}
-    facts["base"] = {"id": TINY_ID, "revision": None, "same": True, "origin": None, "license": "mit",
-                     "license_name": None, "license_link": None}  # fmt: skip
-    text = card.write(contents.find("dpo", None), facts, None)
+    base = {"id": TINY_ID, "revision": None, "same": True, "origin": None, "license": "mit", "license_name": None,
+            "license_link": None}  # fmt: skip
+    text = card.write(contents.find("dpo", None), card.Facts("ada/x", base, dtype="bfloat16"), None)
     assert (f"datasets:\n- {path}\n" in text) == there

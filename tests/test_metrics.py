@@ -18,32 +18,32 @@ def test_a_policy_that_has_not_moved_has_no_margin_and_a_coins_accuracy():
     before = logps(-8.0, -6.0)
     found = metrics.preference_metrics(rows(4), before, before, "log_ratio")
     for key in ("reward_margin", "chosen_logp_change", "rejected_logp_change", "chosen_logp_change_per_token"):
-        assert (found[key]["value"], found[key]["low"], found[key]["high"]) == (0.0, 0.0, 0.0), key
-    assert found["preference_accuracy"]["value"] == 0.5
+        assert (found[key].value, found[key].low, found[key].high) == (0.0, 0.0, 0.0), key
+    assert found["preference_accuracy"].value == 0.5
 
 
 def test_margins_by_hand():
     before, after = logps(-8.0, -6.0), logps(-7.0, -9.0)
     found = metrics.preference_metrics(rows(4), after, before, "log_ratio")
-    assert found["reward_margin"]["value"] == pytest.approx(1.0 - -3.0)
-    assert found["chosen_logp_change_per_token"]["value"] == pytest.approx(1 / 4)
+    assert found["reward_margin"].value == pytest.approx(1.0 - -3.0)
+    assert found["chosen_logp_change_per_token"].value == pytest.approx(1 / 4)
     accuracy = found["preference_accuracy"]
-    assert accuracy["value"] == 1.0 and accuracy["low"] == pytest.approx(0.510, abs=1e-3), "Wilson's, n = 4"
+    assert accuracy.value == 1.0 and accuracy.low == pytest.approx(0.510, abs=1e-3), "Wilson's, n = 4"
     # -7 / 4 against -9 / 2
     average = metrics.preference_metrics(rows(4), after, before, "average_logp")
-    assert average["reward_margin"]["value"] == pytest.approx(-1.75 + 4.5)
+    assert average["reward_margin"].value == pytest.approx(-1.75 + 4.5)
 
 
 def test_the_spread_of_rewards_is_that_of_all_replies():
     """Rewards 3, 1, 1, -1: mean 1, population deviation sqrt 2."""
     scores = [{"chosen": 3.0, "rejected": 1.0}, {"chosen": 1.0, "rejected": -1.0}]
     found = metrics.reward_metrics(rows(2), scores, scores)["sd_reward"]
-    assert found["value"] == pytest.approx(2**0.5) and found["low"] <= found["value"] <= found["high"]
+    assert found.value == pytest.approx(2**0.5) and found.low <= found.value <= found.high
 
 
 def test_scores_that_are_all_one_are_no_share():
     scores = [{"chosen": 1.0, "rejected": 1.0}] * 4
     found = metrics.reward_metrics(rows(4), scores, scores)
-    assert (found["mean_reward"]["low"], found["mean_reward"]["high"]) == (1.0, 1.0)
-    assert (found["sd_reward"]["value"], found["sd_reward"]["high"]) == (0.0, 0.0)
-    assert (found["reward_margin"]["low"], found["reward_margin"]["high"]) == (0.0, 0.0)
+    assert (found["mean_reward"].low, found["mean_reward"].high) == (1.0, 1.0)
+    assert (found["sd_reward"].value, found["sd_reward"].high) == (0.0, 0.0)
+    assert (found["reward_margin"].low, found["reward_margin"].high) == (0.0, 0.0)

@@ -1,9 +1,12 @@
 """Text that others wrote never acts: chat tokens in what a model reads, and what cards, terminal and pages show."""
 
+from dataclasses import asdict
+
 import pytest
 
 from rlhf_recipes.cai import prompt_templates
 from rlhf_recipes.data.tokens import neutralise
+from rlhf_recipes.stats import Estimate
 
 # Of the families that served judges come from: what their servers parse inside of a message.
 CHAT_TOKENS = (
@@ -171,7 +174,7 @@ HOSTILE = (
     "<img src=x onerror=alert(1)> <b>b</b> www.evil.example a@evil.example http://evil.example \u202elive\u202c \\| "
     "[y](z) | `c` **s** __u__ ~~d~~ $$m$$ \ud800\u2028- item\n```\nend"
 )
-ESTIMATE = {"value": 0.6, "low": 0.5, "high": 0.7, "n": 20, "clusters": 20}
+ESTIMATE = Estimate(0.6, 0.5, 0.7, 20, 20)
 
 
 def result_of(said="said", recipe="sft"):
@@ -255,13 +258,13 @@ def test_a_published_card(kind, proof, monkeypatch):
         base = {"id": said, "revision": said, "same": None, "origin": said, "drift": None, **terms}
         verdict = {"verdict": said, "reasons": [said, said]}
         entry = {"parent": said, "verdict": verdict, "metrics": {"win_rate": ESTIMATE}}
-        facts = {"repo_id": said, "base": base, "evaluation": entry, "merged": None, "dtype": "float32"}
+        facts = card.Facts(said, base, entry, dtype="float32", fingerprint="f" * 64)
         made = {"constitution": {"name": said, "version": said, "sha256": said}, "labelled_by": said}
         pairs = contents.Source("pairs", Path("nowhere"), {}, made)
         monkeypatch.setattr(contents.Source, "pairs", pairs)
         result = result_of(said, recipe) if kind == "run" else pairs_of(said)
         source = contents.Source(kind, Path("nowhere"), config_of(said), result)
-        return card.write(source, facts | {"fingerprint": "f" * 64}, proof and said)
+        return card.write(source, facts, proof and said)
 
     assert_harmless(written(HOSTILE, HOSTILE), written("s", "x"))
 
@@ -327,16 +330,17 @@ def test_preflight():
     from types import SimpleNamespace
 
     from rlhf_recipes.launch.preflight import printed as preflight_report
+    from rlhf_recipes.launch.preflight.report import JobReport
 
     def make(said):
         model = {"id": said, "download_gib": 0}
-        seen = {"name": said, "recipe": "dpo", "settings": {said: said}, "model": model, "memory": None, "step": None}
+        seen = JobReport(said, "dpo", [said], [said], {said: said}, model)
         example = {"text": said.replace("\r\n", " ").replace("\u2028", " "), "ends": ESTIMATE, "eos": [said]}
         tokens = {"p50": 1, "p95": 1, "max": 1, "train": 1}
         rows = {"source": said, "train": 1, "test": 1, "split": said, "tokens": tokens, "max_length": 9,
                 "over_length": {"rows": 0, "of": 1, "fate": said}, "duplicate": 0, "leakage": 0, "near_duplicates": 0,
                 "neutralised": {"rows": 0, "occurrences": 0}}  # fmt: skip
-        seen |= {"example": example, "rows": rows, "watch": [said], "stops": [said]}
+        seen.example, seen.rows = example, rows
         report = {"disk": {"need_gib": 1, "free_gib": 2, "stops": []}, "jobs": [seen]}
         jobs = [SimpleNamespace(name=said, recipe="dpo")]
         return "\n".join(
@@ -359,7 +363,7 @@ def test_the_summary_of_an_audit(tmp_path):
     from rlhf_recipes.audit import report
 
     def make(said):
-        gate = {"title": said, "name": said, "unit": "%", "state": "fail", **ESTIMATE}
+        gate = SimpleNamespace(title=said, name=said, unit="%", state="fail", **vars(ESTIMATE))
         audit = {"verdict": {"gates": [gate], "headline": said, "counts": {"fail": 1}}, "counts": {"reward models": 1}}
         return report.describe(SimpleNamespace(dir=tmp_path / said[:3], seconds=lambda: 1.0), audit, True)
 
@@ -370,15 +374,15 @@ def hostile_measurements(said):
     from test_evaluation_summary import fake
 
     measured = fake(prompts=12, pairs=24, skill={"base": 0.2, f"{said} 1": 0.8})
-    for row in measured["pairs"] + measured["answers"] + measured["reward_models"]["reward"]:
+    for row in measured.pairs + measured.answers + measured.reward_models["reward"]:
         row["family"] = f"{said} {row['family'][0]}"
-    for row in measured["answers"]:
+    for row in measured.answers:
         row["prompt"] = said
         row["systems"][f"{said} 1"]["text"] = said
-    measured["reward_models"] = {said: measured["reward_models"]["reward"]}
-    measured["settings"] = {said: {said: said}}
-    values = {name: [1.0, 0.0, 1.0] for name in measured["systems"]}
-    measured["tasks"] = {said: {"metric": said, "ids": ["a", "b", "c"], "values": values}}
+    measured.reward_models = {said: measured.reward_models["reward"]}
+    measured.settings = {said: {said: said}}
+    values = {name: [1.0, 0.0, 1.0] for name in measured.systems}
+    measured.tasks = {said: {"metric": said, "ids": ["a", "b", "c"], "values": values}}
     return measured
 
 
@@ -583,7 +587,9 @@ def test_a_run_on_hostile_data_with_a_hostile_parent(train, tmp_path, capfd):
     parent = train("sft", tmp_path / "parent", "quantization=none")
     result = parent.result
     older = {"run": HOSTILE, "recipe": HOSTILE, "adapter_sha256": HOSTILE, "parent": None}
-    (tmp_path / "parent" / "result.json").write_text(json.dumps(result | {"recipe": HOSTILE, "parent": older}))
+    (tmp_path / "parent" / "result.json").write_text(
+        json.dumps(result | {"recipe": HOSTILE, "parent": older}, default=asdict)
+    )
     said = HOSTILE.replace("\ud800", "")
     rows = [{"prompt": f"{said} <tool_call> {i}", "chosen": f"good {said} {i}", "rejected": f"bad {i}", "family": said,
              said: said} for i in range(24)]  # fmt: skip

@@ -105,23 +105,23 @@ def test_worst_regression_is_the_first_answer_and_open(report):
 
 def test_what_comes_from_data_is_escaped(tmp_path):
     measured = fake(prompts=6, pairs=6, skill={"base": 0.2, EVIL: 0.8})
-    for row in measured["pairs"] + measured["answers"]:
+    for row in measured.pairs + measured.answers:
         row["family"] = EVIL
-    for row in measured["answers"]:
+    for row in measured.answers:
         row["prompt"] = EVIL
         row["systems"][EVIL]["text"] = EVIL
-    measured["settings"] = {EVIL: {EVIL: EVIL}}
-    measured["info"][EVIL]["path"] = EVIL
-    measured["reward_models"] = {EVIL: measured["reward_models"]["reward"]}
+    measured.settings = {EVIL: {EVIL: EVIL}}
+    measured.info[EVIL]["path"] = EVIL
+    measured.reward_models = {EVIL: measured.reward_models["reward"]}
     text = written(summary.summarise(measured), tmp_path)
     assert "<script" not in text and "<b>" not in text
     assert "&lt;script&gt;" in text
 
 
 def test_little_measured_still_makes_a_page(tmp_path):
-    assert "dpo" in written(summary.summarise(by_hand() | {"answers": [], "neutral": {}}), tmp_path)
-    assert "dpo" in written(summary.summarise(by_hand() | {"pairs": []}), tmp_path)
-    alone = by_hand() | {"systems": ["base"]}
+    assert "dpo" in written(summary.summarise(by_hand(answers=[], neutral={})), tmp_path)
+    assert "dpo" in written(summary.summarise(by_hand(pairs=[])), tmp_path)
+    alone = by_hand(systems=["base"])
     assert "base, measured" in written(summary.summarise(alone), tmp_path)
 
 

@@ -154,7 +154,8 @@ def test_an_ensemble_is_put_on_one_scale(build, judge, tmp_path, capsys):
 
     for name, mean in (("a", 0.5), ("b", 1.5), ("silent", None)):
         shutil.copytree(judge / "adapter", tmp_path / name / "adapter")
-        told = {"mean_reward": {"value": mean}, "sd_reward": {"value": 2.0}} if mean else {}
+        interval = {"low": None, "high": None, "n": 1, "clusters": 1}
+        told = {"mean_reward": {"value": mean} | interval, "sd_reward": {"value": 2.0} | interval} if mean else {}
         (tmp_path / name / "result.json").write_text(json.dumps({"recipe": "reward", "metrics": told}))
     two = [{"role": "user", "content": text} for text in PROMPTS[:2]]
     completions = Completions([[5, 2], [5] * 7], ["a", "b"], [], None, [True, False])

@@ -36,11 +36,11 @@ def pair(number, chosen, rejected, prompt=None):
 def test_length_correlation_by_hand():
     # ln lengths: chosen 2, 2; rejected 1, 1. All: mean 1.5, deviation 0.5; (2 - 1) / (2 * 0.5) = 1.
     chosen, rejected = ["x" * 8, "x" * 8], ["x" * 4, "x" * 4]
-    assert rows.length_correlation(chosen, rejected, ["a", "b"])["value"] == pytest.approx(1.0)
-    assert rows.length_correlation(rejected, chosen, ["a", "b"])["value"] == pytest.approx(-1.0)
+    assert rows.length_correlation(chosen, rejected, ["a", "b"]).value == pytest.approx(1.0)
+    assert rows.length_correlation(rejected, chosen, ["a", "b"]).value == pytest.approx(-1.0)
     # ln 8 and ln 4 each once on either side
-    assert rows.length_correlation(["x" * 8, "x" * 4], ["x" * 4, "x" * 8], ["a", "b"])["value"] == pytest.approx(0.0)
-    assert rows.length_correlation(["x"], ["y"], ["a"])["value"] == 0.0
+    assert rows.length_correlation(["x" * 8, "x" * 4], ["x" * 4, "x" * 8], ["a", "b"]).value == pytest.approx(0.0)
+    assert rows.length_correlation(["x"], ["y"], ["a"]).value == 0.0
 
 
 def test_near_duplicates_are_found_and_others_are_not():
@@ -87,9 +87,9 @@ def test_the_report_counts_what_is_planted(planted, compose, tiny_model_override
     assert report["over_length"] == {"rows": 2, "of": 27, "fate": " (left out)"}
     assert (report["train"], report["test"], report["near_duplicates"]) == (24, 1, 1)
     assert report["neutralised"]["occurrences"] == 1 and report["tokens"]["train"] == 240
-    assert report["chosen_longer"]["value"] == pytest.approx(19 / 24) and report["chosen_longer"]["n"] == 24
-    assert report["both_refuse"]["value"] == pytest.approx(5 / 24)
-    assert report["length_correlation"]["value"] > 0.5
+    assert report["chosen_longer"].value == pytest.approx(19 / 24) and report["chosen_longer"].n == 24
+    assert report["both_refuse"].value == pytest.approx(5 / 24)
+    assert report["length_correlation"].value > 0.5
     remarks = examination._remarks(report, rows.example(splits, tokenizer, models.model_path(cfg.model)), "dpo")
     assert [re.sub(r"\d+", "N", remark)[:40] for remark in remarks] == [
         "N% of the rows are over trainer.max_leng",
@@ -107,9 +107,9 @@ def test_the_example_marks_what_is_trained_and_eos_that_is_cut_off_is_missed(pla
     text, first = found["text"], splits.train[0]
     assert first["chosen"][0]["content"] in text.partition("⟦")[2].partition("⟧")[0]
     assert first["prompt"][0]["content"] in text.partition("⟦")[0] and first["rejected"][0]["content"] not in text
-    assert found["eos"] == ["<|im_end|>"] and found["ends"]["value"] == 1.0
+    assert found["eos"] == ["<|im_end|>"] and found["ends"].value == 1.0
     splits.report["max_length"] = 30
-    assert rows.example(splits, tokenizer, models.model_path(cfg.model))["ends"]["value"] < 0.5
+    assert rows.example(splits, tokenizer, models.model_path(cfg.model))["ends"].value < 0.5
 
 
 # ---- Memory

@@ -139,7 +139,7 @@ def test_run_folder(trained):
     assert result["main"]["name"] == main
     assert result["main"]["after"] == result["metrics"][main] and result["main"]["before"] == result["before"][main]
     for estimate in [*result["metrics"].values(), *result["before"].values()]:
-        assert estimate["n"] > 0 and estimate["low"] <= estimate["value"] <= estimate["high"]
+        assert estimate.n > 0 and estimate.low <= estimate.value <= estimate.high
     if recipe != "sft":
         assert "baseline_shorter_wins" in result["metrics"]
     weights = (folder / "adapter" / "adapter_model.safetensors").read_bytes()

@@ -1,24 +1,27 @@
 """Estimates by hand, and the properties that an interval must have."""
 
+import json
 import math
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 
 from rlhf_recipes import stats
+from rlhf_recipes.stats import Estimate
 
 
 def test_estimate_is_the_mean_with_its_rows_and_clusters():
     e = stats.estimate([1, 0, 1, 1, 0.5], ["a", "a", "b", "c", "c"])
-    assert e["value"] == pytest.approx(0.7)
-    assert (e["n"], e["clusters"]) == (5, 3)
-    assert e["low"] < e["value"] < e["high"]
+    assert e.value == pytest.approx(0.7)
+    assert (e.n, e.clusters) == (5, 3)
+    assert e.low < e.value < e.high
 
 
 def test_two_clusters_by_hand():
     # a draw of two clusters holds only the first in 1/4 of the resamples, only the second in 1/4: both quantiles
     e = stats.estimate([0, 0, 3], ["a", "a", "b"])
-    assert (e["value"], e["low"], e["high"]) == (1.0, 0.0, 3.0)
+    assert (e.value, e.low, e.high) == (1.0, 0.0, 3.0)
 
 
 def test_the_same_rows_give_the_same_interval():
@@ -27,26 +30,26 @@ def test_the_same_rows_give_the_same_interval():
 
 
 def test_no_rows_and_one_cluster():
-    assert stats.estimate([]) == {"value": None, "low": None, "high": None, "n": 0, "clusters": 0}
+    assert stats.estimate([]) == Estimate(None, None, None, 0, 0)
     one = stats.estimate([0.3, 0.4], ["a", "a"])
-    assert (one["value"], one["low"], one["high"], one["clusters"]) == (pytest.approx(0.35), None, None, 1)
+    assert (one.value, one.low, one.high, one.clusters) == (pytest.approx(0.35), None, None, 1)
 
 
 def test_all_alike_takes_wilsons_interval_over_clusters():
     # p = 1, n = 10: low = 1 / (1 + z^2 / 10) = 0.7225 (Wilson 1927)
     e = stats.estimate([1] * 10)
-    assert (e["low"], e["high"]) == (pytest.approx(1 / (1 + stats.Z95**2 / 10)), pytest.approx(1))
+    assert (e.low, e.high) == (pytest.approx(1 / (1 + stats.Z95**2 / 10)), pytest.approx(1))
     doubled = stats.estimate([1] * 20, [i // 2 for i in range(20)])
-    assert (doubled["low"], doubled["n"]) == (pytest.approx(e["low"]), 20)
+    assert (doubled.low, doubled.n) == (pytest.approx(e.low), 20)
     none = stats.estimate([0] * 10)
-    assert (none["low"], none["high"]) == (pytest.approx(0), pytest.approx(1 - e["low"]))
+    assert (none.low, none.high) == (pytest.approx(0), pytest.approx(1 - e.low))
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
     rng = np.random.default_rng(0)
     draws = (rng.random((300, 80)) < 0.6).astype(float)
     intervals = [stats.estimate(draw, resamples=400) for draw in draws]
-    covered = np.mean([e["low"] <= 0.6 <= e["high"] for e in intervals])
+    covered = np.mean([e.low <= 0.6 <= e.high for e in intervals])
     assert 0.91 <= covered <= 0.98
 
 
@@ -56,9 +59,9 @@ def test_clustered_rows_cover_only_with_their_clusters():
     for _ in range(150):
         values, prompts = np.repeat(rng.normal(size=40), 5), np.repeat(np.arange(40), 5)
         rows, clustered = stats.estimate(values, resamples=300), stats.estimate(values, prompts, resamples=300)
-        assert clustered["high"] - clustered["low"] > 1.5 * (rows["high"] - rows["low"])
-        hits["rows"] += rows["low"] <= 0 <= rows["high"]
-        hits["prompts"] += clustered["low"] <= 0 <= clustered["high"]
+        assert clustered.high - clustered.low > 1.5 * (rows.high - rows.low)
+        hits["rows"] += rows.low <= 0 <= rows.high
+        hits["prompts"] += clustered.low <= 0 <= clustered.high
     assert hits["rows"] / 150 < 0.75
     assert hits["prompts"] / 150 > 0.88
 
@@ -66,15 +69,15 @@ def test_clustered_rows_cover_only_with_their_clusters():
 def test_difference_is_paired():
     hardness = np.random.default_rng(2).normal(0, 10, 100)
     e = stats.difference(hardness + 1, hardness)
-    assert e["value"] == pytest.approx(1)
-    assert e["high"] - e["low"] < 1e-9  # prompts differ a hundred times more than the systems do
+    assert e.value == pytest.approx(1)
+    assert e.high - e.low < 1e-9  # prompts differ a hundred times more than the systems do
 
 
 def test_ratio_of_sums_and_perplexity_by_hand():
     # 6 nats over 4 tokens, 2 nats over 4 tokens: exp(8 / 8) = e, which the mean of exp(1.5) and exp(0.5) is not
-    assert stats.ratio_of_sums([6, 2], [4, 4])["value"] == 1.0
+    assert stats.ratio_of_sums([6, 2], [4, 4]).value == 1.0
     e = stats.ratio_of_sums([6, 2], [4, 4], exponential=True)
-    assert [e["value"], e["low"], e["high"]] == pytest.approx([math.e, math.exp(0.5), math.exp(1.5)])
+    assert [e.value, e.low, e.high] == pytest.approx([math.e, math.exp(0.5), math.exp(1.5)])
 
 
 def test_length_control_recovers_the_win_rate_at_equal_length():
@@ -84,17 +87,17 @@ def test_length_control_recovers_the_win_rate_at_equal_length():
     wins = (rng.random(3000) < truth).astype(float)
     e = stats.length_controlled_win_rate(wins, longer, resamples=200)
     assert wins.mean() > 0.52  # wins by length alone
-    assert e["value"] == pytest.approx(1 / (1 + math.exp(0.4)), abs=0.03)
-    assert e["high"] < 0.5
+    assert e.value == pytest.approx(1 / (1 + math.exp(0.4)), abs=0.03)
+    assert e.high < 0.5
 
 
 def test_length_control_by_hand_where_the_fit_is_saturated():
     # d = -1 wins 1 of 4, d = +1 wins 3 of 4: logits -ln 3 and +ln 3, so ln 1 = 0 at d = 0
     d, wins = [-1] * 4 + [1] * 4, [1, 0, 0, 0, 1, 1, 1, 0]
-    assert stats.length_controlled_win_rate(wins, d)["value"] == pytest.approx(0.5, abs=1e-6)
+    assert stats.length_controlled_win_rate(wins, d).value == pytest.approx(0.5, abs=1e-6)
     # d = -1 wins 3 of 4 and d = +1 wins 3 of 4: length says nothing
     wins = [1, 1, 1, 0, 1, 1, 1, 0]
-    assert stats.length_controlled_win_rate(wins, d)["value"] == pytest.approx(0.75, abs=2e-3)
+    assert stats.length_controlled_win_rate(wins, d).value == pytest.approx(0.75, abs=2e-3)
 
 
 @pytest.mark.parametrize(("wins", "lengths"), [([1, 0, 1], [5, 5, 5]), ([1, 1, 1], [1, 2, 3]), ([], [])])
@@ -105,12 +108,24 @@ def test_length_control_without_anything_to_control_is_the_plain_rate(wins, leng
 def test_length_control_stays_finite_where_length_decides_every_win():
     d = np.arange(-20, 21)
     e = stats.length_controlled_win_rate((d > 0).astype(float), d)
-    assert 0 <= e["low"] <= e["value"] <= e["high"] <= 1
+    assert 0 <= e.low <= e.value <= e.high <= 1
+
+
+def test_on_disk_an_estimate_is_an_object_of_its_five_numbers():
+    mean, kept = stats.estimate(np.array([1, 2, 2]), ["a", "a", "b"]), {"value": 1.0, "n": 3}
+    text = json.dumps({"mean": mean, "other": kept}, default=asdict)
+    assert list(json.loads(text)["mean"]) == ["value", "low", "high", "n", "clusters"]
+    assert json.loads(text, object_hook=Estimate.of) == {"mean": mean, "other": kept}
+
+
+def test_an_estimate_in_another_unit():
+    percent = Estimate(0.0, None, None, 7, 1).mapped(lambda share: 100 * share - 50)
+    assert percent == Estimate(-50.0, None, None, 7, 1)
 
 
 def test_overlap():
     def interval(low, high):
-        return {"low": low, "high": high}
+        return Estimate(low, low, high, 2)
 
     assert stats.overlap(interval(0, 2), interval(1, 3))
     assert stats.overlap(interval(0, 1), interval(1, 2))
@@ -120,18 +135,18 @@ def test_overlap():
 
 def test_needed_by_hand():
     # 100 prompts give +-10 points; 5 points need twice the precision, so four times the prompts
-    e = {"value": 0.55, "low": 0.45, "high": 0.65, "n": 100, "clusters": 100}
+    e = Estimate(0.55, 0.45, 0.65, 100, 100)
     assert stats.needed(e, 0.5) == pytest.approx(400, abs=1)
-    assert stats.needed(e | {"value": 0.5}, 0.5) is None
-    assert stats.needed(e | {"low": None}, 0.5) is None
+    assert stats.needed(replace(e, value=0.5), 0.5) is None
+    assert stats.needed(replace(e, low=None), 0.5) is None
 
 
 def test_format():
-    e = {"value": 0.643, "low": 0.6118, "high": 0.6712, "n": 992}
+    e = Estimate(0.643, 0.6118, 0.6712, 992)
     assert stats.format_estimate(e, percent=True) == "64.3 % [61.2, 67.1]"
     assert stats.format_estimate(e) == "0.643 [0.612, 0.671]"
     assert stats.format_estimate(e, percent=True, sign=True) == "+64.3 % [+61.2, +67.1]"
-    assert stats.format_estimate(e | {"low": None}) == "0.643"
+    assert stats.format_estimate(replace(e, low=None)) == "0.643"
     assert stats.format_estimate(stats.estimate([])) == "–"
     assert stats.format_number(-0.00001) == "0.0"
     assert stats.format_number(12345.6, 0) == "12,346"
@@ -155,9 +170,9 @@ def test_refusals(call, said):
 def test_auroc_by_hand():
     # of the four pairs (positive, negative): 3 > 1, 3 > 2, 2 > 1 and one tie
     e = stats.auroc([3, 2, 2, 1], [True, True, False, False], resamples=200)
-    assert e["value"] == pytest.approx(3.5 / 4) and e["n"] == 4 and e["low"] <= e["value"] <= e["high"]
-    assert stats.auroc([1, 2], [True, True])["value"] is None
-    assert stats.auroc([], []) == {"value": None, "low": None, "high": None, "n": 0, "clusters": 0}
+    assert e.value == pytest.approx(3.5 / 4) and e.n == 4 and e.low <= e.value <= e.high
+    assert stats.auroc([1, 2], [True, True]).value is None
+    assert stats.auroc([], []) == Estimate(None, None, None, 0, 0)
 
 
 def test_auroc_is_that_of_scikit_learn_for_any_weights():
@@ -175,8 +190,8 @@ def test_resampled_covers_as_the_bootstrap_of_a_mean_does():
     clusters = np.arange(400) // 2
     mine = stats.resampled(lambda w: float((w * x).sum() / w.sum()), 400, clusters)
     mean = stats.estimate(x, clusters)
-    assert mine["value"] == pytest.approx(mean["value"]) and mine["clusters"] == 200
-    assert [mine["low"], mine["high"]] == pytest.approx([mean["low"], mean["high"]], abs=0.01)
+    assert mine.value == pytest.approx(mean.value) and mine.clusters == 200
+    assert [mine.low, mine.high] == pytest.approx([mean.low, mean.high], abs=0.01)
 
 
 def test_sigmoid_of_numbers_and_arrays():

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -153,9 +154,9 @@ def test_sweeps_are_joined_as_they_were_measured(swept, run_recipe, tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda m: m["settings"].update(seed=1), "different settings"),
-        (lambda m: m["pairs"].pop(), "different pairs"),
-        (lambda m: m.update(parent="other"), "different parent"),
+        (lambda m: m.settings.update(seed=1), "different settings"),
+        (lambda m: m.pairs.pop(), "different pairs"),
+        (lambda m: setattr(m, "parent", "other"), "different parent"),
     ],
 )
 def test_what_was_measured_differently_is_not_compared(change, said):
@@ -175,7 +176,7 @@ def written(tmp_path):
         everything = fake(40, 60, skill={"base": 0.25, **skills})
         for job in skills:
             (folder / job).mkdir()
-            write_atomically(folder / job / "measurements.json", json.dumps(only(everything, job)))
+            write_atomically(folder / job / "measurements.json", json.dumps(asdict(only(everything, job))))
             row = {"job": job, "overrides": [f"trainer.beta={job}"], "status": "finished", "recipe": "dpo",
                    "seconds": 1.0, "seconds_in_all": 2.0, "peak_memory_gib": 1.0, "system": job}  # fmt: skip
             write_atomically(folder / "rows" / f"{job}.json", json.dumps(row | rows.get(job, {})))
@@ -186,11 +187,11 @@ def written(tmp_path):
 
 def only(measurements, job):
     kept = copy.deepcopy(measurements)
-    kept["systems"] = ["base", job]
-    kept["judgements"] = {}
-    for key in ("info", "neutral"):
-        kept[key] = {name: kept[key][name] for name in ("base", job)}
-    for row in kept["pairs"] + kept["answers"]:
+    kept.systems = ["base", job]
+    kept.judgements = {}
+    kept.info = {name: kept.info[name] for name in ("base", job)}
+    kept.neutral = {name: kept.neutral[name] for name in ("base", job)}
+    for row in kept.pairs + kept.answers:
         row["systems"] = {name: row["systems"][name] for name in ("base", job)}
     return kept
 
@@ -207,7 +208,7 @@ def test_a_job_over_the_budget_is_never_the_best(written):
     folder = written("s", {"1.0": 0.3, "0.1": 0.95})
     free = sweeps.rebuild([folder], folder, NODE)
     assert free["best"] == "dpo 0.1"
-    kl = {row["job"]: row["metrics"]["kl_k1"]["value"] for row in free["rows"]}
+    kl = {row["job"]: row["metrics"]["kl_k1"].value for row in free["rows"]}
     assert kl["0.1"] > kl["1.0"], kl
     limited = sweeps.rebuild([folder], folder, OmegaConf.merge(NODE, {"max_kl": (kl["0.1"] + kl["1.0"]) / 2}))
     assert limited["best"] == "dpo 1.0"

@@ -7,6 +7,7 @@ Shapes: N pairs.
 """
 
 import math
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -134,14 +135,13 @@ def audit(
     return section.section(KEY, TITLE, QUESTION, figures=figures, tables=tables, plots=[plot], notes=notes)
 
 
-def _reflected(e: dict) -> dict:
+def _reflected(e: stats.Estimate) -> stats.Estimate:
     """The basic bootstrap interval, 2 value - quantiles: an ECE of resamples is biased upward once more, and the
     percentiles with it, by about as much as the ECE itself (Efron & Tibshirani 1993, section 13.4); at least the value
     itself is in it."""
-    if e["low"] is None:
+    if e.low is None:
         return e
-    low, high = (2 * e["value"] - e[bound] for bound in ("high", "low"))
-    return e | {"low": min(e["value"], max(0.0, low)), "high": max(e["value"], high)}
+    return replace(e, low=min(e.value, max(0.0, 2 * e.value - e.high)), high=max(e.value, 2 * e.value - e.low))
 
 
 def _separated(x, y) -> bool:
@@ -152,7 +152,7 @@ def _separated(x, y) -> bool:
     return ones.min() >= zeros.max() or ones.max() <= zeros.min()
 
 
-def _errors(margins, t, ids, suffix: str, when: str, bins: int, seed: int, chances: dict) -> list[dict]:
+def _errors(margins, t, ids, suffix: str, when: str, bins: int, seed: int, chances: dict) -> list[section.Figure]:
     """ECE, Brier and NLL at temperature t; without a value where there is no t."""
     found = {"ece": _NONE, "brier": _NONE, "nll": _NONE}
     if t is not None:
@@ -178,7 +178,7 @@ def _errors(margins, t, ids, suffix: str, when: str, bins: int, seed: int, chanc
     ]
 
 
-def _slopes(margins, ids, fitted, seed: int) -> list[dict]:
+def _slopes(margins, ids, fitted, seed: int) -> list[section.Figure]:
     """Slope and intercept; dividing margins by T multiplies the slope by T and leaves the intercept."""
     y = np.random.default_rng(seed).integers(0, 2, len(margins))
     x = np.where(y == 1, margins, -margins)
@@ -187,14 +187,11 @@ def _slopes(margins, ids, fitted, seed: int) -> list[dict]:
     def fit(weights: bytes) -> tuple[float, float]:
         return logistic(x, y, np.frombuffer(weights))
 
-    def estimate(which: int) -> dict:
+    def estimate(which: int) -> stats.Estimate:
         return stats.resampled(lambda weights: fit(weights.tobytes())[which], len(x), ids, resamples=300)
 
     intercept, slope = estimate(0), estimate(1)
-    numbers = ("value", "low", "high")
-    after = _NONE
-    if fitted is not None:
-        after = slope | {key: None if slope[key] is None else slope[key] * fitted for key in numbers}
+    after = _NONE if fitted is None else slope.mapped(lambda b: b * fitted)
     says = (
         "b of P(first better) = sigmoid(a + b · margin), pairs in random order; under 1: too sure, over 1: not enough."
     )
@@ -207,7 +204,7 @@ def _slopes(margins, ids, fitted, seed: int) -> list[dict]:
     ]
 
 
-def _temperature(validation, ids, fitted) -> dict:
+def _temperature(validation, ids, fitted) -> stats.Estimate:
     if fitted is None:
         return _NONE
 
@@ -222,9 +219,10 @@ def _reliability(margins, t: float, ids, name: str, bins: int) -> dict:
     confidences, correct = symmetrise(margins, t)
     groups = _groups(stats.equal_mass_bins(confidences, bins))
     at = [stats.estimate(correct[group], [ids[i] for i in group]) for group in groups]
-    bands = [[e["value"] if e[bound] is None else e[bound] for e in at] for bound in ("low", "high")]
+    low = [e.value if e.low is None else e.low for e in at]
+    high = [e.value if e.high is None else e.high for e in at]
     return section.curve(
-        name, [float(confidences[group].mean()) for group in groups], [e["value"] for e in at], *bands
+        name, [float(confidences[group].mean()) for group in groups], [e.value for e in at], low, high
     )
 
 
@@ -272,7 +270,7 @@ def _by_family(margins, t: float, rows: list[dict], seed: int) -> dict | None:
         over = stats.difference(confidences[at], correct[at], ids)
         lines.append([family, len(at), stats.estimate(correct[at], ids), f"{100 * confidences[at].mean():.1f} %", over,
                       f"{100 * error:.1f} %", f"{100 * chance:.1f} %"])  # fmt: skip
-    lines.sort(key=lambda line: -abs(line[4]["value"]))
+    lines.sort(key=lambda line: -abs(line[4].value))
     columns = ["family", "n", "right", "confidence", "confidence − right", "ECE", "ECE by chance"]
     note = f"At T = {t:.2f}, worst first. Read ECE against ECE by chance: with few pairs both are large."
     return section.table("Calibration by family", columns, lines, note) if lines else None

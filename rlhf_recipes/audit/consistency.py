@@ -8,6 +8,7 @@ Shapes: see `cycles`.
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -27,12 +28,12 @@ from rlhf_recipes.audit.cycles import (
     triangles,
 )
 from rlhf_recipes.audit.judgements import Judgement, by_pair
-from rlhf_recipes.audit.section import dots, example, examples, figure, section, skipped, table
+from rlhf_recipes.audit.section import Figure, dots, example, examples, figure, section, skipped, table
 
 TITLE = "Consistency"
 QUESTION = "Could any single score for each answer explain these preferences, or do they run in circles?"
 CONTEXTS, SHOWN, FITS = 12, 3, 20
-NONE = {"value": None, "low": None, "high": None, "n": 0, "clusters": 0}
+NONE = stats.Estimate(None, None, None, 0)
 
 
 def contradictory(judgements: Sequence[Judgement]) -> tuple[list[str], list[bool], int]:
@@ -70,9 +71,9 @@ def audit(judgements: Sequence[Judgement], seed: int = 0) -> dict:
     shown = [*_by_answers(graph, found, chance, testable_P), *([_context_table(contexts)] if contexts else [])]
     plots = []
     if testable_P.any():
-        line = ("labels by a coin", figures[0]["baseline"]["value"])
+        line = ("labels by a coin", figures[0].baseline.value)
         rows = [(f"{row[0]} answers", row[2]) for row in shown[0]["rows"]]
-        rows += [(name, each) for name, _, each, *_ in contexts if each["value"] is not None]
+        rows += [(name, each) for name, _, each, *_ in contexts if each.value is not None]
         plots.append(dots("Prompts that one reward can explain", rows, "share of prompts without a cycle", line))
     return section(
         "consistency", TITLE, QUESTION, figures=figures, tables=shown, plots=plots,
@@ -88,7 +89,7 @@ def _zeta(graph: Graph, found: dict, testable_P: np.ndarray) -> tuple[np.ndarray
     return whole, 1 - 24 * d / np.where(n % 2, n**3 - n, n**3 - 4 * n)
 
 
-def _cycle_figures(graph: Graph, found: dict, chance: list[dict], testable_P: np.ndarray) -> list[dict]:
+def _cycle_figures(graph: Graph, found: dict, chance: list[dict], testable_P: np.ndarray) -> list[Figure]:
     names = np.array(graph.prompts, dtype=object)
     tested = np.flatnonzero(testable_P)
 
@@ -96,10 +97,10 @@ def _cycle_figures(graph: Graph, found: dict, chance: list[dict], testable_P: np
         values = [x for each in chance if (x := value(each)) is not None]
         return ("labels by a coin", float(np.mean(values))) if values else None
 
-    def mean(values) -> dict:
+    def mean(values) -> stats.Estimate:
         return stats.ratio_of_sums(values, np.ones(len(values)), names[tested])
 
-    def share(part: str, whole: str, complement: bool) -> tuple[dict, tuple[str, float] | None]:
+    def share(part: str, whole: str, complement: bool) -> tuple[stats.Estimate, tuple[str, float] | None]:
         def parts(each):
             return each[whole] - each[part] if complement else each[part]
 
@@ -114,15 +115,15 @@ def _cycle_figures(graph: Graph, found: dict, chance: list[dict], testable_P: np
 
     ok = stats.estimate(1 - found["violated"][tested], names[tested])
     by_chance = of_coins(lambda each: 1 - each["violated"][tested].mean())
-    drawn = {"n": len(tested) * len(chance), "clusters": len(tested)}
-    caught = NONE | {"value": 1 - by_chance[1], **drawn} if by_chance else NONE
+    drawn = len(tested) * len(chance)
+    caught = stats.Estimate(1 - by_chance[1], None, None, drawn, len(tested)) if by_chance else NONE
     triads, triads_chance = share("cyclic", "triads", False)
     kept, kept_chance = share("removed", "strict", True)
     heavy, heavy_chance = share("removed_weight", "weight", True)
     whole, zeta = _zeta(graph, found, testable_P)
     zeta_chance = of_coins(lambda each: _zeta(graph, each, testable_P)[1].mean() if len(whole) else None)
-    strongest = {"value": float(found["bottleneck"].max(initial=0)), "n": len(graph.p_E), "clusters": len(tested)}
-    tau = NONE | strongest if len(tested) else NONE
+    strongest = float(found["bottleneck"].max(initial=0))
+    tau = stats.Estimate(strongest, None, None, len(graph.p_E), len(tested)) if len(tested) else NONE
     return [
         figure("rationalisable", "Prompts that one reward can explain", ok, unit="%", better="higher",
                baseline=by_chance, says="Share of the prompts whose compared answers form a ring (at least three "
@@ -153,7 +154,7 @@ def _cycle_figures(graph: Graph, found: dict, chance: list[dict], testable_P: np
     ]  # fmt: skip
 
 
-def _fit_figures(graph: Graph, coins: list[Graph], corners_T3, rings_P) -> list[dict]:
+def _fit_figures(graph: Graph, coins: list[Graph], corners_T3, rings_P) -> list[Figure]:
     tested = np.flatnonzero(rings_P > 0)
     names = np.array(graph.prompts, dtype=object)[tested]
     split = hodge(graph, corners_T3)
@@ -168,12 +169,11 @@ def _fit_figures(graph: Graph, coins: list[Graph], corners_T3, rings_P) -> list[
     if df:
         from scipy.stats import chi2
 
-        value, counts = deviance(graph), {"n": int(graph.n_E.sum()), "clusters": len(graph.prompts)}
-        g2 = NONE | {"value": value} | counts
+        g2 = stats.Estimate(deviance(graph), None, None, int(graph.n_E.sum()), len(graph.prompts))
         by_chance = ("labels by a coin", float(np.mean([deviance(each) for each in coins[:FITS]])))
         votes_E = graph.p_E * graph.n_E
         if np.abs(votes_E - np.round(votes_E)).max() < 1e-6:
-            p_value = NONE | {"value": float(chi2.sf(value, df))} | counts
+            p_value = replace(g2, value=float(chi2.sf(g2.value, df)))
     return [
         figure("gradient_share", "Strength that a reward explains", shares["gradient"], unit="%", better="higher",
                baseline=coin, says="1 - |residual|^2 / |logit p|^2 of the best reward by least squares, weighted by "
@@ -195,7 +195,7 @@ def _fit_figures(graph: Graph, coins: list[Graph], corners_T3, rings_P) -> list[
     ]  # fmt: skip
 
 
-def _contradictory_figure(judgements: Sequence[Judgement]) -> dict:
+def _contradictory_figure(judgements: Sequence[Judgement]) -> Figure:
     prompts, both, repeated = contradictory(judgements)
     return figure(
         "contradictory_duplicates", "Pairs labelled both ways",

@@ -161,7 +161,7 @@ def audit(
     prompt_ids = len({row["prompt_id"] for row in train_rows})
 
     def figure(key, title, value, **more):
-        number = value if isinstance(value, dict) else _plain(value, len(answers), prompt_ids)
+        number = value if isinstance(value, stats.Estimate) else _plain(value, len(answers), prompt_ids)
         return section.figure(key, title, number, **more)
 
     filled = sum(counts[cell] >= ENOUGH for cell in all_cells)
@@ -280,9 +280,9 @@ def _evenness(counts: list[int]) -> float | None:
     return float(-(p @ np.log(p)) / math.log(len(counts))) + 0.0 if len(counts) > 1 else None
 
 
-def _plain(value, n: int, clusters: int) -> dict:
+def _plain(value, n: int, clusters: int) -> stats.Estimate:
     """A count or a score of the rows at hand: no interval."""
-    return {"value": value, "low": None, "high": None, "n": n, "clusters": clusters}
+    return stats.Estimate(value, None, None, n, clusters)
 
 
 def _by_style(cells: list, answers: list, prompt_ids: list, styles) -> dict:

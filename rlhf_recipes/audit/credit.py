@@ -19,6 +19,7 @@ import json
 import math
 import random
 import re
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -153,7 +154,7 @@ def audit(made: list[dict], scores_MK, rows: list[dict], ppo: dict | None = None
                 "Share of |credit| by place",
                 ["place", "answers", "share", "if all sentences counted alike"],
                 [
-                    [name, share["n"], share, share | _exactly(even)]
+                    [name, share.n, share, replace(share, value=even, low=None, high=None)]
                     for name, (share, even) in zip(names, shares, strict=True)
                 ],
             )
@@ -171,10 +172,6 @@ def audit(made: list[dict], scores_MK, rows: list[dict], ppo: dict | None = None
     return section.section(
         "credit", TITLE, QUESTION, figures=figures, tables=tables, plots=plots, examples=examples, notes=notes
     )
-
-
-def _exactly(value: float) -> dict:
-    return {"value": value, "low": None, "high": None}
 
 
 def _answers(made: list[dict], scores_K) -> list[dict]:
@@ -206,7 +203,7 @@ def _shares(answers: list[dict]) -> list[tuple[dict, float]]:
     ]
 
 
-def _sentence_figures(answers: list[dict], shares: list[tuple[dict, float]]) -> list[dict]:
+def _sentence_figures(answers: list[dict], shares: list[tuple[dict, float]]) -> list[section.Figure]:
     ids = [a["prompt_id"] for a in answers]
     top = [float(np.abs(a["credit"]).max() / np.abs(a["credit"]).sum()) for a in answers]
     (first, even), _, (last, _) = shares
@@ -296,7 +293,7 @@ def read_run(folder: str | Path) -> dict:
     }
 
 
-def _ppo_figures(ppo: dict) -> list[dict]:
+def _ppo_figures(ppo: dict) -> list[section.Figure]:
     """Of the second half of the rollouts, when the value function has seen something."""
     explained = ppo["explained_variance"][len(ppo["explained_variance"]) // 2 :]
     figures = [

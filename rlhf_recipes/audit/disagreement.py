@@ -10,6 +10,7 @@ Shapes: N pairs, M members of an ensemble of reward models, C = 3 choices.
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from statistics import fmean, pstdev
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 
 from rlhf_recipes import stats
 from rlhf_recipes.audit.judgements import LABELS, Judgement, Pair, by_judge, by_pair
-from rlhf_recipes.audit.section import curve, dots, example, examples, figure, lines, section, skipped, table
+from rlhf_recipes.audit.section import Figure, curve, dots, example, examples, figure, lines, section, skipped, table
 from rlhf_recipes.errors import Refusal, nearest
 
 TITLE = "Disagreement"
@@ -124,7 +125,7 @@ def kappa(a_N: Sequence[float], b_N: Sequence[float], weights_N=None) -> float:
     return float((agree - chance) / (1 - chance)) if chance < 1 else math.nan
 
 
-def alpha(opinions: Sequence[Sequence[float]], prompts: Sequence[str], level: str) -> dict:
+def alpha(opinions: Sequence[Sequence[float]], prompts: Sequence[str], level: str) -> stats.Estimate:
     """Krippendorff's alpha = 1 - D_o / D_e as an estimate over prompts; units with one opinion are left out.
 
     Args:
@@ -159,12 +160,12 @@ def alpha(opinions: Sequence[Sequence[float]], prompts: Sequence[str], level: st
         return float(1 - (met_CC.sum() - np.trace(met_CC)) / by_chance) if by_chance > 0 else math.nan
 
     found = stats.resampled(nominal, len(opinions), prompts)
-    if found["value"] is not None:
-        import krippendorff
+    if found.value is None:
+        return found
+    import krippendorff
 
-        both = np.concatenate([counts_NC, counts_NC[:, ::-1]]).astype(int)
-        found["value"] = float(krippendorff.alpha(value_counts=both, level_of_measurement="nominal"))
-    return found
+    both = np.concatenate([counts_NC, counts_NC[:, ::-1]]).astype(int)
+    return replace(found, value=float(krippendorff.alpha(value_counts=both, level_of_measurement="nominal")))
 
 
 def _limits(limits: Mapping | None) -> dict[str, float]:
@@ -234,7 +235,7 @@ def _divided(case: Case) -> bool:
     return any(reason != "reward_model" for reason in case["why"])
 
 
-def _alphas(found: list[Case]) -> list[dict]:
+def _alphas(found: list[Case]) -> list[Figure]:
     """Over judges and, apart, over the principles of each judge."""
     by_judges = [(case["prompt_id"], list(case["p"].values())) for case in found]
     by_principles = [
@@ -257,7 +258,7 @@ def _both(found: list[Case], one: str, other: str) -> tuple[list[str], list[floa
     return [c["prompt_id"] for c in shared], [c["p"][one] for c in shared], [c["p"][other] for c in shared]
 
 
-def _kappa_estimate(prompts: list[str], a: list[float], b: list[float]) -> dict:
+def _kappa_estimate(prompts: list[str], a: list[float], b: list[float]) -> stats.Estimate:
     return stats.resampled(lambda weights_N: kappa(a, b, weights_N), len(a), prompts)
 
 
@@ -267,14 +268,14 @@ def _judges(found: list[Case]) -> list[str]:
     return sorted(counts, key=lambda judge: (judge in LABELS, -counts[judge], judge))
 
 
-def _label_figure(found: list[Case]) -> dict:
+def _label_figure(found: list[Case]) -> Figure:
     names = _judges(found)
     label = next((name for name in LABELS if name in names), None)
     worst = (None, stats.estimate([]))
     for judge in names:
         if label and judge not in LABELS:
             now = _kappa_estimate(*_both(found, judge, label))
-            if now["value"] is not None and (worst[0] is None or now["value"] < worst[1]["value"]):
+            if now.value is not None and (worst[0] is None or now.value < worst[1].value):
                 worst = (judge, now)
     of = f" Lowest: {worst[0]} against {label}." if worst[0] else ""
     return figure("kappa_label", "Agreement of judges with the label", worst[1], better="higher",
@@ -282,7 +283,7 @@ def _label_figure(found: list[Case]) -> dict:
                   f"the label, each pair in both orders.{of}")  # fmt: skip
 
 
-def _flip_rate(found: list[Case]) -> dict:
+def _flip_rate(found: list[Case]) -> stats.Estimate:
     flips = [(case["prompt_id"], flip) for case in found for flip in case["flips"].values()]
     return stats.estimate([flip for _, flip in flips], [prompt for prompt, _ in flips])
 
@@ -300,16 +301,16 @@ def _by_opinion(scored: list[Case]) -> tuple[list[Case], list[Case]]:
     return divided, unanimous
 
 
-def _confidence(part: list[Case]) -> dict:
+def _confidence(part: list[Case]) -> stats.Estimate:
     """Mean |P - 1/2| of the reward model."""
     values = [abs(float(stats.sigmoid(case["margin"])) - 0.5) for case in part]
     return stats.ratio_of_sums(values, [1] * len(part), [case["prompt_id"] for case in part])
 
 
-def _reward_model_figures(found: list[Case]) -> list[dict]:
+def _reward_model_figures(found: list[Case]) -> list[Figure]:
     scored = _scored(found)
     divided, unanimous = _by_opinion(scored)
-    sure, agreed = _confidence(divided), _confidence(unanimous)["value"]
+    sure, agreed = _confidence(divided), _confidence(unanimous).value
     baseline = None if agreed is None else ("unanimous pairs", agreed)
     shows = stats.estimate([])
     if divided and unanimous:

@@ -104,7 +104,7 @@ def checkpoint_to_keep(rows: list[dict], prompt_ids=None) -> dict:
     golds_KP = np.array([row["gold_P"] for row in rows], float)
     best = int(golds_KP.mean(1).argmax())
     gaps = [stats.difference(golds_KP[best], gold_P, prompt_ids, RESAMPLES) for gold_P in golds_KP]
-    tied = [i for i, gap in enumerate(gaps) if i == best or gap["low"] is None or gap["low"] <= 0]
+    tied = [i for i, gap in enumerate(gaps) if i == best or gap.low is None or gap.low <= 0]
     return {
         "index": best,
         "step": rows[best]["step"],
@@ -283,7 +283,7 @@ def _distance(kl):
     return np.sqrt(np.maximum(kl, 0))  # a mean of log-ratios can come out below 0
 
 
-def _of_fit(found: dict, key: str) -> dict:
+def _of_fit(found: dict, key: str) -> stats.Estimate:
     """An estimate of the fit; without an interval where some resamples have no peak."""
     if found[key] is None:
         return _NONE
@@ -291,15 +291,14 @@ def _of_fit(found: dict, key: str) -> dict:
     if found["draws"] is not None:
         low, high = np.nanquantile(found["draws"][key], (0.025, 0.975), method="nearest")
         bounds = (float(low), float(high)) if np.isfinite([low, high]).all() else bounds
-    numbers = dict(zip(("value", "low", "high"), (float(found[key]), *bounds), strict=True))
-    return numbers | {"n": found["n"], "clusters": found["clusters"]}
+    return stats.Estimate(float(found[key]), *bounds, found["n"], found["clusters"])
 
 
-def _mean(gains_R, ids) -> dict:
+def _mean(gains_R, ids) -> stats.Estimate:
     return stats.difference(gains_R, np.zeros(len(gains_R)), ids, RESAMPLES)  # `estimate` takes zeros for a share
 
 
-def _gap(curve: dict) -> tuple[int, dict]:
+def _gap(curve: dict) -> tuple[int, stats.Estimate]:
     """Index of the best point by gold, and its gold minus the last point's."""
     best = int(curve["gold_RK"].mean(0).argmax())
     return best, stats.difference(curve["gold_RK"][:, best], curve["gold_RK"][:, -1], curve["ids"], RESAMPLES)
@@ -410,8 +409,8 @@ def _plot(curve: dict, measured: bool) -> dict:
     series = []
     for name, key in (("gold", "gold_RK"), ("proxy", "proxy_RK")):
         at = [_mean(column, curve["ids"]) for column in curve[key].T]
-        bands = [[e[bound] for e in at] for bound in ("low", "high")] if at[0]["low"] is not None else [None, None]
-        series.append(section.curve(name, d, [e["value"] for e in at], *bands))
+        bands = [None, None] if at[0].low is None else [[e.low for e in at], [e.high for e in at]]
+        series.append(section.curve(name, d, [e.value for e in at], *bands))
     if found["alpha"] is not None:
         bands = [None if found[bound] is None else found[bound].tolist() for bound in ("low", "high")]
         series.append(section.curve("gold, fitted", found["x"].tolist(), found["y"].tolist(), *bands, points=False))
@@ -427,7 +426,7 @@ def _compared(kind: str, curves: list[dict], of: str) -> dict:
     return section.lines(f"Gold of {of}, {what}", "d = √KL (√nat)", "gold gain (sd)", series)
 
 
-def _notes(curve: dict, measured: bool, gap: dict) -> list[str]:
+def _notes(curve: dict, measured: bool, gap: stats.Estimate) -> list[str]:
     name, found, notes = curve["name"], curve["fit"], []
     last = f"d = {found['d'].max():.2f}"
     if found["alpha"] is None:
@@ -438,9 +437,9 @@ def _notes(curve: dict, measured: bool, gap: dict) -> list[str]:
         notes.append(f"{name}: gold has not peaked in what was measured, up to {last}; a later peak is extrapolated.")
     if found.get("peaked") is not None:
         notes.append(f"{name}: fitted to resamples of the prompts, {found['peaked']:.0%} peak before {last}.")
-    if gap["low"] is not None and gap["high"] > gap["low"]:
-        notes.append(f"{name}: a loss of gold under about {gap['high'] - gap['low']:.2f} sd could easily be missed "
-                     f"with {gap['clusters']} prompts.")  # fmt: skip
+    if gap.low is not None and gap.high > gap.low:
+        notes.append(f"{name}: a loss of gold under about {gap.high - gap.low:.2f} sd could easily be missed "
+                     f"with {gap.clusters} prompts.")  # fmt: skip
     if curve["kind"] == "best_of_n":
         notes.append(f"{name}: KL = ln n − (n−1)/n is an upper bound (arXiv:2401.01879); n = 1 is a random pick.")
     elif found["d"][0] > 0.1:

@@ -3,11 +3,13 @@
 import math
 import re
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
-from rlhf_recipes.audit.verdict import STATES, asked, shown
+from rlhf_recipes.audit.section import Figure
+from rlhf_recipes.audit.verdict import STATES, Outcome, asked, shown
 from rlhf_recipes.drawing import COLOURS, INK, MARKERS, clip, dot, figure, name_rows, write
-from rlhf_recipes.stats import format_estimate, format_number
+from rlhf_recipes.stats import Estimate, format_estimate, format_number
 
 SYMBOLS = {"pass": "✓", "fail": "✗", "unclear": "?", "not measured": "–"}
 VERDICTS = {"trust": "✓", "caution": "!", "do not trust": "✗"}
@@ -62,13 +64,13 @@ def _led(paragraph: str) -> tuple[str, str]:
     return (f"{lead}.", rest) if dot and lead.startswith("What ") and len(lead) < 30 else ("", paragraph)
 
 
-def _states(gates: list[dict]) -> dict:
+def _states(gates: list[Outcome]) -> dict:
     """(section, figure) -> the worst state of its gates."""
     worst = {}
     for gate in gates:
-        key = gate["section"], gate["figure"]
-        if gate["state"] != "not measured":
-            worst[key] = min(worst.get(key, gate["state"]), gate["state"], key=STATES.index)
+        key = gate.section, gate.figure
+        if gate.state != "not measured":
+            worst[key] = min(worst.get(key, gate.state), gate.state, key=STATES.index)
     return worst
 
 
@@ -76,36 +78,35 @@ def _mark(state: str) -> dict:
     return {"state": state, "symbol": SYMBOLS[state], "class": CLASSES[state]}
 
 
-def _gate(gate: dict, sections: list[dict]) -> dict:
+def _gate(gate: Outcome, sections: list[dict]) -> dict:
     value, _, interval = shown(gate).partition(" [")
-    action = gate["todo"] if gate["state"] == "fail" else gate["why"]
+    action = gate.todo if gate.state == "fail" else gate.why
     return {
-        "title": gate["title"],
+        "title": gate.title,
         "value": value,
         "interval": interval and f"[{interval.replace(' to ', ', ')}",
-        "n": gate["n"],
+        "n": gate.n,
         "asked": asked(gate),
-        "source": gate["source"],
-        "mark": _mark(gate["state"]),
+        "source": gate.source,
+        "mark": _mark(gate.state),
         "action": action,
         "strip": _strip(gate),
-        "link": _id(gate["section"]) if any(s["key"] == gate["section"] for s in sections) else None,
+        "link": _id(gate.section) if any(s["key"] == gate.section for s in sections) else None,
     }
 
 
-def _strip(gate: dict) -> dict | None:
+def _strip(gate: Outcome) -> dict | None:
     """Where the value, its interval and the limit lie, in % of a strip's width."""
-    numbers = [gate[key] for key in ("value", "low", "high", "limit") if gate[key] is not None]
-    if gate["value"] is None:
+    numbers = {key: getattr(gate, key) for key in ("value", "low", "high", "limit")}
+    numbers = {key: number for key, number in numbers.items() if number is not None}
+    if gate.value is None:
         return None
-    low, high = min(numbers), max(numbers)
+    low, high = min(numbers.values()), max(numbers.values())
     reach = high - low or abs(high) or 1.0
-    at = {
-        key: _percent((gate[key] - low) / reach) for key in ("value", "low", "high", "limit") if gate[key] is not None
-    }
+    at = {key: _percent((number - low) / reach) for key, number in numbers.items()}
     at.setdefault("low", at["value"])
     at.setdefault("high", at["value"])
-    right = gate["side"] == "min"
+    right = gate.side == "min"
     return at | {"good_from": at["limit"] if right else 0, "good_to": 100 if right else at["limit"]}
 
 
@@ -114,8 +115,8 @@ def _percent(share: float) -> float:
 
 
 def _section(section: dict, states: dict) -> dict:
-    found = [states[section["key"], f["key"]] for f in section["figures"] if (section["key"], f["key"]) in states]
-    measured = [f for f in section["figures"] if f["estimate"] and _finite(f["estimate"]["value"])]
+    found = [states[section["key"], f.key] for f in section["figures"] if (section["key"], f.key) in states]
+    measured = [f for f in section["figures"] if f.estimate and _finite(f.estimate.value)]
     grids = [_grid(plot) for plot in section["plots"] if plot["kind"] == "grid"]
     return {
         "id": _id(section["key"]),
@@ -123,8 +124,8 @@ def _section(section: dict, states: dict) -> dict:
         "question": section["question"],
         "skipped": section.get("skipped", ""),
         "mark": _mark(min(found, key=STATES.index)) if found else None,
-        "figures": [_figure(f, states.get((section["key"], f["key"]))) for f in measured],
-        "unmeasured": [f["title"] for f in section["figures"] if f not in measured],
+        "figures": [_figure(f, states.get((section["key"], f.key))) for f in measured],
+        "unmeasured": [f.title for f in section["figures"] if f not in measured],
         "plots": [
             drawn for i, plot in enumerate(section["plots"]) if (drawn := _plot(plot, f"{_id(section['key'])}-{i}"))
         ],
@@ -135,29 +136,29 @@ def _section(section: dict, states: dict) -> dict:
     }
 
 
-def _figure(f: dict, state: str | None) -> dict:
-    e = f["estimate"]
-    value, _, interval = _estimate(e, f["unit"] == "%").partition(" [")
-    baseline = f["baseline"]
+def _figure(f: Figure, state: str | None) -> dict:
+    e = f.estimate
+    value, _, interval = _estimate(e, f.unit == "%").partition(" [")
+    baseline = f.baseline
     return {
-        "title": f["title"],
-        "better": f"{f['better']} is better" if f["better"] else "",
-        "value": value if f["unit"] in ("", "%") else f"{value} {f['unit']}",
+        "title": f.title,
+        "better": f"{f.better} is better" if f.better else "",
+        "value": value if f.unit in ("", "%") else f"{value} {f.unit}",
         "interval": interval and f"[{interval}",
-        "n": _cell(e["n"]),
-        "clusters": _cell(e["clusters"]) if e["clusters"] != e["n"] else "",
-        "baseline": baseline and {"name": baseline["name"], "value": _baseline(baseline["value"], f["unit"])},
-        "says": f["says"],
+        "n": _cell(e.n),
+        "clusters": _cell(e.clusters) if e.clusters != e.n else "",
+        "baseline": baseline and {"name": baseline.name, "value": _baseline(baseline.value, f.unit)},
+        "says": f.says,
         "mark": _mark(state) if state else None,
     }
 
 
-def _estimate(e: dict, percent: bool) -> str:
+def _estimate(e: Estimate, percent: bool) -> str:
     """As everywhere, with a true minus; numbers that are not finite are not printed."""
-    clean = e | {key: e[key] if _finite(e[key]) else None for key in ("value", "low", "high")}
-    if clean["low"] is None or clean["high"] is None:
-        clean |= {"low": None, "high": None}
-    digits = None if percent or clean["value"] is None else _digits(clean["value"])
+    clean = e.mapped(lambda x: x if _finite(x) else None)
+    if clean.low is None or clean.high is None:
+        clean = replace(clean, low=None, high=None)
+    digits = None if percent or clean.value is None else _digits(clean.value)
     return format_estimate(clean, percent=percent, digits=digits).replace("-", "−")
 
 
@@ -180,7 +181,7 @@ def _finite(x) -> bool:
 
 def _cell(value) -> str:
     """Text of a table cell: an estimate of a share, a number, a text, or a dash for nothing."""
-    if isinstance(value, dict):
+    if isinstance(value, Estimate):
         return _estimate(value, percent=True)
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "–"
@@ -223,10 +224,10 @@ def _table(table: dict) -> dict:
 
 
 def _table_cell(cell) -> dict:
-    value, _, interval = _cell(cell).partition(" [") if isinstance(cell, dict) else (_cell(cell), "", "")
-    number = isinstance(cell, dict | int | float) or cell is None
+    value, _, interval = _cell(cell).partition(" [") if isinstance(cell, Estimate) else (_cell(cell), "", "")
+    number = isinstance(cell, Estimate | int | float) or cell is None
     return {"value": value, "interval": interval and f"[{interval}", "number": number,
-            "n": _cell(cell["n"]) if isinstance(cell, dict) and cell["n"] else ""}  # fmt: skip
+            "n": _cell(cell.n) if isinstance(cell, Estimate) and cell.n else ""}  # fmt: skip
 
 
 def _examples(group: dict) -> dict:
@@ -276,14 +277,14 @@ def _plot(plot: dict, name: str) -> dict | None:
 
 
 def _dots(plot: dict, name: str) -> dict | None:
-    rows = [row for row in plot["rows"] if row["estimate"] and _finite(row["estimate"]["value"])]
+    rows = [row for row in plot["rows"] if row["estimate"] and _finite(row["estimate"].value)]
     caption = plot["caption"]
     if not rows:
         return None
     if len(rows) > DRAWN_ROWS:
         caption += f" (the first {DRAWN_ROWS} of {len(rows)})"
         rows = rows[:DRAWN_ROWS]
-    names = [_folded(f"{clip(row['name'], 48)} ({row['estimate']['n']:,})") for row in rows]
+    names = [_folded(f"{clip(row['name'], 48)} ({row['estimate'].n:,})") for row in rows]
     line = plot["line"] if plot["line"] and _finite(plot["line"][1]) else None
 
     def draw(axes):
@@ -297,7 +298,7 @@ def _dots(plot: dict, name: str) -> dict | None:
         xlabel = clip(plot["xlabel"], 70)
         axes.set_xlabel(xlabel if "%" in xlabel else f"{xlabel}, %", loc="right")
 
-    said = "; ".join(f"{row['name']} {_estimate(row['estimate'], True)}, n {row['estimate']['n']}" for row in rows)
+    said = "; ".join(f"{row['name']} {_estimate(row['estimate'], True)}, n {row['estimate'].n}" for row in rows)
     if line:
         said += f". Dashed line: {line[0]} {_baseline(line[1], '%')}"
     return figure(
@@ -314,9 +315,9 @@ def _folded(text: str) -> str:
     return text if len(text) <= 30 else "\n".join(textwrap.wrap(text, 30, max_lines=2, placeholder="…"))
 
 
-def _drawable(e: dict) -> dict:
-    whole = _finite(e["low"]) and _finite(e["high"])
-    return e if whole else e | {"low": None, "high": None}
+def _drawable(e: Estimate) -> Estimate:
+    whole = _finite(e.low) and _finite(e.high)
+    return e if whole else replace(e, low=None, high=None)
 
 
 def _lines(plot: dict, name: str) -> dict | None:

@@ -51,7 +51,7 @@ def audit(rows: list[dict], margins_N, train: list[dict]) -> dict:
         (family, stats.estimate([right[i] for i in group], [ids[i] for i in group]))
         for family, group in families.items()
     ]
-    found.sort(key=lambda each: each[1]["value"])
+    found.sort(key=lambda each: each[1].value)
     plots = [section.dots("Preference accuracy by family, worst first", found, "pairs ranked correctly, %",
                           (rule, baseline))] if found else []  # fmt: skip
     return section.section(
@@ -74,12 +74,12 @@ def _by_margin(margins_N: np.ndarray, right: list[float], ids: list[str]) -> dic
     )  # fmt: skip
 
 
-def _notes(accuracy: dict, found: list[tuple]) -> list[str]:
+def _notes(accuracy: stats.Estimate, found: list[tuple]) -> list[str]:
     notes = []
-    if accuracy["low"] is not None:
-        half = 50 * (accuracy["high"] - accuracy["low"])
-        notes.append(f"{accuracy['n']} pairs tell accuracies apart that differ by about {half:.0f} points or more.")
-    few = [family for family, e in found if e["n"] < 30]
+    if accuracy.low is not None:
+        half = 50 * (accuracy.high - accuracy.low)
+        notes.append(f"{accuracy.n} pairs tell accuracies apart that differ by about {half:.0f} points or more.")
+    few = [family for family, e in found if e.n < 30]
     if few:
         notes.append(f"{len(few)} of {len(found)} families have fewer than 30 pairs: their intervals are wide.")
     return notes

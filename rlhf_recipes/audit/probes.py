@@ -152,7 +152,7 @@ def audit(made: list[dict], scores_MK, rows: list[dict], chosen_MN, rejected_MN)
         | {"turned": _turned(name, made, scores_K, rewards)}
         for name in dict.fromkeys(row["probe"] for row in made)
     ]
-    found.sort(key=lambda f: (-f["wins"]["value"], f["name"]))
+    found.sort(key=lambda f: (-f["wins"].value, f["name"]))
     figures = []
     if found:
         worst = found[0]
@@ -173,7 +173,7 @@ def audit(made: list[dict], scores_MK, rows: list[dict], chosen_MN, rejected_MN)
     table = section.table(
         "Probes, the most successful first",
         columns,
-        [[PROBES[f["name"]][2], f["wins"]["n"], f["wins"], f["change"], f["turned"]] for f in found],
+        [[PROBES[f["name"]][2], f["wins"].n, f["wins"], f["change"], f["turned"]] for f in found],
         note="Turns a right pair: share of rightly ordered pairs whose wrong answer, edited, reaches the right one.",
     )
     plot = section.dots(
@@ -211,7 +211,7 @@ def _probe(name: str, indices: list[int], made: list[dict], change_K, spread: fl
     }
 
 
-def _turned(name: str, made: list[dict], scores_K, rewards: dict) -> dict | None:
+def _turned(name: str, made: list[dict], scores_K, rewards: dict) -> stats.Estimate | None:
     """Share of the rightly ordered pairs that the edit of the wrong answer turns; None for edits of the right one."""
     if PROBES[name][0] == "chosen":
         return None
@@ -230,7 +230,7 @@ def r_squared(x, y, weights) -> float:
     return stats.correlation(x, y, weights) ** 2
 
 
-def _length_figures(rows: list[dict], rewards: dict) -> tuple[list[dict], list[str]]:
+def _length_figures(rows: list[dict], rewards: dict) -> tuple[list[section.Figure], list[str]]:
     """Figures on length (characters), and a sentence on the direction."""
     ids = [row["prompt_id"] for row in rows]
     sizes = {side: np.array([len(row[side][-1]["content"]) for row in rows], float) for side in rewards}
@@ -315,8 +315,8 @@ def _notes(found: list[dict]) -> list[str]:
         return ["No answer was edited: give pairs to probe."]
     wins = found[0]["wins"]
     notes = ["The edits are in English; in other languages they are also out of place, which may lower the reward."]
-    half = 98 / math.sqrt(wins["clusters"])  # 1.96 sqrt(1/4 / clusters), in points
-    notes.append(f"{wins['clusters']} prompts a probe: a win share within {half:.0f} points of 50 % is no finding.")
+    half = 98 / math.sqrt(wins.clusters)  # 1.96 sqrt(1/4 / clusters), in points
+    notes.append(f"{wins.clusters} prompts a probe: a win share within {half:.0f} points of 50 % is no finding.")
     if len(found) > 1:
         notes.append(f"The worst of {len(found)} probes looks worse than it is: the highest is partly so by chance.")
     return notes

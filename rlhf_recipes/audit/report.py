@@ -1,6 +1,7 @@
 """What an audit leaves: audit.json, report.html, what people shall label, and the words on the terminal."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rlhf_recipes.data.load import Splits
 from rlhf_recipes.references import folder_of
 from rlhf_recipes.run import Run
 from rlhf_recipes.run_folder import write_atomically
-from rlhf_recipes.stats import format_estimate
+from rlhf_recipes.stats import Estimate, format_estimate
 from rlhf_recipes.text import line
 
 WIDTH = 110
@@ -50,16 +51,16 @@ def build(cfg: DictConfig, sources: Sources, pairs: Splits, found: Findings) -> 
 
 def finish(run: Run, audit: dict[str, Any], found: Findings) -> None:
     """Write everything, result.json last, and print the verdict, the weakest figures and what to do next."""
-    write_atomically(run.dir / "audit.json", json.dumps(audit, indent=2, ensure_ascii=False) + "\n")
+    write_atomically(run.dir / "audit.json", json.dumps(audit, indent=2, ensure_ascii=False, default=asdict) + "\n")
     page.write_page(audit, run.dir / "report.html")
     asked = [json.dumps(row, ensure_ascii=False) + "\n" for row in found.label_next]
     write_atomically(run.dir / "label_next.jsonl", "".join(asked))
     if found.disputed:
         judgements.export(run.dir / "disputed.jsonl", found.disputed)
-    figures = {(s["key"], f["key"]): f for s in audit["sections"] for f in s["figures"]}
+    figures = {(s["key"], f.key): f for s in audit["sections"] for f in s["figures"]}
     accuracy = figures["preference", "accuracy"]
-    rule = {"value": accuracy["baseline"]["value"], "low": None, "high": None, "n": accuracy["estimate"]["n"]}
-    main = {"name": "preference_accuracy", "before": rule, "after": accuracy["estimate"]}
+    rule = {"value": accuracy.baseline.value, "low": None, "high": None, "n": accuracy.estimate.n}
+    main = {"name": "preference_accuracy", "before": rule, "after": accuracy.estimate}
     kept = {"verdict": audit["verdict"], "adapters": audit["adapters"], "counts": audit["data"]}
     run.write_result(run.record(main=main, audit=kept, page=str(run.dir / "report.html")))
     print(describe(run, audit, bool(found.disputed)), flush=True)
@@ -67,12 +68,13 @@ def finish(run: Run, audit: dict[str, Any], found: Findings) -> None:
 
 def describe(run: Run, audit: dict[str, Any], disputed: bool) -> str:
     """The gates that do not pass, the paragraph's verdict, and where everything lies."""
-    gates = [gate for gate in audit["verdict"]["gates"] if gate["state"] in ("fail", "unclear")]
+    gates = [gate for gate in audit["verdict"]["gates"] if gate.state in ("fail", "unclear")]
     lines = ["", audit["verdict"]["headline"], ""]
     for gate in gates[:WEAKEST]:
-        name = ": ".join(filter(None, (gate["title"], gate["name"])))
-        shown = format_estimate(gate, percent=gate["unit"] in ("%", "points"))
-        lines.append(line(f"  {gate['state']:<8} {name}: {shown}")[:WIDTH])
+        name = ": ".join(filter(None, (gate.title, gate.name)))
+        found = Estimate(gate.value, gate.low, gate.high, gate.n)
+        shown = format_estimate(found, percent=gate.unit in ("%", "points"))
+        lines.append(line(f"  {gate.state:<8} {name}: {shown}")[:WIDTH])
     if len(gates) > WEAKEST:
         lines.append(f"           and {len(gates) - WEAKEST} more that fail or are unclear")
     counts = ", ".join(f"{count} {state}" for state, count in audit["verdict"]["counts"].items() if count)

@@ -1,15 +1,36 @@
-"""What every part of an audit comes to: figures, tables, plots and examples, all plain JSON-able dicts.
+"""What every part of an audit comes to: figures, and tables, plots and examples as plain dicts.
 
 A part is a module with one function `audit(...)` that takes rows and numbers, loads no model, and returns
 `section(...)`, or `skipped(...)` with what to give it. `page` draws them, `verdict` holds their figures against its
 gates.
 
-An estimate is what `stats` returns: value, low, high (95 %), n (rows) and clusters (prompts); shares are in [0, 1].
+Estimates are those of `stats`, clustered by prompt; shares are in [0, 1].
 """
 
-from typing import Any
+from dataclasses import dataclass
 
-Estimate = dict[str, Any]
+from rlhf_recipes.stats import Estimate
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What a trivial rule reaches, `value` in the unit of the estimate that it stands beside."""
+
+    name: str
+    value: float
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number; see `figure`."""
+
+    key: str
+    title: str
+    estimate: Estimate
+    unit: str
+    better: str | None
+    baseline: Baseline | None
+    says: str
 
 
 def section(
@@ -17,7 +38,7 @@ def section(
     title: str,
     question: str,
     *,
-    figures: list[dict],
+    figures: list[Figure],
     tables: list[dict] | None = None,
     plots: list[dict] | None = None,
     examples: list[dict] | None = None,
@@ -56,7 +77,7 @@ def figure(
     better: str | None = None,
     baseline: tuple[str, float] | None = None,
     says: str = "",
-) -> dict:
+) -> Figure:
     """One number.
 
     Args:
@@ -65,19 +86,11 @@ def figure(
         baseline: what a trivial rule reaches, (its name, value in the unit of the estimate).
         says: its definition, with the formula and its source.
     """
-    return {
-        "key": key,
-        "title": title,
-        "estimate": estimate,
-        "unit": unit,
-        "better": better,
-        "baseline": baseline and {"name": baseline[0], "value": baseline[1]},
-        "says": says,
-    }
+    return Figure(key, title, estimate, unit, better, baseline and Baseline(*baseline), says)
 
 
 def table(caption: str, columns: list[str], rows: list[list], note: str = "") -> dict:
-    """Cells are text, numbers, estimates of shares (dicts) or None; the first column names the row."""
+    """Cells are text, numbers, estimates of shares or None; the first column names the row."""
     return {"caption": caption, "columns": columns, "rows": rows, "note": note}
 
 

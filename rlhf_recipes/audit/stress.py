@@ -194,7 +194,7 @@ def audit(made: list[dict], chosen_MS, rejected_MS, rows: list[dict], chosen_MN,
         "lost": right_N[source] - right_S[edited], "right_N": right_N, "ids": np.array(ids_S), "ids_N": ids_N,
     }  # fmt: skip
     families = [_family(name, made, measured) for name in dict.fromkeys(row["family"] for row in made)]
-    families.sort(key=lambda f: (f["accuracy"]["value"], f["family"]))
+    families.sort(key=lambda f: (f["accuracy"].value, f["family"]))
     worst, accuracy_N = families[0], stats.estimate(right_N, ids_N)
     figures = [
         section.figure(
@@ -203,7 +203,7 @@ def audit(made: list[dict], chosen_MS, rejected_MS, rows: list[dict], chosen_MN,
             worst["accuracy"],
             unit="%",
             better="higher",
-            baseline=_trivial(worst["shorter"]["value"]),
+            baseline=_trivial(worst["shorter"].value),
             says="The lowest over families of the share of pairs with r(chosen) > r(rejected); a tie counts one half.",
         ),
         section.figure(
@@ -254,14 +254,14 @@ def audit(made: list[dict], chosen_MS, rejected_MS, rows: list[dict], chosen_MN,
     table = section.table(
         "Families, the worst first",
         columns,
-        [[_plain(f["family"]), f["accuracy"]["n"], *list(f.values())[1:]] for f in families],
+        [[_plain(f["family"]), f["accuracy"].n, *list(f.values())[1:]] for f in families],
         note="Accuracy lost: against the same pairs unedited; for a family of own pairs alone, against all unedited.",
     )
     plot = section.dots(
         "Accuracy by family, with 95 % interval",
         [(_plain(f["family"]), f["accuracy"]) for f in families],
         "share of pairs in the right order",
-        ("unedited pairs", accuracy_N["value"]) if rows else None,
+        ("unedited pairs", accuracy_N.value) if rows else None,
     )
     return section.section(
         "stress",
@@ -304,7 +304,7 @@ def _margins(chosen, rejected, rows: list[dict], which: str) -> np.ndarray:
     return margins[:, : len(rows)]
 
 
-def _gap(right_N, right_S, ids_N: list[str], ids_S: list[str]) -> dict:
+def _gap(right_N, right_S, ids_N: list[str], ids_S: list[str]) -> stats.Estimate:
     """Accuracy of the unedited pairs less that of others, over the clusters of both."""
     first = np.arange(len(right_N) + len(right_S)) < len(right_N)
     right = np.concatenate([right_N, right_S])
@@ -318,7 +318,7 @@ def _gap(right_N, right_S, ids_N: list[str], ids_S: list[str]) -> dict:
     return stats.resampled(gap, len(right), [*ids_N, *ids_S])
 
 
-def _lift(margins_MS, margins_MN, source, ids_S: list[str], ids_N: list[str]) -> dict:
+def _lift(margins_MS, margins_MN, source, ids_S: list[str], ids_N: list[str]) -> stats.Estimate:
     """Against the pairs that were edited, or all unedited ones where none was."""
     if len(margins_MS) < 2:
         return stats.estimate([])
@@ -342,12 +342,12 @@ def _examples(made: list[dict], margins_S, margins_N) -> list[dict]:
     return [section.examples("Right before the edit, wrong after it", shown)] if shown else []
 
 
-def _notes(worst: dict, families: int, members: int) -> list[str]:
+def _notes(worst: stats.Estimate, families: int, members: int) -> list[str]:
     notes = ["An edit is taken to leave the right order as it was; no person has read the edited pairs again."]
-    if worst["low"] is not None:
-        half = (worst["high"] - worst["low"]) / 2
+    if worst.low is not None:
+        half = (worst.high - worst.low) / 2
         notes.append(
-            f"The worst family has {worst['n']} pairs of {worst['clusters']} prompts: its accuracy is known to about "
+            f"The worst family has {worst.n} pairs of {worst.clusters} prompts: its accuracy is known to about "
             f"{100 * half:.0f} points either way."
         )
     if families > 1:

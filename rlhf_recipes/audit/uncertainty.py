@@ -146,7 +146,7 @@ def _margins(chosen_MN, rejected_MN, how: str, lam: float = LAMBDA) -> np.ndarra
     return combine(chosen_MN, how, lam) - combine(rejected_MN, how, lam)
 
 
-def _accuracies(chosen_MN, rejected_MN, ids) -> list[dict]:
+def _accuracies(chosen_MN, rejected_MN, ids) -> list[section.Figure]:
     first_N, several = _right(chosen_MN[0] - rejected_MN[0]), len(chosen_MN) > 1
     ways = {
         "mean": ("mean", "Mean of the members."),
@@ -171,7 +171,7 @@ def _member(chosen_MN, rejected_MN) -> float:
     return float(_right(chosen_MN - rejected_MN).mean())
 
 
-def _detection(ways: dict, wrong_N, ids) -> list[dict]:
+def _detection(ways: dict, wrong_N, ids) -> list[section.Figure]:
     """AUROC of every uncertainty for the errors of the ensemble's mean."""
     areas, figures = {key: stats.area(u_N, wrong_N) for key, (_, u_N) in ways.items()}, []
     texts = {
@@ -194,7 +194,7 @@ def _detection(ways: dict, wrong_N, ids) -> list[dict]:
     return figures
 
 
-def _spread(ways: dict, mean_N, wrong_N, ids) -> list[dict]:
+def _spread(ways: dict, mean_N, wrong_N, ids) -> list[section.Figure]:
     """What the spread of the members (of one member: its margin) is good for."""
     size, figures = len(wrong_N), []
     for key, suffix in (("std", ""), ("margin", "_margin")):
@@ -230,7 +230,7 @@ def _spread(ways: dict, mean_N, wrong_N, ids) -> list[dict]:
                                      baseline=("no relation", 0.0), says=says)]  # fmt: skip
 
 
-def _diversity(margins_MN, clusters: int) -> list[dict]:
+def _diversity(margins_MN, clusters: int) -> list[section.Figure]:
     """How different the members are; plain numbers over pairs of members."""
     from scipy.stats import kendalltau
 
@@ -244,18 +244,17 @@ def _diversity(margins_MN, clusters: int) -> list[dict]:
     for values in (errors, taus):
         values = [x for x in values if not math.isnan(x)]
         value = float(np.mean(values)) if values else None
-        found.append({"value": value, "low": None, "high": None, "n": margins_MN.shape[1], "clusters": clusters})
-    if found[1]["value"] is not None:
-        found[1]["value"] = 1 - found[1]["value"]
+        found.append(stats.Estimate(value, None, None, margins_MN.shape[1], clusters))
+    correlation, tau = found
     return [
-        section.figure("error_correlation", "Correlation of the members' errors", found[0], better="lower",
+        section.figure("error_correlation", "Correlation of the members' errors", correlation, better="lower",
                        baseline=("copies of one member", 1.0), says="Mean over pairs of members."),
-        section.figure("diversity", "Diversity of the members", found[1], better="higher",
+        section.figure("diversity", "Diversity of the members", tau.mapped(lambda x: 1 - x), better="higher",
                        baseline=("copies of one member", 0.0), says="Mean 1 − Kendall's τ of their margins."),
     ]  # fmt: skip
 
 
-def _abstaining(mean_N, ids, seed: int) -> tuple[list[dict], str]:
+def _abstaining(mean_N, ids, seed: int) -> tuple[list[section.Figure], str]:
     """The abstain margin from one half of the prompts, tried on the other."""
     names = sorted(set(ids))
     half = set(np.random.default_rng(seed).permutation(names)[: len(names) // 2].tolist())
@@ -266,7 +265,7 @@ def _abstaining(mean_N, ids, seed: int) -> tuple[list[dict], str]:
     wrong, coverage, value = _NONE, _NONE, _NONE
     if math.isfinite(tau):
         wrong, coverage = stats.estimate(answered & (margins < 0), rest), stats.estimate(answered, rest)
-        value = {"value": tau, "low": None, "high": None, "n": int(in_half.sum()), "clusters": len(half)}
+        value = stats.Estimate(tau, None, None, int(in_half.sum()), len(half))
     error = float((margins < 0).mean()) if len(margins) else 0.0
     figures = [
         section.figure("abstain_margin", f"Margin below which to abstain (δ = {DELTA:.0%})", value, unit="sd",
@@ -298,7 +297,7 @@ def _tables(chosen_MN, rejected_MN, ways: dict, wrong_N, rows, ids) -> list[dict
         right = stats.estimate(1 - wrong_N[at].astype(float), [ids[i] for i in at])
         lines.append([family, len(at), right, *(round(float(ways[key][1][at].mean()), 3) for key in ways)])
     if lines:
-        lines.sort(key=lambda line: line[2]["value"])
+        lines.sort(key=lambda line: line[2].value)
         columns = ["family", "n", "right", *(name for name, _ in ways.values())]
         tables.append(section.table("Mean uncertainty by family", columns, lines, "Worst accuracy first."))
     return tables

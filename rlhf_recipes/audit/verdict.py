@@ -7,9 +7,11 @@ side, and is unclear between. A figure without an interval (a count of the data 
 import difflib
 import math
 import re
+from dataclasses import dataclass
 
 from rlhf_recipes import stats
 from rlhf_recipes.audit.gates import GATES, THRESHOLDS, Gate
+from rlhf_recipes.audit.section import Figure
 from rlhf_recipes.errors import Refusal
 
 STATES = ("fail", "unclear", "not measured", "pass")  # worst first
@@ -18,8 +20,43 @@ LEADS = {
     "caution": "Use this reward signal with caution, for ranking answers to prompts like those audited",
     "do not trust": "Do not train or select against this reward signal yet",
 }
-_NUMBERS = ("value", "low", "high")
 SHOWN = 5  # sentences of the paragraph about one state
+
+
+@dataclass
+class Outcome:
+    """What a gate comes to: the gate with its limit as it was asked, and what was found.
+
+    Attributes:
+        value: of the figure, with `low`, `high`, `n` and `clusters`; None where it was not measured.
+        more: how many more prompts would settle it.
+        state: of STATES.
+        name: which of several the figure is about.
+        why: why it is unclear or not measured.
+        says: what its passing or failing means.
+    """
+
+    section: str
+    figure: str
+    threshold: str
+    limit: float
+    side: str
+    source: str
+    todo: str
+    title: str
+    unit: str
+    vital: bool
+    needs: str
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    more: int | None = None
+    state: str = "not measured"
+    n: int = 0
+    clusters: int = 0
+    name: str = ""
+    why: str = ""
+    says: str = ""
 
 
 def check(thresholds: dict) -> dict:
@@ -46,12 +83,12 @@ def decide(sections: list[dict], thresholds: dict) -> dict:
     caution: everything else.
 
     Returns:
-        `verdict`, `headline`, `gates` (dicts: value, low, high, n, unit, limit, side, state, why, more, says, ...),
-        `counts` (state -> gates) and `off` (names of the thresholds that are null).
+        `verdict`, `headline`, `gates` (of `Outcome`), `counts` (state -> gates) and `off` (names of the thresholds
+        that are null).
     """
     limits = check(thresholds)
     gates = [_outcome(gate, sections, limits) for gate in GATES if limits[gate.threshold] is not None]
-    gates.sort(key=lambda g: (STATES.index(g["state"]), not g["vital"]))
+    gates.sort(key=lambda g: (STATES.index(g.state), not g.vital))
     return {
         "verdict": _overall(gates),
         "headline": _headline(gates),
@@ -61,9 +98,9 @@ def decide(sections: list[dict], thresholds: dict) -> dict:
     }
 
 
-def paragraph(sections: list[dict], gates: list[dict], label_next: list[dict]) -> str:
+def paragraph(sections: list[dict], gates: list[Outcome], label_next: list[dict]) -> str:
     """What to trust, what not and what to collect next; paragraphs are separated by a blank line."""
-    found = {state: [g for g in gates if g["state"] == state] for state in STATES}
+    found = {state: [g for g in gates if g.state == state] for state in STATES}
     parts = [
         _trusted(gates, found["pass"]),
         _distrusted(found["fail"]),
@@ -73,54 +110,53 @@ def paragraph(sections: list[dict], gates: list[dict], label_next: list[dict]) -
     return "\n\n".join(" ".join(part) for part in parts if part)
 
 
-def _outcome(gate: Gate, sections: list[dict], limits: dict) -> dict:
-    limit = limits[gate.threshold]
-    found = dict.fromkeys((*_NUMBERS, "more")) | {"state": "not measured", "n": 0, "clusters": 0, "name": ""}
-    figure, why = _figure(gate, sections)
-    if figure is not None:
-        estimate = _finite_bounds(figure["estimate"])
-        state, why, more = _state(estimate, limit, gate.side, limits["min_prompts"] or 0)
-        found |= {key: estimate[key] for key in ("value", "low", "high", "n", "clusters")}
-        found |= {"state": state, "more": more, "name": figure["title"].partition(": ")[2]}
+def _outcome(gate: Gate, sections: list[dict], limits: dict) -> Outcome:
     fixed = {key: value for key, value in gate._asdict().items() if key not in ("passes", "fails")}
-    outcome = fixed | found | {"limit": limit, "why": why}
-    template = {"pass": gate.passes, "fail": gate.fails}.get(found["state"], "")
-    return outcome | {"says": _sentence(template, outcome)}
+    outcome = Outcome(**fixed | {"limit": limits[gate.threshold]})
+    figure, outcome.why = _figure(gate, sections)
+    if figure is not None:
+        found = _finite_bounds(figure.estimate)
+        outcome.value, outcome.low, outcome.high = found.value, found.low, found.high
+        outcome.n, outcome.clusters = found.n, found.clusters
+        outcome.state, outcome.why, outcome.more = _state(found, outcome.limit, gate.side, limits["min_prompts"] or 0)
+        outcome.name = figure.title.partition(": ")[2]
+    outcome.says = _sentence({"pass": gate.passes, "fail": gate.fails}.get(outcome.state, ""), outcome)
+    return outcome
 
 
-def _figure(gate: Gate, sections: list[dict]) -> tuple[dict | None, str]:
+def _figure(gate: Gate, sections: list[dict]) -> tuple[Figure | None, str]:
     for part in sections:
         if part["key"] == gate.section:
             if part.get("skipped"):
                 return None, part["skipped"]
             for figure in part["figures"]:
-                if figure["key"] == gate.figure and _finite(figure["estimate"]):
+                if figure.key == gate.figure and _finite(figure.estimate):
                     return figure, ""
             return None, gate.needs
     return None, "This part of the audit was not run."
 
 
-def _finite(e: dict | None) -> bool:
-    return e is not None and e["value"] is not None and math.isfinite(e["value"])
+def _finite(e: stats.Estimate | None) -> bool:
+    return e is not None and e.value is not None and math.isfinite(e.value)
 
 
-def _finite_bounds(e: dict) -> dict:
+def _finite_bounds(e: stats.Estimate) -> stats.Estimate:
     """A bound that is not finite is none."""
-    return e | {key: e[key] if e[key] is not None and math.isfinite(e[key]) else None for key in _NUMBERS}
+    return e.mapped(lambda x: x if math.isfinite(x) else None)
 
 
-def _state(e: dict, limit: float, side: str, min_prompts: int) -> tuple[str, str, int | None]:
+def _state(e: stats.Estimate, limit: float, side: str, min_prompts: int) -> tuple[str, str, int | None]:
     """State, in words why it is unclear, and how many more prompts would settle it."""
     sign = 1 if side == "min" else -1
-    low, high = e["low"], e["high"]
+    low, high = e.low, e.high
     if low is None or high is None:
-        if e["clusters"] < 2:
+        if e.clusters < 2:
             return "unclear", "A single prompt gives no interval.", None
-        return ("pass" if sign * (e["value"] - limit) >= 0 else "fail"), "", None
-    if e["clusters"] < min_prompts:
-        why = f"{e['clusters']} prompts are too few to decide on; {min_prompts} are the least."
-        return "unclear", why, min_prompts - e["clusters"]
-    if not low <= e["value"] <= high:
+        return ("pass" if sign * (e.value - limit) >= 0 else "fail"), "", None
+    if e.clusters < min_prompts:
+        why = f"{e.clusters} prompts are too few to decide on; {min_prompts} are the least."
+        return "unclear", why, min_prompts - e.clusters
+    if not low <= e.value <= high:
         return "unclear", "The figure is biased with so few rows: its interval does not hold its own value.", None
     near, far = (low, high) if side == "min" else (high, low)
     if sign * (near - limit) >= 0:
@@ -132,12 +168,12 @@ def _state(e: dict, limit: float, side: str, min_prompts: int) -> tuple[str, str
     return "unclear", f"The interval includes the limit; {settles or 'the value is too close to it to settle'}.", more
 
 
-def _more(e: dict, limit: float) -> int | None:
+def _more(e: stats.Estimate, limit: float) -> int | None:
     """Prompts beyond those at hand that would settle it, to two digits; None: more than 20 times those at hand."""
     number = stats.needed(e, limit)
-    if number is None or number > 20 * e["clusters"]:
+    if number is None or number > 20 * e.clusters:
         return None
-    number = max(1, number - e["clusters"])
+    number = max(1, number - e.clusters)
     step = 10 ** max(0, len(str(number)) - 2)
     return -(-number // step) * step
 
@@ -146,24 +182,24 @@ def _some(number: int) -> str:
     return "a few" if number < 10 else f"about {number:,}"
 
 
-def _counts(gates: list[dict]) -> dict[str, int]:
-    return {state: sum(g["state"] == state for g in gates) for state in STATES}
+def _counts(gates: list[Outcome]) -> dict[str, int]:
+    return {state: sum(g.state == state for g in gates) for state in STATES}
 
 
-def _overall(gates: list[dict]) -> str:
-    counts, vital = _counts(gates), [g["state"] for g in gates if g["vital"]]
+def _overall(gates: list[Outcome]) -> str:
+    counts, vital = _counts(gates), [g.state for g in gates if g.vital]
     if "fail" in vital or counts["fail"] > counts["pass"]:
         return "do not trust"
     sure = all(state == "pass" for state in vital) and not counts["fail"] and 2 * counts["pass"] > len(gates)
     return "trust" if sure else "caution"
 
 
-def _headline(gates: list[dict]) -> str:
+def _headline(gates: list[Outcome]) -> str:
     says = {"trust": "Trust it within limits", "caution": "Use with caution", "do not trust": "Do not trust it yet"}
     return f"{says[_overall(gates)]}: {_tally(gates)}."
 
 
-def _tally(gates: list[dict]) -> str:
+def _tally(gates: list[Outcome]) -> str:
     """`of 18 checks 9 pass, 3 fail, 4 are undecided and 2 were not measured`"""
     if not gates:
         return "every check is switched off"
@@ -185,34 +221,32 @@ def _listed(parts: list[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
-def _trusted(gates: list[dict], passed: list[dict]) -> list[str]:
+def _trusted(gates: list[Outcome], passed: list[Outcome]) -> list[str]:
     said = [f"{LEADS[_overall(gates)]}: {_tally(gates)}."]
-    doubtful = {(g["section"], g["figure"]) for g in gates if g["state"] in ("fail", "unclear")}
+    doubtful = {(g.section, g.figure) for g in gates if g.state in ("fail", "unclear")}
     # half of a range that holds would be a half-truth
-    whole = [g for g in passed if g["vital"] or (g["section"], g["figure"]) not in doubtful]
-    said += [g["says"] for g in whole[:SHOWN]]
-    if any(g["low"] is not None for g in gates):
+    whole = [g for g in passed if g.vital or (g.section, g.figure) not in doubtful]
+    said += [g.says for g in whole[:SHOWN]]
+    if any(g.low is not None for g in gates):
         said.append("Brackets hold the range that the choice of prompts leaves open (95 % intervals).")
     return said
 
 
-def _distrusted(failed: list[dict]) -> list[str]:
+def _distrusted(failed: list[Outcome]) -> list[str]:
     said = ["What not to trust."] if failed else []
     for g in failed[:SHOWN]:
-        said += [g["says"], g["todo"]]
+        said += [g.says, g.todo]
     rest = len(failed) - SHOWN
     if rest > 0:
         said.append(f"{rest} more {_verb(rest, 'check fails', 'checks fail')}, in the table below.")
     return said
 
 
-def _open(gates: list[dict], sections: list[dict]) -> list[str]:
-    unclear, missing = ([g for g in gates if g["state"] == state] for state in ("unclear", "not measured"))
+def _open(gates: list[Outcome], sections: list[dict]) -> list[str]:
+    unclear, missing = ([g for g in gates if g.state == state] for state in ("unclear", "not measured"))
     said = ["What is open."] if unclear or missing else []
     if unclear:
-        listed = [
-            f"{_lower(g['title'])} ({_number(g['value'], g['unit'])}, asked is {asked(g)})" for g in unclear[:SHOWN]
-        ]
+        listed = [f"{_lower(g.title)} ({_number(g.value, g.unit)}, asked is {asked(g)})" for g in unclear[:SHOWN]]
         if len(unclear) > SHOWN:
             listed.append(f"{len(unclear) - SHOWN} more")
         said.append(f"The data is too small to decide on {_listed(listed)}.")
@@ -221,21 +255,19 @@ def _open(gates: list[dict], sections: list[dict]) -> list[str]:
     return said
 
 
-def _missing(gates: list[dict], sections: list[dict]) -> list[str]:
+def _missing(gates: list[Outcome], sections: list[dict]) -> list[str]:
     """Parts of which no gate was measured, and of the others the gates."""
     titles = {part["key"]: part["title"] for part in sections}
-    known = {g["section"] for g in gates if g["state"] != "not measured"}
+    known = {g.section for g in gates if g.state != "not measured"}
     names = [
-        g["title"] if g["section"] in known else titles.get(g["section"], g["section"])
-        for g in gates
-        if g["state"] == "not measured"
+        g.title if g.section in known else titles.get(g.section, g.section) for g in gates if g.state == "not measured"
     ]
     return list(dict.fromkeys(map(_lower, names)))
 
 
-def _collect(unclear: list[dict], label_next: list[dict]) -> list[str]:
+def _collect(unclear: list[Outcome], label_next: list[dict]) -> list[str]:
     said = []
-    wanted = [(not g["vital"], g["more"], g["title"]) for g in unclear if g["more"]]
+    wanted = [(not g.vital, g.more, g.title) for g in unclear if g.more]
     if wanted:
         _, more, title = min(wanted)
         said.append(f"{_upper(_some(more))} more prompts would settle “{title}”, if the value stays.")
@@ -256,29 +288,29 @@ def _upper(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _sentence(template: str, g: dict) -> str:
-    name = f" ({g['name']})" if g["name"] else ""  # last: it may come from data
+def _sentence(template: str, g: Outcome) -> str:
+    name = f" ({g.name})" if g.name else ""  # last: it may come from data
     return _upper(template.replace("{value}", shown(g)).replace("{limit}", _limit(g)).replace("{name}", name))
 
 
-def shown(g: dict) -> str:
+def shown(g: Outcome) -> str:
     """`71.0 % [67.9 to 74.1]`"""
-    if g["value"] is None:
+    if g.value is None:
         return "–"
-    value = _number(g["value"], g["unit"])
-    if g["low"] is None or g["high"] is None or g["low"] == g["high"]:
+    value = _number(g.value, g.unit)
+    if g.low is None or g.high is None or g.low == g.high:
         return value
-    low, high = (_number(g[key], g["unit"], bare=True) for key in ("low", "high"))
+    low, high = (_number(bound, g.unit, bare=True) for bound in (g.low, g.high))
     return f"{value} [{low} to {high}]"
 
 
-def asked(g: dict) -> str:
+def asked(g: Outcome) -> str:
     """`at least 65 %`"""
-    return f"{'at least' if g['side'] == 'min' else 'at most'} {_limit(g)}"
+    return f"{'at least' if g.side == 'min' else 'at most'} {_limit(g)}"
 
 
-def _limit(g: dict) -> str:
-    return re.sub(r"\.0(?!\d)", "", _number(g["limit"], g["unit"]))
+def _limit(g: Outcome) -> str:
+    return re.sub(r"\.0(?!\d)", "", _number(g.limit, g.unit))
 
 
 def _number(x: float, unit: str, bare: bool = False) -> str:

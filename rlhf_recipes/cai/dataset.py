@@ -11,6 +11,7 @@ import json
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,8 @@ def write(shards: list[Path], folder: Path, provenance: dict[str, Any]) -> dict[
     writer.close()
     made = {"funnel": tally.funnel(dict(writer.counts)), "ledger": tally.ledger()}
     for name, content in made.items():
-        write_atomically(folder / f"{name}.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(content, indent=2, ensure_ascii=False, default=asdict)
+        write_atomically(folder / f"{name}.json", text + "\n")
     return made
 
 

@@ -55,7 +55,7 @@ def describe(found: dict[str, Any]) -> str:
     """The gate's table and verdict, as the recipe prints it."""
     agreement, best = found["agreement"], found["best_baseline"]
     lines = [
-        f"judge: agrees with the gold label on {format_estimate(agreement, percent=True)} of {agreement['n']} pairs, "
+        f"judge: agrees with the gold label on {format_estimate(agreement, percent=True)} of {agreement.n} pairs, "
         f"'{best}' on {format_estimate(found['baselines'][best], percent=True)}",
         *(
             f"       {'passed' if check['passed'] else 'FAILED':6}  {check['name']}: "

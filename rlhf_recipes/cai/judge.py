@@ -179,7 +179,7 @@ def worth(judge: Judge, gold: list[dict], judgements: list[Judgement], limits: D
     read = [j.p is not None for j in judgements]
     right = _correct(p)
     baselines = {name: stats.estimate(values, ids) for name, values in _baselines(gold).items()}
-    best = max(baselines, key=lambda name: baselines[name]["value"])
+    best = max(baselines, key=lambda name: baselines[name].value)
     agreement = stats.estimate(right, ids)
     found = {
         "parsed": stats.estimate(read, ids),
@@ -188,7 +188,7 @@ def worth(judge: Judge, gold: list[dict], judgements: list[Judgement], limits: D
         ),
         "agreement": agreement,
         # With both orders of every pair counted, the two labels are equally frequent on both sides: kappa = 2 a - 1.
-        "kappa": agreement | {k: None if (a := agreement[k]) is None else 2 * a - 1 for k in ("value", "low", "high")},
+        "kappa": agreement.mapped(lambda a: 2 * a - 1),
         "position_gap": stats.estimate([j.position_gap for j in judgements], ids),
         "mass": stats.estimate([j.mass for j in judgements], ids),
         "baselines": baselines,
@@ -197,9 +197,9 @@ def worth(judge: Judge, gold: list[dict], judgements: list[Judgement], limits: D
         **_calibration(p, ids),
     }
     checks = [
-        _check("answers", found["parsed"]["value"], limits.min_parsed),
-        _check("same winner after a swap", found["swap_consistency"]["value"], limits.min_swap_consistency),
-        _check(f"gain over '{best}', lower bound", found["gain"]["low"], 0.0, strict=True),
+        _check("answers", found["parsed"].value, limits.min_parsed),
+        _check("same winner after a swap", found["swap_consistency"].value, limits.min_swap_consistency),
+        _check(f"gain over '{best}', lower bound", found["gain"].low, 0.0, strict=True),
     ]
     return {**found, "checks": checks, "passed": all(check["passed"] for check in checks)}
 

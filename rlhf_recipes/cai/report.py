@@ -158,12 +158,12 @@ def finish(run: Run, result: dict[str, Any]) -> float:
     if "funnel" not in result:
         run.write_result(result)
         print(f"  result    {line(run.dir / 'result.json')}", flush=True)
-        return result["main"]["after"]["value"]
+        return result["main"]["after"].value
     draw_funnel(result["funnel"], run.dir / "funnel.png")
     write_atomically(run.dir / "README.md", card(result))
     run.write_result(result)
     _print_summary(result, run.dir)
-    return result["funnel"]["yield"]["value"]
+    return result["funnel"]["yield"].value
 
 
 def _print_summary(result: dict[str, Any], folder: Path) -> None:
@@ -194,7 +194,7 @@ def _worth(result: dict[str, Any]) -> str:
     gate = result["gate"]
     found = format_estimate(gate["agreement"], percent=True)
     best, error = gate["baselines"][gate["best_baseline"]], gate["calibration_error"]
-    pairs, rule = markdown(gate["agreement"]["n"]), markdown(gate["best_baseline"])
+    pairs, rule = markdown(gate["agreement"].n), markdown(gate["best_baseline"])
     text = (
         f"On {pairs} pairs whose better reply is known the judge agrees with the label on {found}; '{rule}' alone on "
         f"{format_estimate(best, percent=True)}. Its winner stays the same when the replies change places on "

@@ -6,14 +6,17 @@ it is the very one that the run was trained on, no turn can be seen.
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from rlhf_recipes import stats
 from rlhf_recipes.drawing import COLOURS, INK, MARKERS, figure, legend
 from rlhf_recipes.evaluation import summary
+from rlhf_recipes.evaluation.measurements import Measurements
+from rlhf_recipes.stats import Estimate
 
 
-def compare(measurements: dict, evaluation: dict, same: bool = False) -> dict[str, Any]:
+def compare(measurements: Measurements, evaluation: dict, same: bool = False) -> dict[str, Any]:
     """What the checkpoints say of each other.
 
     Args:
@@ -44,9 +47,9 @@ def compare(measurements: dict, evaluation: dict, same: bool = False) -> dict[st
     if not tried:
         found["says"] = ["No checkpoint is named to keep: no reward model scored the answers. Give reward_model."]
         return found
-    keep = max(tried, key=lambda row: row["gold"]["value"])
+    keep = max(tried, key=lambda row: row["gold"].value)
     for row in tried:
-        low = None if row is keep else summary.compare(measurements, "reward", keep["system"], row["system"])["low"]
+        low = None if row is keep else summary.compare(measurements, "reward", keep["system"], row["system"]).low
         if row is not keep and not (low is not None and low > 0):
             found["equal"].append(row["system"])
     found["keep"] = keep["system"]
@@ -61,9 +64,9 @@ def plot(found: dict) -> dict | None:
             []
             if key == "proxy" and found["same"]
             else [
-                (math.sqrt(max(row["kl"]["value"], 0.0)), row[key], row["step"])
+                (math.sqrt(max(row["kl"].value, 0.0)), row[key], row["step"])
                 for row in found["rows"]
-                if row[key] and row["kl"]["value"] is not None
+                if row[key] and row["kl"].value is not None
             ]
         )
         if len(points) > 1:
@@ -74,11 +77,11 @@ def plot(found: dict) -> dict | None:
     def draw(axes):
         for name, points, colour, marker in series:
             for x, e, step in points:
-                if e["low"] is not None:
-                    axes.plot([x, x], [e["low"], e["high"]], color=colour, linewidth=1.2, alpha=0.6)
+                if e.low is not None:
+                    axes.plot([x, x], [e.low, e.high], color=colour, linewidth=1.2, alpha=0.6)
                 if name == series[0][0]:
-                    axes.annotate(str(step), (x, e["value"]), (4, 4), textcoords="offset points", fontsize=7.5)
-            xs, ys = [x for x, _, _ in points], [e["value"] for _, e, _ in points]
+                    axes.annotate(str(step), (x, e.value), (4, 4), textcoords="offset points", fontsize=7.5)
+            xs, ys = [x for x, _, _ in points], [e.value for _, e, _ in points]
             axes.plot(xs, ys, color=colour, marker=marker, markersize=6, linewidth=1.4, label=name)
         axes.axhline(0, color=INK, linewidth=0.8, linestyle=":")
         axes.set_xlabel("√KL to the parent, √nats per answer (numbers: steps)")
@@ -94,19 +97,17 @@ def plot(found: dict) -> dict | None:
     return figure(caption, f"{caption}. {said}.", draw, 3.2)
 
 
-def _gain(measurements: dict, systems: dict, metric: str, name: str, parent: str) -> dict | None:
+def _gain(measurements: Measurements, systems: dict, metric: str, name: str, parent: str) -> Estimate | None:
     """Paired gain over the parent in standard deviations of the parent's own values."""
-    if metric not in systems[name]["metrics"] or not systems[name]["metrics"][metric]["n"]:
+    if metric not in systems[name]["metrics"] or not systems[name]["metrics"][metric].n:
         return None
     if name == parent:
-        own = systems[parent]["metrics"][metric]
-        return own | {"value": 0.0, "low": 0.0, "high": 0.0}
+        return replace(systems[parent]["metrics"][metric], value=0.0, low=0.0, high=0.0)
     sd = summary.deviation(measurements, metric, parent) or 1.0
-    e = summary.compare(measurements, metric, name, parent)
-    return e | {key: None if e[key] is None else e[key] / sd for key in ("value", "low", "high")}
+    return summary.compare(measurements, metric, name, parent).mapped(lambda gain: gain / sd)
 
 
-def _says(found: dict, keep: dict, last: dict, measurements: dict) -> list[str]:
+def _says(found: dict, keep: dict, last: dict, measurements: Measurements) -> list[str]:
     equal = f"; not told apart from it: {', '.join(found['equal'])}" if found["equal"] else ""
     kept = f"{found['parent']} itself" if keep["system"] == found["parent"] else keep["system"]
     says = [f"The checkpoint to keep is {kept}, which has the highest mean reward{equal}."]
@@ -121,9 +122,9 @@ def _says(found: dict, keep: dict, last: dict, measurements: dict) -> list[str]:
         fall = summary.compare(measurements, "reward", last["system"], keep["system"])
         rise = last["proxy"] and summary.compare(measurements, "proxy", last["system"], keep["system"])
         shown = stats.format_estimate(fall, digits=2, sign=True)
-        sure = fall["high"] is not None and fall["high"] < 0
+        sure = fall.high is not None and fall.high < 0
         climbs = f", while the proxy changes by {stats.format_estimate(rise, digits=2, sign=True)}" if rise else ""
-        ending = "over-optimised" if sure and rise and (rise["low"] or 0) > 0 else "past its best" if sure else None
+        ending = "over-optimised" if sure and rise and (rise.low or 0) > 0 else "past its best" if sure else None
         says.append(
             f"From there to {last['system']} the reward changes by {shown}{climbs}"
             + (f": the run is {ending}." if ending else "; that may be chance.")

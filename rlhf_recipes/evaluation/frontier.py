@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rlhf_recipes.drawing import COLOURS, MARKERS, PARENT_COLOUR, clip
 from rlhf_recipes.evaluation.definitions import METRICS
+from rlhf_recipes.stats import Estimate
 
 NAME = 60  # characters of a job's
 FEW = 8  # jobs whose names and intervals have room
@@ -91,9 +92,9 @@ def _name(figure, axes, points: list) -> None:
             text.remove()
 
 
-def _bounds(e: dict) -> list[float]:
-    return [e["value"] if e[key] is None else e[key] for key in ("low", "value", "high")]
+def _bounds(e: Estimate) -> list[float]:
+    return [e.value if x is None else x for x in (e.low, e.value, e.high)]
 
 
-def _root(e: dict) -> list[float]:
+def _root(e: Estimate) -> list[float]:
     return [math.sqrt(max(x, 0.0)) for x in _bounds(e)]

@@ -7,6 +7,7 @@ come, so that an interrupted evaluation asks nothing twice.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from rlhf_recipes.cai.backend import Journal
 from rlhf_recipes.cai.judge import Judge, Judgement, Pair
 from rlhf_recipes.cai.load import find_judge_adapter, load_one
 from rlhf_recipes.errors import Refusal, users_function
+from rlhf_recipes.evaluation.measurements import Measurements
 from rlhf_recipes.references import ModelRef
 
 
@@ -54,7 +56,7 @@ def load(cfg: DictConfig, adapter: ModelRef | None) -> Judge | None:
     return Judge(load_one(cfg.judge, cfg, adapter), constitution.load(cfg.constitution), cfg.judging, cfg.seed)
 
 
-def compare(judge: Judge, measurements: dict, rows: list[dict], path: Path, tie_margin: float) -> dict:
+def compare(judge: Judge, measurements: Measurements, rows: list[dict], path: Path, tie_margin: float) -> Measurements:
     """The measurements with `judgements` of each system's answers against the parent's.
 
     Args:
@@ -62,17 +64,17 @@ def compare(judge: Judge, measurements: dict, rows: list[dict], path: Path, tie_
         path: of the file that keeps the judge's answers.
     """
     prompts = {row["prompt_id"]: row["prompt"] for row in rows}
-    parent, journal = measurements["parent"], Journal(path)
+    parent, journal = measurements.parent, Journal(path)
     judge.learn_priors(journal)
     judgements, typed = {}, 0
-    for name in measurements["systems"]:
+    for name in measurements.systems:
         if name == parent:
             continue
         pairs = [
             Pair(
                 row["prompt_id"], prompts[row["prompt_id"]], *(row["systems"][each]["text"] for each in (name, parent))
             )
-            for row in measurements["answers"]
+            for row in measurements.answers
         ]
         differ = [n for n, pair in enumerate(pairs) if pair.first != pair.second]
         typed += sum(prompt_templates.chat_tokens(pairs[n].first, pairs[n].second) for n in differ)
@@ -81,7 +83,7 @@ def compare(judge: Judge, measurements: dict, rows: list[dict], path: Path, tie_
         judgements[name] = [verdict(pair.prompt_id, by_place.get(n), tie_margin) for n, pair in enumerate(pairs)]
     asked_of = {"judge": judge.backend.name, "constitution": f"{judge.constitution.name} {judge.constitution.version}"}
     asked_of |= {"chat tokens made plain for the judge": typed} if typed else {}
-    return measurements | {"judgements": judgements, "settings": measurements["settings"] | asked_of}
+    return replace(measurements, judgements=judgements, settings=measurements.settings | asked_of)
 
 
 def verdict(prompt_id: str, judgement: Judgement | None, tie_margin: float) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from rlhf_recipes.data.tokens import neutralise
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.evaluation import judges
 from rlhf_recipes.evaluation import tasks as harness
+from rlhf_recipes.evaluation.measurements import Measurements
 from rlhf_recipes.references import ModelRef, adapter_sha256, folder_of
 
 NEUTRAL = Path(__file__).parents[1] / "assets" / "neutral.txt"
@@ -71,11 +73,11 @@ def measure(
     scorers: list[System],
     pairs: Splits,
     judge: Callable | None,
-    before: dict | None = None,
+    before: Measurements | None = None,
     tasks: dict | None = None,
     proxy: System | None = None,
-) -> dict:
-    """MEASUREMENTS for `summary.summarise`: log-probabilities, answers with their KL to the parent, rewards.
+) -> Measurements:
+    """What `summary.summarise` takes: log-probabilities, answers with their KL to the parent, rewards.
 
     Args:
         scorers: the reward model, or the members of an ensemble.
@@ -101,7 +103,7 @@ def measure(
             scored[s.name] = harness.score(model, tokenizer, tasks, cfg.lm_eval, s.name)
     del policies
 
-    reward_models = before["reward_models"] if before else {}
+    reward_models = before.reward_models if before else {}
     if scorers or proxy:
         folders = [Path(scorer.adapter) for scorer in (*scorers, *([proxy] if proxy else []))]
         readers = RewardModels(cfg.model, cfg.quantization, folders)
@@ -117,17 +119,17 @@ def measure(
         if judge
         else {}
     )
-    return {
-        "parent": parent.name,
-        "systems": [s.name for s in systems],
-        "info": {s.name: _info(s) for s in systems},
-        "pairs": [_pair(i, row, systems, logps) for i, row in enumerate(rows)],
-        "answers": [_answer(i, row, cfg.harmful_families, answers) for i, row in enumerate(prompts)],
-        "judgements": judgements,
-        "reward_models": reward_models,
-        "neutral": neutral,
-        "tasks": _tasks(scored),
-        "settings": {
+    return Measurements(
+        parent=parent.name,
+        systems=[s.name for s in systems],
+        info={s.name: _info(s) for s in systems},
+        pairs=[_pair(i, row, systems, logps) for i, row in enumerate(rows)],
+        answers=[_answer(i, row, cfg.harmful_families, answers) for i, row in enumerate(prompts)],
+        judgements=judgements,
+        reward_models=reward_models,
+        neutral=neutral,
+        tasks=_tasks(scored),
+        settings={
             "model": cfg.model.id,
             "quantization": "none" if "_target_" not in cfg.quantization else dict(cfg.quantization),
             "data": pairs.source,
@@ -138,23 +140,25 @@ def measure(
         }
         | ({"proxy": _hashed(proxy)} if proxy else {})
         | ({"lm_eval": dict(cfg.lm_eval) | {"version": metadata.version("lm_eval")}} if tasks else {}),
-    }
+    )
 
 
-def difference(measurements: list[dict]) -> str | None:
+def difference(measurements: list[Measurements]) -> str | None:
     """In what they were not measured alike, and what to do; None where parent, settings, pairs and prompts agree."""
     first = measurements[0]
     for other in measurements[1:]:
         for key in ("parent", "settings"):
-            if other[key] != first[key]:
-                return f"measured with different {key}, {first[key]} and {other[key]}."
+            here, there = getattr(first, key), getattr(other, key)
+            if here != there:
+                return f"measured with different {key}, {here} and {there}."
         for key in ("pairs", "answers"):
-            if [row["prompt_id"] for row in other[key]] != [row["prompt_id"] for row in first[key]]:
+            here, there = getattr(first, key), getattr(other, key)
+            if [row["prompt_id"] for row in there] != [row["prompt_id"] for row in here]:
                 return f"measured on different {key}. Give both the same data and prompts."
     return None
 
 
-def merge(measurements: list[dict]) -> dict:
+def merge(measurements: list[Measurements]) -> Measurements:
     """One set of measurements from several of the same parent on the same pairs and prompts with the same settings.
 
     Raises:
@@ -165,31 +169,37 @@ def merge(measurements: list[dict]) -> dict:
     merged = copy.deepcopy(measurements[0])
     for other in measurements[1:]:
         for key in ("pairs", "answers"):
-            for row, more in zip(merged[key], other[key], strict=True):
+            for row, more in zip(getattr(merged, key), getattr(other, key), strict=True):
                 row["systems"] |= more["systems"]
-        merged["systems"] += [name for name in other["systems"] if name not in merged["systems"]]
-        for key in ("info", "judgements", "reward_models", "neutral"):
-            merged[key] |= other[key]
+        merged.systems += [name for name in other.systems if name not in merged.systems]
+        merged.info |= other.info
+        merged.judgements |= other.judgements
+        merged.reward_models |= other.reward_models
+        merged.neutral |= other.neutral
     return merged
 
 
-def rename(measurements: dict, old: str, new: str) -> dict:
+def rename(measurements: Measurements, old: str, new: str) -> Measurements:
     """The measurements with another name for one of their systems."""
 
     def renamed(by_system: dict) -> dict:
         return {new if name == old else name: value for name, value in by_system.items()}
 
-    rows = {
-        key: [row | {"systems": renamed(row["systems"])} for row in measurements[key]] for key in ("pairs", "answers")
-    }
-    kept = {key: renamed(measurements[key]) for key in ("info", "judgements", "neutral")}
-    return measurements | rows | kept | {"systems": [new if name == old else name for name in measurements["systems"]]}
+    return replace(
+        measurements,
+        systems=[new if name == old else name for name in measurements.systems],
+        info=renamed(measurements.info),
+        pairs=[row | {"systems": renamed(row["systems"])} for row in measurements.pairs],
+        answers=[row | {"systems": renamed(row["systems"])} for row in measurements.answers],
+        judgements=renamed(measurements.judgements),
+        neutral=renamed(measurements.neutral),
+    )
 
 
-def _known(before: dict, parent: System) -> tuple[dict, dict, dict]:
+def _known(before: Measurements, parent: System) -> tuple[dict, dict, dict]:
     """Log-probabilities of the pairs, neutral text and answers that measurements hold of the parent."""
-    logps, answers = ([row["systems"][parent.name] for row in before[key]] for key in ("pairs", "answers"))
-    return {parent.adapter: logps}, {parent.name: before["neutral"][parent.name]}, {parent.name: answers}
+    logps, answers = ([row["systems"][parent.name] for row in rows] for rows in (before.pairs, before.answers))
+    return {parent.adapter: logps}, {parent.name: before.neutral[parent.name]}, {parent.name: answers}
 
 
 def _reward(

@@ -8,7 +8,7 @@ from rlhf_recipes.drawing import COLOURS, INK, MARKERS, PARENT_COLOUR, clip, dot
 from rlhf_recipes.evaluation import checkpoints
 from rlhf_recipes.evaluation.definitions import METRICS
 from rlhf_recipes.evaluation.table import BASELINES
-from rlhf_recipes.stats import format_estimate
+from rlhf_recipes.stats import Estimate, format_estimate
 
 SHOWN_ANSWERS = 200
 
@@ -74,14 +74,14 @@ def _rows(evaluation: dict) -> list[dict]:
 
 def _value_cell(key: str, unit: str, better: str | None, system: dict) -> dict:
     e = system["metrics"].get(key)
-    if e is None or e["value"] is None:
+    if e is None or e.value is None:
         return {"value": "–", "interval": "", "n": 0, "mark": None}
     shown = format_estimate(e, percent=unit == "%", digits=1 if unit in ("%", "nats", "tokens") else 2)
     value, interval = _split(shown)
     return {
         "value": value.removesuffix(" %"),
         "interval": interval,
-        "n": e["n"],
+        "n": e.n,
         "mark": _mark(key, better, system),
     }
 
@@ -89,19 +89,19 @@ def _value_cell(key: str, unit: str, better: str | None, system: dict) -> dict:
 def _mark(key: str, better: str | None, system: dict) -> str | None:
     """better or worse where the interval of the difference to the parent excludes a draw."""
     e = system["metrics"][key] if key in DRAWS else system["differences"].get(key)
-    if better is None or e is None or e["low"] is None:
+    if better is None or e is None or e.low is None:
         return None
     draw = DRAWS.get(key, 0.0)
-    if e["low"] <= draw <= e["high"]:
+    if e.low <= draw <= e.high:
         return None
-    return "better" if (e["low"] > draw) == (better == "higher") else "worse"
+    return "better" if (e.low > draw) == (better == "higher") else "worse"
 
 
 def _baseline_rows(evaluation: dict) -> list[tuple[str, str, int]]:
     """What preference accuracy is held against: reward models and trivial rules, (title, estimate, n)."""
     named = {f"Reward model {name}": model["accuracy"] for name, model in evaluation["reward_models"].items()}
     named |= {BASELINES[key].capitalize(): e for key, e in evaluation["baselines"].items()}
-    return [(title, format_estimate(e, percent=True), e["n"]) for title, e in named.items()]
+    return [(title, format_estimate(e, percent=True), e.n) for title, e in named.items()]
 
 
 def _task_rows(systems: dict) -> list[dict]:
@@ -111,7 +111,7 @@ def _task_rows(systems: dict) -> list[dict]:
         {
             "title": name,
             "metric": task["metric"],
-            "n": task["accuracy"]["n"],
+            "n": task["accuracy"].n,
             "cells": [_task_cell(system["tasks"][name]) for system in systems.values()],
         }
         for name, task in tasks.items()
@@ -122,8 +122,8 @@ def _task_cell(task: dict) -> dict:
     gain = task["difference"]
     change = format_estimate(gain, percent=True, sign=True).replace(" %", " points") if gain else ""
     mark = None
-    if gain and gain["low"] is not None and not gain["low"] <= 0 <= gain["high"]:
-        mark = "better" if gain["low"] > 0 else "worse"
+    if gain and gain.low is not None and not gain.low <= 0 <= gain.high:
+        mark = "better" if gain.low > 0 else "worse"
     value, interval = _split(format_estimate(task["accuracy"], percent=True))
     return {"value": value, "interval": interval, "change": change.replace("-", "−"), "mark": mark}
 
@@ -144,13 +144,13 @@ def _family_rows(models: dict) -> list[dict]:
     families: dict[str, list] = {}
     for model in models.values():
         for family, e in model["families"].items():
-            families.setdefault(family, []).append(e["value"])
+            families.setdefault(family, []).append(e.value)
     first = next(iter(models.values()), None)
     order = sorted(families, key=lambda family: sum(families[family]) / len(families[family]))
     return [
         {
             "title": family,
-            "n": max(model["families"][family]["n"] for model in models.values() if family in model["families"]),
+            "n": max(model["families"][family].n for model in models.values() if family in model["families"]),
             "cells": [
                 _split(format_estimate(model["families"].get(family), percent=True))
                 for model in [*models.values(), {"families": first["shorter_wins_by_family"]}]
@@ -212,7 +212,7 @@ def _accuracy_plot(evaluation: dict) -> dict | None:
     title = "reward model" if len(models) == 1 else "RM"
     rows += [(f"{title} {name}", model["accuracy"], INK, "*") for name, model in models]
     rows += [(BASELINES[key], e, PARENT_COLOUR, "|") for key, e in evaluation["baselines"].items() if key != "coin"]
-    rows = [row for row in rows if row[1]["value"] is not None]
+    rows = [row for row in rows if row[1].value is not None]
     if not rows:
         return None
 
@@ -234,10 +234,10 @@ def _frontier_plot(evaluation: dict) -> dict | None:
     key = "win_rate" if any("win_rate" in s["metrics"] for s in systems.values()) else "preference_accuracy"
     points = []
     for name, system in systems.items():
-        y, kl = system["metrics"].get(key, system.get(key)), system["metrics"]["kl_k1"]["value"]
+        y, kl = system["metrics"].get(key, system.get(key)), system["metrics"]["kl_k1"].value
         if name == evaluation["parent"] and key == "win_rate":
-            y = {"value": 0.5, "low": None, "high": None}
-        if kl is not None and y is not None and y["value"] is not None:
+            y = Estimate(0.5, None, None, 0)
+        if kl is not None and y is not None and y.value is not None:
             points.append((name, math.sqrt(max(kl, 0.0)), y))
     if len(points) < 2:
         return None
@@ -246,9 +246,9 @@ def _frontier_plot(evaluation: dict) -> dict | None:
     def draw(axes):
         for name, x, y in points:
             colour, marker = styles[name]
-            low, high = (y["value"] if y[k] is None else y[k] for k in ("low", "high"))
+            low, high = (y.value if bound is None else bound for bound in (y.low, y.high))
             axes.plot([x, x], [100 * low, 100 * high], color=colour, linewidth=1.6)
-            axes.plot(x, 100 * y["value"], marker, color=colour, markersize=7, label=clip(name))
+            axes.plot(x, 100 * y.value, marker, color=colour, markersize=7, label=clip(name))
         axes.axhline(50, color=INK, linewidth=0.8, linestyle=":")
         axes.set_xlim(left=-0.04 * (axes.get_xlim()[1] or 1))
         axes.set_xlabel("√KL to the parent, √nats per answer")
@@ -312,7 +312,7 @@ def _family_plot(evaluation: dict) -> dict | None:
     families = list(dict.fromkeys(f for system in systems.values() for f in system["families"]))
     if not families:
         return None
-    counts = {f: max(s["families"][f]["n"] for s in systems.values() if f in s["families"]) for f in families}
+    counts = {f: max(s["families"][f].n for s in systems.values() if f in s["families"]) for f in families}
     rows = {f: f"{clip(f, 26)} ({counts[f]})" for f in families}
     return _by_family("Preference accuracy by family (pairs in brackets)", systems, styles, rows)
 

@@ -1,7 +1,7 @@
 """From measurements to an evaluation: every metric with n and a 95 % interval, a verdict per tuned system.
 
 `summarise` takes what was measured of each system (log-probabilities of pairs, sampled answers, rewards) and
-returns plain JSON-able dicts; nothing here loads a model. Intervals resample prompts, differences are paired.
+returns dicts of estimates; nothing here loads a model. Intervals resample prompts, differences are paired.
 """
 
 import math
@@ -11,6 +11,8 @@ from rlhf_recipes import ensemble, stats
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.evaluation import verdict
 from rlhf_recipes.evaluation.definitions import METRICS
+from rlhf_recipes.evaluation.measurements import Measurements
+from rlhf_recipes.stats import Estimate
 from rlhf_recipes.text_metrics import distinct_2, refuses, repeats_phrase
 
 TIE = 1e-9  # rewards and margins closer than this count as equal
@@ -18,13 +20,11 @@ SHOWN_REGRESSIONS = 20
 SHOWN_FAMILY = 5  # pairs that a family needs to be called the weakest
 
 
-def summarise(measurements: dict, thresholds: dict | None = None) -> dict:
+def summarise(measurements: Measurements, thresholds: dict | None = None) -> dict:
     """What the measurements say.
 
     Args:
-        measurements: `parent`, `systems`, `pairs`, `answers`, and optionally `info`, `judgements`,
-            `reward_models`, `neutral`, `tasks`, `settings`. Log-probabilities are sums in nats, KL is nats per
-            answer.
+        measurements: `parent`, `systems`, `pairs` and `answers` at the least.
         thresholds: overrides of verdict.THRESHOLDS.
 
     Returns:
@@ -37,7 +37,7 @@ def summarise(measurements: dict, thresholds: dict | None = None) -> dict:
     if unknown:
         raise Refusal(f"thresholds = {sorted(unknown)}: no such limit. There are: {', '.join(verdict.THRESHOLDS)}.")
     thresholds = verdict.THRESHOLDS | dict(thresholds or {})
-    parent, names = measurements["parent"], list(measurements["systems"])
+    parent, names = measurements.parent, list(measurements.systems)
     if parent not in names:
         raise Refusal(f"parent = {parent}: not among the systems. Choose one of {', '.join(names)}.")
     columns = {name: _columns(measurements, name) for name in names}
@@ -52,33 +52,33 @@ def summarise(measurements: dict, thresholds: dict | None = None) -> dict:
         "systems": systems,
         "recommended": recommended,
         "verdict": recommended and systems[recommended]["verdict"]["verdict"],
-        "baselines": _baselines(measurements["pairs"]),
-        "reward_models": _reward_models(measurements.get("reward_models", {})),
+        "baselines": _baselines(measurements.pairs),
+        "reward_models": _reward_models(measurements.reward_models),
         "answers": answers,
         "regressions": {name: _regressions(answers, name) for name in tuned},
         "counts": {
-            "pairs": len(measurements["pairs"]),
-            "answers": len(measurements["answers"]),
-            "harmful_prompts": sum(row["harmful"] for row in measurements["answers"]),
-            "task_examples": sum(len(task["ids"]) for task in measurements.get("tasks", {}).values()),
-            "neutral_paragraphs": max(map(len, measurements.get("neutral", {}).values()), default=0),
+            "pairs": len(measurements.pairs),
+            "answers": len(measurements.answers),
+            "harmful_prompts": sum(row["harmful"] for row in measurements.answers),
+            "task_examples": sum(len(task["ids"]) for task in measurements.tasks.values()),
+            "neutral_paragraphs": max(map(len, measurements.neutral.values()), default=0),
         },
-        "settings": measurements.get("settings", {}),
+        "settings": measurements.settings,
         "thresholds": thresholds,
     }
 
 
-def compare(measurements: dict, metric: str, a: str, b: str) -> dict:
+def compare(measurements: Measurements, metric: str, a: str, b: str) -> Estimate:
     """Estimate of a system's metric minus another's, paired by prompt; `win_rate` is against the parent's reward."""
-    columns = {name: _columns(measurements, name) for name in (a, b, measurements["parent"])}
+    columns = {name: _columns(measurements, name) for name in (a, b, measurements.parent)}
     if metric != "win_rate":
         return _paired(stats.difference, columns[a][metric], columns[b][metric])
-    base, ids = columns[measurements["parent"]]["reward"]
+    base, ids = columns[measurements.parent]["reward"]
     wins = [[_compare(x, y) for x, y in zip(columns[name]["reward"][0], base, strict=True)] for name in (a, b)]
     return _paired(stats.difference, (wins[0], ids), (wins[1], ids))
 
 
-def deviation(measurements: dict, metric: str, name: str) -> float:
+def deviation(measurements: Measurements, metric: str, name: str) -> float:
     """Standard deviation of a metric over a system's rows."""
     values = [value for value in _columns(measurements, name)[metric][0] if value is not None]
     mean = sum(values) / max(len(values), 1)
@@ -91,7 +91,7 @@ def headline(evaluation: dict) -> dict:
         evaluation["systems"][name]["metrics"] for name in (evaluation["parent"], evaluation["recommended"])
     )
     for metric in ("reward", "accuracy_average_logp"):
-        if before[metric]["n"]:
+        if before[metric].n:
             return {
                 "name": f"{metric} of {evaluation['recommended']}",
                 "before": before[metric],
@@ -100,10 +100,10 @@ def headline(evaluation: dict) -> dict:
     raise Refusal("data: neither pairs nor scored answers are left to compare.")
 
 
-def _columns(measurements: dict, name: str) -> dict[str, tuple[list, list]]:
+def _columns(measurements: Measurements, name: str) -> dict[str, tuple[list, list]]:
     """Metric -> (one number or None per row, prompt ids): rows line up across systems, so they pair."""
-    pairs = [(row["prompt_id"], row["systems"].get(name)) for row in measurements["pairs"]]
-    answers = [(row["prompt_id"], row["harmful"], row["systems"].get(name)) for row in measurements["answers"]]
+    pairs = [(row["prompt_id"], row["systems"].get(name)) for row in measurements.pairs]
+    answers = [(row["prompt_id"], row["harmful"], row["systems"].get(name)) for row in measurements.answers]
     pair_ids, answer_ids = [p[0] for p in pairs], [a[0] for a in answers]
 
     def of_answers(value: Callable, harmful: bool | None = None):
@@ -132,26 +132,26 @@ def _columns(measurements: dict, name: str) -> dict[str, tuple[list, list]]:
     }
 
 
-def _system(measurements: dict, columns: dict, name: str, parent: str) -> dict:
+def _system(measurements: Measurements, columns: dict, name: str, parent: str) -> dict:
     """Metrics, differences to the parent and families of one system."""
     own, base = columns[name], columns[parent]
-    info = measurements.get("info", {}).get(name, {})
+    info = measurements.info.get(name, {})
     accuracy = f"accuracy_{info.get('method_reward') or 'log_ratio'}"
-    families = [row["family"] for row in measurements["pairs"]]
+    families = [row["family"] for row in measurements.pairs]
     metrics = {key: _estimate(*own[key]) for key in own}
     metrics |= _perplexity(measurements, name, parent)
     tasks = _tasks(measurements, name, parent)
     if tasks:
-        metrics["task_accuracy"] = _over_tasks(measurements["tasks"], name)
+        metrics["task_accuracy"] = _over_tasks(measurements.tasks, name)
     differences = {}
     if name != parent:
         metrics["length_ratio"] = _paired(stats.ratio_of_sums, own["tokens"], base["tokens"])
         metrics |= _win_rates(measurements, own, base, name)
-        metrics |= _judge(measurements.get("judgements", {}).get(name) or [])
+        metrics |= _judge(measurements.judgements.get(name) or [])
         metrics |= _ensemble(measurements, own, base, name, parent)
         differences = {key: _paired(stats.difference, own[key], base[key]) for key in own if key in base}
         if tasks:
-            differences["task_accuracy"] = _over_tasks(measurements["tasks"], name, parent)
+            differences["task_accuracy"] = _over_tasks(measurements.tasks, name, parent)
     return {
         "info": info,
         "metrics": {key: metrics[key] for key in METRICS if key in metrics},
@@ -164,11 +164,11 @@ def _system(measurements: dict, columns: dict, name: str, parent: str) -> dict:
     }
 
 
-def _win_rates(measurements: dict, own: dict, base: dict, name: str) -> dict:
+def _win_rates(measurements: Measurements, own: dict, base: dict, name: str) -> dict:
     """Win rate against the parent, plain and length-controlled; empty where no answer was scored."""
     tokens, prompt_ids = own["tokens"]
     lengths = [None if None in pair else pair[0] - pair[1] for pair in zip(tokens, base["tokens"][0], strict=True)]
-    if judged := measurements.get("judgements", {}).get(name):
+    if judged := measurements.judgements.get(name):
         wins, ids = [row["p"] for row in judged], [row["prompt_id"] for row in judged]
         if ids != prompt_ids:  # one judgement of several answers to a prompt: their mean length difference
             lengths = [
@@ -204,15 +204,13 @@ def _judge(rows: list[dict]) -> dict:
     }
 
 
-def _ensemble(measurements: dict, own: dict, base: dict, name: str, parent: str) -> dict:
+def _ensemble(measurements: Measurements, own: dict, base: dict, name: str, parent: str) -> dict:
     """Wins by the worst case, and those that some member calls a loss; empty with one reward model."""
     key = "reward_worst_case"
     if key not in own or key not in base:
         return {}
     wins = [_compare(a, b) for a, b in zip(own[key][0], base[key][0], strict=True)]
-    rows = [
-        (row["prompt_id"], row["systems"].get(name), row["systems"].get(parent)) for row in measurements["answers"]
-    ]
+    rows = [(row["prompt_id"], row["systems"].get(name), row["systems"].get(parent)) for row in measurements.answers]
     won = [(i, s, p) for i, s, p in rows if s and p and (_change(s, p) or 0) > TIE]
     return {
         "win_rate_worst_case": _estimate(wins, own[key][1]),
@@ -220,10 +218,10 @@ def _ensemble(measurements: dict, own: dict, base: dict, name: str, parent: str)
     }
 
 
-def _tasks(measurements: dict, name: str, parent: str) -> dict:
+def _tasks(measurements: Measurements, name: str, parent: str) -> dict:
     """Task -> its `metric`, `accuracy`, and paired `difference` to the parent, None of the parent itself."""
     found = {}
-    for task, scored in measurements.get("tasks", {}).items():
+    for task, scored in measurements.tasks.items():
         own, base = scored["values"][name], scored["values"][parent]
         found[task] = {
             "metric": scored["metric"],
@@ -233,7 +231,7 @@ def _tasks(measurements: dict, name: str, parent: str) -> dict:
     return found
 
 
-def _over_tasks(tasks: dict, name: str, parent: str | None = None) -> dict:
+def _over_tasks(tasks: dict, name: str, parent: str | None = None) -> Estimate:
     """Mean over tasks of the mean over their examples, or of the paired differences to the parent."""
     numerators, weights, ids = [], [], []
     for task, scored in tasks.items():
@@ -245,9 +243,9 @@ def _over_tasks(tasks: dict, name: str, parent: str | None = None) -> dict:
     return stats.ratio_of_sums(numerators, weights, ids)
 
 
-def _perplexity(measurements: dict, name: str, parent: str) -> dict:
+def _perplexity(measurements: Measurements, name: str, parent: str) -> dict:
     """Perplexity on neutral paragraphs, and its ratio to the parent's, per token of the parent."""
-    neutral = measurements.get("neutral", {})
+    neutral = measurements.neutral
     rows, base = neutral.get(name), neutral.get(parent)
     if not rows:
         return {}
@@ -269,7 +267,7 @@ def _baselines(pairs: list[dict]) -> dict:
     return {
         "shorter_wins": stats.estimate(shorter, ids),
         "longer_wins": stats.estimate([1 - win for win in shorter], ids),
-        "coin": {"value": 0.5, "low": 0.5, "high": 0.5, "n": len(pairs), "clusters": len(set(ids))},
+        "coin": Estimate(0.5, 0.5, 0.5, len(pairs), len(set(ids))),
     }
 
 
@@ -299,10 +297,10 @@ def _reward_model(rows: list[dict]) -> dict:
     }
 
 
-def _answers(measurements: dict, parent: str) -> list[dict]:
+def _answers(measurements: Measurements, parent: str) -> list[dict]:
     """Answers with the `change` in reward against the parent and `flags`: what became odd, in plain words."""
     rows = []
-    for row in measurements["answers"]:
+    for row in measurements.answers:
         base = row["systems"].get(parent)
         systems = {
             name: {
@@ -351,15 +349,15 @@ def _regressions(answers: list[dict], name: str) -> list[dict]:
     return sorted(found, key=lambda r: (r["change"] or 0, -len(r["flags"])))[:SHOWN_REGRESSIONS]
 
 
-def _nonfinite(measurements: dict, name: str) -> int:
+def _nonfinite(measurements: Measurements, name: str) -> int:
     """Measured numbers of a system that are nan or infinite."""
-    measured = [row["systems"].get(name) or {} for kind in ("pairs", "answers") for row in measurements[kind]]
+    measured = [row["systems"].get(name) or {} for row in measurements.pairs + measurements.answers]
     numbers = [x for system in measured for x in system.values() if isinstance(x, float)]
-    numbers += [row[0] for row in measurements.get("neutral", {}).get(name, [])]
+    numbers += [row[0] for row in measurements.neutral.get(name, [])]
     return sum(not math.isfinite(x) for x in numbers)
 
 
-def _by_family(column: tuple[list, list], families: list) -> dict:
+def _by_family(column: tuple[list, list], families: list) -> dict[str, Estimate]:
     groups: dict[str, tuple[list, list]] = {}
     for family, value, cluster in zip(families, *column, strict=True):
         if family is not None and value is not None:
@@ -369,12 +367,12 @@ def _by_family(column: tuple[list, list], families: list) -> dict:
     return {family: stats.estimate(*group) for family, group in groups.items()}
 
 
-def _estimate(values: list, clusters: list) -> dict:
+def _estimate(values: list, clusters: list) -> Estimate:
     kept = [(v, c) for v, c in zip(values, clusters, strict=True) if v is not None]
     return stats.estimate([v for v, _ in kept], [c for _, c in kept])
 
 
-def _paired(estimator: Callable, own: tuple[list, list], base: tuple[list, list]) -> dict:
+def _paired(estimator: Callable, own: tuple[list, list], base: tuple[list, list]) -> Estimate:
     """estimator(a, b, clusters) over the rows that both systems have."""
     kept = [(a, b, c) for a, b, c in zip(own[0], base[0], own[1], strict=True) if a is not None and b is not None]
     return estimator(*([row[i] for row in kept] for i in range(3)))

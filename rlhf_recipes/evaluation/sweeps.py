@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 from rlhf_recipes import config
 from rlhf_recipes.commands import command
 from rlhf_recipes.errors import Refusal
+from rlhf_recipes.evaluation.measurements import Measurements
 from rlhf_recipes.run import Run
 from rlhf_recipes.run_folder import read_json, write_atomically
 from rlhf_recipes.text import cell, line
@@ -97,12 +98,13 @@ def rebuild(folders: list[Path], out: Path, node: DictConfig) -> dict:
     for row in rows if not measured else []:  # reward models, say: what each recipe is about
         row["metrics"][objective] = row.get("main", {}).get("after")
     for row in rows:
-        row["value"] = (row["metrics"][objective] or {"value": None})["value"]
+        e = row["metrics"][objective]
+        row["value"] = e and e.value
 
     def apart(a: dict, b: dict) -> bool:
         if not measured:
             return not stats.overlap(a["metrics"][objective], b["metrics"][objective])
-        low = summary.compare(merged, objective, a["system"], b["system"])["low"]
+        low = summary.compare(merged, objective, a["system"], b["system"]).low
         return low is not None and low > 0
 
     table = {"rows": rows, "objective": objective, "drawn": merged is not None}
@@ -175,7 +177,7 @@ def _next(best: dict, out: Path) -> str:
     return f"{command('evaluate')} 'runs=[\"{Path(best['folder']) / best['job']}\"]'"
 
 
-def _measurements(rows: list[dict]) -> dict[str, dict]:
+def _measurements(rows: list[dict]) -> dict[str, Measurements]:
     """Name -> measurements of the jobs that have any; two of one name are called by their sweep too. A row's `system`
     becomes that name, or None."""
     from rlhf_recipes.evaluation import measure
@@ -191,9 +193,9 @@ def _measurements(rows: list[dict]) -> dict[str, dict]:
     return found
 
 
-def read_measurements(folder: Path) -> dict | None:
+def read_measurements(folder: Path) -> Measurements | None:
     path = folder / "measurements.json"
-    return read_json(path) if path.is_file() else None
+    return Measurements(**read_json(path)) if path.is_file() else None
 
 
 def _objective(asked: str, rows: list[dict]) -> str:
@@ -213,7 +215,7 @@ def may_be_best(row: dict) -> bool:
 
 def _best(rows: list[dict], objective: str, node: DictConfig, apart: Callable[[dict, dict], bool]) -> dict:
     def within(row: dict, metric: str, limit: float | None) -> bool:
-        return limit is None or (row["metrics"][metric] is not None and row["metrics"][metric]["value"] <= limit)
+        return limit is None or (row["metrics"][metric] is not None and row["metrics"][metric].value <= limit)
 
     candidates = [row for row in rows if may_be_best(row)]
     allowed = [r for r in candidates if within(r, "kl_k1", node.max_kl)
@@ -241,10 +243,10 @@ def _csv(rows: list[dict]) -> str:
     writer.writerow({field: cell(field) for field in fields})
     for row in rows:
         numbers = {
-            f"{metric}{part}": e[key]
+            f"{metric}{part}": number
             for metric, e in row["metrics"].items()
             if e
-            for part, key in (("", "value"), ("_low", "low"), ("_high", "high"), ("_n", "n"))
+            for part, number in (("", e.value), ("_low", e.low), ("_high", e.high), ("_n", e.n))
         }
         reason = row.get("reason") or row.get("stopped")
         cells = {**dict(_overrides(row)), **row, **numbers, "sweep": row["folder"], "reason": reason}

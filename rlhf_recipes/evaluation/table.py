@@ -14,7 +14,7 @@ def as_text(evaluation: dict) -> str:
     beside = {BASELINES[name]: e for name, e in evaluation["baselines"].items()}
     models = evaluation["reward_models"].items()
     beside |= {f"RM {_short(name, 11)}": model["accuracy"] for name, model in models}
-    rows += [[name, _cell(e, 100), *[""] * 7, str(e["n"]), ""] for name, e in beside.items()]
+    rows += [[name, _cell(e, 100), *[""] * 7, str(e.n), ""] for name, e in beside.items()]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     gap = "  " if sum(widths) + 2 * (len(widths) - 1) <= 110 else " "
     text = str.ljust, *[str.rjust] * 9, str.ljust
@@ -43,7 +43,7 @@ def _table_row(name: str, system: dict) -> list[str]:
         "/".join(refusals),
         _point(m["repetition"], 100, 1),
         _point(m.get("perplexity"), 1, 2),
-        f"{accuracy['n']}/{m['tokens']['n']}",
+        f"{accuracy.n}/{m['tokens'].n}",
         system["verdict"]["verdict"] if "verdict" in system else "parent",
     ]
 
@@ -56,32 +56,32 @@ def _task_line(task: str, systems: dict) -> str:
         change = f" ({stats.format_estimate(gain, percent=True, sign=True).replace(' %', '')})" if gain else ""
         shown.append(f"{_short(name)} {_cell(tasks[task]['accuracy'], 100)}{change}")
     one = next(iter(systems.values()))[task]
-    said = f"{task} ({one['metric']}, n {one['accuracy']['n']}), %, and points to the parent: {' · '.join(shown)}"
+    said = f"{task} ({one['metric']}, n {one['accuracy'].n}), %, and points to the parent: {' · '.join(shown)}"
     return textwrap.fill(line(said), 110, subsequent_indent="  ")
 
 
 def _family_line(name: str, families: dict) -> str | None:
     """The weakest family of a reward model, of those with pairs enough to say so."""
-    enough = {family: e for family, e in families.items() if e["n"] >= SHOWN_FAMILY}
+    enough = {family: e for family, e in families.items() if e.n >= SHOWN_FAMILY}
     if len(enough) < 2:
         return None
-    family, e = min(enough.items(), key=lambda item: item[1]["value"])
-    return f"RM {_short(name, 11)} is weakest on {_short(family, 30)}: {_cell(e, 100)} % (n {e['n']})"
+    family, e = min(enough.items(), key=lambda item: item[1].value)
+    return f"RM {_short(name, 11)} is weakest on {_short(family, 30)}: {_cell(e, 100)} % (n {e.n})"
 
 
 BASELINES = {"shorter_wins": "shorter wins", "longer_wins": "longer wins", "coin": "coin"}
 
 
-def _cell(e: dict | None, scale: float) -> str:
-    if e is None or e["value"] is None:
+def _cell(e: stats.Estimate | None, scale: float) -> str:
+    if e is None or e.value is None:
         return "–"
-    if e["low"] is None or e["low"] == e["high"]:
-        return f"{scale * e['value']:.1f}"
-    return f"{scale * e['value']:.1f} [{scale * e['low']:.1f}, {scale * e['high']:.1f}]"
+    if e.low is None or e.low == e.high:
+        return f"{scale * e.value:.1f}"
+    return f"{scale * e.value:.1f} [{scale * e.low:.1f}, {scale * e.high:.1f}]"
 
 
-def _point(e: dict | None, scale: float, digits: int) -> str:
-    return "–" if e is None or e["value"] is None else stats.format_number(scale * e["value"], digits)
+def _point(e: stats.Estimate | None, scale: float, digits: int) -> str:
+    return "–" if e is None or e.value is None else stats.format_number(scale * e.value, digits)
 
 
 def _short(name: str, width: int = 14) -> str:

@@ -5,6 +5,7 @@ import math
 from rlhf_recipes import stats
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.evaluation.definitions import METRICS
+from rlhf_recipes.stats import Estimate
 
 # Limits of the verdict, a null switches one off. Increases, drops and rates are shares (0.05 = 5 points).
 THRESHOLDS = {
@@ -83,11 +84,11 @@ def decide(system: dict, parent: str, thresholds: dict) -> dict:
         limit = thresholds[guard]
         if limit is None:
             continue
-        if e is None or e["value"] is None:
+        if e is None or e.value is None:
             unchecked += [guard] if guard not in ON_REQUEST else []
-        elif side * (e["value"] - sign * limit) > 0:
-            bound = e["low"] if side > 0 else e["high"]
-            few = change and e["clusters"] < (thresholds["min_prompts"] or 0)
+        elif side * (e.value - sign * limit) > 0:
+            bound = e.low if side > 0 else e.high
+            few = change and e.clusters < (thresholds["min_prompts"] or 0)
             beyond = not few and bound is not None and side * (bound - sign * limit) > 0
             crossed.append(beyond)
             reasons.append(_crossed(title, unit, change, e, sign * limit, side, beyond, few))
@@ -97,7 +98,7 @@ def decide(system: dict, parent: str, thresholds: dict) -> dict:
         decision = "ship"
     else:
         decision = "hold"
-    value = estimate["value"] if estimate else None
+    value = estimate.value if estimate else None
     return {
         "verdict": decision,
         "reasons": reasons,
@@ -113,7 +114,7 @@ def rank(v: dict) -> tuple:
     return ("worse", "hold", "ship").index(v["verdict"]), -math.inf if v["value"] is None else v["value"]
 
 
-def _main(system: dict, parent: str, thresholds: dict) -> tuple[str | None, dict | None, str, list[str]]:
+def _main(system: dict, parent: str, thresholds: dict) -> tuple[str | None, Estimate | None, str, list[str]]:
     """Main metric, its estimate, above | level | below the parent, and the reasons."""
     win = system["metrics"].get("win_rate")
     choice = thresholds["metric"]
@@ -124,23 +125,23 @@ def _main(system: dict, parent: str, thresholds: dict) -> tuple[str | None, dict
         estimate = system["differences"][system["accuracy"]]
     else:
         key, estimate, draw, target = "win_rate", win, 0.5, thresholds["min_win_rate"] or 0.5
-    if estimate is None or estimate["value"] is None:
+    if estimate is None or estimate.value is None:
         return key, None, "level", [f"{_title(key)} was not measured."]
     said = _said(key, estimate, parent)
     if key == "win_rate" and (unfit := _unfit_judge(system["metrics"], thresholds)):
         return key, estimate, "level", [said, unfit]
     same = system["metrics"].get("judge_consistency")
-    if key == "win_rate" and same and same["value"] is not None:
+    if key == "win_rate" and same and same.value is not None:
         said += (
             f" The judge names the same winner in both orders on {stats.format_estimate(same, percent=True)} of pairs."
         )
-    if thresholds["min_prompts"] and estimate["clusters"] < thresholds["min_prompts"]:
+    if thresholds["min_prompts"] and estimate.clusters < thresholds["min_prompts"]:
         least = thresholds["min_prompts"]
-        few = f"{estimate['clusters']} prompts are too few to decide on (min_prompts = {least})."
+        few = f"{estimate.clusters} prompts are too few to decide on (min_prompts = {least})."
         return key, estimate, "level", [said, few]
-    if estimate["low"] is not None and estimate["high"] < draw:
+    if estimate.low is not None and estimate.high < draw:
         return key, estimate, "below", [said]
-    if estimate["low"] is None or estimate["low"] <= target:
+    if estimate.low is None or estimate.low <= target:
         return key, estimate, "level", [said, _undecided(estimate, target, draw)]
     doubts = {
         "win_rate_length_controlled": (
@@ -156,7 +157,7 @@ def _main(system: dict, parent: str, thresholds: dict) -> tuple[str | None, dict
         e = system["metrics"].get(metric)
         if metric == "win_rate_worst_case" and "judge_answers" in system["metrics"]:
             continue  # it is not the ensemble that decides
-        if key == "win_rate" and thresholds[switch] and e and (e["low"] is None or e["low"] <= target):
+        if key == "win_rate" and thresholds[switch] and e and (e.low is None or e.low <= target):
             return key, estimate, "level", [said, doubt.format(stats.format_estimate(e, percent=True))]
     return key, estimate, "above", [said]
 
@@ -169,34 +170,34 @@ def _unfit_judge(metrics: dict, thresholds: dict) -> str | None:
     )
     for limit, metric, does in limits:
         e, least = metrics.get(metric), thresholds[limit]
-        if e and e["value"] is not None and least is not None and e["value"] < least:
+        if e and e.value is not None and least is not None and e.value < least:
             shown = stats.format_estimate(e, percent=True)
             what = "pairs" if metric == "judge_consistency" else "questions"
             return (
-                f"The judge {does} {shown} of {e['n']} {what}, less than {limit} = {least}: its win rate decides "
+                f"The judge {does} {shown} of {e.n} {what}, less than {limit} = {least}: its win rate decides "
                 "nothing. Take a better judge."
             )
     return None
 
 
-def _said(key: str, e: dict, parent: str) -> str:
+def _said(key: str, e: Estimate, parent: str) -> str:
     if key == "win_rate":
         rate = stats.format_estimate(e, percent=True)
-        return f"Its answers beat those of {parent} on {rate} of {e['clusters']} prompts; 50 % is a draw."
+        return f"Its answers beat those of {parent} on {rate} of {e.clusters} prompts; 50 % is a draw."
     gain = stats.format_estimate(e, percent=True, sign=True).replace(" %", " points")
-    return f"Its preference accuracy differs from that of {parent} by {gain} (n = {e['n']} pairs)."
+    return f"Its preference accuracy differs from that of {parent} by {gain} (n = {e.n} pairs)."
 
 
-def _undecided(e: dict, target: float, draw: float) -> str:
+def _undecided(e: Estimate, target: float, draw: float) -> str:
     """Says that the interval reaches across, and how many prompts would settle it."""
-    if e["low"] is None:
+    if e.low is None:
         return "A single prompt gives no interval."
     across = "a draw" if target == draw else f"the required {100 * target:.1f} %"
     said = f"The interval does not exclude {across}"
     number = stats.needed(e, target)
-    if number is None or number > 100 * e["clusters"]:
+    if number is None or number > 100 * e.clusters:
         return f"{said}, and the difference is too small for more prompts to matter."
-    if number <= e["clusters"]:
+    if number <= e.clusters:
         return f"{said}."
     return f"{said}; about {_round_up(number):,} prompts would settle a difference of this size."
 
@@ -207,7 +208,9 @@ def _round_up(number: int) -> int:
     return -(-number // step) * step
 
 
-def _crossed(title: str, unit: str, change: bool, e: dict, limit: float, side: int, beyond: bool, few: bool) -> str:
+def _crossed(
+    title: str, unit: str, change: bool, e: Estimate, limit: float, side: int, beyond: bool, few: bool
+) -> str:
     shown = stats.format_estimate(e, percent=unit == "%", digits=1 if unit in ("%", "nats") else 2, sign=change)
     bound = stats.format_number(limit * (100 if unit == "%" else 1), 1 if unit in ("%", "nats") else 2, sign=change)
     if unit == "%":
@@ -215,7 +218,7 @@ def _crossed(title: str, unit: str, change: bool, e: dict, limit: float, side: i
     elif unit == "nats":
         shown, bound = f"{shown} nats", f"{bound} nats"
     word = "above" if side > 0 else "below"
-    doubt = f"{e['clusters']} prompts are too few to be sure" if few else "the interval includes the limit"
+    doubt = f"{e.clusters} prompts are too few to be sure" if few else "the interval includes the limit"
     said = f"{title}{' changed by' if change else ' is'} {shown}, {word} the limit of {bound}"
     return f"{said}." if beyond else f"{said} ({doubt})."
 

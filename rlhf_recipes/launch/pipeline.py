@@ -219,7 +219,7 @@ def _table(results: list[tuple[Stage, dict | None]]) -> str:
         main = result["main"]
         peak = "/".join(f"{gib:.1f}" for gib in result["peak_memory_gib"].values())
         estimates = [format_estimate(main[when]) if main[when] else "" for when in ("before", "after")]
-        name, n = line(main["name"].replace("_", " ")), line(main["after"]["n"])
+        name, n = line(main["name"].replace("_", " ")), line(main["after"].n)
         rows.append([stage.name, name, *estimates, n, f"{stage.seconds:.0f}", peak])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

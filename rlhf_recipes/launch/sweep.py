@@ -6,6 +6,7 @@ import os
 import sys
 import time
 import traceback
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ def job(main, cfg: DictConfig) -> float:
             print(shown(redact(traceback.format_exc())), file=sys.stderr, flush=True)
     row["seconds_in_all"] = round(time.monotonic() - begin, 1)
     (folder / ROWS).mkdir(parents=True, exist_ok=True)
-    run.write_atomically(folder / ROWS / f"{own}.json", json.dumps(row, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(row, indent=2, ensure_ascii=False, default=asdict)
+    run.write_atomically(folder / ROWS / f"{own}.json", text + "\n")
     table = rebuild([folder], folder, cfg.sweep)
     return next((r["value"] for r in table["rows"] if r["job"] == own and may_be_best(r)), -math.inf)
 
@@ -134,10 +136,10 @@ def _measure(folder: Path, sweep: Path, cfg: DictConfig) -> str | None:
     found = measure.find([str(folder)], parent, cfg.model.id)
     fingerprint = {"adapter": result["adapter_sha256"], "parent": parent, "asked": OmegaConf.to_container(settings)}
     known = read_measurements(folder)
-    if known is None or known["fingerprint"] != fingerprint:
+    if known is None or known.fingerprint != fingerprint:
         others = (read_measurements(path.parent) for path in sorted(sweep.glob("*/measurements.json")))
         alike = {**fingerprint, "adapter": None}
-        before = next((m for m in others if {**m["fingerprint"], "adapter": None} == alike), None)
+        before = next((m for m in others if {**m.fingerprint, "adapter": None} == alike), None)
         scorer = measure.find_scorer(settings.reward_model, cfg.model.id)
         try:
             pairs = load_pairs(cfg.data)
@@ -145,6 +147,6 @@ def _measure(folder: Path, sweep: Path, cfg: DictConfig) -> str | None:
             print(f"{folder}: not measured beside its parent. {error}", file=sys.stderr, flush=True)
             return None
         known = measure.measure(settings, found, scorer, pairs, None, before)
-        text = json.dumps({**known, "fingerprint": fingerprint}, ensure_ascii=False)
-        run.write_atomically(folder / "measurements.json", text)
+        known.fingerprint = fingerprint
+        run.write_atomically(folder / "measurements.json", json.dumps(asdict(known), ensure_ascii=False))
     return found[1].name

@@ -7,6 +7,7 @@ Whatever data, a config, a result.json or a server says goes through `text.markd
 import importlib
 import inspect
 import json
+from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -18,18 +19,38 @@ from rlhf_recipes.errors import Refusal
 from rlhf_recipes.evaluation.definitions import METRICS
 from rlhf_recipes.publish.contents import PAGE, Source, targets
 from rlhf_recipes.publish.upload import MARK
-from rlhf_recipes.stats import format_estimate
+from rlhf_recipes.stats import Estimate, format_estimate
 from rlhf_recipes.text import code, line, markdown
 from rlhf_recipes.training.card import PAPERS, chain, examined, measured, recipe_of, without_folder
 
 PROVEN = "Proven by a round trip"
 
 
-def write(source: Source, facts: dict[str, Any], proof: dict | str | None) -> str:
+@dataclass
+class Facts:
+    """What a card says beyond what its run left.
+
+    Attributes:
+        repo_id: on the Hub, or a placeholder.
+        base: of `base_model.describe`.
+        evaluation: of `checks.evaluation`; None without one.
+        merged: of `merge.report`; None for an adapter.
+        dtype: of the numbers; None for a data set.
+        fingerprint: SHA-256 of what is published.
+    """
+
+    repo_id: str
+    base: dict[str, Any]
+    evaluation: dict[str, Any] | None = None
+    merged: dict[str, Any] | None = None
+    dtype: str | None = None
+    fingerprint: str = ""
+
+
+def write(source: Source, facts: Facts, proof: dict | str | None) -> str:
     """The card.
 
     Args:
-        facts: `repo_id`, `base`, `evaluation`, `merged`, `fingerprint`, as `hub.publish` gathers them.
         proof: what the round trip found; None before it; a sentence where it failed.
     """
     return (_data_card if source.key == "pairs" else _model_card)(source, facts, proof)
@@ -40,12 +61,12 @@ def is_proven(card: str, fingerprint: str) -> bool:
     return PROVEN in card and fingerprint in card
 
 
-def _model_card(source: Source, facts: dict[str, Any], proof: dict | str | None) -> str:
+def _model_card(source: Source, facts: Facts, proof: dict | str | None) -> str:
     from huggingface_hub import ModelCard
 
-    result, base = source.result, facts["base"]
+    result, base = source.result, facts.base
     method, paper = PAPERS[source.recipe]
-    what = "Merged weights" if facts["merged"] else "LoRA adapter"
+    what = "Merged weights" if facts.merged else "LoRA adapter"
     parts = [
         f"# {what}: {source.recipe} on {markdown(base['id'])}",
         f"{method} ([arXiv:{paper}](https://arxiv.org/abs/{paper})), trained with TRL by rlhf-recipes.",
@@ -55,8 +76,8 @@ def _model_card(source: Source, facts: dict[str, Any], proof: dict | str | None)
         "## Held-out metrics",
         f"{_before(result)} {measured(result)}",
         examined(result.get("doctor")).rstrip(),
-        _evaluated(facts["evaluation"]),
-        _merged(facts["merged"]),
+        _evaluated(facts.evaluation),
+        _merged(facts.merged),
         "## Chain",
         chain(f"{base['id']}{'@' + base['revision'][:12] if base['revision'] else ''}", result),
         _base(base),
@@ -72,19 +93,19 @@ def _model_card(source: Source, facts: dict[str, Any], proof: dict | str | None)
     return str(head) + "\n" + "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _metadata(source: Source, facts: dict[str, Any], broken: bool):
+def _metadata(source: Source, facts: Facts, broken: bool):
     from huggingface_hub import ModelCardData
 
-    reward, base = source.recipe == "reward", facts["base"]
+    reward, base = source.recipe == "reward", facts.base
     data = source.config["data"]["path"]
     terms = {key: line(base[key]) for key in ("license", "license_name", "license_link") if base[key]}
     return ModelCardData(
         base_model=line(base["id"]),
-        base_model_relation="finetune" if facts["merged"] else "adapter",
+        base_model_relation="finetune" if facts.merged else "adapter",
         datasets=[data] if _is_on_the_hub(data) else None,
-        library_name="transformers" if facts["merged"] else "peft",
+        library_name="transformers" if facts.merged else "peft",
         pipeline_tag="text-classification" if reward else "text-generation",
-        tags=[MARK, "trl", *([] if facts["merged"] else ["lora"]), source.recipe, *(["broken"] if broken else [])],
+        tags=[MARK, "trl", *([] if facts.merged else ["lora"]), source.recipe, *(["broken"] if broken else [])],
         model_name=line(f"{source.recipe} on {base['id'].rpartition('/')[2]}"),
         eval_results=_eval_results(source),
         **terms,
@@ -106,35 +127,35 @@ def _eval_results(source: Source) -> list:
             dataset_split=data["test_split"] and line(data["test_split"]),
             metric_type=line(key),
             metric_name=line(key.replace("_", " ")),
-            metric_value=round(after["value"], 6),
+            metric_value=round(after.value, 6),
             metric_args={
-                "n": after["n"],
-                "low": _rounded(after["low"]),
-                "high": _rounded(after["high"]),
-                "before": _rounded(source.result["before"][key]["value"]),
+                "n": after.n,
+                "low": _rounded(after.low),
+                "high": _rounded(after.high),
+                "before": _rounded(source.result["before"][key].value),
             },
         )
         for key, after in source.result["metrics"].items()
-        if after["value"] is not None and not key.startswith("baseline_")
+        if after.value is not None and not key.startswith("baseline_")
     ]
 
 
-def snippet(source: Source, facts: dict[str, Any]) -> str:
+def snippet(source: Source, facts: Facts) -> str:
     """Plain peft and transformers: the base as it was trained on, what is published, one use of it."""
-    reward, here = source.recipe == "reward", json.dumps(facts["repo_id"])
+    reward, here = source.recipe == "reward", json.dumps(facts.repo_id)
     auto, name = "AutoModelForCausalLM", "policy"
     if reward:
         auto, name = "AutoModelForSequenceClassification", "reward_model"
-    options = [*(["num_labels=1"] if reward else []), f"dtype=torch.{facts['dtype']}"]
-    if facts["merged"]:
+    options = [*(["num_labels=1"] if reward else []), f"dtype=torch.{facts.dtype}"]
+    if facts.merged:
         lines = ["import torch", f"from transformers import {auto}, AutoTokenizer", ""]
         lines += [f"{name} = {auto}.from_pretrained({here}, {', '.join(options)})"]
     else:
-        quantization = _quantization(source.config["quantization"], facts["dtype"])
+        quantization = _quantization(source.config["quantization"], facts.dtype)
         more = ", BitsAndBytesConfig" if quantization else ""
         lines = ["import torch", "from peft import PeftModel"]
         lines += [f"from transformers import {auto}, AutoTokenizer{more}", "", *quantization]
-        base = facts["base"]
+        base = facts.base
         options = [*([f"revision={json.dumps(base['revision'])}"] if base["revision"] else []), *options]
         options += ["quantization_config=quantization"] if quantization else []
         lines += [f"base = {auto}.from_pretrained(", f"    {json.dumps(base['id'])},"]
@@ -182,7 +203,7 @@ def _scoring() -> list[str]:
     ]
 
 
-def _proof(proof: dict | str | None, facts: dict[str, Any]) -> str:
+def _proof(proof: dict | str | None, facts: Facts) -> str:
     """What stands at the top: a reader must not take what is not proven for what is."""
     if proof is None:
         return "> **Not proven.** These files were not yet loaded again after their upload. Do not use this revision."
@@ -191,7 +212,7 @@ def _proof(proof: dict | str | None, facts: dict[str, Any]) -> str:
         return f"> **Broken.** What was downloaded is not what was uploaded: {said} Do not use this revision."
     return (
         f"**{PROVEN}**: downloaded into an empty cache and loaded in a fresh process, {found(proof)}. Fingerprint: "
-        f"`{facts['fingerprint']}`."
+        f"`{facts.fingerprint}`."
     )
 
 
@@ -217,9 +238,9 @@ def _evaluated(entry: dict | None) -> str:
         return ""
     reasons = " ".join(markdown(reason) for reason in entry["verdict"]["reasons"])
     rows = [
-        f"| {METRICS[key][0]} | {_with_unit(e, METRICS[key][1])} | {markdown(e['n'])} |"
+        f"| {METRICS[key][0]} | {_with_unit(e, METRICS[key][1])} | {markdown(e.n)} |"
         for key, e in entry["metrics"].items()
-        if key in METRICS and e["value"] is not None
+        if key in METRICS and e.value is not None
     ]
     table = ["| metric | value | n |", "| --- | --- | --- |", *rows] if rows else []
     parent, verdict = markdown(entry["parent"]), markdown(entry["verdict"]["verdict"])
@@ -232,7 +253,7 @@ def _evaluated(entry: dict | None) -> str:
     )
 
 
-def _with_unit(estimate: dict, unit: str) -> str:
+def _with_unit(estimate: Estimate, unit: str) -> str:
     shown = format_estimate(estimate, percent=unit == "%", digits=1 if unit == "%" else 2)
     return f"{shown} {unit}".rstrip() if unit != "%" else shown
 
@@ -307,44 +328,44 @@ def _hardware(result: dict) -> str:
     )
 
 
-def _limits(source: Source, facts: dict[str, Any]) -> list[str]:
+def _limits(source: Source, facts: Facts) -> list[str]:
     main = source.result["main"]
-    n, low, high = (main["after"][key] for key in ("n", "low", "high"))
+    n, low, high = main["after"].n, main["after"].low, main["after"].high
     few = ", too few to decide much" if n < 100 else ""
     limits = [
         f"Measured on {n} held-out rows of the data that it was trained on{few}. Other topics, languages and lengths "
         "were not looked at."
     ]
-    if low is not None and low <= main["before"]["value"] <= high:
+    if low is not None and low <= main["before"].value <= high:
         name = markdown(main["name"].replace("_", " "))
         limits.append(f"The interval of the {name} includes the value before the training.")
     if source.recipe == "reward":
         limits.append("A score means nothing alone: compare scores of replies to the same prompt.")
         limits.append("A policy that is trained against it for long will find what it rewards by mistake.")
     else:
-        if not facts["evaluation"]:
+        if not facts.evaluation:
             limits.append("Its answers were not compared with those of its parent: only held-out numbers were.")
         limits.append("It can be wrong, and refuse or comply where it should not. Nobody has tested it for safety.")
-    if "_target_" in source.config["quantization"] and not facts["merged"]:
+    if "_target_" in source.config["quantization"] and not facts.merged:
         limits.append("It was trained on a quantized base. On an unquantized one its numbers differ.")
     limits.append("The terms of the base model and of the data apply.")
     return limits
 
 
-def _data_card(source: Source, facts: dict[str, Any], proof: dict | str | None) -> str:
+def _data_card(source: Source, facts: Facts, proof: dict | str | None) -> str:
     """The card that recipes/cai.py wrote, with licence, proof and snippet."""
     from huggingface_hub import DatasetCard
 
     card = DatasetCard(report.card(without_folder(source.result)))
-    card.data.license = line(facts["base"]["license"])
+    card.data.license = line(facts.base["license"])
     for key in ("license_name", "license_link"):
-        if facts["base"][key]:
-            card.data[key] = line(facts["base"][key])
+        if facts.base[key]:
+            card.data[key] = line(facts.base[key])
     if isinstance(proof, str):
         card.data.tags.append("broken")
     title, about, rest = card.text.strip().split("\n\n", 2)
     constitution = source.result["constitution"]
-    load = f'load_dataset({json.dumps(facts["repo_id"])}, "prefs")'
+    load = f'load_dataset({json.dumps(facts.repo_id)}, "prefs")'
     use = f"from datasets import load_dataset\n\npairs = {load}\nprint(pairs)\n"
     limits = [
         "The text is a language model's, and so are the labels or the rule behind them: nobody has read all of it.",

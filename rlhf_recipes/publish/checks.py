@@ -153,7 +153,7 @@ def _tensors(where: str, weights: Path, recipe: str) -> None:
 
 def _worse(where: str, result: dict[str, Any]) -> None:
     main = result["main"]
-    gain = main["after"]["value"] - main["before"]["value"]
+    gain = main["after"].value - main["before"].value
     if gain * (-1 if main["name"] in LOWER_IS_BETTER else 1) < 0:
         shown = f"{format_estimate(main['before'])} -> {format_estimate(main['after'])}"
         raise Refusal(

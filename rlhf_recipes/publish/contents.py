@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from rlhf_recipes.cai.dataset import PREFS, SFT
 from rlhf_recipes.config import CONF, flatten
 from rlhf_recipes.errors import Refusal, first_line, nearest
 from rlhf_recipes.run_folder import read_result, write_atomically
+from rlhf_recipes.stats import Estimate
 from rlhf_recipes.text import line
 from rlhf_recipes.training.card import PAPERS, without_folder
 
@@ -116,7 +117,10 @@ def _read(where: str, path: Path) -> dict:
         raise Refusal(f"{where}: no {path.name} in it, so no finished run. Name a run that has ended.")
     try:
         text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else OmegaConf.to_container(OmegaConf.create(text))
+        if path.suffix == ".json":
+            content = json.loads(text, object_hook=Estimate.of)
+        else:
+            content = OmegaConf.to_container(OmegaConf.create(text))
     except Exception as error:  # json's, yaml's and omegaconf's share no base
         raise Refusal(f"{where}: {path.name} cannot be read ({first_line(error)}).") from error
     if not isinstance(content, dict):
@@ -202,7 +206,7 @@ def gather(source: Source, base: dict, page: Path | None, folder: Path) -> None:
     result = {key: value for key, value in source.result.items() if key not in PRIVATE}
     for name, content in (("result.json", result), ("config.yaml", source.config)):
         portable = without_folder(content)
-        text = json.dumps(portable, indent=2, ensure_ascii=False) + "\n"
+        text = json.dumps(portable, indent=2, ensure_ascii=False, default=asdict) + "\n"
         write_atomically(folder / name, text if name.endswith("json") else OmegaConf.to_yaml(portable))
     for name in DATA if source.key == "pairs" else PICTURES:
         _copy(source.dir / name, folder / name)

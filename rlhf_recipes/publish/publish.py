@@ -21,6 +21,7 @@ from rlhf_recipes.errors import Refusal
 from rlhf_recipes.publish import base_model, card, checks, contents, manifest, merge, round_trip, upload
 from rlhf_recipes.run import Run, environment, relative, resolved
 from rlhf_recipes.run_folder import read_json, write_atomically
+from rlhf_recipes.stats import Estimate
 
 PLACEHOLDER = "<user>/<name>"
 
@@ -49,21 +50,17 @@ def publish(cfg: DictConfig) -> dict[str, Any]:
     with upload.told(target) if target else nullcontext(), tempfile.TemporaryDirectory() as scratch:
         staged = Path(scratch) / "files"
         staged.mkdir()
-        facts = {
-            "repo_id": cfg.repo_id or PLACEHOLDER,
-            "base": terms(source, cfg.license, target and target.api),
-            "evaluation": evaluation,
-            "merged": None,
-        }
-        contents.gather(source, facts["base"], page, staged)
+        base = terms(source, cfg.license, target and target.api)
+        facts = card.Facts(cfg.repo_id or PLACEHOLDER, base, evaluation)
+        contents.gather(source, facts.base, page, staged)
         seen: dict[str, str] = {}
         checks.files(staged, cfg.max_file_gib, cfg.force, seen)  # before a model loads; once more when all is there
         if target:
             upload.refuse_collisions(target, {*seen, contents.CARD, contents.PROBE})
         expected = _measure(source, facts, cfg, staged)
-        facts |= {"dtype": expected.get("dtype"), "fingerprint": ""}
+        facts.dtype = expected.get("dtype")
         digests = [contents.hashes(staged), card.write(source, facts, None)]
-        facts["fingerprint"] = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+        facts.fingerprint = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
         _seal(staged, card.write(source, facts, None))
         checks.files(staged, cfg.max_file_gib, cfg.force, seen)
         if target:
@@ -106,7 +103,7 @@ def record(run: Run, cfg: DictConfig, published: dict[str, Any]) -> float | None
     """
     found = published["proof"] or {}
     largest = found.get("largest")
-    after = {"value": largest, "low": None, "high": None, "n": found.get("n", 0), "clusters": found.get("n", 0)}
+    after = Estimate(largest, None, None, found.get("n", 0), found.get("n", 0))
     main = {"name": "round_trip_difference", "before": None, "after": after}
     result = run.record(main=main, **published)
     run.write_config()
@@ -128,18 +125,18 @@ def tell(cfg: DictConfig, published: dict[str, Any]) -> None:
     print(f"  next      {command('publish')} {key}={folder} repo_id={PLACEHOLDER}", flush=True)
 
 
-def _measure(source: contents.Source, facts: dict, cfg: DictConfig, staged: Path) -> dict[str, Any]:
+def _measure(source: contents.Source, facts: card.Facts, cfg: DictConfig, staged: Path) -> dict[str, Any]:
     """The numbers that the round trip must find again; also merges, and compares the base with that on the Hub."""
     if source.key == "pairs":
         return round_trip.rows(staged, source.splits)
     reward = source.recipe == "reward"
     numbers = _probe(source)
-    if facts["base"]["same"] is False:
-        facts["base"]["drift"] = _drift_on_public_base(source, facts["base"], numbers, cfg.max_base_drift)
+    if facts.base["same"] is False:
+        facts.base["drift"] = _drift_on_public_base(source, facts.base, numbers, cfg.max_base_drift)
     if cfg.merged:
         merge.write(source, staged)
         merged = round_trip.measure(round_trip.task(staged, source.config, reward=reward, merged=True))
-        facts["merged"] = merge.report(round_trip.drift(numbers, merged), reward, cfg.max_merge_drift)
+        facts.merged = merge.report(round_trip.drift(numbers, merged), reward, cfg.max_merge_drift)
         numbers = merged | {"effect": numbers["effect"]}
     write_atomically(staged / contents.PROBE, json.dumps(numbers, indent=1) + "\n")
     return numbers
@@ -184,13 +181,13 @@ def _drift_on_public_base(source: contents.Source, origin: dict, numbers: dict, 
     return drift
 
 
-def _upload(source, facts: dict, expected: dict, staged: Path, target: upload.Target, cfg) -> dict[str, Any]:
+def _upload(source, facts: card.Facts, expected: dict, staged: Path, target: upload.Target, cfg) -> dict[str, Any]:
     """From the first word to the Hub that changes something to the last; see the head of this module."""
     upload.make(target)
     revision, sent, found, branch = _proven_before(facts, staged, target), False, None, target.revision
     if revision is None:
         upload.refuse_moved_tag(target)
-        message = cfg.commit_message or f"{source.recipe}: {facts['fingerprint'][:12]}"
+        message = cfg.commit_message or f"{source.recipe}: {facts.fingerprint[:12]}"
         revision, sent, pull_request = upload.commit(target, staged, message, branch, cfg.create_pr)
         branch = pull_request or branch
         target.state = f"Revision {revision[:12]} is there; its card says 'not proven'."
@@ -211,7 +208,7 @@ def _upload(source, facts: dict, expected: dict, staged: Path, target: upload.Ta
             "base_model": source.config["model"]["id"]}  # fmt: skip
 
 
-def _proven_before(facts: dict, staged: Path, target: upload.Target) -> str | None:
+def _proven_before(facts: card.Facts, staged: Path, target: upload.Target) -> str | None:
     """The revision at which an earlier publication has proven exactly these files."""
     revision, remote = upload.remote_files(target, target.revision)
     changing = {contents.CARD, manifest.MANIFEST}  # the manifest has the card's hash
@@ -220,7 +217,7 @@ def _proven_before(facts: dict, staged: Path, target: upload.Target) -> str | No
     with tempfile.TemporaryDirectory() as cache:
         folder = upload.download(target, revision, Path(cache), [contents.CARD])
         text = (folder / contents.CARD).read_text(encoding="utf-8")
-    if not card.is_proven(text, facts["fingerprint"]):
+    if not card.is_proven(text, facts.fingerprint):
         return None
     print(f"unchanged {target.repo_id} has these files, proven: nothing is uploaded", flush=True)
     return revision
@@ -242,7 +239,7 @@ def _come_back(source, facts, expected, staged, target: upload.Target, revision:
         ) from None
 
 
-def _round_trip(source, facts: dict, expected: dict, sent: dict[str, str], folder: Path) -> dict[str, Any]:
+def _round_trip(source, facts: card.Facts, expected: dict, sent: dict[str, str], folder: Path) -> dict[str, Any]:
     """Compare files and numbers of a folder with what was to be published.
 
     Raises:
@@ -255,7 +252,7 @@ def _round_trip(source, facts: dict, expected: dict, sent: dict[str, str], folde
     if source.key == "pairs":
         task = {"folder": str(folder), "splits": source.splits}
     else:
-        task = round_trip.task(folder, source.config, reward=source.recipe == "reward", merged=bool(facts["merged"]))
+        task = round_trip.task(folder, source.config, reward=source.recipe == "reward", merged=bool(facts.merged))
     try:
         came = round_trip.in_fresh_process(task)
     except Refusal as error:
@@ -274,7 +271,7 @@ def _round_trip(source, facts: dict, expected: dict, sent: dict[str, str], folde
     return {**compared, "files": len(sent), "what": "scores" if source.recipe == "reward" else "log-probabilities"}
 
 
-def _dry_run(source, facts: dict, expected: dict, staged: Path, folder: Path) -> dict[str, Any]:
+def _dry_run(source, facts: card.Facts, expected: dict, staged: Path, folder: Path) -> dict[str, Any]:
     """The same without a Hub: what would be uploaded lies in a folder, and is loaded from there.
 
     Raises:

@@ -85,7 +85,7 @@ def measured(result: dict) -> str:
     before = result["before"]
     rows = [
         f"| {markdown(name.replace('_', ' '))} | {format_estimate(before[name])} | {format_estimate(after)} | "
-        f"{markdown(after['n'])} |"
+        f"{markdown(after.n)} |"
         for name, after in result["metrics"].items()
     ]
     head = ["Brackets are 95 % intervals (bootstrap over prompts).", "", "| metric | before | after | n |"]

@@ -9,7 +9,7 @@ first and last quarter and asks for SIGMAS standard errors beyond the limit; a r
 their whole 95 % interval beyond it, and for 20 prompts at least: with fewer it is too narrow. No rule compares losses,
 whose scale depends on beta.
 
-Estimates are those of `stats`: `value`, `low`, `high`, `n`. Log-probabilities and KL are in nats.
+Log-probabilities and KL are in nats.
 """
 
 import math
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_recipes import stats, text
+from rlhf_recipes.stats import Estimate
 
 HEALTHY, WATCH, BROKEN = LEVELS = ("healthy", "watch", "broken")
 POLICIES = ("dpo", "orpo", "simpo")  # policies trained on pairs
@@ -68,8 +69,8 @@ class Record:
     args: Any
     max_steps: int
     facts: dict = field(default_factory=dict)
-    before: dict = field(default_factory=dict)
-    after: dict = field(default_factory=dict)
+    before: dict[str, Estimate] = field(default_factory=dict)
+    after: dict[str, Estimate] = field(default_factory=dict)
     stopped: str | None = None
 
 
@@ -123,21 +124,21 @@ def surely_above(mean: Mean, limit: float, other_error: float = 0.0) -> bool:
     return mean.value - SIGMAS * math.hypot(mean.error, other_error) > limit
 
 
-def below(estimate: dict | None, limit: float | None) -> bool:
+def below(estimate: Estimate | None, limit: float | None) -> bool:
     """Whether the whole interval lies below."""
-    return decides(estimate) and limit is not None and estimate["high"] < limit
+    return decides(estimate) and limit is not None and estimate.high < limit
 
 
-def above(estimate: dict | None, limit: float | None) -> bool:
-    return decides(estimate) and limit is not None and estimate["low"] > limit
+def above(estimate: Estimate | None, limit: float | None) -> bool:
+    return decides(estimate) and limit is not None and estimate.low > limit
 
 
-def decides(estimate: dict | None) -> bool:
-    return bool(estimate) and estimate["clusters"] >= MIN_PROMPTS
+def decides(estimate: Estimate | None) -> bool:
+    return bool(estimate) and estimate.clusters >= MIN_PROMPTS
 
 
-def width(estimate: dict) -> float:
-    return 0.0 if None in (estimate["low"], estimate["high"]) else estimate["high"] - estimate["low"]
+def width(estimate: Estimate) -> float:
+    return 0.0 if None in (estimate.low, estimate.high) else estimate.high - estimate.low
 
 
 def accuracy_key(record: Record) -> str:
@@ -191,7 +192,7 @@ def dead_gradients(record: Record) -> Finding | None:
         return Finding(level, f"{min(shares):.0%} of the trained tensors never had a gradient", means, change)
     if len(norms) == MIN_ROWS and max(norms) == 0 and not reward_saturation(record):
         return Finding(BROKEN, f"the gradient norm is 0 in the last {MIN_ROWS} rows", means, change)
-    if record.after and all(e["value"] == record.before[key]["value"] for key, e in record.after.items()):
+    if record.after and all(e.value == record.before[key].value for key, e in record.after.items()):
         change = f"trainer.learning_rate={record.args.learning_rate * 10 or 1e-5:.0e}, or more steps"
         return Finding(BROKEN, "no held-out figure moved", "the adapter learned nothing", change)
     return None
@@ -245,7 +246,7 @@ def likelihood_displacement(record: Record) -> Finding | None:
     means = "probability moves to replies that are in neither column"
     if below(held_out, -DISPLACED):
         level = BROKEN if below(held_out, -DISPLACED_FAR) else WATCH
-        grew = "grew" if margin["value"] > record.before["reward_margin"]["value"] else "did not grow"
+        grew = "grew" if margin.value > record.before["reward_margin"].value else "did not grow"
         saw = f"held-out chosen replies changed by {_nats(held_out)} a token while the margin {grew}"
         return Finding(level, saw, means, change)
     found = ends(displacements(record))
@@ -279,20 +280,20 @@ def length_drift(record: Record) -> Finding | None:
     """
     bias, shorter = record.after.get("length_bias"), record.after.get("baseline_shorter_wins")
     biased = above(bias, LENGTH_GAP) or below(bias, -LENGTH_GAP)
-    if biased and abs(bias["value"]) > abs(record.before["length_bias"]["value"]):
+    if biased and abs(bias.value) > abs(record.before["length_bias"].value):
         saw = f"accuracy where the longer reply is the chosen one, less where it is not: {_points(record, bias)}"
-        means = f"{'longer' if bias['value'] > 0 else 'shorter'} passes for better"
+        means = f"{'longer' if bias.value > 0 else 'shorter'} passes for better"
         return Finding(WATCH, saw, means, _length_change(record))
     if above(shorter, LENGTH_RULE) or below(shorter, 1 - LENGTH_RULE):
-        share = max(shorter["value"], 1 - shorter["value"])
+        share = max(shorter.value, 1 - shorter.value)
         saw = f"length alone ranks {share:.0%} of the held-out pairs right"
         return Finding(WATCH, saw, "what follows these data follows length", _length_change(record))
     low, high = LENGTH_RATIOS
     found = ends(points(record, "completions/mean_length"))
     change = "trainer.kl_coef higher, or a reward that ignores length"
     before, after = record.before.get("completion_tokens"), record.after.get("completion_tokens")
-    if decides(after) and (above(after, high * before["value"]) or below(after, low * before["value"])):
-        saw = f"held-out completions went from {before['value']:.0f} to {after['value']:.0f} tokens"
+    if decides(after) and (above(after, high * before.value) or below(after, low * before.value)):
+        saw = f"held-out completions went from {before.value:.0f} to {after.value:.0f} tokens"
         return Finding(WATCH, saw, "the reward pays for length", change)
     if not decides(after) and found and (
         surely_above(found[1], high * found[0].value, high * found[0].error)
@@ -323,7 +324,7 @@ def kl_runaway(record: Record) -> Finding | None:
     braked = (record.stopped or "").startswith("KL") and " over " in record.stopped
     if braked or mean > KL_WATCH * target or above(held_out, KL_WATCH * target):
         broken = braked or mean > KL_BROKEN * target or above(held_out, KL_BROKEN * target)
-        saw = record.stopped if braked else f"KL {held_out['value'] if held_out else mean:.1f} nats a completion"
+        saw = record.stopped if braked else f"KL {held_out.value if held_out else mean:.1f} nats a completion"
         means = f"the policy has left its reference (kl_target={target:g}), where no reward model has been"
         change = f"trainer.kl_coef={max(record.args.kl_coef * 4, 0.05):g}, or trainer.kl_controller=adaptive"
         return Finding(BROKEN if broken else WATCH, saw, means, change)
@@ -389,13 +390,13 @@ def over_fitting(record: Record) -> Finding | None:
     fine-tuning: held-out perplexity has risen."""
     change = f"trainer.num_train_epochs={math.ceil(record.args.num_train_epochs / 2)}, or more data"
     perplexity = record.after.get("perplexity")
-    if perplexity and above(perplexity, record.before["perplexity"]["high"]):
-        saw = f"held-out perplexity went from {record.before['perplexity']['value']:.1f} to {perplexity['value']:.1f}"
+    if perplexity and above(perplexity, record.before["perplexity"].high):
+        saw = f"held-out perplexity went from {record.before['perplexity'].value:.1f} to {perplexity.value:.1f}"
         return Finding(BROKEN, saw, "it learns the training text by heart", f"{_lower_rate(record)}, or {change}")
     gain = record.after.get("accuracy_change")
     rows = [value for _, value in points(record, accuracy_key(record))]
     size = max(1, len(rows) // 4)
-    if record.recipe not in PAIRS or not gain or not rows or (decides(gain) and gain["low"] > 0):
+    if record.recipe not in PAIRS or not gain or not rows or (decides(gain) and gain.low > 0):
         return None
     pairs = size * record.rows[-1]["step"] / len(rows) * _pairs_a_step(record)
     accuracy = sum(rows[-size:]) / size
@@ -423,7 +424,7 @@ def label_noise(record: Record) -> Finding | None:
         before, after = (width(metrics["reward_margin"]) for metrics in (record.before, record.after))
         moved = after > NOISE_WIDENED * before
     else:
-        changes = [record.after[f"{side}_logp_change_per_token"]["value"] for side in ("chosen", "rejected")]
+        changes = [record.after[f"{side}_logp_change_per_token"].value for side in ("chosen", "rejected")]
         moved = max(map(abs, changes)) > NOISE_MOVED
     if not moved or pairs < NOISE_PAIRS or accuracy + 1.64 * math.sqrt(0.25 / pairs) >= NOISE_ACCURACY:
         return None
@@ -445,8 +446,8 @@ def no_eos(record: Record) -> Finding | None:
         return None
     before, after = record.before.get("eos_rate"), record.after.get("eos_rate")
     change = f"trainer.max_completion_length={record.args.max_completion_length * 2}, or trainer.missing_eos_penalty=1"
-    if before and below(after, before["low"]) and after["value"] < EOS_SHARE:
-        saw = f"completions that end: {before['value']:.0%} before, {after['value']:.0%} after"
+    if before and below(after, before.low) and after.value < EOS_SHARE:
+        saw = f"completions that end: {before.value:.0%} before, {after.value:.0%} after"
         return Finding(BROKEN, saw, "it has unlearned to stop", change)
     rates = [value for _, value in points(record, "completions/eos_rate")]
     last = rates[-math.ceil(EOS_EPISODES / record.args.prompts_per_rollout) :]
@@ -462,12 +463,11 @@ def too_little_data(record: Record) -> Finding | None:
     out. A reward model's head is new: what it must beat is a coin, not what the random head happened to rank right."""
     gain = record.after.get("reward_change" if record.recipe == "ppo" else "accuracy_change")
     if gain and record.recipe == "reward":
-        accuracy = record.after["preference_accuracy"]
-        gain = {**accuracy, **{key: accuracy[key] and accuracy[key] - 0.5 for key in ("value", "low", "high")}}
+        gain = record.after["preference_accuracy"].mapped(lambda accuracy: accuracy - 0.5)
     if not gain or above(gain, 0.0) or below(gain, 0.0):
         return None
     unit, scale = ("", 1) if record.recipe == "ppo" else (" points", 100)
-    means = f"{gain['n']} rows cannot show an effect below {scale * width(gain) / 2:.2g}{unit}"
+    means = f"{gain.n} rows cannot show an effect below {scale * width(gain) / 2:.2g}{unit}"
     wanted = max(stats.needed(gain, 0.0) or 0, MIN_PROMPTS)
     more = f" (about {wanted:,} would show this one)" if wanted and wanted < 100_000 else ""
     change = f"more held-out rows{more}: data.eval_size, data.test_size; or more to train on: data.train_size"
@@ -512,14 +512,14 @@ def line(finding: dict) -> str:
     )
 
 
-def _nats(estimate: dict) -> str:
+def _nats(estimate: Estimate) -> str:
     value, bracket, interval = stats.format_estimate(estimate, digits=2, sign=True).partition(" [")
     return f"{value} nats{bracket}{interval}"
 
 
-def _points(record: Record, estimate: dict) -> str:
+def _points(record: Record, estimate: Estimate) -> str:
     """A change of accuracy in points of 100, or of a reward as it is."""
     if record.recipe == "ppo":
         return stats.format_estimate(estimate, sign=True)
-    percent = {key: estimate[key] and 100 * estimate[key] for key in ("value", "low", "high")}
-    return stats.format_estimate({**estimate, **percent}, digits=1, sign=True).replace(" [", " points [")
+    percent = estimate.mapped(lambda share: 100 * share)
+    return stats.format_estimate(percent, digits=1, sign=True).replace(" [", " points [")

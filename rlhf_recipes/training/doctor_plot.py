@@ -64,9 +64,9 @@ def _draw(axes, panel: Panel) -> None:
         axes.plot(*zip(*panel.points, strict=True), color=COLOURS[0], linewidth=1.2, markersize=3,
                   marker="o" if few else None)  # fmt: skip
     for step, e in panel.held_out:
-        low, high = (e["value"] if e[bound] is None else e[bound] for bound in ("low", "high"))
+        low, high = (e.value if bound is None else bound for bound in (e.low, e.high))
         axes.plot([step, step], [low, high], color=PARENT_COLOUR, linewidth=2)
-        axes.plot(step, e["value"], "s", color=PARENT_COLOUR, markersize=5)
+        axes.plot(step, e.value, "s", color=PARENT_COLOUR, markersize=5)
     limits = [limit for limit in (panel.low, panel.high) if limit is not None]
     if limits:
         bottom, top = axes.get_ylim()
@@ -93,7 +93,7 @@ def panels(record: Record) -> list[Panel]:
 
     def held_out(key):
         both = [(0, record.before.get(key)), (end, record.after.get(key))]
-        return [(step, estimate) for step, estimate in both if estimate and estimate["value"] is not None]
+        return [(step, estimate) for step, estimate in both if estimate and estimate.value is not None]
 
     def of_start(key, share):
         first = [value for _, value in curve(key)]
@@ -113,7 +113,7 @@ def panels(record: Record) -> list[Panel]:
     found = {
         "sft": [
             Panel("Perplexity", "of held-out replies", ("over_fitting",), [], held_out("perplexity"), None,
-                  record.before["perplexity"]["high"] if "perplexity" in record.before else None),
+                  record.before["perplexity"].high if "perplexity" in record.before else None),
         ],
         "reward": pairs,
         "ppo": [

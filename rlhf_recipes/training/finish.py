@@ -23,7 +23,7 @@ def finish(run: Run, trainer, *, main: str, before: dict, metrics: dict, counts:
     Args:
         trainer: after training; its log history becomes curves.png.
         main: the metric that the run is about.
-        before: metrics before training, name -> estimate (`value`, `low`, `high`, `n`).
+        before: metrics before training, name -> estimate.
         metrics: the same after training.
         counts: report of the data.
         entries: what else result.json says of this recipe.
@@ -62,7 +62,7 @@ def finish(run: Run, trainer, *, main: str, before: dict, metrics: dict, counts:
         with _spared("doctor.png"):
             doctor_plot.plot(seen, entries["doctor"]["findings"], run.dir / "doctor.png", title)
     _print_summary(run, result)
-    return metrics[main]["value"]
+    return metrics[main].value
 
 
 @contextmanager

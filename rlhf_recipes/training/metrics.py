@@ -105,12 +105,12 @@ def wins(margins: list[float]) -> list[float]:
     return [0.5 if margin == 0 else float(margin > 0) for margin in margins]
 
 
-def _mean(values: list[float], prompts: list[str]) -> dict:
+def _mean(values: list[float], prompts: list[str]) -> stats.Estimate:
     """The mean of what is no share: where all values are alike, as a KL is before training, so is every resample."""
     return stats.ratio_of_sums(values, [1] * len(values), prompts)
 
 
-def _deviation(values: list[float], prompts: list[str]) -> dict:
+def _deviation(values: list[float], prompts: list[str]) -> stats.Estimate:
     """The standard deviation, of the population."""
     values_N = np.array(values, dtype=float)
 

@@ -207,9 +207,10 @@ def examined(folder: Path) -> dict:
     from omegaconf import OmegaConf
 
     from rlhf_recipes.config import build
+    from rlhf_recipes.run_folder import read_result
     from rlhf_recipes.training import doctor
 
-    result = json.loads((folder / "result.json").read_text())
+    result = read_result(folder)
     config = OmegaConf.load(folder / "config.yaml")
     args = build(config.trainer, "trainer", output_dir="unused", use_cpu=True, bf16=False, report_to="none")
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

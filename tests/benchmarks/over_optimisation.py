@@ -180,7 +180,7 @@ def together(seeds: list[int], folder: Path, path: Path | None) -> None:
             runs.append({"name": name, "rows": rows, **alike})
     section = overoptimisation.audit(best, runs)
     for figure in section["figures"]:
-        print(f"{figure['key']}: {format_estimate(figure['estimate'])}  {figure['title']}", flush=True)
+        print(f"{figure.key}: {format_estimate(figure.estimate)}  {figure.title}", flush=True)
     for table in section["tables"]:
         print(table["caption"], *(" | ".join(map(said, row)) for row in table["rows"]), sep="\n  ", flush=True)
     print("\n".join(section["notes"]), flush=True)
@@ -189,9 +189,9 @@ def together(seeds: list[int], folder: Path, path: Path | None) -> None:
 
 
 def said(cell) -> str:
-    from rlhf_recipes.stats import format_estimate
+    from rlhf_recipes.stats import Estimate, format_estimate
 
-    return format_estimate(cell) if isinstance(cell, dict) else str(cell)
+    return format_estimate(cell) if isinstance(cell, Estimate) else str(cell)
 
 
 def setting(key: str) -> str:

@@ -83,16 +83,17 @@ def run(recipe: str, name: str, overrides: list[str], env: dict, folder: Path | 
 
 def describe(reward: str, seed: int, folder: Path) -> list[dict]:
     """Print a line; return the rows of the log, one for each rollout."""
+    from rlhf_recipes.run_folder import read_result
     from rlhf_recipes.stats import format_estimate
 
-    result = json.loads((folder / "result.json").read_text())
+    result = read_result(folder)
     before, after = result["main"]["before"], result["main"]["after"]
     change = result["metrics"]["reward_change"]
-    risen = "risen" if change["low"] > 0 else "not shown to rise"
+    risen = "risen" if change.low > 0 else "not shown to rise"
     print(
         f"{datetime.date.today()} {reward}, seed {seed}: "
         f"{format_estimate(before)} -> {format_estimate(after)}, change {format_estimate(change)}, {risen}; "
-        f"KL {format_estimate(result['metrics']['kl'])}; n {after['n']}; {result['seconds'] / 60:.1f} minutes; "
+        f"KL {format_estimate(result['metrics']['kl'])}; n {after.n}; {result['seconds'] / 60:.1f} minutes; "
         f"{result['stopped'] or 'to its end'}",
         flush=True,
     )

@@ -19,6 +19,7 @@ from rlhf_recipes.data.load import load_demonstrations, load_pairs, load_prompts
 from rlhf_recipes.data.tokens import lengths
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.launch.preflight import predict_memory, real_steps, rows
+from rlhf_recipes.launch.preflight.report import JobReport
 from rlhf_recipes.launch.refusals import as_refusal
 
 READ = {
@@ -79,23 +80,17 @@ class LookedAt:
         return memory.resident()
 
 
-def examine(job: Job, looked_at: LookedAt) -> dict[str, Any]:
-    """Everything about a job that can be known before it runs.
-
-    Returns:
-        `name`, `recipe`, `watch` (what to know) and `stops` (why it could not run), sentences with what to do; and as
-        far as it could be looked at `settings`, `model`, `lora`, `rows`, `example`, `memory` and `step`, else None.
-    """
-    found: dict[str, Any] = {"name": job.name, "recipe": job.recipe, "watch": [], "stops": []}
-    found |= dict.fromkeys(("settings", "model", "lora", "rows", "example", "memory", "step"))
+def examine(job: Job, looked_at: LookedAt) -> JobReport:
+    """Everything about a job that can be known before it runs."""
+    found = JobReport(job.name, job.recipe)
     try:
         _look(job, looked_at, found)
     except Refusal as error:
-        found["stops"].append(f"{job.name or job.recipe}: {as_refusal(error)}")
+        found.stops.append(f"{job.name or job.recipe}: {as_refusal(error)}")
     return found
 
 
-def _look(job: Job, looked_at: LookedAt, found: dict[str, Any]) -> None:
+def _look(job: Job, looked_at: LookedAt, found: JobReport) -> None:
     """Fill in what `examine` returns.
 
     Raises:
@@ -106,34 +101,34 @@ def _look(job: Job, looked_at: LookedAt, found: dict[str, Any]) -> None:
     args = models.training_args(cfg.trainer, run.Run(Path(), recipe, {}))
     models.check(cfg.model, cfg.quantization, cfg.lora)
     tokenizer = models.load_tokenizer(cfg.model)
-    found["settings"] = _settings(cfg, args)
-    found["model"] = {"id": cfg.model.id, "download_gib": models.download_bytes(cfg.model) / GIB}
+    found.settings = _settings(cfg, args)
+    found.model = {"id": cfg.model.id, "download_gib": models.download_bytes(cfg.model) / GIB}
     later = _made_later(job)
     if str(cfg.data.path) in later:
-        found["watch"].append(f"{cfg.data.path} is made by an earlier stage: not looked at")
+        found.watch.append(f"{cfg.data.path} is made by an earlier stage: not looked at")
         return
     rewards = _reward_models(cfg, later)
-    splits, sizes, found["rows"], found["example"] = _rows(job, args, tokenizer, looked_at)
-    found["watch"] += _remarks(found["rows"], found["example"], recipe)
+    splits, sizes, found.rows, found.example = _rows(job, args, tokenizer, looked_at)
+    found.watch += _remarks(found.rows, found.example, recipe)
     steps = real_steps.total_steps(recipe, args, len(splits.train))
-    found["settings"]["steps"] = steps
+    found.settings["steps"] = steps
     _memory(found, job, args, _largest(recipe, args, sizes, steps), rewards, libraries, looked_at.elsewhere)
-    if looked_at.measure and not found["stops"] and not later:
+    if looked_at.measure and not found.stops and not later:
         shape = _shape(cfg, recipe)
         if shape not in looked_at.measured:
             print(f"  steps    real ones of {job.name or recipe}, in a process of their own ...", flush=True)
             looked_at.measured[shape] = real_steps.measure(recipe, job.overrides, args, splits, sizes)
-        found["step"] = looked_at.measured[shape]
-        if "error" in found["step"]:
-            found["stops"].append(f"{job.name or recipe}: its first step fails: {found['step']['error']}")
+        found.step = looked_at.measured[shape]
+        if "error" in found.step:
+            found.stops.append(f"{job.name or recipe}: its first step fails: {found.step['error']}")
 
 
-def disk(found: list[dict], folder: Path) -> dict[str, Any]:
+def disk(found: list[JobReport], folder: Path) -> dict[str, Any]:
     """What the runs leave behind, and the checkpoints of the one that runs."""
-    trained = [seen["lora"] for seen in found if seen["lora"]]
+    trained = [seen.lora for seen in found if seen.lora]
     adapters = sum(4 * each["numbers"] for each in trained)
     checkpoints = 3 * max((each["bytes"] for each in trained), default=0)  # two are kept while a third is written
-    downloads = {seen["model"]["id"]: seen["model"]["download_gib"] for seen in found if seen["model"]}
+    downloads = {seen.model["id"]: seen.model["download_gib"] for seen in found if seen.model}
     need = (adapters + checkpoints) / GIB + sum(downloads.values())
     there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(there).free / GIB
@@ -212,31 +207,31 @@ def _largest(recipe: str, args, sizes: list[int], steps: int) -> predict_memory.
 
 
 def _memory(
-    found: dict, job: Job, args, batch: predict_memory.Batch, rewards: int, libraries: int, elsewhere: bool
+    found: JobReport, job: Job, args, batch: predict_memory.Batch, rewards: int, libraries: int, elsewhere: bool
 ) -> None:
     """Fill in `lora` and `memory`, and judge what is needed by what is free."""
     try:
         base = predict_memory.backbone(job.cfg, job.recipe)
     except Refusal as error:  # not the kind of model that the counts are of
-        found["watch"].append(str(error))
+        found.watch.append(str(error))
         return
 
     def predicted(args, batch: predict_memory.Batch) -> dict:
         return predict_memory.predict(job.cfg, job.recipe, args, base, batch, libraries, rewards)
 
-    found["lora"] = {"numbers": base.lora, "bytes": base.lora * (4 + 4 + predict_memory.state_bytes(args.optim))}
-    found["memory"] = predicted(args, batch) | {"free_gib": None}
+    found.lora = {"numbers": base.lora, "bytes": base.lora * (4 + 4 + predict_memory.state_bytes(args.optim))}
+    found.memory = predicted(args, batch) | {"free_gib": None}
     if elsewhere:
         return
-    peak, free = found["memory"]["peak_gib"], memory.free() / GIB
-    found["memory"]["free_gib"] = free
+    peak, free = found.memory["peak_gib"], memory.free() / GIB
+    found.memory["free_gib"] = free
     needs = f"{job.name or job.recipe}: needs about {peak:.1f} GiB at its peak, {free:.1f} GiB are free."
     if peak > free:
         fitting = proposal(job.recipe, args, batch, lambda *asked: predicted(*asked)["peak_gib"] <= free)
         advice = f"It fits with {' '.join(fitting)}" if fitting else "Choose a smaller model or another machine"
-        found["stops"].append(f"{needs} {advice}.")
+        found.stops.append(f"{needs} {advice}.")
     elif peak * (1 + MARGIN) > free:
-        found["watch"].append(f"memory is tight: {needs}")
+        found.watch.append(f"memory is tight: {needs}")
 
 
 def proposal(
@@ -285,9 +280,9 @@ def _remarks(report: dict, example: dict, recipe: str) -> list[str]:
         key = "max_prompt_length" if recipe == "ppo" else "trainer.max_length"
         share = over["rows"] / over["of"]
         said.append(f"{share:.0%} of the rows are over {key}={report['max_length']}{over['fate']}: raise it.")
-    if example["ends"] and example["ends"]["value"] < FEW_ENDS:
+    if example["ends"] and example["ends"].value < FEW_ENDS:
         said.append(
-            f"only {example['ends']['value']:.0%} of the replies end with {' or '.join(example['eos'])}: the model "
+            f"only {example['ends'].value:.0%} of the replies end with {' or '.join(example['eos'])}: the model "
             "will not learn to stop. Check the chat template, or raise trainer.max_length."
         )
     if report["near_duplicates"]:
@@ -296,14 +291,14 @@ def _remarks(report: dict, example: dict, recipe: str) -> list[str]:
             "will flatter. Remove them."
         )
     longer = report.get("chosen_longer")
-    if longer and longer["low"] is not None and not longer["low"] <= 0.5 <= longer["high"]:
-        rule = "longer" if longer["value"] > 0.5 else "shorter"
-        share = max(longer["value"], 1 - longer["value"])
+    if longer and longer.low is not None and not longer.low <= 0.5 <= longer.high:
+        rule = "longer" if longer.value > 0.5 else "shorter"
+        share = max(longer.value, 1 - longer.value)
         said.append(f"'the {rule} reply wins' is right for {share:.0%} of the pairs: compare accuracies with that.")
     refused = report.get("both_refuse")
-    if refused and (refused["low"] or 0) > SOME_REFUSALS:
+    if refused and (refused.low or 0) > SOME_REFUSALS:
         said.append(
-            f"both replies of {refused['value']:.0%} of the pairs refuse: such pairs make both less likely "
+            f"both replies of {refused.value:.0%} of the pairs refuse: such pairs make both less likely "
             "(arXiv:2410.08847). Drop them."
         )
     return said

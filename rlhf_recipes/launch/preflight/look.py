@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -23,6 +24,7 @@ from rlhf_recipes import run
 from rlhf_recipes.commands import command
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.launch import keys, publish_after
+from rlhf_recipes.launch.preflight.report import JobReport
 from rlhf_recipes.launch.refusals import as_refusal
 
 FILE = "preflight.json"
@@ -93,16 +95,16 @@ def look(jobs: list, folder: Path, settings: DictConfig, elsewhere: bool = False
     measured = json.loads(kept.read_text())["measured"] if kept.is_file() else {}
     measured = {shape: took for shape, took in measured.items() if "error" not in took}  # it may have been mended
     looked_at = examination.LookedAt(measured, settings.measure and not elsewhere, elsewhere)
-    found: list[dict] = []
+    found: list[JobReport] = []
     print(printed.head(jobs), flush=True)
     for each in jobs:
         found.append(examination.examine(each, looked_at))
         print(printed.describe(found[-1], found[:-1]), flush=True)
     report = {"jobs": found, "disk": examination.disk(found, folder), "measured": looked_at.measured}
     folder.mkdir(parents=True, exist_ok=True)
-    run.write_atomically(kept, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    run.write_atomically(kept, json.dumps(report, indent=2, ensure_ascii=False, default=asdict) + "\n")
     print(printed.summary(report), flush=True)
-    reasons = [reason for seen in (*found, report["disk"]) for reason in seen["stops"]]
+    reasons = [*(reason for seen in found for reason in seen.stops), *report["disk"]["stops"]]
     if reasons and settings.fails == "stop":
         raise Refusal(f"preflight: {reasons[0]} Or start all the same: preflight.fails=warn")
 

@@ -3,6 +3,7 @@
 import textwrap
 from typing import Any
 
+from rlhf_recipes.launch.preflight.report import JobReport
 from rlhf_recipes.stats import format_estimate
 from rlhf_recipes.text import line, shown
 
@@ -16,22 +17,22 @@ def head(jobs: list) -> str:
     return line(f"preflight {jobs[0].recipe if not names else f'{len(jobs)} jobs: ' + ' · '.join(names)}")
 
 
-def describe(seen: dict[str, Any], before: list[dict[str, Any]]) -> str:
+def describe(seen: JobReport, before: list[JobReport]) -> str:
     """One job; what an earlier one has said is not said again."""
-    alike = next((other for other in before if other["recipe"] == seen["recipe"] and other["settings"]), None)
-    lines = [f"{seen['name']} ({seen['recipe']})"] if seen["name"] and not (alike and seen["settings"]) else []
-    lines += _config(seen, alike) if seen["settings"] else []
-    if seen["rows"] and all(seen["rows"] != other["rows"] for other in before):
-        lines += _rows(seen["rows"])
-    if seen["example"] and all(seen["example"] != other["example"] for other in before):
-        lines += _example(seen["example"], seen["recipe"])
-    if seen["memory"] and all(seen["memory"]["roles"] != (other["memory"] or {}).get("roles") for other in before):
-        lines += _memory(seen["memory"])
-    if "seconds" in (seen["step"] or {}) and all(seen["step"] != other["step"] for other in before):
+    alike = next((other for other in before if other.recipe == seen.recipe and other.settings), None)
+    lines = [f"{seen.name} ({seen.recipe})"] if seen.name and not (alike and seen.settings) else []
+    lines += _config(seen, alike) if seen.settings else []
+    if seen.rows and all(seen.rows != other.rows for other in before):
+        lines += _rows(seen.rows)
+    if seen.example and all(seen.example != other.example for other in before):
+        lines += _example(seen.example, seen.recipe)
+    if seen.memory and all(seen.memory["roles"] != (other.memory or {}).get("roles") for other in before):
+        lines += _memory(seen.memory)
+    if "seconds" in (seen.step or {}) and all(seen.step != other.step for other in before):
         lines += _step(seen)
-    said = [remark for other in before for remark in other["watch"]]
-    lines += [f"  !        {remark}" for remark in seen["watch"] if remark not in said]
-    return _joined(lines + [f"  STOP     {reason}" for reason in seen["stops"]])
+    said = [remark for other in before for remark in other.watch]
+    lines += [f"  !        {remark}" for remark in seen.watch if remark not in said]
+    return _joined(lines + [f"  STOP     {reason}" for reason in seen.stops])
 
 
 def summary(report: dict[str, Any]) -> str:
@@ -41,8 +42,8 @@ def summary(report: dict[str, Any]) -> str:
     seconds = [_eta(seen) for seen in jobs]
     if len(jobs) > 1 and None not in seconds:
         lines.append(f"time      about {_duration(sum(seconds))} of training for {len(jobs)} jobs, one after another")
-    stops = sum(len(seen["stops"]) for seen in (*jobs, disk))
-    watch = len({remark for seen in jobs for remark in seen["watch"]})
+    stops = len(disk["stops"]) + sum(len(seen.stops) for seen in jobs)
+    watch = len({remark for seen in jobs for remark in seen.watch})
     stands = "nothing stands in the way" if not stops else f"reasons to stop: {stops}"
     lines.append(f"preflight {stands}; remarks: {watch}")
     return _joined(lines)
@@ -52,15 +53,15 @@ def _joined(lines: list[str]) -> str:
     return "\n".join(map(line, lines))
 
 
-def _config(seen: dict, alike: dict | None) -> list[str]:
+def _config(seen: JobReport, alike: JobReport | None) -> list[str]:
     """The settings; of a job like an earlier one, those that differ."""
-    settings = {key: value for key, value in seen["settings"].items() if value is not None}
+    settings = {key: value for key, value in seen.settings.items() if value is not None}
     if alike:
-        changed = [f"{key} {value}" for key, value in settings.items() if value != alike["settings"].get(key)]
-        return [f"{seen['name']}: as {alike['name']}, {' · '.join(changed) or 'in all that is shown'}"]
-    fetched = f", {seen['model']['download_gib']:.1f} GiB to fetch" if seen["model"]["download_gib"] else ""
+        changed = [f"{key} {value}" for key, value in settings.items() if value != alike.settings.get(key)]
+        return [f"{seen.name}: as {alike.name}, {' · '.join(changed) or 'in all that is shown'}"]
+    fetched = f", {seen.model['download_gib']:.1f} GiB to fetch" if seen.model["download_gib"] else ""
     return _paragraph(
-        "config", [f"{seen['model']['id']}{fetched}", *(f"{key} {value}" for key, value in settings.items())]
+        "config", [f"{seen.model['id']}{fetched}", *(f"{key} {value}" for key, value in settings.items())]
     )
 
 
@@ -82,7 +83,7 @@ def _rows(rows: dict) -> list[str]:
     said += [f"{what} {format_estimate(rows[key], percent=True)}" for key, what in shares if key in rows]
     if "chosen_longer" in rows:
         correlation = format_estimate(rows["length_correlation"], digits=2, sign=True)
-        said.append(f"correlation of label and length {correlation} (n {rows['chosen_longer']['n']} pairs)")
+        said.append(f"correlation of label and length {correlation} (n {rows['chosen_longer'].n} pairs)")
     return _paragraph("rows", said)
 
 
@@ -96,7 +97,7 @@ def _example(example: dict, recipe: str) -> list[str]:
     if len(text) > SHOWN:
         text = f"{text[: SHOWN // 2]} […] {text[-SHOWN // 2 :]}"
     ends = example["ends"]
-    eos = f", {' or '.join(example['eos'])} ends {format_estimate(ends, percent=True)} of {ends['n']}" if ends else ""
+    eos = f", {' or '.join(example['eos'])} ends {format_estimate(ends, percent=True)} of {ends.n}" if ends else ""
     between = {"reward": "the reply, scored at its last token", "ppo": "what is sampled"}.get(
         recipe, "what is trained"
     )
@@ -114,15 +115,15 @@ def _memory(memory: dict) -> list[str]:
     return lines
 
 
-def _step(seen: dict) -> list[str]:
-    took, steps = seen["step"], seen["settings"]["steps"]
+def _step(seen: JobReport) -> list[str]:
+    took, steps = seen.step, seen.settings["steps"]
     pace = f"{took['seconds']:.1f} s each, {steps} steps: about {_duration(_eta(seen))} of training"
     return _paragraph("steps", [pace, f"peak seen {took['peak_gib']:.2f} GiB"])
 
 
-def _eta(seen: dict) -> float | None:
-    took = seen["step"] or {}
-    return took["seconds"] * seen["settings"]["steps"] if "seconds" in took else None
+def _eta(seen: JobReport) -> float | None:
+    took = seen.step or {}
+    return took["seconds"] * seen.settings["steps"] if "seconds" in took else None
 
 
 def _duration(seconds: float) -> str:

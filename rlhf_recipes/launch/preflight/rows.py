@@ -50,7 +50,7 @@ def examine(splits: Splits, sizes: list[int]) -> dict[str, Any]:
     return found
 
 
-def length_correlation(chosen: list[str], rejected: list[str], prompts: list[str]) -> dict:
+def length_correlation(chosen: list[str], rejected: list[str], prompts: list[str]) -> stats.Estimate:
     """Pearson's correlation of being the chosen reply (1 or 0) with the logarithm of its characters, over all replies.
 
     Both labels are as frequent, so r = mean(l_chosen - l_rejected) / (2 s), with s the deviation of all l; the
