@@ -99,7 +99,7 @@ def test_a_shown_command_composes(compose, command):
         "python recipes/dpo.py trainer.betaa=1",
         "python recipes/dpo.py data=local",
         "python recipes/dpo.py trainer.beta=0.1,0.2",
-        "python recipes/kto.py",
+        "python recipes/ipo.py",
         "rlhf-dpo data.seed=x",
         "python recipes/dpo.py outputs/sft/main",
     ],

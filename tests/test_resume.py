@@ -28,6 +28,7 @@ CASES = {
     "reward": ("reward", ("lora.lora_dropout=0.1", "trainer.disable_dropout=false")),
     "dpo": ("dpo", ("trainer.max_steps=14", "trainer.lr_scheduler_type=constant")),  # ends inside an epoch
     "chained_dpo": ("dpo", ("model.adapter=parent",)),
+    "kto": ("kto", ("model.adapter=parent",)),
     # Steps 3 and 9, whose checkpoints are continued, lie inside a rollout.
     "ppo": (
         "ppo",
@@ -65,7 +66,7 @@ def launch(clean_env, tmp_path_factory):
     """launch(recipe, overrides, cwd, kill=None): the command in a process of its own, forked from one that has
     imported everything and computed nothing: a fresh process without ten seconds of imports."""
     server = multiprocessing.get_context("forkserver")
-    trainers = [f"trl.trainer.{recipe}_trainer" for recipe in ("sft", "dpo", "reward")]
+    trainers = [f"trl.trainer.{recipe}_trainer" for recipe in ("sft", "dpo", "kto", "reward")]
     server.set_forkserver_preload(["rlhf_recipes.models", "peft", "bitsandbytes", "matplotlib.pyplot", *trainers])
     logs = tmp_path_factory.mktemp("logs")
     with pytest.MonkeyPatch.context() as patch:

@@ -99,17 +99,17 @@ class Row:
             raise self.wrong(key, "must be a probability from 0 to 1", value)
         return float(value)
 
-    def verdict(self, key: str) -> bool | None:
+    def good(self, key: str) -> bool | None:
         """Whether an answer is labelled good: true or 1, or a word for it; None where the label is null or blank."""
         value = self.value(key)
-        word = " ".join(str("" if value is None else value).lower().replace("_", " ").replace("-", " ").split())
-        if word in GOOD or (isinstance(value, float) and value == 1):
-            return True
-        if word in BAD or (isinstance(value, float) and value == 0):
-            return False
-        if word:
+        if value is None or (isinstance(value, str) and not value.strip()):
+            return None
+        if isinstance(value, bool | int | float) and value in (0, 1):
+            return bool(value)
+        word = " ".join(value.lower().replace("_", " ").split()) if isinstance(value, str) else ""
+        if word not in (*GOOD, *BAD):
             raise self.wrong(key, "must be true or false (or 1 or 0, thumbs up or thumbs down)", value)
-        return None
+        return word in GOOD
 
     def items(self, key: str) -> list:
         """A list, or one written as JSON, which is how CSV holds it."""
@@ -254,7 +254,7 @@ def _from_sides(row: Row, sides: tuple[str, ...]) -> Candidate:
 
 
 def _from_label(row: Row, sides: tuple[str, ...]) -> Candidate:
-    label = row.verdict("label")
+    label = row.good("label")
     if label is None:
         return "unlabelled"
     found = _from_sides(row, ("completion",))

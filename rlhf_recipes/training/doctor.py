@@ -135,7 +135,7 @@ def above(estimate: dict | None, limit: float | None) -> bool:
 
 
 def decides(estimate: dict | None) -> bool:
-    return bool(estimate) and estimate["clusters"] >= MIN_PROMPTS
+    return bool(estimate) and estimate["low"] is not None and estimate["clusters"] >= MIN_PROMPTS
 
 
 def width(estimate: dict) -> float:
@@ -240,13 +240,14 @@ def likelihood_displacement(record: Record) -> Finding | None:
     """
     if not record.method.preferences or record.recipe == "reward":
         return None
-    held_out, margin = record.after.get("chosen_logp_change_per_token"), record.after.get("reward_margin")
+    held_out = record.after.get("chosen_logp_change_per_token")
     other = record.method.against_displacement.format(half_beta=record.args.beta / 2)
     change = f"{_lower_rate(record)}, or {other}"
     means = "probability moves to replies that are in neither column"
     if below(held_out, -DISPLACED):
         level = BROKEN if below(held_out, -DISPLACED_FAR) else WATCH
-        grew = "grew" if margin["value"] > record.before["reward_margin"]["value"] else "did not grow"
+        before, after = (metrics["reward_margin"]["value"] for metrics in (record.before, record.after))
+        grew = "grew" if None not in (before, after) and after > before else "did not grow"
         saw = f"held-out chosen replies changed by {_nats(held_out)} a token while the margin {grew}"
         return Finding(level, saw, means, change)
     found = ends(displacements(record))
@@ -464,7 +465,7 @@ def too_little_data(record: Record) -> Finding | None:
     if gain and record.recipe == "reward":
         accuracy = record.after["preference_accuracy"]
         gain = {**accuracy, **{key: accuracy[key] and accuracy[key] - 0.5 for key in ("value", "low", "high")}}
-    if not gain or above(gain, 0.0) or below(gain, 0.0):
+    if not gain or gain["value"] is None or above(gain, 0.0) or below(gain, 0.0):
         return None
     unit, scale = ("", 1) if record.recipe == "ppo" else (" points", 100)
     means = f"{gain['n']} rows cannot show an effect below {scale * width(gain) / 2:.2g}{unit}"
