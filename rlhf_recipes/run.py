@@ -237,7 +237,12 @@ def _computed(config: dict) -> dict:
     """The config without what says nothing about the result: unless it is strict, the doctor only reads."""
     watched = () if config.get("doctor") == "strict" else ("doctor",)
     published = ("publish", "repo_id") if "publish" in config else ()
-    return {key: value for key, value in config.items() if key not in (*_NOT_COMPUTED, *watched, *published)}
+    kept = {key: value for key, value in config.items() if key not in (*_NOT_COMPUTED, *watched, *published)}
+    columns = (kept.get("data") or {}).get("columns") or {}
+    if columns.get("label") == "label":  # runs from before this key compute the same
+        columns = {key: value for key, value in columns.items() if key != "label"}
+        kept["data"] = {**kept["data"], "columns": columns}
+    return kept
 
 
 def versions() -> dict[str, str]:

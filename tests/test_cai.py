@@ -207,7 +207,7 @@ def pairs(tmp_path_factory, compose):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["sft", "reward", "dpo", "orpo", "simpo"])
+@pytest.mark.parametrize("recipe", ["sft", "reward", "dpo", "orpo", "simpo", "kto"])
 def test_later_recipes_train_on_the_pairs(train, pairs, tmp_path, recipe):
     trained = train(recipe, tmp_path / recipe, "data=cai_pairs", f"data.path={pairs}", "data.train_size=8")
     assert (trained.result["counts"]["train"], trained.result["counts"]["test"]) == (8, 4)

@@ -12,9 +12,10 @@ from omegaconf import OmegaConf
 from rlhf_recipes import config
 from rlhf_recipes.launch import keys, pipeline
 from rlhf_recipes.launch.refusals import PARTS
+from rlhf_recipes.methods import METHODS
 
 CONF = ROOT / "conf"
-TRAINING = ("sft", "reward", "ppo", "dpo", "orpo", "simpo")
+TRAINING = tuple(METHODS)
 RECIPES = (*TRAINING, "cai", "evaluate", "audit", "publish", "pipeline")
 GROUPS = {
     folder.name: sorted(file.stem for file in folder.glob("*.yaml") if file.stem not in PARTS)

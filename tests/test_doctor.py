@@ -11,6 +11,7 @@ import yaml
 
 from rlhf_recipes import config
 from rlhf_recipes.launch import keys as launch_keys
+from rlhf_recipes.methods import METHODS
 from rlhf_recipes.stats import Estimate
 from rlhf_recipes.training import doctor
 
@@ -64,6 +65,14 @@ HELD_OUT = {
     "rejected_logp_change_per_token": (0.0, -0.2),
     "baseline_shorter_wins": (0.4, 0.4),
 }
+OF_LABELS = {
+    "auroc": (0.5, 0.8),
+    "auroc_change": (0.0, 0.3),
+    "reward_margin": (0.0, 2.0),
+    "chosen_logp_change_per_token": (0.0, -0.02),
+    "rejected_logp_change_per_token": (0.0, -0.2),
+    "baseline_length": (0.4, 0.4),
+}
 OF_ANSWERS = {
     "reward": (0.2, 0.5),
     "reward_change": (0.0, 0.3),
@@ -75,7 +84,7 @@ OF_ANSWERS = {
 
 def record(recipe="dpo", log=None, args=None, facts=None, stopped=None, held_out=True, half=0.05, **changed):
     """A healthy run, and what `changed` says of its held-out metrics: name=(before, after), or after=estimate."""
-    of_recipe = {"ppo": OF_ANSWERS, "sft": {"perplexity": (50.0, 20.0)}}.get(recipe, HELD_OUT)
+    of_recipe = {"ppo": OF_ANSWERS, "kto": OF_LABELS, "sft": {"perplexity": (50.0, 20.0)}}.get(recipe, HELD_OUT)
     both = {**of_recipe, **changed} if held_out else {}
     healthy = {
         "dpo": {"rewards/chosen": lambda t: 0.2 * t, "rewards/margins": lambda t: t, "entropy": 3.0,
@@ -85,6 +94,7 @@ def record(recipe="dpo", log=None, args=None, facts=None, stopped=None, held_out
                 "completions/distinct_2": 0.95},
         "reward": {"accuracy": lambda t: 0.5 + 0.4 * t, "margin": lambda t: t},
         "sft": {"entropy": lambda t: 3 - 2.5 * t},
+        "kto": {"rewards/chosen": lambda t: 0.2 * t, "rewards/margins": lambda t: t, "kl": 0.1, "entropy": 3.0},
     }.get(recipe, {"logps/chosen": -2.0, "rewards/margins": lambda t: t, "rewards/accuracies": 0.8})  # fmt: skip
     log = rows(**{**healthy, **(log or {})}) if not isinstance(log, list) else log
     sides = [{key: pair[side] if isinstance(pair[side], Estimate) else estimate(pair[side], half if side else 0.0)
@@ -93,7 +103,7 @@ def record(recipe="dpo", log=None, args=None, facts=None, stopped=None, held_out
     return doctor.Record(recipe, log, args or arguments(), STEPS, facts, *sides, stopped)
 
 
-@pytest.mark.parametrize("recipe", ["dpo", "orpo", "simpo", "reward", "ppo", "sft"])
+@pytest.mark.parametrize("recipe", METHODS)
 @pytest.mark.parametrize("held_out", [True, False])
 def test_a_good_run_is_healthy(recipe, held_out):
     assert doctor.examine(record(recipe, held_out=held_out)) == {"verdict": "healthy", "findings": []}
@@ -102,6 +112,15 @@ def test_a_good_run_is_healthy(recipe, held_out):
 def drop(at):
     """Rewards of DPO whose chosen replies lose `at` nats a token, by the end: beta 0.1, 40 tokens."""
     return {"rewards/chosen": lambda t: -0.1 * 40 * at * min(1.0, 1.5 * t), "rewards/margins": lambda t: t}
+
+
+def still(recipe):
+    return record(recipe, log={"rewards/margins": 0.0})
+
+
+def gone(row):
+    """Without what TRL leaves out where no micro-batch had both labels."""
+    return {key: value for key, value in row.items() if key not in ("rewards/chosen", "rewards/margins")}
 
 
 STOPPED_KL = "KL 31.0 nats, over 5 times kl_target=6 at step 12"
@@ -220,6 +239,26 @@ CASES = {
         "reward_saturation", "watch", record("reward", log={"margin": lambda t: 30 * t}),
         [record("reward", log={"margin": lambda t: 7 * t}),
          record("simpo", log={"rewards/margins": lambda t: 8.5 * t})],  # gamma is 1
+    ),
+    "margins without end, of good and bad answers": (
+        "reward_saturation", "watch", record("kto", log={"rewards/margins": lambda t: 30 * t}),
+        [record("kto", log={"rewards/margins": lambda t: 14 * t})],
+    ),
+    "answers labelled the other way round": (
+        "reward_against_preference", "broken", record("kto", auroc_change=(0.0, -0.2)),
+        [record("kto", auroc_change=(0.0, -0.04))],
+    ),
+    "few labelled answers": (
+        "too_little_data", "watch", record("kto", auroc_change=(0.0, 0.04)), [record("kto")],
+    ),
+    "good answers that lose likelihood": (
+        "likelihood_displacement", "watch", record("kto", log=drop(0.3), held_out=False),
+        [record("kto", log=drop(0.14), held_out=False)],
+    ),
+    "a policy that is its own reference, in windows of one label": (
+        "wrong_reference", "broken",
+        record("kto", log=[gone(row) if row["step"] % 3 else row for row in still("kto").rows]),
+        [record("kto", log=[gone(row) for row in record("kto").rows])],
     ),
     "rewards all alike": (
         "reward_saturation", "broken", record("ppo", log={"reward_std": 0.0}),
@@ -387,7 +426,7 @@ def test_nobody_is_asked(train, tmp_path, capsys):
     assert all("dead_gradients" not in row for row in done.log)
 
 
-@pytest.mark.parametrize("recipe", ["dpo", "simpo", "orpo", "sft"])
+@pytest.mark.parametrize("recipe", ["dpo", "simpo", "orpo", "kto", "sft"])
 def test_replies_that_are_cut_off_are_seen(train, tmp_path, recipe):
     keys = ("completion",) if recipe == "sft" else ("chosen", "rejected")
     data = [{"prompt": f"question {i}", **{key: f"{key} " * (99 + i) for key in keys}} for i in range(16)]
@@ -520,7 +559,7 @@ def test_length_bias_is_the_difference_of_two_accuracies():
 def test_page_draws_every_recipe(tmp_path):
     from rlhf_recipes.training import doctor_plot
 
-    whole = [record(recipe) for recipe in ("dpo", "orpo", "ppo", "sft")]
+    whole = [record(recipe) for recipe in ("dpo", "orpo", "ppo", "sft", "kto")]
     for number, seen in enumerate([*whole, record("reward", log=[]), record("simpo", held_out=False)]):
         path = tmp_path / f"{number}.png"
         doctor_plot.plot(seen, doctor.examine(seen)["findings"], path, "run $x_1$ <b>")
@@ -534,6 +573,19 @@ def test_every_rule_is_drawn():
     assert drawn == {rule.__name__ for rule in doctor.RULES}
 
 
+def test_labels_of_one_kind_are_no_error():
+    """Held-out answers that are all good rank nothing: their figures have no value."""
+    from rlhf_recipes.training.metrics import label_metrics
+
+    rows = [{"prompt_id": f"p{n}", "completion": [{"content": "yes"}], "label": True, "pair": None} for n in range(30)]
+    before = label_metrics(rows, [(-5.0, 4)] * 30, [(-5.0, 4)] * 30)
+    after = label_metrics(rows, [(-9.0 - n % 2, 4) for n in range(30)], [(-5.0, 4)] * 30)
+    seen = record("kto", held_out=False)
+    seen.before, seen.after = before, after
+    assert after["auroc"]["value"] is None
+    assert [finding["rule"] for finding in doctor.examine(seen)["findings"]] == ["likelihood_displacement"]
+
+
 def test_it_is_on_by_default():
-    for recipe in ("sft", "reward", "ppo", "dpo", "orpo", "simpo"):
+    for recipe in METHODS:
         assert yaml.safe_load((config.CONF / f"{recipe}.yaml").read_text())["doctor"] == "warn"

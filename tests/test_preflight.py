@@ -133,7 +133,7 @@ def test_a_backbone_counts_what_a_loaded_model_has(recipe, quantization, compose
     assert found.lora == trained
 
 
-@pytest.mark.parametrize("recipe", ["reward", "dpo", "simpo"])
+@pytest.mark.parametrize("recipe", ["reward", "dpo", "simpo", "kto"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_step_allocates_what_is_predicted(recipe, checkpointing, train, tmp_path, monkeypatch):
     """The live bytes of a step, counted by torch's profiler, against the roles that come and go."""
@@ -173,7 +173,9 @@ def test_a_step_allocates_what_is_predicted(recipe, checkpointing, train, tmp_pa
     trained = train(recipe, tmp_path / "run", *settings)
     base = predict_memory.backbone(trained.cfg, recipe)
     longest = trained.result["counts"]["tokens"]["max"]
-    parts = predict_memory._step(base, predict_memory.Batch(4, longest), "cpu", recipe, trained.trainer.args)
+    parts = predict_memory._step(
+        base, predict_memory.Batch(2 if recipe == "kto" else 4, longest), "cpu", recipe, trained.trainer.args
+    )
     assert sum(parts.values()) == pytest.approx(count.peak, rel=0.2)
 
 

@@ -12,9 +12,11 @@ import yaml
 from conftest import ROOT, TINY_ID
 from safetensors.torch import load_file, save_file
 
+from rlhf_recipes.methods import METHODS
+
 # A chained run must not ask the hub about its base whenever it saves.
 pytestmark = pytest.mark.filterwarnings("error:Unable to fetch remote file")
-RECIPES = ("sft", "reward", "dpo", "orpo", "simpo")
+RECIPES = tuple(name for name in METHODS if name != "ppo")
 # Far above what anyone would train with, so that two steps show in bfloat16.
 STRONG = ("trainer.learning_rate=0.01", "trainer.warmup_steps=0")
 PAIRS = [
@@ -135,7 +137,7 @@ def test_run_folder(trained):
     }  # fmt: skip
     assert (result["status"], result["base_model"], result["steps"], result["seed"]) == ("finished", TINY_ID, 2, 42)
     assert result["parent"] is None and result["resumed_from"] is None
-    main = "perplexity" if recipe == "sft" else "preference_accuracy"
+    main = METHODS[recipe].main
     assert result["main"]["name"] == main
     assert result["main"]["after"] == result["metrics"][main] and result["main"]["before"] == result["before"][main]
     for estimate in [*result["metrics"].values(), *result["before"].values()]:
@@ -176,7 +178,7 @@ def test_reload_reproduces_the_scores(trained):
 
     recipe = trained.result["recipe"]
     tokenizer = models.load_tokenizer(trained.cfg.model)
-    rows = held_out(trained.cfg, tokenizer) if recipe != "sft" else PAIRS
+    rows = held_out(trained.cfg, tokenizer) if METHODS[recipe].rows == "pairs" else PAIRS
     in_training = measured(trained.trainer.model, tokenizer, recipe, rows)
     loaded = PeftModel.from_pretrained(load_base(trained.cfg, recipe), trained.dir / "adapter")
     again = measured(loaded, tokenizer, recipe, rows)

@@ -25,6 +25,7 @@ CASES = {
     "reward": ("reward", ("lora.lora_dropout=0.1", "trainer.disable_dropout=false")),
     "dpo": ("dpo", ("trainer.max_steps=14", "trainer.lr_scheduler_type=constant")),  # ends inside an epoch
     "chained_dpo": ("dpo", ("model.adapter=parent",)),
+    "kto": ("kto", ("model.adapter=parent",)),
     # Steps 3 and 9, whose checkpoints are continued, lie inside a rollout.
     "ppo": (
         "ppo",

@@ -6,12 +6,15 @@ import pytest
 import torch
 from conftest import TINY_ID
 
+from rlhf_recipes.methods import METHODS
+
 TRAINERS = {
     "sft": "trl.SFTTrainer",
     "reward": "trl.RewardTrainer",
     "dpo": "trl.DPOTrainer",
     "orpo": "trl.experimental.orpo.ORPOTrainer",
     "simpo": "trl.experimental.cpo.CPOTrainer",
+    "kto": "trl.KTOTrainer",
 }
 # What conf/trainer/<recipe>.yaml says, written out by hand.
 ARGUMENTS = {
@@ -23,6 +26,7 @@ ARGUMENTS = {
         "trl.experimental.cpo.CPOConfig",
         {"learning_rate": 5e-6, "loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.0, "simpo_gamma": 1.0},
     ),
+    "kto": ("trl.KTOConfig", {"learning_rate": 1e-5, "beta": 0.1}),
 }
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="bitsandbytes repacks 4-bit weights on a CPU only")
 
@@ -44,7 +48,8 @@ def by_hand(recipe, quantization, tiny_model, cfg, folder):
     )
 
     from rlhf_recipes.data.fit import fit
-    from rlhf_recipes.data.load import load_demonstrations, load_pairs
+    from rlhf_recipes.data.labelled import micro_batches
+    from rlhf_recipes.data.load import LOADERS
 
     config, own = ARGUMENTS[recipe]
     cpu = not torch.cuda.is_available()
@@ -86,8 +91,10 @@ def by_hand(recipe, quantization, tiny_model, cfg, folder):
     model.config.pad_token_id = tokenizer.pad_token_id
     if recipe == "reward":
         model.score.float()
-    rows = load_demonstrations(cfg.data) if recipe == "sft" else load_pairs(cfg.data)
-    train_dataset, _ = fit(rows, tokenizer, 1024).to_datasets()
+    rows = fit(LOADERS[METHODS[recipe].rows](cfg.data), tokenizer, 1024)
+    if recipe == "kto":
+        rows = micro_batches(rows, tokenizer, args)
+    train_dataset, _ = rows.to_datasets()
     trainer = imported(TRAINERS[recipe])(
         model=model,
         args=args,
@@ -124,7 +131,7 @@ def test_parity_with_trl(train, tiny_model, tmp_path, recipe, quantization):
     ours = train(recipe, tmp_path / "ours", f"quantization={quantization}")
     theirs = by_hand(recipe, quantization, tiny_model, ours.cfg, tmp_path / "theirs")
     rounded = {p.dtype for p in theirs.model.parameters() if p.requires_grad} == {torch.bfloat16}
-    assert rounded == (quantization == "nf4" and recipe in ("sft", "reward", "dpo"))
+    assert rounded == (quantization == "nf4" and recipe in ("sft", "reward", "dpo", "kto"))
     first, reference = ours.log[0], theirs.state.log_history[0]
     print(recipe, quantization, {key: first[key] / reference[key] - 1 for key in ("loss", "grad_norm")})
     assert first["step"] == reference["step"] == 1
@@ -134,7 +141,7 @@ def test_parity_with_trl(train, tiny_model, tmp_path, recipe, quantization):
     assert second["loss"] == pytest.approx(reference["loss"], rel=1e-3 if rounded else 0, abs=0)
 
 
-@pytest.mark.parametrize("recipe", ("sft", "reward", "dpo"))
+@pytest.mark.parametrize("recipe", ("sft", "reward", "dpo", "kto"))
 def test_parity_is_exact_without_our_float32(train, tiny_model, tmp_path, monkeypatch, recipe):
     """The float32 adapter is the only thing that a recipe adds: without it the norm is TRL's to the last bit too."""
     from rlhf_recipes import models

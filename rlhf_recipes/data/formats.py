@@ -18,10 +18,11 @@ from typing import Any
 from rlhf_recipes.errors import Refusal
 
 PREFERENCES = ("pairs", "hh_rlhf", "ratings", "rankings")
-FORMATS = (*PREFERENCES, "messages")
+FORMATS = (*PREFERENCES, "labelled", "messages")
 REQUIRED = {
     "pairs": (),  # the sides, and a prompt unless these are whole conversations
     "hh_rlhf": (),
+    "labelled": ("completion", "label"),  # likewise
     "messages": ("messages",),
     "ratings": ("prompt", "responses", "scores"),
     "rankings": ("prompt", "responses", "ranks"),
@@ -31,6 +32,7 @@ COLUMNS = (
     "chosen",
     "rejected",
     "completion",
+    "label",
     "messages",
     "responses",
     "scores",
@@ -41,6 +43,9 @@ COLUMNS = (
 )
 OPTIONAL_COLUMNS = ("prompt", "completion", "family", "split", "p")
 ROLES = ("system", "user", "assistant")
+SIDES = ("chosen", "rejected", "completion")
+GOOD = ("true", "1", "yes", "up", "thumbs up", "👍", "good", "accepted", "desirable")
+BAD = ("false", "0", "no", "down", "thumbs down", "👎", "bad", "rejected", "undesirable")
 PROMPT_TURNS = re.compile("s?(ua)*u")  # roles by their first letter
 TRANSCRIPT_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 
@@ -93,6 +98,18 @@ class Row:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
             raise self.wrong(key, "must be a probability from 0 to 1", value)
         return float(value)
+
+    def good(self, key: str) -> bool | None:
+        """Whether an answer is labelled good: true or 1, or a word for it; None where the label is null or blank."""
+        value = self.value(key)
+        if value is None or (isinstance(value, str) and not value.strip()):
+            return None
+        if isinstance(value, bool | int | float) and value in (0, 1):
+            return bool(value)
+        word = " ".join(value.lower().replace("_", " ").split()) if isinstance(value, str) else ""
+        if word not in (*GOOD, *BAD):
+            raise self.wrong(key, "must be true or false (or 1 or 0, thumbs up or thumbs down)", value)
+        return word in GOOD
 
     def items(self, key: str) -> list:
         """A list, or one written as JSON, which is how CSV holds it."""
@@ -152,8 +169,8 @@ def check_columns(row: Row, shape: str, sides: tuple[str, ...]) -> None:
             return
         sides = ("completion",)
     needed = list(REQUIRED[shape])
-    if shape in ("pairs", "hh_rlhf"):
-        needed += _side_columns(row, sides, shape)
+    if shape in ("pairs", "hh_rlhf", "labelled"):
+        needed += _side_columns(row, sides, shape) if shape != "labelled" else []
         whole = shape == "hh_rlhf" or (row.has(needed[0]) and isinstance(row.value(needed[0]), list))
         needed = needed if whole else ["prompt", *needed]
     needed += [key for key in OPTIONAL_COLUMNS if row.columns[key] not in (key, None)]
@@ -180,10 +197,11 @@ def candidates(row: Row, shape: str, reduce: str, sides: tuple[str, ...]) -> Ite
         row: the row.
         shape: `data.format`.
         reduce: `data.reduce`, for ratings and rankings.
-        sides: the answers an example has: (chosen, rejected), (completion,) or none.
+        sides: the answers an example has: (chosen, rejected), (completion,) or none; from labelled rows (completion,)
+            takes the good ones, and anything else both kinds, with their `label`.
     """
     found = _from_shape(row, shape, reduce, sides)
-    yield from ((_fault(each, sides) or each) if isinstance(each, dict) else each for each in found)
+    yield from ((_fault(each) or each) if isinstance(each, dict) else each for each in found)
 
 
 def _from_shape(row: Row, shape: str, reduce: str, sides: tuple[str, ...]) -> list[Candidate]:
@@ -198,6 +216,8 @@ def _from_shape(row: Row, shape: str, reduce: str, sides: tuple[str, ...]) -> li
             return [_from_sides(row, sides)]
         case "hh_rlhf":
             return [_from_transcripts(row, sides)]
+        case "labelled":
+            return [_from_label(row, sides)]
         case "messages":
             return [_from_conversation(row)]
         case "ratings":
@@ -231,6 +251,16 @@ def _from_sides(row: Row, sides: tuple[str, ...]) -> Candidate:
         "prompt": contexts[0],
         **{side: turns[-1:] for side, turns in zip(sides, conversations, strict=True)},
     }
+
+
+def _from_label(row: Row, sides: tuple[str, ...]) -> Candidate:
+    label = row.good("label")
+    if label is None:
+        return "unlabelled"
+    found = _from_sides(row, ("completion",))
+    if sides != ("completion",):
+        return found if isinstance(found, str) else {**found, "label": label}
+    return found if label else "labelled_bad"  # no demonstration
 
 
 def _agrees(prompt: Messages, context: Messages) -> bool:
@@ -301,16 +331,16 @@ def _from_scores(row: Row, key: str, reduce: str, sides: tuple[str, ...]) -> lis
     ]
 
 
-def _fault(example: dict[str, Any], sides: tuple[str, ...]) -> str | None:
+def _fault(example: dict[str, Any]) -> str | None:
     """Why an example cannot be trained on, or None."""
-    answers = [example[side][0] for side in sides]
+    answers = [example[side][0] for side in SIDES if side in example]
     said = [turn["content"] for turn in [*example["prompt"], *answers] if turn["role"] != "system"]
     if not all(text.strip() for text in said):
         return "empty"
     roles = "".join(turn["role"][0] for turn in example["prompt"])
     if not PROMPT_TURNS.fullmatch(roles) or any(turn["role"] != "assistant" for turn in answers):
         return "roles"
-    if len({turn["content"].strip() for turn in answers}) < len(sides):
+    if len({turn["content"].strip() for turn in answers}) < len(answers):
         return "identical"
     return None
 

@@ -16,16 +16,20 @@ What becomes of what is found (`Splits.report` has the counts, with up to three 
 | chosen and rejected that answer different contexts              | dropped: `context_differs`            |
 | chosen that equals rejected after stripping                     | dropped: `identical`                  |
 | two answers with the same score or rank                         | dropped: `tie`                        |
+| an answer without a label                                       | dropped: `unlabelled`                 |
+| an answer labelled bad, where demonstrations are asked for      | dropped: `labelled_bad`               |
 | a token, key or password, of a known shape or the environment's | dropped: `secret`                     |
 | the same example before it in the same split                    | dropped: `duplicate`                  |
 | a train row whose prompt is in test too                         | dropped: `leakage`                    |
 | roles that the chat template refuses (`fit`)                    | dropped: `template`                   |
 | more than `max_length` tokens (`fit`)                           | `data.too_long`: drop, truncate, stop |
 | control tokens typed into a message (`fit`)                     | rewritten, counted: `neutralised`     |
+| no micro-batch of other prompts (`micro_batches`)               | dropped: `unplaced`                   |
 | more rows than `train_size` or `eval_size`                      | left out, counted: `capped`           |
 | a train row drawn again by `bootstrap`                          | kept, counted: `repeated`             |
 
-`candidates` (one a row; more for ratings reduced to all pairs) = all dropped and capped + train - repeated + test.
+`candidates` (one a row; more for ratings reduced to all pairs, two for a pair taken apart into labelled answers) = all
+dropped and capped + train - repeated + test.
 Prompts are held out by the turn that opens them, so that no conversation continues on the other side.
 """
 
@@ -83,9 +87,11 @@ class Splits:
     """Examples to train on and to hold out, in TRL's conversational format.
 
     Attributes:
-        train: pairs (`prompt`, `chosen`, `rejected`), demonstrations (`prompt`, `completion`) or prompts, all lists of
-            messages, each with `family` (str or None) and `prompt_id` (hash of the prompt without case and
-            spacing), pairs with `p` (probability that chosen is better, None where nothing says), in seeded order.
+        train: pairs (`prompt`, `chosen`, `rejected`), demonstrations (`prompt`, `completion`), labelled answers
+            (`prompt`, `completion`, `label`) or prompts, all lists of messages but for the label, each with `family`
+            (str or None) and `prompt_id` (hash of the prompt without case and spacing), pairs with `p` (probability
+            that chosen is better, None where nothing says), labelled answers with `pair` (a number that both halves
+            of a pair have, else None), in seeded order.
         test: likewise; shares no `prompt_id` with `train`.
         report: the counts described at the head of this module; JSON-able.
         source: the Hub id, `clinic`, or the name of the file or folder.
@@ -107,6 +113,7 @@ class Splits:
 
         turns = [{"role": Value("string"), "content": Value("string")}]
         kinds = {"family": Value("string"), "prompt_id": Value("string"), "p": Value("float64")}
+        kinds |= {"label": Value("bool"), "pair": Value("int64")}
         features = Features({key: kinds.get(key, turns) for key in self.train[0]})
         datasets = [Dataset.from_list(rows, features=features) for rows in (self.train, self.test)]
         if all(row.get("p") is None for row in (*self.train, *self.test)):
@@ -131,6 +138,15 @@ def load_pairs(node: DictConfig) -> Splits:
     return _load(node, ("chosen", "rejected"))
 
 
+def load_labelled(node: DictConfig) -> Splits:
+    """Answers labelled good or bad: the columns `completion` and `label`, or both halves of a preference pair.
+
+    Raises:
+        Refusal: on one line, for what the table at the head of this module stops at.
+    """
+    return _load(node, ("chosen", "rejected"), labelled=True)
+
+
 def load_demonstrations(node: DictConfig) -> Splits:
     """Prompts with one good answer each: the column `completion`, else the chosen, best rated or last answer.
 
@@ -149,6 +165,15 @@ def load_prompts(node: DictConfig) -> Splits:
     return _load(node, ())
 
 
+# By what a method's rows are (`methods.Method.rows`).
+LOADERS = {
+    "pairs": load_pairs,
+    "labelled answers": load_labelled,
+    "demonstrations": load_demonstrations,
+    "prompts": load_prompts,
+}
+
+
 def check(node: DictConfig) -> None:
     """Refuse a data node with an unknown key or a value of a wrong type; nothing is read.
 
@@ -158,14 +183,15 @@ def check(node: DictConfig) -> None:
     _settings(node)
 
 
-def _load(node: DictConfig, sides: tuple[str, ...]) -> Splits:
+def _load(node: DictConfig, sides: tuple[str, ...], labelled: bool = False) -> Splits:
     data = _settings(node)
-    if data["format"] == "messages" and "rejected" in sides:
-        raise Refusal(f"data.format=messages: holds no preferences. Choose one of {', '.join(formats.PREFERENCES)}.")
+    taken = (*formats.PREFERENCES, "labelled") if labelled else formats.PREFERENCES
+    if data["format"] not in taken and "rejected" in sides:
+        raise Refusal(f"data.format={data['format']}: holds no preferences. Choose one of {', '.join(taken)}.")
     tally = _Tally()
     train_rows, test_rows = _sources(data, sides)
-    test = None if test_rows is None else _places(test_rows, data, sides, tally)
-    train = _places(train_rows, data, sides, tally)
+    test = None if test_rows is None else _places(test_rows, data, sides, labelled, tally)
+    train = _places(train_rows, data, sides, labelled, tally)
     train, test, how = _split(train, test, data)
     train, test = _unique(train, tally), _unique(test, tally)
     train = _without_leakage(train, test, tally)
@@ -288,7 +314,9 @@ class _Tally:
             places.append(Path(where).name)
 
 
-def _places(rows: Iterator, data: dict[str, Any], sides: tuple[str, ...], tally: _Tally) -> list[_Place]:
+def _places(
+    rows: Iterator, data: dict[str, Any], sides: tuple[str, ...], labelled: bool, tally: _Tally
+) -> list[_Place]:
     """Every example that the rows give; what they do not give goes into the tally."""
     places, held = [], secrets.in_environment()
     for index, (where, values) in enumerate(rows):
@@ -305,14 +333,26 @@ def _places(rows: Iterator, data: dict[str, Any], sides: tuple[str, ...], tally:
                 tally.drop("secret", where)  # a model would learn it, and samples and pages would show it
             else:
                 labels = {"family": family, "prompt_id": formats.prompt_id(candidate["prompt"])}
-                if "rejected" in sides:
+                if "rejected" in sides and not labelled:
                     labels["p"] = row.probability("p")
-                places.append(_Place(where, {**candidate, **labels}, split))
+                examples = _halves(candidate, tally.candidates) if labelled else [candidate]
+                tally.candidates += len(examples) - 1
+                places += [_Place(where, {**example, **labels}, split) for example in examples]
     return places
 
 
+def _halves(candidate: Example, number: int) -> list[Example]:
+    """The labelled answers of a pair, which carry its number; of an answer that has a label already, itself."""
+    if "label" in candidate:
+        return [{**candidate, "pair": None}]
+    return [
+        {"prompt": candidate["prompt"], "completion": candidate[side], "label": side == "chosen", "pair": number}
+        for side in ("chosen", "rejected")
+    ]
+
+
 def _texts(example: Example) -> list[str]:
-    return [turn["content"] for turns in example.values() for turn in turns]
+    return [turn["content"] for turns in example.values() if isinstance(turns, list) for turn in turns]
 
 
 def _split(train: list[_Place], test: list[_Place] | None, data: dict[str, Any]):
@@ -366,7 +406,7 @@ def _split_by_column(places: list[_Place], data: dict[str, Any]) -> tuple[list[_
 def _unique(places: list[_Place], tally: _Tally) -> list[_Place]:
     seen, kept = set(), []
     for place in places:
-        identity = repr([turns for turns in place.example.values() if isinstance(turns, list)])
+        identity = repr([said for said in place.example.values() if isinstance(said, list | bool)])
         if identity in seen:
             tally.drop("duplicate", place.where)
         else:
@@ -384,8 +424,12 @@ def _without_leakage(train: list[_Place], test: list[_Place], tally: _Tally) -> 
 
 
 def _shuffled(places: list[_Place], seed: int) -> list[_Place]:
-    """In seeded order: a smaller cap takes a subset of a larger one."""
-    return random.Random(seed).sample(places, len(places))
+    """In seeded order, both halves of a pair together: a smaller cap takes a subset of a larger one."""
+    together: dict[int, list[_Place]] = {}
+    for number, place in enumerate(places):
+        together.setdefault(place.example.get("pair") or -1 - number, []).append(place)
+    drawn = random.Random(seed).sample(list(together.values()), len(together))
+    return [place for group in drawn for place in group]
 
 
 def shorter_wins(rows: list[Example]) -> list[float]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from rlhf_recipes import ensemble, models, references
+from rlhf_recipes import ensemble, methods, models, references
 from rlhf_recipes import inference as m
 from rlhf_recipes.adapters import BASE, Policies, RewardModels, System
 from rlhf_recipes.data.fit import fit
@@ -22,8 +22,6 @@ from rlhf_recipes.evaluation.measurements import Measurements
 from rlhf_recipes.references import ModelRef, adapter_sha256, folder_of
 
 NEUTRAL = Path(__file__).parents[1] / "assets" / "neutral.txt"
-# The reward that each method trains; the others are measured by the log-ratio to what they started from.
-METHOD_REWARD = {"orpo": "average_logp", "simpo": "average_logp"}
 
 
 def find(runs: list[str], parent: str, base_model: str, steps_of: str | None = None) -> list[System]:
@@ -313,9 +311,8 @@ def _answer(i: int, row: dict, harmful: list[str], answers: dict) -> dict:
 
 
 def _info(system: System) -> dict[str, Any]:
-    reward = METHOD_REWARD.get(system.recipe or "", "log_ratio")
     return {
         "recipe": system.recipe,
         "path": system.adapter and str(folder_of(system.adapter)),
-        "method_reward": reward,
+        "method_reward": methods.of(system.recipe).reward,
     } | ({} if system.step is None else {"step": system.step})

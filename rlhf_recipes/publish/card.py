@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from rlhf_recipes import methods
 from rlhf_recipes.cai import report
 from rlhf_recipes.config import CONF, flatten
 from rlhf_recipes.data.readers import is_hub_id
@@ -21,7 +22,7 @@ from rlhf_recipes.publish.contents import PAGE, Source, targets
 from rlhf_recipes.publish.upload import MARK
 from rlhf_recipes.stats import Estimate, format_estimate
 from rlhf_recipes.text import code, line, markdown
-from rlhf_recipes.training.card import PAPERS, chain, examined, measured, recipe_of, without_folder
+from rlhf_recipes.training.card import chain, examined, measured, recipe_of, without_folder
 
 PROVEN = "Proven by a round trip"
 
@@ -65,11 +66,10 @@ def _model_card(source: Source, facts: Facts, proof: dict | str | None) -> str:
     from huggingface_hub import ModelCard
 
     result, base = source.result, facts.base
-    method, paper = PAPERS[source.recipe]
     what = "Merged weights" if facts.merged else "LoRA adapter"
     parts = [
         f"# {what}: {source.recipe} on {markdown(base['id'])}",
-        f"{method} ([arXiv:{paper}](https://arxiv.org/abs/{paper})), trained with TRL by rlhf-recipes.",
+        f"{methods.of(source.recipe).cited}, trained with TRL by rlhf-recipes.",
         _proof(proof, facts),
         "## Use",
         f"```python\n{snippet(source, facts)}```",

@@ -19,10 +19,11 @@ from omegaconf import OmegaConf
 from rlhf_recipes.cai.dataset import PREFS, SFT
 from rlhf_recipes.config import CONF, flatten
 from rlhf_recipes.errors import Refusal, first_line, nearest
+from rlhf_recipes.methods import METHODS
 from rlhf_recipes.run_folder import read_result, write_atomically
 from rlhf_recipes.stats import Estimate
 from rlhf_recipes.text import line
-from rlhf_recipes.training.card import PAPERS, without_folder
+from rlhf_recipes.training.card import without_folder
 
 WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # Those that transformers writes; a template of several lies in a folder of its own.
@@ -102,8 +103,8 @@ def find(run_folder: str | None, pairs_folder: str | None) -> Source:
         raise Refusal(f"{where}: is a run of {made_by}, not of recipes/cai.py. Use run={folder}.")
     if key == "run" and made_by == "cai":
         raise Refusal(f"{where}: is a data set. Use pairs={folder}.")
-    if key == "run" and made_by not in PAPERS:
-        raise Refusal(f"{where}: is a run of {made_by}, which makes no adapter. Name one of {', '.join(PAPERS)}.")
+    if key == "run" and made_by not in METHODS:
+        raise Refusal(f"{where}: is a run of {made_by}, which makes no adapter. Name one of {', '.join(METHODS)}.")
     if result.get("status") != "finished":
         raise Refusal(f"{where}: its status is {result.get('status')}. Let it finish first.")
     if key == "run":

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PrinterCallback, TrainerCallback
 
-from rlhf_recipes import memory, progress
+from rlhf_recipes import memory, methods, progress
 from rlhf_recipes.run import write_atomically
 from rlhf_recipes.training import doctor
 
@@ -107,19 +107,23 @@ class Doctor(TrainerCallback):
 
     @cached_property
     def facts(self) -> dict:
-        """Of the tokenised training replies: mean length in tokens, and share that ends with EOS within max_length."""
+        """Of the tokenised training replies (labelled ones: the good): mean length in tokens, and share that ends with
+        EOS within max_length."""
         data, limit = self.trainer.train_dataset, getattr(self.trainer.args, "max_length", None)
-        if self.run.recipe in ("reward", "ppo") or not hasattr(data, "select"):
+        key = methods.of(self.run.recipe).replies
+        if not key or not hasattr(data, "select"):
             return {}
         from rlhf_recipes.inference import stop_ids
 
-        # of DPO; of ORPO and SimPO, and of SFT, behind the prompt
-        key = next(k for k in ("chosen_ids", "chosen_input_ids", "input_ids") if k in data.column_names)
         stops, ends, lengths = set(stop_ids(self.trainer.model, self.trainer.processing_class)), [], []
         for row in data.select(range(min(self.ROWS, len(data)))):
-            ids = [*row.get("prompt_ids", []), *row[key]][:limit] if key == "chosen_ids" else row[key][:limit]
+            if not row.get("label", True):
+                continue
+            ids = [*row.get("prompt_ids", []), *row[key]][:limit]
             ends.append(not stops.isdisjoint(ids[-3:]))  # a template may close a turn with a line break
             lengths.append(len(row[key]))
+        if not lengths:
+            return {}
         return {"reply_tokens": sum(lengths) / len(lengths), "ends_with_eos": sum(ends) / len(ends)}
 
     def on_train_begin(self, args, state, control, **kwargs):

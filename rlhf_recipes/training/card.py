@@ -6,18 +6,11 @@ Whatever a config, a result.json or data says goes through `text.markdown` or `t
 import json
 from pathlib import PureWindowsPath  # takes both kinds of slashes
 
+from rlhf_recipes import methods
 from rlhf_recipes.config import flatten
 from rlhf_recipes.stats import format_estimate
 from rlhf_recipes.text import code, line, markdown
 
-PAPERS = {
-    "sft": ("Supervised fine-tuning", "2305.14314"),
-    "reward": ("Bradley-Terry reward model", "2203.02155"),
-    "dpo": ("Direct Preference Optimization", "2305.18290"),
-    "orpo": ("Odds Ratio Preference Optimization", "2403.07691"),
-    "ppo": ("Proximal Policy Optimization", "1707.06347"),
-    "simpo": ("Simple Preference Optimization", "2405.14734"),
-}
 LOAD = {
     "reward": """model = AutoModelForSequenceClassification.from_pretrained({base!r}, num_labels=1)
 reward_model = PeftModel.from_pretrained(model, {adapter!r})""",
@@ -31,7 +24,6 @@ def write(result: dict, config: dict) -> str:
     from huggingface_hub import ModelCard, ModelCardData
 
     recipe, base = result["recipe"], result["base_model"]
-    method, paper = PAPERS[recipe]
     head = ModelCardData(
         base_model=line(base),
         base_model_relation="adapter",
@@ -51,7 +43,7 @@ def write(result: dict, config: dict) -> str:
     device = markdown(result["device"])
     body = f"""# LoRA adapter: {recipe} on {markdown(base)}
 
-{method} ([arXiv:{paper}](https://arxiv.org/abs/{paper})), trained with TRL by rlhf-recipes.
+{methods.of(recipe).cited}, trained with TRL by rlhf-recipes.
 
 ```python
 from peft import PeftModel
@@ -116,7 +108,7 @@ def chain(base: str, result: dict) -> str:
 def recipe_of(run: dict) -> str:
     """The recipe of a run, from its result or a lineage; `adapter` for what is no training of this package."""
     recipe = str(run.get("recipe"))
-    return recipe if recipe in PAPERS else "adapter"
+    return recipe if recipe in methods.METHODS else "adapter"
 
 
 def _digest(run: dict) -> str:

@@ -17,12 +17,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf_recipes import stats, text
+from rlhf_recipes import methods, stats, text
 from rlhf_recipes.stats import Estimate
 
 HEALTHY, WATCH, BROKEN = LEVELS = ("healthy", "watch", "broken")
-POLICIES = ("dpo", "orpo", "simpo")  # policies trained on pairs
-PAIRS = (*POLICIES, "reward")
 
 SIGMAS = 3.0  # standard errors: the log is looked at some 50 times in a run, by a dozen rules
 MIN_ROWS = 4  # of a quarter: fewer have no standard error to speak of
@@ -40,7 +38,6 @@ LENGTH_RULE = 0.75  # share of the pairs that length alone ranks right
 LENGTH_RATIOS = (0.5, 1.5)  # of completions, over the start's: evaluate.py's limits
 KL_WATCH, KL_BROKEN, KL_ROLLOUTS = 2.0, 5.0, 3  # times trainer.kl_target; the trainer's own brake is 5
 COLLAPSING, COLLAPSED = 0.5, 0.2  # of the entropy or of the distinct bigrams at the start
-SATURATED = 7.0  # a reward margin at which the gradient's weight, 1 - sigmoid(margin), is under 0.001
 EQUAL_REWARDS = 0.1  # of the rewards' standard deviation at the start
 FITTED, FITTED_PAIRS = 0.98, 16
 NOISE_ACCURACY, NOISE_PAIRS, NOISE_MOVED, NOISE_WIDENED = 0.65, 48, 0.02, 1.5  # see label_noise
@@ -62,6 +59,7 @@ class Record:
         before: held-out metrics before training; empty while it trains.
         after: the same after training.
         stopped: why a trainer's own brake ended the run.
+        method: its row of `methods`.
     """
 
     recipe: str
@@ -72,6 +70,10 @@ class Record:
     before: dict[str, Estimate] = field(default_factory=dict)
     after: dict[str, Estimate] = field(default_factory=dict)
     stopped: str | None = None
+
+    @property
+    def method(self) -> methods.Method:
+        return methods.of(self.recipe)
 
 
 @dataclass
@@ -134,7 +136,7 @@ def above(estimate: Estimate | None, limit: float | None) -> bool:
 
 
 def decides(estimate: Estimate | None) -> bool:
-    return bool(estimate) and estimate.clusters >= MIN_PROMPTS
+    return bool(estimate) and estimate.low is not None and estimate.clusters >= MIN_PROMPTS
 
 
 def width(estimate: Estimate) -> float:
@@ -204,21 +206,23 @@ def wrong_reference(record: Record) -> Finding | None:
     Not zero at first, or nearly every pair ranked right before anything can have been learned: the reference is
     another model. Margin exactly zero, so loss at log 2, for good: policy and reference are one, or nothing trains.
     """
-    if record.recipe not in ("dpo", "ppo") or not record.rows:
+    if not record.method.reference or not record.rows:
         return None
     first, means = record.rows[0], "the reference is not the model that the policy started from"
     change = "model.adapter=<the run to start from>: its frozen copy is the reference"
-    key, length = ("kl_k3", first.get("completions/mean_length"))
-    if record.recipe == "dpo":
+    if record.recipe == "ppo":
+        key, length = "kl_k3", first.get("completions/mean_length")
+    else:
         key, length = "rewards/chosen", record.args.beta * record.facts.get("reply_tokens", math.inf)
     apart = abs(first.get(key, 0.0)) / (length or math.inf)
     if first["step"] == 1 and apart > REFERENCE_NATS:
         return Finding(BROKEN, f"{apart:.2f} nats a token from the reference before the first update", means, change)
     if record.recipe == "ppo":
         return None
-    if record.rows[-1]["step"] > WARM_STEPS and not any(row.get("rewards/margins", 1.0) for row in record.rows):
+    margins = [value for _, value in points(record, margin_key(record))]
+    if record.rows[-1]["step"] > WARM_STEPS and margins and not any(margins):
         still = "the policy is its own reference" if first.get("grad_norm") else "nothing is trained"
-        saw = f"margin exactly 0 and loss at log 2 for {record.rows[-1]['step']} steps"
+        saw = f"margin exactly 0 and loss at {record.method.untrained_loss} for {record.rows[-1]['step']} steps"
         return Finding(BROKEN, saw, still, change)
     early = [row for row in record.rows if row["step"] <= max(1, AT_ONCE * record.max_steps)]
     if early and early[-1]["step"] * _pairs_a_step(record) >= AT_ONCE_PAIRS:
@@ -235,18 +239,16 @@ def likelihood_displacement(record: Record) -> Finding | None:
 
     A preference loss only needs the rejected ones to fall faster (Razin et al., arXiv:2410.08847).
     """
-    if record.recipe not in POLICIES:
+    if not record.method.preferences or record.recipe == "reward":
         return None
-    held_out, margin = record.after.get("chosen_logp_change_per_token"), record.after.get("reward_margin")
-    change = {
-        "dpo": f"{_lower_rate(record)}, or trainer.loss_type=[sigmoid,sft]",
-        "simpo": f"{_lower_rate(record)}, or trainer.cpo_alpha=0.1",
-        "orpo": f"{_lower_rate(record)}, or trainer.beta={record.args.beta / 2:g}",
-    }[record.recipe]
+    held_out = record.after.get("chosen_logp_change_per_token")
+    other = record.method.against_displacement.format(half_beta=record.args.beta / 2)
+    change = f"{_lower_rate(record)}, or {other}"
     means = "probability moves to replies that are in neither column"
     if below(held_out, -DISPLACED):
         level = BROKEN if below(held_out, -DISPLACED_FAR) else WATCH
-        grew = "grew" if margin.value > record.before["reward_margin"].value else "did not grow"
+        before, after = (metrics["reward_margin"].value for metrics in (record.before, record.after))
+        grew = "grew" if None not in (before, after) and after > before else "did not grow"
         saw = f"held-out chosen replies changed by {_nats(held_out)} a token while the margin {grew}"
         return Finding(level, saw, means, change)
     found = ends(displacements(record))
@@ -259,10 +261,10 @@ def likelihood_displacement(record: Record) -> Finding | None:
 def displacements(record: Record) -> list[tuple[int, float]]:
     """(step, change of the chosen replies' log-probability in nats a token) for each row of the log.
 
-    DPO logs beta (log pi - log pi_ref) of whole replies; SimPO and ORPO log pi itself, averaged over tokens, of other
-    replies in every row: their change is from the mean of the first quarter.
+    DPO and KTO log beta (log pi - log pi_ref) of whole replies; SimPO and ORPO log pi itself, averaged over tokens, of
+    other replies in every row: their change is from the mean of the first quarter.
     """
-    if record.recipe == "dpo":
+    if record.method.reward == "log_ratio":
         scale = record.args.beta * record.facts.get("reply_tokens", 0)
         return [(step, value / scale) for step, value in points(record, "rewards/chosen")] if scale else []
     found = points(record, "logps/chosen")
@@ -305,10 +307,8 @@ def length_drift(record: Record) -> Finding | None:
 
 
 def _length_change(record: Record) -> str:
-    return {
-        "dpo": "trainer.loss_type=[sigmoid_norm], or pairs of equal length",
-        "simpo": "trainer.simpo_gamma lower, or pairs of equal length",
-    }.get(record.recipe, "data.path=<pairs of equal length>")
+    other = record.method.against_length
+    return f"{other}, or pairs of equal length" if other else "data.path=<pairs of equal length>"
 
 
 def kl_runaway(record: Record) -> Finding | None:
@@ -350,12 +350,14 @@ def collapse(record: Record) -> Finding | None:
 
 
 def reward_saturation(record: Record) -> Finding | None:
-    """No signal is left. Pairs: the mean margin is so large that a pair's weight in the gradient, 1 - sigmoid(margin),
-    is under 0.001. PPO: the completions of a rollout score alike, and advantages are noise."""
-    if record.recipe in PAIRS:
+    """No signal is left. Preferences: the mean margin is so large that a pair's weight in the gradient, mostly
+    1 - sigmoid(margin), is under 0.001. PPO: the completions of a rollout score alike, and advantages are noise."""
+    limit = record.method.saturated
+    if limit is not None:
         found = ends(points(record, margin_key(record)))
-        gamma = getattr(record.args, "simpo_gamma", 0.0) if record.recipe == "simpo" else 0.0
-        if record.recipe != "orpo" and found and surely_above(found[1], SATURATED + gamma):
+        if record.method.margin_beyond:
+            limit += getattr(record.args, record.method.margin_beyond)
+        if found and surely_above(found[1], limit):
             saw = f"the mean reward margin is {found[1].value:.1f}"
             change = f"{_lower_rate(record)}, or fewer steps"
             return Finding(WATCH, saw, "pairs this far apart teach nothing more, and the policy moves on", change)
@@ -373,12 +375,12 @@ def reward_saturation(record: Record) -> Finding | None:
 def reward_against_preference(record: Record) -> Finding | None:
     """The training reward rises (margins of the pairs; PPO: the mean reward) while the held-out change is below zero:
     Goodhart's law (Gao et al., arXiv:2210.10760). Broken; without the rise, a plain loss, the same."""
-    held_out = record.after.get("reward_change" if record.recipe == "ppo" else "accuracy_change")
+    held_out = record.after.get(record.method.change)
     if not below(held_out, 0.0):
         return None
     found = ends(points(record, "reward" if record.recipe == "ppo" else margin_key(record)))
     rose = found and surely_above(found[1], found[0].value, found[0].error)
-    what = "reward" if record.recipe == "ppo" else "preference accuracy"
+    what = record.method.main.replace("_", " ")
     saw = f"held-out {what} changed by {_points(record, held_out)}" + (" while the training's rose" if rose else "")
     means = "it learns what the held-out prompts do not reward" if rose else "training made it worse"
     change = "trainer.kl_coef higher" if record.recipe == "ppo" else "chosen and rejected the right way round"
@@ -393,10 +395,10 @@ def over_fitting(record: Record) -> Finding | None:
     if perplexity and above(perplexity, record.before["perplexity"].high):
         saw = f"held-out perplexity went from {record.before['perplexity'].value:.1f} to {perplexity.value:.1f}"
         return Finding(BROKEN, saw, "it learns the training text by heart", f"{_lower_rate(record)}, or {change}")
-    gain = record.after.get("accuracy_change")
+    gain = record.after.get(record.method.change)
     rows = [value for _, value in points(record, accuracy_key(record))]
     size = max(1, len(rows) // 4)
-    if record.recipe not in PAIRS or not gain or not rows or (decides(gain) and gain.low > 0):
+    if not record.method.preferences or not gain or not rows or (decides(gain) and gain.low > 0):
         return None
     pairs = size * record.rows[-1]["step"] / len(rows) * _pairs_a_step(record)
     accuracy = sum(rows[-size:]) / size
@@ -415,7 +417,7 @@ def label_noise(record: Record) -> Finding | None:
     """
     rows = [row for row in record.rows if accuracy_key(record) in row]
     rows = rows[len(rows) // 4 :]
-    if record.recipe not in PAIRS or not record.after or not rows:
+    if not record.method.preferences or not record.after or not rows:
         return None
     share = len(rows) / len(record.rows)
     pairs = share * record.rows[-1]["step"] * _pairs_a_step(record)
@@ -429,8 +431,7 @@ def label_noise(record: Record) -> Finding | None:
     if not moved or pairs < NOISE_PAIRS or accuracy + 1.64 * math.sqrt(0.25 / pairs) >= NOISE_ACCURACY:
         return None
     saw = f"{accuracy:.0%} of {pairs:.0f} training pairs ranked right, though the model moved"
-    change = "cleaner labels"
-    change += ", or trainer.loss_type=[robust] trainer.label_smoothing=0.2" if record.recipe == "dpo" else ""
+    change = ", or ".join(filter(None, ("cleaner labels", record.method.against_noise)))
     return Finding(WATCH, saw, "the labels contradict each other, or no model of this size can tell them", change)
 
 
@@ -461,10 +462,10 @@ def no_eos(record: Record) -> Finding | None:
 def too_little_data(record: Record) -> Finding | None:
     """The 95 % interval of the change on held-out rows, paired, includes no change, or fewer than 20 prompts are held
     out. A reward model's head is new: what it must beat is a coin, not what the random head happened to rank right."""
-    gain = record.after.get("reward_change" if record.recipe == "ppo" else "accuracy_change")
+    gain = record.after.get(record.method.change)
     if gain and record.recipe == "reward":
         gain = record.after["preference_accuracy"].mapped(lambda accuracy: accuracy - 0.5)
-    if not gain or above(gain, 0.0) or below(gain, 0.0):
+    if not gain or gain.value is None or above(gain, 0.0) or below(gain, 0.0):
         return None
     unit, scale = ("", 1) if record.recipe == "ppo" else (" points", 100)
     means = f"{gain.n} rows cannot show an effect below {scale * width(gain) / 2:.2g}{unit}"

@@ -102,7 +102,7 @@ def panels(record: Record) -> list[Panel]:
 
     pairs = [
         Panel("Reward margin", "as trained", ("reward_saturation",), curve(doctor.margin_key(record)), [],
-              0, None if record.recipe == "orpo" else doctor.SATURATED),
+              0, record.method.saturated),
         Panel("Accuracy", "share of pairs", ("label_noise", "over_fitting"), curve(doctor.accuracy_key(record)),
               held_out("preference_accuracy"), doctor.NOISE_ACCURACY, 1),
         Panel("Accuracy gained", "share of pairs", ("too_little_data", "reward_against_preference"), [],

@@ -1,5 +1,7 @@
 """What a training recipe reports of its held-out rows: estimates with n and a 95 % interval, beside a baseline."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from rlhf_recipes import stats
@@ -57,6 +59,54 @@ def reward_metrics(rows: list[dict], scores: list[dict], before: list[dict]) -> 
     }
 
 
+def label_metrics(rows: list[dict], logps: list[tuple[float, int]], reference: list[tuple[float, int]]) -> dict:
+    """Held-out metrics of a policy on answers labelled good or bad; `reference` are those before training.
+
+    `auroc` ranks them by beta log pi/pi_ref (y|x), the reward of KTO (arXiv:2402.01306), which no beta
+    changes: the probability that a good answer scores above a bad one. `baseline_length` ranks them by their
+    characters. `reward_margin` is the good ones' mean of log pi/pi_ref less that of the bad ones, in nats. Where both
+    halves of a pair are held out, the metrics of pairs follow.
+    """
+    prompts, good = [row["prompt_id"] for row in rows], np.array([row["label"] for row in rows], dtype=bool)
+    changes = np.array([p[0] - q[0] for p, q in zip(logps, reference, strict=True)])
+    ranked, still = stats.area(changes, good), stats.area(np.zeros(len(rows)), good)
+    found = {
+        "auroc": stats.resampled(ranked, len(rows), prompts),
+        "auroc_change": stats.resampled(lambda weights: ranked(weights) - still(weights), len(rows), prompts),
+        "reward_margin": stats.resampled(_mean_difference(changes, good), len(rows), prompts),
+    }
+    for name, side in (("chosen", good), ("rejected", ~good)):
+        of_side = [i for i in range(len(rows)) if side[i]]
+        found[f"{name}_logp_change_per_token"] = stats.ratio_of_sums(
+            changes[of_side], [logps[i][1] for i in of_side], [prompts[i] for i in of_side]
+        )
+    lengths = [len(row["completion"][-1]["content"]) for row in rows]
+    found["baseline_length"] = stats.auroc(lengths, good, prompts)
+    pairs, margins = _whole_pairs(rows, changes)
+    if pairs:
+        found |= accuracy_metrics(pairs, margins, [0.0] * len(pairs))
+        found["baseline_shorter_wins"] = stats.estimate(shorter_wins(pairs), [pair["prompt_id"] for pair in pairs])
+    return found
+
+
+def _whole_pairs(rows: list[dict], changes) -> tuple[list[dict], list[float]]:
+    """The pairs of which both halves are among the rows, and how much more the chosen half's value is."""
+    halves: dict[int, dict[bool, int]] = {}
+    for i, row in enumerate(rows):
+        if row["pair"] is not None:
+            halves.setdefault(row["pair"], {})[row["label"]] = i
+    whole = [(both[True], both[False]) for both in halves.values() if len(both) == 2]
+    pairs = [
+        {
+            "prompt_id": rows[chosen]["prompt_id"],
+            "chosen": rows[chosen]["completion"],
+            "rejected": rows[rejected]["completion"],
+        }
+        for chosen, rejected in whole
+    ]
+    return pairs, [float(changes[chosen] - changes[rejected]) for chosen, rejected in whole]
+
+
 def demonstration_metrics(rows: list[dict], logps: list[tuple[float, int]]) -> dict:
     """Perplexity of held-out completions: exp of the mean negative log-probability per token."""
     prompts = [row["prompt_id"] for row in rows]
@@ -108,6 +158,19 @@ def wins(margins: list[float]) -> list[float]:
 def _mean(values: list[float], prompts: list[str]) -> stats.Estimate:
     """The mean of what is no share: where all values are alike, as a KL is before training, so is every resample."""
     return stats.ratio_of_sums(values, [1] * len(values), prompts)
+
+
+def _mean_difference(values_N: np.ndarray, side_N: np.ndarray) -> Callable[[np.ndarray], float]:
+    """The mean of one side less that of the other, as a statistic of weights; nan where a side has none."""
+
+    def difference(weights_N) -> float:
+        sides = [(weights_N * side) for side in (side_N, ~side_N)]
+        if not all(side.any() for side in sides):
+            return float("nan")
+        mean, other = (float(side @ values_N / side.sum()) for side in sides)
+        return mean - other
+
+    return difference
 
 
 def _deviation(values: list[float], prompts: list[str]) -> stats.Estimate:

@@ -13,23 +13,15 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import memory, models, references, run
+from rlhf_recipes import memory, methods, models, references, run
 from rlhf_recipes.data.fit import fit
-from rlhf_recipes.data.load import load_demonstrations, load_pairs, load_prompts
+from rlhf_recipes.data.load import LOADERS
 from rlhf_recipes.data.tokens import lengths
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.launch.preflight import predict_memory, real_steps, rows
 from rlhf_recipes.launch.preflight.report import JobReport
 from rlhf_recipes.launch.refusals import as_refusal
 
-READ = {
-    "sft": load_demonstrations,
-    "reward": load_pairs,
-    "dpo": load_pairs,
-    "orpo": load_pairs,
-    "simpo": load_pairs,
-    "ppo": load_prompts,
-}
 GIB = predict_memory.GIB
 # Runs over many lengths took up to so much more than predicted: within it a job is warned of, not stopped.
 MARGIN = 0.5
@@ -181,10 +173,11 @@ def _rows(job: Job, args, tokenizer, looked_at: LookedAt) -> tuple:
     cfg = job.cfg
     max_length = cfg.max_prompt_length if job.recipe == "ppo" else args.max_length
     read = {key: OmegaConf.to_container(cfg[key], resolve=True) for key in ("data", "model")}
-    node = {"read": READ[job.recipe].__name__, **read, "max_length": max_length}
+    load = LOADERS[methods.of(job.recipe).rows]
+    node = {"read": load.__name__, **read, "max_length": max_length}
     key = json.dumps(node, sort_keys=True)
     if key not in looked_at.rows:
-        splits = fit(READ[job.recipe](cfg.data), tokenizer, max_length, cfg.data.too_long)
+        splits = fit(load(cfg.data), tokenizer, max_length, cfg.data.too_long)
         sizes = [min(size, max_length or size) for size in lengths(splits.train, tokenizer, "train")]
         example = rows.example(splits, tokenizer, models.model_path(cfg.model))
         looked_at.rows[key] = splits, sizes, rows.examine(splits, sizes), example
@@ -203,7 +196,7 @@ def _largest(recipe: str, args, sizes: list[int], steps: int) -> predict_memory.
         return predict_memory.Batch(batch, tokens, count, completion, args.prompts_per_rollout)
     padded = list(itertools.islice(real_steps.padded_lengths(sizes, batch), count))
     longest = args.max_length if getattr(args, "packing", False) else max(sizes)
-    return predict_memory.Batch(batch if recipe == "sft" else 2 * batch, longest, len(set(padded)))
+    return predict_memory.Batch(2 * batch if methods.of(recipe).rows == "pairs" else batch, longest, len(set(padded)))
 
 
 def _memory(

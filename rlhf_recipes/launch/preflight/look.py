@@ -20,7 +20,7 @@ from pathlib import Path
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import run
+from rlhf_recipes import methods, run
 from rlhf_recipes.commands import command
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.launch import keys, publish_after
@@ -71,9 +71,9 @@ def before_pipeline(stages: list, folder: Path, settings: DictConfig) -> None:
     Raises:
         Refusal: a stage could not run.
     """
-    from rlhf_recipes.launch.preflight.job import READ, Job
+    from rlhf_recipes.launch.preflight.job import Job
 
-    todo = [stage for stage in stages if stage.recipe in READ and stage.status != "finished"]
+    todo = [stage for stage in stages if stage.recipe in methods.METHODS and stage.status != "finished"]
     if todo:
         look([Job(s.name, s.recipe, s.cfg, s.overrides, folder) for s in todo], folder, settings)
 

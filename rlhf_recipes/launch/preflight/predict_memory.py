@@ -19,7 +19,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from rlhf_recipes import config, models, references
+from rlhf_recipes import config, methods, models, references
 from rlhf_recipes.errors import Refusal
 
 GIB = 2**30
@@ -28,8 +28,6 @@ TILE_TOKENS, TILE_ENTRIES, TILE_ENTRIES_PPO = 4096, 32768, 8192
 # Bytes for a number of the tile beside its buffer: a GPU's kernel works in place; elsewhere seven float32 copies and a
 # mask come and go.
 TILE_BYTES = {"cuda": 0, "cpu": 29}
-# Bytes for each of the logits where a trainer makes them all: bfloat16, float32, gradients, what the loss keeps.
-LOGIT_BYTES = {"simpo": 12, "orpo": 14}
 # Bytes for each logit of a forward pass without gradients, and of sampling, which copies, draws and masks.
 MEASURED_BYTES, SAMPLED_BYTES = 10, 24
 # Bytes of optimizer state for each trained number; those not named keep two float32 moments.
@@ -126,7 +124,7 @@ def backbone(cfg: DictConfig, recipe: str) -> Backbone:
         lora=lora,
         kept=0,
         item=dtype.itemsize,
-        wide=recipe in LOGIT_BYTES and quantization is not None,
+        wide=methods.of(recipe).logit_bytes > 0 and quantization is not None,
     )
     each = len(layers) / shape.num_hidden_layers
     kept = half * (10 * d + 8 * f + 4 * found.keys + 2 * each * rank) + 8 * d + 4 * shape.num_attention_heads
@@ -197,7 +195,7 @@ def predict(
     trained = base.lora * (1 + (recipe == "ppo" and args.value == "separate"))
     always["LoRA"] = 4.0 * trained
     always["optimizer"] = state_bytes(args.optim) * trained
-    if cfg.model.adapter and recipe in ("dpo", "ppo"):
+    if cfg.model.adapter and methods.of(recipe).reference:
         always["reference"] = 4.0 * base.lora
     if recipe == "ppo":
         always["reward"] = 4.0 * base.lora * rewards
@@ -228,8 +226,9 @@ def predict(
 def _step(base: Backbone, batch: Batch, where: str, recipe: str, args) -> dict[str, float]:
     """A forward and backward pass over the largest micro-batch."""
     tokens, layers = batch.sequences * batch.tokens, base.config.num_hidden_layers
-    if recipe in LOGIT_BYTES:
-        logits = LOGIT_BYTES[recipe] * tokens * base.config.vocab_size
+    logit_bytes = methods.of(recipe).logit_bytes
+    if logit_bytes:
+        logits = logit_bytes * tokens * base.config.vocab_size
     elif recipe == "reward":
         logits = 0.0
     else:

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from rlhf_recipes import methods
 from rlhf_recipes.data.load import Splits
 
 MICRO_BATCHES = 2
@@ -65,6 +66,8 @@ def _overrides(recipe: str, overrides: list[str], args, folder: str) -> list[str
         **dict.fromkeys(("name", "revision", "train_size", "eval_size", "test_size"), "null"),
         "too_long": "truncate",
     }
+    if methods.of(recipe).rows == "labelled answers":  # as the rows are written, though the job's may be pairs
+        keys["format"] = "labelled"
     own = [each for each in overrides if not each.lstrip("+~").startswith(NOT_THE_STEPS)]
     steps = {"max_steps": args.num_mini_batches, "num_ppo_epochs": 1} if recipe == "ppo" else {
         "max_steps": MICRO_BATCHES, "gradient_accumulation_steps": 1,

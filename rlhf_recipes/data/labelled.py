@@ -1,0 +1,103 @@
+"""Labelled answers as KTO takes them: in micro-batches of different prompts, good and bad ones of equal weight.
+
+KTO holds an answer against z, the KL of the policy to its reference, which TRL estimates in every micro-batch from
+prompts that have got the answer of the row before, the first that of the last (Ethayarajh et al. 2024,
+arXiv:2402.01306). Such an answer must be nobody's answer to that prompt, neither the row's own nor the
+other half of its pair.
+"""
+
+import heapq
+import random
+
+from rlhf_recipes.data.fit import finished
+from rlhf_recipes.data.load import Example, Splits
+from rlhf_recipes.data.template import render
+from rlhf_recipes.errors import Refusal
+
+LOWEST, HIGHEST = 1.0, 4 / 3  # weight of the good answers over that of the bad ones: equation 8 of the paper
+
+
+def micro_batches(splits: Splits, tokenizer, args) -> Splits:
+    """Splits in an order whose micro-batches, taken one after another, hold no prompt twice and none a single row.
+
+    The train rows are shuffled with the trainer's seed; those that find no place are left out and counted. Held-out
+    rows that find none come last.
+
+    Args:
+        splits: of `load_labelled`, after `fit`.
+        args: the trainer's, a `trl.KTOConfig`.
+
+    Raises:
+        Refusal: micro-batches of one, another order than the rows', or no train row left.
+    """
+    size = args.per_device_train_batch_size
+    if args.loss_type == "kto" and size < 2:
+        raise Refusal(
+            f"trainer.per_device_train_batch_size={size}: KTO estimates its KL from the other answers of a "
+            "micro-batch. Set at least 2, or trainer.loss_type=apo_zero_unpaired, which has no KL."
+        )
+    if args.loss_type == "kto" and args.train_sampling_strategy != "sequential":
+        raise Refusal(
+            f"trainer.train_sampling_strategy={args.train_sampling_strategy}: KTO's KL needs the rows in the order "
+            "that they were put in. Leave it sequential."
+        )
+    train = splits.train
+    if splits.report["over_length_truncated"]:  # TRL leaves out prompts that fill max_length, and all behind move up
+        train = [row for row in train if _prompt_tokens(tokenizer, row) < args.max_length]
+    train, _ = _placed(train, size, args.seed)
+    test, others = _placed(splits.test, size, args.seed)
+    dropped = {**splits.report["dropped"], "unplaced": len(splits.train) - len(train)}
+    return finished(train, [*test, *others], {**splits.report, "dropped": dropped})
+
+
+def _prompt_tokens(tokenizer, row: Example) -> int:
+    return len(render(tokenizer, row["prompt"], add_generation_prompt=True, return_dict=False))
+
+
+def _placed(rows: list[Example], size: int, seed: int) -> tuple[list[Example], list[Example]]:
+    """The rows in micro-batches of different prompts, the last of which may be shorter; and those without a place.
+
+    Each takes a row of the prompts of which most rows are left, so that few prompts with many rows are not all that
+    remains.
+    """
+    draw = random.Random(seed)
+    waiting: dict[str, list[Example]] = {}
+    for row in draw.sample(rows, len(rows)):
+        waiting.setdefault(row["prompt_id"], []).append(row)
+    prompts = [(-len(left), draw.random(), prompt) for prompt, left in waiting.items()]
+    heapq.heapify(prompts)
+    batches, last = [], []
+    while len(prompts) >= size:
+        taken = [heapq.heappop(prompts) for _ in range(size)]
+        batches.append([waiting[prompt].pop() for _, _, prompt in taken])
+        for count, _, prompt in taken:
+            if count < -1:
+                heapq.heappush(prompts, (count + 1, draw.random(), prompt))
+    if len(prompts) > 1:
+        last = [waiting[prompt].pop() for _, _, prompt in prompts]
+    draw.shuffle(batches)
+    placed = [row for batch in [*batches, last] for row in batch]
+    return placed, [row for left in waiting.values() for row in left]
+
+
+def balance(rows: list[Example], args) -> str:
+    """One line: how many answers are good and bad, and which weight brings them into balance where they are not.
+
+    n_good w_good / (n_bad w_bad) should lie in [1, 4/3] (arXiv:2402.01306, equation 8).
+    """
+    good = sum(row["label"] for row in rows)
+    bad = len(rows) - good
+    said = f"labels: {good} good, {bad} bad"
+    if not good or not bad:
+        return f"{said}: with one kind alone nothing says what the other is like. Give both."
+    ratio = good * args.desirable_weight / (bad * args.undesirable_weight)
+    if LOWEST <= round(ratio, 2) <= round(HIGHEST, 2):
+        return said
+    key, low, high = "desirable_weight", LOWEST / ratio, HIGHEST / ratio
+    own = args.desirable_weight
+    if ratio > HIGHEST:
+        key, low, high, own = "undesirable_weight", ratio / HIGHEST, ratio / LOWEST, args.undesirable_weight
+    return (
+        f"{said}: the good ones weigh {ratio:.2f} times the bad ones, 1 to 1.33 is advised (arXiv:2402.01306, "
+        f"equation 8): trainer.{key} from {own * low:.2f} to {own * high:.2f}"
+    )

@@ -1,0 +1,107 @@
+"""What differs from one training method to the next: a row each."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Method:
+    """A training method.
+
+    Attributes:
+        name: of its recipe.
+        title: as a card says it.
+        paper: its number on arXiv.
+        rows: what it trains on: pairs, labelled answers, demonstrations, or prompts.
+        main: the held-out metric that a run is about.
+        change: the held-out metric that says whether training helped; "": none does.
+        reward: what `evaluate` ranks pairs by: the log_ratio to what the run started from, or average_logp.
+        reference: whether training reads a frozen copy of what it started from.
+        replies: the column of the tokenised rows with the training replies, behind their prompt unless that has a
+            column of its own; "": the doctor does not look at them.
+        logit_bytes: for each logit, where the trainer makes them all: bfloat16, float32, gradients, what the loss
+            keeps. Such trainers keep the residual stream of a quantized base in float32. 0: they come in tiles.
+        untrained_loss: of a policy that is its own reference, in words.
+        saturated: the reward margin at which a pair's weight in the gradient is under 0.001; None: at none. For
+            -log sigmoid(margin) it is 1 - sigmoid(margin); KTO's sigmoid of either half has a slope of that size where
+            both are at half the margin.
+        margin_beyond: the argument that this margin is counted from.
+        against_displacement, against_length, against_noise: overrides that the doctor names beside its others.
+    """
+
+    name: str
+    title: str
+    paper: str = ""
+    rows: str = ""
+    main: str = ""
+    change: str = ""
+    reward: str = "log_ratio"
+    reference: bool = False
+    replies: str = ""
+    logit_bytes: int = 0
+    untrained_loss: str = ""
+    saturated: float | None = None
+    margin_beyond: str = ""
+    against_displacement: str = ""
+    against_length: str = ""
+    against_noise: str = ""
+
+    @property
+    def preferences(self) -> bool:
+        """Whether it learns which answers are better."""
+        return self.rows in ("pairs", "labelled answers")
+
+    @property
+    def cited(self) -> str:
+        """The title with a link to the paper, in Markdown."""
+        return f"{self.title} ([arXiv:{self.paper}]({self.url}))" if self.paper else self.title
+
+    @property
+    def url(self) -> str:
+        return f"https://arxiv.org/abs/{self.paper}"
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method(
+            "sft", "Supervised fine-tuning", "2305.14314",
+            rows="demonstrations", main="perplexity", replies="input_ids",
+        ),
+        Method(
+            "reward", "Bradley-Terry reward model", "2203.02155",
+            rows="pairs", main="preference_accuracy", change="accuracy_change", saturated=7.0,
+        ),
+        Method(
+            "dpo", "Direct Preference Optimization", "2305.18290",
+            rows="pairs", main="preference_accuracy", change="accuracy_change", reference=True, replies="chosen_ids",
+            untrained_loss="log 2", saturated=7.0, against_displacement="trainer.loss_type=[sigmoid,sft]",
+            against_length="trainer.loss_type=[sigmoid_norm]",
+            against_noise="trainer.loss_type=[robust] trainer.label_smoothing=0.2",
+        ),
+        Method(
+            "orpo", "Odds Ratio Preference Optimization", "2403.07691",
+            rows="pairs", main="preference_accuracy", change="accuracy_change", reward="average_logp",
+            replies="chosen_input_ids", logit_bytes=14, against_displacement="trainer.beta={half_beta:g}",
+        ),
+        Method(
+            "simpo", "Simple Preference Optimization", "2405.14734",
+            rows="pairs", main="preference_accuracy", change="accuracy_change", reward="average_logp",
+            replies="chosen_input_ids", logit_bytes=12, saturated=7.0, margin_beyond="simpo_gamma",
+            against_displacement="trainer.cpo_alpha=0.1", against_length="trainer.simpo_gamma lower",
+        ),
+        Method(
+            "kto", "Kahneman-Tversky Optimization", "2402.01306",
+            rows="labelled answers", main="auroc", change="auroc_change", reference=True, replies="completion_ids",
+            untrained_loss="1/2", saturated=14.0, against_displacement="trainer.desirable_weight=1.33",
+        ),
+        Method(
+            "ppo", "Proximal Policy Optimization", "1707.06347",
+            rows="prompts", main="reward", change="reward_change", reference=True,
+        ),
+    )
+}  # fmt: skip
+
+
+def of(name: str | None) -> Method:
+    """The row of a recipe; one that is not listed gets a row that claims nothing."""
+    return METHODS.get(name or "") or Method(name or "", name or "")
