@@ -34,14 +34,14 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 import rlhf_recipes.config
 from rlhf_recipes import models
-from rlhf_recipes.evaluation import measure
+from rlhf_recipes import inference
 
 overrides, adapter, rows = json.load(sys.stdin)
 with hydra.initialize_config_module("rlhf_recipes.conf", version_base="1.3"):
     cfg = hydra.compose("dpo", overrides)
 base = models.load_base(cfg.model, cfg.quantization, AutoModelForCausalLM)
 policy = PeftModel.from_pretrained(base, adapter)
-json.dump(measure.pair_logps(policy, models.load_tokenizer(cfg.model), rows), sys.stdout)
+json.dump(inference.pair_logps(policy, models.load_tokenizer(cfg.model), rows), sys.stdout)
 """
 
 
