@@ -253,10 +253,14 @@ def config_sha256(config: dict) -> str:
 
 
 def _computed(config: dict) -> dict:
-    """The config without what says nothing about the result: unless it is strict, the doctor only reads."""
+    """The config without what says nothing about the result: unless it is strict, the doctor only reads, and a tracker
+    is only told."""
     watched = () if config.get("doctor") == "strict" else ("doctor",)
     published = ("publish", "repo_id") if "publish" in config else ()
-    return {key: value for key, value in config.items() if key not in (*_NOT_COMPUTED, *watched, *published)}
+    computed = {key: value for key, value in config.items() if key not in (*_NOT_COMPUTED, *watched, *published)}
+    if "trainer" in computed:
+        computed["trainer"] = {key: value for key, value in computed["trainer"].items() if key != "report_to"}
+    return computed
 
 
 def versions() -> dict[str, str]:

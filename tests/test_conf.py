@@ -48,7 +48,8 @@ def choices(recipe):
 
 
 @pytest.mark.parametrize(("recipe", "group", "option"), [choice for r in RECIPES for choice in choices(r)])
-def test_every_option_composes_and_fits_its_class(compose, recipe, group, option):
+def test_every_option_composes_and_fits_its_class(compose, monkeypatch, recipe, group, option):
+    monkeypatch.setattr(keys, "_installed", lambda package: True)  # trackers that few have
     cfg = compose(recipe, f"{group}={option}")
     missing = OmegaConf.missing_keys(cfg)
     assert missing == OPEN.get(recipe, set()) | OPEN_OPTIONS.get((group, option), set())

@@ -54,6 +54,15 @@ KEYS = {
     "evaluation": str | None,
     "max_file_gib": int | float,
 }
+# What `trainer.report_to` may name, and the packages one of which it needs.
+TRACKERS = {
+    **{name: (name,) for name in ("wandb", "trackio", "mlflow", "comet_ml", "clearml", "codecarbon", "dagshub")},
+    **{name: (name,) for name in ("dvclive", "neptune", "swanlab")},
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "azure_ml": ("azureml-core",),
+    "flyte": ("flytekit",),
+    "kubeflow": (),  # a server, whose address is in the environment
+}
 # Groups whose keys are ours; base.yaml has all of them.
 OURS = {"preflight", "sweep"}
 
@@ -89,6 +98,7 @@ def check(cfg: DictConfig, recipe: str | None = None) -> None:
             "trainer.push_to_hub=true: would upload every checkpoint as it is. Use publish=true repo_id=<user/name>, "
             "which proves what it uploads."
         )
+    _refuse_missing_tracker(OmegaConf.select(cfg, "trainer.report_to"))
     quantization = OmegaConf.select(cfg, "quantization._target_") or ""
     if quantization.endswith("BitsAndBytesConfig") and not _installed("bitsandbytes"):
         raise Refusal(
@@ -131,6 +141,28 @@ def _refuse_unknown(keys: list[str], recipe: str | None) -> None:
             raise Refusal(f"{key}: recipes/{recipe}.py has no such key{nearest(key, [*known, *groups])}")
 
 
+def _refuse_missing_tracker(report_to: Any) -> None:
+    """The trainer would find out when the model is loaded."""
+    names = list(report_to) if OmegaConf.is_list(report_to) else [report_to]
+    installed = {name for name, packages in TRACKERS.items() if any(map(_installed, packages))}
+    if names in (["none"], [None]):
+        return
+    if names == ["all"]:
+        if not installed:
+            raise Refusal(
+                "trainer.report_to=all: no tracker is installed. pip install tensorboard, or choose tracker=none."
+            )
+        return
+    for name in names:
+        check_value("trainer.report_to", name, (*TRACKERS, *(("none", "all") if len(names) == 1 else ())))
+        packages = TRACKERS[name]
+        if packages and name not in installed:
+            where = "tracker" if (CONF / "tracker" / f"{name}.yaml").is_file() else "trainer.report_to"
+            raise Refusal(
+                f"{where}={name}: {packages[0]} is not installed. pip install {packages[0]}, or choose tracker=none."
+            )
+
+
 def _running() -> str | None:
     return HydraConfig.get().job.config_name if HydraConfig.initialized() else None
 
@@ -138,4 +170,4 @@ def _running() -> str | None:
 def _installed(package: str) -> bool:
     import importlib.util
 
-    return importlib.util.find_spec(package) is not None
+    return importlib.util.find_spec(package.partition("-")[0]) is not None
