@@ -237,10 +237,8 @@ def train(compose, tiny_overrides):
     """
     from importlib import import_module
 
-    from rlhf_recipes.training import finish as finishing
-
     def trained(recipe, folder, *overrides):
-        main = import_module(f"rlhf_recipes.recipes.{recipe}").main.__wrapped__
+        module = import_module(f"rlhf_recipes.recipes.{recipe}")
         cfg = compose(recipe, *tiny_overrides, *overrides)
         cfg.output_dir = folder.name
         seen = []
@@ -249,12 +247,12 @@ def train(compose, tiny_overrides):
             seen.append(trainer)
             return original(job, trainer, **kwargs)
 
-        original, finishing.finish = finishing.finish, finish
+        original, module.finish = module.finish, finish
         try:
             with contextlib.chdir(folder.parent):
-                main(cfg)
+                module.main.__wrapped__(cfg)
         finally:
-            finishing.finish = original
+            module.finish = original
         return Trained(folder, cfg, seen[0])
 
     return trained

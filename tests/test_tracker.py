@@ -103,6 +103,7 @@ def test_tables_as_the_tracker_takes_them(monkeypatch, name):
     module.Table = lambda columns, data: (columns, data)
     module.log = calls.append
     module.finish = lambda: calls.append("finish")
+    module.login = lambda: calls.append("login")
     monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123456789abcdef01234567")
     kind = {"wandb": integrations.WandbCallback, "trackio": integrations.TrackioCallback}[name]
@@ -110,7 +111,7 @@ def test_tables_as_the_tracker_takes_them(monkeypatch, name):
     callback._trackio, callback._initialized, callback._space_id = module, True, None
     trainer = Tracked(callback)
     tracker = callbacks.Tracker(trainer)
-    assert calls == (["finish"] if name == "wandb" else [])  # of a job that failed before
+    assert calls == (["finish", "login"] if name == "wandb" else [])  # of a job that failed before
     calls.clear()
     tracker.on_train_begin(None, trainer.state, None)
     tracker.on_log(None, trainer.state, None)
@@ -129,6 +130,20 @@ def test_tables_as_the_tracker_takes_them(monkeypatch, name):
     table = (columns, [["reward", 0.25, 0.75, 0.5, 1.0, 4]])
     assert calls == [{"held_out": table, "train/global_step": 2}, "finish"]
     assert trainer.logged == [{"test_reward": 0.75}]
+
+
+def test_nobody_is_logged_in(monkeypatch):
+    wandb = ModuleType("wandb")
+    wandb.Error = type("Error", (Exception,), {})
+
+    def login():
+        raise wandb.Error("No API key configured. Use `wandb login` to log in.")
+
+    wandb.login, wandb.finish = login, lambda: None
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    callback = integrations.WandbCallback.__new__(integrations.WandbCallback)
+    with pytest.raises(keys.Refusal, match=r"^tracker=wandb: No API key configured. Use `wandb login` to log in. Or "):
+        callbacks.Tracker(Tracked(callback))
 
 
 def test_tensorboard(train, monkeypatch, tmp_path):

@@ -9,6 +9,7 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
 from rlhf_recipes import memory, progress, text
+from rlhf_recipes.errors import Refusal, first_line
 from rlhf_recipes.run import write_atomically
 from rlhf_recipes.secrets import redact
 from rlhf_recipes.training import doctor
@@ -78,15 +79,25 @@ class Tracker(TrainerCallback):
     a table of PPO's samples with each log and, at the end, of the held-out metrics.
 
     A tracker without tables is sent the numbers of the held-out metrics alone.
+
+    Raises:
+        Refusal: nobody is logged in to wandb, before a step is taken.
     """
 
     def __init__(self, trainer):
         self.trainer, self.shown = trainer, 0
         for callback in trainer.callback_handler.callbacks:
-            if isinstance(callback, WandbCallback):
+            if isinstance(callback, WandbCallback) and trainer.state.is_world_process_zero:
                 import wandb
 
                 wandb.finish()  # what a job of this sweep that failed has left open; transformers would go on in it
+                try:
+                    wandb.login()
+                except wandb.Error as error:
+                    raise Refusal(
+                        f"tracker=wandb: {redact(first_line(error)).rstrip('.')}. Or keep everything here: set "
+                        "WANDB_MODE=offline."
+                    ) from error
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.shown = len(getattr(self.trainer, "samples", []))  # of the run that is continued
