@@ -119,7 +119,7 @@ class Tracker(TrainerCallback):
         trainer = self.trainer
         if not trainer.state.is_world_process_zero:
             return
-        numbers = {f"test_{name}": after["value"] for name, after in metrics.items()}
+        numbers = {f"test_{name}": after["value"] for name, after in metrics.items() if after["value"] is not None}
         # Not trainer.log: the log history is the training's.
         trainer.callback_handler.on_log(trainer.args, trainer.state, trainer.control, numbers)
         columns = ["metric", "before", "after", "low", "high", "n"]
