@@ -34,7 +34,8 @@ def training_args(node: DictConfig, run: Run) -> "TrainingArguments":
     import torch
     from transformers import set_seed
 
-    derived = {"output_dir": str(run.checkpoints), "disable_tqdm": True, "report_to": "none"}
+    derived = {"output_dir": str(run.checkpoints), "disable_tqdm": True}
+    derived["run_name"] = "/".join(run.dir.parts[-2:])  # in a tracker
     if not torch.cuda.is_available():
         derived |= {"use_cpu": True, "bf16": computes_in_bf16(), "gradient_checkpointing": False}
     elif not computes_in_bf16():

@@ -234,10 +234,13 @@ def config_sha256(config: dict) -> str:
 
 
 def _computed(config: dict) -> dict:
-    """The config without what says nothing about the result: unless it is strict, the doctor only reads."""
+    """The config without what says nothing about the result: unless it is strict, the doctor only reads, and a tracker
+    is only told."""
     watched = () if config.get("doctor") == "strict" else ("doctor",)
     published = ("publish", "repo_id") if "publish" in config else ()
     kept = {key: value for key, value in config.items() if key not in (*_NOT_COMPUTED, *watched, *published)}
+    if "trainer" in kept:
+        kept["trainer"] = {key: value for key, value in kept["trainer"].items() if key != "report_to"}
     columns = (kept.get("data") or {}).get("columns") or {}
     if columns.get("label") == "label":  # runs from before this key compute the same
         columns = {key: value for key, value in columns.items() if key != "label"}

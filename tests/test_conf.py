@@ -10,6 +10,7 @@ from conftest import ROOT
 from omegaconf import OmegaConf
 
 from rlhf_recipes import config
+from rlhf_recipes.errors import Refusal
 from rlhf_recipes.launch import keys, pipeline
 from rlhf_recipes.launch.refusals import PARTS
 from rlhf_recipes.methods import METHODS
@@ -49,7 +50,8 @@ def choices(recipe):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "group", "option"), [choice for r in RECIPES for choice in choices(r)])
-def test_every_option_composes_and_fits_its_class(compose, recipe, group, option):
+def test_every_option_composes_and_fits_its_class(compose, monkeypatch, recipe, group, option):
+    monkeypatch.setattr(keys, "_installed", lambda package: True)  # trackers that few have
     cfg = compose(recipe, f"{group}={option}")
     missing = OmegaConf.missing_keys(cfg)
     assert missing == OPEN.get(recipe, set()) | OPEN_OPTIONS.get((group, option), set())
@@ -82,6 +84,47 @@ def test_every_experiment_composes_with_its_recipe(compose, experiment):
         shared = [text for text in cfg.shared if pipeline.takes(stage.recipe, text)]
         overrides = [text.replace("{dir}", "outputs/demo") for text in [*shared, *stage.get("overrides", [])]]
         keys.check(compose(stage.recipe, *overrides), stage.recipe)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "key", "right", "wrong"),
+    [
+        ("dpo", "overwrite", [True], [1, "yes", None]),
+        ("dpo", "run_name", ["a"], [5, True, None, []]),
+        ("dpo", "sweep.prompts", [0, 8], [1.5, True, "8", None]),
+        ("dpo", "sweep.max_kl", [None, 3, 2.5], [True, "3"]),
+        ("dpo", "preflight.fails", ["warn"], ["Warn", True, None]),
+        ("evaluate", "temperature", [0, 0.7], [False, "0.7", None]),
+        ("evaluate", "prompts", [None, 8], [8.5, True]),
+        ("evaluate", "runs", [[], ["a"]], ["a", None, {}]),
+        ("evaluate", "checkpoints", [None, "a", ["a"]], [1]),
+        ("evaluate", "thresholds.max_kl", [None, 3, 2.5], [True, "3"]),
+        ("evaluate", "thresholds.worst_case", [False], [None, 0]),
+        ("cai", "filters.min_words", [5, 5.5], [None, True]),
+        ("publish", "revision", ["main"], [None, 1]),
+    ],
+)
+def test_a_key_takes_the_type_of_its_default(recipe, key, right, wrong):
+    taken = keys.rule(key, keys.defaults(recipe)[key])
+    for value in right:
+        config.check_value(key, value, taken)
+    for value in wrong:
+        with pytest.raises(Refusal, match=f"^{key}="):
+            config.check_value(key, value, taken)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_key_without_a_type_of_its_own_is_listed(recipe):
+    """A default of null, or one that the user must give, says nothing of what the key takes."""
+    defaults = keys.defaults(recipe)
+    untyped = {key for key, value in defaults.items() if value in (None, "???")}
+    assert untyped and all(keys.rule(key, None) for key in untyped)
+
+
+def test_every_listed_key_is_there():
+    known = {key for recipe in RECIPES for key in keys.defaults(recipe)} | {"generator.kind", "judge.kind"}
+    for key in keys.KEYS:
+        assert any(name == key or f"{name.rpartition('.')[0]}.*" == key for name in known), key
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,8 @@ def test_there_is_much_to_check():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", commands())
-def test_a_shown_command_composes(compose, command):
+def test_a_shown_command_composes(compose, monkeypatch, command):
+    monkeypatch.setattr(keys, "_installed", lambda package: True)  # trackers that few have
     check(compose, command)
 
 

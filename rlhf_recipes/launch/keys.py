@@ -1,5 +1,7 @@
 """What the command line takes: keys, types and words, checked before anything is loaded."""
 
+from typing import Any
+
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -9,58 +11,24 @@ from rlhf_recipes.commands import command
 from rlhf_recipes.config import CONF, ModelConfig, check_value, flatten, in_sweep
 from rlhf_recipes.errors import Refusal, nearest
 
-# What our own keys take: types, or the tuple of the words that are allowed. `data` checks its own.
+# What our own keys take that their default does not say (the words that are allowed, more than one type, null); any
+# other takes the type of its default in the YAML. `data`, and what a class stands behind, check their own.
 KEYS = {
-    "run_name": str,
     "resume": ("auto", "never"),
-    "overwrite": bool,
     "allow_target": list | None,
     "doctor": ("warn", "strict", "none"),
-    "preflight.only": bool,
-    "preflight.measure": bool,
     "preflight.fails": ("stop", "warn"),
-    "runs": list,
-    "parent": str,
     "checkpoints": str | list | None,
     "reward_model": str | list | None,
     "judge_function": str | None,
-    "tasks": list,
     "lm_eval.include_path": str | None,
     "lm_eval.limit": int | None,
     "lm_eval.num_fewshot": int | None,
-    "lm_eval.apply_chat_template": bool,
-    "lm_eval.batch_size": int,
     "prompts": int | None,
-    "max_new_tokens": int,
-    "temperature": int | float,
-    "seed": int,
-    "harmful_families": list,
-    "max_length": int,
     "reward_funcs": str | list,
-    "max_prompt_length": int,
-    "shard_size": int,
-    "sources": list,
-    "generate.max_new_tokens": int,
-    "generate.n_samples": int,
-    "generate.*": int | float,
-    "revise.n_revisions": int,
-    "revise.critique": bool,
-    "revise.few_shot": int,
-    "revise.max_new_tokens": int,
-    "revise.*": int | float,
     "judging.mode": ("logprob", "cot"),
-    "judging.principles_per_pair": int,
-    "judging.prior_correction": bool,
-    "judging.min_option_mass": int | float,
     "judging.min_calibration_pairs": int | None,
-    "judging.cot_tokens": int,
-    "judging.tie_margin": int | float,
-    "gate.gold": str,
-    "gate.pairs": int,
     "gate.fails": ("contrastive", "stop", "ignore"),
-    "gate.only": bool,
-    "gate.*": int | float,
-    "route.*": int | float,
     "filters.*": int | float,
     "generator.kind": ("local", "server"),
     "judge.kind": ("local", "server"),
@@ -68,43 +36,23 @@ KEYS = {
     "thresholds.length_controlled": bool,
     "thresholds.worst_case": bool,
     "thresholds.*": int | float | None,
-    "exit_codes.*": int,
-    "judgements": list,
     "deployment": str | None,
     "stress": str | None,
     "gold": str | list | None,
-    "samples": int,
     "proxy": ("first", "mean", "min", "uwo", "trained"),
-    "ledger_pairs": int,
-    "stress_pairs": int,
-    "probe_pairs": int,
-    "credit_pairs": int,
     "ppo_run": str | None,
-    "sweeps": list,
-    "sweep.prompts": int,
-    "sweep.max_new_tokens": int,
     "sweep.reward_model": str | None,
     "sweep.max_kl": int | float | None,
     "sweep.max_length_ratio": int | float | None,
     "stages": list,
-    "shared": list,
-    "next": list,
-    "publish": bool,
     "run": str | None,
     "pairs": str | None,
     "repo_id": str | None,
     "folder": str | None,
-    "public": bool,
-    "revision": str,
     "tag": str | None,
     "commit_message": str | None,
-    "create_pr": bool,
     "license": str | None,
     "evaluation": str | None,
-    "merged": bool,
-    "force": bool,
-    "max_merge_drift": int | float,
-    "max_base_drift": int | float,
     "max_file_gib": int | float,
 }
 # What the extra `audit` installs, and the module of each.
@@ -114,6 +62,17 @@ AUDIT_PACKAGES = {
     "networkx": "networkx",
     "krippendorff": "krippendorff",
 }
+# What `trainer.report_to` may name, and the packages one of which it needs.
+TRACKERS = {
+    **{name: (name,) for name in ("wandb", "trackio", "mlflow", "comet_ml", "clearml", "codecarbon", "dagshub")},
+    **{name: (name,) for name in ("dvclive", "neptune", "swanlab")},
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "azure_ml": ("azureml-core",),
+    "flyte": ("flytekit",),
+    "kubeflow": (),  # a server, whose address is in the environment
+}
+# Groups whose keys are ours; base.yaml has all of them.
+OURS = {"preflight", "sweep"}
 
 
 def check(cfg: DictConfig, recipe: str | None = None) -> None:
@@ -125,18 +84,19 @@ def check(cfg: DictConfig, recipe: str | None = None) -> None:
     Raises:
         Refusal: the first offence, naming its key as typed on the command line.
     """
-    leaves = flatten(OmegaConf.to_container(cfg, resolve=False))
-    _refuse_unknown([key for key, _ in leaves], recipe or _running())
+    leaves, recipe = flatten(OmegaConf.to_container(cfg, resolve=False)), recipe or _running()
+    _refuse_unknown([key for key, _ in leaves], recipe)
     for key in sorted(OmegaConf.missing_keys(cfg)):
         raise Refusal(f"{key}: required, but not set. Add {key}=<value> to the command.")
     try:
         guard.refuse_secrets_of(cfg)
     except OmegaConfBaseException as error:  # a reference to a key that is not there
         raise Refusal(str(error)) from error
+    own = defaults(recipe) if recipe else {}
     for key, value in leaves:
-        rule = KEYS.get(key) or KEYS.get(key.rpartition(".")[0] + ".*")
-        if rule and not (isinstance(value, str) and "${" in value):
-            check_value(key, value, rule)
+        taken = rule(key, own.get(key))
+        if taken and not (isinstance(value, str) and "${" in value):
+            check_value(key, value, taken)
     if "publish" in cfg and cfg.publish != (cfg.repo_id is not None):
         raise Refusal(f"publish={str(cfg.publish).lower()}: goes with repo_id=<user/name>. Give both, or none.")
     if cfg.get("publish") and in_sweep():
@@ -146,6 +106,7 @@ def check(cfg: DictConfig, recipe: str | None = None) -> None:
             "trainer.push_to_hub=true: would upload every checkpoint as it is. Use publish=true repo_id=<user/name>, "
             "which proves what it uploads."
         )
+    _refuse_missing_tracker(OmegaConf.select(cfg, "trainer.report_to"))
     quantization = OmegaConf.select(cfg, "quantization._target_") or ""
     if quantization.endswith("BitsAndBytesConfig") and not _installed("bitsandbytes"):
         raise Refusal(
@@ -157,18 +118,61 @@ def check(cfg: DictConfig, recipe: str | None = None) -> None:
                 raise Refusal(f'The audit needs {package}. pip install "rlhf-recipes[audit]".')
 
 
+def defaults(recipe: str) -> dict[str, Any]:
+    """Our own keys of a recipe, dotted, and their defaults."""
+    node, groups = _primary(recipe)
+    node |= {group: OmegaConf.to_container(OmegaConf.load(CONF / group / "base.yaml")) for group in groups & OURS}
+    return dict(flatten(node))
+
+
+def rule(key: str, default: Any) -> Any:
+    """What `check_value` holds a key of ours against: what KEYS says, else the type of its default; None where
+    neither is known. A number that may have a fraction may be a whole one."""
+    listed = KEYS.get(key) or KEYS.get(key.rpartition(".")[0] + ".*")
+    if listed or default is None:
+        return listed
+    return int | float if isinstance(default, float) else type(default)
+
+
+def _primary(recipe: str) -> tuple[dict, set[str]]:
+    """The primary config of a recipe as it is written, without Hydra's node, and its groups."""
+    shared, own = (OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml")) for name in ("run", recipe))
+    groups = {group for entry in own.pop("defaults") if isinstance(entry, dict) for group in entry}
+    return {key: value for key, value in (shared | own).items() if key != "hydra"}, groups
+
+
 def _refuse_unknown(keys: list[str], recipe: str | None) -> None:
     """A file under conf/experiment/, or `+key=value`, may bring keys that nothing reads."""
     if recipe is None:
         return
-    own = [OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml"), resolve=False) for name in (recipe, "run")]
-    groups = {group for entry in own[0].pop("defaults") if isinstance(entry, dict) for group in entry}
-    known = [key for node in own for key, _ in flatten(node) if not key.startswith("hydra.")]
-    known += [f"model.{key}" for key in ModelConfig.__dataclass_fields__]
+    node, groups = _primary(recipe)
+    known = [*(key for key, _ in flatten(node)), *(f"model.{key}" for key in ModelConfig.__dataclass_fields__)]
     for key in keys:
         open_group = key.partition(".")[0] in groups - {"model"}  # checked against the class, or by rlhf_recipes.data
         if not open_group and not any(f"{name}.".startswith(f"{key}.") for name in known):
             raise Refusal(f"{key}: recipes/{recipe}.py has no such key{nearest(key, [*known, *groups])}")
+
+
+def _refuse_missing_tracker(report_to: Any) -> None:
+    """The trainer would find out when the model is loaded."""
+    names = list(report_to) if OmegaConf.is_list(report_to) else [report_to]
+    installed = {name for name, packages in TRACKERS.items() if any(map(_installed, packages))}
+    if names in (["none"], [None]):
+        return
+    if names == ["all"]:
+        if not installed:
+            raise Refusal(
+                "trainer.report_to=all: no tracker is installed. pip install tensorboard, or choose tracker=none."
+            )
+        return
+    for name in names:
+        check_value("trainer.report_to", name, (*TRACKERS, *(("none", "all") if len(names) == 1 else ())))
+        packages = TRACKERS[name]
+        if packages and name not in installed:
+            where = "tracker" if (CONF / "tracker" / f"{name}.yaml").is_file() else "trainer.report_to"
+            raise Refusal(
+                f"{where}={name}: {packages[0]} is not installed. pip install {packages[0]}, or choose tracker=none."
+            )
 
 
 def _running() -> str | None:
@@ -178,4 +182,4 @@ def _running() -> str | None:
 def _installed(package: str) -> bool:
     import importlib.util
 
-    return importlib.util.find_spec(package) is not None
+    return importlib.util.find_spec(package.partition("-")[0]) is not None

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import torch
 from transformers import PrinterCallback, TrainerCallback
+from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
-from rlhf_recipes import memory, methods, progress
+from rlhf_recipes import memory, methods, progress, text
+from rlhf_recipes.errors import Refusal, first_line
 from rlhf_recipes.run import write_atomically
+from rlhf_recipes.secrets import redact
 from rlhf_recipes.training import doctor
 
 # What TRL and transformers count since the launch: wrong after a resume.
@@ -25,6 +28,8 @@ def watch(trainer, run) -> None:
         trainer.add_callback(Doctor(run, trainer, strict=run.config["doctor"] == "strict"))
     trainer.add_callback(MetricsFile(run.dir / "metrics.jsonl"))
     trainer.add_callback(ReturnFreedMemory())
+    if trainer.args.report_to:
+        trainer.add_callback(Tracker(trainer))
     if hasattr(trainer, "samples"):
         trainer.add_callback(SamplesFile(run.dir / "samples.jsonl", trainer))
 
@@ -67,6 +72,93 @@ class SamplesFile(TrainerCallback):
     def on_log(self, args, state, control, **kwargs):
         lines = [json.dumps(sample, ensure_ascii=False) for sample in self.trainer.samples]
         write_atomically(self.path, "\n".join(lines) + "\n")
+
+
+class Tracker(TrainerCallback):
+    """What a tracker (`trainer.report_to`) shows beside the numbers of the log, which transformers' callbacks send it:
+    a table of PPO's samples with each log and, at the end, of the held-out metrics.
+
+    A tracker without tables is sent the numbers of the held-out metrics alone.
+
+    Raises:
+        Refusal: nobody is logged in to wandb, before a step is taken.
+    """
+
+    def __init__(self, trainer):
+        self.trainer, self.shown = trainer, 0
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, WandbCallback) and trainer.state.is_world_process_zero:
+                import wandb
+
+                wandb.finish()  # what a job of this sweep that failed has left open; transformers would go on in it
+                try:
+                    wandb.login()
+                except wandb.Error as error:
+                    raise Refusal(
+                        f"tracker=wandb: {redact(first_line(error)).rstrip('.')}. Or keep everything here: set "
+                        "WANDB_MODE=offline."
+                    ) from error
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.shown = len(getattr(self.trainer, "samples", []))  # of the run that is continued
+
+    def on_log(self, args, state, control, **kwargs):
+        samples = getattr(self.trainer, "samples", [])[self.shown :]
+        self.shown += len(samples)
+        if samples and state.is_world_process_zero:
+            rows = [[_shown_prompt(s["prompt"]), redact(s["completion"]), s["reward"]] for s in samples]
+            self._show("samples", ["prompt", "completion", "reward"], rows)
+
+    def finish(self, before: dict, metrics: dict) -> None:
+        """Send the held-out metrics, as numbers (`test/<name>`) and as a table, and end the tracker's run.
+
+        Args:
+            before: name -> estimate before training.
+            metrics: the same after training.
+        """
+        trainer = self.trainer
+        if not trainer.state.is_world_process_zero:
+            return
+        numbers = {f"test_{name}": after.value for name, after in metrics.items() if after.value is not None}
+        # Not trainer.log: the log history is the training's.
+        trainer.callback_handler.on_log(trainer.args, trainer.state, trainer.control, numbers)
+        columns = ["metric", "before", "after", "low", "high", "n"]
+        rows = [
+            [name, before[name].value, after.value, after.low, after.high, after.n] for name, after in metrics.items()
+        ]
+        self._show("held_out", columns, rows)
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, WandbCallback):
+                import wandb
+
+                wandb.finish()  # else the next job of a sweep would go on in it
+            elif isinstance(callback, TrackioCallback | TensorBoardCallback):
+                callback.on_train_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
+
+    def _show(self, name: str, columns: list[str], rows: list[list]) -> None:
+        """A table in each tracker that has some."""
+        step = self.trainer.state.global_step
+        escaped = [[text.markdown(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, WandbCallback):
+                import wandb
+
+                wandb.log({name: wandb.Table(columns=columns, data=rows), "train/global_step": step})
+            elif isinstance(callback, TrackioCallback):
+                import trackio
+
+                trackio.log({name: trackio.Table(columns=columns, data=escaped), "train/global_step": step})
+            elif isinstance(callback, TensorBoardCallback):
+                lines = [columns, ["---"] * len(columns), *escaped]
+                table = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+                callback.tb_writer.add_text(name, table, step)
+                callback.tb_writer.flush()
+
+
+def _shown_prompt(prompt: str | list[dict]) -> str:
+    """A prompt as one text: its turns below each other."""
+    turns = prompt if isinstance(prompt, list) else [{"role": "", "content": prompt}]
+    return redact("\n".join(f"{turn['role']}: {turn['content']}".removeprefix(": ") for turn in turns))
 
 
 class Doctor(TrainerCallback):

@@ -38,7 +38,7 @@ def write(result: dict, config: dict) -> str:
         for group in ("reward_funcs", "trainer", "lora", "quantization", "data")
         if group in config
         for key, value in flatten({group: config[group]})
-        if value is not None and not key.endswith("_target_")
+        if value is not None and not key.endswith(("_target_", ".report_to"))
     ]
     device = markdown(result["device"])
     body = f"""# LoRA adapter: {recipe} on {markdown(base)}

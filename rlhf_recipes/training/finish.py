@@ -61,6 +61,10 @@ def finish(run: Run, trainer, *, main: str, before: dict, metrics: dict, counts:
     if watching:
         with _spared("doctor.png"):
             doctor_plot.plot(seen, entries["doctor"]["findings"], run.dir / "doctor.png", title)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, callbacks.Tracker):
+            with _spared("the tracker's last table"):
+                callback.finish(before, metrics)
     _print_summary(run, result)
     return metrics[main].value
 

@@ -72,7 +72,7 @@ def _overrides(recipe: str, overrides: list[str], args, folder: str) -> list[str
     steps = {"max_steps": args.num_mini_batches, "num_ppo_epochs": 1} if recipe == "ppo" else {
         "max_steps": MICRO_BATCHES, "gradient_accumulation_steps": 1,
     }  # fmt: skip
-    steps |= {"save_strategy": "no", "logging_steps": 1}
+    steps |= {"save_strategy": "no", "logging_steps": 1, "report_to": "none"}
     return [
         *own, "data=local", f"data.path={folder}/train.jsonl", f"data.test_path={folder}/test.jsonl",
         *(f"data.{key}={value}" for key, value in keys.items()), *(f"trainer.{k}={v}" for k, v in steps.items()),
