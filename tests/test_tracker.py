@@ -10,14 +10,15 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from rlhf_recipes import run
 from rlhf_recipes.launch import keys
+from rlhf_recipes.stats import Estimate
 from rlhf_recipes.training import callbacks
 
 SAMPLES = [
     {"step": step, "prompt": [{"role": "user", "content": f"q{step}"}], "completion": f"a|{step}", "reward": 0.5}
     for step in (1, 2)
 ]
-BEFORE = {"reward": {"value": 0.25, "low": 0.0, "high": 0.5, "n": 4}}
-AFTER = {"reward": {"value": 0.75, "low": 0.5, "high": 1.0, "n": 4}}
+BEFORE = {"reward": Estimate(0.25, 0.0, 0.5, 4)}
+AFTER = {"reward": Estimate(0.75, 0.5, 1.0, 4)}
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,7 @@ def test_a_tracker_is_no_part_of_what_a_run_computes(compose, tmp_path, before):
     given = run.resolved(compose("dpo", "tracker=tensorboard"))
     kept = given | {"trainer": {key: value for key, value in given["trainer"].items() if key != "report_to"} | before}
     assert run.config_sha256(kept) == run.config_sha256(given)
-    run.write_config(run.Run(tmp_path, "dpo", kept))
+    run.Run(tmp_path, "dpo", kept).write_config()
     assert run._other_config(run.Run(tmp_path, "dpo", given)) is None
     given["trainer"]["beta"] = 0.7
     assert run._other_config(run.Run(tmp_path, "dpo", given)).startswith("trainer.beta=0.7: ")
