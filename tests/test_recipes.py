@@ -33,8 +33,7 @@ import hydra
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 import rlhf_recipes.config
-from rlhf_recipes import models
-from rlhf_recipes import inference
+from rlhf_recipes import inference, models
 
 overrides, adapter, rows = json.load(sys.stdin)
 with hydra.initialize_config_module("rlhf_recipes.conf", version_base="1.3"):
