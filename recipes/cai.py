@@ -21,27 +21,28 @@ def main(cfg):
     gold = gate.load_gold(cfg)
     prompts = load_prompts(cfg.data)
 
-    from rlhf_recipes.cai import backend, dataset, judge, report
+    from rlhf_recipes.cai import backend, dataset, report
+    from rlhf_recipes.cai.judge import Judge
     from rlhf_recipes.cai.load import load
 
-    generator, judging = load(cfg, run.parent, judge_adapter)
+    generator, asked = load(cfg, run.parent, judge_adapter)
     if tokenizer := getattr(generator, "tokenizer", None):
         prompts = fit(prompts, tokenizer, cfg.max_prompt_length, cfg.data.too_long)
     print(describe(prompts.report), flush=True)
     run.create()
 
-    critic = judge.Judge(judging, principles, cfg.judging, cfg.seed)
-    worth = gate.examine(critic, gold, cfg, backend.Journal(run.dir / GATE))
+    judge = Judge(asked, principles, cfg.judging, cfg.seed)
+    worth = gate.examine(judge, gold, cfg, backend.Journal(run.dir / GATE))
     print(gate.describe(worth), flush=True)
-    result = {"main": gate.headline(worth), "gate": worth, "constitution": principles.summary(), "judge": judging.name}
+    result = {"main": gate.headline(worth), "gate": worth, "constitution": principles.summary(), "judge": asked.name}
     if not cfg.gate.only:
-        sources, critic = gate.decide(worth, critic, cfg)
+        sources, judge = gate.decide(worth, judge, cfg)
         rows = [{**row, "split": name} for name in ("test", "train") for row in getattr(prompts, name)]
-        gate.confirm(gate.estimate(cfg, sources, rows, generator, judged=critic is not None))
-        maker = make_pairs.Maker(generator, critic, principles, sources, cfg)
+        gate.confirm(gate.estimate(cfg, sources, rows, generator, judged=judge is not None))
+        maker = make_pairs.PairMaker(generator, judge, principles, sources, cfg)
         shards = list(maker.shards(rows, run.dir / "shards"))
         made = dataset.write(shards, run.dir, maker.provenance())
-        result |= {"generator": generator.name, "labelled_by": "judge" if critic else "construction", **made}
+        result |= {"generator": generator.name, "labelled_by": "judge" if judge else "construction", **made}
         result |= {"spent": maker.spent(run.dir / GATE, shards), "counts": prompts.report}
     return report.finish(run, result)
 

@@ -348,7 +348,7 @@ def _from_hub(model: DictConfig, load, path: str, **kwargs):
     if not Path(path).is_dir():
         if not places.on_hub(path, "model.id", bare=True):
             raise Refusal(f"model.id={path}: no folder here, and no id of the Hub. Check it; a folder may be given.")
-        places.tell("model", path)
+        places.say_from_hub("model", path)
     try:
         if not Path(path).is_dir():
             _ask_hub(path, model.revision)

@@ -41,6 +41,6 @@ def on_hub(reference: str, key: str, bare: bool = False) -> bool:
 
 
 @functools.cache
-def tell(what: str, repo: str) -> None:
+def say_from_hub(what: str, repo: str) -> None:
     """Say, once a process, that something is read from the Hub (or from its cache) and not from here."""
     print(f"{what}: {text.line(repo)}, from the Hub", flush=True)

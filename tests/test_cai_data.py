@@ -167,7 +167,7 @@ def make(folder, prompts, sources=("revision", "on_policy"), judged=True, log=No
     folder.mkdir(exist_ok=True)
     if critic:
         critic.learn_priors(Journal(folder / "gate.jsonl"))
-    maker = make_pairs.Maker(generator, critic, principles, list(sources), cfg)
+    maker = make_pairs.PairMaker(generator, critic, principles, list(sources), cfg)
     shards = list(maker.shards(prompts, folder / "shards"))
     if note:
         note("writing")

@@ -259,7 +259,7 @@ def test_the_estimate_counts_the_calls_that_are_made(cfg, tmp_path):
     sources = list(make_pairs.SOURCES)
     spend = gate.estimate(cfg, sources, rows, backend, judged=True)
     backend.asked.clear()
-    maker = make_pairs.Maker(backend, critic, critic.constitution, sources, cfg)
+    maker = make_pairs.PairMaker(backend, critic, critic.constitution, sources, cfg)
     made = maker.records(rows, Journal(tmp_path / "a.jsonl"), "")
     assert spend["prompts"] == 5 and spend["calls"] == len(backend.asked) == 5 * (5 + 3 + 2 + 5 * 8)
     assert all(not pair["unfit"] for record in made for pair in record["pairs"]), made

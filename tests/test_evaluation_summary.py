@@ -11,7 +11,7 @@ from test_cai_judge import Stub
 from rlhf_recipes import ensemble
 from rlhf_recipes.cai import constitution
 from rlhf_recipes.cai.judge import Judge, Judgement
-from rlhf_recipes.evaluation import checkpoints, definitions, judges, summary, table
+from rlhf_recipes.evaluation import checkpoints, definitions, judges, summary, table, win_rate
 from rlhf_recipes.evaluation import verdict as verdict_of
 from rlhf_recipes.evaluation.measurements import Measurements
 from rlhf_recipes.stats import Estimate
@@ -456,7 +456,7 @@ def test_what_a_judge_is_worth_by_hand():
         judges.verdict("c", Judgement(None), 0.05),
         judges.verdict("d", None, 0.05),
     ]
-    found = summary._judge(rows)
+    found = win_rate.judge_quality(rows)
     assert {key: (e.value, e.n) for key, e in found.items()} == {
         "judge_answers": (pytest.approx(2 / 3), 3),
         "judge_consistency": (0.5, 2),

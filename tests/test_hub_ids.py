@@ -20,7 +20,7 @@ def here(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     write_pairs(tmp_path / "data" / "pairs.jsonl")
     (tmp_path / "notes").write_text("notes\n")
-    places.tell.cache_clear()
+    places.say_from_hub.cache_clear()
     return tmp_path
 
 

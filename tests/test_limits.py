@@ -288,7 +288,7 @@ GOOD = {"text": "t", "finished": True, "prompt_tokens": 2, "tokens": 1}
 def test_counts_in_a_journal_that_are_no_numbers_do_not_end_a_run(tmp_path, compose, bad):
     path = old_journal(tmp_path / "answers.jsonl", {**GOOD, "prompt_tokens": bad})
     cfg = compose("cai")
-    maker = make_pairs.Maker(None, None, None, [], cfg)
+    maker = make_pairs.PairMaker(None, None, None, [], cfg)
     spent = maker.spent(path, [tmp_path / "records.jsonl"])
     assert (spent["calls"], spent["prompt_tokens"], spent["completion_tokens"]) == (4, 4, 4)
     assert Journal(path).answers["k"] == {**GOOD, "prompt_tokens": 0}
@@ -331,7 +331,7 @@ def test_a_damaged_line_is_named_and_stays(tmp_path, compose, damage):
     with path.open("ab") as file:
         file.write(damage + b"\n")
     before = path.read_bytes()
-    for read in (Journal, lambda path: make_pairs.Maker(None, None, None, [], compose("cai")).spent(path, [])):
+    for read in (Journal, lambda path: make_pairs.PairMaker(None, None, None, [], compose("cai")).spent(path, [])):
         with pytest.raises(ValueError, match=r"answers\.jsonl:3: is damaged\. Remove the line") as raised:
             read(path)
         assert as_refusal(raised.value, None)

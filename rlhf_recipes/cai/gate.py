@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes.cai.backend import Backend, Journal, Request
-from rlhf_recipes.cai.judge import Judge, Pair, worth
+from rlhf_recipes.cai.judge import Judge, Pair, validate_judge
 from rlhf_recipes.cai.make_pairs import price
 from rlhf_recipes.config import CONF
 from rlhf_recipes.data.load import load_pairs
@@ -44,7 +44,7 @@ def examine(judge: Judge, gold: list[dict], cfg: DictConfig, journal: Journal) -
         Pair(row["prompt_id"], row["prompt"], row["chosen"][-1]["content"], row["rejected"][-1]["content"])
         for row in gold
     ]
-    found = worth(judge, gold, judge.compare(pairs, journal, "judge: gold pairs"), cfg.gate)
+    found = validate_judge(judge, gold, judge.compare(pairs, journal, "judge: gold pairs"), cfg.gate)
     enough = cfg.judging.min_calibration_pairs
     if enough is not None and len(gold) >= enough:
         judge.temperature = found["temperature"]

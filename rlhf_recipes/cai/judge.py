@@ -161,7 +161,7 @@ class Judge:
         )
 
 
-def worth(judge: Judge, gold: list[dict], judgements: list[Judgement], limits: DictConfig) -> dict[str, Any]:
+def validate_judge(judge: Judge, gold: list[dict], judgements: list[Judgement], limits: DictConfig) -> dict[str, Any]:
     """What a judge is worth on pairs whose better reply is known, beside what needs no model.
 
     Args:

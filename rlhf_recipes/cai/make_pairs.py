@@ -54,7 +54,7 @@ def check(cfg: DictConfig) -> ModelRef | None:
 
 
 @dataclass
-class Maker:
+class PairMaker:
     """What turns prompts into records.
 
     Attributes:

@@ -131,7 +131,7 @@ def read_hub(path: str, name: str | None, revision: str | None, split: str) -> I
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
     reach_hub(path, HF_HUB_OFFLINE)
-    places.tell("data", path)
+    places.say_from_hub("data", path)
     from datasets import load_dataset
 
     try:

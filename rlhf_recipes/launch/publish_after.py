@@ -27,5 +27,5 @@ def check_ready(cfg: DictConfig, recipe: str) -> None:
     checks.options(asked)
     source = contents.Source("pairs" if recipe == "cai" else "run", Path(cfg.output_dir), run.resolved(cfg), {})
     target = connect(asked, source.repo_type)
-    with upload.told(target):
+    with upload.state_in_errors(target):
         terms(source, None, target.api)

@@ -31,13 +31,13 @@ def recipe(name: str):
             if in_sweep() and "trainer" in cfg:
                 from rlhf_recipes.launch import sweep
 
-                return sweep.job(main, cfg)
+                return sweep.run_job(main, cfg)
             with OneLine(), _no_empty_folder():  # inside Hydra, which would announce the failure on a line of its own
                 check(cfg)
                 if "trainer" in cfg and cfg.preflight.only:
                     from rlhf_recipes.launch.preflight import look
 
-                    return look.alone(cfg, name, list(HydraConfig.get().overrides.task))
+                    return look.instead_of_run(cfg, name, list(HydraConfig.get().overrides.task))
                 return _published(main, cfg, name) if cfg.get("publish") else main(cfg)
 
         @functools.wraps(main)
@@ -71,7 +71,7 @@ def _published(main, cfg: DictConfig, recipe: str):
     value = main(cfg)
     memory.forget_peak()  # the model, too: it is loaded again
     asked = publish_after.options(cfg, recipe)
-    publish.tell(asked, publish.publish(asked))
+    publish.print_outcome(asked, publish.publish(asked))
     return value
 
 

@@ -24,7 +24,7 @@ from rlhf_recipes.secrets import redact
 from rlhf_recipes.text import line, shown
 
 
-def job(main, cfg: DictConfig) -> float:
+def run_job(main, cfg: DictConfig) -> float:
     """Run one job of a sweep, measure it and write its row; a failure is a row too.
 
     Returns:

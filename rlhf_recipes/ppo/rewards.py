@@ -191,7 +191,7 @@ def _load_classifier(path: str, args):
     from transformers import AutoModelForSequenceClassification
 
     if places.on_hub(path, "reward_funcs", bare=True):
-        places.tell("reward model", path)
+        places.say_from_hub("reward model", path)
     elif not Path(path).is_dir():
         raise Refusal(f"reward_funcs={path}: no such folder, and no id of the Hub. Check it.")
     try:

@@ -47,7 +47,7 @@ def publish(cfg: DictConfig) -> dict[str, Any]:
     if cfg.folder:
         checks.place(Path(cfg.folder), [source.dir, cfg.evaluation], cfg.get("output_dir"))
     target = connect(cfg, source.repo_type) if cfg.repo_id else None
-    with upload.told(target) if target else nullcontext(), tempfile.TemporaryDirectory() as scratch:
+    with upload.state_in_errors(target) if target else nullcontext(), tempfile.TemporaryDirectory() as scratch:
         staged = Path(scratch) / "files"
         staged.mkdir()
         base = terms(source, cfg.license, target and target.api)
@@ -108,11 +108,11 @@ def record(run: Run, cfg: DictConfig, published: dict[str, Any]) -> float | None
     result = run.record(main=main, **published)
     run.write_config()
     run.write_result(result)
-    tell(cfg, published)
+    print_outcome(cfg, published)
     return largest
 
 
-def tell(cfg: DictConfig, published: dict[str, Any]) -> None:
+def print_outcome(cfg: DictConfig, published: dict[str, Any]) -> None:
     """Print what the round trip found, and where all is."""
     found = published["proof"]
     if found:

@@ -64,7 +64,7 @@ class Target:
 
 
 @contextmanager
-def told(target: Target):
+def state_in_errors(target: Target):
     """What goes wrong between the client and the Hub as one line that says what state the repo is in."""
     try:
         yield
@@ -123,7 +123,7 @@ def connect(repo_id: str, repo_type: str, revision: str, tag: str | None, public
     target = Target(HfApi(library_name=MARK), repo_id, repo_type, revision, public, force)
     if not get_token():
         raise Refusal(f"repo_id={repo_id}: no token. `hf auth login`, or the environment variable HF_TOKEN.")
-    with told(target):
+    with state_in_errors(target):
         user = retried(target.api.whoami)
         _refuse_reader(repo_id, user)
         _refuse_other_kind(target)

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/cai_memory.py --prompts 1000 10000 100000
 
-For each number of prompts a process of its own runs `steps.Maker.shards` and `dataset.write` with stub models whose
+For each number of prompts a process of its own runs `PairMaker.shards` and `dataset.write` with stub models whose
 answers take no time, on prompts that are read one shard at a time. Printed are the highest resident memory of that
 process in MiB (Linux), its growth over the first, pairs, and seconds.
 """
@@ -78,7 +78,7 @@ def work(count: int) -> dict:
     cfg.revise.few_shot = 0
     principles = constitution.load(OmegaConf.load(CONF / "constitution" / "general.yaml"))
     critic = judge.Judge(Grader(), principles, cfg.judging, cfg.seed)
-    maker = make_pairs.Maker(Generator(), critic, principles, ["revision", "on_policy"], cfg)
+    maker = make_pairs.PairMaker(Generator(), critic, principles, ["revision", "on_policy"], cfg)
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         shards = list(maker.shards(Prompts(count), Path(folder) / "shards"))

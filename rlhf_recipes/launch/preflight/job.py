@@ -47,7 +47,7 @@ class Job:
 
 
 @dataclass
-class LookedAt:
+class Cache:
     """What jobs have in common is looked at once.
 
     Attributes:
@@ -72,7 +72,7 @@ class LookedAt:
         return memory.resident()
 
 
-def examine(job: Job, looked_at: LookedAt) -> JobReport:
+def examine(job: Job, looked_at: Cache) -> JobReport:
     """Everything about a job that can be known before it runs."""
     found = JobReport(job.name, job.recipe)
     try:
@@ -82,7 +82,7 @@ def examine(job: Job, looked_at: LookedAt) -> JobReport:
     return found
 
 
-def _look(job: Job, looked_at: LookedAt, found: JobReport) -> None:
+def _look(job: Job, looked_at: Cache, found: JobReport) -> None:
     """Fill in what `examine` returns.
 
     Raises:
@@ -168,7 +168,7 @@ def _reward_models(cfg: DictConfig, later: list[str]) -> int:
     return len(given) - len(present) + sum(each.kind != references.FUNCTION for each in found)
 
 
-def _rows(job: Job, args, tokenizer, looked_at: LookedAt) -> tuple:
+def _rows(job: Job, args, tokenizer, looked_at: Cache) -> tuple:
     """(splits, tokens of each train row, the report about them, an example), read once for jobs with the same data."""
     cfg = job.cfg
     max_length = cfg.max_prompt_length if job.recipe == "ppo" else args.max_length

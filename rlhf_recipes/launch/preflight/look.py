@@ -30,7 +30,7 @@ from rlhf_recipes.launch.refusals import as_refusal
 FILE = "preflight.json"
 
 
-def alone(cfg: DictConfig, recipe: str, overrides: list[str]) -> None:
+def instead_of_run(cfg: DictConfig, recipe: str, overrides: list[str]) -> None:
     """Look at one run, and print the command that starts it.
 
     Raises:
@@ -94,7 +94,7 @@ def look(jobs: list, folder: Path, settings: DictConfig, elsewhere: bool = False
     kept = folder / FILE
     measured = json.loads(kept.read_text())["measured"] if kept.is_file() else {}
     measured = {shape: took for shape, took in measured.items() if "error" not in took}  # it may have been mended
-    looked_at = examination.LookedAt(measured, settings.measure and not elsewhere, elsewhere)
+    looked_at = examination.Cache(measured, settings.measure and not elsewhere, elsewhere)
     found: list[JobReport] = []
     print(printed.head(jobs), flush=True)
     for each in jobs:
