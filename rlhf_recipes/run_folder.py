@@ -22,7 +22,6 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from rlhf_recipes.errors import Refusal, first_line
-from rlhf_recipes.stats import Estimate
 
 MARK = "rlhf_recipes"
 CONFIG, RESULT, PREFLIGHT = "config.yaml", "result.json", "preflight.json"
@@ -124,6 +123,8 @@ def read_json(path: Path, kind: type = dict) -> Any:
     Raises:
         Refusal: it holds none.
     """
+    from rlhf_recipes.stats import Estimate  # numpy, which `--help` does without
+
     try:
         content = json.loads(path.read_text(encoding="utf-8"), object_hook=Estimate.of)
     except (ValueError, RecursionError) as error:
