@@ -698,7 +698,7 @@ def test_nothing_left_says_what_was_dropped(tmp_path):
         ({"pth": "x"}, "data.pth: no such key; did you mean 'path'? See conf/data/base.yaml."),
         (
             {"format": "pair"},
-            "data.format=pair: not one of pairs, hh_rlhf, ratings, rankings, messages; did you mean",
+            "data.format=pair: not one of pairs, hh_rlhf, ratings, rankings, labelled, messages; did you mean",
         ),
         ({"too_long": "cut"}, "data.too_long=cut: not one of drop, truncate, stop."),
         ({"seed": "x"}, "data.seed=x: must be a whole number."),

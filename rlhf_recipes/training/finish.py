@@ -11,7 +11,6 @@ from rlhf_recipes.references import adapter_sha256
 from rlhf_recipes.run import Run
 from rlhf_recipes.run_folder import write_atomically
 from rlhf_recipes.secrets import redact
-from rlhf_recipes.stats import format_estimate
 from rlhf_recipes.text import line
 
 
@@ -82,6 +81,7 @@ def _spared(file: str):
 
 
 def _print_summary(run: Run, result: dict) -> None:
+    from rlhf_recipes.stats import format_estimate
     from rlhf_recipes.training import doctor
 
     main, where = result["main"], line(run.dir)
