@@ -140,9 +140,8 @@ def _refuse_incomplete(where: str, result: dict[str, Any]) -> None:
     estimates = {f"main.{name}": main.get(name) for name in ("before", "after")}
     for name, after in metrics.items():
         estimates |= {f"before.{name}": before.get(name), f"metrics.{name}": after}
-    needed = {"value", "low", "high", "n"}
     missing = [name for name, each in parts.items() if not isinstance(each, dict)]
-    missing += [name for name, each in estimates.items() if not isinstance(each, dict) or not needed <= each.keys()]
+    missing += [name for name, each in estimates.items() if not isinstance(each, Estimate)]
     if missing:
         raise Refusal(
             f"{where}: result.json has no {line(missing[0])} as a training writes it. Restore the file, or run the "
