@@ -82,8 +82,9 @@ def test_what_is_imported_later_is_not_the_current_folders(clean_env, trap, tmp_
     code = """
 import os, sys
 from rlhf_recipes import config
+from rlhf_recipes.launch import recipe
 sys.path[0] = os.getcwd()
-config._leave_script_folder()
+recipe._leave_script_folder()
 import torch
 assert config.import_function("mine:score", "reward_funcs")(None) == 1
 assert sys.path[-1] == os.getcwd() and sys.path.count(os.getcwd()) == 1

@@ -721,8 +721,8 @@ def test_keys_are_checked_before_a_file_is_opened(changes, wanted):
 def test_a_refusal_imports_no_heavy_library(tmp_path):
     (tmp_path / "p.jsonl").write_text("{")
     script = (
-        "import sys; from tests.test_data import data, local\n"
-        f"try: data.load_pairs(local('{tmp_path}/p.jsonl'))\n"
+        "import sys; from tests.test_data import load_pairs, local\n"
+        f"try: load_pairs(local('{tmp_path}/p.jsonl'))\n"
         "except ValueError: print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -795,8 +795,8 @@ def test_hub_refusals_are_one_line_without_a_token(kind, status, wanted, monkeyp
 
 def test_offline_without_a_cache_is_one_line(tmp_path):
     script = (
-        "from tests.test_data import data, node\n"
-        "try: data.load_pairs(node('hh_rlhf'))\n"
+        "from tests.test_data import load_pairs, node\n"
+        "try: load_pairs(node('hh_rlhf'))\n"
         "except ValueError as error: print(error)"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}

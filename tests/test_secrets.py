@@ -234,13 +234,12 @@ def test_a_recipe_leaves_no_secret_behind(run_recipe, variable, tmp_path):
 
 BROKEN = """
 import os, sys
-from rlhf_recipes import data
 from rlhf_recipes.recipes import dpo
 
 def broken(node):
     raise RuntimeError("got %s \\x1b[2J" % os.environ["WANDB_API_KEY"])
 
-data.load_pairs = broken
+dpo.load_pairs = broken
 sys.argv = ["dpo"]
 dpo.main()
 """

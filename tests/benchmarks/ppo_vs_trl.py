@@ -30,7 +30,7 @@ MODEL = ["quantization=none", "model.dtype=bfloat16"]
 OURS = """
 import time
 from transformers import TrainerCallback
-from rlhf_recipes import callbacks
+from rlhf_recipes.training import callbacks
 
 class Clock(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
