@@ -230,10 +230,10 @@ def _end_checkpoints(run: Run) -> None:
 
 def config_sha256(config: dict) -> str:
     """Hash of what a run computes: the config without its place and name."""
-    return hashlib.sha256(json.dumps(_computed(config), sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(computed(config), sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _computed(config: dict) -> dict:
+def computed(config: dict) -> dict:
     """The config without what says nothing about the result: unless it is strict, the doctor only reads, and a tracker
     is only told."""
     watched = () if config.get("doctor") == "strict" else ("doctor",)
@@ -291,7 +291,7 @@ def _threads(cores: int) -> int:
 
 def _other_config(run: Run) -> str | None:
     """Why the interrupted run in the folder is not this one; None where it is."""
-    stored, given = (dict(flatten(_computed(config))) for config in (read_config(run.dir), run.config))
+    stored, given = (dict(flatten(computed(config))) for config in (read_config(run.dir), run.config))
     for key in sorted(stored.keys() | given.keys()):
         if stored.get(key) != given.get(key):
             return (

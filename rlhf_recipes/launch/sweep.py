@@ -136,10 +136,10 @@ def _measure(folder: Path, sweep: Path, cfg: DictConfig) -> str | None:
     found = measure.find([str(folder)], parent, cfg.model.id)
     fingerprint = {"adapter": result["adapter_sha256"], "parent": parent, "asked": OmegaConf.to_container(settings)}
     known = read_measurements(folder)
-    if known is None or known.fingerprint != fingerprint:
+    if known is None or _measured_as(known.fingerprint) != _measured_as(fingerprint):
         others = (read_measurements(path.parent) for path in sorted(sweep.glob("*/measurements.json")))
-        alike = {**fingerprint, "adapter": None}
-        before = next((m for m in others if {**m.fingerprint, "adapter": None} == alike), None)
+        alike = {**_measured_as(fingerprint), "adapter": None}
+        before = next((m for m in others if {**_measured_as(m.fingerprint), "adapter": None} == alike), None)
         scorer = measure.find_scorer(settings.reward_model, cfg.model.id)
         try:
             pairs = load_pairs(cfg.data)
@@ -150,3 +150,11 @@ def _measure(folder: Path, sweep: Path, cfg: DictConfig) -> str | None:
         known.fingerprint = fingerprint
         run.write_atomically(folder / "measurements.json", json.dumps(asdict(known), ensure_ascii=False))
     return found[1].name
+
+
+def _measured_as(fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """What of a fingerprint decides what is measured: a key that is added to the configs, or its help, does not."""
+    asked = {
+        key: value for key, value in run.computed(fingerprint["asked"]).items() if key not in ("defaults", "hydra")
+    }
+    return {**fingerprint, "asked": asked}
