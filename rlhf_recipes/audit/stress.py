@@ -13,6 +13,7 @@ Shapes: M reward models, N unedited pairs, S stressed pairs.
 import math
 import random
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -167,9 +168,58 @@ def _wrap(before: str, after: str):
     return lambda text, rng: before + text + after
 
 
+# key -> title, unit, better, definition
+FIGURES = {
+    "worst_family": (
+        "Accuracy on the worst family: {}", "%", "higher",
+        "The lowest over families of the share of pairs with r(chosen) > r(rejected); a tie counts one half."),
+    "stress_accuracy": (
+        "Accuracy on all stressed pairs", "%", "higher",
+        "Share of pairs with r(chosen) > r(rejected), a tie counting one half."),
+    "accuracy_drop": (
+        "Accuracy lost by editing the prompt", "%", "lower",
+        "Accuracy of the unedited pairs less that of the same pairs edited; paired, by prompt."),
+    "order_invariance": (
+        "Pairs whose order survives the edit", "%", "higher",
+        "Share of edited pairs whose margin keeps its sign, right or wrong (arXiv:2503.11751)."),
+    "margin_change": (
+        "How far an edit moves the margin", "", "lower",
+        "Mean |margin after - margin before| / standard deviation of the unedited margins."),
+    "uncertainty_lift": (
+        "The reward models disagree more under stress", "", "higher",
+        "AUROC of the standard deviation of the margin over the reward models: stressed against unedited."),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Orders:
+    """What the mean margin makes of N unedited pairs, of S stressed ones, and of the E of these that were edited.
+
+    Attributes:
+        right: 1 for the right order, 0 for the wrong one, one half for a tie.
+        edited, source: where the pairs before and after the edit are in S and in N.
+        kept, lost, change: whether the order survived, accuracy lost, and the margin's move in standard deviations;
+            of no pair where the margins have none.
+    """
+
+    ids_S: np.ndarray
+    ids_N: list[str]
+    right_S: np.ndarray
+    right_N: np.ndarray
+    shorter_S: np.ndarray
+    edited_E: np.ndarray
+    source_E: np.ndarray
+    kept_E: np.ndarray
+    lost_E: np.ndarray
+    change_E: np.ndarray
+
+    @property
+    def ids_E(self) -> list[str]:
+        return self.ids_S[self.edited_E].tolist()
+
+
 def audit(made: list[dict], chosen_MS, rejected_MS, rows: list[dict], chosen_MN, rejected_MN) -> dict:
-    """The section `stress`: figures `worst_family`, `stress_accuracy`, `accuracy_drop`, `order_invariance`,
-    `margin_change`, `uncertainty_lift`.
+    """The section `stress`, with the figures of FIGURES.
 
     Args:
         made: what `make(rows, ...)` returned; the mean of the reward models' margins orders its pairs.
@@ -181,75 +231,26 @@ def audit(made: list[dict], chosen_MS, rejected_MS, rows: list[dict], chosen_MN,
     if not made:
         return section.skipped("stress", TITLE, QUESTION, "No stressed pairs: give it test pairs, or a file of them.")
     margins_S, margins_N = margins_MS.mean(0), margins_MN.mean(0)
-    right_S, right_N = (np.sign(margins_S) + 1) / 2, (np.sign(margins_N) + 1) / 2
-    edited = np.array([i for i, row in enumerate(made) if row["source"] is not None], dtype=int)
-    source = np.array([made[i]["source"] for i in edited], dtype=int)
-    ids_S, ids_N = [row["prompt_id"] for row in made], [row["prompt_id"] for row in rows]
-    ids = [ids_S[i] for i in edited]
-    kept = (np.sign(margins_S[edited]) == np.sign(margins_N[source])).astype(float)
-    spread = margins_N.std() if rows else 0.0
-    change = np.abs(margins_S[edited] - margins_N[source]) / spread if spread else np.zeros(0)
-    measured = {
-        "right": right_S, "shorter": np.array(shorter_wins(made)), "edited": edited, "kept": kept, "change": change,
-        "lost": right_N[source] - right_S[edited], "right_N": right_N, "ids": np.array(ids_S), "ids_N": ids_N,
-    }  # fmt: skip
-    families = [_family(name, made, measured) for name in dict.fromkeys(row["family"] for row in made)]
+    orders = _orders(made, margins_S, rows, margins_N)
+    families = [_family(name, made, orders) for name in dict.fromkeys(row["family"] for row in made)]
     families.sort(key=lambda f: (f["accuracy"].value, f["family"]))
-    worst, accuracy_N = families[0], stats.estimate(right_N, ids_N)
-    figures = [
-        section.figure(
-            "worst_family",
-            f"Accuracy on the worst family: {_plain(worst['family'])}",
-            worst["accuracy"],
-            unit="%",
-            better="higher",
-            baseline=_trivial(worst["shorter"].value),
-            says="The lowest over families of the share of pairs with r(chosen) > r(rejected); a tie counts one half.",
-        ),
-        section.figure(
-            "stress_accuracy",
-            "Accuracy on all stressed pairs",
-            stats.estimate(right_S, ids_S),
-            unit="%",
-            better="higher",
-            baseline=_trivial(float(measured["shorter"].mean())),
-            says="Share of pairs with r(chosen) > r(rejected), a tie counting one half.",
-        ),
-        section.figure(
-            "accuracy_drop",
-            "Accuracy lost by editing the prompt",
-            stats.difference(right_N[source], right_S[edited], ids),
-            unit="%",
-            better="lower",
-            baseline=("no loss", 0.0),
-            says="Accuracy of the unedited pairs less that of the same pairs edited; paired, by prompt.",
-        ),
-        section.figure(
-            "order_invariance",
-            "Pairs whose order survives the edit",
-            stats.estimate(kept, ids),
-            unit="%",
-            better="higher",
-            baseline=("coin", 0.5),
-            says="Share of edited pairs whose margin keeps its sign, right or wrong (arXiv:2503.11751).",
-        ),
-        section.figure(
-            "margin_change",
-            "How far an edit moves the margin",
-            stats.ratio_of_sums(change, np.ones(len(change)), ids if len(change) else None),
-            better="lower",
-            baseline=("no change", 0.0),
-            says="Mean |margin after - margin before| / standard deviation of the unedited margins.",
-        ),
-        section.figure(
-            "uncertainty_lift",
-            "The reward models disagree more under stress",
-            _lift(margins_MS, margins_MN, source, ids_S, ids_N),
-            better="higher",
-            baseline=("coin", 0.5),
-            says="AUROC of the standard deviation of the margin over the reward models: stressed against unedited.",
-        ),
-    ]
+    worst, ids, change = families[0], orders.ids_E, orders.change_E
+    lost = stats.difference(orders.right_N[orders.source_E], orders.right_S[orders.edited_E], ids)
+    moved = stats.ratio_of_sums(change, np.ones(len(change)), ids if len(change) else None)
+    shorter = float(orders.shorter_S.mean())
+    found = {
+        "worst_family": (worst["accuracy"], _trivial(worst["shorter"].value)),
+        "stress_accuracy": (stats.estimate(orders.right_S, orders.ids_S.tolist()), _trivial(shorter)),
+        "accuracy_drop": (lost, ("no loss", 0.0)),
+        "order_invariance": (stats.estimate(orders.kept_E, ids), ("coin", 0.5)),
+        "margin_change": (moved, ("no change", 0.0)),
+        "uncertainty_lift": (_lift(margins_MS, margins_MN, orders), ("coin", 0.5)),
+    }
+    figures = []
+    for key, (title, unit, better, says) in FIGURES.items():
+        estimate, baseline = found[key]
+        title = title.format(_plain(worst["family"]))
+        figures.append(section.figure(key, title, estimate, unit=unit, better=better, baseline=baseline, says=says))
     columns = ["family", "pairs", "accuracy", "shorter wins", "accuracy lost", "order survives", "margin moves, sd"]
     table = section.table(
         "Families, the worst first",
@@ -261,33 +262,48 @@ def audit(made: list[dict], chosen_MS, rejected_MS, rows: list[dict], chosen_MN,
         "Accuracy by family, with 95 % interval",
         [(_plain(f["family"]), f["accuracy"]) for f in families],
         "share of pairs in the right order",
-        ("unedited pairs", accuracy_N.value) if rows else None,
+        ("unedited pairs", stats.estimate(orders.right_N, orders.ids_N).value) if rows else None,
     )
+    examples = _examples(made, margins_S, margins_N)
+    notes = _notes(worst["accuracy"], len(families), len(margins_MS))
     return section.section(
-        "stress",
-        TITLE,
-        QUESTION,
-        figures=figures,
-        tables=[table],
-        plots=[plot],
-        examples=_examples(made, margins_S, margins_N),
-        notes=_notes(worst["accuracy"], len(families), len(margins_MS)),
+        "stress", TITLE, QUESTION, figures=figures, tables=[table], plots=[plot], examples=examples, notes=notes
     )
 
 
-def _family(name: str, made: list[dict], measured: dict) -> dict:
+def _orders(made: list[dict], margins_S, rows: list[dict], margins_N) -> _Orders:
+    right_S, right_N = (np.sign(margins_S) + 1) / 2, (np.sign(margins_N) + 1) / 2
+    edited = np.array([i for i, row in enumerate(made) if row["source"] is not None], dtype=int)
+    source = np.array([made[i]["source"] for i in edited], dtype=int)
+    spread = margins_N.std() if rows else 0.0
+    return _Orders(
+        ids_S=np.array([row["prompt_id"] for row in made]),
+        ids_N=[row["prompt_id"] for row in rows],
+        right_S=right_S,
+        right_N=right_N,
+        shorter_S=np.array(shorter_wins(made)),
+        edited_E=edited,
+        source_E=source,
+        kept_E=(np.sign(margins_S[edited]) == np.sign(margins_N[source])).astype(float),
+        lost_E=right_N[source] - right_S[edited],
+        change_E=np.abs(margins_S[edited] - margins_N[source]) / spread if spread else np.zeros(0),
+    )
+
+
+def _family(name: str, made: list[dict], orders: _Orders) -> dict:
     """The cells of one family: estimates, and the mean change of its margins in standard deviations."""
     inside = np.array([row["family"] == name for row in made])
-    paired = inside[measured["edited"]]
-    ids, ids_paired = measured["ids"][inside].tolist(), measured["ids"][measured["edited"]][paired].tolist()
-    lost, kept, change = (measured[key][paired] if len(measured[key]) else [] for key in ("lost", "kept", "change"))
+    paired = inside[orders.edited_E]
+    ids, ids_paired = orders.ids_S[inside].tolist(), orders.ids_S[orders.edited_E][paired].tolist()
+    right, lost, kept = orders.right_S[inside], orders.lost_E[paired], orders.kept_E[paired]
+    change = orders.change_E[paired] if len(orders.change_E) else []
     return {
         "family": name,
-        "accuracy": stats.estimate(measured["right"][inside], ids),
-        "shorter": stats.estimate(measured["shorter"][inside], ids),
+        "accuracy": stats.estimate(right, ids),
+        "shorter": stats.estimate(orders.shorter_S[inside], ids),
         "lost": stats.ratio_of_sums(lost, np.ones(len(lost)), ids_paired)
         if len(lost)
-        else _gap(measured["right_N"], measured["right"][inside], measured["ids_N"], ids),
+        else _gap(orders.right_N, right, orders.ids_N, ids),
         "kept": stats.estimate(kept, ids_paired) if len(kept) else None,
         "change": float(np.mean(change)) if len(change) else None,
     }
@@ -318,13 +334,14 @@ def _gap(right_N, right_S, ids_N: list[str], ids_S: list[str]) -> stats.Estimate
     return stats.resampled(gap, len(right), [*ids_N, *ids_S])
 
 
-def _lift(margins_MS, margins_MN, source, ids_S: list[str], ids_N: list[str]) -> stats.Estimate:
+def _lift(margins_MS, margins_MN, orders: _Orders) -> stats.Estimate:
     """Against the pairs that were edited, or all unedited ones where none was."""
     if len(margins_MS) < 2:
         return stats.estimate([])
-    base = np.unique(source) if len(source) else np.arange(len(ids_N))
+    base = np.unique(orders.source_E) if len(orders.source_E) else np.arange(len(orders.ids_N))
     spread = np.concatenate([margins_MS.std(0), margins_MN[:, base].std(0)])
-    return stats.auroc(spread, np.arange(len(spread)) < margins_MS.shape[1], [*ids_S, *(ids_N[i] for i in base)])
+    ids = [*orders.ids_S.tolist(), *(orders.ids_N[i] for i in base)]
+    return stats.auroc(spread, np.arange(len(spread)) < margins_MS.shape[1], ids)
 
 
 def _examples(made: list[dict], margins_S, margins_N) -> list[dict]:
