@@ -8,7 +8,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -129,29 +128,23 @@ def worth_labelling(prompts: list[str], novelty, uncertainty, families: list[str
     return picked
 
 
-@dataclass(frozen=True)
 class _Ledger:
     """Which answers were compared: both of each of N pairs, the chosen one first.
 
     Attributes:
-        families: of the pairs; `given` by the rows, or else clusters of the prompts.
-        place: assigns further prompts to families.
-        bounds: of `length_bounds`.
-        cells: (family, style) of the 2N answers.
-        counts: of all cells, none left out, the largest family first.
+        families: of the pairs; `given` by the rows, or else clusters of the prompts. `place` assigns further prompts.
+        cells: (family, style) of the 2N answers; `counts` of all cells, the largest family first, none left out.
     """
 
-    prompt_ids: list[str]
-    families: list[str]
-    given: bool
-    place: Callable[[list[str]], list[str]]
-    bounds: tuple[float, float]
-    cells: list[tuple[str, str]]
-    counts: Counter
-
-    @property
-    def names(self) -> list[str]:
-        return list(dict.fromkeys(family for family, _ in self.counts))
+    def __init__(self, rows: list[dict], families: list[str] | None, seed: int):
+        self.prompt_ids = [row["prompt_id"] for row in rows]
+        self.families, self.given, self.place = _families(rows, [_text(r["prompt"]) for r in rows], families, seed)
+        self.names = [name for name, _ in Counter(self.families).most_common()]
+        answers = [row[side][-1]["content"] for row in rows for side in ("chosen", "rejected")]
+        self.bounds = length_bounds(answers)
+        self.cells = [(self.families[i // 2], style_of(text, self.bounds)) for i, text in enumerate(answers)]
+        self.counts = Counter({(family, style): 0 for family in self.names for style in STYLES})
+        self.counts.update(self.cells)
 
 
 def audit(
@@ -173,7 +166,7 @@ def audit(
     """
     if not train_rows:
         return section.skipped(KEY, TITLE, QUESTION, "Give the pairs that the reward model was trained on.")
-    ledger = _ledger(train_rows, families, seed)
+    ledger = _Ledger(train_rows, families, seed)
     figures, tables, notes = _compared(ledger)
     found, more, says = _deployment(deployment_prompts, ledger, seed)
     made, never, told = _generated(generated, ledger)
@@ -198,16 +191,6 @@ def audit(
     return section.section(
         KEY, TITLE, QUESTION, figures=figures, tables=tables + more + never, plots=[plot], notes=notes
     )
-
-
-def _ledger(rows: list[dict], families: list[str] | None, seed: int) -> _Ledger:
-    families, given, place = _families(rows, [_text(row["prompt"]) for row in rows], families, seed)
-    answers = [row[side][-1]["content"] for row in rows for side in ("chosen", "rejected")]
-    bounds = length_bounds(answers)
-    cells = [(families[i // 2], style_of(text, bounds)) for i, text in enumerate(answers)]
-    counts = Counter({(family, style): 0 for family, _ in Counter(families).most_common() for style in STYLES})
-    counts.update(cells)
-    return _Ledger([row["prompt_id"] for row in rows], families, given, place, bounds, cells, counts)
 
 
 def _compared(ledger: _Ledger) -> tuple[list, list, list]:

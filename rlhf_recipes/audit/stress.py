@@ -13,7 +13,6 @@ Shapes: M reward models, N unedited pairs, S stressed pairs.
 import math
 import random
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -170,52 +169,42 @@ def _wrap(before: str, after: str):
 
 # key -> title, unit, better, definition
 FIGURES = {
-    "worst_family": (
-        "Accuracy on the worst family: {}", "%", "higher",
+    "worst_family": ("Accuracy on the worst family: {}", "%", "higher",
         "The lowest over families of the share of pairs with r(chosen) > r(rejected); a tie counts one half."),
-    "stress_accuracy": (
-        "Accuracy on all stressed pairs", "%", "higher",
+    "stress_accuracy": ("Accuracy on all stressed pairs", "%", "higher",
         "Share of pairs with r(chosen) > r(rejected), a tie counting one half."),
-    "accuracy_drop": (
-        "Accuracy lost by editing the prompt", "%", "lower",
+    "accuracy_drop": ("Accuracy lost by editing the prompt", "%", "lower",
         "Accuracy of the unedited pairs less that of the same pairs edited; paired, by prompt."),
-    "order_invariance": (
-        "Pairs whose order survives the edit", "%", "higher",
+    "order_invariance": ("Pairs whose order survives the edit", "%", "higher",
         "Share of edited pairs whose margin keeps its sign, right or wrong (arXiv:2503.11751)."),
-    "margin_change": (
-        "How far an edit moves the margin", "", "lower",
+    "margin_change": ("How far an edit moves the margin", "", "lower",
         "Mean |margin after - margin before| / standard deviation of the unedited margins."),
-    "uncertainty_lift": (
-        "The reward models disagree more under stress", "", "higher",
+    "uncertainty_lift": ("The reward models disagree more under stress", "", "higher",
         "AUROC of the standard deviation of the margin over the reward models: stressed against unedited."),
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
 class _Orders:
     """What the mean margin makes of N unedited pairs, of S stressed ones, and of the E of these that were edited.
 
     Attributes:
         right: 1 for the right order, 0 for the wrong one, one half for a tie.
-        edited, source: where the pairs before and after the edit are in S and in N.
-        kept, lost, change: whether the order survived, accuracy lost, and the margin's move in standard deviations;
-            of no pair where the margins have none.
+        edited, source: where the pairs after and before the edit are in S and in N.
+        kept, lost, change: whether the order survived, accuracy lost, and the margin's move in standard deviations
+            (of no pair where the margins have none).
     """
 
-    ids_S: np.ndarray
-    ids_N: list[str]
-    right_S: np.ndarray
-    right_N: np.ndarray
-    shorter_S: np.ndarray
-    edited_E: np.ndarray
-    source_E: np.ndarray
-    kept_E: np.ndarray
-    lost_E: np.ndarray
-    change_E: np.ndarray
-
-    @property
-    def ids_E(self) -> list[str]:
-        return self.ids_S[self.edited_E].tolist()
+    def __init__(self, made: list[dict], margins_S, rows: list[dict], margins_N):
+        self.ids_S, self.ids_N = np.array([row["prompt_id"] for row in made]), [row["prompt_id"] for row in rows]
+        self.shorter_S = np.array(shorter_wins(made))
+        self.right_S, self.right_N = (np.sign(margins_S) + 1) / 2, (np.sign(margins_N) + 1) / 2
+        self.edited_E = edited = np.array([i for i, row in enumerate(made) if row["source"] is not None], dtype=int)
+        self.source_E = source = np.array([made[i]["source"] for i in edited], dtype=int)
+        self.ids_E = self.ids_S[edited]
+        self.kept_E = (np.sign(margins_S[edited]) == np.sign(margins_N[source])).astype(float)
+        self.lost_E = self.right_N[source] - self.right_S[edited]
+        spread = margins_N.std() if rows else 0.0
+        self.change_E = np.abs(margins_S[edited] - margins_N[source]) / spread if spread else np.zeros(0)
 
 
 def audit(made: list[dict], chosen_MS, rejected_MS, rows: list[dict], chosen_MN, rejected_MN) -> dict:
@@ -231,10 +220,10 @@ def audit(made: list[dict], chosen_MS, rejected_MS, rows: list[dict], chosen_MN,
     if not made:
         return section.skipped("stress", TITLE, QUESTION, "No stressed pairs: give it test pairs, or a file of them.")
     margins_S, margins_N = margins_MS.mean(0), margins_MN.mean(0)
-    orders = _orders(made, margins_S, rows, margins_N)
+    orders = _Orders(made, margins_S, rows, margins_N)
     families = [_family(name, made, orders) for name in dict.fromkeys(row["family"] for row in made)]
     families.sort(key=lambda f: (f["accuracy"].value, f["family"]))
-    worst, ids, change = families[0], orders.ids_E, orders.change_E
+    worst, ids, change = families[0], orders.ids_E.tolist(), orders.change_E
     lost = stats.difference(orders.right_N[orders.source_E], orders.right_S[orders.edited_E], ids)
     moved = stats.ratio_of_sums(change, np.ones(len(change)), ids if len(change) else None)
     shorter = float(orders.shorter_S.mean())
@@ -252,12 +241,9 @@ def audit(made: list[dict], chosen_MS, rejected_MS, rows: list[dict], chosen_MN,
         title = title.format(_plain(worst["family"]))
         figures.append(section.figure(key, title, estimate, unit=unit, better=better, baseline=baseline, says=says))
     columns = ["family", "pairs", "accuracy", "shorter wins", "accuracy lost", "order survives", "margin moves, sd"]
-    table = section.table(
-        "Families, the worst first",
-        columns,
-        [[_plain(f["family"]), f["accuracy"].n, *list(f.values())[1:]] for f in families],
-        note="Accuracy lost: against the same pairs unedited; for a family of own pairs alone, against all unedited.",
-    )
+    cells = [[_plain(f["family"]), f["accuracy"].n, *list(f.values())[1:]] for f in families]
+    note = "Accuracy lost: against the same pairs unedited; for a family of own pairs alone, against all unedited."
+    table = section.table("Families, the worst first", columns, cells, note)
     plot = section.dots(
         "Accuracy by family, with 95 % interval",
         [(_plain(f["family"]), f["accuracy"]) for f in families],
@@ -271,30 +257,11 @@ def audit(made: list[dict], chosen_MS, rejected_MS, rows: list[dict], chosen_MN,
     )
 
 
-def _orders(made: list[dict], margins_S, rows: list[dict], margins_N) -> _Orders:
-    right_S, right_N = (np.sign(margins_S) + 1) / 2, (np.sign(margins_N) + 1) / 2
-    edited = np.array([i for i, row in enumerate(made) if row["source"] is not None], dtype=int)
-    source = np.array([made[i]["source"] for i in edited], dtype=int)
-    spread = margins_N.std() if rows else 0.0
-    return _Orders(
-        ids_S=np.array([row["prompt_id"] for row in made]),
-        ids_N=[row["prompt_id"] for row in rows],
-        right_S=right_S,
-        right_N=right_N,
-        shorter_S=np.array(shorter_wins(made)),
-        edited_E=edited,
-        source_E=source,
-        kept_E=(np.sign(margins_S[edited]) == np.sign(margins_N[source])).astype(float),
-        lost_E=right_N[source] - right_S[edited],
-        change_E=np.abs(margins_S[edited] - margins_N[source]) / spread if spread else np.zeros(0),
-    )
-
-
 def _family(name: str, made: list[dict], orders: _Orders) -> dict:
     """The cells of one family: estimates, and the mean change of its margins in standard deviations."""
     inside = np.array([row["family"] == name for row in made])
     paired = inside[orders.edited_E]
-    ids, ids_paired = orders.ids_S[inside].tolist(), orders.ids_S[orders.edited_E][paired].tolist()
+    ids, ids_paired = orders.ids_S[inside].tolist(), orders.ids_E[paired].tolist()
     right, lost, kept = orders.right_S[inside], orders.lost_E[paired], orders.kept_E[paired]
     change = orders.change_E[paired] if len(orders.change_E) else []
     return {
