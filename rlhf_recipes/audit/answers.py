@@ -146,8 +146,8 @@ class Sampler:
         if path.is_file() and (known := read_json(path)).get("key") == key and "answers" in known:
             return known["answers"]
         with self._loaded().using(used and str(used)) as model:
-            answers = inference.generate(model, self.tokenizer, asked, max_new_tokens=self.cfg.max_new_tokens,
-                                       temperature=1.0, seed=self.cfg.seed, what=f"{part}: answers")  # fmt: skip
+            how = inference.Sampling(self.cfg.max_new_tokens, temperature=1.0, seed=self.cfg.seed)
+            answers = inference.generate(model, self.tokenizer, asked, how, f"{part}: answers")
         if kl:
             encoded = [(answer["ids"], answer["start"]) for answer in answers]
             own, reference = (self._logps(folder, encoded, part) for folder in (used, self.parent))
