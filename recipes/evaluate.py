@@ -33,7 +33,8 @@ def main(cfg):
     function = config.import_function(cfg.judge_function, "judge_function") if cfg.judge_function else None
     pairs = load_pairs(cfg.data)
     harness = tasks.find(cfg.tasks, cfg.lm_eval)
-    measurements = measure.measure(cfg, candidates, scorers, pairs, function, tasks=harness, proxy=proxy)
+    scored_by = measure.Scorers(scorers, proxy, function, harness)
+    measurements = measure.measure(cfg, candidates, scored_by, pairs)
     judge = judges.load(cfg, judge_adapter)
 
     run.create()

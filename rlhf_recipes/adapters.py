@@ -1,7 +1,7 @@
 """Several adapters on one base model, switched on in turn."""
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -72,15 +72,13 @@ class Policies:
     def answers(self, system: System, parent: System, tokenizer, prompts: list[dict], cfg: DictConfig) -> list[dict]:
         """An answer to each prompt, with k1 and k3 of another answer sampled at temperature 1."""
         asked = [row["prompt"] for row in prompts]
-        options = {"max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed}
+        how = m.Sampling(cfg.max_new_tokens, cfg.temperature, cfg.seed)
         with self.using(system.adapter) as model:
-            shown = m.generate(
-                model, tokenizer, asked, temperature=cfg.temperature, what=f"{system.name}: answers", **options
-            )
+            shown = m.generate(model, tokenizer, asked, how, f"{system.name}: answers")
         if system is parent:
             return [{**answer, "k1": 0.0, "k3": 0.0} for answer in shown]
         with self.using(system.adapter) as model:
-            sampled = m.generate(model, tokenizer, asked, temperature=1.0, what=f"{system.name}: samples", **options)
+            sampled = m.generate(model, tokenizer, asked, replace(how, temperature=1.0), f"{system.name}: samples")
             encoded = [(answer["ids"], answer["start"]) for answer in sampled]
             own = m.token_logps(model, tokenizer.pad_token_id, encoded, f"{system.name}: KL")
         with self.using(parent.adapter) as model:

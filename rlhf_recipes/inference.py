@@ -5,6 +5,7 @@ Shapes: B sequences in a batch, T tokens, K completion tokens, V vocabulary. Log
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from rlhf_recipes import memory, progress
@@ -110,28 +111,34 @@ def pair_rewards(model, tokenizer, rows: list[dict], what: str = "Held-out pairs
     return [{"chosen": c, "rejected": r} for c, r in zip(scores[::2], scores[1::2], strict=True)]
 
 
-def generate(model, tokenizer, prompts: list[list[Message]], *, max_new_tokens, temperature, seed, what) -> list[dict]:
-    """One answer to each prompt: `ids`, `start` (of the answer in `ids`), `text`, `tokens`, `finished` (by its EOS).
+@dataclass(frozen=True)
+class Sampling:
+    """Temperature 0 is greedy; otherwise the full distribution is sampled (no top-p, no top-k), so that
+    log-probabilities of the samples estimate the KL of the policy itself."""
 
-    `temperature=0` is greedy; otherwise the full distribution is sampled (no top-p, no top-k), so that
-    log-probabilities of the samples estimate the KL of the policy itself.
-    """
+    max_new_tokens: int
+    temperature: float
+    seed: int
+
+
+def generate(model, tokenizer, prompts: list[list[Message]], how: Sampling, what: str) -> list[dict]:
+    """For each prompt `ids`, `start` (of the answer in `ids`), its `text`, `tokens` and `finished` (by its EOS)."""
     import torch
 
     encoded = [(encode(tokenizer, p, None)[0], 0) for p in prompts]
     stops = stop_ids(model, tokenizer)
     sampling = (
-        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        if temperature
+        {"do_sample": True, "temperature": how.temperature, "top_k": 0, "top_p": 1.0}
+        if how.temperature
         else {"do_sample": False}
     )
     results: list[Any] = [None] * len(encoded)
-    torch.manual_seed(seed)
+    torch.manual_seed(how.seed)
     with measuring(model):
-        for indices in _batches([(ids + [0] * max_new_tokens, 0) for ids, _ in encoded], what, model.device):
+        for indices in _batches([(ids + [0] * how.max_new_tokens, 0) for ids, _ in encoded], what, model.device):
             ids_BT, mask_BT, _ = left_pad([encoded[i][0] for i in indices], tokenizer.pad_token_id, model.device)
             out_BT = model.generate(
-                input_ids=ids_BT, attention_mask=mask_BT, max_new_tokens=max_new_tokens, eos_token_id=stops,
+                input_ids=ids_BT, attention_mask=mask_BT, max_new_tokens=how.max_new_tokens, eos_token_id=stops,
                 pad_token_id=tokenizer.pad_token_id, **sampling,
             )  # fmt: skip
             for row, i in enumerate(indices):

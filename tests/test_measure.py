@@ -194,8 +194,8 @@ def test_kl_terms_are_unbiased():
 def generated(model, tokenizer, questions, **changes):
     from rlhf_recipes import inference
 
-    options = {"max_new_tokens": 12, "temperature": 0.0, "seed": 1, "what": "test"}
-    return inference.generate(model, tokenizer, [asked(q) for q in questions], **(options | changes))
+    how = inference.Sampling(**({"max_new_tokens": 12, "temperature": 0.0, "seed": 1} | changes))
+    return inference.generate(model, tokenizer, [asked(q) for q in questions], how, "test")
 
 
 def test_generation_stops_at_eos(model, tokenizer):

@@ -173,9 +173,8 @@ def test_a_step_allocates_what_is_predicted(recipe, checkpointing, train, tmp_pa
     trained = train(recipe, tmp_path / "run", *settings)
     base = predict_memory.backbone(trained.cfg, recipe)
     longest = trained.result["counts"]["tokens"]["max"]
-    parts = predict_memory._step(
-        base, predict_memory.Batch(2 if recipe == "kto" else 4, longest), "cpu", recipe, trained.trainer.args
-    )
+    batch = predict_memory.Batch(2 if recipe == "kto" else 4, longest)
+    parts = predict_memory._step(base, batch, "cpu", trained.trainer.args)
     assert sum(parts.values()) == pytest.approx(count.peak, rel=0.2)
 
 
@@ -188,7 +187,7 @@ def test_peaks_by_hand(compose, tiny_model_overrides):
     d, f, half = shape.hidden_size, shape.intermediate_size, base.item // 2
     kept = half * (10 * d + 8 * f + 4 * base.keys + 2 * 7 * 4) + 8 * d + 4 * shape.num_attention_heads
     assert base.kept == kept
-    seen = predict_memory.predict(cfg, "dpo", args, base, predict_memory.Batch(64, 1000, shapes=3), libraries=GIB)
+    seen = predict_memory.predict(cfg, args, base, predict_memory.Batch(64, 1000, shapes=3), libraries=GIB)
     expected = {
         "libraries": GIB + predict_memory.STARTED,
         "base": base.stored,

@@ -69,7 +69,7 @@ def load_gold(cfg: DictConfig, source: Any, tokenizer, folder: Path) -> Gold:
     return lambda rows, texts, part: models.score(_conversations(rows, texts), f"gold.{part}").rewards_MC.mean(0)
 
 
-def best_of_n(cfg: DictConfig, policy, proxies: Ensemble, gold: Gold, kind: str, prompts: list[dict]) -> list[dict]:
+def best_of_n(cfg: DictConfig, policy, proxies: Ensemble, gold: Gold, prompts: list[dict]) -> list[dict]:
     """Entries of `overoptimisation.audit`: the best of n by one proxy and, of an ensemble, by its mean, its worst case
     and its UWO.
 
@@ -83,15 +83,13 @@ def best_of_n(cfg: DictConfig, policy, proxies: Ensemble, gold: Gold, kind: str,
     gold_PS = gold(rows, texts, "best-of-n").reshape(shape)
     rewards_MC = proxies.score(_conversations(rows, texts), "best-of-n").rewards_MC
     return [
-        {"name": WORDS[how], "proxy_PS": proxy_C.reshape(shape), "gold_PS": gold_PS, "gold_kind": kind,
+        {"name": WORDS[how], "proxy_PS": proxy_C.reshape(shape), "gold_PS": gold_PS,
          "prompt_ids": [row["prompt_id"] for row in prompts]}
         for how, proxy_C in _proxies(rewards_MC, rewards_MC).items()
     ]  # fmt: skip
 
 
-def checkpoints(
-    cfg: DictConfig, kept: KeptRun, policy, proxies: Ensemble, gold: Gold, kind: str, prompts: list[dict]
-) -> dict:
+def checkpoints(cfg: DictConfig, kept: KeptRun, policy, proxies: Ensemble, gold: Gold, prompts: list[dict]) -> dict:
     """Entry of `overoptimisation.audit`: the start of a run and each of its checkpoints, all on the same prompts."""
     how = _proxy(cfg, kept.folder, proxies.members)
     rows, start_MP = [], None
@@ -106,7 +104,7 @@ def checkpoints(
                      "gold_P": gold(prompts, texts, part)})  # fmt: skip
     ids = [row["prompt_id"] for row in prompts]
     said = f"reward model {how + 1}" if isinstance(how, int) else WORDS[how]
-    return {"name": kept.folder, "rows": rows, "gold_kind": kind, "proxy_kind": said, "prompt_ids": ids}
+    return {"name": kept.folder, "rows": rows, "proxy_kind": said, "prompt_ids": ids}
 
 
 def find_run(folder: str, base_model: str) -> KeptRun:
@@ -148,8 +146,8 @@ class Sampler:
         if path.is_file() and (known := read_json(path)).get("key") == key and "answers" in known:
             return known["answers"]
         with self._loaded().using(used and str(used)) as model:
-            answers = inference.generate(model, self.tokenizer, asked, max_new_tokens=self.cfg.max_new_tokens,
-                                       temperature=1.0, seed=self.cfg.seed, what=f"{part}: answers")  # fmt: skip
+            how = inference.Sampling(self.cfg.max_new_tokens, temperature=1.0, seed=self.cfg.seed)
+            answers = inference.generate(model, self.tokenizer, asked, how, f"{part}: answers")
         if kl:
             encoded = [(answer["ids"], answer["start"]) for answer in answers]
             own, reference = (self._logps(folder, encoded, part) for folder in (used, self.parent))

@@ -109,10 +109,10 @@ def audit(
     ids, bins = [row["prompt_id"] for row in rows], bins or bins_for(len(rows))
     fitted = temperature(validation)
     figures, tables, curves = [], [], []
-    chances = {}
+    chances = [t and chance_ece(symmetrise(margins, t)[0], bins, seed=seed) for t in (1.0, fitted)]
     rate = float(np.mean(symmetrise(validation)[1])) if len(validation) else None
-    for suffix, when, t in (("", "", 1.0), ("_after", " after the temperature", fitted)):
-        figures += _errors(margins, t, ids, suffix, when, bins, seed, chances)
+    for t, chance, after in zip((1.0, fitted), chances, (False, True), strict=True):
+        figures += _errors(margins, t, ids, bins, chance, after)
         if t is not None:
             curves.append(_reliability(margins, t, ids, f"T = {t:.2f}", bins))
     figures += _slopes(margins, ids, fitted, seed)
@@ -131,7 +131,7 @@ def audit(
     diagonal = section.curve("perfect", [0.5, 1.0], [0.5, 1.0], points=False)
     plot = section.lines("Reliability: how often it is right, by how sure it is (with 95 % intervals)",
                          "confidence", "share right", [*curves, diagonal])  # fmt: skip
-    notes = _notes(validation, margins, fitted, chances, bins)
+    notes = _notes(validation, margins, fitted, chances[0], bins)
     return section.section(KEY, TITLE, QUESTION, figures=figures, tables=tables, plots=[plot], notes=notes)
 
 
@@ -152,22 +152,22 @@ def _separated(x, y) -> bool:
     return ones.min() >= zeros.max() or ones.max() <= zeros.min()
 
 
-def _errors(margins, t, ids, suffix: str, when: str, bins: int, seed: int, chances: dict) -> list[section.Figure]:
-    """ECE, Brier and NLL at temperature t; without a value where there is no t."""
+def _errors(margins, t, ids, bins: int, chance: tuple[float, float] | None, after: bool) -> list[section.Figure]:
+    """ECE, beside `chance_ece`, Brier and NLL at temperature t; without a value where there is no t."""
     found = {"ece": _NONE, "brier": _NONE, "nll": _NONE}
     if t is not None:
         confidences, correct = symmetrise(margins, t)
         codes, gaps = stats.equal_mass_bins(confidences, bins), correct - confidences
         error = stats.resampled(lambda weights: stats.calibration_error(codes, gaps, weights), len(gaps), ids)
-        chances[suffix] = chance_ece(confidences, bins, seed=seed)
         found = {
             "ece": _reflected(error),
             "brier": stats.estimate(brier(margins, t), ids),
             "nll": stats.estimate(nll(margins, t), ids),
         }
-    chance = ("a perfectly calibrated model by chance", chances[suffix][0]) if t is not None else None
+    by_chance = chance and ("a perfectly calibrated model by chance", chance[0])
+    suffix, when = ("_after", " after the temperature") if after else ("", "")
     texts = {
-        "ece": ("Expected calibration error", "%", chance,
+        "ece": ("Expected calibration error", "%", by_chance,
                 f"Σ_b n_b/N |share right − mean confidence|, {_bins(bins)} of equal mass, confidence max(P, 1−P)."),
         "brier": ("Brier score", "", (COIN, 0.25), "Mean (1 − P)², P = sigmoid(margin / T)."),
         "nll": ("Negative log-likelihood", "nats", (COIN, math.log(2)), "Mean −ln P, P = sigmoid(margin / T)."),
@@ -276,8 +276,8 @@ def _by_family(margins, t: float, rows: list[dict], seed: int) -> dict | None:
     return section.table("Calibration by family", columns, lines, note) if lines else None
 
 
-def _notes(validation, margins, fitted, chances: dict, bins: int) -> list[str]:
-    mean, top = chances[""]
+def _notes(validation, margins, fitted, chance: tuple[float, float], bins: int) -> list[str]:
+    mean, top = chance
     notes = [
         f"With {len(margins)} pairs in {_bins(bins)} a perfectly calibrated model has an ECE of {100 * mean:.1f} % by "
         f"chance, and above {100 * top:.1f} % once in twenty: less than that cannot be told from calibrated."

@@ -89,6 +89,34 @@ def _zeta(graph: Graph, found: dict, testable_P: np.ndarray) -> tuple[np.ndarray
     return whole, 1 - 24 * d / np.where(n % 2, n**3 - n, n**3 - 4 * n)
 
 
+# key -> title, unit, better, definition
+CYCLE_FIGURES = {
+    "rationalisable": ("Prompts that one reward can explain", "%", "higher",
+        "Share of the prompts whose compared answers form a ring (at least three answers) and whose preferences have "
+        "no cycle with a strict edge (GARP; Afriat 1967, Varian 1982)."),
+    "power": ("Chance that a coin would be caught", "%", "higher",
+        "Share of the same graphs that have a cycle when every label is drawn by a coin (Bronars 1987). Near 0 the "
+        "figure above says nothing."),
+    "cyclic_triads": ("Circular triads", "%", "lower",
+        "Share of three answers, all compared without a tie, with A over B, B over C, C over A; 1/4 by a coin "
+        "(Kendall & Babington Smith 1940)."),
+    "kendall_zeta": ("Kendall's coefficient of consistence", "", "higher",
+        "1 - 24 d / (n^3 - n) for an odd number n of answers, 1 - 24 d / (n^3 - 4 n) for an even one, d the circular "
+        "triads; mean over prompts whose answers are all compared without a tie. 1: none, 0: as many as can be."),
+    "houtman_maks": ("Comparisons that one reward can keep", "%", "higher",
+        "1 - (fewest strict preferences to drop until no cycle is left) / (all strict preferences), over the prompts "
+        "above (Houtman & Maks 1985)."),
+    "houtman_maks_weighted": ("The same, weighted by how sure they are", "%", "higher",
+        "As above, each preference with its weight |logit p|."),
+    "bottleneck": ("Strongest cycle", "", "lower",
+        "tau*: the largest, over all cycles of all prompts, of the weakest |2p - 1| on the cycle. 0: no cycle; 1: "
+        "every step of it was certain."),
+    "efficiency": ("Efficiency", "%", "higher",
+        "1 - tau* / (largest |2p - 1| of the prompt), mean over prompts: how much of the strength of the preferences "
+        "is left when all cycles are forgiven (in the manner of Afriat's efficiency index)."),
+}  # fmt: skip
+
+
 def _cycle_figures(graph: Graph, found: dict, chance: list[dict], testable_P: np.ndarray) -> list[Figure]:
     names = np.array(graph.prompts, dtype=object)
     tested = np.flatnonzero(testable_P)
@@ -96,9 +124,6 @@ def _cycle_figures(graph: Graph, found: dict, chance: list[dict], testable_P: np
     def of_coins(value) -> tuple[str, float] | None:
         values = [x for each in chance if (x := value(each)) is not None]
         return ("labels by a coin", float(np.mean(values))) if values else None
-
-    def mean(values) -> stats.Estimate:
-        return stats.ratio_of_sums(values, np.ones(len(values)), names[tested])
 
     def share(part: str, whole: str, complement: bool) -> tuple[stats.Estimate, tuple[str, float] | None]:
         def parts(each):
@@ -113,45 +138,29 @@ def _cycle_figures(graph: Graph, found: dict, chance: list[dict], testable_P: np
     def efficiency(each):
         return 1 - each["bottleneck"][tested] / np.maximum(each["strongest"][tested], 1e-12)
 
+    left = stats.ratio_of_sums(efficiency(found), np.ones(len(tested)), names[tested])
     ok = stats.estimate(1 - found["violated"][tested], names[tested])
     by_chance = of_coins(lambda each: 1 - each["violated"][tested].mean())
     drawn = len(tested) * len(chance)
     caught = stats.Estimate(1 - by_chance[1], None, None, drawn, len(tested)) if by_chance else NONE
-    triads, triads_chance = share("cyclic", "triads", False)
-    kept, kept_chance = share("removed", "strict", True)
-    heavy, heavy_chance = share("removed_weight", "weight", True)
     whole, zeta = _zeta(graph, found, testable_P)
     zeta_chance = of_coins(lambda each: _zeta(graph, each, testable_P)[1].mean() if len(whole) else None)
     strongest = float(found["bottleneck"].max(initial=0))
     tau = stats.Estimate(strongest, None, None, len(graph.p_E), len(tested)) if len(tested) else NONE
+    measured = {
+        "rationalisable": (ok, by_chance),
+        "power": (caught, None),
+        "cyclic_triads": share("cyclic", "triads", False),
+        "kendall_zeta": (stats.ratio_of_sums(zeta, np.ones(len(zeta)), names[whole]), zeta_chance),
+        "houtman_maks": share("removed", "strict", True),
+        "houtman_maks_weighted": share("removed_weight", "weight", True),
+        "bottleneck": (tau, None),
+        "efficiency": (left, of_coins(lambda each: efficiency(each).mean())),
+    }
     return [
-        figure("rationalisable", "Prompts that one reward can explain", ok, unit="%", better="higher",
-               baseline=by_chance, says="Share of the prompts whose compared answers form a ring (at least three "
-               "answers) and whose preferences have no cycle with a strict edge (GARP; Afriat 1967, Varian 1982)."),
-        figure("power", "Chance that a coin would be caught", caught, unit="%", better="higher",
-               says="Share of the same graphs that have a cycle when every label is drawn by a coin (Bronars 1987). "
-               "Near 0 the figure above says nothing."),
-        figure("cyclic_triads", "Circular triads", triads, unit="%", better="lower", baseline=triads_chance,
-               says="Share of three answers, all compared without a tie, with A over B, B over C, C over A; 1/4 by a "
-               "coin (Kendall & Babington Smith 1940)."),
-        figure("kendall_zeta", "Kendall's coefficient of consistence", stats.ratio_of_sums(
-               zeta, np.ones(len(zeta)), names[whole]), better="higher", baseline=zeta_chance,
-               says="1 - 24 d / (n^3 - n) for an odd number n of answers, 1 - 24 d / (n^3 - 4 n) for an even one, d "
-               "the circular triads; mean over prompts whose answers are all compared without a tie. 1: none, 0: as "
-               "many as can be."),
-        figure("houtman_maks", "Comparisons that one reward can keep", kept, unit="%", better="higher",
-               baseline=kept_chance, says="1 - (fewest strict preferences to drop until no cycle is left) / (all "
-               "strict preferences), over the prompts above (Houtman & Maks 1985)."),
-        figure("houtman_maks_weighted", "The same, weighted by how sure they are", heavy, unit="%", better="higher",
-               baseline=heavy_chance, says="As above, each preference with its weight |logit p|."),
-        figure("bottleneck", "Strongest cycle", tau, better="lower",
-               says="tau*: the largest, over all cycles of all prompts, of the weakest |2p - 1| on the cycle. 0: no "
-               "cycle; 1: every step of it was certain."),
-        figure("efficiency", "Efficiency", mean(efficiency(found)), unit="%", better="higher",
-               baseline=of_coins(lambda each: efficiency(each).mean()),
-               says="1 - tau* / (largest |2p - 1| of the prompt), mean over prompts: how much of the strength of the "
-               "preferences is left when all cycles are forgiven (in the manner of Afriat's efficiency index)."),
-    ]  # fmt: skip
+        figure(key, title, measured[key][0], unit=unit, better=better, baseline=measured[key][1], says=says)
+        for key, (title, unit, better, says) in CYCLE_FIGURES.items()
+    ]
 
 
 def _fit_figures(graph: Graph, coins: list[Graph], corners_T3, rings_P) -> list[Figure]:

@@ -128,11 +128,29 @@ def worth_labelling(prompts: list[str], novelty, uncertainty, families: list[str
     return picked
 
 
+class _Ledger:
+    """Which answers were compared: both of each of N pairs, the chosen one first.
+
+    Attributes:
+        families: of the pairs; `given` by the rows, or else clusters of the prompts. `place` assigns further prompts.
+        cells: (family, style) of the 2N answers; `counts` of all cells, the largest family first, none left out.
+    """
+
+    def __init__(self, rows: list[dict], families: list[str] | None, seed: int):
+        self.prompt_ids = [row["prompt_id"] for row in rows]
+        self.families, self.given, self.place = _families(rows, [_text(r["prompt"]) for r in rows], families, seed)
+        self.names = [name for name, _ in Counter(self.families).most_common()]
+        answers = [row[side][-1]["content"] for row in rows for side in ("chosen", "rejected")]
+        self.bounds = length_bounds(answers)
+        self.cells = [(self.families[i // 2], style_of(text, self.bounds)) for i, text in enumerate(answers)]
+        self.counts = Counter({(family, style): 0 for family in self.names for style in STYLES})
+        self.counts.update(self.cells)
+
+
 def audit(
     train_rows: list[dict],
     deployment_prompts: list | None = None,
     families: list[str] | None = None,
-    styles: tuple[str, ...] = STYLES,
     features: dict | None = None,
     generated: list[dict] | None = None,
     seed: int = 0,
@@ -142,49 +160,16 @@ def audit(
     Args:
         deployment_prompts: texts or lists of messages, where the model is to be used.
         families: of the rows, one each; None takes the rows' own, or clusters where no row has one.
-        styles: the columns of the ledger.
         features: `held_out` and `deployment`, novelties (`uncertainty.mahalanobis`) of answers that were held out of
             the reward model's training, and of answers in deployment.
         generated: answers that a policy gives, each `prompt` (text or messages) and `text`.
     """
     if not train_rows:
         return section.skipped(KEY, TITLE, QUESTION, "Give the pairs that the reward model was trained on.")
-    prompts = [_text(row["prompt"]) for row in train_rows]
-    families, given, place = _families(train_rows, prompts, families, seed)
-    answers = [(family, row[side][-1]["content"], side) for family, row in zip(families, train_rows, strict=True)
-               for side in ("chosen", "rejected")]  # fmt: skip
-    bounds = length_bounds([text for _, text, _ in answers])
-    cells = [(family, style_of(text, bounds)) for family, text, _ in answers]
-    counts, names = Counter(cells), [name for name, _ in Counter(families).most_common()]
-    all_cells = [(family, style) for family in names for style in styles]
-    empty = [cell for cell in all_cells if not counts[cell]]
-    prompt_ids = len({row["prompt_id"] for row in train_rows})
-
-    def figure(key, title, value, **more):
-        number = value if isinstance(value, stats.Estimate) else _plain(value, len(answers), prompt_ids)
-        return section.figure(key, title, number, **more)
-
-    filled = sum(counts[cell] >= ENOUGH for cell in all_cells)
-    reachable = min(1.0, len(answers) // ENOUGH / len(all_cells))
-    figures = [
-        figure("cells_covered", f"Cells with {ENOUGH} answers or more", filled / len(all_cells), unit="%",
-               better="higher", baseline=("at best, with as many answers", reachable),
-               says=f"{filled} of {len(all_cells)} cells of family × style."),
-        figure("entropy", "Evenness of the ledger", _evenness([counts[cell] for cell in all_cells]), better="higher",
-               baseline=("spread evenly", 1.0), says="−Σ p ln p over cells, divided by ln of their number."),
-        figure("cells_empty", "Cells never seen", float(len(empty)), better="lower", baseline=("spread evenly", 0.0)),
-    ]  # fmt: skip
-    tables = [_by_style(cells, answers, [row["prompt_id"] for row in train_rows], styles)]
-    tables += _named("Never seen: styles that no compared answer of a family has", empty, names)
-    notes = [
-        "Styles are rules, first match: refusal, list or headings, ends with a question, then thirds of length "
-        f"(up to {bounds[0]:.0f} words, up to {bounds[1]:.0f}, longer).",
-        "Families are those of the rows." if given else
-        f"Families are {len(names)} clusters of the prompts (TF-IDF, k-means), named by their typical words: they "
-        "part topics, not intents.",
-    ]  # fmt: skip
-    found, more, says = _deployment(deployment_prompts, families, place, seed)
-    made, never, told = _generated(generated, place, counts, bounds, names, styles)
+    ledger = _Ledger(train_rows, families, seed)
+    figures, tables, notes = _compared(ledger)
+    found, more, says = _deployment(deployment_prompts, ledger, seed)
+    made, never, told = _generated(generated, ledger)
     ood = _NONE
     if features is not None:
         from rlhf_recipes.audit.uncertainty import out_of_distribution
@@ -192,20 +177,49 @@ def audit(
         ood = out_of_distribution(features["held_out"], features["deployment"])
     figures += [
         *found,
-        figure("out_of_distribution", "Deployment answers out of distribution", ood, unit="%", better="lower",
-               baseline=("held-out answers", 0.05),
-               says="Share with a Mahalanobis novelty above the 95 % quantile of held-out answers."),
+        section.figure("out_of_distribution", "Deployment answers out of distribution", ood, unit="%", better="lower",
+                       baseline=("held-out answers", 0.05),
+                       says="Share with a Mahalanobis novelty above the 95 % quantile of held-out answers."),
         *made,
     ]  # fmt: skip
-    shown = names[:SHOWN]
-    plot = section.grid(f"Compared answers by family and style (fewer than {ENOUGH} stand out)", shown, list(styles),
-                        [[counts[family, style] for style in styles] for family in shown], ENOUGH)  # fmt: skip
-    if len(names) > SHOWN:
-        notes.append(f"The plot shows the {SHOWN} largest of {len(names)} families.")
+    shown = ledger.names[:SHOWN]
+    plot = section.grid(f"Compared answers by family and style (fewer than {ENOUGH} stand out)", shown, list(STYLES),
+                        [[ledger.counts[family, style] for style in STYLES] for family in shown], ENOUGH)  # fmt: skip
+    if len(ledger.names) > SHOWN:
+        notes.append(f"The plot shows the {SHOWN} largest of {len(ledger.names)} families.")
     notes += says + told
     return section.section(
         KEY, TITLE, QUESTION, figures=figures, tables=tables + more + never, plots=[plot], notes=notes
     )
+
+
+def _compared(ledger: _Ledger) -> tuple[list, list, list]:
+    """Figures, tables and notes on the ledger itself."""
+    counts, names = ledger.counts, ledger.names
+    empty = [cell for cell, count in counts.items() if not count]
+    filled = sum(count >= ENOUGH for count in counts.values())
+    reachable = min(1.0, len(ledger.cells) // ENOUGH / len(counts))
+
+    def figure(key, title, value, **more):
+        number = _plain(value, len(ledger.cells), len(set(ledger.prompt_ids)))
+        return section.figure(key, title, number, **more)
+
+    figures = [
+        figure("cells_covered", f"Cells with {ENOUGH} answers or more", filled / len(counts), unit="%",
+               better="higher", baseline=("at best, with as many answers", reachable),
+               says=f"{filled} of {len(counts)} cells of family × style."),
+        figure("entropy", "Evenness of the ledger", _evenness(list(counts.values())), better="higher",
+               baseline=("spread evenly", 1.0), says="−Σ p ln p over cells, divided by ln of their number."),
+        figure("cells_empty", "Cells never seen", float(len(empty)), better="lower", baseline=("spread evenly", 0.0)),
+    ]  # fmt: skip
+    tables = [_by_style(ledger), *_named("Never seen: styles that no compared answer of a family has", empty, names)]
+    return figures, tables, [
+        "Styles are rules, first match: refusal, list or headings, ends with a question, then thirds of length "
+        f"(up to {ledger.bounds[0]:.0f} words, up to {ledger.bounds[1]:.0f}, longer).",
+        "Families are those of the rows." if ledger.given else
+        f"Families are {len(names)} clusters of the prompts (TF-IDF, k-means), named by their typical words: they "
+        "part topics, not intents.",
+    ]  # fmt: skip
 
 
 def _text(prompt) -> str:
@@ -285,17 +299,15 @@ def _plain(value, n: int, clusters: int) -> stats.Estimate:
     return stats.Estimate(value, None, None, n, clusters)
 
 
-def _by_style(cells: list, answers: list, prompt_ids: list, styles) -> dict:
+def _by_style(ledger: _Ledger) -> dict:
     """How often an answer of a style is the chosen one: a preference for a style shows here first."""
-    ids, rows = [i for i in prompt_ids for _ in range(2)], []
-    for style in styles:
-        at = [i for i, cell in enumerate(cells) if cell[1] == style]
-        won = stats.estimate([answers[i][2] == "chosen" for i in at], [ids[i] for i in at])
+    rows = []
+    for style in STYLES:
+        at = [i for i, cell in enumerate(ledger.cells) if cell[1] == style]
+        won = stats.estimate([i % 2 == 0 for i in at], [ledger.prompt_ids[i // 2] for i in at])
         rows.append([style, len(at), won if at else None])
-    note = "A coin has 50 %."
-    return section.table(
-        "Answers by style, and how often they are the chosen one", ["style", "n", "chosen"], rows, note
-    )
+    columns = ["style", "n", "chosen"]
+    return section.table("Answers by style, and how often they are the chosen one", columns, rows, "A coin has 50 %.")
 
 
 def _named(caption: str, cells: list[tuple[str, str]], names: list[str]) -> list[dict]:
@@ -305,27 +317,27 @@ def _named(caption: str, cells: list[tuple[str, str]], names: list[str]) -> list
     return [section.table(caption, ["family", "styles"], rows)] if rows else []
 
 
-def _deployment(prompts, families: list[str], place: Callable, seed: int) -> tuple[list, list, list]:
+def _deployment(prompts, ledger: _Ledger, seed: int) -> tuple[list, list, list]:
     """Figures, tables and notes on how deployment differs from the ledger."""
-    ledger, gap, ratio, chance, says, tables = Counter(families), _NONE, _NONE, None, "", []
+    compared, gap, ratio, chance, says, tables = Counter(ledger.families), _NONE, _NONE, None, "", []
     notes = ["No deployment prompts were given: whether the ledger fits its use is not measured."]
     if prompts:
-        placed = place([_text(prompt) for prompt in prompts])
-        names = sorted(ledger)
+        placed = ledger.place([_text(prompt) for prompt in prompts])
+        names = sorted(compared)
         codes = np.array([names.index(family) for family in placed])
-        p = _smooth(np.array([ledger[name] for name in names], float))
+        p = _smooth(np.array([compared[name] for name in names], float))
 
         def divergence(weights) -> float:
             q = _smooth(np.bincount(codes, weights, len(names)))
             return float(q @ np.log(q / p))
 
         gap = stats.resampled(divergence, len(codes))
-        _, ratios = exposure_gap(Counter(placed), ledger)
+        _, ratios = exposure_gap(Counter(placed), compared)
         top = max(ratios, key=ratios.get)
         ratio, says = _plain(ratios[top], len(codes), len(codes)), f"Largest for '{top}'. Counts are smoothed by ½."
         draws = np.random.default_rng(seed).multinomial(len(codes), p, 200)
         chance = float(np.mean([q @ np.log(q / p) for q in map(_smooth, draws.astype(float))]))
-        tables = [_exposure(Counter(placed), ledger, ratios)]
+        tables = [_exposure(Counter(placed), compared, ratios)]
         notes = [
             f"Deployment prompts go to the family of the nearest mean prompt. With {len(codes)} of them a ledger of "
             f"the same mix has a gap of {chance:.3f} nats by chance."
@@ -349,20 +361,20 @@ def _exposure(deployed: Counter, ledger: Counter, ratios: dict) -> dict:
     return section.table("Where it is used against what was compared", columns, rows, "Smoothed ratio, largest first.")
 
 
-def _generated(generated, place: Callable, counts: Counter, bounds, names, styles) -> tuple[list, list, list]:
+def _generated(generated, ledger: _Ledger) -> tuple[list, list, list]:
     """Cells that a policy's answers never reach, and those that it reaches though none was ever compared."""
     if not generated:
         note = "No generated answers were given: which styles the policy never gives is not measured."
         found, tables, notes, unseen = _NONE, [], [note], _NONE
     else:
-        placed = place([_text(row["prompt"]) for row in generated])
-        cells = [(family, style_of(row["text"], bounds)) for family, row in zip(placed, generated, strict=True)]
+        placed = ledger.place([_text(row["prompt"]) for row in generated])
+        cells = [(family, style_of(row["text"], ledger.bounds)) for family, row in zip(placed, generated, strict=True)]
         reached, met = Counter(cells), set(placed)
-        never = [(name, style) for name in names for style in styles if name in met and not reached[name, style]]
+        never = [cell for cell in ledger.counts if cell[0] in met and not reached[cell]]
         found, notes = _plain(float(len(never)), len(cells), len({str(row["prompt"]) for row in generated})), []
-        unseen = stats.estimate([not counts[cell] for cell in cells], [str(row["prompt"]) for row in generated])
-        tables = _named("Never generated: styles that no answer to a family has", never, names)
-        tables += _named("Generated, but never compared", [c for c in reached if not counts[c]], names)
+        unseen = stats.estimate([not ledger.counts[cell] for cell in cells], [str(row["prompt"]) for row in generated])
+        tables = _named("Never generated: styles that no answer to a family has", never, ledger.names)
+        tables += _named("Generated, but never compared", [c for c in reached if not ledger.counts[c]], ledger.names)
     return [
         section.figure("never_generated", "Cells that the policy never answers in", found, better="lower",
                        says="Of the families among the generated answers' prompts."),

@@ -155,19 +155,12 @@ def audit(made: list[dict], scores_MK, rows: list[dict], chosen_MN, rejected_MN)
     found.sort(key=lambda f: (-f["wins"].value, f["name"]))
     figures = []
     if found:
-        worst = found[0]
-        figures.append(
-            section.figure(
-                "worst_probe",
-                f"Most successful hack: {PROBES[worst['name']][2]}",
-                worst["wins"],
-                unit="%",
-                better="lower",
-                baseline=("coin", 0.5),
-                says="The highest over probes of the share of answers with r(edited) > r(as it was), a tie counting "
-                "one half; the edit is worse or equal.",
-            )
-        )
+        figures = [section.figure(
+            "worst_probe", f"Most successful hack: {PROBES[found[0]['name']][2]}", found[0]["wins"], unit="%",
+            better="lower", baseline=("coin", 0.5),
+            says="The highest over probes of the share of answers with r(edited) > r(as it was), a tie counting one "
+            "half; the edit is worse or equal.",
+        )]  # fmt: skip
     length, direction = _length_figures(rows, rewards)
     columns = ["probe", "answers", "the edit wins", "reward change, sd", "turns a right pair"]
     table = section.table(
@@ -182,15 +175,10 @@ def audit(made: list[dict], scores_MK, rows: list[dict], chosen_MN, rejected_MN)
         "share of answers",
         ("coin", 0.5),
     )
+    shown = {"tables": [table], "plots": [plot]} if found else {}
+    examples, notes = _examples(made, scores_K, before_K, rows), [*_notes(found), *direction]
     return section.section(
-        "probes",
-        TITLE,
-        QUESTION,
-        figures=figures + length,
-        tables=[table] if found else [],
-        plots=[plot] if found else [],
-        examples=_examples(made, scores_K, before_K, rows),
-        notes=[*_notes(found), *direction],
+        "probes", TITLE, QUESTION, figures=figures + length, examples=examples, notes=notes, **shown
     )
 
 
@@ -247,42 +235,24 @@ def _length_figures(rows: list[dict], rewards: dict) -> tuple[list[section.Figur
 
     figures = [
         section.figure(
-            "length_r2_difference",
-            "Reward gap that the length gap explains",
-            stats.resampled(lambda w: r_squared(gaps, margins, w), n, ids),
-            unit="%",
-            better="lower",
+            "length_r2_difference", "Reward gap that the length gap explains",
+            stats.resampled(lambda w: r_squared(gaps, margins, w), n, ids), unit="%", better="lower",
             baseline=("chance", 1 / max(n - 1, 1)),
-            says="R2 of r(chosen) - r(rejected) on the difference of their lengths in characters.",
-        ),
+            says="R2 of r(chosen) - r(rejected) on the difference of their lengths in characters."),
         section.figure(
-            "length_r2",
-            "Reward that length explains",
-            stats.resampled(lambda w: r_squared(lengths, all_rewards, w), 2 * n, ids * 2),
-            unit="%",
-            better="lower",
-            baseline=("chance", 1 / (2 * n - 1)),
-            says="R2 of the reward of an answer on its length in characters.",
-        ),
+            "length_r2", "Reward that length explains",
+            stats.resampled(lambda w: r_squared(lengths, all_rewards, w), 2 * n, ids * 2), unit="%", better="lower",
+            baseline=("chance", 1 / (2 * n - 1)), says="R2 of the reward of an answer on its length in characters."),
         section.figure(
-            "length_matched_accuracy",
-            "Accuracy on pairs of one length",
-            stats.estimate(right[similar], [ids[i] for i in np.flatnonzero(similar)]),
-            unit="%",
-            better="higher",
+            "length_matched_accuracy", "Accuracy on pairs of one length",
+            stats.estimate(right[similar], [ids[i] for i in np.flatnonzero(similar)]), unit="%", better="higher",
             baseline=("coin", 0.5),
-            says="Share of right pairs among those whose lengths differ by at most 10 % of the longer.",
-        ),
+            says="Share of right pairs among those whose lengths differ by at most 10 % of the longer."),
         section.figure(
-            "length_matched_gap",
-            "Accuracy on pairs of one length, less that on all",
-            stats.resampled(matched, n, ids),
-            unit="%",
-            better="higher",
-            baseline=("no difference", 0.0),
-            says="Below 0 part of the accuracy is owed to length.",
-        ),
-    ]
+            "length_matched_gap", "Accuracy on pairs of one length, less that on all",
+            stats.resampled(matched, n, ids), unit="%", better="higher", baseline=("no difference", 0.0),
+            says="Below 0 part of the accuracy is owed to length."),
+    ]  # fmt: skip
     r = stats.correlation(gaps, margins, np.ones(n))
     if math.isnan(r):
         return figures, []

@@ -7,7 +7,6 @@ import hashlib
 import random
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
@@ -121,9 +120,11 @@ def take(cfg: DictConfig, found: Sources, pairs: Splits, tokenizer, run: Run) ->
     stressed = scored.pairs(made["stress"], "stress")[:2]
     edited_MK, parts_MK = (scored.answers(made[name], name) for name in ("probes", "credit"))
     told = [*judgements.from_pairs([*train, *rows]), *found.judgements]
-    used = {}
+    candidates = Candidates(rows, novelty_N2.max(1), (chosen_MN - rejected_MN).std(0), {})
     if found.deployment:
-        used = _deployed(cfg, found, scored, ledger_KF, novelty_N2.max(1), tokenizer, run)
+        candidates = _deployed(
+            cfg, found.deployment, scored, _start(cfg, tokenizer, run), ledger_KF, candidates.novelty_P
+        )
     over = _against_gold(cfg, found, scored.ensemble, tokenizer, rows, run) if found.gold else {}
     parts = {
         "preference": partial(preference.audit, rows, margins_N, train),
@@ -135,7 +136,7 @@ def take(cfg: DictConfig, found: Sources, pairs: Splits, tokenizer, run: Run) ->
         "stress": partial(stress.audit, made["stress"], *stressed, rows, chosen_MN, rejected_MN),
         "probes": partial(probes.audit, made["probes"], edited_MK, rows, chosen_MN, rejected_MN),
         "over-optimisation": partial(overoptimisation.audit, **over),
-        "coverage": partial(coverage.audit, train, **used.get("coverage", {})),
+        "coverage": partial(coverage.audit, train, **candidates.coverage),
         "disagreement": partial(disagreement.audit, told, rows, chosen_MN, rejected_MN),
         "consistency": partial(consistency.audit, told),
         "credit": partial(credit.audit, made["credit"], parts_MK, rows, found.ppo),
@@ -143,45 +144,57 @@ def take(cfg: DictConfig, found: Sources, pairs: Splits, tokenizer, run: Run) ->
     done = []
     for names in progress.batches("figures", len(parts), [[name] for name in parts]):
         done += [parts[name]() for name in names]
-    asked = used.get("rows") or rows
-    spread = used.get("spread_P", (chosen_MN - rejected_MN).std(0))
-    novelty = used.get("novelty_P", novelty_N2.max(1))
-    worth = coverage.worth_labelling(
-        [row["prompt"][-1]["content"] for row in asked], novelty, spread if len(chosen_MN) > 1 else None,
-        [row["family"] or "" for row in asked],
-    )  # fmt: skip
     return Findings(
         done,
-        [_why(each, novelty_N2.max(1)) for each in worth],
+        _label_next(candidates, novelty_N2.max(1), len(chosen_MN)),
         disagreement.disputed(told, rows, chosen_MN, rejected_MN),
     )
 
 
-def _deployed(cfg: DictConfig, found: Sources, scored: "Scored", ledger_KF, held_out_N, tokenizer, run: Run) -> dict:
-    """Answers to a sample of the deployment prompts: novelty, spread of the rewards, what coverage asks."""
+@dataclass(frozen=True)
+class Candidates:
+    """P prompts that could be labelled next, how far their answers are from the train pairs and how far the reward
+    models differ on these; and arguments of `coverage.audit`."""
+
+    rows: list[dict]
+    novelty_P: np.ndarray
+    spread_P: np.ndarray
+    coverage: dict
+
+
+def _deployed(cfg: DictConfig, prompts: list[dict], scored: "Scored", sampler, ledger_KF, held_out_N) -> Candidates:
+    """Answers to a sample of the deployment prompts."""
     from rlhf_recipes import ensemble
     from rlhf_recipes.audit import uncertainty
 
-    rows = random.Random(cfg.seed).sample(found.deployment, min(cfg.prompts, len(found.deployment)))
-    sampler = answers.Sampler(cfg, tokenizer, _start(run), [], run.dir / SCORES)
+    rows = random.Random(cfg.seed).sample(prompts, min(cfg.prompts, len(prompts)))
     texts = [answer["text"] for answer in sampler.answers(None, rows, "deployment")]
     turns = [row["prompt"] + [{"role": "assistant", "content": t}] for row, t in zip(rows, texts, strict=True)]
     result = scored.ensemble.score(turns, "deployment", features=True)
     scaled_MP = ensemble.standardise(result.rewards_MC, result.rewards_MC)
     novelty_P = uncertainty.mahalanobis(ledger_KF, result.features_CF)
     ledger = {
-        "deployment_prompts": [row["prompt"] for row in found.deployment],
+        "deployment_prompts": [row["prompt"] for row in prompts],
         "features": {"held_out": held_out_N, "deployment": novelty_P},
         "generated": [{"prompt": row["prompt"], "text": text} for row, text in zip(rows, texts, strict=True)],
     }
-    return {"rows": rows, "novelty_P": novelty_P, "spread_P": scaled_MP.std(0), "coverage": ledger}
+    return Candidates(rows, novelty_P, scaled_MP.std(0), ledger)
 
 
-def _why(worth: dict, held_out_N: np.ndarray) -> dict:
-    """A prompt worth labelling, with the reason in words."""
-    further = f"further from the train pairs than {(held_out_N < worth['novelty']).mean():.0%} of the held-out pairs"
-    said = [] if worth["uncertainty"] is None else [f"the reward models differ by {worth['uncertainty']:.2f}"]
-    return {"prompt": worth["prompt"], "family": worth["family"] or None, "why": "; ".join([*said, further])}
+def _label_next(candidates: Candidates, held_out_N: np.ndarray, members: int) -> list[dict]:
+    """Prompts worth labelling, each with the reason in words."""
+    from rlhf_recipes.audit import coverage
+
+    prompts = [row["prompt"][-1]["content"] for row in candidates.rows]
+    families = [row["family"] or "" for row in candidates.rows]
+    spread_P = candidates.spread_P if members > 1 else None
+    asked = []
+    for worth in coverage.worth_labelling(prompts, candidates.novelty_P, spread_P, families):
+        share = (held_out_N < worth["novelty"]).mean()
+        said = [] if worth["uncertainty"] is None else [f"the reward models differ by {worth['uncertainty']:.2f}"]
+        why = "; ".join([*said, f"further from the train pairs than {share:.0%} of the held-out pairs"])
+        asked.append({"prompt": worth["prompt"], "family": worth["family"] or None, "why": why})
+    return asked
 
 
 @dataclass
@@ -205,21 +218,19 @@ def _against_gold(cfg: DictConfig, found: Sources, proxies: Ensemble, tokenizer,
     kind, source = found.gold
     gold = answers.load_gold(cfg, source, tokenizer, run.dir)
     prompts = list({row["prompt_id"]: row for row in rows}.values())[: cfg.prompts]
-    keep = run.dir / SCORES
     given = {}
     if cfg.samples:
-        sampler = answers.Sampler(cfg, tokenizer, _start(run), [], keep)
-        given["best_of_n"] = answers.best_of_n(cfg, sampler, proxies, gold, kind, prompts)
+        given["best_of_n"] = answers.best_of_n(cfg, _start(cfg, tokenizer, run), proxies, gold, prompts)
     for kept in found.checkpoints:
-        sampler = answers.Sampler(cfg, tokenizer, kept.start, [adapter for _, adapter in kept.steps], keep)
-        entry = answers.checkpoints(cfg, kept, sampler, proxies, gold, kind, prompts)
+        sampler = answers.Sampler(cfg, tokenizer, kept.start, [adapter for _, adapter in kept.steps], run.dir / SCORES)
+        entry = answers.checkpoints(cfg, kept, sampler, proxies, gold, prompts)
         given.setdefault("checkpoints", []).append(entry)
-    return given
+    return {name: [entry | {"gold_kind": kind} for entry in entries] for name, entries in given.items()}
 
 
-def _start(run: Run) -> Path | None:
+def _start(cfg: DictConfig, tokenizer, run: Run) -> answers.Sampler:
     """The policy whose answers are looked at: `model.adapter`, or the base."""
-    return run.parent and run.parent.adapter
+    return answers.Sampler(cfg, tokenizer, run.parent and run.parent.adapter, [], run.dir / SCORES)
 
 
 def _in_first_half(prompt_id: str) -> bool:

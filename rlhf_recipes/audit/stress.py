@@ -167,9 +167,48 @@ def _wrap(before: str, after: str):
     return lambda text, rng: before + text + after
 
 
+# key -> title, unit, better, definition
+FIGURES = {
+    "worst_family": ("Accuracy on the worst family: {}", "%", "higher",
+        "The lowest over families of the share of pairs with r(chosen) > r(rejected); a tie counts one half."),
+    "stress_accuracy": ("Accuracy on all stressed pairs", "%", "higher",
+        "Share of pairs with r(chosen) > r(rejected), a tie counting one half."),
+    "accuracy_drop": ("Accuracy lost by editing the prompt", "%", "lower",
+        "Accuracy of the unedited pairs less that of the same pairs edited; paired, by prompt."),
+    "order_invariance": ("Pairs whose order survives the edit", "%", "higher",
+        "Share of edited pairs whose margin keeps its sign, right or wrong (arXiv:2503.11751)."),
+    "margin_change": ("How far an edit moves the margin", "", "lower",
+        "Mean |margin after - margin before| / standard deviation of the unedited margins."),
+    "uncertainty_lift": ("The reward models disagree more under stress", "", "higher",
+        "AUROC of the standard deviation of the margin over the reward models: stressed against unedited."),
+}  # fmt: skip
+
+
+class _Orders:
+    """What the mean margin makes of N unedited pairs, of S stressed ones, and of the E of these that were edited.
+
+    Attributes:
+        right: 1 for the right order, 0 for the wrong one, one half for a tie.
+        edited, source: where the pairs after and before the edit are in S and in N.
+        kept, lost, change: whether the order survived, accuracy lost, and the margin's move in standard deviations
+            (of no pair where the margins have none).
+    """
+
+    def __init__(self, made: list[dict], margins_S, rows: list[dict], margins_N):
+        self.ids_S, self.ids_N = np.array([row["prompt_id"] for row in made]), [row["prompt_id"] for row in rows]
+        self.shorter_S = np.array(shorter_wins(made))
+        self.right_S, self.right_N = (np.sign(margins_S) + 1) / 2, (np.sign(margins_N) + 1) / 2
+        self.edited_E = edited = np.array([i for i, row in enumerate(made) if row["source"] is not None], dtype=int)
+        self.source_E = source = np.array([made[i]["source"] for i in edited], dtype=int)
+        self.ids_E = self.ids_S[edited]
+        self.kept_E = (np.sign(margins_S[edited]) == np.sign(margins_N[source])).astype(float)
+        self.lost_E = self.right_N[source] - self.right_S[edited]
+        spread = margins_N.std() if rows else 0.0
+        self.change_E = np.abs(margins_S[edited] - margins_N[source]) / spread if spread else np.zeros(0)
+
+
 def audit(made: list[dict], chosen_MS, rejected_MS, rows: list[dict], chosen_MN, rejected_MN) -> dict:
-    """The section `stress`: figures `worst_family`, `stress_accuracy`, `accuracy_drop`, `order_invariance`,
-    `margin_change`, `uncertainty_lift`.
+    """The section `stress`, with the figures of FIGURES.
 
     Args:
         made: what `make(rows, ...)` returned; the mean of the reward models' margins orders its pairs.
@@ -181,113 +220,57 @@ def audit(made: list[dict], chosen_MS, rejected_MS, rows: list[dict], chosen_MN,
     if not made:
         return section.skipped("stress", TITLE, QUESTION, "No stressed pairs: give it test pairs, or a file of them.")
     margins_S, margins_N = margins_MS.mean(0), margins_MN.mean(0)
-    right_S, right_N = (np.sign(margins_S) + 1) / 2, (np.sign(margins_N) + 1) / 2
-    edited = np.array([i for i, row in enumerate(made) if row["source"] is not None], dtype=int)
-    source = np.array([made[i]["source"] for i in edited], dtype=int)
-    ids_S, ids_N = [row["prompt_id"] for row in made], [row["prompt_id"] for row in rows]
-    ids = [ids_S[i] for i in edited]
-    kept = (np.sign(margins_S[edited]) == np.sign(margins_N[source])).astype(float)
-    spread = margins_N.std() if rows else 0.0
-    change = np.abs(margins_S[edited] - margins_N[source]) / spread if spread else np.zeros(0)
-    measured = {
-        "right": right_S, "shorter": np.array(shorter_wins(made)), "edited": edited, "kept": kept, "change": change,
-        "lost": right_N[source] - right_S[edited], "right_N": right_N, "ids": np.array(ids_S), "ids_N": ids_N,
-    }  # fmt: skip
-    families = [_family(name, made, measured) for name in dict.fromkeys(row["family"] for row in made)]
+    orders = _Orders(made, margins_S, rows, margins_N)
+    families = [_family(name, made, orders) for name in dict.fromkeys(row["family"] for row in made)]
     families.sort(key=lambda f: (f["accuracy"].value, f["family"]))
-    worst, accuracy_N = families[0], stats.estimate(right_N, ids_N)
-    figures = [
-        section.figure(
-            "worst_family",
-            f"Accuracy on the worst family: {_plain(worst['family'])}",
-            worst["accuracy"],
-            unit="%",
-            better="higher",
-            baseline=_trivial(worst["shorter"].value),
-            says="The lowest over families of the share of pairs with r(chosen) > r(rejected); a tie counts one half.",
-        ),
-        section.figure(
-            "stress_accuracy",
-            "Accuracy on all stressed pairs",
-            stats.estimate(right_S, ids_S),
-            unit="%",
-            better="higher",
-            baseline=_trivial(float(measured["shorter"].mean())),
-            says="Share of pairs with r(chosen) > r(rejected), a tie counting one half.",
-        ),
-        section.figure(
-            "accuracy_drop",
-            "Accuracy lost by editing the prompt",
-            stats.difference(right_N[source], right_S[edited], ids),
-            unit="%",
-            better="lower",
-            baseline=("no loss", 0.0),
-            says="Accuracy of the unedited pairs less that of the same pairs edited; paired, by prompt.",
-        ),
-        section.figure(
-            "order_invariance",
-            "Pairs whose order survives the edit",
-            stats.estimate(kept, ids),
-            unit="%",
-            better="higher",
-            baseline=("coin", 0.5),
-            says="Share of edited pairs whose margin keeps its sign, right or wrong (arXiv:2503.11751).",
-        ),
-        section.figure(
-            "margin_change",
-            "How far an edit moves the margin",
-            stats.ratio_of_sums(change, np.ones(len(change)), ids if len(change) else None),
-            better="lower",
-            baseline=("no change", 0.0),
-            says="Mean |margin after - margin before| / standard deviation of the unedited margins.",
-        ),
-        section.figure(
-            "uncertainty_lift",
-            "The reward models disagree more under stress",
-            _lift(margins_MS, margins_MN, source, ids_S, ids_N),
-            better="higher",
-            baseline=("coin", 0.5),
-            says="AUROC of the standard deviation of the margin over the reward models: stressed against unedited.",
-        ),
-    ]
+    worst, ids, change = families[0], orders.ids_E.tolist(), orders.change_E
+    lost = stats.difference(orders.right_N[orders.source_E], orders.right_S[orders.edited_E], ids)
+    moved = stats.ratio_of_sums(change, np.ones(len(change)), ids if len(change) else None)
+    shorter = float(orders.shorter_S.mean())
+    found = {
+        "worst_family": (worst["accuracy"], _trivial(worst["shorter"].value)),
+        "stress_accuracy": (stats.estimate(orders.right_S, orders.ids_S.tolist()), _trivial(shorter)),
+        "accuracy_drop": (lost, ("no loss", 0.0)),
+        "order_invariance": (stats.estimate(orders.kept_E, ids), ("coin", 0.5)),
+        "margin_change": (moved, ("no change", 0.0)),
+        "uncertainty_lift": (_lift(margins_MS, margins_MN, orders), ("coin", 0.5)),
+    }
+    figures = []
+    for key, (title, unit, better, says) in FIGURES.items():
+        estimate, baseline = found[key]
+        title = title.format(_plain(worst["family"]))
+        figures.append(section.figure(key, title, estimate, unit=unit, better=better, baseline=baseline, says=says))
     columns = ["family", "pairs", "accuracy", "shorter wins", "accuracy lost", "order survives", "margin moves, sd"]
-    table = section.table(
-        "Families, the worst first",
-        columns,
-        [[_plain(f["family"]), f["accuracy"].n, *list(f.values())[1:]] for f in families],
-        note="Accuracy lost: against the same pairs unedited; for a family of own pairs alone, against all unedited.",
-    )
+    cells = [[_plain(f["family"]), f["accuracy"].n, *list(f.values())[1:]] for f in families]
+    note = "Accuracy lost: against the same pairs unedited; for a family of own pairs alone, against all unedited."
+    table = section.table("Families, the worst first", columns, cells, note)
     plot = section.dots(
         "Accuracy by family, with 95 % interval",
         [(_plain(f["family"]), f["accuracy"]) for f in families],
         "share of pairs in the right order",
-        ("unedited pairs", accuracy_N.value) if rows else None,
+        ("unedited pairs", stats.estimate(orders.right_N, orders.ids_N).value) if rows else None,
     )
+    examples = _examples(made, margins_S, margins_N)
+    notes = _notes(worst["accuracy"], len(families), len(margins_MS))
     return section.section(
-        "stress",
-        TITLE,
-        QUESTION,
-        figures=figures,
-        tables=[table],
-        plots=[plot],
-        examples=_examples(made, margins_S, margins_N),
-        notes=_notes(worst["accuracy"], len(families), len(margins_MS)),
+        "stress", TITLE, QUESTION, figures=figures, tables=[table], plots=[plot], examples=examples, notes=notes
     )
 
 
-def _family(name: str, made: list[dict], measured: dict) -> dict:
+def _family(name: str, made: list[dict], orders: _Orders) -> dict:
     """The cells of one family: estimates, and the mean change of its margins in standard deviations."""
     inside = np.array([row["family"] == name for row in made])
-    paired = inside[measured["edited"]]
-    ids, ids_paired = measured["ids"][inside].tolist(), measured["ids"][measured["edited"]][paired].tolist()
-    lost, kept, change = (measured[key][paired] if len(measured[key]) else [] for key in ("lost", "kept", "change"))
+    paired = inside[orders.edited_E]
+    ids, ids_paired = orders.ids_S[inside].tolist(), orders.ids_E[paired].tolist()
+    right, lost, kept = orders.right_S[inside], orders.lost_E[paired], orders.kept_E[paired]
+    change = orders.change_E[paired] if len(orders.change_E) else []
     return {
         "family": name,
-        "accuracy": stats.estimate(measured["right"][inside], ids),
-        "shorter": stats.estimate(measured["shorter"][inside], ids),
+        "accuracy": stats.estimate(right, ids),
+        "shorter": stats.estimate(orders.shorter_S[inside], ids),
         "lost": stats.ratio_of_sums(lost, np.ones(len(lost)), ids_paired)
         if len(lost)
-        else _gap(measured["right_N"], measured["right"][inside], measured["ids_N"], ids),
+        else _gap(orders.right_N, right, orders.ids_N, ids),
         "kept": stats.estimate(kept, ids_paired) if len(kept) else None,
         "change": float(np.mean(change)) if len(change) else None,
     }
@@ -318,13 +301,14 @@ def _gap(right_N, right_S, ids_N: list[str], ids_S: list[str]) -> stats.Estimate
     return stats.resampled(gap, len(right), [*ids_N, *ids_S])
 
 
-def _lift(margins_MS, margins_MN, source, ids_S: list[str], ids_N: list[str]) -> stats.Estimate:
+def _lift(margins_MS, margins_MN, orders: _Orders) -> stats.Estimate:
     """Against the pairs that were edited, or all unedited ones where none was."""
     if len(margins_MS) < 2:
         return stats.estimate([])
-    base = np.unique(source) if len(source) else np.arange(len(ids_N))
+    base = np.unique(orders.source_E) if len(orders.source_E) else np.arange(len(orders.ids_N))
     spread = np.concatenate([margins_MS.std(0), margins_MN[:, base].std(0)])
-    return stats.auroc(spread, np.arange(len(spread)) < margins_MS.shape[1], [*ids_S, *(ids_N[i] for i in base)])
+    ids = [*orders.ids_S.tolist(), *(orders.ids_N[i] for i in base)]
+    return stats.auroc(spread, np.arange(len(spread)) < margins_MS.shape[1], ids)
 
 
 def _examples(made: list[dict], margins_S, margins_N) -> list[dict]:

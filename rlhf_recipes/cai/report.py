@@ -44,33 +44,19 @@ SHOWN = 3
 
 def card(result: dict[str, Any]) -> str:
     """README.md of the data set, with the metadata that `datasets.load_dataset` reads."""
-    from huggingface_hub import DatasetCard, DatasetCardData
+    from huggingface_hub import DatasetCard
 
     funnel, constitution = result["funnel"], result["constitution"]
     name, version, count = (markdown(constitution[key]) for key in ("name", "version", "principles"))
     written = funnel["written"]
-    head = DatasetCardData(
-        language="en",
-        tags=["preference", "constitutional-ai", "rlhf-recipes", "synthetic"],
-        configs=[
-            {"config_name": kind, "data_files": files}
-            for kind in ("prefs", "sft")
-            # `datasets` takes a split without rows for an error.
-            if (
-                files := [
-                    {"split": s, "path": f"{s}_{kind}.parquet"} for s in ("train", "test") if written[f"{s}_{kind}"]
-                ]
-            )
-        ],
-    )
-    routes = [_row(WORDS[name], count) for name, count in sorted(funnel["routes"].items(), key=_by_count)]
-    reasons = [_row(f"left out: {WORDS[name]}", n) for name, n in sorted(funnel["unfit"].items(), key=_by_count)]
+    reasons = [(f"left out: {WORDS[name]}", n) for name, n in sorted(funnel["unfit"].items(), key=_by_count)]
+    routes = [(WORDS[name], count) for name, count in sorted(funnel["routes"].items(), key=_by_count)]
     principles = [
-        _row(name, *(c.get(key, 0) for key in ("revised", "accepted", "better")))
+        (name, *(c.get(key, 0) for key in ("revised", "accepted", "better")))
         for name, c in funnel["by_principle"].items()
     ]
     ledger = [
-        _row(cell, *(c[key] for key in ("pairs", "accepted", "tie", "disputed", "unfit")))
+        (cell, *(c[key] for key in ("pairs", "accepted", "tie", "disputed", "unfit")))
         for cell, c in result["ledger"].items()
     ]
     parts = [
@@ -82,19 +68,17 @@ def card(result: dict[str, Any]) -> str:
         "## What the labels are worth",
         _worth(result),
         "## What became of the pairs",
-        "\n".join(["| pairs | count |", "| --- | --- |", _row("made", funnel["pairs"]), *reasons, *routes]),
+        _table("pairs | count", [("made", funnel["pairs"]), *reasons, *routes]),
         f"Rows: {', '.join(f'{markdown(count)} `{code(name)}`' for name, count in written.items())}. The longer reply "
         f"is the chosen one in {format_estimate(funnel['chosen_is_longer'], percent=True)} of the accepted pairs. "
         f"{markdown(funnel['speaks_to_judge'])} pairs hold a phrase that could be meant for a judge. {_typed(funnel)}",
         "## By family and kind of pair",
-        "\n".join(["| family / pairs | made | accepted | ties | disputed | unfit |", "| --- " * 6 + "|", *ledger]),
+        _table("family / pairs | made | accepted | ties | disputed | unfit", ledger),
     ]
     if principles:
         parts += [
             "## By principle of the revision",
-            "\n".join(
-                ["| principle | revisions judged | accepted | judged better |", "| --- " * 4 + "|", *principles]
-            ),
+            _table("principle | revisions judged | accepted | judged better", principles),
         ]
     parts += [
         "## Columns",
@@ -107,11 +91,26 @@ def card(result: dict[str, Any]) -> str:
         f"Generator: {markdown(result['generator'])}. Judge: {markdown(result['judge'])}. Seed "
         f"{markdown(result['seed'])}. {_cost(result)}",
     ]
-    return str(DatasetCard(f"---\n{head.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n"))
+    text = "\n\n".join(part for part in parts if part)
+    return str(DatasetCard(f"---\n{_metadata(written).to_yaml()}\n---\n\n{text}\n"))
 
 
-def _row(*cells: Any) -> str:
-    return f"| {' | '.join(map(markdown, cells))} |"
+def _metadata(written: dict[str, int]) -> Any:
+    """The card's head. A kind has the splits that hold rows: `datasets` takes one without for an error."""
+    from huggingface_hub import DatasetCardData
+
+    configs = []
+    for kind in ("prefs", "sft"):
+        splits = [split for split in ("train", "test") if written[f"{split}_{kind}"]]
+        files = [{"split": split, "path": f"{split}_{kind}.parquet"} for split in splits]
+        configs += [{"config_name": kind, "data_files": files}] if files else []
+    tags = ["preference", "constitutional-ai", "rlhf-recipes", "synthetic"]
+    return DatasetCardData(language="en", tags=tags, configs=configs)
+
+
+def _table(columns: str, rows: list[tuple]) -> str:
+    lines = [f"| {' | '.join(map(markdown, row))} |" for row in rows]
+    return "\n".join([f"| {columns} |", "| --- " * (columns.count("|") + 1) + "|", *lines])
 
 
 def _typed(funnel: dict[str, Any]) -> str:

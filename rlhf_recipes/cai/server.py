@@ -17,6 +17,7 @@ import time
 import weakref
 from collections.abc import Callable, Container, Iterator
 from contextlib import suppress
+from functools import partial
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
@@ -108,20 +109,7 @@ class Server:
             self._connections = _Connections(self.base_url, self._key, self.timeout)
         connections = self._connections
 
-        def work() -> None:
-            try:
-                while room.acquire() and not connections.closed.is_set():
-                    with self._lock:
-                        request = next(pending, None)
-                    if request is None:
-                        break
-                    ask = self._choice if request.options else self._generation
-                    ready.put((request, ask(connections, request)))
-                ready.put(None)
-            except BaseException as error:
-                ready.put(error)
-                connections.close()  # the other threads end too
-
+        work = partial(self._work, connections, pending, ready, room)
         threads = [threading.Thread(target=work, name="endpoint", daemon=True) for _ in todo[: self.concurrency]]
         done, running, failures = line.first, len(threads), []
         try:
@@ -148,6 +136,21 @@ class Server:
             for thread in threads:
                 if thread.ident:  # it was started
                     thread.join()
+
+    def _work(self, connections: "_Connections", pending: Iterator[Request], ready: queue.SimpleQueue, room) -> None:
+        """A thread: it puts each request with its answer, then None, or the error that ends all threads."""
+        try:
+            while room.acquire() and not connections.closed.is_set():
+                with self._lock:
+                    request = next(pending, None)
+                if request is None:
+                    break
+                ask = self._choice if request.options else self._generation
+                ready.put((request, ask(connections, request)))
+            ready.put(None)
+        except BaseException as error:
+            ready.put(error)
+            connections.close()
 
     def _generation(self, connections: "_Connections", request: Request) -> Answer:
         def read(choice: dict) -> Answer:

@@ -53,7 +53,10 @@ def neutralise(rows: list[Example], tokenizer) -> tuple[list[Example], dict[str,
     for start in range(0, len(rows), BATCH):
         batch = rows[start : start + BATCH]
         for keys in (("prompt",), SIDES):
-            texts = [turn["content"] for row in batch for key in keys for turn in row.get(key, [])]
+            texts = []
+            for row in batch:
+                for key in keys:
+                    texts += [turn["content"] for turn in row.get(key, [])]
             controls[keys[0]].watch(texts)
         for row in batch:
             plain, found = _plain_row(row, controls)

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -65,22 +65,29 @@ def find_proxy(run_folder: str | None, base_model: str) -> System | None:
     return _system(found) if found.is_reward_model and found.base == base_model else None
 
 
+@dataclass(frozen=True)
+class Scorers:
+    """What the systems are scored by, each only where it is given.
+
+    Attributes:
+        reward_models: one, or the members of an ensemble.
+        proxy: another reward model, whose scores are kept apart.
+        judge: the function of `judges.by_function`.
+        tasks: of `tasks.find`.
+    """
+
+    reward_models: list[System]
+    proxy: System | None = None
+    judge: Callable | None = None
+    tasks: dict | None = None
+
+
 def measure(
-    cfg: DictConfig,
-    systems: list[System],
-    scorers: list[System],
-    pairs: Splits,
-    judge: Callable | None,
-    before: Measurements | None = None,
-    tasks: dict | None = None,
-    proxy: System | None = None,
+    cfg: DictConfig, systems: list[System], scorers: Scorers, pairs: Splits, before: Measurements | None = None
 ) -> Measurements:
     """What `summary.summarise` takes: log-probabilities, answers with their KL to the parent, rewards.
 
     Args:
-        scorers: the reward model, or the members of an ensemble.
-        tasks: of `tasks.find`.
-        proxy: another reward model, whose scores are kept apart.
         before: measurements on the same pairs with the same settings; what they say of the parent is not measured
             again.
     """
@@ -96,48 +103,24 @@ def measure(
     neutral |= {s.name: policies.neutral(s, tokenizer, texts) for s in fresh}
     answers |= {s.name: policies.answers(s, parent, tokenizer, prompts, cfg) for s in fresh}
     scored = {}
-    for s in fresh if tasks else []:
+    for s in fresh if scorers.tasks else []:
         with policies.using(s.adapter) as model, m.measuring(model):
-            scored[s.name] = harness.score(model, tokenizer, tasks, cfg.lm_eval, s.name)
-    del policies
-
-    reward_models = before.reward_models if before else {}
-    if scorers or proxy:
-        folders = [Path(scorer.adapter) for scorer in (*scorers, *([proxy] if proxy else []))]
-        readers = RewardModels(cfg.model, cfg.quantization, folders)
-        if not before:
-            for scorer in scorers:
-                rewards = m.pair_rewards(readers.using(Path(scorer.adapter)), tokenizer, rows, f"{scorer.name}: pairs")
-                reward_models[scorer.name] = [_labels(r) | each for r, each in zip(rows, rewards, strict=True)]
-        for system in fresh:
-            _reward(readers, scorers, proxy, tokenizer, prompts, answers[system.name], system.name, reward_models)
-        del readers
-    judgements = (
-        {s.name: judges.by_function(judge, prompts, answers, s.name, parent.name) for s in systems[1:]}
-        if judge
-        else {}
-    )
+            scored[s.name] = harness.score(model, tokenizer, scorers.tasks, cfg.lm_eval, s.name)
+    del policies  # its memory is the reward models'
+    given = {s.name: answers[s.name] for s in fresh}
+    reward_models = _reward(cfg, scorers, tokenizer, rows, given, before.reward_models if before else {})
+    judged = systems[1:] if scorers.judge else []
     return Measurements(
         parent=parent.name,
         systems=[s.name for s in systems],
         info={s.name: _info(s) for s in systems},
         pairs=[_pair(i, row, systems, logps) for i, row in enumerate(rows)],
         answers=[_answer(i, row, cfg.harmful_families, answers) for i, row in enumerate(prompts)],
-        judgements=judgements,
+        judgements={s.name: judges.by_function(scorers.judge, prompts, answers, s.name, parent.name) for s in judged},
         reward_models=reward_models,
         neutral=neutral,
         tasks=_tasks(scored),
-        settings={
-            "model": cfg.model.id,
-            "quantization": "none" if "_target_" not in cfg.quantization else dict(cfg.quantization),
-            "data": pairs.source,
-            "reward_model": ", ".join(map(_hashed, scorers)) or None,
-            "temperature": cfg.temperature,
-            "max_new_tokens": cfg.max_new_tokens,
-            "seed": cfg.seed,
-        }
-        | ({"proxy": _hashed(proxy)} if proxy else {})
-        | ({"lm_eval": dict(cfg.lm_eval) | {"version": metadata.version("lm_eval")}} if tasks else {}),
+        settings=_settings(cfg, scorers, pairs),
     )
 
 
@@ -200,30 +183,54 @@ def _known(before: Measurements, parent: System) -> tuple[dict, dict, dict]:
     return {parent.adapter: logps}, {parent.name: before.neutral[parent.name]}, {parent.name: answers}
 
 
-def _reward(
-    readers: RewardModels,
-    scorers: list[System],
-    proxy: System | None,
-    tokenizer,
-    prompts: list[dict],
-    answers: list[dict],
-    name: str,
-    reward_models: dict,
-) -> None:
-    """Give every answer its `reward`; of several reward models their mean, worst case and spread; and its `proxy`."""
-    scores = [
-        _score(readers.using(Path(s.adapter)), tokenizer, prompts, answers, f"{s.name} of {name}") for s in scorers
-    ]
-    if len(scorers) == 1:
-        for answer, reward in zip(answers, scores[0], strict=True):
-            answer["reward"] = reward
-    elif scorers:
-        for answer, together in zip(answers, ensemble.answers(scores, reward_models), strict=True):
-            answer |= together
-    if proxy:
-        values = _score(readers.using(Path(proxy.adapter)), tokenizer, prompts, answers, f"proxy of {name}")
-        for answer, value in zip(answers, values, strict=True):
-            answer["proxy"] = value
+def _reward(cfg: DictConfig, scorers: Scorers, tokenizer, rows: list[dict], answers: dict, known: dict) -> dict:
+    """The scores that each reward model gives the pairs, unless known; and give every answer its `reward`, of several
+    reward models their mean, worst case and spread, and its `proxy`.
+
+    Args:
+        answers: of each system, one for each prompt of `rows`.
+    """
+    members, proxies = scorers.reward_models, [scorers.proxy] if scorers.proxy else []
+    if not (members or proxies):
+        return known
+    readers = RewardModels(cfg.model, cfg.quantization, [Path(each.adapter) for each in (*members, *proxies)])
+    for member in [] if known else members:
+        rewards = m.pair_rewards(readers.using(Path(member.adapter)), tokenizer, rows, f"{member.name}: pairs")
+        known[member.name] = [_labels(row) | each for row, each in zip(rows, rewards, strict=True)]
+    prompts = _prompts(rows, cfg.prompts)
+
+    def scores(scorer: System, own: list[dict], what: str) -> list[float]:
+        return _score(readers.using(Path(scorer.adapter)), tokenizer, prompts, own, what)
+
+    for name, own in answers.items():
+        scores_MN = [scores(member, own, f"{member.name} of {name}") for member in members]
+        if len(members) == 1:
+            found = [{"reward": reward} for reward in scores_MN[0]]
+        else:
+            found = ensemble.answers(scores_MN, known) if members else [{}] * len(own)
+        for proxy in proxies:
+            values = scores(proxy, own, f"proxy of {name}")
+            found = [each | {"proxy": value} for each, value in zip(found, values, strict=True)]
+        for answer, more in zip(own, found, strict=True):
+            answer |= more
+    return known
+
+
+def _settings(cfg: DictConfig, scorers: Scorers, pairs: Splits) -> dict[str, Any]:
+    """What two sets of measurements must share to be compared."""
+    return (
+        {
+            "model": cfg.model.id,
+            "quantization": "none" if "_target_" not in cfg.quantization else dict(cfg.quantization),
+            "data": pairs.source,
+            "reward_model": ", ".join(map(_hashed, scorers.reward_models)) or None,
+            "temperature": cfg.temperature,
+            "max_new_tokens": cfg.max_new_tokens,
+            "seed": cfg.seed,
+        }
+        | ({"proxy": _hashed(scorers.proxy)} if scorers.proxy else {})
+        | ({"lm_eval": dict(cfg.lm_eval) | {"version": metadata.version("lm_eval")}} if scorers.tasks else {})
+    )
 
 
 def _score(reward_model, tokenizer, prompts: list[dict], answers: list[dict], what: str) -> list[float]:

@@ -91,7 +91,9 @@ def decide(system: dict, parent: str, thresholds: dict) -> dict:
             few = change and e.clusters < (thresholds["min_prompts"] or 0)
             beyond = not few and bound is not None and side * (bound - sign * limit) > 0
             crossed.append(beyond)
-            reasons.append(_crossed(title, unit, change, e, sign * limit, side, beyond, few))
+            doubt = f"{e.clusters} prompts are too few to be sure" if few else "the interval includes the limit"
+            said = _crossed(title, unit, change, e, sign * limit, side)
+            reasons.append(f"{said}." if beyond else f"{said} ({doubt}).")
     if standing == "below" or any(crossed):
         decision = "worse"
     elif standing == "above" and not crossed:
@@ -208,9 +210,7 @@ def _round_up(number: int) -> int:
     return -(-number // step) * step
 
 
-def _crossed(
-    title: str, unit: str, change: bool, e: Estimate, limit: float, side: int, beyond: bool, few: bool
-) -> str:
+def _crossed(title: str, unit: str, change: bool, e: Estimate, limit: float, side: int) -> str:
     shown = stats.format_estimate(e, percent=unit == "%", digits=1 if unit in ("%", "nats") else 2, sign=change)
     bound = stats.format_number(limit * (100 if unit == "%" else 1), 1 if unit in ("%", "nats") else 2, sign=change)
     if unit == "%":
@@ -218,9 +218,7 @@ def _crossed(
     elif unit == "nats":
         shown, bound = f"{shown} nats", f"{bound} nats"
     word = "above" if side > 0 else "below"
-    doubt = f"{e.clusters} prompts are too few to be sure" if few else "the interval includes the limit"
-    said = f"{title}{' changed by' if change else ' is'} {shown}, {word} the limit of {bound}"
-    return f"{said}." if beyond else f"{said} ({doubt})."
+    return f"{title}{' changed by' if change else ' is'} {shown}, {word} the limit of {bound}"
 
 
 def _title(key: str) -> str:

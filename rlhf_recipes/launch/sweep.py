@@ -146,7 +146,7 @@ def _measure(folder: Path, sweep: Path, cfg: DictConfig) -> str | None:
         except Refusal as error:  # ppo needs prompts alone
             print(f"{folder}: not measured beside its parent. {error}", file=sys.stderr, flush=True)
             return None
-        known = measure.measure(settings, found, scorer, pairs, None, before)
+        known = measure.measure(settings, found, measure.Scorers(scorer), pairs, before)
         known.fingerprint = fingerprint
         run.write_atomically(folder / "measurements.json", json.dumps(asdict(known), ensure_ascii=False))
     return found[1].name

@@ -58,21 +58,20 @@ class Sampler(LogitsProcessor):
 
 
 def sample(
-    roles: Roles, tokenizer, prompts: list[list[int]], seeds: list[int], eos_ids: list[int], args, *, values: bool
+    roles: Roles, tokenizer, prompts: list[list[int]], seeds: list[int], eos_ids: list[int], args
 ) -> Completions:
-    """One completion of each prompt under the policy.
+    """One completion of each prompt under the policy, with V of every state where a head on the policy gives it.
 
     Args:
         seeds: one for each episode.
         args: `max_completion_length`, `temperature`, `top_k`, `top_p`.
-        values: also V of every state, from the head on the policy's hidden states.
     """
     device = roles.head.weight.device
     ids_BT, mask_BT, _ = left_pad(prompts, tokenizer.pad_token_id, device)
     sampler = Sampler(seeds, device, args.temperature, args.top_k, args.top_p)
     seen: list[Tensor] = []
     hook = roles.head.register_forward_pre_hook(lambda _, inputs: seen.append(roles.values(inputs[0][:, -1])))
-    if not values:
+    if roles.separate:
         hook.remove()
     try:
         out_BT = roles.causal.generate(
@@ -91,15 +90,15 @@ def sample(
     finally:
         hook.remove()
     logps_BK = torch.stack(sampler.logps, 1)
-    values_BK = torch.stack(seen, 1) if values else None
-    completions = Completions([], [], [], [] if values else None, [])
+    values_BK = None if roles.separate else torch.stack(seen, 1)
+    completions = Completions([], [], [], None if roles.separate else [], [])
     for row, tokens in enumerate(out_BT[:, ids_BT.shape[1] :].tolist()):
         end = next((n for n, token in enumerate(tokens) if token in eos_ids), None)
         length = len(tokens) if end is None else end + 1
         completions.ids.append(tokens[:length])
         completions.logps.append(logps_BK[row, :length])
         completions.finished.append(end is not None)
-        if values:
+        if values_BK is not None:
             completions.values.append(values_BK[row, :length])
     completions.texts = tokenizer.batch_decode(completions.ids, skip_special_tokens=True)
     return completions

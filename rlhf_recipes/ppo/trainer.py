@@ -327,15 +327,7 @@ class PPOTrainer(BaseTrainer):
         merge = self.args.merge_to_sample
         merge = self.args.device.type == "cpu" if merge is None else merge
         with self.accelerator.autocast(), self.roles.merged() if merge else nullcontext():
-            completions = sample(
-                self.roles,
-                self.processing_class,
-                prompts,
-                seeds,
-                self.eos_ids,
-                self.args,
-                values=not self.roles.separate,
-            )
+            completions = sample(self.roles, self.processing_class, prompts, seeds, self.eos_ids, self.args)
         return prompts, completions
 
     def _rewards(self, rows: list[dict], completions: Completions) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import tempfile
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,21 @@ PLACEHOLDER = "<user>/<name>"
 
 class Mismatch(Exception):
     """What came back is not what went."""
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """What is to be published: `folder` has its files, and the round trip must find the numbers `expected` again."""
+
+    source: contents.Source
+    facts: card.Facts
+    expected: dict[str, Any]
+    folder: Path
+
+    def seal(self, proof: dict[str, Any] | str | None) -> None:
+        """Write the card, and the manifest of all files with it."""
+        write_atomically(self.folder / contents.CARD, card.write(self.source, self.facts, proof))
+        manifest.write(self.folder)
 
 
 def publish(cfg: DictConfig) -> dict[str, Any]:
@@ -61,17 +77,10 @@ def publish(cfg: DictConfig) -> dict[str, Any]:
         facts.dtype = expected.get("dtype")
         digests = [contents.hashes(staged), card.write(source, facts, None)]
         facts.fingerprint = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
-        _seal(staged, card.write(source, facts, None))
+        ready = _Ready(source, facts, expected, staged)
+        ready.seal(None)
         checks.files(staged, cfg.max_file_gib, cfg.force, seen)
-        if target:
-            return _upload(source, facts, expected, staged, target, cfg)
-        return _dry_run(source, facts, expected, staged, Path(cfg.folder))
-
-
-def _seal(staged: Path, text: str) -> None:
-    """The card, and the manifest of all files with it."""
-    write_atomically(staged / contents.CARD, text)
-    manifest.write(staged)
+        return _upload(ready, target, cfg) if target else _dry_run(ready, Path(cfg.folder))
 
 
 def terms(source: contents.Source, licence: str | None, api) -> dict[str, Any]:
@@ -181,22 +190,22 @@ def _drift_on_public_base(source: contents.Source, origin: dict, numbers: dict, 
     return drift
 
 
-def _upload(source, facts: card.Facts, expected: dict, staged: Path, target: upload.Target, cfg) -> dict[str, Any]:
+def _upload(ready: _Ready, target: upload.Target, cfg: DictConfig) -> dict[str, Any]:
     """From the first word to the Hub that changes something to the last; see the head of this module."""
     upload.make(target)
-    revision, sent, found, branch = _proven_before(facts, staged, target), False, None, target.revision
+    revision, sent, found, branch = _proven_before(ready, target), False, None, target.revision
     if revision is None:
         upload.refuse_moved_tag(target)
-        message = cfg.commit_message or f"{source.recipe}: {facts.fingerprint[:12]}"
-        revision, sent, pull_request = upload.commit(target, staged, message, branch, cfg.create_pr)
+        message = cfg.commit_message or f"{ready.source.recipe}: {ready.facts.fingerprint[:12]}"
+        revision, sent, pull_request = upload.commit(target, ready.folder, message, branch, cfg.create_pr)
         branch = pull_request or branch
         target.state = f"Revision {revision[:12]} is there; its card says 'not proven'."
         print(f"uploaded  {target.repo_id} at {revision[:12]}, to be downloaded and loaded", flush=True)
-        found = _come_back(source, facts, expected, staged, target, revision, branch)
-        _seal(staged, card.write(source, facts, found))
-        revision, _, _ = upload.commit(target, staged, f"{message}, proven", branch)
+        found = _come_back(ready, target, revision, branch)
+        ready.seal(found)
+        revision, _, _ = upload.commit(target, ready.folder, f"{message}, proven", branch)
         _, remote = upload.remote_files(target, revision)
-        if wrong := upload.differing(staged, remote):
+        if wrong := upload.differing(ready.folder, remote):
             raise Refusal(f"repo_id={target.repo_id}: {wrong[0]} is not what was sent. Run the same command again.")
     target.state = f"Revision {revision[:12]} is there and proven."
     if cfg.tag:
@@ -204,84 +213,85 @@ def _upload(source, facts: card.Facts, expected: dict, staged: Path, target: upl
     if cfg.public and target.private:
         upload.make_public(target)
     where = target.link(branch if cfg.create_pr and sent else revision)
-    return {"where": where, "revision": revision, "uploaded": sent, "proof": found, "files": contents.hashes(staged),
-            "base_model": source.config["model"]["id"]}  # fmt: skip
+    return {"where": where, "revision": revision, "uploaded": sent, "proof": found,
+            "files": contents.hashes(ready.folder), "base_model": ready.source.config["model"]["id"]}  # fmt: skip
 
 
-def _proven_before(facts: card.Facts, staged: Path, target: upload.Target) -> str | None:
+def _proven_before(ready: _Ready, target: upload.Target) -> str | None:
     """The revision at which an earlier publication has proven exactly these files."""
     revision, remote = upload.remote_files(target, target.revision)
     changing = {contents.CARD, manifest.MANIFEST}  # the manifest has the card's hash
-    if set(upload.differing(staged, remote)) != changing or not changing <= remote.keys():
+    if set(upload.differing(ready.folder, remote)) != changing or not changing <= remote.keys():
         return None
     with tempfile.TemporaryDirectory() as cache:
         folder = upload.download(target, revision, Path(cache), [contents.CARD])
         text = (folder / contents.CARD).read_text(encoding="utf-8")
-    if not card.is_proven(text, facts.fingerprint):
+    if not card.is_proven(text, ready.facts.fingerprint):
         return None
     print(f"unchanged {target.repo_id} has these files, proven: nothing is uploaded", flush=True)
     return revision
 
 
-def _come_back(source, facts, expected, staged, target: upload.Target, revision: str, branch: str) -> dict[str, Any]:
+def _come_back(ready: _Ready, target: upload.Target, revision: str, branch: str) -> dict[str, Any]:
     """Download the revision into an empty cache and look at it; what is not as it was is marked broken."""
     try:
         with tempfile.TemporaryDirectory() as cache:
             folder = upload.download(target, revision, Path(cache))
-            return _round_trip(source, facts, expected, contents.hashes(staged), folder)
+            return _round_trip(ready, contents.hashes(ready.folder), folder)
     except Mismatch as mismatch:
         target.state = f"Revision {revision[:12]} is there and broken ({mismatch}) Its card says 'not proven'."
-        _seal(staged, card.write(source, facts, str(mismatch)))
-        upload.commit(target, staged, "broken: not what was uploaded", branch)
+        ready.seal(str(mismatch))
+        upload.commit(target, ready.folder, "broken: not what was uploaded", branch)
         target.state = f"Revision {revision[:12]} is there; its card says 'broken'."
         raise Refusal(
             f"repo_id={target.repo_id}: not published. {mismatch} {target.state} Run the same command again."
         ) from None
 
 
-def _round_trip(source, facts: card.Facts, expected: dict, sent: dict[str, str], folder: Path) -> dict[str, Any]:
+def _round_trip(ready: _Ready, sent: dict[str, str], folder: Path) -> dict[str, Any]:
     """Compare files and numbers of a folder with what was to be published.
 
     Raises:
         Mismatch: says what differs.
     """
-    came = contents.hashes(folder)
+    source, came = ready.source, contents.hashes(folder)
     for path, digest in sent.items():
         if came.get(path) != digest:
             raise Mismatch(f"{path} came back with SHA-256 {str(came.get(path))[:12]}, not {digest[:12]}.")
+    reward, merged = source.recipe == "reward", bool(ready.facts.merged)
     if source.key == "pairs":
         task = {"folder": str(folder), "splits": source.splits}
     else:
-        task = round_trip.task(folder, source.config, reward=source.recipe == "reward", merged=bool(facts.merged))
+        task = round_trip.task(folder, source.config, reward=reward, merged=merged)
     try:
         came = round_trip.in_fresh_process(task)
     except Refusal as error:
         raise Mismatch(f"{error}.") from error
     if source.key == "pairs":
         for split, found in came.items():
-            if found != expected[split]:
-                raise Mismatch(f"{split} came back with other rows ({found[0]}, not {expected[split][0]}).")
+            if found != ready.expected[split]:
+                raise Mismatch(f"{split} came back with other rows ({found[0]}, not {ready.expected[split][0]}).")
         return {"n": sum(count for count, _ in came.values()), "files": len(sent), "what": "rows"}
-    compared = round_trip.compare(expected, came)
+    compared = round_trip.compare(ready.expected, came)
     if not compared["passed"]:
         raise Mismatch(
             f"of {compared['n']} numbers one differs by {compared['largest']:.4g} {compared['unit']}, more than "
             f"{compared['allowed']:.4g}."
         )
-    return {**compared, "files": len(sent), "what": "scores" if source.recipe == "reward" else "log-probabilities"}
+    return {**compared, "files": len(sent), "what": "scores" if reward else "log-probabilities"}
 
 
-def _dry_run(source, facts: card.Facts, expected: dict, staged: Path, folder: Path) -> dict[str, Any]:
+def _dry_run(ready: _Ready, folder: Path) -> dict[str, Any]:
     """The same without a Hub: what would be uploaded lies in a folder, and is loaded from there.
 
     Raises:
         Refusal: what lies there is not what was trained.
     """
-    sent = contents.hashes(staged)
-    manifest.replace(folder, staged)
+    sent = contents.hashes(ready.folder)
+    manifest.replace(folder, ready.folder)
     try:
-        found = _round_trip(source, facts, expected, sent, folder)
+        found = _round_trip(ready, sent, folder)
     except Mismatch as mismatch:
         raise Refusal(f"folder={folder}: {mismatch} Look at the run before it is published.") from None
     return {"where": str(folder), "revision": None, "uploaded": False, "proof": found, "files": sent,
-            "base_model": source.config["model"]["id"]}  # fmt: skip
+            "base_model": ready.source.config["model"]["id"]}  # fmt: skip

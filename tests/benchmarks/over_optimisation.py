@@ -119,9 +119,8 @@ def label(seed: int) -> list[dict]:
     splits, dice, rows = load_prompts(cfg.data), random.Random(seed), []
     for split, prompts in (("train", splits.train), ("test", splits.test)):
         asked = [row["prompt"] for row in prompts for _ in range(SAMPLES)]
-        answers = inference.generate(
-            policy, tokenizer, asked, max_new_tokens=TOKENS, temperature=1.0, seed=seed, what=f"{split} answers"
-        )
+        how = inference.Sampling(TOKENS, temperature=1.0, seed=seed)
+        answers = inference.generate(policy, tokenizer, asked, how, f"{split} answers")
         texts = [answer["text"] for answer in answers]
         scores = gold([[{"role": "assistant", "content": text}] for text in texts])
         for n, prompt in enumerate(prompts):

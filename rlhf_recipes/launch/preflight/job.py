@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +99,12 @@ def _look(job: Job, looked_at: Cache, found: JobReport) -> None:
     if str(cfg.data.path) in later:
         found.watch.append(f"{cfg.data.path} is made by an earlier stage: not looked at")
         return
-    rewards = _reward_models(cfg, later)
+    predict = partial(predict_memory.predict, cfg, libraries=libraries, rewards=_reward_models(cfg, later))
     splits, sizes, found.rows, found.example = _rows(job, args, tokenizer, looked_at)
     found.watch += _remarks(found.rows, found.example, recipe)
     steps = real_steps.total_steps(recipe, args, len(splits.train))
     found.settings["steps"] = steps
-    _memory(found, job, args, _largest(recipe, args, sizes, steps), rewards, libraries, looked_at.elsewhere)
+    _memory(found, job, args, _largest(recipe, args, sizes, steps), predict, looked_at.elsewhere)
     if looked_at.measure and not found.stops and not later:
         shape = _shape(cfg, recipe)
         if shape not in looked_at.measured:
@@ -200,7 +200,7 @@ def _largest(recipe: str, args, sizes: list[int], steps: int) -> predict_memory.
 
 
 def _memory(
-    found: JobReport, job: Job, args, batch: predict_memory.Batch, rewards: int, libraries: int, elsewhere: bool
+    found: JobReport, job: Job, args, batch: predict_memory.Batch, predict: Callable[..., dict], elsewhere: bool
 ) -> None:
     """Fill in `lora` and `memory`, and judge what is needed by what is free."""
     try:
@@ -208,19 +208,15 @@ def _memory(
     except Refusal as error:  # not the kind of model that the counts are of
         found.watch.append(str(error))
         return
-
-    def predicted(args, batch: predict_memory.Batch) -> dict:
-        return predict_memory.predict(job.cfg, job.recipe, args, base, batch, libraries, rewards)
-
     found.lora = {"numbers": base.lora, "bytes": base.lora * (4 + 4 + predict_memory.state_bytes(args.optim))}
-    found.memory = predicted(args, batch) | {"free_gib": None}
+    found.memory = predict(args, base, batch) | {"free_gib": None}
     if elsewhere:
         return
     peak, free = found.memory["peak_gib"], memory.free() / GIB
     found.memory["free_gib"] = free
     needs = f"{job.name or job.recipe}: needs about {peak:.1f} GiB at its peak, {free:.1f} GiB are free."
     if peak > free:
-        fitting = proposal(job.recipe, args, batch, lambda *asked: predicted(*asked)["peak_gib"] <= free)
+        fitting = proposal(job.recipe, args, batch, lambda args, batch: predict(args, base, batch)["peak_gib"] <= free)
         advice = f"It fits with {' '.join(fitting)}" if fitting else "Choose a smaller model or another machine"
         found.stops.append(f"{needs} {advice}.")
     elif peak * (1 + MARGIN) > free:

@@ -43,7 +43,7 @@ HEAP = {"cuda": 1.0, "cpu": 1.45}
 
 @dataclass(frozen=True)
 class Backbone:
-    """What memory depends on of a model, its quantization and its LoRA.
+    """What memory depends on of a recipe's model, its quantization and its LoRA.
 
     Attributes:
         config: the model's.
@@ -57,6 +57,7 @@ class Backbone:
         wide: whether the residual stream is float32.
     """
 
+    recipe: str
     config: Any
     stored: float
     weights: float
@@ -116,6 +117,7 @@ def backbone(cfg: DictConfig, recipe: str) -> Backbone:
     layers, lora, rank = _adapted(model, cfg, "SEQ_CLS" if scores else "CAUSAL_LM")
     d, f, half = shape.hidden_size, shape.intermediate_size, dtype.itemsize // 2
     found = Backbone(
+        recipe=recipe,
         config=shape,
         stored=stored,
         weights=stored - unpacked + packed,
@@ -166,9 +168,7 @@ def _adapted(model, cfg: DictConfig, task_type: str) -> tuple[list, int, int]:
     return layers, sum(p.numel() for p in adapted.parameters() if p.requires_grad), lora.r
 
 
-def predict(
-    cfg: DictConfig, recipe: str, args, base: Backbone, batch: Batch, libraries: float, rewards: int = 0
-) -> dict:
+def predict(cfg: DictConfig, args, base: Backbone, batch: Batch, libraries: float, rewards: int = 0) -> dict:
     """The peak and what it is made of.
 
     Args:
@@ -183,7 +183,7 @@ def predict(
     """
     import torch
 
-    where = "cuda" if torch.cuda.is_available() else "cpu"
+    recipe, where = base.recipe, "cuda" if torch.cuda.is_available() else "cpu"
     # On a CPU the file that a model was read from stays mapped, and counts as the process's.
     always = (
         {"libraries": libraries + STARTED, "base": base.stored + base.packed}
@@ -201,8 +201,8 @@ def predict(
         always["reward"] = 4.0 * base.lora * rewards
     phases = {
         "loading": {"base": base.stored if where == "cuda" else 0.0},
-        "held-out": _held_out(base, batch, where, recipe),
-        "step": {"gradients": 4.0 * trained, **_step(base, batch, where, recipe, args)},
+        "held-out": _held_out(base, batch, where),
+        "step": {"gradients": 4.0 * trained, **_step(base, batch, where, args)},
     }
     if recipe == "ppo":
         phases["rollout"] = _rollout(base, batch, where, args)
@@ -223,17 +223,17 @@ def predict(
     }
 
 
-def _step(base: Backbone, batch: Batch, where: str, recipe: str, args) -> dict[str, float]:
+def _step(base: Backbone, batch: Batch, where: str, args) -> dict[str, float]:
     """A forward and backward pass over the largest micro-batch."""
     tokens, layers = batch.sequences * batch.tokens, base.config.num_hidden_layers
-    logit_bytes = methods.of(recipe).logit_bytes
+    logit_bytes = methods.of(base.recipe).logit_bytes
     if logit_bytes:
         logits = logit_bytes * tokens * base.config.vocab_size
-    elif recipe == "reward":
+    elif base.recipe == "reward":
         logits = 0.0
     else:
-        predicted = batch.sequences * batch.completion if recipe == "ppo" else tokens
-        buffer = TILE_ENTRIES_PPO if recipe == "ppo" else TILE_ENTRIES
+        predicted = batch.sequences * batch.completion if base.recipe == "ppo" else tokens
+        buffer = TILE_ENTRIES_PPO if base.recipe == "ppo" else TILE_ENTRIES
         used = min(buffer, base.config.vocab_size)
         logits = min(predicted, TILE_TOKENS) * (buffer * base.item + used * TILE_BYTES[where])
     if not args.gradient_checkpointing:
@@ -245,13 +245,13 @@ def _step(base: Backbone, batch: Batch, where: str, recipe: str, args) -> dict[s
     return {"activations": tokens * inputs, "logits": logits}
 
 
-def _held_out(base: Backbone, batch: Batch, where: str, recipe: str) -> dict[str, float]:
+def _held_out(base: Backbone, batch: Batch, where: str) -> dict[str, float]:
     """A forward pass without gradients: one layer's activations, and logits up to what evaluation.measure allows."""
     from rlhf_recipes import inference
 
-    if recipe == "reward":
+    if base.recipe == "reward":
         return {"activations": inference.BATCH_TOKENS * base.kept}
-    if recipe == "ppo":  # it answers, as in a rollout
+    if base.recipe == "ppo":  # it answers, as in a rollout
         return {"activations": batch.sequences * batch.tokens * base.kept}
     row = 4 * batch.tokens * base.config.vocab_size
     limit = inference.LOGITS_BYTES_ON_CPU if where == "cpu" else inference.LOGITS_BYTES
