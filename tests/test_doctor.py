@@ -582,7 +582,7 @@ def test_labels_of_one_kind_are_no_error():
     after = label_metrics(rows, [(-9.0 - n % 2, 4) for n in range(30)], [(-5.0, 4)] * 30)
     seen = record("kto", held_out=False)
     seen.before, seen.after = before, after
-    assert after["auroc"]["value"] is None
+    assert after["auroc"].value is None
     assert [finding["rule"] for finding in doctor.examine(seen)["findings"]] == ["likelihood_displacement"]
 
 
