@@ -293,21 +293,21 @@ def test_auroc_by_hand():
     """Good at 2, 1, 0 against bad at 1, 0: of 6 comparisons 3 won, 2 tied, 1 lost."""
     rows = held_out([1, 1, 1, 0, 0], lengths=[9, 1, 1, 5, 5])
     found = label_metrics(rows, [(2.0, 4), (1.0, 4), (0.0, 4), (1.0, 5), (0.0, 5)], [(0.0, 4)] * 5)
-    assert found["auroc"]["value"] == pytest.approx(4 / 6) and found["auroc"]["n"] == 5
-    assert found["auroc_change"]["value"] == pytest.approx(4 / 6 - 1 / 2)
-    assert found["auroc_change"]["low"] == pytest.approx(found["auroc"]["low"] - 1 / 2)
-    assert found["baseline_length"]["value"] == pytest.approx(2 / 6)
-    assert found["reward_margin"]["value"] == pytest.approx(1 - 1 / 2)
-    assert found["chosen_logp_change_per_token"]["value"] == pytest.approx(3 / 12)
-    assert found["rejected_logp_change_per_token"]["value"] == pytest.approx(1 / 10)
+    assert found["auroc"].value == pytest.approx(4 / 6) and found["auroc"].n == 5
+    assert found["auroc_change"].value == pytest.approx(4 / 6 - 1 / 2)
+    assert found["auroc_change"].low == pytest.approx(found["auroc"].low - 1 / 2)
+    assert found["baseline_length"].value == pytest.approx(2 / 6)
+    assert found["reward_margin"].value == pytest.approx(1 - 1 / 2)
+    assert found["chosen_logp_change_per_token"].value == pytest.approx(3 / 12)
+    assert found["rejected_logp_change_per_token"].value == pytest.approx(1 / 10)
     assert "preference_accuracy" not in found
     before = label_metrics(rows, [(2.0, 4)] * 5, [(2.0, 4)] * 5)
-    assert (before["auroc"]["value"], before["auroc"]["low"], before["auroc"]["high"]) == (0.5, 0.5, 0.5)
+    assert (before["auroc"].value, before["auroc"].low, before["auroc"].high) == (0.5, 0.5, 0.5)
 
 
 def test_one_label_alone_ranks_nothing():
     found = label_metrics(held_out([1, 1, 1]), [(1.0, 2)] * 3, [(0.0, 2)] * 3)
-    assert found["auroc"]["value"] is None and found["rejected_logp_change_per_token"]["value"] is None
+    assert found["auroc"].value is None and found["rejected_logp_change_per_token"].value is None
     assert stats.format_estimate(found["auroc"])
 
 

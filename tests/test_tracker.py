@@ -167,9 +167,9 @@ def test_tensorboard(train, monkeypatch, tmp_path):
     assert sum(text.count("\n") - 1 for text in texts["samples/text_summary"]) == len(trained.trainer.samples)
     (held_out,) = texts["held_out/text_summary"]
     reward = trained.result["metrics"]["reward"]
-    assert f"| reward | 1.0 | {reward['value']} | {reward['low']} | {reward['high']} | {reward['n']} |" in held_out
+    assert f"| reward | 1.0 | {reward.value} | {reward.low} | {reward.high} | {reward.n} |" in held_out
     (event,) = events.Scalars("test/reward")
-    assert math.isclose(event.value, reward["value"], rel_tol=1e-6) and event.step == 2
+    assert math.isclose(event.value, reward.value, rel_tol=1e-6) and event.step == 2
     assert [row["step"] for row in trained.log if "loss" in row] == [1, 2]
     assert not any(key.startswith("test_") for row in trained.log for key in row)
     assert "report_to" not in (tmp_path / "run" / "README.md").read_text()
