@@ -33,7 +33,20 @@ def test_a_bug_keeps_its_traceback_and_says_that_it_is_one(bug, message, config_
     said = capsys.readouterr().err
     assert exit.value.code == 1
     assert "Traceback" in said and message in said and "test_errors.py" in said
-    assert "This is a bug of rlhf-recipes" in said
+    assert said.splitlines()[-1].startswith("note: this is a bug of rlhf-recipes")
+
+
+def test_what_a_library_raises_names_the_library(capsys):
+    """It may be about a setting of the user's that nobody foresaw."""
+    from omegaconf import OmegaConf
+
+    with pytest.raises(SystemExit) as exit, OneLine():
+        OmegaConf.create({"a": "${b}"}).a
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert exit.value.code == 1
+    assert last.startswith(
+        "note: omegaconf raised it. If it does not speak of a setting or a file of yours, this is a"
+    )
 
 
 @pytest.mark.parametrize("config_name", [None, "dpo"])

@@ -4,6 +4,7 @@ import os
 import re
 import sys
 import traceback
+from pathlib import Path
 from typing import NoReturn
 
 import hydra
@@ -20,7 +21,9 @@ WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 PARTS = ("base", "common")
 
 
-BUG = "This is a bug of rlhf-recipes. Report it where you have rlhf-recipes from, with these lines and the command."
+# Begins what is said below a traceback.
+NOTE = "note: "
+BUG = "this is a bug of rlhf-recipes. Report it where you have rlhf-recipes from, with these lines and the command."
 # How the libraries (safetensors, torch) say that a file could not be written.
 UNWRITTEN = ("No space left on device", "Read-only file system", "iostream error", "inline_container")
 
@@ -69,7 +72,18 @@ def print_bug(kind, error, trace) -> None:
     """The traceback without secrets, which an exception's message may hold, and what to do with it."""
     lines = "".join(traceback.format_exception(kind, error, trace))
     print(text.shown(secrets.redact(lines)), end="", file=sys.stderr)
-    print(BUG, file=sys.stderr)
+    library = _raised_in(trace)
+    said = f"{library} raised it. If it does not speak of a setting or a file of yours, {BUG}" if library else BUG
+    print(f"{NOTE}{said}", file=sys.stderr)
+
+
+def _raised_in(trace) -> str | None:
+    """The installed package whose code raised an exception; None where it was ours, or Python's own."""
+    frames = traceback.extract_tb(trace)
+    place = Path(frames[-1].filename).parts if frames else ()
+    if "site-packages" not in place or Path(__file__).parents[1] in Path(frames[-1].filename).parents:
+        return None
+    return place[place.index("site-packages") + 1].removesuffix(".py")
 
 
 def as_refusal(error: BaseException, config_name: str | None = None) -> str | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from rlhf_recipes import methods
 from rlhf_recipes.data.load import Splits
+from rlhf_recipes.launch.refusals import NOTE
 
 MICRO_BATCHES = 2
 # What the process that takes the steps is not told: two steps of a model must never be published.
@@ -49,7 +50,7 @@ def measure(recipe: str, overrides: list[str], args, splits: Splits, sizes: list
         ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            said = [line for line in done.stderr.splitlines() if line.strip()]
+            said = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith(NOTE)]
             refusal = next((line.removeprefix("error: ") for line in said if line.startswith("error: ")), said[-1:])
             killed = "the system ended it, most likely for want of memory" if done.returncode == -9 else ""
             return {"error": killed or "".join(refusal) or f"exit status {done.returncode}"}
