@@ -41,7 +41,7 @@ def test_what_a_library_raises_names_the_library(capsys):
     from omegaconf import OmegaConf
 
     with pytest.raises(SystemExit) as exit, OneLine():
-        OmegaConf.create({"a": "${b}"}).a
+        OmegaConf.create({"a": "${b}"}).a  # noqa: B018
     last = capsys.readouterr().err.splitlines()[-1]
     assert exit.value.code == 1
     assert last.startswith(
