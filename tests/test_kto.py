@@ -330,7 +330,7 @@ def test_both_halves_of_a_pair_are_a_pair():
         found = label_metrics([*rows, *extra], [*own, *[(5.0, 1)] * len(extra)], [(0.0, 1)] * (60 + len(extra)))
         for name in names:
             for key in ("value", "low", "high"):
-                assert found[name][key] == pytest.approx(wanted[name][key]), name
+                assert getattr(found[name], key) == pytest.approx(getattr(wanted[name], key)), name
     assert {"preference_accuracy", "accuracy_change", "length_bias", "reward_margin", "baseline_shorter_wins"} <= (
         wanted.keys() & label_metrics(rows, own, own).keys()
     )
