@@ -23,7 +23,7 @@ from transformers.utils import hub, logging
 read = [constants, datasets.config, hub, _cache_manager, sys.modules["huggingface_hub.utils.tqdm"]]
 said = [
     {name: sorted(value) if isinstance(value, set | frozenset) else str(value) for name, value in vars(module).items()
-     if name.isupper()} for module in read
+     if name.isupper() and name not in ("SESSION_ID", "_CACHED_NO_EXIST")} for module in read  # of each process
 ]
 said += [dict(os.environ), os.getcwd(), sys.path, sys.argv, __name__, refusals.WANTS_TRACEBACK, hf_api.api.endpoint]
 print(json.dumps([*said, torch.get_num_threads(), logging.get_verbosity()]))
