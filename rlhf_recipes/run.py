@@ -233,6 +233,11 @@ def config_sha256(config: dict) -> str:
     return hashlib.sha256(json.dumps(computed(config), sort_keys=True, default=str).encode()).hexdigest()
 
 
+# Keys of a data node that runs from before them lack, at the values with which they compute the same.
+_SAME_WITHOUT = {"text": "auto", "preference": "auto", "ignore": []}
+_ADDED_COLUMNS = ("label", "system", "input", "history", "first", "second", "preference", "margin")
+
+
 def computed(config: dict) -> dict:
     """The config without what says nothing about the result: unless it is strict, the doctor only reads, and a tracker
     is only told."""
@@ -241,10 +246,15 @@ def computed(config: dict) -> dict:
     kept = {key: value for key, value in config.items() if key not in (*_NOT_COMPUTED, *watched, *published)}
     if "trainer" in kept:
         kept["trainer"] = {key: value for key, value in kept["trainer"].items() if key != "report_to"}
-    columns = (kept.get("data") or {}).get("columns") or {}
-    if columns.get("label") == "label":  # runs from before this key compute the same
-        columns = {key: value for key, value in columns.items() if key != "label"}
-        kept["data"] = {**kept["data"], "columns": columns}
+    if kept.get("data"):
+        data, columns = dict(kept["data"]), dict(kept["data"].get("columns") or {})
+        for key, value in _SAME_WITHOUT.items():
+            if data.get(key) == value:
+                del data[key]
+        data["columns"] = {key: name for key, name in columns.items() if key not in _ADDED_COLUMNS or name != key}
+        if data.get("format") == "auto":
+            data["format"] = "pairs"
+        kept["data"] = data
     return kept
 
 

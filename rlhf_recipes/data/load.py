@@ -12,11 +12,18 @@ What becomes of what is found (`Splits.report` has the counts, with up to three 
 | column missing, value of a wrong type, unknown role             | stops, with row and key               |
 | no train or no test rows left                                   | stops, with what was dropped          |
 | null or blank text in a user or assistant turn                  | dropped: `empty`                      |
+| nan, None, null as a library writes an empty cell               | dropped: `missing`                    |
+| text without the structure that the file's texts have           | dropped: `unreadable`                 |
+| calls of tools, their turns and lists; pictures, sound          | dropped: `tools`, `media`             |
+| a conversation whose last turn has the weight 0                 | dropped: `unweighted`                 |
 | turns out of order: [system,] user, assistant, user, assistant  | dropped: `roles`                      |
 | chosen and rejected that answer different contexts              | dropped: `context_differs`            |
 | chosen that equals rejected after stripping                     | dropped: `identical`                  |
-| two answers with the same score or rank                         | dropped: `tie`                        |
-| an answer without a label                                       | dropped: `unlabelled`                 |
+| two answers with the same score or rank, or said to be as good  | dropped: `tie`                        |
+| fewer answers with a score than an example needs                | dropped: `unrated`                    |
+| an answer without a label, two without a preference             | dropped: `unlabelled`                 |
+| a pair whose `p` is below 0.5                                   | turned round, counted: `turned_round` |
+| most rows left out for one of `NAMED`                           | stops, with the override              |
 | an answer labelled bad, where demonstrations are asked for      | dropped: `labelled_bad`               |
 | a token, key or password, of a known shape or the environment's | dropped: `secret`                     |
 | the same example before it in the same split                    | dropped: `duplicate`                  |
@@ -35,6 +42,7 @@ Prompts are held out by the turn that opens them, so that no conversation contin
 
 import functools
 import hashlib
+import itertools
 import os
 import random
 from collections import Counter
@@ -48,7 +56,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import secrets
 from rlhf_recipes.config import check_value
-from rlhf_recipes.data import formats, readers
+from rlhf_recipes.data import formats, preference, readers, recognise, texts
+from rlhf_recipes.data.account import accounted
+from rlhf_recipes.data.columns import COLUMNS, Source
+from rlhf_recipes.data.messages import Drop
+from rlhf_recipes.data.row import Row
 from rlhf_recipes.errors import Refusal, nearest
 
 CLINIC = Path(__file__).parents[1] / "assets" / "clinic"
@@ -59,8 +71,11 @@ KEYS = {
     "test_path": str | None,
     "name": str | None,
     "revision": str | None,
-    "format": formats.FORMATS,
+    "format": recognise.FORMATS,
+    "text": ("auto", "plain"),
+    "preference": preference.SCALES,
     "columns": dict,
+    "ignore": list,
     "reduce": ("all", "best_worst"),
     "train_split": str,
     "test_split": str | None,
@@ -72,6 +87,14 @@ KEYS = {
     "seed": int,
 }
 
+
+# Reasons that are no oversight where most rows have them: what most rows are then, and what their owner can do.
+NAMED = {
+    "tools": "call tools, which is not trained on. data.ignore=[tools,tool_calls] takes the texts beside the calls",
+    "media": "hold pictures or sound, which is not trained on. data.ignore=[<their columns or keys>] takes the texts",
+    "unrated": "have no score. Name the right column with data.columns.scores",
+    "unlabelled": "have no label. Name the right column with data.columns.label or data.columns.preference",
+}
 
 REASONS = ("empty", "roles", "context_differs", "identical", "tie", "secret", "duplicate", "leakage")
 
@@ -90,7 +113,7 @@ class Splits:
         train: pairs (`prompt`, `chosen`, `rejected`), demonstrations (`prompt`, `completion`), labelled answers
             (`prompt`, `completion`, `label`) or prompts, all lists of messages but for the label, each with `family`
             (str or None) and `prompt_id` (hash of the prompt without case and spacing), pairs with `p` (probability
-            that chosen is better, None where nothing says), labelled answers with `pair` (a number that both halves
+            that chosen is better, at least 0.5, None where nothing says) and `margin`, labelled answers with `pair` (a number that both halves
             of a pair have, else None), in seeded order.
         test: likewise; shares no `prompt_id` with `train`.
         report: the counts described at the head of this module; JSON-able.
@@ -113,11 +136,12 @@ class Splits:
 
         turns = [{"role": Value("string"), "content": Value("string")}]
         kinds = {"family": Value("string"), "prompt_id": Value("string"), "p": Value("float64")}
-        kinds |= {"label": Value("bool"), "pair": Value("int64")}
+        kinds |= {"margin": Value("float64"), "label": Value("bool"), "pair": Value("int64")}
         features = Features({key: kinds.get(key, turns) for key in self.train[0]})
         datasets = [Dataset.from_list(rows, features=features) for rows in (self.train, self.test)]
-        if all(row.get("p") is None for row in (*self.train, *self.test)):
-            datasets = [each.remove_columns("p") if "p" in each.column_names else each for each in datasets]
+        for key in ("p", "margin"):
+            if all(row.get(key) is None for row in (*self.train, *self.test)):
+                datasets = [each.remove_columns(key) if key in each.column_names else each for each in datasets]
         for i, each in enumerate(datasets if folder else []):
             place = folder / each._fingerprint
             if not place.exists():
@@ -185,13 +209,22 @@ def check(node: DictConfig) -> None:
 
 def _load(node: DictConfig, sides: tuple[str, ...], labelled: bool = False) -> Splits:
     data = _settings(node)
-    taken = (*formats.PREFERENCES, "labelled") if labelled else formats.PREFERENCES
+    taken = ("auto", *recognise.PREFERENCES, *(["labelled"] if labelled else []))
     if data["format"] not in taken and "rejected" in sides:
         raise Refusal(f"data.format={data['format']}: holds no preferences. Choose one of {', '.join(taken)}.")
     tally = _Tally()
     train_rows, test_rows = _sources(data, sides)
-    test = None if test_rows is None else _places(test_rows, data, sides, labelled, tally)
-    train = _places(train_rows, data, sides, labelled, tally)
+    head, train_rows = _looked_at(train_rows)
+    source = Source(head, data["columns"], data["ignore"])
+    layout = accounted(source, recognise.recognise(source, data, sides, labelled), sides)
+    test = None
+    if test_rows is not None:
+        also, test_rows = _looked_at(test_rows)
+        source = Source(also, layout.columns, data["ignore"])
+        tested = accounted(source, recognise.same(source, layout, sides), sides)
+        test = _places(test_rows, data, tested, _reading(also, data, tested, sides), sides, labelled, tally)
+    reading = _reading(head, data, layout, sides)
+    train = _places(train_rows, data, layout, reading, sides, labelled, tally)
     train, test, how = _split(train, test, data)
     train, test = _unique(train, tally), _unique(test, tally)
     train = _without_leakage(train, test, tally)
@@ -205,7 +238,7 @@ def _load(node: DictConfig, sides: tuple[str, ...], labelled: bool = False) -> S
     test = _shuffled(test, data["seed"])[: data["eval_size"]]
     report = {
         "source": _source_name(data["path"]),
-        "format": data["format"],
+        "format": layout.format,
         "split": how,
         "rows": tally.rows,
         "candidates": tally.candidates,
@@ -213,6 +246,7 @@ def _load(node: DictConfig, sides: tuple[str, ...], labelled: bool = False) -> S
         "examples": tally.examples,
         "capped": {"train": found["train"] - len(train) + repeated, "test": found["test"] - len(test)},
         "repeated": repeated,
+        **_account(data, layout, tally, reading),
     }
     return finished([place.example for place in train], [place.example for place in test], report)
 
@@ -234,7 +268,7 @@ def _settings(node: DictConfig) -> dict[str, Any]:
     """The node as a plain dict with every key checked."""
     data = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
     check_keys("data", data, KEYS)
-    check_keys("data.columns", data["columns"], dict.fromkeys(formats.COLUMNS, str | None))
+    check_keys("data.columns", data["columns"], dict.fromkeys(COLUMNS, str | None))
     for key in ("train_size", "eval_size"):
         if data[key] is not None and data[key] < 1:
             raise Refusal(f"data.{key}={data[key]}: must be at least 1, or null for all rows. Change it.")
@@ -306,39 +340,125 @@ class _Tally:
     candidates: int = 0
     dropped: Counter = field(default_factory=lambda: Counter(dict.fromkeys(REASONS, 0)))
     examples: dict[str, list[str]] = field(default_factory=dict)
+    turned_round: int = 0
+    unread_keys: Counter = field(default_factory=Counter)
+    own_scores: Counter = field(default_factory=Counter)
 
-    def drop(self, reason: str, where: str) -> None:
-        self.dropped[reason] += 1
-        places = self.examples.setdefault(reason, [])
+    def drop(self, drop: Drop, where: str) -> None:
+        self.dropped[drop.reason] += 1
+        places = self.examples.setdefault(drop.reason, [])
         if len(places) < EXAMPLES:
-            places.append(Path(where).name)
+            places.append(f"{Path(where).name} ({drop.detail})" if drop.detail else Path(where).name)
+
+    def add(self, other: "_Tally") -> None:
+        self.rows += other.rows
+        self.candidates += other.candidates
+        self.dropped.update(other.dropped)
+        for reason, places in other.examples.items():
+            self.examples[reason] = [*self.examples.get(reason, []), *places][:EXAMPLES]
+
+    def compare(self, scores: tuple[str, str] | None, values: dict[str, Any]) -> None:
+        """Count what a pair's own scores say of its label."""
+        chosen, rejected = (values.get(name) for name in scores or (None, None))
+        if isinstance(chosen, int | float) and isinstance(rejected, int | float):
+            self.own_scores.update(of=1, ties=chosen == rejected, against=chosen < rejected)
+
+    def refuse_most(self, source: str) -> None:
+        for reason, what in NAMED.items():
+            if 2 * self.dropped[reason] > self.candidates:
+                place = self.examples[reason][0]
+                raise Refusal(f"{source}: {self.dropped[reason]} of {self.candidates} rows {what} (e.g. {place}).")
+
+
+def _looked_at(rows: Iterator) -> tuple[list, Iterator]:
+    """The first rows, and all of them."""
+    head = list(itertools.islice(rows, recognise.SAMPLE))
+    return head, itertools.chain(head, rows)
+
+
+def _reading(
+    head: list, data: dict[str, Any], layout: recognise.Layout, sides: tuple[str, ...]
+) -> texts.Reading | None:
+    """How the texts of a source are read, by its first rows."""
+    if data["text"] == "plain":
+        return None
+    found = []
+    for where, values in head:
+        with suppress(Refusal):  # said when the row is read
+            found.append(formats.raw(Row(where, values, layout.columns), layout, sides))
+    return texts.look([each for each in found if each is not None])
 
 
 def _places(
-    rows: Iterator, data: dict[str, Any], sides: tuple[str, ...], labelled: bool, tally: _Tally
+    rows: Iterator,
+    data: dict[str, Any],
+    layout: recognise.Layout,
+    reading: texts.Reading | None,
+    sides: tuple[str, ...],
+    labelled: bool,
+    tally: _Tally,
 ) -> list[_Place]:
     """Every example that the rows give; what they do not give goes into the tally."""
     places, held = [], secrets.in_environment()
-    for index, (where, values) in enumerate(rows):
-        row = formats.Row(where, values, data["columns"])
-        if index == 0:
-            formats.check_columns(row, data["format"], sides)
-        tally.rows += 1
+    own = _Tally()
+    for where, values in rows:
+        row = Row(where, values, layout.columns, tally.unread_keys, data["ignore"])
+        own.rows += 1
         family, split = row.label("family"), row.label("split")
-        for candidate in formats.candidates(row, data["format"], data["reduce"], sides):
-            tally.candidates += 1
-            if isinstance(candidate, str):
-                tally.drop(candidate, where)
-            elif any(secrets.find(said, held) for said in (family or "", *_texts(candidate))):
-                tally.drop("secret", where)  # a model would learn it, and samples and pages would show it
-            else:
-                labels = {"family": family, "prompt_id": formats.prompt_id(candidate["prompt"])}
-                if "rejected" in sides and not labelled:
-                    labels["p"] = row.probability("p")
-                examples = _halves(candidate, tally.candidates) if labelled else [candidate]
-                tally.candidates += len(examples) - 1
-                places += [_Place(where, {**example, **labels}, split) for example in examples]
+        tally.compare(layout.scores, values)
+        for candidate in formats.candidates(row, layout, sides, data["reduce"], reading):
+            own.candidates += 1
+            if isinstance(candidate, Drop):
+                own.drop(candidate, where)
+                continue
+            labels = {"family": family, "prompt_id": formats.prompt_id(candidate["prompt"])}
+            if "rejected" in sides and not labelled:
+                candidate, p = _turned(candidate, row, tally)
+                if p == 0.5:
+                    own.drop(Drop("tie", "p is 0.5"), where)
+                    continue
+                labels |= {"p": p, "margin": row.number("margin", "must be a number")}
+            if any(secrets.find(said, held) for said in (family or "", *_texts(candidate))):
+                own.drop(Drop("secret"), where)  # a model would learn it, and samples and pages would show it
+                continue
+            examples = _halves(candidate, tally.candidates + own.candidates) if labelled else [candidate]
+            own.candidates += len(examples) - 1
+            places += [_Place(where, {**example, **labels}, split) for example in examples]
+    own.refuse_most(_source_name(data["path"]))
+    if reading is not None:
+        reading.refuse_if_most(_source_name(data["path"]))
+    tally.add(own)
     return places
+
+
+def _turned(pair: Example, row: Row, tally: _Tally) -> tuple[Example, float | None]:
+    """A pair and the probability that its chosen answer is the better one, turned round where that is below 0.5."""
+    p = pair.pop("p", None)
+    if p is None:
+        p = row.number("p", "must be a probability from 0 to 1", 0, 1)
+    if p is None or p >= 0.5:
+        return pair, p
+    tally.turned_round += 1
+    return {**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]}, 1 - p
+
+
+def _is_found(data: dict[str, Any], layout: recognise.Layout) -> bool:
+    """Whether the format, or a column of it, is another than the user's or the default's word."""
+    return data["format"] == "auto" or any(
+        name not in (None, data["columns"][key]) for key, name in layout.columns.items()
+    )
+
+
+def _account(data: dict[str, Any], layout: recognise.Layout, tally: _Tally, reading) -> dict[str, Any]:
+    """What is said of the columns and of the texts, where there is something to say."""
+    found = {
+        "read_as": recognise.said(layout) if _is_found(data, layout) else None,
+        "unread": [*layout.unread, *(f"{key} (of messages)" for key in tally.unread_keys)],
+        "turned_round": tally.turned_round,
+        "own_scores": tally.own_scores and {"columns": layout.scores, **tally.own_scores},
+        "text": reading.lines() if reading is not None else [],
+    }
+    return {key: value for key, value in found.items() if value}
 
 
 def _halves(candidate: Example, number: int) -> list[Example]:
@@ -408,7 +528,7 @@ def _unique(places: list[_Place], tally: _Tally) -> list[_Place]:
     for place in places:
         identity = repr([said for said in place.example.values() if isinstance(said, list | bool)])
         if identity in seen:
-            tally.drop("duplicate", place.where)
+            tally.drop(Drop("duplicate"), place.where)
         else:
             kept.append(place)
         seen.add(identity)
@@ -419,7 +539,7 @@ def _without_leakage(train: list[_Place], test: list[_Place], tally: _Tally) -> 
     held_out = {place.example["prompt_id"] for place in test}
     for place in train:
         if place.example["prompt_id"] in held_out:
-            tally.drop("leakage", place.where)
+            tally.drop(Drop("leakage"), place.where)
     return [place for place in train if place.example["prompt_id"] not in held_out]
 
 

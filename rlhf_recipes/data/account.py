@@ -1,0 +1,75 @@
+"""An account of every column of a source.
+
+Each one is used, known (family, split, p, margin, the answers' own scores), or named as unread. One that would change
+what a row means is never merely named: it decides, it is joined to the prompt, its rows are left out and counted, or
+the source is refused with the override that settles it.
+"""
+
+import re
+from dataclasses import replace
+
+from rlhf_recipes.data import preference
+from rlhf_recipes.data.columns import ALIASES, COLUMNS, Source, spelled
+from rlhf_recipes.data.messages import MEDIA_KEYS, TOOL_KEYS
+from rlhf_recipes.data.recognise import Layout
+from rlhf_recipes.errors import Refusal
+
+PARTS = ("system", "input", "history", *ALIASES["system"], *ALIASES["input"], *ALIASES["history"])
+TOOLS = (*TOOL_KEYS, "tool", "available_tools", "available_functions")
+MEDIA = (*MEDIA_KEYS, "picture", "pictures", "image_path", "image_paths", "photo", "img")
+
+
+def accounted(source: Source, layout: Layout, sides: tuple[str, ...]) -> Layout:
+    """The layout with what is not read.
+
+    Raises:
+        Refusal: a column that changes what a row means and is not read.
+    """
+    used = {name for name in layout.columns.values() if name}
+    used |= {name.partition(".")[0] for name in used}
+    scores = _own_scores(source) if "rejected" in sides and layout.format == "pairs" else None
+    unread, watched = [], {}
+    for name, kind in source.kinds.items():
+        inner = name.rpartition(".")[2] if name not in source.top else None
+        if name in used or name in (scores or ()) or (inner and name.removesuffix(f".{inner}") not in used):
+            continue
+        word = spelled(inner or name)
+        if word in TOOLS or word in MEDIA:
+            watched[name] = "tools" if word in TOOLS else "media"
+            continue
+        is_nulled = name in COLUMNS and source.columns.get(name) is None  # data.columns.system=null
+        if kind == "empty":
+            continue
+        if sides and not is_nulled and word in PARTS:
+            raise Refusal(
+                f"{source.name}: column {name!r} holds a part of the prompt and is not read. Name it with "
+                f"data.columns.system, input or history, or leave it unread: data.ignore=[{name}]"
+            )
+        if "rejected" in sides and not is_nulled and _may_decide(source, layout, name, word):
+            x, y = layout.columns["chosen"], layout.columns["rejected"]
+            raise Refusal(
+                f"{source.name}: column {name!r} may say which answer is the better one and is not read. Let it "
+                f"decide: data.format=preference data.columns.first={x} data.columns.second={y} "
+                f"data.columns.preference={name}; or leave it unread: data.ignore=[{name}]"
+            )
+        unread.append(name)
+    return replace(layout, watched=watched, scores=scores, unread=tuple(unread))
+
+
+def _may_decide(source: Source, layout: Layout, name: str, word: str) -> bool:
+    """Whether a column beside chosen and rejected may say which of the two is better: by its name, and it varies."""
+    if layout.format not in ("pairs", "hh_rlhf") or not preference.DECIDES.fullmatch(word):
+        return False
+    values = {str(value) for value in source.values[name] if value not in (None, "")}
+    return len(values) > 1 and source.kinds[name] in preference.SHORT and preference.is_verdict(source.values[name])
+
+
+def _own_scores(source: Source) -> tuple[str, str] | None:
+    """The columns of numbers that score the chosen and the rejected answer of a pair."""
+    for name in source.kinds:
+        word = spelled(name)
+        if source.kinds[name] == "number" and "chosen" in word and re.search("score|rating|reward", word):
+            for other in source.kinds:
+                if spelled(other) == word.replace("chosen", "rejected") and source.kinds[other] == "number":
+                    return name, other
+    return None

@@ -1,0 +1,174 @@
+"""The columns of a source by the values of its first rows: what each holds, and under which names people know it."""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rlhf_recipes.data.messages import is_messages
+from rlhf_recipes.data.row import MISSING, UNRATED, as_list, at
+from rlhf_recipes.errors import Refusal
+
+COLUMNS = (
+    *("prompt", "system", "input", "history"),
+    *("chosen", "rejected", "first", "second", "preference", "completion", "label", "messages"),
+    *("responses", "scores", "ranks", "margin", "p", "family", "split"),
+)
+# Our name -> other names that people give the column, the likeliest first.
+ALIASES = {
+    key: tuple(names.split())
+    for key, names in {
+        "prompt": "question instruction query user_input input.messages problem request post input context history",
+        "system": "system_prompt system_message system_instruction sys_prompt",
+        "input": "context",
+        "history": "context chat_history conversation_history previous_turns",
+        "completion": "output response answer reply target",
+        "messages": "conversations conversation dialogue dialog turns chat",
+        "responses": "completions answers generations outputs candidates",
+        "scores": "ratings rewards score rating reward",
+        "ranks": "rank ranking rankings",
+        "label": "labels thumbs thumbs_up feedback is_good liked upvoted desirable is_desirable",
+    }.items()
+}
+WORD = 40  # characters that a name, an id or a verdict may have; an answer may be as short, a column of answers is not
+# What a column of several kinds counts as.
+MIXED = (
+    ({"word", "number"}, "word"),
+    ({"flag", "number"}, "number"),
+    ({"text", "word", "number"}, "text"),
+    ({"text", "word", "messages"}, "messages"),
+    ({"texts", "numbers"}, "texts"),
+)
+NUMBER = re.compile(r"\s*[+-]?\d{1,15}(\.\d{1,15})?\s*")
+
+
+class Source:
+    """The columns of a file, or of another source, by the values of its first rows.
+
+    Attributes:
+        name: of the source.
+        columns: our names -> the user's.
+        top: the columns that are not left unread on purpose.
+        values: of each column, and of each key of those that hold objects (`input.messages`).
+        kinds: of each of these: see `kind`.
+    """
+
+    def __init__(self, rows: Sequence[tuple[str, dict]], columns: Mapping[str, str | None], ignore: Iterable[str]):
+        self.name = rows[0][0].rpartition(":")[0]
+        self.columns = columns
+        self.values: dict[str, list] = {}
+        for _, row in rows:
+            for name, value in row.items():
+                if name not in ignore:
+                    self.values.setdefault(str(name), []).append(value)
+        self.top = list(self.values)
+        for name in self.top:
+            for inner in _keys(self.values[name]):
+                path = f"{name}.{inner}"
+                if path not in ignore and inner not in ignore:
+                    self.values[path] = [value.get(inner) for value in self.values[name] if isinstance(value, dict)]
+        for key in COLUMNS:
+            path = self.typed(key)
+            if path and path not in self.values:
+                found = [value for value in (at(row, path) for _, row in rows) if value is not MISSING]
+                self.values |= {path: found} if found else {}
+        self.kinds = {name: kind(values) for name, values in self.values.items()}
+
+    def typed(self, key: str) -> str | None:
+        """The column that the user named, where it is not the one that goes by our name."""
+        return self.columns.get(key) if self.columns.get(key) != key else None
+
+    def named(self, key: str) -> str | None:
+        """The column under the user's name or ours, where there is one."""
+        name = self.columns.get(key)
+        return name if name in self.kinds else None
+
+    def find(self, key: str, kinds: Iterable[str], taken: Iterable[str | None] = ()) -> str | None:
+        """The column under the user's name or ours, else the first under another usual one that holds these kinds."""
+        if self.columns.get(key) is None:
+            return None
+        if self.named(key):
+            return self.named(key)
+        for alias in ALIASES.get(key, ()):
+            for name in self.kinds:
+                if spelled(name) == alias and self.kinds[name] in kinds and name not in taken:
+                    return name
+        return None
+
+    def answers(self, taken: Iterable[str | None] = ()) -> list[str]:
+        """Columns that hold texts or messages, no names, ids or verdicts."""
+        return [name for name, held in self.kinds.items() if held in ("text", "messages") and name not in taken]
+
+    def no_column(self, key: str) -> Refusal:
+        """That a column is not there, with the nearest that holds what it should."""
+        name = self.columns.get(key) or key
+        found = ", ".join(self.top) or "none"
+        taken = [self.named(other) for other in COLUMNS]
+        if key in ("scores", "ranks", "label", "preference", "margin", "p", "family", "split"):
+            free = [each for each in self.kinds if each not in taken]
+        else:
+            free = self.answers(taken)
+        near = difflib.get_close_matches(name, free, n=1, cutoff=0.5)
+        return Refusal(
+            f"{self.name}: no column '{name}' (found: {found:.200}). "
+            f"Name it with data.columns.{key}={near[0] if near else '<its name>'}"
+        )
+
+
+def kind(values: Sequence[Any]) -> str:
+    """What a column holds, by its values that are not empty.
+
+    One of empty, text, word (all without a blank), number, flag (bool), messages, texts, numbers, objects (lists of
+    these), object, or mixed. Numbers may be written as text, messages and lists as JSON.
+    """
+    kinds = {_kind(value) for value in values} - {"empty"}
+    for several, one in MIXED:
+        if len(kinds) > 1 and kinds <= several:
+            kinds = {one}
+    return kinds.pop() if len(kinds) == 1 else "mixed" if kinds else "empty"
+
+
+def _kind(value: Any) -> str:
+    if value is None or (isinstance(value, str | list | dict) and not value):
+        return "empty"
+    if isinstance(value, bool):
+        return "flag"
+    if isinstance(value, int | float):
+        return "number"
+    if isinstance(value, str):
+        listed = as_list(value) if value.startswith("[") else None
+        if listed:
+            return _kind(listed)
+        if NUMBER.fullmatch(value):
+            return "number"
+        return "word" if len(value) <= WORD and len(value.split()) <= 1 else "text"
+    if is_messages(value):
+        return "messages"
+    if isinstance(value, list):
+        if all(each is None or isinstance(each, dict) for each in value):
+            return "objects"
+        if all(_is_rating(each) for each in value):
+            return "numbers"
+        return "texts" if all(each is None or isinstance(each, str) for each in value) else "lists"
+    return "object" if isinstance(value, dict) else "mixed"
+
+
+def _is_rating(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.strip().lower() in UNRATED or NUMBER.fullmatch(value) is not None
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _keys(values: Sequence[Any]) -> list[str]:
+    """The keys of a column of objects that are no messages."""
+    keys: dict[str, None] = {}
+    for value in values:
+        if isinstance(value, dict) and not is_messages(value):
+            keys |= dict.fromkeys(map(str, value))
+    return list(keys)
+
+
+def spelled(name: str) -> str:
+    """`betterResponse-ID` as `better_response_id`."""
+    parted = re.sub(r"(?<=[a-z\d])(?=[A-Z])", "_", name)
+    return re.sub(r"[\s\-/]+", "_", parted.strip()).lower().strip("_")

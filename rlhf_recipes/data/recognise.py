@@ -1,0 +1,352 @@
+"""What a source holds: its format, which column is what, and how a preference is meant.
+
+`data.format=auto` takes the format that the columns and the values of the first rows fit, and refuses where none or
+two do.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlhf_recipes.data import preference
+from rlhf_recipes.data.columns import ALIASES, COLUMNS, Source, spelled
+from rlhf_recipes.data.messages import is_messages
+from rlhf_recipes.data.row import as_good, as_list
+from rlhf_recipes.errors import Refusal
+
+SAMPLE = 200  # rows that are looked at
+
+PREFERENCES = ("pairs", "hh_rlhf", "preference", "ratings", "rankings")
+FORMATS = ("auto", *PREFERENCES, "labelled", "messages")
+PARTS = {
+    "system": ("text", "word", "empty"),
+    "input": ("text", "word", "number", "empty"),
+    "history": ("messages", "lists", "empty"),
+}
+KNOWN = ("p", "margin", "family", "split")
+NEEDED = {
+    "pairs": ("chosen", "rejected"),
+    "hh_rlhf": ("chosen", "rejected"),
+    "preference": ("first", "second", "preference"),
+    "ratings": ("prompt", "responses", "scores"),
+    "rankings": ("prompt", "responses", "ranks"),
+    "labelled": ("completion", "label"),
+    "messages": ("messages",),
+}
+# In a list of objects: which key is the answer, which its score.
+ANSWER_KEYS = ("response", "answer", "completion", "generation", "output", "text", "content", "message")
+SCORE_KEYS = ("overall_score", "score", "rating", "reward")
+BETTER_WORSE = (
+    *(
+        ("chosen", "rejected"),
+        ("preferred", "non_preferred"),
+        ("preferred", "dispreferred"),
+        ("preferred", "rejected"),
+    ),
+    *(("accepted", "rejected"), ("better", "worse"), ("winner", "loser"), ("winning", "losing"), ("good", "bad")),
+    ("positive", "negative"),
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the rows of a file are read.
+
+    Attributes:
+        format: one of `FORMATS`, but for auto.
+        columns: our names -> the file's, a path (`input.messages`), or None.
+        scale: how a preference is meant: `names`, `index` (0 the first), `one` (1 the first, 2 the second, 0 none),
+            `probability` (that the first is better) or `signed` (below 0 the first is better).
+        watched: columns that are read nowhere and whose rows are left out, each with the reason.
+        scores: the columns of the chosen and the rejected answer's own score, or None.
+        unread: columns that are not read.
+    """
+
+    format: str
+    columns: Mapping[str, str | None]
+    scale: str = ""
+    watched: Mapping[str, str] = field(default_factory=dict)
+    scores: tuple[str, str] | None = None
+    unread: tuple[str, ...] = ()
+
+
+def recognise(source: Source, data: Mapping[str, Any], sides: tuple[str, ...], labelled: bool) -> Layout:
+    """The layout of a source.
+
+    Args:
+        source: its columns.
+        data: the checked data node.
+        sides: the answers that an example has: (chosen, rejected), (completion,) or none.
+        labelled: whether answers labelled good or bad are wanted.
+
+    Raises:
+        Refusal: a column that is not there, no format or two that fit.
+    """
+    for key in COLUMNS:
+        if source.typed(key) and source.typed(key) not in source.kinds:
+            raise source.no_column(key)
+    return _format(source, data, sides, labelled)
+
+
+def same(source: Source, layout: Layout, sides: tuple[str, ...]) -> Layout:
+    """The layout for a second source, which has the same columns.
+
+    Raises:
+        Refusal: a column that is not there.
+    """
+    for key in NEEDED[layout.format] if sides else ():
+        if layout.columns.get(key) and layout.columns[key] not in source.kinds:
+            raise source.no_column(key)
+    return layout
+
+
+def said(layout: Layout) -> str:
+    """What a file is read as and which columns say so, on one line."""
+    columns = [f"{key} from {name}" if name != key else key for key, name in layout.columns.items() if name]
+    scale = f" ({preference.SAID[layout.scale]})" if layout.scale else ""
+    return f"{layout.format}{scale}: {', '.join(columns)}"
+
+
+def _format(source: Source, data: Mapping[str, Any], sides: tuple[str, ...], labelled: bool) -> Layout:
+    wanted = data["format"]
+    if wanted != "auto":
+        return _told(source, wanted, data, sides)
+    if not sides and (prompt := _prompt(source)):
+        return Layout("pairs", _columns(source, {"prompt": prompt}))
+    fits = [
+        fit
+        for fit in (_pairs(source), _preference(source, data), _scored(source, "ratings"), _scored(source, "rankings"))
+        if fit
+    ]
+    if labelled or "rejected" not in sides:
+        thumbs = _labelled(source)
+        fits = [*([thumbs] if thumbs else []), *fits]
+        if not labelled:
+            conversation = source.find("messages", ("messages",))
+            if conversation and not thumbs:
+                fits.append(Layout("messages", _columns(source, {"messages": conversation})))
+            if not thumbs and (answered := _answered(source)):
+                fits = [answered, *[fit for fit in fits if fit.format not in ("pairs", "messages")]]
+    if len(fits) > 1:
+        ways = " and ".join(f"{fit.format} ({', '.join(_taken(fit))})" for fit in fits)
+        raise Refusal(
+            f"{source.name}: its columns fit {ways}. Say which one is meant: data.format={fits[0].format} or "
+            f"data.format={fits[1].format}"
+        )
+    if not fits:
+        raise _nothing_fits(source, sides, labelled)
+    return fits[0]
+
+
+def _told(source: Source, wanted: str, data: Mapping[str, Any], sides: tuple[str, ...]) -> Layout:
+    """The layout of a format that the user named."""
+    if not sides and wanted not in ("hh_rlhf", "messages") and (prompt := _prompt(source)):
+        return Layout(wanted, _columns(source, {"prompt": prompt}))
+    match wanted:
+        case "pairs" if "rejected" not in sides and (answered := _answered(source)):
+            return answered
+        case "pairs" | "hh_rlhf":
+            fit = _pairs(source, wanted)
+        case "preference":
+            fit = _preference(source, data, told=True)
+        case "ratings" | "rankings":
+            fit = _scored(source, wanted)
+        case "labelled":
+            fit = _labelled(source, told=True)
+        case "messages":
+            name = source.find("messages", ("messages",))
+            fit = Layout("messages", _columns(source, {"messages": name})) if name else None
+    if fit:
+        return fit
+    for key in NEEDED[wanted]:
+        if not source.find(key, ("text", "messages", "texts", "objects", "numbers", "number", "word", "flag")):
+            raise source.no_column(key)
+    raise source.no_column("prompt")
+
+
+def _columns(source: Source, found: Mapping[str, str | None]) -> dict[str, str | None]:
+    """Every one of our names -> the source's column, or None."""
+    columns = dict.fromkeys(COLUMNS) | dict(found)
+    taken = [name for name in columns.values() if name]
+    for key in KNOWN:
+        columns[key] = source.named(key) if source.named(key) not in taken else None
+    for key, kinds in PARTS.items():
+        name = source.find(key, kinds, taken)
+        if name and name not in taken and source.kinds[name] in kinds:
+            columns[key] = name
+            taken.append(name)
+    return columns
+
+
+def _taken(layout: Layout) -> list[str]:
+    return [layout.columns[key] for key in NEEDED[layout.format] if layout.columns.get(key)]
+
+
+def _prompt(source: Source, taken: Iterable[str | None] = ()) -> str | None:
+    return source.find("prompt", ("text", "word", "messages"), taken)
+
+
+def _pairs(source: Source, told: str = "") -> Layout | None:
+    chosen, rejected = source.named("chosen"), source.named("rejected")
+    if not (chosen and rejected) and told != "hh_rlhf":
+        chosen, rejected = _better_worse(source) or (None, None)
+    if not (chosen and rejected):
+        return None
+    if not told and preference.markers(chosen, rejected) and preference.decisive(source, (chosen, rejected)):
+        return None  # which of the two is better, another column says
+    found = {"chosen": chosen, "rejected": rejected}
+    prompt = source.named("prompt") or source.typed("prompt")
+    if told == "hh_rlhf" or (not told and not prompt and _are_transcripts(source, chosen)):
+        return Layout("hh_rlhf", _columns(source, found) | dict.fromkeys(PARTS))
+    if not prompt and not _are_conversations(source, chosen):
+        prompt = _prompt(source, (chosen, rejected))
+        if not prompt:
+            return None
+    return Layout("pairs", _columns(source, {**found, "prompt": prompt}))
+
+
+def _better_worse(source: Source) -> tuple[str, str] | None:
+    """Two columns of answers whose names say which is the better one."""
+    texts = source.answers([source.typed(key) for key in COLUMNS])
+    nouns = "|".join(preference.NOUNS)
+    for better, worse in BETTER_WORSE:
+        for x in texts:
+            around = re.fullmatch(rf"(?P<before>(?:{nouns})_|){better}(?P<after>_(?:{nouns})|)", spelled(x))
+            for y in texts if around else ():
+                if spelled(y) == f"{around['before']}{worse}{around['after']}":
+                    return x, y
+    return None
+
+
+def _are_transcripts(source: Source, name: str) -> bool:
+    texts = [value for value in source.values[name] if value]
+    return bool(texts) and all(isinstance(text, str) and re.match(r"\s*Human:", text) for text in texts)
+
+
+def _are_conversations(source: Source, name: str) -> bool:
+    """Whether the answers are whole conversations, whose prompt lies in them."""
+    for value in source.values[name]:
+        if isinstance(value, str) and value.startswith("["):
+            value = as_list(value) or value
+        if is_messages(value):
+            return not isinstance(value, dict) and len(value) > 1
+    return False
+
+
+def _preference(source: Source, data: Mapping[str, Any], told: bool = False) -> Layout | None:
+    """Two answers and a column that says which one is better."""
+    sides = source.named("first"), source.named("second")
+    if not all(sides):
+        sides = source.typed("chosen"), source.typed("rejected")
+    if not all(sides):
+        texts = source.answers([source.typed("prompt")])
+        sides = next(((x, y) for x in texts for y in texts if preference.markers(x, y)), (None, None))
+    if not all(sides) and preference.decisive(source, ()):
+        lists = [name for name in source.kinds if _are_two(source, name)]
+        sides = (f"{lists[0]}.0", f"{lists[0]}.1") if len(lists) == 1 else sides
+    if not all(sides):
+        return None
+    decides = preference.decisive(source, sides)
+    if not decides:
+        return None
+    if len(decides) > 1:
+        raise Refusal(
+            f"{source.name}: {' and '.join(decides)} each say which answer is better. Name one with "
+            f"data.columns.preference={decides[0]} data.ignore=[{','.join(decides[1:])}]"
+        )
+    first, second = sides
+    prompt = source.named("prompt") or source.typed("prompt")
+    if not prompt and not (first in source.values and _are_conversations(source, first)):
+        prompt = _prompt(source, sides)
+        if not prompt:
+            return None
+    found = {"first": first, "second": second, "preference": decides[0], "prompt": prompt}
+    return Layout(
+        "preference", _columns(source, found), preference.scale_of(source, decides[0], sides, data["preference"])
+    )
+
+
+def _are_two(source: Source, name: str) -> bool:
+    """Whether each value of a column is a list of two texts."""
+    return source.kinds[name] == "texts" and all(len(_as_list(value)) == 2 for value in source.values[name])
+
+
+def _scored(source: Source, wanted: str) -> Layout | None:
+    """A list of answers and their scores or ranks, in columns or in objects."""
+    key = NEEDED[wanted][2]
+    taken = [source.typed(each) for each in ("scores", "ranks")]
+    responses = source.find("responses", ("texts", "objects"), taken)
+    prompt = _prompt(source, (responses,)) if responses else None
+    if not prompt:
+        return None
+    scores = source.named(key) if source.kinds.get(source.named(key) or "") not in (None, "empty") else None
+    if source.kinds[responses] == "objects":
+        keys = dict.fromkeys(
+            each for value in source.values[responses] for item in _as_list(value) for each in item or {}
+        )
+        text = next((each for each in ANSWER_KEYS if each in keys), None)
+        inside = SCORE_KEYS if key == "scores" else ALIASES["ranks"]
+        score = next((each for each in inside if each in keys), None)
+        if not text or not (score or scores):
+            return None
+        answers, scores = f"{responses}.{text}", scores or f"{responses}.{score}"
+    else:
+        answers, scores = responses, scores or source.find(key, ("numbers",), (responses, prompt))
+    if not scores:
+        return None
+    return Layout(wanted, _columns(source, {"prompt": prompt, "responses": answers, key: scores}))
+
+
+def _as_list(value: Any) -> list:
+    return as_list(value) or [] if isinstance(value, str) else value or []
+
+
+def _labelled(source: Source, told: bool = False) -> Layout | None:
+    """An answer and whether it is good."""
+    completion = source.find("completion", ("text", "word", "messages", "number")) or source.find(
+        "messages", ("messages",)
+    )
+    label = source.find("label", ("flag", "number", "word", "text"), (completion,))
+    if not (completion and label):
+        return None
+    if not told and not all(as_good(value) is not None for value in source.values[label] if value not in (None, "")):
+        return None
+    prompt = source.named("prompt") or (
+        None if _are_conversations(source, completion) else _prompt(source, (completion,))
+    )
+    if not prompt and not _are_conversations(source, completion):
+        return None
+    return Layout("labelled", _columns(source, {"prompt": prompt, "completion": completion, "label": label}))
+
+
+def _answered(source: Source) -> Layout | None:
+    """A prompt and one answer."""
+    completion = source.find("completion", ("text", "word", "messages", "number"))
+    if not completion:
+        return None
+    prompt = source.named("prompt") or _prompt(source, (completion,))
+    if not prompt and not _are_conversations(source, completion):
+        return None
+    return Layout("pairs", _columns(source, {"prompt": prompt, "completion": completion}))
+
+
+def _nothing_fits(source: Source, sides: tuple[str, ...], labelled: bool) -> Refusal:
+    if "rejected" in sides and not labelled and (thumbs := _labelled(source)):
+        return Refusal(
+            f"{source.name}: each row holds one answer and whether it is good ({', '.join(_taken(thumbs))}), which "
+            "makes no pair. Train on it with recipes/kto.py, or on the good ones with recipes/sft.py."
+        )
+    conversation = source.find("messages", ("messages",))
+    if "rejected" in sides and conversation and not source.named("chosen"):
+        return Refusal(
+            f"{source.name}: {conversation} holds conversations, of which none is preferred. Train on it with "
+            "recipes/sft.py, or name two answers with data.columns.chosen and data.columns.rejected."
+        )
+    needed = ("completion",) if sides == ("completion",) and not source.named("chosen") else ("chosen", "rejected")
+    if not sides:
+        return source.no_column("prompt")
+    for key in needed:
+        if not source.named(key):
+            return source.no_column(key)
+    return source.no_column("prompt")
