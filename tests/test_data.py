@@ -13,8 +13,11 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from rlhf_recipes.data import formats, readers
+from rlhf_recipes.data.columns import COLUMNS
 from rlhf_recipes.data.fit import describe, fit
 from rlhf_recipes.data.load import KEYS, Splits, _settings, load_demonstrations, load_pairs, shorter_wins
+from rlhf_recipes.data.recognise import Layout
+from rlhf_recipes.data.row import Row
 from rlhf_recipes.data.tokens import neutralise, percentiles
 
 ROOT = Path(__file__).parents[1]
@@ -107,7 +110,7 @@ def any_tokenizer(request):
 @pytest.mark.parametrize("name", ["clinic", "ultrafeedback", "ultrachat", "hh_rlhf", "local"])
 def test_every_config_has_the_same_keys_and_passes_its_own_check(name):
     composed = node(name, "data.path=elsewhere/set")
-    assert list(composed) == list(KEYS)
+    assert set(composed) == set(KEYS)
     assert _settings(composed)["path"] == "elsewhere/set"
 
 
@@ -273,13 +276,13 @@ def test_prompt_and_answers_in_every_accepted_form(tmp_path):
         {"chosen": [asked, good], "rejected": [asked, bad]},
         {"prompt": "q", "chosen": [system, asked, good], "rejected": [system, asked, bad]},
     ]
-    columns = dict.fromkeys(formats.COLUMNS) | {key: key for key in formats.COLUMNS}
+    layout = Layout("pairs", {key: key for key in COLUMNS})
     for form in forms:
-        (found,) = formats.candidates(formats.Row("f:1", form, columns), "pairs", "all", ("chosen", "rejected"))
+        (found,) = formats.candidates(Row("f:1", form, layout.columns), layout, ("chosen", "rejected"))
         assert (found["chosen"], found["rejected"], found["prompt"][-1]) == ([good], [bad], asked)
     other = {"prompt": "another", "chosen": [asked, good], "rejected": [asked, bad]}
-    found = formats.candidates(formats.Row("f:1", other, columns), "pairs", "all", ("chosen", "rejected"))
-    assert list(found) == ["context_differs"]
+    (found,) = formats.candidates(Row("f:1", other, layout.columns), layout, ("chosen", "rejected"))
+    assert found.reason == "context_differs"
 
 
 def test_demonstrations_from_every_shape(tmp_path):
@@ -324,13 +327,16 @@ def test_a_completion_column_goes_before_chosen(tmp_path):
     ],
 )
 def test_ratings_and_rankings_reduce_to_pairs(reduce, values, wanted, ties, tmp_path):
-    columns = {key: key for key in formats.COLUMNS}
     for shape, key, sign in (("ratings", "scores", 1), ("rankings", "ranks", -1)):
         row = {"prompt": "q", "responses": ["a", "b", "c"], key: [sign * value for value in values]}
-        found = list(formats.candidates(formats.Row("f:1", row, columns), shape, reduce, ("chosen", "rejected")))
+        layout = Layout(shape, {key: key for key in COLUMNS})
+        found = list(formats.candidates(Row("f:1", row, layout.columns), layout, ("chosen", "rejected"), reduce))
         pairs = [each for each in found if isinstance(each, dict)]
         text = [f"{each['chosen'][0]['content']}>{each['rejected'][0]['content']}" for each in pairs]
-        assert sorted(text) == sorted(wanted) and found.count("tie") == ties
+        assert (
+            sorted(text) == sorted(wanted)
+            and [drop.reason for drop in found if not isinstance(drop, dict)] == ["tie"] * ties
+        )
 
 
 def test_ratings_keep_the_books(tmp_path):
@@ -403,7 +409,11 @@ def test_odd_transcripts_are_dropped_and_counted(tmp_path):
         "identical": 1,
         "roles": 3,
     }
-    assert report["examples"]["roles"] == ["hh.jsonl:44", "hh.jsonl:46", "hh.jsonl:47"]
+    assert report["examples"]["roles"] == [
+        "hh.jsonl:44 (no transcript of two turns)",
+        "hh.jsonl:46 (turns 1 and 2 are both of the user)",
+        "hh.jsonl:47 (the prompt ends with the assistant)",
+    ]
     assert accounted(report) == 47
 
 
@@ -450,8 +460,8 @@ def test_drops_are_counted_with_their_places(tmp_path):
         "leakage": 1,
     }
     assert report["examples"] == {
-        "empty": ["p.jsonl:29", "p.jsonl:30", "p.jsonl:32"],
-        "roles": ["p.jsonl:31"],
+        "empty": ["p.jsonl:29", "p.jsonl:30 (no prompt)", "p.jsonl:32 (no prompt)"],
+        "roles": ["p.jsonl:31 (the conversation opens with the assistant)"],
         "identical": ["p.jsonl:26"],
         "duplicate": ["p.jsonl:27"],
         "leakage": ["p.jsonl:28"],
@@ -459,6 +469,7 @@ def test_drops_are_counted_with_their_places(tmp_path):
     assert (report["train"], report["test"]) == (20, 5) and accounted(report) == 32
     assert describe(report) == (
         "data: p.jsonl: 20 train, 5 test rows of 32 (test: column split)\n"
+        "      read as pairs: prompt, chosen, rejected, split\n"
         "      dropped 3 empty, 1 roles, 1 identical, 1 duplicate, 1 leakage"
     )
 
@@ -557,7 +568,7 @@ BAD_FILES = {
     "cut.jsonl.gz": (gzip.compress(GOOD * 200)[:60], "{}: the gzip data is damaged or cut off"),
     "bad.parquet": (b"PAR1 and then nothing", "{}: not a readable parquet file ("),
     "list.jsonl": (b"[1, 2]\n", "{}:1: a list, but a row is an object"),
-    "scalar.json": (b'[{"prompt": "a"}, 3]', None),
+    "scalar.json": (b'[{"prompt": "a"}, 3]', "{}:2: a int, but a row is an object"),
     "text.json": (b'[\n{"prompt": "a",\n}]', "{}:3: not valid JSON ("),
     "deep.jsonl": (b"[" * 200_000, "{}:1: not readable JSON ("),
     "half.jsonl": (b'{"prompt": "\\ud83d"}\n', "{}:1: not readable JSON ('utf-8' codec can't encode"),
@@ -623,8 +634,6 @@ def test_missing_columns_name_the_nearest(tmp_path):
     )
     message = refusal(load_pairs, local(path, "data.columns.rejected=reject", "data.columns.family=topic"))
     assert message.endswith("Name it with data.columns.family=<its name>")
-    hh = write_lines(tmp_path / "hh.jsonl", [{"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: a"}])
-    assert refusal(load_pairs, local(hh)).endswith("These are transcripts: set data.format=hh_rlhf.")
     message = refusal(load_pairs, local(path, "data.format=ratings"))
     assert "no column 'responses'" in message
 
@@ -636,14 +645,15 @@ def test_missing_columns_name_the_nearest(tmp_path):
         ({"prompt": {"a": 1}}, "prompt: must be text or a list of messages, not an object."),
         ({"prompt": ["q"]}, "prompt[0]: must be a message with role and content. Convert the column."),
         (
-            {"prompt": [{"from": "human", "value": "q"}]},
-            "prompt[0]: must be a message with role and content (found: from, value). Convert the column.",
+            {"prompt": [{"who": "human", "value": "q"}]},
+            "prompt[0]: must be a message with role and content (found: who, value). Convert the column.",
         ),
         (
-            {"prompt": [{"role": "human", "content": "q"}]},
-            "prompt[0].role: 'human' is not one of system, user, assistant. Rename or remove it.",
+            {"prompt": [{"role": "narrator", "content": "q"}]},
+            "prompt[0].role: 'narrator' is not one of system, user, assistant. Rename or remove it.",
         ),
-        ({"prompt": [{"role": "user", "content": ["q"]}]}, "prompt[0].content: must be text."),
+        ({"prompt": [{"role": "user", "content": [3]}]}, "prompt[0].content: must be text, or parts like"),
+        ({"prompt": [{"role": "user", "content": 3}]}, "prompt[0].content: must be text."),
         ({"family": 3}, "family: must be text, not 3. Mend it, or set data.columns.family=null."),
         ({"rejected": ...}, "rejected: missing. Add it or remove the row."),
     ],
@@ -660,7 +670,7 @@ def test_wrong_values_name_row_and_key(changes, wanted, tmp_path):
     [
         ({"scores": [1]}, "scores: 1 entries for 2 responses. Mend or remove the row."),
         ({"scores": [1, "x"]}, "scores: must hold finite numbers, not text."),
-        ({"scores": [1, float("nan")]}, "scores: must hold finite numbers, not nan."),
+        ({"scores": [1, float("inf")]}, "scores: must hold finite numbers, not inf."),
         ({"scores": "high"}, "scores: must be a list, not text."),
         ({"scores": "[1, 2"}, "scores: must be a list (as JSON), not text."),
         ({"responses": ["a", 4]}, "responses: must hold texts, not 4."),
@@ -698,7 +708,7 @@ def test_nothing_left_says_what_was_dropped(tmp_path):
         ({"pth": "x"}, "data.pth: no such key; did you mean 'path'? See conf/data/base.yaml."),
         (
             {"format": "pair"},
-            "data.format=pair: not one of pairs, hh_rlhf, ratings, rankings, labelled, messages; did you mean",
+            "data.format=pair: not one of auto, pairs, hh_rlhf, preference, ratings, rankings, labelled, messages;",
         ),
         ({"too_long": "cut"}, "data.too_long=cut: not one of drop, truncate, stop."),
         ({"seed": "x"}, "data.seed=x: must be a whole number."),

@@ -85,7 +85,9 @@ def test_what_other_recipes_make_of_labels(compose, tmp_path):
     assert shown.report["dropped"]["labelled_bad"] == 4 and len(shown.train) + len(shown.test) == 8
     prompts = load_prompts(data)
     assert len(prompts.train) + len(prompts.test) == 12
-    with pytest.raises(Refusal, match=r"data\.format=labelled: holds no preferences\. Choose one of pairs, hh_rlhf"):
+    with pytest.raises(
+        Refusal, match=r"data\.format=labelled: holds no preferences\. Choose one of auto, pairs, hh_rlhf"
+    ):
         load_pairs(data)
     with pytest.raises(Refusal, match=r"data\.format=messages: holds no preferences.*labelled"):
         load_labelled(node(compose, tmp_path / "t.jsonl", shape="messages"))

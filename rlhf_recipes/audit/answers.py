@@ -229,10 +229,11 @@ def _call(function: Callable, name: str, rows: list[dict], texts: list[str]) -> 
 def _labels(path: str) -> dict[tuple[str, str], float]:
     """(prompt_id, answer) -> gold of a file of labels."""
     from rlhf_recipes.data import formats, readers
+    from rlhf_recipes.data.row import Row
 
     labels = {}
     for where, values in readers.read_file(path):
-        row = formats.Row(where, values, {key: key for key in (*formats.COLUMNS, "answer", "gold")})
+        row = Row(where, values, {key: key for key in ("prompt", "answer", "gold")})
         if row.value("gold") is None:
             continue
         if not isinstance(row.value("gold"), int | float):

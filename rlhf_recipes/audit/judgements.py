@@ -28,6 +28,7 @@ from statistics import fmean
 from typing import Any
 
 from rlhf_recipes.data import formats, readers
+from rlhf_recipes.data.row import Row
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.run import write_atomically
 
@@ -195,7 +196,7 @@ def _read(where: str, row: dict[str, Any]) -> Judgement:
         raise Refusal(f"{where}: flip = {flip!r:.40}: must be true, false or null. Mend or remove it.")
     prompt = None
     if row.get("prompt"):
-        prompt = formats.Row(where, row, {"prompt": "prompt"}).messages("prompt", "user")
+        prompt = Row(where, row, {"prompt": "prompt"}).messages("prompt", "user")
     if row.get("prompt_id") in (None, ""):
         if not prompt:
             raise Refusal(f"{where}: prompt_id: missing, and no prompt to take it from. Add one of the two.")

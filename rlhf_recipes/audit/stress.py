@@ -21,12 +21,16 @@ from rlhf_recipes import stats
 from rlhf_recipes.audit import section
 from rlhf_recipes.data import formats, readers
 from rlhf_recipes.data.load import shorter_wins
+from rlhf_recipes.data.messages import Drop
+from rlhf_recipes.data.recognise import Layout
+from rlhf_recipes.data.row import Row
 from rlhf_recipes.errors import Refusal
 
 CLINIC = Path(__file__).parents[1] / "assets" / "stress" / "clinic.jsonl"
 TITLE = "Under stress"
 QUESTION = "Does the reward model still prefer the better answer when people ask in ways it has not seen?"
 KEYS = ("family", "prompt", "chosen", "rejected", "before", "after")
+PAIR = Layout("pairs", {key: key for key in ("prompt", "chosen", "rejected")})
 EXAMPLES = 4
 
 # family -> (name, text before the user's turn, text after it). They ask for nothing that makes the worse answer right.
@@ -103,7 +107,7 @@ def load(path: str | Path) -> tuple[list[dict], list[dict]]:
     """
     pairs, templates = [], []
     for where, values in readers.read_file(str(path)):
-        row = formats.Row(where, values, {key: key for key in formats.COLUMNS} | {key: key for key in KEYS})
+        row = Row(where, values, PAIR.columns | {key: key for key in KEYS})
         family = row.text("family").strip()
         if not family:
             raise Refusal(f"{where}: family: must name the kind of stress, not be blank. Fill it in.")
@@ -115,8 +119,8 @@ def load(path: str | Path) -> tuple[list[dict], list[dict]]:
             continue
         for key in ("prompt", "chosen", "rejected"):
             row.value(key)
-        pair = next(iter(formats.candidates(row, "pairs", "all", ("chosen", "rejected"))))
-        if isinstance(pair, str):
+        pair = next(iter(formats.candidates(row, PAIR, ("chosen", "rejected"))))
+        if isinstance(pair, Drop):
             raise Refusal(f"{where}: prompt, chosen, rejected: no pair ({pair}). Mend or remove the row.")
         pairs.append({**pair, "family": family, "prompt_id": formats.prompt_id(pair["prompt"]), "p": None})
     return pairs, templates

@@ -7,6 +7,7 @@ the source is refused with the override that settles it.
 
 import re
 from dataclasses import replace
+from typing import Any
 
 from rlhf_recipes.data import preference
 from rlhf_recipes.data.columns import ALIASES, COLUMNS, Source, spelled
@@ -54,6 +55,27 @@ def accounted(source: Source, layout: Layout, sides: tuple[str, ...]) -> Layout:
             )
         unread.append(name)
     return replace(layout, watched=watched, scores=scores, unread=tuple(unread))
+
+
+def told(report: dict[str, Any]) -> list[str]:
+    """The lines of a report (`Splits.report`) about its columns and texts."""
+    lines = []
+    if report.get("read_as"):
+        lines.append(f"read as {report['read_as']}")
+    if report.get("unread"):
+        lines.append(f"not read: {', '.join(report['unread'])}")
+    soft = report.get("soft", {})
+    if soft:
+        said = " and ".join(f"{key} of {count} rows" for key, count in soft.items())
+        lines.append(f"{said}: learned from by reward alone")
+    if report.get("turned_round"):
+        lines.append(f"{report['turned_round']} pairs turned round, whose p is below 0.5")
+    if scores := report.get("own_scores"):
+        lines.append(
+            f"by the file's own scores ({', '.join(scores['columns'])}), {scores['ties']} of {scores['of']} pairs are "
+            f"ties and {scores['against']} the other way round"
+        )
+    return [*lines, *report.get("text", [])]
 
 
 def _may_decide(source: Source, layout: Layout, name: str, word: str) -> bool:

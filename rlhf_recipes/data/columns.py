@@ -107,12 +107,18 @@ class Source:
         if key in ("scores", "ranks", "label", "preference", "margin", "p", "family", "split"):
             free = [each for each in self.kinds if each not in taken]
         else:
-            free = self.answers(taken)
+            free = self.answers(taken) or [each for each in self.kinds if each not in taken and _may_answer(each)]
         near = difflib.get_close_matches(name, free, n=1, cutoff=0.5)
         return Refusal(
             f"{self.name}: no column '{name}' (found: {found:.200}). "
             f"Name it with data.columns.{key}={near[0] if near else '<its name>'}"
         )
+
+
+def _may_answer(name: str) -> bool:
+    """Whether a column of single words may hold answers, by its name: not names of models, ids, scores."""
+    others = "id index idx model source score rating reward label rank ranking name url lang language split p margin"
+    return not set(spelled(name).split("_")) & set(others.split())
 
 
 def kind(values: Sequence[Any]) -> str:

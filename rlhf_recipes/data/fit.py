@@ -3,6 +3,7 @@
 from collections import Counter
 from typing import Any
 
+from rlhf_recipes.data.account import told
 from rlhf_recipes.data.load import KEYS, Splits, check_keys, finished
 from rlhf_recipes.data.tokens import lengths, neutralise, percentiles
 from rlhf_recipes.errors import Refusal
@@ -56,7 +57,7 @@ def fit(splits: Splits, tokenizer, max_length: int | None, too_long: str = "drop
 
 
 def describe(report: dict[str, Any]) -> str:
-    """The two lines that a recipe prints: what is used, and what was left out or changed."""
+    """The lines that a recipe prints: what is used, how it is read, and what was left out or changed."""
     used = f"data: {report['source']}: {report['train']} train, {report['test']} test rows of {report['rows']}"
     left = [f"{count} {reason}" for reason, count in report["dropped"].items() if count]
     notes = [f"dropped {', '.join(left)}" if left else "dropped none"]
@@ -70,4 +71,5 @@ def describe(report: dict[str, Any]) -> str:
         notes.append("control tokens made plain in {rows} rows ({occurrences} times)".format(**report["neutralised"]))
     if "tokens" in report:
         notes.append("tokens p50 {p50}, p95 {p95}, max {max}".format(**report["tokens"]))
-    return f"{line(used)} ({line(report['split'])})\n      {line('; '.join(notes))}"
+    lines = [f"{line(used)} ({line(report['split'])})", *told(report), "; ".join(notes)]
+    return "\n      ".join(map(line, lines))

@@ -134,7 +134,7 @@ def _example(row: Row, found: Raw, columns: list[str], sides: tuple[str, ...]) -
 
 
 def _asked(row: Row, value: Any, is_whole: bool = False) -> Messages:
-    """The prompt with what other columns hold of it: earlier turns before it, a further text below it, the system's."""
+    """The prompt with what other columns hold of it: earlier turns before it, a text below it, the system's."""
     turns = row.turns("prompt", value, "user") if value is not None else []
     if not any(turn["content"].strip() for turn in turns):
         turns = []
@@ -182,8 +182,8 @@ def _from_preference(row: Row, layout: Layout, sides: tuple[str, ...], reading: 
         p = preference.better(row.value("preference"), layout.scale, columns)
     except (TypeError, ValueError) as error:
         raise Refusal(
-            f"{row.where}: {layout.columns['preference']}: {row.value('preference')!r:.40} does not say which is better "
-            f"({preference.SAID[layout.scale]}). Mend or remove the row, or set data.preference."
+            f"{row.where}: {layout.columns['preference']}: {row.value('preference')!r:.40} does not say which is "
+            f"better ({preference.SAID[layout.scale]}). Mend or remove the row, or set data.preference."
         ) from error
     if p is None:
         return Drop("unlabelled")

@@ -113,8 +113,8 @@ class Splits:
         train: pairs (`prompt`, `chosen`, `rejected`), demonstrations (`prompt`, `completion`), labelled answers
             (`prompt`, `completion`, `label`) or prompts, all lists of messages but for the label, each with `family`
             (str or None) and `prompt_id` (hash of the prompt without case and spacing), pairs with `p` (probability
-            that chosen is better, at least 0.5, None where nothing says) and `margin`, labelled answers with `pair` (a number that both halves
-            of a pair have, else None), in seeded order.
+            that chosen is better, at least 0.5, None where nothing says) and `margin` (where there is a column of it),
+            labelled answers with `pair` (a number that both halves of a pair have, else None), in seeded order.
         test: likewise; shares no `prompt_id` with `train`.
         report: the counts described at the head of this module; JSON-able.
         source: the Hub id, `clinic`, or the name of the file or folder.
@@ -248,6 +248,9 @@ def _load(node: DictConfig, sides: tuple[str, ...], labelled: bool = False) -> S
         "repeated": repeated,
         **_account(data, layout, tally, reading),
     }
+    kept = [place.example for place in (*train, *test)]
+    soft = {key: sum(row.get(key) is not None for row in kept) for key in ("p", "margin")}
+    report |= {"soft": soft} if any(soft.values()) else {}
     return finished([place.example for place in train], [place.example for place in test], report)
 
 
@@ -413,11 +416,9 @@ def _places(
                 continue
             labels = {"family": family, "prompt_id": formats.prompt_id(candidate["prompt"])}
             if "rejected" in sides and not labelled:
-                candidate, p = _turned(candidate, row, tally)
-                if p == 0.5:
-                    own.drop(Drop("tie", "p is 0.5"), where)
-                    continue
-                labels |= {"p": p, "margin": row.number("margin", "must be a number")}
+                candidate, labels["p"] = _turned(candidate, row, tally)
+                if layout.columns["margin"]:
+                    labels["margin"] = row.number("margin", "must be a number")
             if any(secrets.find(said, held) for said in (family or "", *_texts(candidate))):
                 own.drop(Drop("secret"), where)  # a model would learn it, and samples and pages would show it
                 continue

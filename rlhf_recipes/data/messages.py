@@ -1,8 +1,8 @@
 """Messages under one spelling, role and content, whatever the file's: from and value (ShareGPT), other names of the
 roles, content in parts (OpenAI), a single message, a column of each key.
 
-A message key that would change what is learned and has no place in `role, content` costs its row (`Drop`); any other is
-counted as unread.
+A message key that would change what is learned and has no place in `role, content` costs its row (`Drop`); any other
+is counted as unread.
 """
 
 from collections import Counter

@@ -18,8 +18,10 @@ SAID = {
 }
 # What tells the columns of two answers apart.
 MARKERS = (("0", "1"), ("1", "2"), ("a", "b"), ("left", "right"), ("first", "second"), ("one", "two"))
-NOUNS = ("response", "answer", "completion", "output", "reply", "text", "message", "messages", "conversation", "summary",
-         "generation", "candidate", "option", "story")  # fmt: skip
+NOUNS = (
+    *("response", "answer", "completion", "output", "reply", "text", "message", "messages", "conversation", "summary"),
+    *("generation", "candidate", "option", "story"),
+)
 # The names of columns that decide, and of those whose 0 and 1 are the places of the answers.
 DECIDES = re.compile(
     r"(?:overall_|human_|annotator_|user_)?(?:better|best|winner|preferred|preference|pref|choice|vote|verdict|labels?)"
@@ -28,7 +30,7 @@ DECIDES = re.compile(
     r"|winner_.*|is_.*_(?:better|preferred)|(?:first|a|response_a|response_1)_is_better"
 )
 INDEX = re.compile(r".*_(?:id|idx|index|position)|(?:better|best|winner|choice|vote).*")
-SIGNED = ("overall_preference", "preference_strength", "preference_score")  # HelpSteer's: below 0 the first is better
+SIGNED = ("overall_preference", "preference_strength", "preference_score")  # HelpSteer's
 TIES = ("tie", "both", "neither", "equal", "draw", "same", "none", "nopreference", "tiebothbad", "bothbad")
 SHORT = ("word", "number", "flag", "text")
 
@@ -102,8 +104,8 @@ def scale_of(source: Source, name: str, sides: tuple[str, str], told: str) -> st
     shown = ", ".join(f"{number:g}" for number in sorted(numbers)[:5])
     raise Refusal(
         f"{source.name}: {name}: {shown} may say several things of {sides[0]} and {sides[1]}. Say which with "
-        "data.preference: index (0 the first, 1 the second), probability (that the first is better: 1 the first, 0 the "
-        "second), or signed (below 0 the first, above 0 the second)."
+        "data.preference: index (0 the first, 1 the second), probability (that the first is better: 1 the first, 0 "
+        "the second), or signed (below 0 the first, above 0 the second)."
     )
 
 
