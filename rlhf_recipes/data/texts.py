@@ -87,27 +87,32 @@ ENDS = (
     *("</s>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|eot|>", "<|end|>"),
     *("<|return|>", "<end_of_turn>", "<turn|>", "<eos>", "<|END_RESPONSE|>", "<|END_OF_TURN_TOKEN|>", "<EOS_TOKEN>"),
     *("<|end_of_turn|>", "[|endofturn|]", "[e~[", "<seed:eos>", "<｜end▁of▁sentence｜>", "<|eom|>", "<eoh>", "<eoa>"),
-    "[/SYSTEM_PROMPT]",
+    *("[/SYSTEM_PROMPT]", "<end_of_utterance>", "<|user|>"),  # GLM's turns end where the next begins
 )
 SYSTEM_INSIDE = re.compile(r"\s*<<SYS>>\n?(.*?)\n?<</SYS>>\s*(.*)", re.DOTALL)  # Llama 2: in the first user turn
-# What templates write of their own: Llama 3's dates, the sentence above Alpaca's fields, PKU's opening, a thought that
-# was not had.
-DATES = re.compile(r"Cutting Knowledge Date: [^\n]*\n(?:Today Date: [^\n]*\n?)?\n?")
+# What templates write of their own: the dates of Llama 3 and gpt-oss, and how this heads the user's instructions; the
+# sentence above Alpaca's fields, PKU's opening; a thought that was not had.
+OWN = re.compile(
+    r"Cutting Knowledge Date: [^\n]*\n(?:Today Date: [^\n]*\n?)?\n?|# Instructions\n\n|"
+    r"You are ChatGPT, a large language model trained by OpenAI\.\nKnowledge cutoff: .*",
+    re.DOTALL,
+)
 OPENING = re.compile(r"Below is an instruction that describes a task[^\n]{0,200}|BEGINNING OF CONVERSATION:", re.I)
-NO_THOUGHT = re.compile(r"\s*<think>\s*</think>\s*")
+NO_THOUGHT = re.compile(r"\A\s*<think>\s*</think>\s*")
 MOST_TURNS = 10_000
 
 
 @dataclass(frozen=True)
 class Parsed:
-    """Turns, and the text of a turn of the assistant at their end that nothing closed ('' where there is none)."""
+    """Turns, and the text of a turn of the assistant at their end that nothing closed; None where there is none."""
 
     turns: Messages
-    started: str
+    started: str | None
 
     def conversation(self) -> Messages:
-        said = self.started.strip()
-        return [*self.turns, {"role": "assistant", "content": said}] if said else self.turns
+        if self.started is None:
+            return self.turns
+        return [*self.turns, {"role": "assistant", "content": self.started.strip()}]
 
 
 @dataclass(frozen=True)
@@ -155,13 +160,15 @@ class Markup:
         roles = [ROLE[word] for word in words]
         ends = [*(head.start() for head in heads[1:]), len(text)]
         said = [text[head.end() : end] for head, end in zip(heads, ends, strict=True)]
-        if before and not self._may_stand_before(roles, said[-1]):
+        if before and not self._may_stand_before(before, roles, said[-1]):
             return Drop("unreadable", f"{self.name} begins within the text") if self.token else None
         if strict and not self.token and (len(heads) < len(every) or not _alternate(words, roles)):
             return None
         return self._parsed(before, words, roles, said)
 
-    def _may_stand_before(self, roles: list[str], last: str) -> bool:
+    def _may_stand_before(self, before: str, roles: list[str], last: str) -> bool:
+        if TEMPLATE_MARKER.search(before):
+            return False
         match self.before:
             case "both":
                 return {"user", "assistant"} <= {*roles}
@@ -171,7 +178,7 @@ class Markup:
 
     def _parsed(self, before: str, words: list[str], roles: list[str], said: list[str]) -> Parsed | Drop:
         turns = [{"role": "system", "content": before}] if before and not OPENING.fullmatch(before) else []
-        closed, started = False, ""
+        closed, started = False, None
         for word, role, part in zip(words, roles, said, strict=True):
             content, end = _without_ends(part)
             closed = bool(end)
@@ -185,16 +192,19 @@ class Markup:
                 turns.append({"role": "system", "content": inside[1]})
                 content = inside[2]
             if role == "system":
-                content = DATES.sub("", content, count=1) if content.startswith("Cutting") else content
+                own = OWN.match(content) if self.token else None
+                content = content[own.end() :].strip() if own else content
             if word == "input" and turns and turns[-1]["role"] == "user":
                 turns[-1]["content"] = f"{turns[-1]['content']}\n\n{content}".strip()
             elif content.strip() or role != "system":
                 turns.append({"role": role, "content": content})
-        if roles[-1] == "assistant" and not closed:
+        if self.token and len(turns) > 1 and turns[-1] == {"role": "user", "content": ""}:
+            turns.pop()  # its header ended the assistant's turn
+        elif roles[-1] == "assistant" and not closed:
             turns.pop()
             part = said[-1] if self.token else said[-1].lstrip()
             started = NO_THOUGHT.sub("", part, count=1) if NO_THOUGHT.match(part) else part
-        return Parsed(turns, started if started.strip() else "")
+        return Parsed(turns, started)
 
 
 def _alternate(words: list[str], roles: list[str]) -> bool:
@@ -321,7 +331,9 @@ ANSWER_START = re.compile(
     rf"(?P<heading>{_FRAME}(?i:answer|output|a|model){_COLON}))"
 )
 LABEL = re.compile(rf"\s*{_FRAME}(?i:assistant|ai|bot|chatbot|response|gpt|助手){_COLON}(?:\*\*)?[ \t]*\n?")
-USER_AGAIN = ("\nHuman:", "\nUser:", "\nUSER:", "### Human", "### Instruction:")
+USER_HEADING = re.compile(r"###? ?(?:Human|User|Instruction) ?:")
+FIRST = 24  # characters at which a text that is only text is told
+SIGNS = " \t\r\n[]{<>#*"  # what such a text seldom begins or ends with
 
 KINDS = {
     "structure": "hold messages written as text",
@@ -464,7 +476,8 @@ class Reading:
             elif not parsed.turns:
                 return Drop("unreadable", f"{self.markup.name} without a turn of the user")
             else:
-                prompt, started = parsed.turns, parsed.started
+                prompt, started = parsed.turns, parsed.started or ""
+                started = started if started.strip() else ""
         answers = []
         for answer in raw.answers:
             said = self._answer(answer, started)
@@ -477,6 +490,7 @@ class Reading:
         text = _answer_text(answer)
         if not text.strip():
             return answer
+        text = _without_begins(_without_ends(text)[0]) if self.markup.token else text
         parsed = self.markup.parse(text)
         if isinstance(parsed, Drop):
             return parsed
@@ -484,10 +498,11 @@ class Reading:
             turns = parsed.conversation()
             if len(turns) != 1 or turns[0]["role"] != "assistant":
                 return turns if isinstance(answer, str) else answer
-            return _with_text(answer, started + turns[0]["content"])
-        said = _without_ends(text)[0] if self.markup.token else text.strip()
-        self._unlike |= not self.in_prompts
-        return _with_text(answer, started + said)
+            text = turns[0]["content"]
+        else:
+            self._unlike |= not self.in_prompts
+        text = started + text if self.markup.token else started + text.strip()
+        return _with_text(answer, NO_THOUGHT.sub("", text, count=1).strip() if self.markup.token else text)
 
 
 def look(rows: Sequence[Raw]) -> Reading:
@@ -713,35 +728,37 @@ def _taken(answer: Text, take) -> Text:
 
 def _suspicions(raw: Raw) -> set[str]:
     """What a row's texts hold that may not be what it seems."""
-    kinds = set()
-    prompt = raw.prompt if isinstance(raw.prompt, str) else _prompt_text(raw.prompt)
-    begins = PROMPT_START.match(prompt)
-    if begins and (begins.lastgroup != "structure" or _like_messages(prompt)):
-        kinds.add(begins.lastgroup)
-    if _has_markers(prompt):
-        kinds.add("markup")
+    prompt = _prompt_text(raw.prompt)
+    kinds = _seen(prompt, PROMPT_START)
+    begin = prompt.strip()[:FIRST]
     repeated = 0
     for answer in raw.answers:
-        text = answer if isinstance(answer, str) else _answer_text(answer)
-        begins = ANSWER_START.match(text)
-        if begins and (begins.lastgroup != "structure" or _like_messages(text)):
-            kinds.add(begins.lastgroup)
-        if _has_markers(text):
-            kinds.add("markup")
-        for word in USER_AGAIN:
-            if word in text:
-                kinds.add("user_speaks")
-        repeated += bool(prompt) and _rest(prompt, text) is not None
+        text = _answer_text(answer)
+        kinds |= _seen(text, ANSWER_START)
+        if (
+            "\nHuman:" in text
+            or "\nUser:" in text
+            or "\nUSER:" in text
+            or ("###" in text and USER_HEADING.search(text))
+        ):
+            kinds.add("user_speaks")
+        repeated += bool(begin) and text.lstrip()[:FIRST].startswith(begin) and _rest(prompt, text) is not None
     if repeated and repeated == len(raw.answers):
         kinds.add("prompt_in_answer")
     return kinds
 
 
-def _has_markers(text: str) -> bool:
-    """Whether a text ends with a token that ends a turn, or holds one of those that `<|` begins."""
-    if text.rstrip()[-1:] in ("]", ">", "[") and text.rstrip().endswith(ENDS):
-        return True
-    return "<|" in text and TEMPLATE_MARKER.search(text) is not None
+def _seen(text: str, start: re.Pattern) -> set[str]:
+    """What a text's beginning, its end and its tokens say; a glance decides for most texts."""
+    kinds = set()
+    head = text[:FIRST]
+    if ":" in head or "：" in head or head[:1] in SIGNS or len(text) < FIRST:
+        begins = start.match(text)
+        if begins and (begins.lastgroup != "structure" or _like_messages(text)):
+            kinds.add(begins.lastgroup)
+    if ("<|" in text and TEMPLATE_MARKER.search(text)) or (text[-1:] in SIGNS and text.rstrip().endswith(ENDS)):
+        kinds.add("markup")
+    return kinds
 
 
 def _missing(raw: Raw, short: bool) -> Drop | None:
