@@ -1,22 +1,773 @@
-from dataclasses import dataclass
+r"""Text that is not what it seems: messages written as text, prompts in answers, transcripts, rendered templates.
+
+    reading = look(sample)            # the first few hundred rows of a source: how its texts are read
+    found = reading.read(raw, where)  # every row: a Raw (the same object where nothing is to do), or a Drop
+    reading.refuse_if_most(source)    # after the last row
+    reading.lines()                   # what was read as what; what was left as text, and how often
+
+A source is read in one way, decided by what most of its looked-at rows hold, so that one odd row means what it did:
+
+| most rows hold                                            | what happens                                          |
+| --------------------------------------------------------- | ----------------------------------------------------- |
+| message lists as JSON, Python's or numpy's repr           | parsed; the spelling of their messages is the caller's |
+| lists of texts as JSON, in the prompt and every answer    | their turns, or the text where each has one           |
+| a prompt of three words or more that begins every answer  | cut off from the answers                              |
+| a rendered chat template                                  | turns; its tokens are taken off the answers           |
+| a transcript (`Human:`, `USER:`, `### Instruction:`, ...) | turns; an empty turn of the assistant at its end goes |
+| answers that end with the token that ends a turn          | it is taken off                                       |
+| answers that begin with the assistant's name              | it is taken off                                       |
+| a template, a list or a user's turn that nothing parses   | refused: `data.text=plain` takes texts as they are    |
+
+What fewer rows hold stays text and is counted. Two things are left out: `missing`, the words that libraries write for
+an empty cell (`nan`, `None`, `null`) as a prompt, or as an answer among answers of more than three words beside
+another that is no short word either (a label `None` stays); and `unreadable`, a row in a source of templates or
+lists whose own does not parse: as text it would teach the markup. Started turns of the assistant that a prompt ends
+with (`Assistant: Sure,`) are put in front of the answers.
+"""
+
+import ast
+import json
+import re
+import statistics
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from rlhf_recipes.data.tokens import TEMPLATE_MARKER
+from rlhf_recipes.errors import Refusal
+
+LOOKED_AT = 300  # rows
+LONG = 100_000  # characters: longer rows are read, but do not decide
+LITERAL_LIMIT = 2**20  # characters of a list in Python's notation, whose parser takes a hundred times their memory
+FEW = 3  # words of an answer that may be a label
+
+Messages = list[dict[str, Any]]
+Text = str | Messages | None
 
 
 @dataclass(frozen=True)
 class Raw:
-    prompt: object
-    answers: tuple
+    """One row after its columns are mapped.
+
+    Attributes:
+        prompt: text, messages, or None where the answers are whole conversations.
+        answers: text or messages each.
+    """
+
+    prompt: Text
+    answers: tuple[Text, ...]
 
 
+@dataclass(frozen=True)
+class Drop:
+    """Why a row gives no example: the name of the reason, and what of the row it is."""
+
+    reason: str
+    detail: str
+
+
+# Who speaks, by the words that templates and transcripts have for it. A tool does not: no method takes its turns.
+ROLE = {
+    word: role
+    for role, words in {
+        "system": "system developer [system_prompt]",
+        "user": "user human prompter prompt instruction input question q 用户 [inst]",
+        "assistant": "assistant model bot chatbot ai gpt answer response output a 助手 [/inst]",
+    }.items()
+    for word in words.split()
+}
+PEOPLE = ("user", "human", "prompter", "用户", "system")  # who says something, where the others head a part of a task
+BEGINS = (
+    *("<s>", "<bos>", "<BOS_TOKEN>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>", "<|end_of_text|>"),
+    *("<｜begin▁of▁sentence｜>", "[gMASK]", "<sop>", "]~!b[", "<|channel|>final<|message|>"),
+)
+ENDS = (
+    *("</s>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|eot|>", "<|end|>"),
+    *("<|return|>", "<end_of_turn>", "<turn|>", "<eos>", "<|END_RESPONSE|>", "<|END_OF_TURN_TOKEN|>", "<EOS_TOKEN>"),
+    *("<|end_of_turn|>", "[|endofturn|]", "[e~[", "<seed:eos>", "<｜end▁of▁sentence｜>", "<|eom|>", "<eoh>", "<eoa>"),
+    *("[/SYSTEM_PROMPT]", "<end_of_utterance>", "<|user|>"),  # GLM's turns end where the next begins
+)
+SYSTEM_INSIDE = re.compile(r"\s*<<SYS>>\n?(.*?)\n?<</SYS>>\s*(.*)", re.DOTALL)  # Llama 2: in the first user turn
+# What templates write of their own: the dates of Llama 3 and gpt-oss, and how this heads the user's instructions; the
+# sentence above Alpaca's fields, PKU's opening; a thought that was not had.
+OWN = re.compile(
+    r"Cutting Knowledge Date: [^\n]*\n(?:Today Date: [^\n]*\n?)?\n?|# Instructions\n\n|"
+    r"You are ChatGPT, a large language model trained by OpenAI\.\nKnowledge cutoff: .*",
+    re.DOTALL,
+)
+OPENING = re.compile(r"Below is an instruction that describes a task[^\n]{0,200}|BEGINNING OF CONVERSATION:", re.I)
+NO_THOUGHT = re.compile(r"\A\s*<think>\s*</think>\s*")
+MOST_TURNS = 10_000
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """Turns, and the text of a turn of the assistant at their end that nothing closed; None where there is none."""
+
+    turns: Messages
+    started: str | None
+
+    def conversation(self) -> Messages:
+        if self.started is None:
+            return self.turns
+        return [*self.turns, {"role": "assistant", "content": self.started.strip()}]
+
+
+@dataclass(frozen=True)
+class Markup:
+    """How text marks the turns of a conversation.
+
+    Attributes:
+        name: what a line calls it.
+        header: begins a turn; its one group is the word for who speaks.
+        token: a chat template's own, which stands in no content: '' for a transcript. Contents between a template's
+            tokens are taken exactly, others without the blanks around them.
+        before: what may stand before the first turn, and then is the system message: `nothing`, `anything`, or
+            anything where `both` speak or where a last empty turn of the assistant (`cue`) shows the transcript.
+        spaced: whether headers follow a blank line.
+    """
+
+    name: str
+    header: re.Pattern
+    token: str = ""
+    before: str = "nothing"
+    spaced: bool = False
+
+    def parse(self, text: str, strict: bool = False) -> Parsed | Drop | None:
+        """The turns; None where the text begins without one; a Drop where the template's tokens stand in contents.
+
+        Args:
+            text: a prompt, a conversation or an answer.
+            strict: whether None, too, for what other markup reads better: turns of a transcript that do not
+                alternate, headers of its kind that stand elsewhere.
+        """
+        text = _without_begins(text)
+        every = []
+        for head in self.header.finditer(text):
+            every.append(head)
+            if len(every) > MOST_TURNS:
+                return Drop("unreadable", f"more than {MOST_TURNS:,} turns")
+        heads = [head for head in every if not self.spaced or _after_blank_line(text, head.start())]
+        if not heads:
+            return None
+        before = text[: heads[0].start()].strip()
+        words = [head[1].lower() for head in heads]
+        unknown = next((word for word in words if word not in ROLE), None)
+        if unknown:
+            return Drop("unreadable", f"{self.name} turn of '{unknown:.40}'")
+        roles = [ROLE[word] for word in words]
+        ends = [*(head.start() for head in heads[1:]), len(text)]
+        said = [text[head.end() : end] for head, end in zip(heads, ends, strict=True)]
+        if before and not self._may_stand_before(before, roles, said[-1]):
+            return Drop("unreadable", f"{self.name} begins within the text") if self.token else None
+        if strict and not self.token and (len(heads) < len(every) or not _alternate(words, roles)):
+            return None
+        return self._parsed(before, words, roles, said)
+
+    def _may_stand_before(self, before: str, roles: list[str], last: str) -> bool:
+        if TEMPLATE_MARKER.search(before):
+            return False
+        match self.before:
+            case "both":
+                return {"user", "assistant"} <= {*roles}
+            case "cue":
+                return "user" in roles and roles[-1] == "assistant" and not last.strip()
+        return self.before == "anything"
+
+    def _parsed(self, before: str, words: list[str], roles: list[str], said: list[str]) -> Parsed | Drop:
+        turns = [{"role": "system", "content": before}] if before and not OPENING.fullmatch(before) else []
+        closed, started = False, None
+        for word, role, part in zip(words, roles, said, strict=True):
+            content, end = _without_ends(part)
+            closed = bool(end)
+            content = content if self.token and closed else content.strip()
+            if self.token:
+                content = NO_THOUGHT.sub("", content, count=1) if role == "assistant" else content
+                if self.token in content or (end and end in content):
+                    return Drop("unreadable", f"{self.name} tokens within a turn of {role}")
+            inside = SYSTEM_INSIDE.fullmatch(content) if "<<SYS>>" in content and role == "user" else None
+            if inside:
+                turns.append({"role": "system", "content": inside[1]})
+                content = inside[2]
+            if role == "system":
+                own = OWN.match(content) if self.token else None
+                content = content[own.end() :].strip() if own else content
+            if word == "input" and turns and turns[-1]["role"] == "user":
+                turns[-1]["content"] = f"{turns[-1]['content']}\n\n{content}".strip()
+            elif content.strip() or role != "system":
+                turns.append({"role": role, "content": content})
+        if self.token and len(turns) > 1 and turns[-1] == {"role": "user", "content": ""}:
+            turns.pop()  # its header ended the assistant's turn
+        elif roles[-1] == "assistant" and not closed:
+            turns.pop()
+            part = said[-1] if self.token else said[-1].lstrip()
+            started = NO_THOUGHT.sub("", part, count=1) if NO_THOUGHT.match(part) else part
+        return Parsed(turns, started)
+
+
+def _alternate(words: list[str], roles: list[str]) -> bool:
+    """Whether the user begins and both speak in turn; heads of a task (`Question:`) are turns where both are there."""
+    pairs = [(word, role) for word, role in zip(words, roles, strict=True) if word != "input"]
+    asked = [role for _, role in pairs[pairs[0][1] == "system" if pairs else 0 :]]
+    in_turn = all(role == ("user", "assistant")[index % 2] for index, role in enumerate(asked))
+    return bool(asked) and in_turn and (words[0] in PEOPLE or len(asked) > 1)
+
+
+def _after_blank_line(text: str, start: int) -> bool:
+    """Whether a header that begins a line follows a blank one, or nothing at all."""
+    above = text.rfind("\n", 0, max(start - 1, 0)) + 1
+    return not text[above:start].strip() and (above > 0 or start == 0 or not text[:above].strip())
+
+
+def _without_begins(text: str) -> str:
+    text = text.lstrip()
+    while text.startswith(BEGINS):
+        text = text[len(next(token for token in BEGINS if text.startswith(token))) :].lstrip()
+    return text
+
+
+def _without_ends(text: str) -> tuple[str, str]:
+    """The text without the tokens that end a turn, and the last one taken off ('' for none)."""
+    taken, bare = "", text.rstrip()
+    while bare.endswith(ENDS):
+        taken = next(token for token in ENDS if bare.endswith(token))
+        text = bare[: -len(taken)]
+        bare = text.rstrip()
+    return text, taken
+
+
+def _lines(words: str, name: str, before: str = "nothing") -> tuple[Markup, Markup]:
+    header = re.compile(rf"^[ \t]*(?:\*\*)?({words})(?:\*\*)?[ \t]?[:：](?:\*\*)?[ \t]?", re.IGNORECASE | re.MULTILINE)
+    return Markup(name, header, before=before, spaced=True), Markup(name, header, before=before)
+
+
+def _template(name: str, token: str, header: str, before: str = "nothing") -> Markup:
+    return Markup(name, re.compile(header), token, before)
+
+
+# The first that fits is taken: templates before transcripts, and what is unmistakable first.
+MARKUPS = (
+    _template("ChatML", "<|im_start|>", r"<\|im_start\|> ?(\w+)(?:<\|im_sep\|>| ?\n|\Z)"),
+    _template("Llama 3", "<|start_header_id|>", r"<\|start_header_id\|>(\w+)<\|end_header_id\|>\n{0,2}"),
+    _template("Llama 4", "<|header_start|>", r"<\|header_start\|>(\w+)<\|header_end\|>\n{0,2}"),
+    _template("Llama 2 or Mistral", "[INST]", r"(?:<s>)?(?: |\n)?(\[/?INST\]|\[SYSTEM_PROMPT\]) ?"),
+    _template("Gemma", "<start_of_turn>", r"<start_of_turn>(\w+)(?:\n|\Z)"),
+    _template("Gemma 4", "<|turn>", r"<\|turn>(\w+)(?:\n|\Z)"),
+    _template("DeepSeek", "<｜User｜>", r"<｜(User|Assistant)｜>", before="anything"),
+    _template(
+        "Command R",
+        "<|START_OF_TURN_TOKEN|>",
+        r"<\|START_OF_TURN_TOKEN\|><\|(\w+)_TOKEN\|>(?:<\|START_RESPONSE\|>)?",
+    ),
+    _template("Granite", "<|start_of_role|>", r"<\|start_of_role\|>(\w+)(?:\{[^{}\n]*\})?<\|end_of_role\|>"),
+    _template(
+        "gpt-oss", "<|start|>", r"<\|start\|>(\w+)(?:(?:<\|channel\|>final)?<\|message\|>|(?<=assistant)(?=\s*\Z))"
+    ),
+    _template("Kimi", "<|im_middle|>", r"<\|im_(system|user|assistant)\|>[^<>\n]{0,60}<\|im_middle\|>"),
+    _template("EXAONE", "[|user|]", r"\[\|(system|user|assistant)\|\]"),
+    _template("Seed", "<seed:bos>", r"<seed:bos>(\w+)\n"),
+    _template("MiniMax", "]~b]", r"\]~b\](\w+)[^\n]{0,60}\n"),
+    _template("Nemotron", "<extra_id_1>", r"<extra_id_[01]>(System|User|Assistant)\n"),
+    _template(
+        "OpenChat",
+        "<|end_of_turn|>",
+        r"(?:(?<=<\|end_of_turn\|>)|\A)(?:GPT4 Correct |GPT4 |Math Correct |Code )(User|Assistant): ?",
+    ),
+    _template(
+        "Zephyr or Phi",
+        "<|user|>",
+        r"(?i)(?:<\|bom\|>)?<\|(system|user|assistant|prompter|human|bot|prompt|answer|"
+        r"tools?|tool_\w+|functions?|observation|environment|ipython)\|>:? ?\n?",
+    ),
+    Markup(
+        "a transcript (### headings)",
+        re.compile(
+            r"(?:#{2,4}|@@) ?(system|human|user|instruction|input|assistant|response|question|answer|output|bot|gpt)"
+            r"(?: ?:[ \t]*|[ \t]*(?=\n))\n?",
+            re.IGNORECASE,
+        ),
+        before="both",
+    ),
+    Markup(
+        "a transcript (<human>: <bot>:)",
+        re.compile(r"<(human|user|bot|assistant|system)> ?: ?", re.IGNORECASE),
+        before="both",
+    ),
+    Markup(
+        "a transcript (USER: ASSISTANT:)",
+        re.compile(r"(?:(?<=\s)|(?<=</s>)|\A)(SYSTEM|USER|ASSISTANT|HUMAN|BOT|GPT) ?: ?"),
+        before="both",
+    ),
+    *_lines(
+        "human|user|assistant|ai|bot|chatbot|gpt|system|用户|助手", "a transcript (Human: Assistant:)", before="cue"
+    ),
+    *_lines("question|q|answer|a", "a transcript (Question: Answer:)"),
+    *_lines("instruction|input|response|output", "a transcript (Instruction: Response:)"),
+    Markup("a template without its tokens", re.compile(r"^(system|user|assistant|model)[ \t]*\n", re.MULTILINE)),
+)
+
+# A message list as json, str(list), str(array) or repr(array) writes it; a message alone.
+STRUCTURE = re.compile(r"\s*(?:array\()?\[?\s{0,9}\{\s{0,9}['\"](?:role|from|content|value)['\"]\s{0,9}:")
+NAMED = re.compile(r"['\"](?:role|from)['\"]\s{0,9}:")
+# Strings of Python's notation (an open one to the end: linear), and what numpy writes otherwise.
+NUMPY = re.compile(
+    r"""('(?:[^'\\]++|\\.)*+(?:'|\\?\Z)|"(?:[^"\\]++|\\.)*+(?:"|\\?\Z))|(\}\s*(?=\{))|(array\()|(,\s*dtype=object\))""",
+    re.DOTALL,
+)
+NAMES, PARTS = ("role", "from"), ("content", "value")
+MISSING = ("nan", "NaN", "NAN", "None", "NONE", "null", "NULL", "Null", "<NA>", "NA", "NaT", "#N/A", "undefined")
+_MISSING = rf"(?P<missing>(?:{'|'.join(map(re.escape, MISSING))})\s*\Z)"
+_LISTED = rf"(?P<structure>{STRUCTURE.pattern})|(?P<markup>{TEMPLATE_MARKER.pattern})"
+_FRAME = r"(?:\#{1,4} ?|\*\*|<|\[)?"
+_COLON = r"(?:\*\*|>|\])? ?[:：]"
+PROMPT_START = re.compile(
+    rf"\s*(?:{_LISTED}|{_MISSING}|(?P<transcript>{_FRAME}(?i:human|user|instruction|用户){_COLON}))"
+)
+ANSWER_START = re.compile(
+    rf"\s*(?:{_LISTED}|{_MISSING}|(?P<speaker_name>{_FRAME}(?i:assistant|ai|bot|chatbot|response|gpt|助手){_COLON})|"
+    rf"(?P<user_speaks>{_FRAME}(?i:human|user|用户){_COLON})|"
+    rf"(?P<heading>{_FRAME}(?i:answer|output|a|model){_COLON}))"
+)
+LABEL = re.compile(rf"\s*{_FRAME}(?i:assistant|ai|bot|chatbot|response|gpt|助手){_COLON}(?:\*\*)?[ \t]*\n?")
+USER_HEADING = re.compile(r"###? ?(?:Human|User|Instruction) ?:")
+FIRST = 24  # characters at which a text that is only text is told
+SIGNS = " \t\r\n[]{<>#*"  # what such a text seldom begins or ends with
+
+KINDS = {
+    "structure": "hold messages written as text",
+    "markup": "hold tokens of a chat template",
+    "transcript": "have a prompt that begins like a transcript",
+    "prompt_in_answer": "have answers that begin with their prompt",
+    "speaker_name": "have an answer that begins with the assistant's name",
+    "user_speaks": "have an answer in which the user speaks",
+    "heading": "have an answer that begins with a heading such as 'Answer:'",
+    "missing": "have a short answer such as 'None' or 'nan', as a label may be",
+    "unlike": "are not written as the others",
+}
+REFUSED = ("structure", "markup", "transcript", "prompt_in_answer", "speaker_name", "user_speaks")
+
+
+@dataclass
 class Reading:
-    def read(self, raw, where):
+    """How the texts of a source are read, and what else was seen in them.
+
+    Attributes:
+        notes: what is read as what, a phrase each.
+        counts: rows by what was seen and left as text (`KINDS`).
+        places: the first of each.
+        rows: how many were read.
+    """
+
+    notes: list[str] = field(default_factory=list)
+    counts: Counter = field(default_factory=Counter)
+    places: dict[str, str] = field(default_factory=dict)
+    rows: int = 0
+    listed: frozenset[str] = frozenset()
+    in_turns: bool = False
+    cut: bool = False
+    markup: Markup | None = None
+    in_prompts: bool = False
+    ended: bool = False
+    labelled: bool = False
+    short: bool = False
+    _unlike: bool = False
+
+    def read(self, raw: Raw, where: str = "") -> Raw | Drop:
+        """The row with its texts read as the source's are; the same object where that changes nothing."""
+        self.rows += 1
+        found = raw
+        if self.notes:
+            self._unlike = False
+            found = self._read(raw)
+            if isinstance(found, Drop):
+                return found
+            if self._unlike:
+                self._count("unlike", where)
+        kinds = _suspicions(found)
+        if kinds:
+            if "missing" in kinds:
+                missing = _missing(found, self.short)
+                if missing:
+                    return missing
+            for kind in kinds:
+                self._count(kind, where)
+        return found
+
+    def refuse_if_most(self, source: str) -> None:
+        """Refuse a source most of whose rows hold what is not what it seems, and what nothing here reads.
+
+        Raises:
+            Refusal: names the kind, the share, the first place and the override.
+        """
+        for kind in REFUSED:
+            if self.counts[kind] * 2 > self.rows:
+                place = f" (first: {self.places[kind]})" if self.places[kind] else ""
+                raise Refusal(
+                    f"{source}: {self.counts[kind]} of {self.rows} rows {KINDS[kind]}, which cannot be read as "
+                    f"turns{place}. Give the messages themselves, or set data.text=plain to take texts as they are."
+                )
+
+    def lines(self) -> list[str]:
+        """What was read as what, and what was left as text; nothing for plain texts."""
+        lines = [*self.notes]
+        if lines:
+            lines[-1] += " (data.text=plain takes texts as they are)"
+        for kind, said in KINDS.items():
+            if self.counts[kind]:
+                place = f", the first: {self.places[kind]}" if self.places[kind] else ""
+                lines.append(f"{self.counts[kind]} of {self.rows} rows {said}: left as text{place}")
+        return lines
+
+    def _count(self, kind: str, where: str) -> None:
+        self.counts[kind] += 1
+        self.places.setdefault(kind, where)
+
+    def _read(self, raw: Raw) -> Raw | Drop:
+        found: Raw | Drop = raw
+        for wanted, step in (
+            (self.listed, self._parse_lists),
+            (self.in_turns, _zip_turns),
+            (self.cut, self._cut_prompts),
+            (self.markup, self._parse_markup),
+            (self.ended, _take_ends),
+            (self.labelled, _take_labels),
+        ):
+            found = step(found) if wanted else found
+            if isinstance(found, Drop):
+                return found
+        return raw if found == raw else found
+
+    def _parse_lists(self, raw: Raw) -> Raw | Drop:
+        prompt = self._list(raw.prompt) if "prompt" in self.listed else raw.prompt
+        answers = tuple(map(self._list, raw.answers)) if "answers" in self.listed else raw.answers
+        dropped = next((each for each in (prompt, *answers) if isinstance(each, Drop)), None)
+        return dropped or Raw(prompt, answers)
+
+    def _list(self, text: Text) -> Text | Drop:
+        if not isinstance(text, str) or not text.strip():
+            return text
+        messages = _messages(text)
+        if messages is None and _like_messages(text):
+            return Drop("unreadable", "messages written as text that do not parse")
+        self._unlike |= messages is None
+        return text if messages is None else messages
+
+    def _cut_prompts(self, raw: Raw) -> Raw:
+        prompt = _prompt_text(raw.prompt)
+        rests = [_rest(prompt, _answer_text(answer)) for answer in raw.answers]
+        self._unlike |= None in rests
+        answers = [
+            answer if rest is None else _with_text(answer, rest)
+            for answer, rest in zip(raw.answers, rests, strict=True)
+        ]
+        return replace(raw, answers=tuple(answers))
+
+    def _parse_markup(self, raw: Raw) -> Raw | Drop:
+        prompt, started = raw.prompt, ""
+        text = _prompt_text(prompt)
+        if self.in_prompts and text.strip():
+            parsed = self.markup.parse(text)
+            if isinstance(parsed, Drop):
+                return parsed
+            if parsed is None:
+                self._unlike = True
+            elif not parsed.turns:
+                return Drop("unreadable", f"{self.markup.name} without a turn of the user")
+            else:
+                prompt, started = parsed.turns, parsed.started or ""
+                started = started if started.strip() else ""
+        answers = []
+        for answer in raw.answers:
+            said = self._answer(answer, started)
+            if isinstance(said, Drop):
+                return said
+            answers.append(said)
+        return Raw(prompt, tuple(answers))
+
+    def _answer(self, answer: Text, started: str) -> Text | Drop:
+        text = _answer_text(answer)
+        if not text.strip():
+            return answer
+        text = _without_begins(_without_ends(text)[0]) if self.markup.token else text
+        parsed = self.markup.parse(text)
+        if isinstance(parsed, Drop):
+            return parsed
+        if parsed is not None:
+            turns = parsed.conversation()
+            if len(turns) != 1 or turns[0]["role"] != "assistant":
+                return turns if isinstance(answer, str) else answer
+            text = turns[0]["content"]
+        else:
+            self._unlike |= not self.in_prompts
+        text = started + text if self.markup.token else started + text.strip()
+        return _with_text(answer, NO_THOUGHT.sub("", text, count=1).strip() if self.markup.token else text)
+
+
+def look(rows: Sequence[Raw]) -> Reading:
+    """How the texts of a source are read, from its first rows.
+
+    Args:
+        rows: a few hundred; more are not looked at.
+    """
+    reading = Reading()
+    rows = rows[:LOOKED_AT]
+    sample = [raw for raw in rows if sum(map(len, _texts(raw))) <= LONG] or list(rows[:1])
+    for part, cells in (
+        ("prompt", [raw.prompt for raw in sample]),
+        ("answers", [answer for raw in sample for answer in raw.answers]),
+    ):
+        cells = [cell for cell in cells if isinstance(cell, list) or (cell and cell.strip())]
+        if _most(isinstance(cell, str) and _messages(cell) is not None for cell in cells):
+            reading.listed |= {part}
+    if reading.listed:
+        what = {"prompt": "prompts", "answers": "answers"}
+        reading.notes.append(f"{' and '.join(what[part] for part in sorted(reading.listed, reverse=True))}")
+        reading.notes[-1] += " are messages written as text: parsed"
+        sample = _kept(map(reading._parse_lists, sample))
+    if _most(_in_turns(raw) for raw in sample):
+        reading.in_turns = True
+        reading.notes.append("prompts and answers are lists of texts: read as turns")
+        sample = _kept(map(_zip_turns, sample))
+    if _most(_begin_with_prompt(raw) for raw in sample):
+        reading.cut = True
+        reading.notes.append("answers begin with their prompt: it is cut off")
+        sample = _kept(map(reading._cut_prompts, sample))
+    reading.markup, reading.in_prompts = _markup(sample)
+    if reading.markup:
+        part = "prompts" if reading.in_prompts else "answers"
+        how = "read as turns" + ", its tokens taken off" * bool(reading.markup.token)
+        kind = "rendered by a chat template " * bool(reading.markup.token)
+        name = f"({reading.markup.name})" if kind else f"{reading.markup.name}"
+        reading.notes.append(f"{part} are {kind}{name}: {how}")
+        sample = _kept(map(reading._parse_markup, sample))
+    answers = [[_answer_text(answer) for answer in raw.answers] for raw in sample]
+    if _most(any(_without_ends(text)[1] for text in texts) for texts in answers):
+        reading.ended = True
+        reading.notes.append("answers end with a token that ends a turn: it is taken off")
+    if _most(any(map(LABEL.match, texts)) for texts in answers):
+        reading.labelled = True
+        reading.notes.append("answers begin with the assistant's name: it is taken off")
+    words = [len(text.split()) for texts in answers for text in texts if text.strip() not in ("", *MISSING)]
+    reading.short = bool(words) and statistics.median(words) <= FEW
+    reading._unlike = False
+    return reading
+
+
+def _most(found) -> bool:
+    found = [bool(each) for each in found]
+    return sum(found) * 2 > len(found)
+
+
+def _kept(found) -> list[Raw]:
+    return [each for each in found if isinstance(each, Raw)]
+
+
+def _texts(raw: Raw) -> list[str]:
+    return [_prompt_text(raw.prompt), *map(_answer_text, raw.answers)]
+
+
+def _prompt_text(prompt: Text) -> str:
+    """A prompt's text, that of its only message too; '' for what is in turns already."""
+    if isinstance(prompt, str):
+        return prompt
+    return _answer_text(prompt) if prompt and len(prompt) == 1 else ""
+
+
+def _answer_text(answer: Text) -> str:
+    """An answer's text: of a conversation, its last message's."""
+    if isinstance(answer, str):
+        return answer
+    last = answer[-1] if answer else None
+    content = last.get("content", last.get("value")) if isinstance(last, dict) else None
+    return content if isinstance(content, str) else ""
+
+
+def _with_text(answer: Text, text: str) -> Text:
+    if isinstance(answer, str):
+        return text
+    key = "content" if "content" in answer[-1] else "value"
+    return [*answer[:-1], {**answer[-1], key: text}]
+
+
+def _like_messages(text: str) -> bool:
+    """Whether a text is messages written down, be it that they do not parse; not what else JSON is written for."""
+    if not STRUCTURE.match(text) or not NAMED.search(text):
+        return False
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return True
+    return _messages(text) is not None
+
+
+def _messages(text: str) -> Messages | None:
+    """The messages that a text writes down as JSON or as Python or numpy show them; None for other text."""
+    if not STRUCTURE.match(text):
+        return None
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = _literal(text)
+    found = [found] if isinstance(found, dict) else found
+    if not isinstance(found, list) or not found:
+        return None
+    good = all(
+        isinstance(turn, dict) and any(name in turn for name in NAMES) and any(part in turn for part in PARTS)
+        for turn in found
+    )
+    return found if good else None
+
+
+def _literal(text: str) -> Any:
+    if len(text) > LITERAL_LIMIT:
+        return None
+    text = NUMPY.sub(lambda each: each[1] or (each[2] and "},") or (each[3] and "(") or ")", text)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
+
+
+def _list_of_texts(text: Text) -> list[str] | None:
+    if not isinstance(text, str) or not re.match(r"\s*\[\s{0,9}\"", text):
+        return None
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, list) and found and all(isinstance(each, str) for each in found) else None
+
+
+def _in_turns(raw: Raw) -> list[list[str]] | None:
+    """The turns of prompt and answers where all are lists of as many texts."""
+    lists = [_list_of_texts(text) for text in (raw.prompt, *raw.answers)]
+    return lists if raw.answers and None not in lists and len({*map(len, lists)}) == 1 else None
+
+
+def _zip_turns(raw: Raw) -> Raw:
+    """One turn each: their texts. More: every answer as the conversation that it had with the prompt's turns."""
+    lists = _in_turns(raw)
+    if lists is None:
         return raw
+    asked, *answered = lists
+    if len(asked) == 1:
+        return Raw(asked[0], tuple(answers[0] for answers in answered))
+    conversations = [
+        [
+            {"role": role, "content": text}
+            for pair in zip(asked, answers, strict=True)
+            for role, text in zip(("user", "assistant"), pair, strict=True)
+        ]
+        for answers in answered
+    ]
+    return Raw(None, tuple(conversations))
 
-    def refuse_if_most(self, source):
-        pass
 
-    def lines(self):
-        return []
+def _begin_with_prompt(raw: Raw) -> bool:
+    prompt = _prompt_text(raw.prompt)
+    return bool(raw.answers) and all(_rest(prompt, _answer_text(answer)) is not None for answer in raw.answers)
 
 
-def look(rows):
-    return Reading()
+def _rest(prompt: str, answer: str) -> str | None:
+    """What follows the prompt in an answer that begins with it, at the end of a word; None for other answers.
+
+    A prompt of one or two words says nothing: an answer may begin with what it is about.
+    """
+    bare = prompt.strip()
+    if not bare or not answer.lstrip().startswith(bare):
+        return None
+    if len(bare.split(None, FEW - 1)) < FEW and (bare.isascii() or len(bare) < 8):
+        return None
+    rest = answer.lstrip()[len(bare) :]
+    if rest[:1].isalnum() and bare[-1].isalnum():
+        return None
+    rest = rest.removeprefix(prompt[len(prompt.rstrip()) :])
+    first = rest.lstrip("\r\n")
+    return rest[1:] if first == rest and rest[:1] == " " and rest[1:2].strip() else first
+
+
+def _markup(sample: list[Raw]) -> tuple[Markup | None, bool]:
+    """The markup of most prompts (and whether it is theirs), else of most answers."""
+    prompts = [_prompt_text(raw.prompt) for raw in sample]
+    answers = [_answer_text(answer) for raw in sample for answer in raw.answers if isinstance(answer, str)]
+    for markup in MARKUPS:
+        if _most(_is_in(markup, text) for text in prompts):
+            return markup, True
+    for markup in MARKUPS:
+        if _most(_is_in(markup, text, whole=True) for text in answers):
+            return markup, False
+    return None, False
+
+
+def _is_in(markup: Markup, text: str, whole: bool = False) -> bool:
+    parsed = markup.parse(text, strict=True)
+    if not isinstance(parsed, Parsed):
+        return False
+    turns = parsed.conversation() if whole else parsed.turns
+    if whole and not markup.token:
+        return len(turns) > 1 and turns[-1]["role"] == "assistant"
+    return bool(turns)
+
+
+def _take_ends(raw: Raw) -> Raw:
+    return replace(raw, answers=tuple(_taken(answer, lambda text: _without_ends(text)[0]) for answer in raw.answers))
+
+
+def _take_labels(raw: Raw) -> Raw:
+    return replace(raw, answers=tuple(_taken(answer, lambda text: LABEL.sub("", text, 1)) for answer in raw.answers))
+
+
+def _taken(answer: Text, take) -> Text:
+    text = _answer_text(answer)
+    rest = take(text)
+    return answer if rest == text else _with_text(answer, rest)
+
+
+def _suspicions(raw: Raw) -> set[str]:
+    """What a row's texts hold that may not be what it seems."""
+    prompt = _prompt_text(raw.prompt)
+    kinds = _seen(prompt, PROMPT_START)
+    begin = prompt.strip()[:FIRST]
+    repeated = 0
+    for answer in raw.answers:
+        text = _answer_text(answer)
+        kinds |= _seen(text, ANSWER_START)
+        if (
+            "\nHuman:" in text
+            or "\nUser:" in text
+            or "\nUSER:" in text
+            or ("###" in text and USER_HEADING.search(text))
+        ):
+            kinds.add("user_speaks")
+        repeated += bool(begin) and text.lstrip()[:FIRST].startswith(begin) and _rest(prompt, text) is not None
+    if repeated and repeated == len(raw.answers):
+        kinds.add("prompt_in_answer")
+    return kinds
+
+
+def _seen(text: str, start: re.Pattern) -> set[str]:
+    """What a text's beginning, its end and its tokens say; a glance decides for most texts."""
+    kinds = set()
+    head = text[:FIRST]
+    if ":" in head or "：" in head or head[:1] in SIGNS or len(text) < FIRST:
+        begins = start.match(text)
+        if begins and (begins.lastgroup != "structure" or _like_messages(text)):
+            kinds.add(begins.lastgroup)
+    if ("<|" in text and TEMPLATE_MARKER.search(text)) or (text[-1:] in SIGNS and text.rstrip().endswith(ENDS)):
+        kinds.add("markup")
+    return kinds
+
+
+def _missing(raw: Raw, short: bool) -> Drop | None:
+    """A Drop where an empty cell was written out as a word; None where the word may be an answer."""
+    if _prompt_text(raw.prompt).strip() in MISSING:
+        return Drop("missing", f"prompt is '{_prompt_text(raw.prompt).strip()}'")
+    texts = [_answer_text(answer).strip() for answer in raw.answers]
+    missing = [text for text in texts if text in MISSING]
+    others = [text for text in texts if text and text not in MISSING]
+    if not missing or short or any(len(text.split()) <= FEW for text in others):
+        return None
+    return Drop("missing", f"an answer is '{missing[0]}'")
