@@ -35,6 +35,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from rlhf_recipes.data.messages import Drop
 from rlhf_recipes.data.tokens import TEMPLATE_MARKER
 from rlhf_recipes.errors import Refusal
 
@@ -58,14 +59,6 @@ class Raw:
 
     prompt: Text
     answers: tuple[Text, ...]
-
-
-@dataclass(frozen=True)
-class Drop:
-    """Why a row gives no example: the name of the reason, and what of the row it is."""
-
-    reason: str
-    detail: str
 
 
 # Who speaks, by the words that templates and transcripts have for it. A tool does not: no method takes its turns.
