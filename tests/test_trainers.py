@@ -93,7 +93,7 @@ def by_hand(recipe, quantization, tiny_model, cfg, folder):
         model.score.float()
     rows = fit(LOADERS[METHODS[recipe].rows](cfg.data), tokenizer, 1024)
     if recipe == "kto":
-        rows = micro_batches(rows, tokenizer, args)
+        rows = micro_batches(rows, args)
     train_dataset, _ = rows.to_datasets()
     trainer = imported(TRAINERS[recipe])(
         model=model,

@@ -71,6 +71,7 @@ def _rows(rows: dict) -> list[str]:
         f"{rows['source']}: {rows['train']} train, {rows['test']} test ({rows['split']})",
         f"tokens p50 {tokens['p50']}, p95 {tokens['p95']}, max {tokens['max']}, {tokens['train']:,} an epoch",
         f"over {rows['max_length']} tokens {over['rows']} of {over['of']}{over['fate']}",
+        *([f"without a token of an answer {rows['no_answer_left']} (left out)"] if rows["no_answer_left"] else []),
         f"duplicates {rows['duplicate']}",
         f"train rows of test prompts {rows['leakage']}",
         f"test prompts near a train prompt {rows['near_duplicates']}",
@@ -98,9 +99,11 @@ def _example(example: dict, recipe: str) -> list[str]:
         text = f"{text[: SHOWN // 2]} […] {text[-SHOWN // 2 :]}"
     ends = example["ends"]
     eos = f", {' or '.join(example['eos'])} ends {format_estimate(ends, percent=True)} of {ends.n}" if ends else ""
-    between = {"reward": "the reply, scored at its last token", "ppo": "what is sampled"}.get(
-        recipe, "what is trained"
-    )
+    between = {
+        "reward": "the token whose score is the reply's",
+        "ppo": "what is sampled",
+        "orpo": "the reply (the likelihood is that of its prompt, too)",
+    }.get(recipe, "what is trained")
     rows = [f"           │ {row}" for row in text.splitlines()]
     return [f"  example  between ⟦ and ⟧: {between}{eos}", *rows]
 
