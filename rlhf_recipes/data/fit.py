@@ -23,7 +23,7 @@ def fit(
         tokenizer: with a chat template.
         max_length: tokens of prompt plus the longest answer, template included; None for no limit.
         too_long: `drop`; `truncate` (the trainer cuts them: kept and counted where that leaves tokens of every answer,
-            else dropped as `no_answer_left`); `stop`.
+            else dropped as `no_answer_left`; as `same_tokens` where it leaves the same of both); `stop`.
         truncation_mode: the trainer's: which end it keeps.
         chat_template_kwargs: the trainer's.
 
@@ -38,6 +38,9 @@ def fit(
         raise Refusal("model: its tokenizer has no chat template. Choose an instruction-tuned model.")
     check_keys("data", {"too_long": too_long}, {"too_long": KEYS["too_long"]})
     template_kwargs = chat_template_kwargs or {}
+    kept_tokens = slice(None, max_length)
+    if truncation_mode == "keep_end":
+        kept_tokens = slice(-max_length if max_length else None, None)
     kept, sizes, lengths = {}, {}, []
     examples = dict(splits.report["examples"])
     dropped, over, cut = Counter(template=0, over_length=0), Counter(train=0, test=0), Counter()
@@ -45,7 +48,7 @@ def fit(
     for name, rows in (("train", splits.train), ("test", splits.test)):
         rows, counts = neutralise(rows, tokenizer)
         neutral.update(counts)
-        found = measure(rows, tokenizer, name, template_kwargs)
+        found = measure(rows, tokenizer, name, template_kwargs, kept_tokens)
         whole = found.sizes.whole.max(1)
         lengths += [size for row, size in enumerate(whole.tolist()) if row not in found.refused]
         reasons = _reasons(found, max_length, too_long, truncation_mode)
@@ -108,18 +111,14 @@ def reordered(splits: Splits, train: list[Example], test: list[Example], dropped
 
 def _reasons(found: Measured, max_length: int | None, too_long: str, truncation_mode: str) -> dict[int, str]:
     """Number of a row -> why it is left out."""
-    reasons = dict.fromkeys(found.refused, "template")
     left = found.sizes.cut(max_length, truncation_mode)
-    too_many = found.sizes.whole.max(1) > left.whole.max(1)
-    nothing = left.trained.min(1) == 0
-    for row in range(len(nothing)):
-        if row in found.refused:
-            continue
-        if too_many[row] and too_long == "drop":
-            reasons[row] = "over_length"
-        elif found.answers and nothing[row]:
-            reasons[row] = "no_answer_left"
-    return reasons
+    reasons = dict.fromkeys(found.alike, "same_tokens")
+    if found.answers:
+        reasons |= dict.fromkeys((left.trained.min(1) == 0).nonzero()[0].tolist(), "no_answer_left")
+    if too_long == "drop":
+        over = (found.sizes.whole > left.whole).any(1)
+        reasons |= dict.fromkeys(over.nonzero()[0].tolist(), "over_length")
+    return reasons | dict.fromkeys(found.refused, "template")
 
 
 def _check_rendered(report: dict[str, Any]) -> None:

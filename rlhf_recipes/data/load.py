@@ -24,6 +24,7 @@ What becomes of what is found (`Splits.report` has the counts, with up to three 
 | roles that the chat template refuses (`fit`)                    | dropped: `template`                   |
 | more than `max_length` tokens (`fit`)                           | `data.too_long`: drop, truncate, stop |
 | no token of an answer within `max_length`, or at all (`fit`)    | dropped: `no_answer_left`             |
+| two answers of the same tokens up to `max_length` (`fit`)       | dropped: `same_tokens`                |
 | text that the chat template leaves out or rewrites (`fit`)      | counted: `altered`; most rows: stops  |
 | control tokens typed into a message (`fit`)                     | rewritten, counted: `neutralised`     |
 | no micro-batch of other prompts (`micro_batches`)               | dropped: `unplaced`                   |

@@ -177,6 +177,7 @@ class Measured:
         altered: number of a row -> which text of it is not in what the template made of it.
         prompt_cut: numbers of the rows whose generation prompt is not how the template begins their answers: what
             follows where they part is left out.
+        alike: numbers of the pairs whose answers differ in tokens alone that are not kept.
         answers: whether the rows have any.
     """
 
@@ -185,13 +186,15 @@ class Measured:
     refused: set[int] = field(default_factory=set)
     altered: dict[int, str] = field(default_factory=dict)
     prompt_cut: set[int] = field(default_factory=set)
+    alike: set[int] = field(default_factory=set)
 
 
-def measure(rows: list[Example], tokenizer, name: str, template_kwargs: dict[str, Any]) -> Measured:
+def measure(rows: list[Example], tokenizer, name: str, template_kwargs: dict[str, Any], kept: slice) -> Measured:
     """Render every row, and count.
 
     Args:
         name: of the split, for the progress line.
+        kept: which of its tokens a trainer keeps.
     """
     import numpy as np
 
@@ -216,6 +219,8 @@ def measure(rows: list[Example], tokenizer, name: str, template_kwargs: dict[str
             trained[number] = whole[number] - start
             if start < len(prompt):
                 found.prompt_cut.add(number)
+            if len(answered) > 1 and all(ids[kept] == answered[0][kept] for ids in answered):
+                found.alike.add(number)
             if what := _altered(rows[number], dict(zip(sides, answered_texts, strict=True)), prompt_text):
                 found.altered[number] = what
     return found

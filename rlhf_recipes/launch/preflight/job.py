@@ -17,7 +17,7 @@ from rlhf_recipes import memory, methods, models, references, run
 from rlhf_recipes.data.fit import fit
 from rlhf_recipes.data.labelled import micro_batches
 from rlhf_recipes.data.load import LOADERS, load_labelled
-from rlhf_recipes.errors import Refusal
+from rlhf_recipes.errors import Refusal, first_line
 from rlhf_recipes.launch.preflight import predict_memory, real_steps, rows
 from rlhf_recipes.launch.preflight.report import JobReport
 from rlhf_recipes.launch.refusals import as_refusal
@@ -101,7 +101,14 @@ def _look(job: Job, looked_at: Cache, found: JobReport) -> None:
         found.watch.append(f"{cfg.data.path} is made by an earlier stage: not looked at")
         return
     predict = partial(predict_memory.predict, cfg, libraries=libraries, rewards=_reward_models(cfg, later))
-    splits, sizes, found.rows, found.example = _rows(job, args, tokenizer, looked_at)
+    key, splits, sizes, found.rows = _rows(job, args, tokenizer, looked_at)
+    try:
+        found.example = _example(key, job, args, splits, tokenizer, looked_at)
+    except Refusal:
+        raise
+    except Exception as error:  # what TRL says of its arguments
+        found.stops.append(f"{job.name or recipe}: its trainer cannot be made: {first_line(error)}")
+        return
     found.watch += _remarks(found.rows, found.example, recipe)
     steps = real_steps.total_steps(recipe, args, len(splits.train))
     found.settings["steps"] = steps
@@ -170,7 +177,7 @@ def _reward_models(cfg: DictConfig, later: list[str]) -> int:
 
 
 def _rows(job: Job, args, tokenizer, looked_at: Cache) -> tuple:
-    """(splits, tokens of each train row, the report about them, an example), read once for jobs with the same data."""
+    """(key, splits, tokens of each train row, the report about them), read once for jobs with the same data."""
     cfg, recipe = job.cfg, job.recipe
     max_length = cfg.max_prompt_length if recipe == "ppo" else args.max_length
     read = {key: OmegaConf.to_container(cfg[key], resolve=True) for key in ("data", "model")}
@@ -189,10 +196,15 @@ def _rows(job: Job, args, tokenizer, looked_at: Cache) -> tuple:
     splits, sizes, report = looked_at.rows[key]
     if recipe == "ppo":
         args.check_prompts(len(splits.train))
-    if (recipe, key) not in looked_at.examples:
-        path = models.model_path(cfg.model)
-        looked_at.examples[recipe, key] = rows.example(recipe, args, splits, tokenizer, path)
-    return splits, sizes, report, looked_at.examples[recipe, key]
+    return key, splits, sizes, report
+
+
+def _example(key: str, job: Job, args, splits, tokenizer, looked_at: Cache) -> dict[str, Any]:
+    """A row as the job's trainer has it, once for jobs of a recipe with the same data."""
+    if (job.recipe, key) not in looked_at.examples:
+        path = models.model_path(job.cfg.model)
+        looked_at.examples[job.recipe, key] = rows.example(job.recipe, args, splits, tokenizer, path)
+    return looked_at.examples[job.recipe, key]
 
 
 def _largest(recipe: str, args, sizes: list[int], steps: int) -> predict_memory.Batch:

@@ -71,7 +71,6 @@ def _rows(rows: dict) -> list[str]:
         f"{rows['source']}: {rows['train']} train, {rows['test']} test ({rows['split']})",
         f"tokens p50 {tokens['p50']}, p95 {tokens['p95']}, max {tokens['max']}, {tokens['train']:,} an epoch",
         f"over {rows['max_length']} tokens {over['rows']} of {over['of']}{over['fate']}",
-        *([f"without a token of an answer {rows['no_answer_left']} (left out)"] if rows["no_answer_left"] else []),
         f"duplicates {rows['duplicate']}",
         f"train rows of test prompts {rows['leakage']}",
         f"test prompts near a train prompt {rows['near_duplicates']}",

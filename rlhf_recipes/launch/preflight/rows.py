@@ -31,15 +31,16 @@ def examine(splits: Splits, sizes: list[int]) -> dict[str, Any]:
     """
     report, train = splits.report, splits.train
     prompts = [row["prompt_id"] for row in train]
-    left_out, unanswered = report["dropped"]["over_length"], report["dropped"].get("no_answer_left", 0)
+    left_out = report["dropped"]["over_length"]
+    empty = sum(report["dropped"].get(reason, 0) for reason in ("no_answer_left", "same_tokens"))
+    fate = " (left out)" if left_out else " (cut)" if report["over_length_truncated"] else ""
     found = {
         **{key: report[key] for key in ("source", "split", "train", "test", "max_length", "neutralised")},
         "tokens": {**report["tokens"], "train": sum(sizes)},
-        "no_answer_left": unanswered,
         "over_length": {
             "rows": sum(report["over_length"].values()),
-            "of": report["train"] + report["test"] + left_out + unanswered,
-            "fate": " (left out)" if left_out else " (cut)" if report["over_length_truncated"] else "",
+            "of": report["train"] + report["test"] + left_out + empty,
+            "fate": fate + (f", {empty} rows left out for want of an answer to learn from" if empty else ""),
         },
         **{key: report["dropped"][key] for key in ("duplicate", "leakage")},
         "near_duplicates": near_duplicates(train, splits.test),
