@@ -4,7 +4,7 @@ from collections import Counter
 from typing import Any
 
 from rlhf_recipes.data.load import EXAMPLES, KEYS, Example, Splits, check_keys, finished
-from rlhf_recipes.data.tokens import PROMPT_THOUGHTS, Measured, measure, neutralise, percentiles, refusal
+from rlhf_recipes.data.tokens import PROMPT_THOUGHTS, Measured, Sizes, measure, neutralise, percentiles, refusal
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.text import line
 
@@ -38,32 +38,29 @@ def fit(
         raise Refusal("model: its tokenizer has no chat template. Choose an instruction-tuned model.")
     check_keys("data", {"too_long": too_long}, {"too_long": KEYS["too_long"]})
     template_kwargs = chat_template_kwargs or {}
-    kept_tokens = slice(None, max_length)
-    if truncation_mode == "keep_end":
-        kept_tokens = slice(-max_length if max_length else None, None)
     kept, sizes, lengths = {}, {}, []
-    examples = dict(splits.report["examples"])
-    dropped, over, cut = Counter(template=0, over_length=0), Counter(train=0, test=0), Counter()
+    dropped, over, cut = Counter(template=0, over_length=0), Counter(train=0, test=0), 0
     neutral, altered, prompt_cut = Counter(rows=0, occurrences=0), Counter(), 0
+    examples = dict(splits.report["examples"])
     for name, rows in (("train", splits.train), ("test", splits.test)):
         rows, counts = neutralise(rows, tokenizer)
         neutral.update(counts)
-        found = measure(rows, tokenizer, name, template_kwargs, kept_tokens)
-        whole = found.sizes.whole.max(1)
-        lengths += [size for row, size in enumerate(whole.tolist()) if row not in found.refused]
+        found = measure(rows, tokenizer, name, template_kwargs, _kept(max_length, truncation_mode))
         reasons = _reasons(found, max_length, too_long, truncation_mode)
+        dropped.update(reasons.values())
         for row, reason in reasons.items():
-            dropped[reason] += 1
             places = examples.setdefault(reason, [])
-            if len(places) < EXAMPLES and name in splits.places:
-                why = f" ({refusal(rows[row], tokenizer, template_kwargs)})" if reason == "template" else ""
-                places.append(splits.places[name][row] + why)
-        over[name] = 0 if max_length is None else int((whole > max_length).sum())
+            if len(places) < EXAMPLES:
+                places.append(splits.places[name][row] if splits.places else f"{name} {row + 1}")
+                if reason == "template":
+                    places[-1] += f" ({refusal(rows[row], tokenizer, template_kwargs)})"
         left = [row for row in range(len(rows)) if row not in reasons]
         kept[name], sizes[name] = [rows[row] for row in left], found.sizes[left]
-        cut[name] = 0 if max_length is None else int((sizes[name].whole.max(1) > max_length).sum())
-        altered.update(found.altered[row] for row in left if row in found.altered)
-        prompt_cut += sum(row in found.prompt_cut for row in left)
+        lengths += [size for row, size in enumerate(found.sizes.longest.tolist()) if row not in found.refused]
+        over[name] = found.sizes.over(max_length)
+        cut += sizes[name].over(max_length)
+        altered.update(found.altered.values())
+        prompt_cut += len(found.prompt_cut.intersection(left))
     tokens = percentiles(lengths)
     if too_long == "stop" and over.total():
         raise Refusal(
@@ -74,9 +71,9 @@ def fit(
     report = {
         **splits.report,
         "dropped": {**splits.report["dropped"], **dropped},
-        "examples": {reason: places for reason, places in examples.items() if places},
+        "examples": examples,
         "over_length": dict(over),
-        "over_length_truncated": cut.total(),
+        "over_length_truncated": cut,
         "neutralised": dict(neutral),
         "altered": dict(altered),
         "prompt_cut": prompt_cut,
@@ -89,24 +86,32 @@ def fit(
             f"{examples['template'][0]}, and nothing is left. Choose a model whose template takes such turns, or "
             "take them out of the rows."
         )
-    fitted = finished(kept["train"], kept["test"], report)
     if report.get("text") != "plain":
-        _check_rendered(fitted.report)
-    fitted.sizes = sizes
-    fitted.report["fitted"] = {name: each.cut(max_length, truncation_mode).totals() for name, each in sizes.items()}
-    return fitted
+        _check_rendered(report, len(lengths))
+    return _sized(finished(kept["train"], kept["test"], report), sizes, truncation_mode)
+
+
+def _sized(splits: Splits, sizes: dict[str, Sizes], truncation_mode: str = "keep_start") -> Splits:
+    """The splits with the sizes of their rows, and what a trainer will hold of them in the report."""
+    cut = splits.report["max_length"], truncation_mode
+    splits.sizes = sizes
+    splits.report["fitted"] = {name: each.cut(*cut).totals() for name, each in sizes.items()}
+    return splits
 
 
 def reordered(splits: Splits, train: list[Example], test: list[Example], dropped: dict[str, int]) -> Splits:
     """Some of the rows of fitted `splits`, in another order; `dropped`: what became of the others."""
-    report = {**splits.report, "dropped": {**splits.report["dropped"], **dropped}}
-    found = finished(train, test, report)
+    sizes = {}
     for name, before, after in (("train", splits.train, train), ("test", splits.test, test)):
         numbers = {id(row): number for number, row in enumerate(before)}
-        found.sizes[name] = splits.sizes[name][[numbers[id(row)] for row in after]]
-    limit = report["max_length"]
-    found.report["fitted"] = {name: each.cut(limit).totals() for name, each in found.sizes.items()}
-    return found
+        sizes[name] = splits.sizes[name][[numbers[id(row)] for row in after]]
+    report = {**splits.report, "dropped": {**splits.report["dropped"], **dropped}}
+    return _sized(finished(train, test, report), sizes)
+
+
+def _kept(max_length: int | None, truncation_mode: str) -> slice:
+    """Which tokens of a row are left after a cut."""
+    return slice(-max_length, None) if max_length and truncation_mode == "keep_end" else slice(max_length)
 
 
 def _reasons(found: Measured, max_length: int | None, too_long: str, truncation_mode: str) -> dict[int, str]:
@@ -121,7 +126,7 @@ def _reasons(found: Measured, max_length: int | None, too_long: str, truncation_
     return reasons | dict.fromkeys(found.refused, "template")
 
 
-def _check_rendered(report: dict[str, Any]) -> None:
+def _check_rendered(report: dict[str, Any], rows: int) -> None:
     """Refuse rows of which the template leaves out, or rewrites, what they are for.
 
     Thoughts in a prompt are no such thing: templates leave out those of earlier turns by design.
@@ -129,14 +134,12 @@ def _check_rendered(report: dict[str, Any]) -> None:
     Raises:
         Refusal: it does so with most rows.
     """
-    rows = report["train"] + report["test"]
     lost = {what: count for what, count in report["altered"].items() if what != PROMPT_THOUGHTS}
     if sum(lost.values()) > MOST * rows:
         what = " and ".join(f"the {what} of {count}" for what, count in lost.items())
         raise Refusal(
-            f"{report['source']}: the chat template leaves out or rewrites {what} of {rows} rows, which would be "
-            "trained without it. Choose a model whose template keeps it, or take what the template makes of them: "
-            "data.text=plain."
+            f"{report['source']}: the chat template leaves out or rewrites {what} of {rows} rows. Choose a model "
+            "whose template keeps it, or train on what this one makes of them: data.text=plain."
         )
 
 

@@ -163,6 +163,15 @@ class Sizes:
             return Sizes(whole, self.trained.clip(max=max_length))
         return Sizes(whole, (whole - (self.whole - self.trained)).clip(min=0))
 
+    @property
+    def longest(self) -> "np.ndarray":
+        """Tokens of each row with its longest answer."""
+        return self.whole.max(1)
+
+    def over(self, max_length: int | None) -> int:
+        """How many rows are longer."""
+        return 0 if max_length is None else int((self.longest > max_length).sum())
+
     def totals(self) -> dict[str, int]:
         return {"rows": len(self.whole), "tokens": int(self.whole.sum()), "trained_tokens": int(self.trained.sum())}
 

@@ -191,7 +191,7 @@ def _rows(job: Job, args, tokenizer, looked_at: Cache) -> tuple:
         splits = fit(load(cfg.data), tokenizer, max_length, cfg.data.too_long, **how)
         if load is load_labelled:
             splits = micro_batches(splits, args)
-        sizes = splits.sizes["train"].cut(max_length).whole.max(1).tolist()
+        sizes = splits.sizes["train"].cut(max_length).longest.tolist()
         looked_at.rows[key] = splits, sizes, rows.examine(splits, sizes)
     splits, sizes, report = looked_at.rows[key]
     if recipe == "ppo":
