@@ -22,12 +22,12 @@ def main(cfg):
     from trl import DPOTrainer
 
     from rlhf_recipes import inference, models
-    from rlhf_recipes.training import callbacks, metrics
+    from rlhf_recipes.training import account, callbacks, metrics
 
     args = models.training_args(cfg.trainer, run)
     models.check(cfg.model, cfg.quantization, cfg.lora)
     tokenizer = models.load_tokenizer(cfg.model)
-    pairs = fit(pairs, tokenizer, args.max_length, cfg.data.too_long)
+    pairs = fit(pairs, tokenizer, args.max_length, cfg.data.too_long, args.truncation_mode)
     print(describe(pairs.report))
     if run.shared and cfg.data.too_long == "drop":
         args.max_length = None  # none is longer; TRL's own look would tie the rows, and so their reference, to beta
@@ -42,6 +42,7 @@ def main(cfg):
         peft_config=lora,
     )
     models.keep_adapter_in_float32(trainer, run.parent)
+    account.check(trainer, pairs)
     callbacks.watch(trainer, run)
     run.create()
 

@@ -23,13 +23,13 @@ def main(cfg):
     from trl import KTOTrainer
 
     from rlhf_recipes import inference, models
-    from rlhf_recipes.training import callbacks, metrics
+    from rlhf_recipes.training import account, callbacks, metrics
 
     args = models.training_args(cfg.trainer, run)
     models.check(cfg.model, cfg.quantization, cfg.lora)
     tokenizer = models.load_tokenizer(cfg.model)
     answers = fit(answers, tokenizer, args.max_length, cfg.data.too_long)
-    answers = micro_batches(answers, tokenizer, args)
+    answers = micro_batches(answers, args)
     print(describe(answers.report), balance(answers.train, args), sep="\n")
     if run.shared and cfg.data.too_long == "drop":
         args.max_length = None  # none is longer; TRL's own look would tie the rows, and so their reference, to beta
@@ -44,6 +44,7 @@ def main(cfg):
         peft_config=lora,
     )
     models.keep_adapter_in_float32(trainer, run.parent)
+    account.check(trainer, answers)
     callbacks.watch(trainer, run)
     run.create()
 

@@ -21,12 +21,14 @@ def main(cfg):
     prompts = load_prompts(cfg.data)
 
     from rlhf_recipes import models
-    from rlhf_recipes.training import callbacks, metrics
+    from rlhf_recipes.training import account, callbacks, metrics
 
     args = models.training_args(cfg.trainer, run)
     models.check(cfg.model, cfg.quantization, cfg.lora)
     tokenizer = models.load_tokenizer(cfg.model)
-    prompts = fit(prompts, tokenizer, cfg.max_prompt_length, cfg.data.too_long)
+    prompts = fit(
+        prompts, tokenizer, cfg.max_prompt_length, cfg.data.too_long, chat_template_kwargs=args.chat_template_kwargs
+    )
     print(describe(prompts.report))
     args.check_prompts(len(prompts.train))
     train_dataset, eval_dataset = prompts.to_datasets()
@@ -40,6 +42,7 @@ def main(cfg):
         processing_class=tokenizer,
         peft_config=lora,
     )
+    account.check(trainer, prompts)
     callbacks.watch(trainer, run)
     run.create()
 

@@ -19,7 +19,7 @@ def main(cfg):
     pairs = load_pairs(cfg.data)
 
     from rlhf_recipes import inference, models
-    from rlhf_recipes.training import callbacks, metrics
+    from rlhf_recipes.training import account, callbacks, metrics
     from rlhf_recipes.training.reward_trainer import SoftLabelRewardTrainer
 
     args = models.training_args(cfg.trainer, run)
@@ -38,6 +38,7 @@ def main(cfg):
         peft_config=lora,
     )
     models.keep_adapter_in_float32(trainer, run.parent)
+    account.check(trainer, pairs)
     callbacks.watch(trainer, run)
     run.create()
 

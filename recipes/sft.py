@@ -21,12 +21,12 @@ def main(cfg):
     from trl import SFTTrainer
 
     from rlhf_recipes import inference, models
-    from rlhf_recipes.training import callbacks, metrics
+    from rlhf_recipes.training import account, callbacks, metrics
 
     args = models.training_args(cfg.trainer, run)
     models.check(cfg.model, cfg.quantization, cfg.lora)
     tokenizer = models.load_tokenizer(cfg.model)
-    demonstrations = fit(demonstrations, tokenizer, args.max_length, cfg.data.too_long)
+    demonstrations = fit(demonstrations, tokenizer, args.max_length, cfg.data.too_long, args.truncation_mode)
     print(describe(demonstrations.report))
     train_dataset, eval_dataset = demonstrations.to_datasets(run.shared)
     policy, lora = models.load_policy(cfg.model, cfg.quantization, cfg.lora, run.parent)
@@ -39,6 +39,7 @@ def main(cfg):
         peft_config=lora,
     )
     models.keep_adapter_in_float32(trainer, run.parent)
+    account.check(trainer, demonstrations)
     callbacks.watch(trainer, run)
     run.create()
 

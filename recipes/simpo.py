@@ -18,10 +18,9 @@ def main(cfg):
     run = Run.start(cfg, "simpo")
     pairs = load_pairs(cfg.data)
 
-    from trl.experimental.cpo import CPOTrainer
-
     from rlhf_recipes import inference, models
-    from rlhf_recipes.training import callbacks, metrics
+    from rlhf_recipes.training import account, callbacks, metrics
+    from rlhf_recipes.training.template_trainers import CPOTrainer
 
     args = models.training_args(cfg.trainer, run)
     models.check(cfg.model, cfg.quantization, cfg.lora)
@@ -39,6 +38,7 @@ def main(cfg):
         peft_config=lora,
     )
     models.keep_adapter_in_float32(trainer, run.parent)
+    account.check(trainer, pairs)
     callbacks.watch(trainer, run)
     run.create()
 

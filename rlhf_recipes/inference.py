@@ -10,6 +10,7 @@ from typing import Any
 
 from rlhf_recipes import memory, progress
 from rlhf_recipes.data.template import render
+from rlhf_recipes.data.tokens import common_prefix
 
 Message = dict[str, str]
 
@@ -169,8 +170,7 @@ def encode(tokenizer, prompt: list[Message], completion: list[Message] | None) -
     if completion is None:
         return prompt_ids, len(prompt_ids)
     ids = render(tokenizer, prompt + completion, return_dict=False)
-    start = next((n for n, (a, b) in enumerate(zip(prompt_ids, ids, strict=False)) if a != b), len(prompt_ids))
-    return ids, start
+    return ids, common_prefix(prompt_ids, ids)
 
 
 def _batches(encoded: list[tuple[list[int], int]], what: str, device, vocabulary: int = 0) -> Iterator[list[int]]:

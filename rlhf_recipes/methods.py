@@ -11,6 +11,7 @@ class Method:
         name: of its recipe.
         title: as a card says it.
         paper: its number on arXiv.
+        trainer: the class that trains it.
         rows: what it trains on: pairs, labelled answers, demonstrations, or prompts.
         main: the held-out metric that a run is about.
         change: the held-out metric that says whether training helped; "": none does.
@@ -31,6 +32,7 @@ class Method:
     name: str
     title: str
     paper: str = ""
+    trainer: str = ""
     rows: str = ""
     main: str = ""
     change: str = ""
@@ -65,14 +67,17 @@ METHODS = {
     for method in (
         Method(
             "sft", "Supervised fine-tuning", "2305.14314",
+            trainer="trl.SFTTrainer",
             rows="demonstrations", main="perplexity", replies="input_ids",
         ),
         Method(
             "reward", "Bradley-Terry reward model", "2203.02155",
+            trainer="rlhf_recipes.training.reward_trainer.SoftLabelRewardTrainer",
             rows="pairs", main="preference_accuracy", change="accuracy_change", saturated=7.0,
         ),
         Method(
             "dpo", "Direct Preference Optimization", "2305.18290",
+            trainer="trl.DPOTrainer",
             rows="pairs", main="preference_accuracy", change="accuracy_change", reference=True, replies="chosen_ids",
             untrained_loss="log 2", saturated=7.0, against_displacement="trainer.loss_type=[sigmoid,sft]",
             against_length="trainer.loss_type=[sigmoid_norm]",
@@ -80,22 +85,26 @@ METHODS = {
         ),
         Method(
             "orpo", "Odds Ratio Preference Optimization", "2403.07691",
+            trainer="rlhf_recipes.training.template_trainers.ORPOTrainer",
             rows="pairs", main="preference_accuracy", change="accuracy_change", reward="average_logp",
             replies="chosen_input_ids", logit_bytes=14, against_displacement="trainer.beta={half_beta:g}",
         ),
         Method(
             "simpo", "Simple Preference Optimization", "2405.14734",
+            trainer="rlhf_recipes.training.template_trainers.CPOTrainer",
             rows="pairs", main="preference_accuracy", change="accuracy_change", reward="average_logp",
             replies="chosen_input_ids", logit_bytes=12, saturated=7.0, margin_beyond="simpo_gamma",
             against_displacement="trainer.cpo_alpha=0.1", against_length="trainer.simpo_gamma lower",
         ),
         Method(
             "kto", "Kahneman-Tversky Optimization", "2402.01306",
+            trainer="trl.KTOTrainer",
             rows="labelled answers", main="auroc", change="auroc_change", reference=True, replies="completion_ids",
             untrained_loss="1/2", saturated=14.0, against_displacement="trainer.desirable_weight=1.33",
         ),
         Method(
             "ppo", "Proximal Policy Optimization", "1707.06347",
+            trainer="rlhf_recipes.ppo.PPOTrainer",
             rows="prompts", main="reward", change="reward_change", reference=True,
         ),
     )

@@ -161,10 +161,9 @@ def arguments(**changed):
 )
 def test_what_breaks_the_kl_is_refused(compose, changed, said):
     found = load_labelled(compose("kto").data)
-    found.report["over_length_truncated"] = 0
     with pytest.raises(Refusal, match=said):
-        labelled.micro_batches(found, None, arguments(**changed))
-    free = labelled.micro_batches(found, None, arguments(**changed, loss_type="apo_zero_unpaired"))
+        labelled.micro_batches(found, arguments(**changed))
+    free = labelled.micro_batches(found, arguments(**changed, loss_type="apo_zero_unpaired"))
     assert len(free.train) == len(found.train)  # which has no KL
 
 

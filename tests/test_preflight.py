@@ -90,7 +90,7 @@ def test_the_report_counts_what_is_planted(planted, compose, tiny_model_override
     assert report["chosen_longer"].value == pytest.approx(19 / 24) and report["chosen_longer"].n == 24
     assert report["both_refuse"].value == pytest.approx(5 / 24)
     assert report["length_correlation"].value > 0.5
-    remarks = examination._remarks(report, rows.example(splits, tokenizer, models.model_path(cfg.model)), "dpo")
+    remarks = examination._remarks(report, example(cfg, splits, tokenizer), "dpo")
     assert [re.sub(r"\d+", "N", remark)[:40] for remark in remarks] == [
         "N% of the rows are over trainer.max_leng",
         "N of N test prompts nearly are train pro",
@@ -99,17 +99,22 @@ def test_the_report_counts_what_is_planted(planted, compose, tiny_model_override
     ]
 
 
+def example(cfg, splits, tokenizer):
+    args = models.training_args(cfg.trainer, Run(Path("x"), "dpo", {}))
+    return rows.example("dpo", args, splits, tokenizer, models.model_path(cfg.model))
+
+
 def test_the_example_marks_what_is_trained_and_eos_that_is_cut_off_is_missed(planted, compose, tiny_model_overrides):
     cfg = compose("dpo", *tiny_model_overrides, "data=local", f"data.path={planted}", "data.test_size=2")
     tokenizer = models.load_tokenizer(cfg.model)
     splits = fit(load_pairs(cfg.data), tokenizer, None)
-    found = rows.example(splits, tokenizer, models.model_path(cfg.model))
+    found = example(cfg, splits, tokenizer)
     text, first = found["text"], splits.train[0]
     assert first["chosen"][0]["content"] in text.partition("⟦")[2].partition("⟧")[0]
     assert first["prompt"][0]["content"] in text.partition("⟦")[0] and first["rejected"][0]["content"] not in text
     assert found["eos"] == ["<|im_end|>"] and found["ends"].value == 1.0
-    splits.report["max_length"] = 30
-    assert rows.example(splits, tokenizer, models.model_path(cfg.model))["ends"].value < 0.5
+    cfg.trainer.max_length = 45
+    assert example(cfg, splits, tokenizer)["ends"].value < 0.5
 
 
 # ---- Memory

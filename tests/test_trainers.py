@@ -1,10 +1,11 @@
 """Trainers that can be trusted: a recipe adds nothing to TRL's arithmetic, and it learns where TRL alone does not."""
 
 import importlib
+import shutil
 
 import pytest
 import torch
-from conftest import TINY_ID
+from conftest import CHATML, TINY_ID
 
 from rlhf_recipes.methods import METHODS
 
@@ -93,7 +94,7 @@ def by_hand(recipe, quantization, tiny_model, cfg, folder):
         model.score.float()
     rows = fit(LOADERS[METHODS[recipe].rows](cfg.data), tokenizer, 1024)
     if recipe == "kto":
-        rows = micro_batches(rows, tokenizer, args)
+        rows = micro_batches(rows, args)
     train_dataset, _ = rows.to_datasets()
     trainer = imported(TRAINERS[recipe])(
         model=model,
@@ -119,17 +120,33 @@ def skip_what_trl_cannot_do(recipe, quantization):
         pytest.skip("TRL rounds the score head to bfloat16, which its forward in float32 does not take")
 
 
+@pytest.fixture(scope="module")
+def ends_with_eos(tiny_model, tmp_path_factory):
+    """The tiny model with a template that ends an answer with EOS: TRL's ORPO and CPO add one behind a line break."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("ends_with_eos") / "model"
+    shutil.copytree(tiny_model, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    last = "loop.last and message['role'] == 'assistant'"
+    tokenizer.chat_template = CHATML.replace("'<|im_end|>' + '\n'", f"'<|im_end|>' + ('' if {last} else '\n')")
+    assert tokenizer.chat_template != CHATML
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize("quantization", ("nf4", "none"))
 @pytest.mark.parametrize("recipe", TRAINERS)
-def test_parity_with_trl(train, tiny_model, tmp_path, recipe, quantization):
+def test_parity_with_trl(train, tiny_model, ends_with_eos, tmp_path, recipe, quantization):
     """Loss and gradient norm of the first step are TRL's.
 
     The loss is equal to the last bit. So is the norm, but where TRL keeps a QLoRA adapter in bfloat16 and we in
     float32: its gradients are rounded to 8 bits, each by up to 2^-9 and again with every accumulated batch.
     """
     skip_what_trl_cannot_do(recipe, quantization)
-    ours = train(recipe, tmp_path / "ours", f"quantization={quantization}")
-    theirs = by_hand(recipe, quantization, tiny_model, ours.cfg, tmp_path / "theirs")
+    model = ends_with_eos if recipe in ("orpo", "simpo") else tiny_model
+    ours = train(recipe, tmp_path / "ours", f"quantization={quantization}", f"model.path={model}")
+    theirs = by_hand(recipe, quantization, model, ours.cfg, tmp_path / "theirs")
     rounded = {p.dtype for p in theirs.model.parameters() if p.requires_grad} == {torch.bfloat16}
     assert rounded == (quantization == "nf4" and recipe in ("sft", "reward", "dpo", "kto"))
     first, reference = ours.log[0], theirs.state.log_history[0]

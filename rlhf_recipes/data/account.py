@@ -75,7 +75,7 @@ def told(report: dict[str, Any]) -> list[str]:
             f"by the file's own scores ({', '.join(scores['columns'])}), {scores['ties']} of {scores['of']} pairs are "
             f"ties and {scores['against']} the other way round"
         )
-    return [*lines, *report.get("text", [])]
+    return [*lines, *report.get("texts", [])]
 
 
 def _may_decide(source: Source, layout: Layout, name: str, word: str) -> bool:

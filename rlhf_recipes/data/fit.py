@@ -1,65 +1,156 @@
-"""Rows as the model takes them: control tokens made plain, and no longer than it can read."""
+"""Rows as the model takes them: control tokens made plain, no longer than it can read, and each with an answer."""
 
 from collections import Counter
 from typing import Any
 
 from rlhf_recipes.data.account import told
-from rlhf_recipes.data.load import KEYS, Splits, check_keys, finished
-from rlhf_recipes.data.tokens import lengths, neutralise, percentiles
+from rlhf_recipes.data.load import EXAMPLES, KEYS, Example, Splits, check_keys, finished
+from rlhf_recipes.data.tokens import PROMPT_THOUGHTS, Measured, Sizes, measure, neutralise, percentiles, refusal
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.text import line
 
+MOST = 0.5  # share of the rows beyond which what the template changes is no matter of single rows
 
-def fit(splits: Splits, tokenizer, max_length: int | None, too_long: str = "drop") -> Splits:
-    """Splits with control tokens neutralised and, under `drop`, without rows over `max_length`.
+
+def fit(
+    splits: Splits, tokenizer, max_length: int | None, too_long: str = "drop", truncation_mode: str = "keep_start",
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> Splits:  # fmt: skip
+    """Splits with control tokens neutralised and, under `drop`, without rows over `max_length`; in every row something
+    is left to learn from.
 
     Args:
         splits: what one of the `load_` functions returned.
         tokenizer: with a chat template.
         max_length: tokens of prompt plus the longest answer, template included; None for no limit.
-        too_long: `drop`; `truncate` (kept and counted: the trainer cuts them); `stop`.
+        too_long: `drop`; `truncate` (the trainer cuts them: kept and counted where that leaves tokens of every answer,
+            else dropped as `no_answer_left`; as `same_tokens` where it leaves the same of both); `stop`.
+        truncation_mode: the trainer's: which end it keeps.
+        chat_template_kwargs: the trainer's.
+
+    Returns:
+        Splits with `sizes`.
 
     Raises:
-        Refusal: no chat template, nothing left, or rows over the length with `stop`.
+        Refusal: no chat template, nothing left, rows over the length with `stop`, or a template that does not render
+            what most rows say.
     """
     if not tokenizer.chat_template:
         raise Refusal("model: its tokenizer has no chat template. Choose an instruction-tuned model.")
     check_keys("data", {"too_long": too_long}, {"too_long": KEYS["too_long"]})
-    kept, sizes = {}, []
-    over, refused, neutral = Counter(), Counter(), Counter(rows=0, occurrences=0)
+    template_kwargs = chat_template_kwargs or {}
+    kept, sizes, lengths = {}, {}, []
+    dropped, over, cut = Counter(template=0, over_length=0), Counter(train=0, test=0), 0
+    neutral, altered, prompt_cut = Counter(rows=0, occurrences=0), Counter(), 0
+    examples = dict(splits.report["examples"])
     for name, rows in (("train", splits.train), ("test", splits.test)):
         rows, counts = neutralise(rows, tokenizer)
         neutral.update(counts)
-        sized = list(zip(rows, lengths(rows, tokenizer, name), strict=True))
-        taken = [(row, size) for row, size in sized if size is not None]
-        short = [row for row, size in taken if max_length is None or size <= max_length]
-        refused[name], over[name] = len(sized) - len(taken), len(taken) - len(short)
-        kept[name] = short if too_long == "drop" else [row for row, _ in taken]
-        sizes += [size for _, size in taken]
-    tokens = percentiles(sizes)
+        found = measure(rows, tokenizer, name, template_kwargs, _kept(max_length, truncation_mode))
+        reasons = _reasons(found, max_length, too_long, truncation_mode)
+        dropped.update(reasons.values())
+        for row, reason in reasons.items():
+            places = examples.setdefault(reason, [])
+            if len(places) < EXAMPLES:
+                places.append(splits.places[name][row] if splits.places else f"{name} {row + 1}")
+                if reason == "template":
+                    places[-1] += f" ({refusal(rows[row], tokenizer, template_kwargs)})"
+        left = [row for row in range(len(rows)) if row not in reasons]
+        kept[name], sizes[name] = [rows[row] for row in left], found.sizes[left]
+        lengths += [size for row, size in enumerate(found.sizes.longest.tolist()) if row not in found.refused]
+        over[name] = found.sizes.over(max_length)
+        cut += sizes[name].over(max_length)
+        altered.update(found.altered.values())
+        prompt_cut += len(found.prompt_cut.intersection(left))
+    tokens = percentiles(lengths)
     if too_long == "stop" and over.total():
         raise Refusal(
-            f"data.too_long=stop: {over.total()} of {len(sizes)} rows exceed trainer.max_length={max_length}"
+            f"data.too_long=stop: {over.total()} of {len(lengths)} rows exceed trainer.max_length={max_length}"
             f" (p50 {tokens['p50']}, p95 {tokens['p95']}, max {tokens['max']} tokens). "
             "Raise trainer.max_length, or set data.too_long=drop or truncate."
         )
-    too_many = over.total() if too_long == "drop" else 0
     report = {
         **splits.report,
-        "dropped": {**splits.report["dropped"], "template": refused.total(), "over_length": too_many},
+        "dropped": {**splits.report["dropped"], **dropped},
+        "examples": examples,
         "over_length": dict(over),
-        "over_length_truncated": over.total() if too_long == "truncate" else 0,
+        "over_length_truncated": cut,
         "neutralised": dict(neutral),
+        "altered": dict(altered),
+        "prompt_cut": prompt_cut,
         "max_length": max_length,
         "tokens": tokens,
     }
-    return finished(kept["train"], kept["test"], report)
+    if dropped["template"] and not all(kept.values()):
+        raise Refusal(
+            f"{report['source']}: the model's chat template refuses {dropped['template']} rows, e.g. "
+            f"{examples['template'][0]}, and nothing is left. Choose a model whose template takes such turns, or "
+            "take them out of the rows."
+        )
+    if report.get("text") != "plain":
+        _check_rendered(report, len(lengths))
+    return _sized(finished(kept["train"], kept["test"], report), sizes, truncation_mode)
+
+
+def _sized(splits: Splits, sizes: dict[str, Sizes], truncation_mode: str = "keep_start") -> Splits:
+    """The splits with the sizes of their rows, and what a trainer will hold of them in the report."""
+    cut = splits.report["max_length"], truncation_mode
+    splits.sizes = sizes
+    splits.report["fitted"] = {name: each.cut(*cut).totals() for name, each in sizes.items()}
+    return splits
+
+
+def reordered(splits: Splits, train: list[Example], test: list[Example], dropped: dict[str, int]) -> Splits:
+    """Some of the rows of fitted `splits`, in another order; `dropped`: what became of the others."""
+    sizes = {}
+    for name, before, after in (("train", splits.train, train), ("test", splits.test, test)):
+        numbers = {id(row): number for number, row in enumerate(before)}
+        sizes[name] = splits.sizes[name][[numbers[id(row)] for row in after]]
+    report = {**splits.report, "dropped": {**splits.report["dropped"], **dropped}}
+    return _sized(finished(train, test, report), sizes)
+
+
+def _kept(max_length: int | None, truncation_mode: str) -> slice:
+    """Which tokens of a row are left after a cut."""
+    return slice(-max_length, None) if max_length and truncation_mode == "keep_end" else slice(max_length)
+
+
+def _reasons(found: Measured, max_length: int | None, too_long: str, truncation_mode: str) -> dict[int, str]:
+    """Number of a row -> why it is left out."""
+    left = found.sizes.cut(max_length, truncation_mode)
+    reasons = dict.fromkeys(found.alike, "same_tokens")
+    if found.answers:
+        reasons |= dict.fromkeys((left.trained.min(1) == 0).nonzero()[0].tolist(), "no_answer_left")
+    if too_long == "drop":
+        over = (found.sizes.whole > left.whole).any(1)
+        reasons |= dict.fromkeys(over.nonzero()[0].tolist(), "over_length")
+    return reasons | dict.fromkeys(found.refused, "template")
+
+
+def _check_rendered(report: dict[str, Any], rows: int) -> None:
+    """Refuse rows of which the template leaves out, or rewrites, what they are for.
+
+    Thoughts in a prompt are no such thing: templates leave out those of earlier turns by design.
+
+    Raises:
+        Refusal: it does so with most rows.
+    """
+    lost = {what: count for what, count in report["altered"].items() if what != PROMPT_THOUGHTS}
+    if sum(lost.values()) > MOST * rows:
+        what = " and ".join(f"the {what} of {count}" for what, count in lost.items())
+        raise Refusal(
+            f"{report['source']}: the chat template leaves out or rewrites {what} of {rows} rows. Choose a model "
+            "whose template keeps it, or train on what this one makes of them: data.text=plain."
+        )
 
 
 def describe(report: dict[str, Any]) -> str:
     """The lines that a recipe prints: what is used, how it is read, and what was left out or changed."""
     used = f"data: {report['source']}: {report['train']} train, {report['test']} test rows of {report['rows']}"
-    left = [f"{count} {reason}" for reason, count in report["dropped"].items() if count]
+    left = []
+    for reason, count in report["dropped"].items():
+        said = report["examples"].get("template") if reason == "template" else None
+        left += [f"{count} {reason}" + (f", e.g. {said[0]}" if said else "")] if count else []
     notes = [f"dropped {', '.join(left)}" if left else "dropped none"]
     if report.get("repeated"):
         notes.append(f"drawn with replacement, {report['train'] - report['repeated']} different train rows")
@@ -69,6 +160,13 @@ def describe(report: dict[str, Any]) -> str:
         notes.append(f"{report['over_length_truncated']} over max_length, left to the trainer to truncate")
     if report.get("neutralised", {}).get("rows"):
         notes.append("control tokens made plain in {rows} rows ({occurrences} times)".format(**report["neutralised"]))
+    for what, count in report.get("altered", {}).items():
+        notes.append(f"the template leaves out or rewrites the {what} of {count} rows")
+    if report.get("prompt_cut"):
+        notes.append(
+            f"the template begins the answers of {report['prompt_cut']} rows otherwise than its generation prompt: "
+            "trained from where they part"
+        )
     if "tokens" in report:
         notes.append("tokens p50 {p50}, p95 {p95}, max {max}".format(**report["tokens"]))
     lines = [f"{line(used)} ({line(report['split'])})", *told(report), "; ".join(notes)]

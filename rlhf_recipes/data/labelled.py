@@ -9,15 +9,14 @@ other half of its pair.
 import heapq
 import random
 
-from rlhf_recipes.data.fit import finished
+from rlhf_recipes.data.fit import reordered
 from rlhf_recipes.data.load import Example, Splits
-from rlhf_recipes.data.template import render
 from rlhf_recipes.errors import Refusal
 
 LOWEST, HIGHEST = 1.0, 4 / 3  # weight of the good answers over that of the bad ones: equation 8 of the paper
 
 
-def micro_batches(splits: Splits, tokenizer, args) -> Splits:
+def micro_batches(splits: Splits, args) -> Splits:
     """Splits in an order whose micro-batches, taken one after another, hold no prompt twice and none a single row.
 
     The train rows are shuffled with the trainer's seed; those that find no place are left out and counted. Held-out
@@ -41,17 +40,9 @@ def micro_batches(splits: Splits, tokenizer, args) -> Splits:
             f"trainer.train_sampling_strategy={args.train_sampling_strategy}: KTO's KL needs the rows in the order "
             "that they were put in. Leave it sequential."
         )
-    train = splits.train
-    if splits.report["over_length_truncated"]:  # TRL leaves out prompts that fill max_length, and all behind move up
-        train = [row for row in train if _prompt_tokens(tokenizer, row) < args.max_length]
-    train, _ = _placed(train, size, args.seed)
+    train, _ = _placed(splits.train, size, args.seed)
     test, others = _placed(splits.test, size, args.seed)
-    dropped = {**splits.report["dropped"], "unplaced": len(splits.train) - len(train)}
-    return finished(train, [*test, *others], {**splits.report, "dropped": dropped})
-
-
-def _prompt_tokens(tokenizer, row: Example) -> int:
-    return len(render(tokenizer, row["prompt"], add_generation_prompt=True, return_dict=False))
+    return reordered(splits, train, [*test, *others], {"unplaced": len(splits.train) - len(train)})
 
 
 def _placed(rows: list[Example], size: int, seed: int) -> tuple[list[Example], list[Example]]:

@@ -30,6 +30,9 @@ What becomes of what is found (`Splits.report` has the counts, with up to three 
 | a train row whose prompt is in test too                         | dropped: `leakage`                    |
 | roles that the chat template refuses (`fit`)                    | dropped: `template`                   |
 | more than `max_length` tokens (`fit`)                           | `data.too_long`: drop, truncate, stop |
+| no token of an answer within `max_length`, or at all (`fit`)    | dropped: `no_answer_left`             |
+| two answers of the same tokens up to `max_length` (`fit`)       | dropped: `same_tokens`                |
+| text that the chat template leaves out or rewrites (`fit`)      | counted: `altered`; most rows: stops  |
 | control tokens typed into a message (`fit`)                     | rewritten, counted: `neutralised`     |
 | no micro-batch of other prompts (`micro_batches`)               | dropped: `unplaced`                   |
 | more rows than `train_size` or `eval_size`                      | left out, counted: `capped`           |
@@ -50,7 +53,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -62,6 +65,9 @@ from rlhf_recipes.data.columns import COLUMNS, Source
 from rlhf_recipes.data.messages import Drop
 from rlhf_recipes.data.row import Row
 from rlhf_recipes.errors import Refusal, nearest
+
+if TYPE_CHECKING:
+    from rlhf_recipes.data.tokens import Sizes
 
 CLINIC = Path(__file__).parents[1] / "assets" / "clinic"
 
@@ -118,12 +124,16 @@ class Splits:
         test: likewise; shares no `prompt_id` with `train`.
         report: the counts described at the head of this module; JSON-able.
         source: the Hub id, `clinic`, or the name of the file or folder.
+        places: where the rows of `train` and `test` stand, before `fit`.
+        sizes: `data.tokens.Sizes` of the rows of `train` and `test`, after `fit`.
     """
 
     train: list[Example]
     test: list[Example]
     report: dict[str, Any]
     source: str
+    places: dict[str, list[str]] = field(default_factory=dict)
+    sizes: dict[str, "Sizes"] = field(default_factory=dict)
 
     def to_datasets(self, folder: Path | None = None):
         """(train, test) as `datasets.Dataset`s of the same features.
@@ -239,6 +249,7 @@ def _load(node: DictConfig, sides: tuple[str, ...], labelled: bool = False) -> S
     report = {
         "source": _source_name(data["path"]),
         "format": layout.format,
+        "text": data["text"],
         "split": how,
         "rows": tally.rows,
         "candidates": tally.candidates,
@@ -251,7 +262,9 @@ def _load(node: DictConfig, sides: tuple[str, ...], labelled: bool = False) -> S
     kept = [place.example for place in (*train, *test)]
     soft = {key: sum(row.get(key) is not None for row in kept) for key in ("p", "margin")}
     report |= {"soft": soft} if any(soft.values()) else {}
-    return finished([place.example for place in train], [place.example for place in test], report)
+    splits = finished([place.example for place in train], [place.example for place in test], report)
+    splits.places = {name: [Path(p.where).name for p in kept] for name, kept in (("train", train), ("test", test))}
+    return splits
 
 
 def finished(train: list[Example], test: list[Example], report: dict[str, Any]) -> Splits:
@@ -457,7 +470,7 @@ def _account(data: dict[str, Any], layout: recognise.Layout, tally: _Tally, read
         "unread": [*layout.unread, *(f"{key} (of messages)" for key in tally.unread_keys)],
         "turned_round": tally.turned_round,
         "own_scores": tally.own_scores and {"columns": layout.scores, **tally.own_scores},
-        "text": reading.lines() if reading is not None else [],
+        "texts": reading.lines() if reading is not None else [],
     }
     return {key: value for key, value in found.items() if value}
 

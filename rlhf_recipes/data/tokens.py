@@ -1,11 +1,15 @@
 """What only a tokenizer can tell about text: control tokens typed into it, and how long it is."""
 
 import re
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes import progress
 from rlhf_recipes.data.template import render
-from rlhf_recipes.errors import Refusal
+from rlhf_recipes.errors import Refusal, first_line
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # What begins and ends a turn, of families too whose tokenizer nobody has loaded: ChatML and Llama 3, Gemma 3 and 4,
 # DeepSeek, Llama 2 and Mistral, Seed, EXAONE, GLM, MiniMax.
@@ -23,6 +27,9 @@ SHAPE = re.compile(
     r"\[/?(?:ARGS|BOS|CLS|EOS|IMG|MASK|PAD|SEP|UNK)\]|\[control_\d+\]|\[unused\w*\d\])|"
     r"<(?=[^<>\s]{0,59}[\w|])[^<>\s]{1,60}>|\[/[A-Z][A-Z\d_]+\]|\[[A-Z]+_[A-Z\d_]+\]|\[[A-Z]{3}[A-Z\d]*\](?!\()"
 )
+# With a template whose generation prompt opens the thought, an answer may hold its end alone.
+THOUGHTS = re.compile(r"(?:^|<think>).*?</think>", re.DOTALL)
+PROMPT_THOUGHTS = "thoughts in a prompt"
 SIDES = ("chosen", "rejected", "completion")
 PASSES = 5
 BATCH = 500
@@ -131,29 +138,149 @@ class _Control:
         return [tuple(span) for token, span in tokens if token in self.ids]
 
 
-def lengths(rows: list[Example], tokenizer, name: str) -> list[int | None]:
-    """Tokens of prompt plus longest answer (where there is one), template included; None where the template refuses
-    the roles."""
-    groups = (rows[start : start + BATCH] for start in range(0, len(rows), BATCH))
+@dataclass
+class Sizes:
+    """Tokens of R rows with S answers each, as arrays (R, S) of integers; prompts alone count as S = 1.
+
+    Attributes:
+        whole: prompt and answer, template included; of prompts alone, with the generation prompt.
+        trained: those of the answer, which starts where the prompt with its generation prompt and the whole
+            conversation diverge, in the answer in which this comes first (as TRL has it); of prompts alone 0.
+    """
+
+    whole: "np.ndarray"
+    trained: "np.ndarray"
+
+    def __getitem__(self, rows) -> "Sizes":
+        return Sizes(self.whole[rows], self.trained[rows])
+
+    def cut(self, max_length: int | None, truncation_mode: str = "keep_start") -> "Sizes":
+        """What is left of them where only the first (`keep_end`: the last) `max_length` tokens are kept."""
+        if max_length is None:
+            return self
+        whole = self.whole.clip(max=max_length)
+        if truncation_mode == "keep_end":
+            return Sizes(whole, self.trained.clip(max=max_length))
+        return Sizes(whole, (whole - (self.whole - self.trained)).clip(min=0))
+
+    @property
+    def longest(self) -> "np.ndarray":
+        """Tokens of each row with its longest answer."""
+        return self.whole.max(1)
+
+    def over(self, max_length: int | None) -> int:
+        """How many rows are longer."""
+        return 0 if max_length is None else int((self.longest > max_length).sum())
+
+    def totals(self) -> dict[str, int]:
+        return {"rows": len(self.whole), "tokens": int(self.whole.sum()), "trained_tokens": int(self.trained.sum())}
+
+
+@dataclass
+class Measured:
+    """What rows are once the template has rendered them.
+
+    Attributes:
+        sizes: of all rows; 0 where the template refuses one.
+        refused: numbers of the rows whose conversation the template refuses.
+        altered: number of a row -> which text of it is not in what the template made of it.
+        prompt_cut: numbers of the rows whose generation prompt is not how the template begins their answers: what
+            follows where they part is left out.
+        alike: numbers of the pairs whose answers differ in tokens alone that are not kept.
+        answers: whether the rows have any.
+    """
+
+    sizes: Sizes
+    answers: bool
+    refused: set[int] = field(default_factory=set)
+    altered: dict[int, str] = field(default_factory=dict)
+    prompt_cut: set[int] = field(default_factory=set)
+    alike: set[int] = field(default_factory=set)
+
+
+def measure(rows: list[Example], tokenizer, name: str, template_kwargs: dict[str, Any], kept: slice) -> Measured:
+    """Render every row, and count.
+
+    Args:
+        name: of the split, for the progress line.
+        kept: which of its tokens a trainer keeps.
+    """
+    import numpy as np
+
+    sides = [side for side in SIDES if rows and side in rows[0]]
+    whole, trained = np.zeros((2, len(rows), len(sides) or 1), dtype=np.int64)
+    found = Measured(Sizes(whole, trained), bool(sides))
+    batches = (range(start, min(start + BATCH, len(rows))) for start in range(0, len(rows), BATCH))
     if len(rows) > PROGRESS_ROWS:
-        groups = progress.batches(f"data: tokens of {name}", len(rows), groups)
-    return [length for group in groups for length in _batch_lengths(group, tokenizer)]
+        batches = progress.batches(f"data: tokens of {name}", len(rows), batches)
+    for batch in batches:
+        texts = {}
+        for number in batch:
+            said, texts[number] = _rendered(rows[number], sides, tokenizer, template_kwargs)
+            if said:
+                found.refused.add(number)
+                del texts[number]
+        encoded = iter(_encode(tokenizer, [text for each in texts.values() for text in each]) if texts else [])
+        for number, (prompt_text, *answered_texts) in texts.items():
+            prompt, answered = next(encoded), [next(encoded) for _ in answered_texts]
+            start = min((common_prefix(prompt, ids) for ids in answered), default=len(prompt))
+            whole[number] = [len(ids) for ids in answered or [prompt]]
+            trained[number] = whole[number] - start
+            if start < len(prompt):
+                found.prompt_cut.add(number)
+            if len(answered) > 1 and all(ids[kept] == answered[0][kept] for ids in answered):
+                found.alike.add(number)
+            if what := _altered(rows[number], dict(zip(sides, answered_texts, strict=True)), prompt_text):
+                found.altered[number] = what
+    return found
 
 
-def _batch_lengths(rows: list[Example], tokenizer) -> list[int | None]:
+def common_prefix(ids: list[int], others: list[int]) -> int:
+    """How many tokens both begin with."""
+    if ids == others[: len(ids)]:
+        return len(ids)
+    return next((n for n, (one, other) in enumerate(zip(ids, others, strict=False)) if one != other), len(others))
+
+
+def _rendered(row: Example, sides: list[str], tokenizer, template_kwargs: dict[str, Any]) -> tuple[str, list[str]]:
+    """What the template says of a row that it refuses, else ""; and what it makes of it: the prompt with the
+    generation prompt, and for each answer the whole conversation."""
     from jinja2 import TemplateError
 
-    sides = [side for side in SIDES if side in rows[0]]
-    conversations = [row["prompt"] + row.get(side, []) for row in rows for side in sides or ["prompt alone"]]
     try:
-        texts = [render(tokenizer, each, tokenize=False) for each in conversations]
-    except TemplateError:
-        if len(rows) == 1:
-            return [None]
-        return [length for row in rows for length in _batch_lengths([row], tokenizer)]
-    counts = [len(ids) for ids in _encode(tokenizer, texts)]
-    each = len(sides) or 1
-    return [max(counts[start : start + each]) for start in range(0, len(counts), each)]
+        prompt = render(tokenizer, row["prompt"], add_generation_prompt=True, tokenize=False, **template_kwargs)
+        wholes = [render(tokenizer, row["prompt"] + row[side], tokenize=False, **template_kwargs) for side in sides]
+    except TemplateError as error:
+        return first_line(error), []
+    return "", [prompt, *wholes]
+
+
+def refusal(row: Example, tokenizer, template_kwargs: dict[str, Any]) -> str:
+    """What the template says of a row that it refuses, and of which turn: the first with which it says so."""
+    sides = [side for side in SIDES if side in row]
+    said, _ = _rendered(row, sides, tokenizer, template_kwargs)
+    for turns in [row["prompt"] + row[side] for side in sides] or [row["prompt"]]:
+        for count in range(1, len(turns) + 1):
+            if _rendered({"prompt": turns[:count]}, [], tokenizer, template_kwargs)[0] == said:
+                return f"turn {count}, {turns[count - 1]['role']}: {said}"
+    return said
+
+
+def _altered(row: Example, wholes: dict[str, str], prompt: str) -> str | None:
+    """Which text of the row is not in what the template made of it, the answers first; None: all is.
+
+    Args:
+        wholes: the rendered conversation for each answer.
+        prompt: the rendered prompt.
+    """
+    for side, text in [*wholes.items(), *(("prompt", text) for text in wholes.values() or [prompt])]:
+        for turn in row[side]:
+            said = turn["content"].strip()
+            if said not in text:
+                spoken = THOUGHTS.sub("", said).strip()
+                what = "thoughts" if spoken != said and spoken in text else "text"
+                return f"{what} in a prompt" if side == "prompt" else f"{what} in an answer"
+    return None
 
 
 def _encode(tokenizer, texts: list[str]) -> list[list[int]]:

@@ -1,5 +1,7 @@
 """A reward model that learns from probabilities: TRL's RewardTrainer with soft labels."""
 
+import copy
+
 from trl import RewardTrainer
 
 
@@ -11,11 +13,19 @@ class SoftLabelRewardTrainer(RewardTrainer):
     with delta = r(chosen) - r(rejected) (Bai et al. 2022, arXiv:2212.08073, section 4.1; Lee et al. 2023,
     arXiv:2309.00267). The first term, and everything else, is TRL's; without the column, or at p = 1, so is the loss.
     A row without p counts as p = 1.
+
+    Rows over `max_length`, which TRL's leaves out, are cut: `data.fit` has left out those that should be.
     """
 
     def __init__(self, *args, train_dataset, eval_dataset, **kwargs):
         train_dataset, eval_dataset = (_carried(each) for each in (train_dataset, eval_dataset))
         super().__init__(*args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        uncut = copy.copy(args)
+        uncut.max_length = None
+        dataset = super()._prepare_dataset(dataset, processing_class, uncut, dataset_name)
+        return dataset.map(_cut, batched=True, fn_kwargs={"max_length": args.max_length})
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         p_B = inputs.pop(CARRIER, None)
@@ -28,6 +38,10 @@ class SoftLabelRewardTrainer(RewardTrainer):
 
 # The one column of numbers that TRL's dataset preparation and collator let through; its margin is not used here.
 CARRIER = "margin"
+
+
+def _cut(rows: dict, max_length: int | None) -> dict:
+    return {side: [ids[:max_length] for ids in rows[side]] for side in ("chosen_ids", "rejected_ids")}
 
 
 def _carried(dataset):

@@ -15,9 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import memory, methods, models, references, run
 from rlhf_recipes.data.fit import fit
-from rlhf_recipes.data.load import LOADERS
-from rlhf_recipes.data.tokens import lengths
-from rlhf_recipes.errors import Refusal
+from rlhf_recipes.data.labelled import micro_batches
+from rlhf_recipes.data.load import LOADERS, load_labelled
+from rlhf_recipes.errors import Refusal, first_line
 from rlhf_recipes.launch.preflight import predict_memory, real_steps, rows
 from rlhf_recipes.launch.preflight.report import JobReport
 from rlhf_recipes.launch.refusals import as_refusal
@@ -60,6 +60,7 @@ class Cache:
     measure: bool
     elsewhere: bool
     rows: dict[str, tuple] = field(default_factory=dict)
+    examples: dict[tuple[str, str], dict] = field(default_factory=dict)
 
     @cached_property
     def libraries(self) -> int:
@@ -100,7 +101,14 @@ def _look(job: Job, looked_at: Cache, found: JobReport) -> None:
         found.watch.append(f"{cfg.data.path} is made by an earlier stage: not looked at")
         return
     predict = partial(predict_memory.predict, cfg, libraries=libraries, rewards=_reward_models(cfg, later))
-    splits, sizes, found.rows, found.example = _rows(job, args, tokenizer, looked_at)
+    key, splits, sizes, found.rows = _rows(job, args, tokenizer, looked_at)
+    try:
+        found.example = _example(key, job, args, splits, tokenizer, looked_at)
+    except Refusal:
+        raise
+    except Exception as error:  # what TRL says of its arguments
+        found.stops.append(f"{job.name or recipe}: its trainer cannot be made: {first_line(error)}")
+        return
     found.watch += _remarks(found.rows, found.example, recipe)
     steps = real_steps.total_steps(recipe, args, len(splits.train))
     found.settings["steps"] = steps
@@ -169,21 +177,34 @@ def _reward_models(cfg: DictConfig, later: list[str]) -> int:
 
 
 def _rows(job: Job, args, tokenizer, looked_at: Cache) -> tuple:
-    """(splits, tokens of each train row, the report about them, an example), read once for jobs with the same data."""
-    cfg = job.cfg
-    max_length = cfg.max_prompt_length if job.recipe == "ppo" else args.max_length
+    """(key, splits, tokens of each train row, the report about them), read once for jobs with the same data."""
+    cfg, recipe = job.cfg, job.recipe
+    max_length = cfg.max_prompt_length if recipe == "ppo" else args.max_length
     read = {key: OmegaConf.to_container(cfg[key], resolve=True) for key in ("data", "model")}
-    load = LOADERS[methods.of(job.recipe).rows]
-    node = {"read": load.__name__, **read, "max_length": max_length}
+    load = LOADERS[methods.of(recipe).rows]
+    how = {name: getattr(args, name) for name in ("truncation_mode", "chat_template_kwargs") if hasattr(args, name)}
+    node = {"read": load.__name__, **read, "max_length": max_length, **how}
+    if load is load_labelled:
+        node |= {name: getattr(args, name) for name in ("per_device_train_batch_size", "loss_type", "seed")}
     key = json.dumps(node, sort_keys=True)
     if key not in looked_at.rows:
-        splits = fit(load(cfg.data), tokenizer, max_length, cfg.data.too_long)
-        sizes = [min(size, max_length or size) for size in lengths(splits.train, tokenizer, "train")]
-        example = rows.example(splits, tokenizer, models.model_path(cfg.model))
-        looked_at.rows[key] = splits, sizes, rows.examine(splits, sizes), example
-    if job.recipe == "ppo":
-        args.check_prompts(len(looked_at.rows[key][0].train))
-    return looked_at.rows[key]
+        splits = fit(load(cfg.data), tokenizer, max_length, cfg.data.too_long, **how)
+        if load is load_labelled:
+            splits = micro_batches(splits, args)
+        sizes = splits.sizes["train"].cut(max_length).longest.tolist()
+        looked_at.rows[key] = splits, sizes, rows.examine(splits, sizes)
+    splits, sizes, report = looked_at.rows[key]
+    if recipe == "ppo":
+        args.check_prompts(len(splits.train))
+    return key, splits, sizes, report
+
+
+def _example(key: str, job: Job, args, splits, tokenizer, looked_at: Cache) -> dict[str, Any]:
+    """A row as the job's trainer has it, once for jobs of a recipe with the same data."""
+    if (job.recipe, key) not in looked_at.examples:
+        path = models.model_path(job.cfg.model)
+        looked_at.examples[job.recipe, key] = rows.example(job.recipe, args, splits, tokenizer, path)
+    return looked_at.examples[job.recipe, key]
 
 
 def _largest(recipe: str, args, sizes: list[int], steps: int) -> predict_memory.Batch:

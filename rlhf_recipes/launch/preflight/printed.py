@@ -98,9 +98,11 @@ def _example(example: dict, recipe: str) -> list[str]:
         text = f"{text[: SHOWN // 2]} […] {text[-SHOWN // 2 :]}"
     ends = example["ends"]
     eos = f", {' or '.join(example['eos'])} ends {format_estimate(ends, percent=True)} of {ends.n}" if ends else ""
-    between = {"reward": "the reply, scored at its last token", "ppo": "what is sampled"}.get(
-        recipe, "what is trained"
-    )
+    between = {
+        "reward": "the token whose score is the reply's",
+        "ppo": "what is sampled",
+        "orpo": "the reply (the likelihood is that of its prompt, too)",
+    }.get(recipe, "what is trained")
     rows = [f"           │ {row}" for row in text.splitlines()]
     return [f"  example  between ⟦ and ⟧: {between}{eos}", *rows]
 

@@ -4,12 +4,17 @@ Counts are of all rows. Shares that stand for the data behind them (how often th
 estimates over the train rows, clustered by prompt.
 """
 
+import copy
+import itertools
 import math
+import tempfile
 from contextlib import suppress
+from dataclasses import replace
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
-from rlhf_recipes import inference, stats
+from rlhf_recipes import inference, methods, stats
 from rlhf_recipes.data.load import Splits, shorter_wins
 from rlhf_recipes.text_metrics import refuses
 
@@ -27,13 +32,15 @@ def examine(splits: Splits, sizes: list[int]) -> dict[str, Any]:
     report, train = splits.report, splits.train
     prompts = [row["prompt_id"] for row in train]
     left_out = report["dropped"]["over_length"]
+    empty = sum(report["dropped"].get(reason, 0) for reason in ("no_answer_left", "same_tokens"))
+    fate = " (left out)" if left_out else " (cut)" if report["over_length_truncated"] else ""
     found = {
         **{key: report[key] for key in ("source", "split", "train", "test", "max_length", "neutralised")},
         "tokens": {**report["tokens"], "train": sum(sizes)},
         "over_length": {
             "rows": sum(report["over_length"].values()),
-            "of": report["train"] + report["test"] + left_out,
-            "fate": " (left out)" if left_out else " (cut)" if report["over_length_truncated"] else "",
+            "of": report["train"] + report["test"] + left_out + empty,
+            "fate": fate + (f", {empty} rows left out for want of an answer to learn from" if empty else ""),
         },
         **{key: report["dropped"][key] for key in ("duplicate", "leakage")},
         "near_duplicates": near_duplicates(train, splits.test),
@@ -78,8 +85,9 @@ def near_duplicates(train: list[dict], test: list[dict]) -> int:
     return found
 
 
-def example(splits: Splits, tokenizer, model_path: str) -> dict[str, Any]:
-    """The first train row as text with its trained tokens between ⟦ and ⟧, and how many replies end with EOS.
+def example(recipe: str, args, splits: Splits, tokenizer, model_path: str) -> dict[str, Any]:
+    """The first row of the trainer's first batch as text, its trained tokens between ⟦ and ⟧ (of a reward model the
+    one whose score counts; of prompts nothing), and how many replies end with EOS.
 
     Returns:
         `text`; `eos`, the tokens that end a reply; `ends`, an estimate over the first rows (None for prompts alone).
@@ -90,18 +98,79 @@ def example(splits: Splits, tokenizer, model_path: str) -> dict[str, Any]:
     with suppress(OSError):
         generation_config = GenerationConfig.from_pretrained(model_path)
     stops = inference.stop_ids(SimpleNamespace(generation_config=generation_config), tokenizer)
-    side = next((side for side in ("chosen", "completion") if side in splits.train[0]), None)
-    ids, start = inference.encode(tokenizer, splits.train[0]["prompt"], side and splits.train[0][side])
-    text = f"{tokenizer.decode(ids[:start])}⟦{tokenizer.decode(ids[start:])}⟧"
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = _trainer(recipe, args, splits, tokenizer, folder)
+        batch = next(iter(trainer.get_train_dataloader()))
+    text = _marked(tokenizer, *_first(batch, trainer))
     ends = None
-    if side:
-        looked_at = splits.train[:LOOKED_AT]
-        limit = splits.report["max_length"]
-        replies = [inference.encode(tokenizer, row["prompt"], row[side])[0][:limit] for row in looked_at]
+    rows = trainer.train_dataset
+    key = next((key for key in (methods.of(recipe).replies, "chosen_ids") if key in rows.column_names), None)
+    if key:
         # A template may close a turn with a line break.
+        replies = [[*row.get("prompt_ids", []), *row[key]][: args.max_length] for row in rows]
         ended = [float(not set(stops).isdisjoint(ids[-3:])) for ids in replies]
-        ends = stats.estimate(ended, [row["prompt_id"] for row in looked_at])
+        ids = rows["prompt_id"] if "prompt_id" in rows.column_names else range(len(rows))
+        ends = stats.estimate(ended, list(map(str, ids)))
     return {"text": text, "eos": tokenizer.convert_ids_to_tokens(stops), "ends": ends}
+
+
+def _trainer(recipe: str, args, splits: Splits, tokenizer, folder: str):
+    """The recipe's trainer of the first rows, in their order, with a model of one layer in place of the real one: how
+    rows are tokenised, cut and put together does not depend on it."""
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+
+    module, _, name = methods.of(recipe).trainer.rpartition(".")
+    args = copy.copy(args)
+    args.output_dir, args.report_to, args.precompute_ref_log_probs = folder, [], False
+    args.train_sampling_strategy = "sequential"
+    size = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        pad_token_id=tokenizer.pad_token_id, num_labels=1,
+    )  # fmt: skip
+    auto, task = (AutoModelForCausalLM, "CAUSAL_LM")
+    if recipe == "reward":
+        auto, task = (AutoModelForSequenceClassification, "SEQ_CLS")
+    kwargs = {"reward_funcs": len} if recipe == "ppo" else {}
+    count = max(LOOKED_AT, getattr(args, "prompts_per_rollout", 0))
+    few = replace(splits, train=splits.train[:count], test=splits.test[:1])
+    train_dataset, eval_dataset = few.to_datasets()
+    return getattr(import_module(module), name)(
+        model=auto.from_config(size),
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=1, target_modules="all-linear", task_type=task),
+        **kwargs,
+    )
+
+
+def _first(batch, trainer) -> tuple[list[int], list[bool]]:
+    """Tokens of the first row of a batch, padding left out, and which of them are trained."""
+    if isinstance(batch, list):  # PPO's: rows
+        ids = trainer._prompt_ids(batch[0]["prompt"])
+        return ids, [False] * len(ids)
+    side = "chosen_" if "chosen_input_ids" in batch else ""
+    ids = batch[f"{side}input_ids"][0].tolist()
+    present = batch[f"{side}attention_mask"][0].tolist() if f"{side}attention_mask" in batch else [1] * len(ids)
+    last = max(place for place, there in enumerate(present) if there)
+    if f"{side}labels" in batch:
+        trained = [label != -100 for label in batch[f"{side}labels"][0].tolist()]
+    elif "completion_mask" in batch:
+        trained = [mark == 1 for mark in batch["completion_mask"][0].tolist()]
+    else:
+        trained = [place == last for place in range(len(ids))]
+    kept = [place for place, there in enumerate(present) if there]
+    return [ids[place] for place in kept], [trained[place] for place in kept]
+
+
+def _marked(tokenizer, ids: list[int], trained: list[bool]) -> str:
+    text = ""
+    for marked, group in itertools.groupby(zip(ids, trained, strict=True), key=lambda pair: pair[1]):
+        part = tokenizer.decode([token for token, _ in group])
+        text += f"⟦{part}⟧" if marked else part
+    return text if any(trained) else f"{text}⟦⟧"
 
 
 def _asked(row: dict) -> str:
