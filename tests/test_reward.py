@@ -16,14 +16,15 @@ def trainer(tiny_model, tmp_path):
 
     from rlhf_recipes.training.reward_trainer import SoftLabelRewardTrainer
 
-    def made(labels, trl=False, **settings):
+    def made(labels, trl=False, margins=None, **settings):
         set_seed(0)
         tokenizer = AutoTokenizer.from_pretrained(tiny_model)
         model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1, dtype=torch.float32)
         model.config.pad_token_id = tokenizer.pad_token_id
         roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
         turns = {side: [[{"role": role, "content": f"{side} {n}"}] for n in range(4)] for side, role in roles.items()}
-        rows = Dataset.from_dict(turns | ({"p": labels} if labels else {}))
+        numbers = {"p": labels, "margin": margins}
+        rows = Dataset.from_dict(turns | {key: values for key, values in numbers.items() if values})
         args = RewardConfig(
             output_dir=str(tmp_path), per_device_train_batch_size=4, max_steps=1, use_cpu=True, bf16=False,
             gradient_checkpointing=False, report_to="none", disable_tqdm=True, save_strategy="no", logging_steps=1,
@@ -57,6 +58,19 @@ def test_certain_labels_give_the_loss_and_the_gradient_of_trl(trainer, labels):
     ours.train(), theirs.train()
     for key in ("loss", "grad_norm"):
         assert ours.state.log_history[0][key] == theirs.state.log_history[0][key]
+
+
+@pytest.mark.parametrize("labels", [None, LABELS])
+def test_a_margin_is_what_the_difference_has_to_exceed(trainer, labels):
+    margins = [0.5, 3.0, None, 1.0]
+    loss, delta, _ = loss_and_delta(trainer(labels, margins=margins))
+    p = torch.tensor([1.0 if label is None else label for label in labels or [None] * 4])
+    delta = delta - torch.tensor([margin or 0.0 for margin in margins])
+    expected = -(p * logsigmoid(delta) + (1 - p) * logsigmoid(-delta)).mean()
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+    if labels is None:
+        margins[2] = 0.0
+        assert loss.item() == loss_and_delta(trainer(None, trl=True, margins=margins))[0].item()
 
 
 def test_a_label_of_one_half_pulls_both_replies_together(trainer):

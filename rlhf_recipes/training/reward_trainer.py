@@ -1,18 +1,21 @@
-"""A reward model that learns from probabilities: TRL's RewardTrainer with soft labels."""
+"""A reward model that learns from probabilities and margins: TRL's RewardTrainer with soft labels."""
 
 import copy
 
+from datasets import Features, List, Value
 from trl import RewardTrainer
 
 
 class SoftLabelRewardTrainer(RewardTrainer):
-    """Bradley-Terry with the probability p that "chosen" is the better reply, from the column `p` of the data:
+    """Bradley-Terry with the probability p that "chosen" is the better reply and the margin m by which it should win,
+    from the columns `p` and `margin` of the data:
 
         loss = -[p log sigma(delta) + (1 - p) log sigma(-delta)] = -log sigma(delta) + (1 - p) delta
 
-    with delta = r(chosen) - r(rejected) (Bai et al. 2022, arXiv:2212.08073, section 4.1; Lee et al. 2023,
-    arXiv:2309.00267). The first term, and everything else, is TRL's; without the column, or at p = 1, so is the loss.
-    A row without p counts as p = 1.
+    with delta = r(chosen) - r(rejected) - m (Bai et al. 2022, arXiv:2212.08073, section 4.1; Lee et al. 2023,
+    arXiv:2309.00267; the margin: Touvron et al. 2023, arXiv:2307.09288, section 3.2.2). The first term, and everything
+    else, is TRL's; without the column p, or at p = 1, so is the loss. A row without p counts as p = 1, one without a
+    margin as m = 0.
 
     Rows over `max_length`, which TRL's leaves out, are cut: `data.fit` has left out those that should be.
     """
@@ -28,16 +31,19 @@ class SoftLabelRewardTrainer(RewardTrainer):
         return dataset.map(_cut, batched=True, fn_kwargs={"max_length": args.max_length})
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        p_B = inputs.pop(CARRIER, None)
+        p_B = None
+        if CARRIER in inputs:
+            p_B, inputs[CARRIER] = inputs[CARRIER].unbind(1)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if p_B is not None:
             chosen_B, rejected_B = outputs.logits.squeeze(-1).chunk(2)
-            loss = loss + ((1 - p_B) * (chosen_B - rejected_B)).mean()
+            loss = loss + ((1 - p_B) * (chosen_B - rejected_B - inputs[CARRIER])).mean()
         return (loss, outputs) if return_outputs else loss
 
 
-# The one column of numbers that TRL's dataset preparation and collator let through; its margin is not used here.
+# The one column of numbers that TRL's dataset preparation and collator let through: here p and the margin of a row.
 CARRIER = "margin"
+WITHOUT = {"p": 1.0, CARRIER: 0.0}
 
 
 def _cut(rows: dict, max_length: int | None) -> dict:
@@ -45,6 +51,13 @@ def _cut(rows: dict, max_length: int | None) -> dict:
 
 
 def _carried(dataset):
-    if "p" not in dataset.column_names:
+    given = [key for key in WITHOUT if key in dataset.column_names]
+    if not given:
         return dataset
-    return dataset.map(lambda row: {CARRIER: 1.0 if row["p"] is None else row["p"]}, remove_columns="p")
+
+    def both(row):
+        return {CARRIER: [without if row.get(key) is None else row[key] for key, without in WITHOUT.items()]}
+
+    features = Features({**dataset.features, CARRIER: List(Value("float64"))})
+    features.pop("p", None)
+    return dataset.map(both, remove_columns=given, features=features)
