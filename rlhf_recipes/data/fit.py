@@ -68,6 +68,9 @@ def describe(report: dict[str, Any]) -> str:
         notes.append(f"{report['over_length_truncated']} over max_length, left to the trainer to truncate")
     if report.get("neutralised", {}).get("rows"):
         notes.append("control tokens made plain in {rows} rows ({occurrences} times)".format(**report["neutralised"]))
+    if unread := report.get("unread_files"):
+        more = f" and {len(unread) - 5} more" if len(unread) > 5 else ""
+        notes.append(f"not read: {', '.join(unread[:5])}{more}")
     if "tokens" in report:
         notes.append("tokens p50 {p50}, p95 {p95}, max {max}".format(**report["tokens"]))
     return f"{line(used)} ({line(report['split'])})\n      {line('; '.join(notes))}"
