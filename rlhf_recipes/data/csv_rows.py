@@ -120,7 +120,7 @@ def _dialect(sample: list[str], is_whole: bool, usual: str, known: str | None) -
                 if columns < 2:
                     break
                 agree = sum(len(cells) == columns for cells in table) / len(table)
-                is_spaced = not skip and _is_spaced(table, quote)
+                is_spaced = not skip and _is_spaced(sample, table[0], delimiter, quote)
                 score = is_sound, agree, not is_spaced, columns
                 if best is None or score > best:
                     best, chosen = score, dialect
@@ -141,12 +141,11 @@ def _table(sample: list[str], is_whole: bool, dialect: dict[str, Any]) -> tuple[
     return table, True
 
 
-def _is_spaced(table: list[list[str]], quote: str) -> bool:
-    """Whether a space follows each delimiter of the header, or stands before a quote."""
-    header, *others = table
-    return all(name.startswith(" ") for name in header[1:]) or any(
-        cell.startswith(f" {quote}") for cells in others for cell in cells[1:]
-    )
+def _is_spaced(sample: list[str], header: list[str], delimiter: str, quote: str) -> bool:
+    """Whether a space follows each delimiter of the header, or stands between one and a quote that opens a cell."""
+    # Within a quoted cell a quote is doubled, or closes it.
+    opens = re.compile(rf"{re.escape(delimiter)} +{quote}(?![{quote}{re.escape(delimiter)}\r\n]|$)")
+    return all(name.startswith(" ") for name in header[1:]) or any(map(opens.search, sample))
 
 
 def _cell(text: str) -> Any:

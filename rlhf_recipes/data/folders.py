@@ -82,16 +82,20 @@ class Folder:
             raise Refusal(f"data.path={self.path}: several configurations: {names}. Name one of them with data.name.")
         return None
 
-    def unread(self, splits: tuple[str, ...]) -> list[str]:
-        """The files, or saved splits, that belong to none of these splits; nothing of other configurations."""
-        if self.configurations:
-            return []
-        read = {file for split in splits for file in self.files.get(split, ())}
-        others = {file for files in self.files.values() for file in files} - read
+    def unused(self, read: tuple[str, ...]) -> list[str]:
+        """The splits that hold what none of these does."""
+        files = self._files(read)
+        return [name for name in self.names if name not in read and not (files and files >= self._files((name,)))]
+
+    def unread(self, read: tuple[str, ...]) -> list[str]:
+        """The files, or saved splits, that belong to none of these; nothing of other configurations."""
+        if self.saved or self.configurations:
+            return [name for name in self.saved if name not in read]
         folder = os.path.expanduser(self.path)
-        return [name for name in self.saved if name not in splits] + sorted(
-            os.path.relpath(file, folder) for file in others
-        )
+        return sorted(os.path.relpath(file, folder) for file in self._files(self.names) - self._files(read))
+
+    def _files(self, splits: tuple[str, ...]) -> set[Path]:
+        return {file for split in splits for file in self.files.get(split, ())}
 
 
 def find(path: str, name: str | None = None) -> Folder:

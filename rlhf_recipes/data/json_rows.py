@@ -90,7 +90,7 @@ def _values(path: str, lines: Iterator[tuple[int, str]], most: int) -> Iterator[
 
 def _spread(path: str, number: int, line: str, error: json.JSONDecodeError, lines, most: int):
     """The values of a line that none ends on, and of all lines behind it."""
-    text, size, goes_on = [line], len(line), line.rstrip().endswith(("[", "{", ",", ":"))
+    parts, size, goes_on = [line], len(line), line.rstrip().endswith(("[", "{", ",", ":"))
     for _, other in lines:
         if not goes_on and other.strip():
             goes_on = other.lstrip().startswith((",", ":", "]", "}"))
@@ -99,13 +99,13 @@ def _spread(path: str, number: int, line: str, error: json.JSONDecodeError, line
         size += len(other)
         if size > most:
             raise too_large(path, most)
-        text.append(other)
-    text = "".join(text)
+        parts.append(other)
     try:
-        yield from _sequence(text, number)
+        yield from _sequence("".join(parts), number)
     except json.JSONDecodeError as inner:
-        wrong = text.split("\n")[inner.lineno - 1]
-        if inner.lineno > 1 and _is_object(wrong):  # a row that was cut off, and the next one
+        following = next(filter(str.strip, parts[1:]), "")
+        # Its own fault, or that of a row that was cut off before the next one.
+        if inner.lineno == 1 or (line.lstrip().startswith("{") and _is_object(following)):
             raise _invalid(path, number, error) from error
         raise _invalid(path, number + inner.lineno - 1, inner) from inner
     except (ValueError, RecursionError) as inner:

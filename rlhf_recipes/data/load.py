@@ -295,7 +295,7 @@ def _two_splits(
             wanted = others[0]
             test = source.rows(wanted)
     read = (data["train_split"], *([] if test is None else [wanted]))
-    unused = [name for name in folders.HELD_OUT if name in source.names and name not in read]
+    unused = [name for name in source.unused(read) if name in folders.HELD_OUT]
     told.test, told.notes = f"split {wanted}", [f"split {name} is not used" for name in unused]
     told.unread = source.unread(read)
     return train, test

@@ -127,12 +127,16 @@ class Hub:
                 f"{where}: cannot be loaded ({type(error).__name__}: {reason(error)}). "
                 "Check data.name and data.revision, or give a local file."
             ) from error
-        self.names = tuple(getattr(getattr(data, "info", None), "splits", None) or ())
+        self.names = tuple(getattr(getattr(data, "info", None), "splits", None) or self.names)
         return numbered(f"{self.path}[{split}]", data)
 
-    def unread(self, splits: tuple[str, ...]) -> list[str]:
+    def unused(self, read: tuple[str, ...]) -> list[str]:
         """The splits there are beside these."""
-        return [f"{self.path}[{name}]" for name in self.names if name not in splits]
+        return [name for name in self.names if name not in read]
+
+    def unread(self, read: tuple[str, ...]) -> list[str]:
+        """They, as rows of theirs would be named."""
+        return [f"{self.path}[{name}]" for name in self.unused(read)]
 
 
 def reach_hub(path: str, offline: bool) -> None:
