@@ -1,6 +1,7 @@
 """Files in the shapes that libraries write them: read, or refused on one line that names the shape. No model."""
 
 import csv
+import functools
 import gzip
 import io
 import itertools
@@ -11,7 +12,8 @@ import pyarrow
 import pyarrow.feather
 import pyarrow.parquet
 import pytest
-from test_data import local, pair, refusal
+from omegaconf import OmegaConf
+from test_data import ROOT, pair, refusal
 
 from rlhf_recipes.data import folders, readers
 from rlhf_recipes.data.fit import describe
@@ -22,6 +24,16 @@ ROWS[1]["chosen"] = 'two\nlines; "quoted", with | and \t and é'
 COLUMNS = {name: [row[name] for row in ROWS] for name in ROWS[0]}
 CELLS = [list(row.values()) for row in ROWS]
 BY_NUMBER = {str(index): row for index, row in enumerate(ROWS)}
+
+
+@functools.cache
+def defaults():
+    return OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "data" / "base.yaml"))
+
+
+def local(path, **changes):
+    """The data node of a path, without Hydra."""
+    return {**defaults(), "path": str(path), **changes}
 
 
 def zstd(data):
@@ -241,82 +253,86 @@ ALL = {"train": range(20), "test": range(20, 25), "validation": range(20, 24)}
 FOLDERS = {
     "two files": (
         {"train.jsonl": range(20), "test.csv": range(20, 25), "README.md": "# none\n"},
-        (), (20, 5), "test: split test", [],
+        {}, (20, 5), "test: split test", [],
     ),
     "parts": (
         {"data/train-00000-of-00002.parquet": range(10), "data/train-00001-of-00002.parquet": range(10, 20),
          "data/validation-00000-of-00001-b42a775f407cee45.parquet": range(20, 24)},
-        (), (20, 4), "test: split validation", [],
+        {}, (20, 4), "test: split validation", [],
     ),
     "numbers": (
         {"train_2.jsonl": range(10), "train_10.jsonl": range(10, 20), "Held-Out.jsonl": range(20, 24)},
-        (), (20, 4), "test: split held_out", [],
+        {}, (20, 4), "test: split held_out", [],
     ),
     "both": (
         {f"{name}.jsonl": rows for name, rows in ALL.items()},
-        (), (20, 5), "test: split test; split validation is not used", ["validation.jsonl"],
+        {}, (20, 5), "test: split test; split validation is not used", ["validation.jsonl"],
     ),
     "chosen": (
         {f"{name}.jsonl": rows for name, rows in ALL.items()},
-        ("data.test_split=validation",), (20, 4), "test: split validation; split test is not used", ["test.jsonl"],
+        {"test_split": "validation"}, (20, 4), "test: split validation; split test is not used", ["test.jsonl"],
     ),
     "held out": (
         {f"{name}.jsonl": rows for name, rows in ALL.items()},
-        ("data.test_split=null", "data.test_size=2"), (18, 2),
+        {"test_split": None, "test_size": 2}, (18, 2),
         "test: 2 of 20 prompts held out, seed 42; split test is not used; split validation is not used",
         ["test.jsonl", "validation.jsonl"],
     ),
     "whole names": (
         {"train.jsonl": range(20), "train_sft.jsonl": range(30, 40), "trainer.json": "{}", "testing.csv": range(5)},
-        ("data.test_size=2",), (18, 2), "test: 2 of 20 prompts held out, seed 42",
+        {"test_size": 2}, (18, 2), "test: 2 of 20 prompts held out, seed 42",
         ["testing.csv", "train_sft.jsonl", "trainer.json"],
     ),
     "prefix": (
-        {"prefs_train.jsonl": range(20), "prefs_dev.jsonl": range(20, 24)}, (), (20, 4), "test: split dev", [],
+        {"prefs_train.jsonl": range(20), "prefs_dev.jsonl": range(20, 24)}, {}, (20, 4), "test: split dev", [],
     ),
     "alone": (
         {"prefs.csv": range(20), "dataset_infos.json": "{}"},
-        ("data.test_size=2",), (18, 2), "test: 2 of 20 prompts held out, seed 42", [],
+        {"test_size": 2}, (18, 2), "test: 2 of 20 prompts held out, seed 42", [],
     ),
     "spark": (
         {"part-00000-aa-c000.parquet": range(10), "part-00001-bb-c000.parquet": range(10, 20), "_SUCCESS": ""},
-        ("data.test_size=2",), (18, 2), "test: 2 of 20 prompts held out, seed 42", [],
+        {"test_size": 2}, (18, 2), "test: 2 of 20 prompts held out, seed 42", [],
     ),
     "folders": (
         {"train/0000.parquet": range(10), "train/0001.parquet": range(10, 20), "test/0000.parquet": range(20, 25)},
-        (), (20, 5), "test: split test", [],
+        {}, (20, 5), "test: split test", [],
     ),
     "saved apart": (
-        {"train/data-00000-of-00001.arrow": range(20), "train/state.json": "{}", "test/data-00000-of-00001.arrow": range(20, 25)},
-        (), (20, 5), "test: split test", [],
+        {"train/data-00000-of-00001.arrow": range(20), "train/state.json": "{}",
+         "test/data-00000-of-00001.arrow": range(20, 25)},
+        {}, (20, 5), "test: split test", [],
     ),
     "card": (
         {"README.md": card({"config_name": "default", "data_files": FILES_OF_CARD}), "data/tr1.parquet": range(10),
          "data/tr2.parquet": range(10, 20), "data/val.parquet": range(20, 24), "data/notes.json": "{}"},
-        (), (20, 4), "test: split validation", ["data/notes.json"],
+        {}, (20, 4), "test: split validation", ["data/notes.json"],
     ),
     "card of many": (
         {"README.md": card({"config_name": "en", "data_files": "en/*.jsonl"}, {"config_name": "de", "data_dir": "de"}),
          "en/a.jsonl": range(9), "de/train.jsonl": range(20), "de/val.jsonl": range(20, 24)},
-        ("data.name=de",), (20, 4), "test: split val", [],
+        {"name": "de"}, (20, 4), "test: split val", [],
     ),
     "folder by name": (
         {"en/train.jsonl": range(9), "de/train.jsonl": range(20), "de/dev.jsonl": range(20, 24)},
-        ("data.name=de",), (20, 4), "test: split dev", [],
+        {"name": "de"}, (20, 4), "test: split dev", [],
+    ),
+    "prefix of one": (
+        {"prefs_train.jsonl": range(20), "test.jsonl": range(20, 25)}, {}, (20, 5), "test: split test", [],
     ),
     "prefs of a run": (
         {"README.md": card(*({"config_name": kind, "data_files": [{"split": "train", "path": f"train_{kind}.parquet"}]}
                              for kind in ("prefs", "sft"))),
          **{f"{split}_{kind}.parquet": ALL[split] for split in ("train", "test") for kind in ("prefs", "sft")}},
-        ("data.train_split=train_prefs", "data.test_split=test_prefs"), (20, 5), "test: split test_prefs", [],
+        {"train_split": "train_prefs", "test_split": "test_prefs"}, (20, 5), "test: split test_prefs", [],
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", FOLDERS)
 def test_folders_of_any_kind(case, tmp_path):
-    files, overrides, wanted, split, unread = FOLDERS[case]
-    splits = load_pairs(local(make(tmp_path / "set", files), *overrides))
+    files, changes, wanted, split, unread = FOLDERS[case]
+    splits = load_pairs(local(make(tmp_path / "set", files), **changes))
     report = splits.report
     assert ((report["train"], report["test"]), report["split"], report["unread_files"]) == (wanted, split, unread)
     assert ("; not read: " in describe(report)) == bool(unread)
@@ -324,46 +340,48 @@ def test_folders_of_any_kind(case, tmp_path):
 
 CONFIGS = card({"config_name": "en", "data_files": "en.jsonl"}, {"config_name": "de", "data_files": "de.jsonl"})
 REFUSED_FOLDERS = {
-    "other names": ({"train_sft.jsonl": [1], "train_gen.jsonl": [1]}, (), "data.train_split=train: no such split in {}. "
-                    "It has: train_gen, train_sft. Set data.train_split to one of them."),
-    "another name": ({"train_sft.jsonl": [1]}, (), "data.train_split=train: no such split in {}. It has: train_sft."),
-    "several": ({"a.jsonl": [1], "b.jsonl": [1]}, (), "data.train_split=train: no such split in {}. It has: a, b."),
-    "typed": ({"train.jsonl": [1], "validation.jsonl": [2]}, ("data.test_split=tset",),
+    "other names": ({"train_sft.jsonl": [1], "train_gen.jsonl": [1]}, {},
+                    "data.train_split=train: no such split in {}. It has: train_gen, train_sft. Set data.train_split"),
+    "another name": ({"train_sft.jsonl": [1]}, {}, "data.train_split=train: no such split in {}. It has: train_sft."),
+    "several": ({"a.jsonl": [1], "b.jsonl": [1]}, {}, "data.train_split=train: no such split in {}. It has: a, b."),
+    "typed": ({"train.jsonl": [1], "validation.jsonl": [2]}, {"test_split": "tset"},
               "data.test_split=tset: no such split in {}. It has: train, validation. Set"),
-    "two kinds": ({"train.jsonl": [1], "train.csv": [1]}, (), "{}: split train is there more than once: train.csv, tr"),
-    "packed too": ({"train.jsonl": [1], "train.jsonl.gz": ""}, (), "{}: split train is there more than once: "),
-    "two sets of parts": ({"train-00000-of-00001.jsonl": [1], "train-00000-of-00002.jsonl": [1]}, (),
+    "two kinds": ({"train.jsonl": [1], "train.csv": [1]}, {}, "{}: split train is there more than once: train.csv,"),
+    "packed too": ({"train.jsonl": [1], "train.jsonl.gz": ""}, {}, "{}: split train is there more than once: "),
+    "two sets of parts": ({"train-00000-of-00001.jsonl": [1], "train-00000-of-00002.jsonl": [1]}, {},
                           "{}: split train is there more than once: "),
-    "a part missing": ({"train-00001-of-00002.jsonl": [1]}, (), "{}: split train: 1 of 2 parts of train are here."),
-    "configurations": ({"README.md": CONFIGS, "en.jsonl": [1], "de.jsonl": [1]}, (),
-                       "data.path={}: several configurations: en, de. Name one of them with data.name."),
-    "folders": ({"en/train.jsonl": [1], "de/train.jsonl": [1]}, (), "data.path={}: several configurations: de, en."),
-    "no such": ({"README.md": CONFIGS, "en.jsonl": [1]}, ("data.name=enn",),
+    "a part missing": ({"train-00001-of-00002.jsonl": [1]}, {}, "{}: split train: 1 of 2 parts of train are here."),
+    "configurations": ({"README.md": CONFIGS, "en.jsonl": [1], "de.jsonl": [1]}, {},
+                       "{}: several configurations: en, de. Name one with data.name, or give a file."),
+    "train of one": ({"README.md": CONFIGS, "train.jsonl": [1], "en.jsonl": [1]}, {}, "{}: several configurations"),
+    "prefix alone": ({"train_val.jsonl": [1]}, {}, "data.train_split=train: no such split in {}. It has: train_val."),
+    "folders": ({"en/train.jsonl": [1], "de/train.jsonl": [1]}, {}, "{}: several configurations: de, en."),
+    "no such": ({"README.md": CONFIGS, "en.jsonl": [1]}, {"name": "enn"},
                 "data.name=enn: no such configuration in {}; did you mean 'en'? It has: en, de."),
-    "none": ({"train.jsonl": [1]}, ("data.name=en",), "data.name=en: no such configuration in {}. It has none: set"),
-    "outside": ({"train.jsonl": [1]}, ("data.name=../x",), "data.name=../x: must be inside the folder."),
-    "card outside": ({"README.md": card({"data_files": "../*.jsonl"}), "train.jsonl": [1]}, (),
+    "none": ({"train.jsonl": [1]}, {"name": "en"}, "data.name=en: no such configuration in {}. It has none: set"),
+    "outside": ({"train.jsonl": [1]}, {"name": "../x"}, "data.name=../x: must be inside the folder."),
+    "card outside": ({"README.md": card({"data_files": "../*.jsonl"}), "train.jsonl": [1]}, {},
                      "{}/README.md: data_files: ../*.jsonl: must be inside the folder."),
-    "card absolute": ({"README.md": card({"data_files": [{"split": "train", "path": "/etc/*.json"}]})}, (),
+    "card absolute": ({"README.md": card({"data_files": [{"split": "train", "path": "/etc/*.json"}]})}, {},
                       "{}/README.md: data_files: /etc/*.json: must be inside the folder."),
-    "card of elsewhere": ({"README.md": card({"data_files": "hf://datasets/a/b/*.csv"})}, (),
+    "card of elsewhere": ({"README.md": card({"data_files": "hf://datasets/a/b/*.csv"})}, {},
                           "{}/README.md: data_files: hf://datasets/a/b/*.csv: must be inside the folder."),
-    "card without files": ({"README.md": card({"data_files": "data/*.parquet"})}, (),
+    "card without files": ({"README.md": card({"data_files": "data/*.parquet"})}, {},
                            "{}: none of the files that README.md names for train is here. Fetch them."),
-    "card that is none": ({"README.md": "---\nconfigs: [\n---\n", "train.jsonl": [1]}, (),
+    "card that is none": ({"README.md": "---\nconfigs: [\n---\n", "train.jsonl": [1]}, {},
                           "{}/README.md: its head is not valid YAML ("),
-    "card of another shape": ({"README.md": "---\nconfigs: 3\n---\n", "train.jsonl": [1]}, (),
+    "card of another shape": ({"README.md": "---\nconfigs: 3\n---\n", "train.jsonl": [1]}, {},
                               "{}/README.md: configs: must be a list of config_name and data_files."),
-    "pointers": ({"train.jsonl": "version https://git-lfs.github.com/spec/v1\n"}, (),
+    "pointers": ({"train.jsonl": "version https://git-lfs.github.com/spec/v1\n"}, {},
                  "{}/train.jsonl: a Git LFS pointer, not the data. Run `git lfs pull` where it was cloned."),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSED_FOLDERS)
 def test_what_a_folder_lacks_is_named(case, tmp_path):
-    files, overrides, wanted = REFUSED_FOLDERS[case]
+    files, changes, wanted = REFUSED_FOLDERS[case]
     folder = make(tmp_path / "set", files)
-    assert refusal(load_pairs, local(folder, *overrides)).startswith(wanted.format(folder))
+    assert refusal(load_pairs, local(folder, **changes)).startswith(wanted.format(folder))
 
 
 def test_the_test_path_is_a_file_or_a_folder(tmp_path):
@@ -372,12 +390,12 @@ def test_the_test_path_is_a_file_or_a_folder(tmp_path):
         {"rows.jsonl": range(20), "t/val.jsonl": range(20, 24), "t/train.jsonl": [1], "u/x.csv": range(30, 33)},
     )
     for path, rows in (("t", 4), ("u", 3), ("u/x.csv", 3)):
-        splits = load_pairs(local(tmp_path / "rows.jsonl", f"data.test_path={tmp_path / path}"))
+        splits = load_pairs(local(tmp_path / "rows.jsonl", test_path=str(tmp_path / path)))
         assert (splits.report["test"], splits.report["split"]) == (rows, f"test: {path.rpartition('/')[2]}")
-    whole = load_pairs(local(tmp_path / "t", "data.train_split=train", f"data.test_path={tmp_path}/u")).report
+    whole = load_pairs(local(tmp_path / "t", test_path=f"{tmp_path}/u")).report
     assert (whole["split"], whole["unread_files"]) == ("test: u; split val is not used", ["val.jsonl"])
-    splits = f"data.test_path={make(tmp_path / 'v', {'a.csv': [1], 'b.csv': [1]})}"
-    assert "no such split in" in refusal(load_pairs, local(tmp_path / "rows.jsonl", splits))
+    several = str(make(tmp_path / "v", {"a.csv": [1], "b.csv": [1]}))
+    assert "no such split in" in refusal(load_pairs, local(tmp_path / "rows.jsonl", test_path=several))
 
 
 def test_splits_of_the_hub_go_by_the_same_names(monkeypatch):
@@ -396,7 +414,7 @@ def test_splits_of_the_hub_go_by_the_same_names(monkeypatch):
     report = load_pairs(local("org/set")).report
     assert report["split"] == "test: split validation; split dev is not used"
     assert report["unread_files"] == ["org/set[dev]"]
-    assert "It has: train, dev, validation." in refusal(load_pairs, local("org/set", "data.test_split=tset"))
+    assert "It has: train, dev, validation." in refusal(load_pairs, local("org/set", test_split="tset"))
 
     def several(*_, **__):
         raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['en', 'de']\nExample")

@@ -79,7 +79,7 @@ class Folder:
             return itertools.chain.from_iterable(readers.read_file(str(file)) for file in self.files[split])
         if self.configurations:
             names = ", ".join(self.configurations)
-            raise Refusal(f"data.path={self.path}: several configurations: {names}. Name one of them with data.name.")
+            raise Refusal(f"{self.path}: several configurations: {names}. Name one with data.name, or give a file.")
         return None
 
     def unused(self, read: tuple[str, ...]) -> list[str]:
@@ -104,9 +104,15 @@ def find(path: str, name: str | None = None) -> Folder:
     Raises:
         Refusal: damaged, without a data file, or without this configuration.
     """
-    folder = Path(os.path.expanduser(path))
     if name:
         _refuse_outside(f"data.name={name}", name)
+    try:
+        return _find(path, Path(os.path.expanduser(path)), name)
+    except OSError as error:
+        raise Refusal(f"{path}: not readable ({error.strerror}). Check its permissions.") from error
+
+
+def _find(path: str, folder: Path, name: str | None) -> Folder:
     place = folder / name if name else folder
     if (place / "dataset_dict.json").is_file() or (place / "state.json").is_file():
         return Folder(path, saved=_saved(path, place))
@@ -125,13 +131,15 @@ def find(path: str, name: str | None = None) -> Folder:
             way = f"It has: {', '.join(there)}." if there else "It has none: set data.name=null."
             raise Refusal(f"data.name={name}: no such configuration in {path}{nearest(name, there)} {way}")
         return Folder(path, configurations[chosen])
-    if documented and default is None:
-        return Folder(path, by_name.get("", {}), configurations=tuple(documented))
+    here = by_name.get("", {})
+    if documented and default is None:  # train_prefs.parquet goes by its own name, and never for the train of another
+        meant = set(itertools.chain.from_iterable(documented.values()))
+        here = {split: files for split, files in here.items() if split not in meant}
+        return Folder(path, here, configurations=tuple(documented))
     if documented:  # what it does not name goes by its own name
-        elsewhere = {
-            file for config in documented.keys() - {default} for files in documented[config].values() for file in files
-        }
-        named = {split: files for split, files in by_name.get("", {}).items() if elsewhere.isdisjoint(files)}
+        others = [files for config in documented.keys() - {default} for files in documented[config].values()]
+        elsewhere = set(itertools.chain.from_iterable(others))
+        named = {split: files for split, files in here.items() if elsewhere.isdisjoint(files)}
         return Folder(path, named | documented[default])
     if "" not in by_name and len(by_name) > 1:
         return Folder(path, configurations=tuple(by_name))
@@ -203,8 +211,14 @@ def _plainly(groups: dict[str, list[Path]]) -> dict[str, list[Path]]:
     if "train" in groups:
         return groups
     matches = {name: match for name in groups if (match := PREFIXED.fullmatch(name))}
-    if len({match[1] for match in matches.values()}) == 1 and not groups.keys() & set(HELD_OUT):
-        groups = {matches[name][2].lower() if name in matches else name: files for name, files in groups.items()}
+    words = {name: match[2].lower() for name, match in matches.items()}
+    renamed = {words.get(name, name): files for name, files in groups.items()}
+    if (
+        "train" in words.values()
+        and len({match[1] for match in matches.values()}) == 1
+        and len(renamed) == len(groups)
+    ):
+        return renamed
     others = [name for name in groups if not SPLIT_WORD.search(name)]
     if len(others) == 1 and not any("train" in name.lower() for name in groups if name not in others):
         groups = {"train" if name in others else name: files for name, files in groups.items()}

@@ -26,6 +26,7 @@ What becomes of what is found (`Splits.report` has the counts, with up to three 
 | control tokens typed into a message (`fit`)                     | rewritten, counted: `neutralised`     |
 | no micro-batch of other prompts (`micro_batches`)               | dropped: `unplaced`                   |
 | more rows than `train_size` or `eval_size`                      | left out, counted: `capped`           |
+| files and splits beside those that are asked for                | named: `unread_files`                 |
 | a train row drawn again by `bootstrap`                          | kept, counted: `repeated`             |
 
 `candidates` (one a row; more for ratings reduced to all pairs, two for a pair taken apart into labelled answers) = all
