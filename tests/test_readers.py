@@ -77,6 +77,12 @@ def parquet(rows=ROWS):
     return sink.getvalue().to_pybytes()
 
 
+def parquet_twice():
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, ["prompt", "prompt"]), sink)
+    return sink.getvalue().to_pybytes()
+
+
 VIEWER = {
     "features": [{"feature_idx": 0, "name": "prompt"}],
     "rows": [{"row_idx": index, "row": row, "truncated_cells": []} for index, row in enumerate(ROWS)],
@@ -130,6 +136,7 @@ FILES = {
     "space.csv": table(quoting=csv.QUOTE_ALL).replace('","', '", "'),
     "space.tsv.gz": gzip.compress(table(delimiter="\t", quoting=csv.QUOTE_ALL).replace('"\t"', '"\t "').encode()),
     "index.csv": table([{"": str(index), **row} for index, row in enumerate(ROWS)]),
+    "unnamed.csv": table([{"": "", **row} for row in ROWS], delimiter=";"),
     "trailing.csv": table([{**row, "": ""} for row in ROWS], delimiter=";"),
     "long.csv": table(ROWS + [pair(i, chosen="a;b;c\n" * 30) for i in range(3, 90)], delimiter=";"),
     "rows.ndjson": lines(),
@@ -203,6 +210,7 @@ REFUSED = {
     "page.jsonl": ("\n<!DOCTYPE html><html>", "{}: a web page, not data. Download the file itself."),
     "cut.arrow": (stream()[:-40], "{}: not a readable Arrow file ("),
     "text.feather": ("prompt,chosen", "{}: not a readable Arrow file ("),
+    "twice.parquet": (parquet_twice(), "{}: column 'prompt' appears twice. Rename one."),
     "empty.arrow": ("", "{}: empty, no rows in it."),
 }
 

@@ -17,14 +17,14 @@ from rlhf_recipes.errors import Refusal
 CELL_LIMIT = 2**31 - 1  # csv's own limit of 128 KiB, of the whole process, refuses long conversations
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 SAMPLE_LINES, SAMPLE_CHARACTERS = 100, 2**20
-EXCEL_HINT = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)
+EXCEL_HINT = re.compile(r'"?sep=([,;|\t])"?\s*', re.IGNORECASE)
 LONE_RETURN = re.compile(r"(?<=\r)(?!\n)")
 
 
 def rows(path: str, lines: Iterator[tuple[int, str]], usual: str, most: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """(`path:line`, row) of a table whose first line names the columns.
 
-    A first column without a name (the index that pandas and R write) is left out, and so are empty ones.
+    Numbers in a first column without a name (the index that pandas and R write) and empty columns are left out.
 
     Args:
         lines: numbered from 1.
@@ -79,7 +79,8 @@ def rows(path: str, lines: Iterator[tuple[int, str]], usual: str, most: int) -> 
             lost = next((index for index in blank if cells[index].strip()), None)
             if lost is not None:
                 raise Refusal(f"{where}: text under column {lost + 1}, which has no name. Name it in the first line.")
-            yield where, {name: _cell(cells[index]) for index, name in named}
+            row = {name: _cell(cells[index]) for index, name in named}
+            yield where, row if header[0] or (cells[0] or "0").isdigit() else {"": cells[0], **row}
 
 
 def _pieces(lines: Iterator[tuple[int, str]]) -> Iterator[str]:

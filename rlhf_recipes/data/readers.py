@@ -14,6 +14,7 @@ import os
 import re
 import stat
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -307,6 +308,9 @@ def _arrow_rows(path: str, file: Path, kind: str) -> Iterator[Located]:
 def _batches(path: str, batches) -> Iterator[Located]:
     number = 0
     for batch in batches:
+        twice = next((name for name, count in Counter(batch.schema.names).items() if count > 1), None)
+        if twice is not None:
+            raise Refusal(f"{path}: column {twice!r} appears twice. Rename one.")
         if batch.nbytes > LINE_LIMIT * max(batch.num_rows, 1):
             raise _too_long(path, number + 1, "rows")
         for begin in range(0, batch.num_rows, BATCH):
