@@ -597,8 +597,9 @@ def test_missing_files_and_folders(tmp_path, prefs):
     assert message == f"{tmp_path}/pref.jsonl: no such file; did you mean 'prefs.jsonl'? Give the path of your data."
     message = refusal(load_pairs, local(tmp_path / "no" / "prefs.jsonl"))
     assert message.startswith(f"{tmp_path}/no/prefs.jsonl: no such file, nor the folder {tmp_path}/no.")
-    message = refusal(load_pairs, local(tmp_path))
-    assert message.startswith(f"{tmp_path}: a folder, but neither saved by DatasetDict.save_to_disk nor")
+    (tmp_path / "empty").mkdir()
+    message = refusal(load_pairs, local(tmp_path / "empty"))
+    assert message.startswith(f"{tmp_path}/empty: a folder, but neither saved by DatasetDict.save_to_disk nor")
     assert "no such file" in refusal(load_pairs, local(prefs, f"data.test_path={tmp_path}/t.jsonl"))
     os.mkfifo(tmp_path / "pipe.jsonl")
     assert "not a regular file" in refusal(load_pairs, local(tmp_path / "pipe.jsonl"))

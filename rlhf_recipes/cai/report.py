@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes.commands import command
-from rlhf_recipes.data import readers
+from rlhf_recipes.data import folders
 from rlhf_recipes.run import Run
 from rlhf_recipes.run_folder import write_atomically
 from rlhf_recipes.stats import format_estimate
@@ -173,9 +173,7 @@ def _print_summary(result: dict[str, Any], folder: Path) -> None:
     print(f"  pairs     {funnel['pairs']} of {funnel['prompts']} prompts: {', '.join(routes) or 'none fit'}")
     print(f"  set aside {', '.join(set_aside) or 'none'}")
     there = funnel["written"]["train_prefs"] and funnel["written"]["test_prefs"]
-    for _, (_, row) in zip(
-        range(SHOWN), readers.read_folder(str(folder), "train_prefs") if there else (), strict=False
-    ):
+    for _, (_, row) in zip(range(SHOWN), folders.find(str(folder)).rows("train_prefs") if there else (), strict=False):
         print(f"  prompt    {_short(row['prompt'][-1]['content'])}")
         for side in ("chosen", "rejected"):
             print(f"    {side:9} {_short(row[side][-1]['content'])}")

@@ -167,6 +167,9 @@ def describe(report: dict[str, Any]) -> str:
             f"the template begins the answers of {report['prompt_cut']} rows otherwise than its generation prompt: "
             "trained from where they part"
         )
+    if unread := report.get("unread_files"):
+        more = f" and {len(unread) - 5} more" if len(unread) > 5 else ""
+        notes.append(f"not read: {', '.join(unread[:5])}{more}")
     if "tokens" in report:
         notes.append("tokens p50 {p50}, p95 {p95}, max {max}".format(**report["tokens"]))
     lines = [f"{line(used)} ({line(report['split'])})", *told(report), "; ".join(notes)]

@@ -36,6 +36,7 @@ What becomes of what is found (`Splits.report` has the counts, with up to three 
 | control tokens typed into a message (`fit`)                     | rewritten, counted: `neutralised`     |
 | no micro-batch of other prompts (`micro_batches`)               | dropped: `unplaced`                   |
 | more rows than `train_size` or `eval_size`                      | left out, counted: `capped`           |
+| files and splits beside those that are asked for                | named: `unread_files`                 |
 | a train row drawn again by `bootstrap`                          | kept, counted: `repeated`             |
 
 `candidates` (one a row; more for ratings reduced to all pairs, two for a pair taken apart into labelled answers) = all
@@ -43,13 +44,12 @@ dropped and capped + train - repeated + test.
 Prompts are held out by the turn that opens them, so that no conversation continues on the other side.
 """
 
-import functools
 import hashlib
 import itertools
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,7 +59,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import secrets
 from rlhf_recipes.config import check_value
-from rlhf_recipes.data import formats, preference, readers, recognise, texts
+from rlhf_recipes.data import folders, formats, preference, readers, recognise, texts
 from rlhf_recipes.data.account import accounted
 from rlhf_recipes.data.columns import COLUMNS, Source
 from rlhf_recipes.data.messages import Drop
@@ -223,7 +223,7 @@ def _load(node: DictConfig, sides: tuple[str, ...], labelled: bool = False) -> S
     if data["format"] not in taken and "rejected" in sides:
         raise Refusal(f"data.format={data['format']}: holds no preferences. Choose one of {', '.join(taken)}.")
     tally = _Tally()
-    train_rows, test_rows = _sources(data, sides)
+    train_rows, test_rows, told = _sources(data, sides)
     head, train_rows = _looked_at(train_rows)
     source = Source(head, data["columns"], data["ignore"])
     layout = accounted(source, recognise.recognise(source, data, sides, labelled), sides)
@@ -235,7 +235,7 @@ def _load(node: DictConfig, sides: tuple[str, ...], labelled: bool = False) -> S
         test = _places(test_rows, data, tested, _reading(also, data, tested, sides), sides, labelled, tally)
     reading = _reading(head, data, layout, sides)
     train = _places(train_rows, data, layout, reading, sides, labelled, tally)
-    train, test, how = _split(train, test, data)
+    train, test, how = _split(train, test, data, told.test)
     train, test = _unique(train, tally), _unique(test, tally)
     train = _without_leakage(train, test, tally)
     found = {"train": len(train), "test": len(test)}
@@ -250,7 +250,8 @@ def _load(node: DictConfig, sides: tuple[str, ...], labelled: bool = False) -> S
         "source": _source_name(data["path"]),
         "format": layout.format,
         "text": data["text"],
-        "split": how,
+        "split": "; ".join((how, *told.notes)),
+        **({"unread_files": told.unread} if told.unread else {}),
         "rows": tally.rows,
         "candidates": tally.candidates,
         "dropped": dict(tally.dropped),
@@ -304,41 +305,75 @@ def check_keys(where: str, values: dict[str, Any], rules: dict[str, Any]) -> Non
         check_value(f"{where}.{key}", values[key], rule)
 
 
-def _sources(data: dict[str, Any], sides: tuple[str, ...]) -> tuple[Iterator, Iterator | None]:
+@dataclass
+class _Told:
+    """What a report says of the source: of the test rows, of splits beside it, of files that nobody reads."""
+
+    test: str = ""
+    notes: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
+
+
+def _sources(data: dict[str, Any], sides: tuple[str, ...]) -> tuple[Iterator, Iterator | None, _Told]:
     """Rows of the train source, and of the test source where the data has one of its own."""
-    path = data["path"]
+    path, told = data["path"], _Told()
     if path == "clinic":
         file = CLINIC / ("demonstrations.jsonl" if "completion" in sides else "pairs.jsonl")
         train, test = readers.read_file(str(file)), None
     elif readers.is_hub_id(path):
-        hub = functools.partial(readers.read_hub, path, data["name"], data["revision"])
-        train, test = _two_splits(data, hub)
+        train, test = _two_splits(data, readers.Hub(path, data["name"], data["revision"]), told)
     elif os.path.isdir(os.path.expanduser(path)):
-        train, test = _two_splits(data, functools.partial(readers.read_folder, path))
+        train, test = _two_splits(data, folders.find(path, data["name"]), told)
     else:
         train, test = readers.read_file(path), None
-    return train, readers.read_file(data["test_path"]) if data["test_path"] else test
+    if data["test_path"]:
+        test, told.test = _test_rows(data), _source_name(data["test_path"])
+    return train, test, told
 
 
-def _two_splits(data: dict[str, Any], read: Callable[[str], Iterator | None]) -> tuple[Iterator, Iterator | None]:
-    train = read(data["train_split"])
+def _two_splits(
+    data: dict[str, Any], source: readers.Hub | folders.Folder, told: _Told
+) -> tuple[Iterator, Iterator | None]:
+    train, test, wanted = source.rows(data["train_split"]), None, data["test_split"]
     if train is None:
-        raise Refusal(f"data.train_split={data['train_split']}: no such split in {data['path']}. Name one it has.")
-    if data["test_path"] or data["test_split"] is None:
-        return train, None
-    test = read(data["test_split"])
-    # A name that was typed is never replaced by held-out rows; the default one may be.
-    if test is None and data["test_split"] != "test":
-        raise Refusal(
-            f"data.test_split={data['test_split']}: no such split in {data['path']}. Name one it has, or "
-            "set it to null to hold out data.test_size."
-        )
+        raise _no_split("train_split", data["train_split"], data["path"], source.names)
+    if not data["test_path"] and wanted is not None:
+        test = source.rows(wanted)
+        others = [name for name in folders.HELD_OUT if name in source.names and name != data["train_split"]]
+        if test is None and wanted != "test":  # a name that was typed is never replaced; the default one may be
+            raise _no_split("test_split", wanted, data["path"], source.names, " or to null to hold out data.test_size")
+        if test is None and others:
+            wanted = others[0]
+            test = source.rows(wanted)
+    read = (data["train_split"], *([] if test is None else [wanted]))
+    unused = [name for name in source.unused(read) if name in folders.HELD_OUT]
+    told.test, told.notes = f"split {wanted}", [f"split {name} is not used" for name in unused]
+    told.unread = source.unread(read)
     return train, test
+
+
+def _no_split(key: str, split: str, path: str, names: Sequence[str], way: str = "") -> Refusal:
+    there = f"It has: {', '.join(names)}. Set data.{key} to one of them{way}." if names else "Name one it has."
+    return Refusal(f"data.{key}={split}: no such split in {path}. {there}")
+
+
+def _test_rows(data: dict[str, Any]) -> Iterator:
+    """Of `test_path`: a file, or a folder's test split, or what alone is in it."""
+    path = data["test_path"]
+    if not os.path.isdir(os.path.expanduser(path)):
+        return readers.read_file(path)
+    folder = folders.find(path)
+    wanted = (data["test_split"], *folders.HELD_OUT) if data["test_split"] in (None, "test") else (data["test_split"],)
+    split = next((name for name in wanted if name in folder.names), "test")
+    rows = folder.rows(folder.names[0] if len(folder.names) == 1 else split)
+    if rows is None:
+        raise _no_split("test_split", split, path, folder.names)
+    return rows
 
 
 def _source_name(path: str) -> str:
     """What a report or a card may show: no folders of this machine."""
-    return path if path == "clinic" or readers.is_hub_id(path) else Path(path).name
+    return path if path == "clinic" or readers.is_hub_id(path) else Path(os.path.abspath(path)).name
 
 
 @dataclass
@@ -489,11 +524,10 @@ def _texts(example: Example) -> list[str]:
     return [turn["content"] for turns in example.values() if isinstance(turns, list) for turn in turns]
 
 
-def _split(train: list[_Place], test: list[_Place] | None, data: dict[str, Any]):
+def _split(train: list[_Place], test: list[_Place] | None, data: dict[str, Any], told: str):
     """(train, test, how): the test source, else what the split column says, else prompts held out."""
     if test is not None:
-        name = _source_name(data["test_path"]) if data["test_path"] else f"split {data['test_split']}"
-        return train, test, f"test: {name}"
+        return train, test, f"test: {told}"
     if any(place.split for place in train):
         return *_split_by_column(train, data), f"test: column {data['columns']['split']}"
     size, seed = data["test_size"], data["seed"]

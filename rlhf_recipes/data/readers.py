@@ -1,42 +1,48 @@
-"""Rows out of files, folders and the Hub, each with the place it came from; a bad file is one line of text.
+"""Rows out of files and the Hub, each with the place it came from; a bad file is one line of text.
 
 Every reader yields `(where, row)`. `where` is `file:line` (jsonl, csv) or `file:row` (a json list, parquet,
 the Hub; rows count from 1); `row` is a dict under the file's own column names. Local files are read with the
 standard library and pyarrow alone, so a refusal needs neither torch nor datasets. All refusals are
-`Refusal`s.
+`Refusal`s. `json_rows` and `csv_rows` know the shapes of their text, `folders` which files are which split.
 """
 
-import csv
+import ast
 import functools
 import gzip
-import itertools
-import json
+import io
 import os
 import re
 import stat
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rlhf_recipes import places
+from rlhf_recipes.data import csv_rows, json_rows
 from rlhf_recipes.errors import Refusal, first_line, nearest
 from rlhf_recipes.secrets import redact
 
 Located = tuple[str, dict[str, Any]]
 
-TEXT_KINDS = (".jsonl", ".json", ".csv", ".jsonl.gz", ".json.gz", ".csv.gz")
-KINDS = (*TEXT_KINDS, ".parquet")
-FILE_ENDINGS = (*KINDS, ".txt", ".tsv", ".xlsx", ".arrow", ".gz", ".zip")
+LINES, WHOLE, TABLES = (".jsonl", ".ndjson"), (".json",), {".csv": ",", ".tsv": "\t"}
+TEXT_KINDS = (*LINES, *WHOLE, *TABLES)
+ARROW_KINDS = (".arrow", ".feather")
+PACKED = ("", ".gz", ".zst")
+KINDS = (*(f"{kind}{packed}" for packed in PACKED for kind in TEXT_KINDS), ".parquet", *ARROW_KINDS)
+KNOWN = f"{', '.join(TEXT_KINDS)} (each also .gz or .zst), .parquet, {', '.join(ARROW_KINDS)}"
+FILE_ENDINGS = (*KINDS, ".txt", ".xlsx", ".gz", ".zst", ".zip")
 MAGIC = {
     b"\x1f\x8b": "gzip data",
+    b"\x28\xb5\x2f\xfd": "zstandard data",
     b"PAR1": "a parquet file",
     b"PK\x03\x04": "a zip or spreadsheet",
     b"ARROW1": "Arrow",
 }
-CSV_CELL_LIMIT = 2**31 - 1  # csv's own limit of 128 KiB, of the whole process, refuses long conversations
-PARQUET_BATCH = 1000  # rows unpacked at a time
-HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+WEB_PAGE = re.compile(rb"\s*<(!doctype html|html)", re.IGNORECASE)
+BATCH = 1000  # rows unpacked at a time
 # Bytes, unpacked: of a line or a row, and of a file that is read whole. A megabyte of gzip may be a gigabyte of text.
 LINE_LIMIT, JSON_LIMIT = 64 * 2**20, 2**30
 
@@ -51,7 +57,7 @@ def is_hub_id(path: str) -> bool:
 
 
 def read_file(path: str) -> Iterator[Located]:
-    """Rows of one .jsonl, .json, .csv (each also .gz) or .parquet file.
+    """Rows of one file of `KNOWN` kinds.
 
     Raises:
         Refusal: missing, unreadable, empty, binary or malformed, with the line or row.
@@ -59,36 +65,79 @@ def read_file(path: str) -> Iterator[Located]:
     file = Path(os.path.expanduser(path))
     kind = _kind(path, file)
     try:
-        rows = _parquet_rows(path, file) if kind == ".parquet" else _text_rows(path, file, kind)
+        _refuse_pointer(path, file)
+        rows = _text_rows if kind.startswith(TEXT_KINDS) else _parquet_rows if kind == ".parquet" else _arrow_rows
+        rows = rows(path, file, kind)
         first = next(rows, None)
         if first is None:
             raise Refusal(f"{path}: empty, no rows in it. Give a file with at least one row.")
         yield first
         yield from rows
-    except OSError as error:  # gzip raises its own OSError for data that is no gzip
-        if isinstance(error, gzip.BadGzipFile) or error.strerror is None:
-            raise Refusal(f"{path}: not a valid gzip file ({error}). Compress it again, or drop .gz.") from error
-        raise Refusal(f"{path}: not readable ({error.strerror}). Check its permissions.") from error
     except (EOFError, zlib.error) as error:
         raise Refusal(f"{path}: the gzip data is damaged or cut off ({error}). Copy it again.") from error
+    except OSError as error:  # gzip and pyarrow raise their own OSError for data that is none of theirs
+        if isinstance(error, gzip.BadGzipFile):
+            raise Refusal(f"{path}: not a valid gzip file ({error}). Compress it again, or drop .gz.") from error
+        if error.strerror is None:
+            raise Refusal(f"{path}: not valid or cut off ({reason(error)}). Copy or write it again.") from error
+        raise Refusal(f"{path}: not readable ({error.strerror}). Check its permissions.") from error
 
 
-def read_folder(path: str, split: str) -> Iterator[Located] | None:
-    """Rows of one split of a saved DatasetDict or of a folder of `<split>*.parquet`; None without that split.
+class Hub:
+    """The splits of a data set on the Hub.
 
-    Raises:
-        Refusal: the folder is neither.
+    Attributes:
+        names: of the splits there are, as far as they are known: after `rows` was asked for one.
     """
-    folder = Path(os.path.expanduser(path))
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        return _saved_split(path, folder, split)
-    files = sorted(folder.glob(f"{split}*.parquet"))
-    if not files and not any(folder.glob("*.parquet")):
-        raise Refusal(
-            f"{path}: a folder, but neither saved by DatasetDict.save_to_disk nor with train*.parquet in it. "
-            "Give one of these, or a single file."
-        )
-    return itertools.chain.from_iterable(read_file(str(file)) for file in files) if files else None
+
+    def __init__(self, path: str, name: str | None, revision: str | None):
+        self.path, self.name, self.revision = path, name, revision
+        self.names: tuple[str, ...] = ()
+
+    def rows(self, split: str) -> Iterator[Located] | None:
+        """Rows of one split; None where there is no such split.
+
+        Raises:
+            Refusal: not reachable, gated, unknown, or no such configuration or revision.
+        """
+        from huggingface_hub.constants import HF_HUB_OFFLINE
+
+        where = f"data.path={self.path}"
+        reach_hub(self.path, HF_HUB_OFFLINE)
+        places.say_from_hub("data", self.path)
+        from datasets import load_dataset
+
+        try:
+            data = load_dataset(self.path, self.name, revision=self.revision, split=split)
+        except ValueError as error:
+            listed = re.search(r"\[[^\[\]]*\]", str(error))
+            if "unknown split" in str(error).lower():
+                self.names = tuple(ast.literal_eval(listed[0])) if listed else ()
+                return None
+            if "Config name is missing" in str(error) and listed:
+                names = ", ".join(ast.literal_eval(listed[0]))
+                raise Refusal(f"{where}: several configurations: {names}. Name one of them with data.name.") from error
+            raise Refusal(f"{where}: {reason(error)}. Check data.name and data.revision.") from error
+        except Exception as error:
+            if HF_HUB_OFFLINE:
+                raise Refusal(
+                    f"{where}: no file or folder here, not in the cache, and HF_HUB_OFFLINE=1 bars it. "
+                    "Unset it, or give a local file."
+                ) from error
+            raise Refusal(
+                f"{where}: cannot be loaded ({type(error).__name__}: {reason(error)}). "
+                "Check data.name and data.revision, or give a local file."
+            ) from error
+        self.names = tuple(getattr(getattr(data, "info", None), "splits", None) or self.names)
+        return numbered(f"{self.path}[{split}]", data)
+
+    def unused(self, read: tuple[str, ...]) -> list[str]:
+        """The splits there are beside these."""
+        return [name for name in self.names if name not in read]
+
+    def unread(self, read: tuple[str, ...]) -> list[str]:
+        """They, as rows of theirs would be named."""
+        return [f"{self.path}[{name}]" for name in self.unused(read)]
 
 
 def reach_hub(path: str, offline: bool) -> None:
@@ -122,37 +171,6 @@ def reach_hub(path: str, offline: bool) -> None:
         ) from error
 
 
-def read_hub(path: str, name: str | None, revision: str | None, split: str) -> Iterator[Located] | None:
-    """Rows of one split of a Hub data set; None where it has no such split.
-
-    Raises:
-        Refusal: not reachable, gated, unknown, or no such configuration or revision.
-    """
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-
-    reach_hub(path, HF_HUB_OFFLINE)
-    places.say_from_hub("data", path)
-    from datasets import load_dataset
-
-    try:
-        data = load_dataset(path, name, revision=revision, split=split)
-    except ValueError as error:
-        if "Unknown split" in str(error) or "unknown split" in str(error):
-            return None
-        raise Refusal(f"data.path={path}: {_reason(error)}. Check data.name and data.revision.") from error
-    except Exception as error:
-        if HF_HUB_OFFLINE:
-            raise Refusal(
-                f"data.path={path}: no file or folder here, not in the cache, and HF_HUB_OFFLINE=1 bars it. "
-                "Unset it, or give a local file."
-            ) from error
-        raise Refusal(
-            f"data.path={path}: cannot be loaded ({type(error).__name__}: {_reason(error)}). "
-            "Check data.name and data.revision, or give a local file."
-        ) from error
-    return _numbered(f"{path}[{split}]", data)
-
-
 def _kind(path: str, file: Path) -> str:
     """The ending that tells how to read the file; refuses what is missing or of no known kind."""
     try:
@@ -165,23 +183,46 @@ def _kind(path: str, file: Path) -> str:
         hint = nearest(file.name, siblings) if folder.is_dir() else f", nor the folder {folder}."
         raise Refusal(f"{path}: no such file{hint} Give the path of your data.") from error
     if not stat.S_ISREG(mode):
-        raise Refusal(f"{path}: not a regular file. Give a file that ends in one of {', '.join(KINDS)}.")
-    for kind in sorted(KINDS, key=len, reverse=True):
-        if file.name.lower().endswith(kind):
-            return kind
-    raise Refusal(f"{path}: unknown kind of file. Give one that ends in {', '.join(KINDS)}.")
+        raise Refusal(f"{path}: not a regular file. Give a file that ends in one of {KNOWN}.")
+    if kind := ending(file.name):
+        return kind
+    raise Refusal(f"{path}: unknown kind of file. Give one that ends in {KNOWN}.")
+
+
+def ending(name: str) -> str:
+    """The one of `KINDS` that a file's name ends in, "" for none."""
+    return max((kind for kind in KINDS if name.lower().endswith(kind)), key=len, default="")
+
+
+def _refuse_pointer(path: str, file: Path) -> None:
+    """What a clone or a download leaves in place of a file, whatever its ending."""
+    with open(file, "rb") as stream:
+        head = stream.read(100)
+    if head.startswith(LFS_POINTER):
+        raise Refusal(f"{path}: a Git LFS pointer, not the data. Run `git lfs pull` where it was cloned.")
+    if WEB_PAGE.match(head.removeprefix(b"\xef\xbb\xbf")):
+        raise Refusal(f"{path}: a web page, not data. Download the file itself.")
 
 
 def _text_rows(path: str, file: Path, kind: str) -> Iterator[Located]:
-    with gzip.open(file, "rb") if kind.endswith(".gz") else open(file, "rb") as stream:
-        is_read_whole = ".json" in kind and ".jsonl" not in kind
-        lines = _decoded(path, stream, JSON_LIMIT if is_read_whole else LINE_LIMIT)
-        if ".csv" in kind:
-            yield from _csv_rows(path, lines)
-        elif ".jsonl" in kind:
-            yield from _jsonl_rows(path, lines)
+    with _unpacked(file, kind) as stream:
+        is_whole = kind.startswith(WHOLE) and not kind.startswith(LINES)
+        lines = _decoded(path, stream, JSON_LIMIT if is_whole else LINE_LIMIT)
+        delimiter = next((TABLES[each] for each in TABLES if kind.startswith(each)), None)
+        if delimiter:
+            yield from csv_rows.rows(path, lines, delimiter, LINE_LIMIT)
         else:
-            yield from _json_rows(path, lines)
+            yield from json_rows.rows(path, _bounded(path, lines) if is_whole else lines, JSON_LIMIT)
+
+
+def _unpacked(file: Path, kind: str):
+    if kind.endswith(".gz"):
+        return gzip.open(file, "rb")
+    if not kind.endswith(".zst"):
+        return open(file, "rb")
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd"), 2**16)
 
 
 def _decoded(path: str, stream, most: int) -> Iterator[tuple[int, str]]:
@@ -191,7 +232,7 @@ def _decoded(path: str, stream, most: int) -> Iterator[tuple[int, str]]:
             _refuse_magic(path, raw)
             raw = raw.removeprefix(b"\xef\xbb\xbf")
         if len(raw) > most:
-            raise _too_large(path) if most == JSON_LIMIT else _too_long(path, number, "a line")
+            raise json_rows.too_large(path, most) if most == JSON_LIMIT else _too_long(path, number, "a line")
         if b"\0" in raw:
             raise Refusal(f"{path}:{number}: a binary file (NUL byte), not text. Give {', '.join(TEXT_KINDS)}.")
         try:
@@ -203,13 +244,18 @@ def _decoded(path: str, stream, most: int) -> Iterator[tuple[int, str]]:
             ) from error
 
 
+def _bounded(path: str, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
+    """The lines of a .json, which may be one value over all of them."""
+    size = 0
+    for number, line in lines:
+        size += len(line)
+        if size > JSON_LIMIT:
+            raise json_rows.too_large(path, JSON_LIMIT)
+        yield number, line
+
+
 def _too_long(path: str, number: int, what: str) -> Refusal:
     return Refusal(f"{path}:{number}: {what} of more than {LINE_LIMIT >> 20} MiB. Mend or remove it.")
-
-
-def _too_large(path: str) -> Refusal:
-    most = f"{JSON_LIMIT >> 20} MiB of JSON"
-    return Refusal(f"{path}: more than {most}, which is read whole. Write it as .jsonl, a row a line.")
 
 
 def _refuse_magic(path: str, head: bytes) -> None:
@@ -220,111 +266,7 @@ def _refuse_magic(path: str, head: bytes) -> None:
         raise Refusal(f"{path}:1: not UTF-8 (UTF-16 byte order mark). Save the file as UTF-8.")
 
 
-def _jsonl_rows(path: str, lines: Iterator[tuple[int, str]]) -> Iterator[Located]:
-    for number, line in lines:
-        if line.strip():
-            yield f"{path}:{number}", _object(f"{path}:{number}", _parsed(f"{path}:{number}", line))
-
-
-def _json_rows(path: str, lines: Iterator[tuple[int, str]]) -> Iterator[Located]:
-    """A JSON list of rows, or one row a line; the first character tells which."""
-    numbered, size = [], 0
-    for number, line in lines:
-        numbered.append((number, line))
-        size += len(line)
-        if size > JSON_LIMIT:
-            raise _too_large(path)
-    text = "".join(line for _, line in numbered)
-    if not text.lstrip().startswith("["):
-        yield from _jsonl_rows(path, iter(numbered))
-        return
-    try:
-        rows = json.loads(text)
-        _refuse_half_pairs(rows, text)
-    except json.JSONDecodeError as error:
-        raise Refusal(f"{path}:{error.lineno}: not valid JSON ({_shortly(error)}). Mend the list there.") from error
-    except (ValueError, RecursionError) as error:
-        raise Refusal(f"{path}: not readable JSON ({_reason(error)}). Mend the list.") from error
-    for number, row in enumerate(rows, 1):
-        yield f"{path}:{number}", _object(f"{path}:{number}", row)
-
-
-def _parsed(where: str, line: str) -> Any:
-    try:
-        row = json.loads(line)
-        _refuse_half_pairs(row, line)
-        return row
-    except json.JSONDecodeError as error:
-        raise Refusal(f"{where}: not valid JSON ({_shortly(error)}). Mend or remove the line.") from error
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, a thousand brackets
-        raise Refusal(f"{where}: not readable JSON ({_reason(error)}). Mend or remove the line.") from error
-
-
-def _refuse_half_pairs(value: Any, text: str) -> None:
-    """Raise for half of a surrogate pair, which json reads but no tokenizer takes."""
-    if HALF_PAIR.search(text):
-        json.dumps(value, ensure_ascii=False).encode()
-
-
-def _shortly(error: json.JSONDecodeError) -> str:
-    return f"{error.msg} at character {error.colno}"
-
-
-def _object(where: str, row: Any) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        kind = {list: "a list", str: "a text", type(None): "null"}.get(type(row), f"a {type(row).__name__}")
-        raise Refusal(f'{where}: {kind}, but a row is an object like {{"prompt": ...}}. Mend or remove it.')
-    return row
-
-
-def _csv_rows(path: str, lines: Iterator[tuple[int, str]]) -> Iterator[Located]:
-    header, start, size = None, 1, 0
-
-    def texts() -> Iterator[str]:
-        nonlocal size
-        for _, line in lines:
-            size += len(line)
-            if size > LINE_LIMIT:  # a quote that is never closed, say
-                raise _too_long(path, start, "a row")
-            yield line
-
-    csv.field_size_limit(CSV_CELL_LIMIT)
-    reader = csv.reader(texts(), strict=True)
-    while True:
-        size = 0
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:
-            raise Refusal(f"{path}:{start}: not valid CSV ({error}). Mend the quotes of this row.") from error
-        if cells is None:
-            return
-        where, start = f"{path}:{start}", reader.line_num + 1
-        if not cells:
-            continue
-        if header is None:
-            header = cells
-            twice = next((name for index, name in enumerate(cells) if name in cells[:index]), None)
-            if twice is not None:
-                raise Refusal(f"{where}: column {twice!r} appears twice. Rename one.")
-        elif len(cells) != len(header):
-            raise Refusal(f"{where}: {len(cells)} cells under {len(header)} columns. Quote cells that hold commas.")
-        else:
-            yield where, dict(zip(header, map(_cell, cells), strict=True))
-
-
-def _cell(text: str) -> Any:
-    """A cell, or the message list that it holds as JSON: CSV has no other way to write one."""
-    if not text.startswith("[{"):
-        return text
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return text
-    messages = all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in value)
-    return value if messages else text
-
-
-def _parquet_rows(path: str, file: Path) -> Iterator[Located]:
+def _parquet_rows(path: str, file: Path, kind: str) -> Iterator[Located]:
     if file.stat().st_size == 0:
         return
     import pyarrow
@@ -333,15 +275,61 @@ def _parquet_rows(path: str, file: Path) -> Iterator[Located]:
     try:
         table = pyarrow.parquet.ParquetFile(file)
         _refuse_huge_rows(path, table.metadata)
-        number = 0
-        for batch in table.iter_batches(PARQUET_BATCH):
-            for index in range(batch.num_rows):
-                number += 1
-                yield f"{path}:{number}", _arrow_row(f"{path}:{number}", batch, index)
+        yield from _batches(path, table.iter_batches(BATCH))
     except (pyarrow.ArrowException, OSError) as error:
         if getattr(error, "strerror", None):
             raise
-        raise Refusal(f"{path}: not a readable parquet file ({_reason(error)}). Write it again.") from error
+        raise Refusal(f"{path}: not a readable parquet file ({reason(error)}). Write it again.") from error
+
+
+def _arrow_rows(path: str, file: Path, kind: str) -> Iterator[Located]:
+    """Of Arrow's file format (feather) or its stream (`save_to_disk`)."""
+    if file.stat().st_size == 0:
+        return
+    import pyarrow
+    import pyarrow.ipc
+
+    try:
+        with pyarrow.memory_map(str(file)) as source:
+            is_file = source.read(6) == b"ARROW1"
+            source.seek(0)
+            if is_file:
+                reader = pyarrow.ipc.open_file(source)
+                batches = map(reader.get_batch, range(reader.num_record_batches))
+            else:
+                batches = iter(pyarrow.ipc.open_stream(source))
+            yield from _batches(path, batches)
+    except (pyarrow.ArrowException, OSError) as error:
+        if getattr(error, "strerror", None):
+            raise
+        raise Refusal(f"{path}: not a readable Arrow file ({reason(error)}). Write it again.") from error
+
+
+def _batches(path: str, batches) -> Iterator[Located]:
+    number = 0
+    for batch in batches:
+        twice = next((name for name, count in Counter(batch.schema.names).items() if count > 1), None)
+        if twice is not None:
+            raise Refusal(f"{path}: column {twice!r} appears twice. Rename one.")
+        if batch.nbytes > LINE_LIMIT * max(batch.num_rows, 1):
+            raise _too_long(path, number + 1, "rows")
+        for begin in range(0, batch.num_rows, BATCH):
+            for row in _unpacked_rows(path, number, batch.slice(begin, BATCH)):
+                number += 1
+                yield f"{path}:{number}", row
+
+
+def _unpacked_rows(path: str, number: int, batch) -> list[dict[str, Any]]:
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        for index in range(batch.num_rows):  # which one is it?
+            try:
+                batch.slice(index, 1).to_pylist()
+            except UnicodeDecodeError as error:
+                where = f"{path}:{number + index + 1}"
+                raise Refusal(f"{where}: not UTF-8 ({error.reason}). Mend or remove the row.") from error
+        raise
 
 
 def _refuse_huge_rows(path: str, metadata) -> None:
@@ -353,30 +341,9 @@ def _refuse_huge_rows(path: str, metadata) -> None:
         number += group.num_rows
 
 
-def _arrow_row(where: str, batch, index: int) -> dict[str, Any]:
-    try:
-        return {name: column[index].as_py() for name, column in zip(batch.schema.names, batch.columns, strict=True)}
-    except UnicodeDecodeError as error:
-        raise Refusal(f"{where}: not UTF-8 ({error.reason}). Mend or remove the row.") from error
-
-
-def _saved_split(path: str, folder: Path, split: str) -> Iterator[Located] | None:
-    from datasets import DatasetDict, load_from_disk
-
-    try:
-        data = load_from_disk(str(folder))
-    except Exception as error:
-        raise Refusal(
-            f"{path}: a damaged save_to_disk folder ({type(error).__name__}: {_reason(error)}). Save it again."
-        ) from error
-    if not isinstance(data, DatasetDict):  # a single saved Dataset has no splits
-        return _numbered(path, data) if split == "train" else None
-    return _numbered(f"{path}/{split}", data[split]) if split in data else None
-
-
-def _numbered(name: str, rows) -> Iterator[Located]:
+def numbered(name: str, rows) -> Iterator[Located]:
     return ((f"{name}:{number}", row) for number, row in enumerate(rows, 1))
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     return redact(first_line(error))[:200].rstrip(".")
