@@ -88,6 +88,11 @@ class Rows(Sequence):
         """Those of these numbers, in their order."""
         return Rows(self.files, self.index[np.asarray(numbers, dtype=np.int64)])
 
+    @staticmethod
+    def joined(*selected: "Rows") -> "Rows":
+        """Rows selected from the same, one after another."""
+        return Rows(selected[0].files, np.concatenate([rows.index for rows in selected]))
+
     def find(self, others: "Rows") -> np.ndarray:
         """The numbers under which rows selected from these are here."""
         order = np.argsort(self.index)
@@ -103,6 +108,10 @@ class Rows(Sequence):
         """The values of a key that holds no messages."""
         whole = pyarrow.chunked_array([part.column(key) for file in self.files for part in file.parts], KINDS[key])
         return whole.take(pyarrow.array(self.index))
+
+    def groups(self, key: str) -> list[int]:
+        """A number for each, the same where the value under the key is the same."""
+        return self.column(key).combine_chunks().dictionary_encode().indices.to_pylist()
 
     def count(self, key: str) -> int:
         """How many have a value under a key."""
