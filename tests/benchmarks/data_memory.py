@@ -2,8 +2,8 @@
 
     python tests/benchmarks/data_memory.py --rows 10000 200000 1000000 [--only read ready fitted load_dataset]
 
-Each row of the .jsonl is a pair of about 300 tokens (prompt and two answers of 400 characters each); each figure is of a
-process of its own:
+Each row of the .jsonl is a pair of about 300 words (prompt and two answers of 400 characters each); each figure is of
+a process of its own:
 
 - read: `load_pairs`;
 - ready: `load_pairs` and `Splits.to_datasets`;
