@@ -62,7 +62,7 @@ from rlhf_recipes.config import check_value
 from rlhf_recipes.data import folders, formats, preference, readers, recognise, texts
 from rlhf_recipes.data.account import accounted
 from rlhf_recipes.data.columns import COLUMNS, Source
-from rlhf_recipes.data.keys import Keys, held_out
+from rlhf_recipes.data.keys import Keys, are_in, held_out
 from rlhf_recipes.data.messages import Drop
 from rlhf_recipes.data.row import Row
 from rlhf_recipes.data.rows import Example, Writer, written
@@ -558,7 +558,7 @@ def _split(keys: Keys, train: np.ndarray, test: np.ndarray | None, data: dict[st
             f"data.test_size={size}: leaves nothing of {len(drawn)} prompts to train on. "
             "Lower it, or give data.test_path."
         )
-    is_test = np.isin(openings, drawn)
+    is_test = are_in(openings, drawn)
     return train[~is_test], train[is_test], f"test: {len(drawn)} of {len(different)} prompts held out, seed {seed}"
 
 
