@@ -10,6 +10,7 @@ from rlhf_recipes import guard
 from rlhf_recipes.commands import command
 from rlhf_recipes.config import CONF, ModelConfig, check_value, flatten, in_sweep
 from rlhf_recipes.errors import Refusal, nearest
+from rlhf_recipes.launch import settings
 
 # What our own keys take that their default does not say (the words that are allowed, more than one type, null); any
 # other takes the type of its default in the YAML. `data`, and what a class stands behind, check their own.
@@ -106,6 +107,7 @@ def check(cfg: DictConfig, recipe: str | None = None) -> None:
             "trainer.push_to_hub=true: would upload every checkpoint as it is. Use publish=true repo_id=<user/name>, "
             "which proves what it uploads."
         )
+    settings.check(cfg, recipe)
     _refuse_missing_tracker(OmegaConf.select(cfg, "trainer.report_to"))
     quantization = OmegaConf.select(cfg, "quantization._target_") or ""
     if quantization.endswith("BitsAndBytesConfig") and not _installed("bitsandbytes"):
