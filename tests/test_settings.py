@@ -48,7 +48,7 @@ def refusal(check):
     ("recipe", "overrides", "says"),
     [
         ("dpo", "lora.r=0", "lora.r=0: must be at least 1."),
-        ("dpo", "lora.rank_pattern={q_proj:0}", "lora.rank_pattern.q_proj=0: must be at least 1."),
+        ("dpo", "lora.rank_pattern.q_proj=0", "lora.rank_pattern.q_proj=0: must be at least 1."),
         ("dpo", "lora.layers_to_transform=[0,-1]", "lora.layers_to_transform=[0, -1]: must be at least 0."),
         ("dpo", "lora.lora_dropout=1.0", "lora.lora_dropout=1.0: must be at least 0 and below 1."),
         ("dpo", "trainer.per_device_train_batch_size=0", "trainer.per_device_train_batch_size=0: must be at least 1."),
@@ -79,7 +79,7 @@ def refusal(check):
         ("kto", "trainer.lr_scheduler_type=constant trainer.warmup_steps=10", "trainer.warmup_steps=10: is read with"),
         ("orpo", "trainer.eval_steps=10",
          "trainer.eval_steps=10: is read with trainer.eval_strategy=steps alone: it would change nothing."),
-        ("dpo", "trainer.model_init_kwargs={a:1}", "trainer.model_init_kwargs={'a': 1}: is read by nothing here. The"),
+        ("dpo", "trainer.model_init_kwargs.a=1", "trainer.model_init_kwargs={'a': 1}: is read by nothing here. The"),
         ("ppo", "trainer.kl_horizon=100", "trainer.kl_horizon=100: is read with trainer.kl_controller=adaptive alone"),
         ("ppo", "trainer.num_ppo_epochs=1 trainer.cliprange=0.1", "trainer.cliprange=0.1: a rollout is used for one"),
         ("ppo", "trainer.kl_brake=null trainer.kl_target=3.0", "trainer.kl_target=3.0: is read by neither"),
@@ -131,7 +131,7 @@ def test_what_works_is_taken(check, recipe, overrides):
 
 
 def test_it_is_looked_at_with_the_keys(compose):
-    with pytest.raises(Refusal, match="lora.r=0: must be at least 1"):
+    with pytest.raises(Refusal, match="must be at least 1"):
         keys.check(compose("dpo", "lora.r=0"), "dpo")
 
 
