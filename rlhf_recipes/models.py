@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import config, embedded, places
-from rlhf_recipes.errors import Refusal, first_line
+from rlhf_recipes.errors import Refusal, first_line, nearest
 from rlhf_recipes.references import ModelRef
 from rlhf_recipes.run import Run
 
@@ -46,11 +47,13 @@ def training_args(node: DictConfig, run: Run) -> "TrainingArguments":
 
 
 def check(model: DictConfig, quantization: DictConfig, lora: DictConfig) -> None:
-    """Refuse what the classes behind `quantization` and `lora` refuse, before anything is fetched or tokenised.
+    """Refuse what the classes behind `quantization` and `lora` refuse, and modules that the model does not have.
+
+    It comes before a weight is fetched or a row tokenised.
 
     Raises:
-        Refusal: an unknown key, a wrong type, `model.dtype` is none, or `model.attn_implementation` is code of the
-            Hub.
+        Refusal: an unknown key, a wrong type, `model.dtype` is none, `model.attn_implementation` is code of the Hub,
+            or `lora` names a module or a layer that is not in the model.
     """
     if "/" in (model.attn_implementation or "") and not model.get("trust_remote_code"):
         raise Refusal(
@@ -59,7 +62,58 @@ def check(model: DictConfig, quantization: DictConfig, lora: DictConfig) -> None
             "model.trust_remote_code=true."
         )
     build_quantization(quantization, compute_dtype(model))
-    config.build(lora, "lora")
+    built = config.build(lora, "lora")
+    if not model.get("adapter") and hasattr(built, "target_modules"):
+        _check_modules(model, built)
+
+
+def _check_modules(model: DictConfig, lora: "LoraConfig") -> None:
+    """PEFT leaves out what it finds in no module, as long as it finds the rest."""
+    import torch
+    from torch import nn
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    named = {
+        key: [value] if isinstance(value, str) else list(value)
+        for key in ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern")
+        if (value := getattr(lora, key, None)) and value != "all-linear"
+    }
+    layers = getattr(lora, "layers_to_transform", None)
+    if not named and layers is None:
+        return
+    shape = _from_hub(model, AutoConfig.from_pretrained, model_path(model), revision=model.revision)
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(shape, trust_remote_code=model.get("trust_remote_code") is True)
+    kinds = nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D
+    modules = {name: isinstance(module, kinds) for name, module in built.named_modules() if name} | {"score": True}
+    last = sorted({name.rpartition(".")[2] for name, adapted in modules.items() if adapted})
+    for key, words in named.items():
+        pattern = key.endswith("pattern") or isinstance(getattr(lora, key), str)
+        own = key == "target_modules" and model.get("lora_targets", "all-linear") != "all-linear"
+        where = "model.lora_targets" if own else f"lora.{key}"
+        for word in words:
+            found = [name for name in modules if _names_module(word, name, pattern, key)]
+            if not found:
+                near = nearest(word.rpartition(".")[2], last)
+                raise Refusal(f"{where}: {model.id} has no module {word}{near} Its layers end in {', '.join(last)}.")
+            if key == "target_modules" and not any(modules[name] for name in found):
+                raise Refusal(f"{where}: {word} is no layer that LoRA can be put on. Choose from {', '.join(last)}.")
+    for layer in [layers] if isinstance(layers, int) else layers or []:
+        count = shape.get_text_config().num_hidden_layers
+        if layer >= count:
+            raise Refusal(f"lora.layers_to_transform: {model.id} has layers 0 to {count - 1}, not {layer}. Change it.")
+
+
+def _names_module(word: str, name: str, pattern: bool, key: str) -> bool:
+    """Whether PEFT takes `word`, one of `lora.<key>`, for the module `name`."""
+    if not pattern:
+        return name == word or name.endswith(f".{word}")
+    before = r"(.*\.)?" if key.endswith("pattern") else ""
+    try:
+        return re.fullmatch(f"{before}({word})", name) is not None
+    except re.error as error:
+        raise Refusal(f"lora.{key}: {word} is no regular expression ({error}). Change it.") from error
 
 
 def computes_in_bf16() -> bool:

@@ -23,6 +23,10 @@ from rlhf_recipes.errors import Refusal
 from rlhf_recipes.run_folder import read_config, read_json, read_result
 
 ADAPTER_CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+NO_TEMPLATE = (
+    "its tokenizer has no chat template to give it conversations as it was trained on them. Put that template beside "
+    "it, as chat_template.jinja."
+)
 # Kinds of what is named: LoRA weights here; a folder that transformers reads; module:function; a repository.
 ADAPTER, MODEL, FUNCTION, HUB = "adapter", "model", "function", "hub"
 
@@ -172,6 +176,10 @@ def find_reward(reference: str) -> ModelRef:
         if adapter_in(reference):
             return find(reference, key)
         if (folder / "config.json").is_file():
+            config = read_json(folder / "config.json")
+            refuse_other_model(reference, key, config)
+            if config.get("architectures") and not _has_template(folder):
+                raise Refusal(f"{key}={reference}: {NO_TEMPLATE}")
             return ModelRef(reference, key, MODEL)
         raise Refusal(f"{key}={reference}: holds no model (is the run finished?). Give another.")
     if ":" in reference:
@@ -182,6 +190,33 @@ def find_reward(reference: str) -> ModelRef:
         f"{key}={reference}: no such folder. Give a run of recipes/reward.py, a folder with a model, "
         "module:function, or an id of the Hub."
     )
+
+
+def refuse_other_model(reference: str, key: str, config: dict) -> None:
+    """Refuse a model of transformers, by its config.json, that does not score a text with one number.
+
+    Raises:
+        Refusal: it is no sequence classifier, or has several outputs.
+    """
+    names = config.get("architectures")
+    if not names:
+        return  # it says nothing of itself
+    if not any("SequenceClassification" in name or "Reward" in name for name in names):
+        raise Refusal(
+            f"{key}={reference}: is a {names[0]}, which has no score head; a random one would be put on. Give a "
+            "sequence-classification model."
+        )
+    labels = config.get("id2label")
+    outputs = len(labels) if labels else config.get("num_labels", 2)  # what transformers takes where nothing says it
+    if outputs != 1:
+        raise Refusal(f"{key}={reference}: gives {outputs} values for a text, a reward model gives 1. Choose another.")
+
+
+def _has_template(folder: Path) -> bool:
+    if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
+        return True
+    settings = folder / "tokenizer_config.json"
+    return settings.is_file() and bool(read_json(settings).get("chat_template"))
 
 
 def find_checkpoints(reference: str, base_model: str) -> list[ModelRef]:

@@ -13,7 +13,15 @@ from rlhf_recipes.data.template import render
 from rlhf_recipes.data.tokens import neutralise
 from rlhf_recipes.errors import Refusal, first_line, users_function
 from rlhf_recipes.ppo.roles import Roles
-from rlhf_recipes.references import ADAPTER, FUNCTION, ModelRef, find_reward
+from rlhf_recipes.references import (
+    ADAPTER,
+    FUNCTION,
+    HUB,
+    NO_TEMPLATE,
+    ModelRef,
+    find_reward,
+    refuse_other_model,
+)
 from rlhf_recipes.text import line
 
 
@@ -84,6 +92,8 @@ def load(reference, roles: Roles, tokenizer, reward_tokenizer, args) -> Callable
     found = reference if isinstance(reference, ModelRef) else find_reward(reference)
     if found.kind == FUNCTION:
         return found.function
+    if found.kind == HUB:
+        _look_at(found)
     if found.kind != ADAPTER:
         return _own_model(_load_classifier(found.reference, args), found.reference, reward_tokenizer)
     base, adapter, scale = found.base, str(found.adapter), _scale(found.metrics)
@@ -166,6 +176,8 @@ def _own_model(model, path: str, tokenizer, name: str | None = None) -> LearnedR
     from transformers import AutoTokenizer
 
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    if tokenizer.chat_template is None:
+        raise Refusal(f"reward_funcs={path}: {NO_TEMPLATE}")
     model = model.requires_grad_(False).eval()
     models.keep_gradients_on_cpu(model)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -185,6 +197,17 @@ def _score(score: nn.Module, hidden_BTH: Tensor, last_B: Tensor) -> Tensor:
     hidden_BH = hidden_BTH[torch.arange(len(last_B), device=last_B.device), last_B]
     with torch.autocast(hidden_BH.device.type, enabled=False):
         return score(hidden_BH.to(next(score.parameters()).dtype))[:, 0].float()
+
+
+def _look_at(found: ModelRef) -> None:
+    """What `find_reward` sees in a folder, of a repository, before its weights are fetched."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(found.reference, trust_remote_code=False)
+    except (OSError, ValueError):  # `_load_classifier` says it
+        return
+    refuse_other_model(found.reference, found.key, config.to_dict())
 
 
 def _load_classifier(path: str, args):
