@@ -5,6 +5,8 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,13 +14,21 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import config, embedded, places
 from rlhf_recipes.errors import Refusal, first_line, nearest
-from rlhf_recipes.references import ModelRef
+from rlhf_recipes.references import ADAPTER_CONFIG, WEIGHTS, ModelRef, adapter_in
 from rlhf_recipes.run import Run
+from rlhf_recipes.run_folder import read_json
+from rlhf_recipes.text import line
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
+
+# What of two configs must agree for an adapter of the one to fit the other.
+COMPARED = (
+    "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "vocab_size",
+)  # fmt: skip
 
 # Of the jobs of a sweep that share a process.
 _bases: dict[tuple[type, str], "PreTrainedModel"] = {}
@@ -53,7 +63,7 @@ def check(model: DictConfig, quantization: DictConfig, lora: DictConfig) -> None
 
     Raises:
         Refusal: an unknown key, a wrong type, `model.dtype` is none, `model.attn_implementation` is code of the Hub,
-            or `lora` names a module or a layer that is not in the model.
+            `lora` names a module or a layer that is not in the model, or `model.adapter` does not fit the model.
     """
     if "/" in (model.attn_implementation or "") and not model.get("trust_remote_code"):
         raise Refusal(
@@ -63,15 +73,16 @@ def check(model: DictConfig, quantization: DictConfig, lora: DictConfig) -> None
         )
     build_quantization(quantization, compute_dtype(model))
     built = config.build(lora, "lora")
-    if not model.get("adapter") and hasattr(built, "target_modules"):
+    adapter = model.get("adapter") and adapter_in(model.adapter)
+    if adapter:
+        check_named_bases(model, [adapter])
+    elif hasattr(built, "target_modules"):
         _check_modules(model, built)
 
 
 def _check_modules(model: DictConfig, lora: "LoraConfig") -> None:
     """PEFT leaves out what it finds in no module, as long as it finds the rest."""
-    import torch
     from torch import nn
-    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
     named = {
@@ -82,9 +93,7 @@ def _check_modules(model: DictConfig, lora: "LoraConfig") -> None:
     layers = getattr(lora, "layers_to_transform", None)
     if not named and layers is None:
         return
-    shape = _from_hub(model, AutoConfig.from_pretrained, model_path(model), revision=model.revision)
-    with torch.device("meta"):
-        built = AutoModelForCausalLM.from_config(shape, trust_remote_code=model.get("trust_remote_code") is True)
+    built = without_weights(model)
     kinds = nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D
     modules = {name: isinstance(module, kinds) for name, module in built.named_modules() if name} | {"score": True}
     last = sorted({name.rpartition(".")[2] for name, adapted in modules.items() if adapted})
@@ -100,9 +109,85 @@ def _check_modules(model: DictConfig, lora: "LoraConfig") -> None:
             if key == "target_modules" and not any(modules[name] for name in found):
                 raise Refusal(f"{where}: {word} is no layer that LoRA can be put on. Choose from {', '.join(last)}.")
     for layer in [layers] if isinstance(layers, int) else layers or []:
-        count = shape.get_text_config().num_hidden_layers
+        count = built.config.get_text_config().num_hidden_layers
         if layer >= count:
             raise Refusal(f"lora.layers_to_transform: {model.id} has layers 0 to {count - 1}, not {layer}. Change it.")
+
+
+def without_weights(model: DictConfig) -> "PreTrainedModel":
+    """The causal language model as its config describes it, on the device `meta`.
+
+    Raises:
+        Refusal: it cannot be found or fetched.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = _from_hub(model, AutoConfig.from_pretrained, model_path(model), revision=model.revision)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(shape, trust_remote_code=model.get("trust_remote_code") is True)
+
+
+def check_named_bases(model: DictConfig, adapters: Iterable[str | Path]) -> dict:
+    """Compare adapters that name another base (`model.adapter_base=same`) with the model, and say what was compared.
+
+    Returns:
+        For result.json: `named_bases`, by the folder of each adapter; nothing where none names another.
+
+    Raises:
+        Refusal: a module is not in the model or has another shape, or that base is at hand and its config is another.
+    """
+    from safetensors import safe_open
+
+    if model.get("adapter_base") != "same":
+        return {}
+    named = {str(each): read_json(Path(each) / ADAPTER_CONFIG).get("base_model_name_or_path") for each in adapters}
+    named = {adapter: base for adapter, base in named.items() if base != model.id}
+    if not named:
+        return {}
+    built = without_weights(model)
+    modules = dict(built.named_modules())
+    for adapter, base in named.items():
+        theirs, ours = _config_at_hand(base), built.config.get_text_config().to_dict()
+        for key in COMPARED if theirs else ():
+            if key in theirs and key in ours and theirs[key] != ours[key]:
+                raise Refusal(
+                    f"model.adapter_base=same: {base}, the base of {adapter}, has {key} {theirs[key]}, and {model.id} "
+                    f"has {ours[key]}. Choose the model it belongs to."
+                )
+        with safe_open(Path(adapter) / WEIGHTS, framework="numpy") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys() if ".lora_" in name}  # noqa: SIM118
+        for name, shape in shapes.items():
+            path, _, part = name.removeprefix("base_model.model.").partition(".lora_")
+            layer = modules.get(path)
+            size = {"A.weight": ("in_features", 1), "B.weight": ("out_features", 0)}.get(part)
+            if layer is None or (size and getattr(layer, size[0], shape[size[1]]) != shape[size[1]]):
+                what = "no such module" if layer is None else f"{size[0]}={getattr(layer, size[0])}"
+                raise Refusal(
+                    f"model.adapter_base=same: {adapter} has {name} of shape {list(shape)}, {model.id} has {what}. "
+                    "Choose the model it belongs to."
+                )
+        config = " and the config of that base" if theirs else ""
+        print(
+            f"{adapter}: names the base {line(str(base))}, taken for {model.id} as you say (model.adapter_base=same). "
+            f"Its modules{config} fit; the weights were not compared.",
+            flush=True,
+        )
+    return {"named_bases": named}
+
+
+def _config_at_hand(base: str | None) -> dict | None:
+    """config.json of a folder here or of the Hub's cache, of its text part where it has several; None without one."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    found = Path(str(base)) / "config.json"
+    if not found.is_file():
+        with suppress(HFValidationError):  # a path of another machine
+            cached = try_to_load_from_cache(str(base), "config.json")
+            found = Path(cached) if isinstance(cached, str) else found
+    config = read_json(found) if found.is_file() else None
+    return config and config.get("text_config", config)
 
 
 def _names_module(word: str, name: str, pattern: bool, key: str) -> bool:

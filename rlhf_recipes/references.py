@@ -41,6 +41,7 @@ class ModelRef:
         kind: ADAPTER, MODEL, FUNCTION or HUB. All below but `function` is of adapters alone.
         adapter: the folder of its weights.
         base: id of the base model that it belongs to.
+        named_base: what its files call that base, where it is another name and the user says that it is the same.
         task_type: PEFT's: SEQ_CLS of what scores, CAUSAL_LM of what answers.
         sha256: of its weights, None where it has none.
         recipe: what trained it; None of an adapter from elsewhere.
@@ -56,6 +57,7 @@ class ModelRef:
     kind: str = ADAPTER
     adapter: Path | None = None
     base: str | None = None
+    named_base: str | None = None
     task_type: str | None = None
     sha256: str | None = None
     recipe: str | None = None
@@ -73,7 +75,9 @@ class ModelRef:
     @property
     def lineage(self) -> dict[str, Any]:
         """What result.json and cards say of it and all that it comes from."""
-        return {"run": self.reference, "recipe": self.recipe, "adapter_sha256": self.sha256, "parent": self.parent}
+        named = {"named_base": self.named_base} if self.named_base else {}
+        found = {"run": self.reference, "recipe": self.recipe, "adapter_sha256": self.sha256, "parent": self.parent}
+        return found | named
 
     @property
     def is_reward_model(self) -> bool:
@@ -85,23 +89,27 @@ class ModelRef:
         return adapter_in(self.started_from) if self.started_from else None
 
 
-def find(reference: str, key: str, base_model: str | None = None) -> ModelRef:
+def find(reference: str, key: str, base_model: str | None = None, adapter_base: str | None = None) -> ModelRef:
     """The adapter that a run folder or an adapter folder stands for.
 
     Args:
         base_model: the id that it must belong to.
+        adapter_base: `model.adapter_base`; with `same`, whatever base it names is `base_model`.
 
     Raises:
         Refusal: none is there; its weights are not in safetensors; it belongs to another base model; or its run does
             not say where it comes from.
     """
+    adapter = adapter_in(reference)
+    config = read_json(adapter / ADAPTER_CONFIG) if adapter else {}
+    base = named = config.get("base_model_name_or_path")
+    if adapter and base_model is not None and base != base_model:
+        if adapter_base != "same":
+            _refuse_other_base(reference, key, base, base_model)
+        base = base_model
     if flaw := _flaw(reference):
         raise Refusal(f"{key}={reference}: {flaw}")
-    adapter = adapter_in(reference)
-    config, home = read_json(adapter / ADAPTER_CONFIG), folder_of(adapter)
-    base = config.get("base_model_name_or_path")
-    if base_model is not None and base != base_model:
-        _refuse_other_base(reference, key, base, base_model)
+    home = folder_of(adapter)
     if base is None:
         raise Refusal(f"{key}={reference}: its {ADAPTER_CONFIG} names no base model. Add base_model_name_or_path.")
     result = read_result(home) or {}
@@ -117,6 +125,7 @@ def find(reference: str, key: str, base_model: str | None = None) -> ModelRef:
         key,
         adapter=adapter,
         base=base,
+        named_base=named if named != base else None,
         task_type=config.get("task_type"),
         sha256=sha256,
         recipe=recipe,
@@ -126,16 +135,18 @@ def find(reference: str, key: str, base_model: str | None = None) -> ModelRef:
     )
 
 
-def find_policy(reference: str, key: str, base_model: str) -> ModelRef:
+def find_policy(reference: str, key: str, base_model: str, adapter_base: str | None = None) -> ModelRef:
     """The adapter of a policy, for `runs` and `parent`.
 
     Raises:
         Refusal: as `find`; it is a reward model; or what it started from is gone.
     """
-    return _in_role(find(reference, key, base_model), reward_model=False)
+    return _in_role(find(reference, key, base_model, adapter_base), reward_model=False)
 
 
-def find_reward_models(references: str | list[str] | None, key: str, base_model: str) -> list[ModelRef]:
+def find_reward_models(
+    references: str | list[str] | None, key: str, base_model: str, adapter_base: str | None = None
+) -> list[ModelRef]:
     """The reward models of `reward_model` or `gold`: none, one, or the members of an ensemble.
 
     Raises:
@@ -147,7 +158,7 @@ def find_reward_models(references: str | list[str] | None, key: str, base_model:
     folders = expand(given, key)
     if len(set(folders)) < len(folders) or not folders:
         raise Refusal(f"{key}={given}: must name one run or more, each once. Change the list.")
-    return [_in_role(find(folder, key, base_model), reward_model=True) for folder in folders]
+    return [_in_role(find(folder, key, base_model, adapter_base), reward_model=True) for folder in folders]
 
 
 def find_rewards(references: str | list[str]) -> list[ModelRef]:
@@ -340,8 +351,12 @@ def _flaw(reference: str) -> str | None:
 
 def _refuse_other_base(reference: str, key: str, base: str | None, base_model: str) -> None:
     node = key.removesuffix(".adapter") if key.endswith(".adapter") else "model"
+    # A run of ours names the public id; others may name a packed copy, or a folder of another machine.
+    foreign = node == "model" and not (folder_of(adapter_in(reference) or reference) / run_folder.RESULT).is_file()
+    same = " If these are the same weights under another name, add model.adapter_base=same." if foreign else ""
     raise Refusal(
-        f"{key}={reference}: was trained on {base}, not on {node}.id={base_model}. Choose the model it belongs to."
+        f"{key}={reference}: was trained on {base}, not on {node}.id={base_model}. Choose the model it belongs "
+        f"to.{same}"
     )
 
 

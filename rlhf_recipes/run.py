@@ -94,7 +94,7 @@ class Run:
             folder,
             recipe,
             config,
-            parent=find(model["adapter"], "model.adapter", model["id"]) if model.get("adapter") else None,
+            parent=_parent(model) if model.get("adapter") else None,
             shared=folder.parent / SHARED if in_sweep() else None,
         )
         run.hold()
@@ -241,6 +241,8 @@ def computed(config: dict) -> dict:
     kept = {key: value for key, value in config.items() if key not in (*_NOT_COMPUTED, *watched, *published)}
     if "trainer" in kept:
         kept["trainer"] = {key: value for key, value in kept["trainer"].items() if key != "report_to"}
+    if kept.get("model") and kept["model"].get("adapter_base") is None:
+        kept["model"] = {key: value for key, value in kept["model"].items() if key != "adapter_base"}
     columns = (kept.get("data") or {}).get("columns") or {}
     if columns.get("label") == "label":  # runs from before this key compute the same
         columns = {key: value for key, value in columns.items() if key != "label"}
@@ -287,6 +289,10 @@ def _threads(cores: int) -> int:
     launcher = HydraConfig.get().launcher if in_sweep() else {}
     jobs = launcher.get("n_jobs", 1)  # joblib's; -1: as many as there are cores
     return launcher.get("cpus_per_task") or max(1, cores // (cores if jobs < 0 else jobs))
+
+
+def _parent(model: dict) -> ModelRef:
+    return find(model["adapter"], "model.adapter", model["id"], model.get("adapter_base"))
 
 
 def _other_config(run: Run) -> str | None:

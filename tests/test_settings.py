@@ -8,10 +8,10 @@ import math
 import textwrap
 
 import pytest
-from conftest import write_adapter
+from conftest import TINY_ID, write_adapter
 from omegaconf import OmegaConf
 
-from rlhf_recipes import config
+from rlhf_recipes import config, references
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.launch import keys, settings
 from rlhf_recipes.launch.settings import LOSSES, OF_SCORES, READ, Range
@@ -257,3 +257,164 @@ def test_defaults_are_those_of_the_classes():
         fields = {field.name: field.default for field in dataclasses.fields(kind)}
         assert {key: reads.default for key, reads in table.items()} == {key: fields[key] for key in table}, target
         assert {reads.by for reads in table.values()} - {""} <= set(fields)
+
+
+# ---- what the model's config says
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ("lora.target_modules=[q_proj,v_porj]", "lora.target_modules: {} has no module v_porj; did you mean 'v_pr"),
+        ("model.lora_targets=[q_proj,query]", "model.lora_targets: {} has no module query. Its layers end in"),
+        ("lora.target_modules=.*language.*", "lora.target_modules: {} has no module .*language.*"),
+        ("lora.target_modules='(q_proj'", "lora.target_modules: (q_proj is no regular expression ("),
+        ("lora.target_modules=[q_proj,mlp]", "lora.target_modules: mlp is no layer that LoRA can be put on."),
+        ("lora.exclude_modules=[o_prj]", "lora.exclude_modules: {} has no module o_prj; did you mean 'o_proj'?"),
+        ("lora.modules_to_save=[embed_token]", "lora.modules_to_save: {} has no module embed_token; did you mean"),
+        ("lora.rank_pattern={q_prj:4}", "lora.rank_pattern: {} has no module q_prj; did you mean 'q_proj'?"),
+        ("lora.target_modules=[q_proj] lora.layers_to_transform=[0,2]",
+         "lora.layers_to_transform: {} has layers 0 to 1, not 2."),
+        ("lora.target_modules=[q_proj,layers.0.mlp.up_proj]", None),
+        ("lora.target_modules=.*(q|v)_proj lora.rank_pattern.up_proj=4", None),
+        ("lora.modules_to_save=[score,embed_tokens]", None),
+        ("lora.target_modules=[q_proj,v_porj] model.adapter=sft", None),  # continued as it is: settings refuses it
+    ],
+)  # fmt: skip
+def test_modules_that_the_model_does_not_have(compose, tiny_model_overrides, overrides, says):
+    from rlhf_recipes import models
+
+    cfg = compose("dpo", *tiny_model_overrides, "quantization=none", *overrides.split())
+    if says is None:
+        models.check(cfg.model, cfg.quantization, cfg.lora)
+        return
+    with pytest.raises(Refusal) as caught:
+        models.check(cfg.model, cfg.quantization, cfg.lora)
+    assert str(caught.value).startswith(says.format(cfg.model.id))
+
+
+CLASSIFIER = {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
+
+
+@pytest.mark.parametrize(
+    ("model", "tokenizer", "says"),
+    [
+        (CLASSIFIER, {"chat_template": "{{ messages }}"}, None),
+        (
+            {"architectures": CLASSIFIER["architectures"]},
+            {"chat_template": "x"},
+            "gives 2 values for a text, a reward",
+        ),
+        (CLASSIFIER | {"id2label": {"0": "a", "1": "b", "2": "c"}}, {"chat_template": "x"}, "gives 3 values"),
+        (CLASSIFIER | {"architectures": ["LlamaForCausalLM"]}, {"chat_template": "x"}, "is a LlamaForCausalLM, which"),
+        (CLASSIFIER, {}, "its tokenizer has no chat template"),
+        (CLASSIFIER, None, "its tokenizer has no chat template"),
+    ],
+)
+def test_a_model_that_is_no_reward_model(tmp_path, model, tokenizer, says):
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    if tokenizer is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    if says is None:
+        assert references.find_reward(str(tmp_path)).kind == references.MODEL
+        return
+    with pytest.raises(Refusal) as caught:
+        references.find_reward(str(tmp_path))
+    assert str(caught.value).startswith(f"reward_funcs={tmp_path}: {says}")
+    if tokenizer == {}:
+        (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+        assert references.find_reward(str(tmp_path))
+
+
+# ---- adapters that name another base
+
+
+@pytest.fixture
+def foreign(tmp_path, monkeypatch):
+    """foreign(shapes, **config): an adapter from elsewhere in the current folder's `bought`."""
+    import torch
+    from safetensors.torch import save_file
+
+    monkeypatch.chdir(tmp_path)
+
+    def made(shapes, **changes):
+        folder = tmp_path / "bought"
+        folder.mkdir()
+        named = {"base_model_name_or_path": "somebody/tiny-bnb-4bit", "task_type": "CAUSAL_LM", "r": 4} | changes
+        (folder / "adapter_config.json").write_text(json.dumps(named))
+        save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, folder / "adapter_model.safetensors")
+        return folder
+
+    return made
+
+
+Q = "base_model.model.model.layers.1.self_attn.q_proj.lora_"
+FITTING = {f"{Q}A.weight": (4, 64), f"{Q}B.weight": (64, 4)}
+
+
+def test_an_adapter_that_names_another_base_is_refused_unless_it_is_said_to_be_the_same(foreign):
+    foreign(FITTING)
+    for key, find in (("model.adapter", references.find), ("runs", references.find_policy)):
+        with pytest.raises(Refusal) as caught:
+            find("bought", key, TINY_ID)
+        assert str(caught.value).endswith(
+            "If these are the same weights under another name, add model.adapter_base=same."
+        )
+        found = find("bought", key, TINY_ID, "same")
+        assert (found.base, found.named_base) == (TINY_ID, "somebody/tiny-bnb-4bit")
+        assert found.lineage["named_base"] == "somebody/tiny-bnb-4bit"
+    assert "named_base" not in references.find("bought", "model.adapter", "somebody/tiny-bnb-4bit", "same").lineage
+
+
+@pytest.mark.parametrize(
+    ("shapes", "config", "says"),
+    [
+        (FITTING, {}, None),
+        (FITTING, {"base_model_name_or_path": "/data/models/tiny"}, None),
+        (FITTING, {"base_model_name_or_path": None}, None),
+        ({f"{Q}A.weight": (4, 96), f"{Q}B.weight": (64, 4)}, {}, "of shape [4, 96], {} has in_features=64."),
+        ({f"{Q}A.weight": (4, 64), f"{Q}B.weight": (32, 4)}, {}, "of shape [32, 4], {} has out_features=64."),
+        ({f"{Q.replace('.1.', '.2.')}A.weight": (4, 64)}, {}, "of shape [4, 64], {} has no such module."),
+        (FITTING, {"base_model_name_or_path": "base"}, None),
+        (FITTING, {"base_model_name_or_path": "other"}, "the base of bought, has vocab_size 7, and {} has "),
+    ],
+)
+def test_what_is_said_to_be_the_same_must_fit(
+    compose, foreign, tiny_model, tiny_model_overrides, tmp_path, capsys, shapes, config, says
+):
+    from rlhf_recipes import models
+
+    foreign(shapes, **config)
+    ours = json.loads((tiny_model / "config.json").read_text())
+    for name, changes in (("base", {}), ("other", {"vocab_size": 7})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(ours | changes))
+    cfg = compose("dpo", *tiny_model_overrides, "model.adapter=bought", "model.adapter_base=same", "quantization=none")
+    if says:
+        with pytest.raises(Refusal) as caught:
+            models.check(cfg.model, cfg.quantization, cfg.lora)
+        assert str(caught.value).startswith("model.adapter_base=same: ") and says.format(TINY_ID) in str(caught.value)
+        return
+    models.check(cfg.model, cfg.quantization, cfg.lora)
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "taken for tests/tiny as you say (model.adapter_base=same)" in out
+    assert ("and the config of that base" in out) == (config.get("base_model_name_or_path") == "base")
+
+
+def test_the_key_is_no_part_of_a_run_that_does_not_set_it(compose, refusal):
+    from rlhf_recipes import run
+
+    config = run.resolved(compose("dpo"))
+    before = {**config, "model": {key: value for key, value in config["model"].items() if key != "adapter_base"}}
+    assert run.config_sha256(config) == run.config_sha256(before)
+    assert run.config_sha256(run.resolved(compose("dpo", "model.adapter_base=same"))) != run.config_sha256(config)
+    assert refusal("dpo", "model.adapter_base=other").startswith("model.adapter_base=other: not one of same.")
+
+
+def test_the_card_says_whose_word_it_is():
+    from rlhf_recipes.training.card import chain
+
+    parent = {"recipe": None, "adapter_sha256": "ab" * 32, "parent": None, "named_base": "x/y-bnb-4bit"}
+    said = chain("org/base", {"recipe": "dpo", "adapter_sha256": "cd" * 32, "parent": parent})
+    assert "`abababababab` names the base `x/y-bnb-4bit`. That it is the same is the word of whoever ran this" in said
+    assert "names the base" not in chain("org/base", {"recipe": "dpo", "adapter_sha256": "cd", "parent": None})

@@ -236,7 +236,9 @@ def check(cfg: DictConfig, recipe: str | None) -> None:
     """
     kept = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "output_dir"])
     node = OmegaConf.to_container(kept, resolve=True)
-    trainer = node.get("trainer") or {}
+    trainer, model = node.get("trainer") or {}, node.get("model") or {}
+    if isinstance(model, dict) and model.get("adapter_base") not in (None, "same"):
+        raise Refusal(f"model.adapter_base={model['adapter_base']}: not one of same. Leave it out, or say so.")
     _refuse_numbers(node, trainer.get("_target_"))
     if trainer:
         _refuse_losses(trainer)
