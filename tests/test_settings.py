@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import json
 import math
+import re
 import textwrap
 
 import pytest
@@ -133,6 +134,39 @@ def test_what_works_is_taken(check, recipe, overrides):
 def test_it_is_looked_at_with_the_keys(compose):
     with pytest.raises(Refusal, match="must be at least 1"):
         keys.check(compose("dpo", "lora.r=0"), "dpo")
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("trainer.optim=galore_adamw_8bit", "trainer.optim=galore_adamw_8bit: galore-torch is not installed. pip in"),
+        ("trainer.optim=adamw_torch_8bit", "trainer.optim=adamw_torch_8bit: torchao is not installed. pip install t"),
+        ("trainer.optim=paged_adamw_32bit", "trainer.optim=paged_adamw_32bit: bitsandbytes is not installed. pip in"),
+        ("trainer.optim=rmsprop_bnb", "trainer.optim=rmsprop_bnb: bitsandbytes is not installed. pip install bitsa"),
+        ("trainer.use_liger_kernel=true", "trainer.use_liger_kernel=true: liger-kernel is not installed."),
+        ("trainer.optim=adamw_torch_fused", None),
+        ("trainer.optim=rmsprop", None),
+    ],
+)
+def test_what_an_optimizer_needs_is_installed(compose, monkeypatch, override, says):
+    monkeypatch.setattr(keys, "_installed", lambda package: False)
+    cfg = compose("dpo", override, "quantization=none")
+    if says is None:
+        keys.check(cfg, "dpo")
+        return
+    with pytest.raises(Refusal) as caught:
+        keys.check(cfg, "dpo")
+    assert str(caught.value).startswith(says)
+
+
+def test_the_packages_of_optimizers_are_those_of_transformers():
+    """Those that are left out need none beside torch, or another machine."""
+    from transformers.training_args import OptimizerNames
+
+    plain = {"adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"}
+    elsewhere = {"adamw_torch_xla", "adamw_torch_npu_fused", "adamw_anyprecision"}
+    matched = {each.value for each in OptimizerNames if any(re.match(name, each.value) for name in keys.OPTIMIZERS)}
+    assert {each.value for each in OptimizerNames} - matched == plain | elsewhere
 
 
 def test_lora_of_an_adapter_that_is_continued(check, refusal, tmp_path, monkeypatch):

@@ -104,8 +104,8 @@ def chain(base: str, result: dict) -> str:
         links.append(f"{recipe_of(parent)} ({_digest(parent)})")
         if parent.get("named_base"):
             said.append(
-                f"\n\n{_digest(parent)} names the base `{code(str(parent['named_base']))}`. That it is the same is the "
-                "word of whoever ran this: its modules were compared, the weights of the bases were not."
+                f"\n\n{_digest(parent)} names the base `{code(str(parent['named_base']))}`. That it is the same is "
+                "the word of whoever ran this: its modules were compared, the weights of the bases were not."
             )
         parent = parent.get("parent")
     return " → ".join([f"`{code(base)}`", *reversed(links)]) + "".join(said)
