@@ -73,9 +73,8 @@ def check(model: DictConfig, quantization: DictConfig, lora: DictConfig) -> None
         )
     build_quantization(quantization, compute_dtype(model))
     built = config.build(lora, "lora")
-    adapter = model.get("adapter") and adapter_in(model.adapter)
-    if adapter:
-        check_named_bases(model, [adapter])
+    if model.get("adapter"):
+        check_named_bases(model, filter(None, [adapter_in(model.adapter)]))  # a stage before may have yet to make it
     elif hasattr(built, "target_modules"):
         _check_modules(model, built)
 

@@ -41,7 +41,6 @@ class ModelRef:
         kind: ADAPTER, MODEL, FUNCTION or HUB. All below but `function` is of adapters alone.
         adapter: the folder of its weights.
         base: id of the base model that it belongs to.
-        named_base: what its files call that base, where it is another name and the user says that it is the same.
         task_type: PEFT's: SEQ_CLS of what scores, CAUSAL_LM of what answers.
         sha256: of its weights, None where it has none.
         recipe: what trained it; None of an adapter from elsewhere.
@@ -50,6 +49,7 @@ class ModelRef:
         metrics: held-out metrics, as its run reports them.
         step: of a checkpoint, else None.
         function: what `module:function` names.
+        named_base: what its files call its base, where that is another name and the user says that it is the same.
     """
 
     reference: str
@@ -57,7 +57,6 @@ class ModelRef:
     kind: str = ADAPTER
     adapter: Path | None = None
     base: str | None = None
-    named_base: str | None = None
     task_type: str | None = None
     sha256: str | None = None
     recipe: str | None = None
@@ -66,6 +65,7 @@ class ModelRef:
     metrics: dict = field(default_factory=dict)
     step: int | None = None
     function: Callable | None = None
+    named_base: str | None = None
 
     @property
     def name(self) -> str:

@@ -16,6 +16,7 @@ from rlhf_recipes import config, references
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.launch import keys, settings
 from rlhf_recipes.launch.settings import LOSSES, OF_SCORES, READ, Range
+from rlhf_recipes.overrides import quoted
 
 PPO = ["reward_funcs=json:loads"]
 
@@ -101,6 +102,7 @@ def refusal(check):
         ("sft", "lora.init_lora_weights=eva", "lora.init_lora_weights=eva: starts from activations that no recipe"),
         ("sft", "lora.init_lora_weights=orthogonal lora.r=5", "lora.r=5: must be even with lora.init_lora_weights=or"),
         ("sft", "lora.init_lora_weights=mica", "lora.init_lora_weights=mica: needs the base's weights in full."),
+        ("sft", "lora.target_modules=[q_proj,lm_head]", "lora.target_modules: recipes/sft.py reads the weights of"),
         ("dpo", "lora.bias=all", "lora.bias=all: trains biases of the base, which is the reference"),
         ("sft", "lora.inference_mode=true", "lora.inference_mode=true: nothing would be trained."),
         ("sft", "lora.task_type=SEQ_CLS", "lora.task_type=SEQ_CLS: recipes/sft.py trains CAUSAL_LM."),
@@ -114,6 +116,7 @@ def test_what_cannot_work_or_does_nothing_is_refused(refusal, recipe, overrides,
     ("recipe", "overrides"),
     [
         ("orpo", "trainer.beta=0"),
+        ("orpo", "lora.target_modules=[lm_head]"),
         ("dpo", "trainer.loss_type=[robust,sft] trainer.label_smoothing=0.2 trainer.beta=0.3"),
         ("dpo", "trainer.loss_type=robust trainer.label_smoothing=0.0"),
         ("dpo", "trainer.loss_type=[sigmoid] trainer.label_smoothing=0"),
@@ -176,8 +179,9 @@ def test_lora_of_an_adapter_that_is_continued(check, refusal, tmp_path, monkeypa
     adapter = json.loads(path.read_text()) | {"r": 8, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"]}
     path.write_text(json.dumps(adapter))
     assert refusal("dpo", "model.adapter=sft lora.r=64") == (
-        "lora.r=64: model.adapter=sft is continued as it is, with 8. Leave it out."
+        "lora.r=64: model.adapter=sft is continued as it is, with 8. Give that, or leave it out."
     )
+    assert "(reward.rank and reward.alpha of" in refusal("reward", "model.adapter=sft lora.r=64 reward.rank=[64]")
     assert refusal("dpo", "model.adapter=sft lora.target_modules=[q_proj]").startswith("lora.target_modules=[")
     check("dpo", "model.adapter=sft lora.r=8 lora.target_modules=[v_proj,q_proj]")
     check("dpo", "model.adapter=sft")
@@ -302,7 +306,7 @@ def test_defaults_are_those_of_the_classes():
         ("lora.target_modules=[q_proj,v_porj]", "lora.target_modules: {} has no module v_porj; did you mean 'v_pr"),
         ("model.lora_targets=[q_proj,query]", "model.lora_targets: {} has no module query. Its layers end in"),
         ("lora.target_modules=.*language.*", "lora.target_modules: {} has no module .*language.*"),
-        ("lora.target_modules='(q_proj'", "lora.target_modules: (q_proj is no regular expression ("),
+        ("lora.target_modules=(q_proj", "lora.target_modules: (q_proj is no regular expression ("),
         ("lora.target_modules=[q_proj,mlp]", "lora.target_modules: mlp is no layer that LoRA can be put on."),
         ("lora.exclude_modules=[o_prj]", "lora.exclude_modules: {} has no module o_prj; did you mean 'o_proj'?"),
         ("lora.modules_to_save=[embed_token]", "lora.modules_to_save: {} has no module embed_token; did you mean"),
@@ -318,7 +322,7 @@ def test_defaults_are_those_of_the_classes():
 def test_modules_that_the_model_does_not_have(compose, tiny_model_overrides, overrides, says):
     from rlhf_recipes import models
 
-    cfg = compose("dpo", *tiny_model_overrides, "quantization=none", *overrides.split())
+    cfg = compose("dpo", *tiny_model_overrides, "quantization=none", *map(quoted, overrides.split()))
     if says is None:
         models.check(cfg.model, cfg.quantization, cfg.lora)
         return

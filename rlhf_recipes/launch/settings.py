@@ -133,11 +133,8 @@ RANGES = {
     "lm_eval.limit": COUNT,
     "lm_eval.num_fewshot": NATURAL,
 }
-# Where a class takes another range: ORPO's lambda 0 leaves the likelihood of the chosen answers, and PPO clips to
-# `max_grad_norm` whatever it is.
-RANGES_OF = {
-    "trl.experimental.orpo.ORPOConfig": {"trainer.beta": NOT_NEGATIVE},
-}
+# Where a class takes another range: with lambda 0, ORPO's loss is the likelihood of the chosen answers.
+RANGES_OF = {"trl.experimental.orpo.ORPOConfig": {"trainer.beta": NOT_NEGATIVE}}
 
 
 @dataclass(frozen=True)
@@ -336,6 +333,13 @@ def _refuse_ppo(trainer: dict) -> None:
 
 
 def _refuse_lora(lora: dict, recipe: str | None, quantized: bool) -> None:
+    targets = lora.get("target_modules")
+    heads = [each for each in targets if str(each).endswith("lm_head")] if isinstance(targets, list) else []
+    if heads and recipe not in ("orpo", "simpo"):  # whose trainers run the head as a module
+        raise Refusal(
+            f"lora.target_modules: recipes/{recipe}.py reads the weights of {heads[0]} past a LoRA on it, which would "
+            "not be trained. Leave it out."
+        )
     start = str(lora.get("init_lora_weights", True)).lower()
     key = f"lora.init_lora_weights={lora.get('init_lora_weights')}"
     plain = "Leave it out, or choose gaussian or orthogonal."
@@ -376,9 +380,10 @@ def _refuse_lora_beside_adapter(node: dict) -> None:
         if key in ("_target_", "target_modules") and isinstance(value, str):  # words for modules that it lists
             continue
         if value != defaults.get(key) and _unordered(value) != _unordered(own.get(key)):
+            members = " (reward.rank and reward.alpha of an ensemble)" if "rank" in node.get("reward", {}) else ""
             raise Refusal(
-                f"lora.{key}={value}: model.adapter={reference} is continued as it is, with {own.get(key)}. Leave it "
-                "out."
+                f"lora.{key}={value}{members}: model.adapter={reference} is continued as it is, with {own.get(key)}. "
+                "Give that, or leave it out."
             )
 
 

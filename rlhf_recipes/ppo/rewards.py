@@ -95,7 +95,8 @@ def load(reference, roles: Roles, tokenizer, reward_tokenizer, args) -> Callable
     if found.kind == HUB:
         _look_at(found)
     if found.kind != ADAPTER:
-        return _own_model(_load_classifier(found.reference, args), found.reference, reward_tokenizer)
+        model = _load_classifier(found.reference, args)
+        return _with_template(_own_model(model, found.reference, reward_tokenizer), found)
     base, adapter, scale = found.base, str(found.adapter), _scale(found.metrics)
     if roles.shared and base in (getattr(roles.causal, "public_id", None), roles.causal.name_or_path):
         name = f"reward_{sum(key.startswith('reward_') for key in roles.model.peft_config)}"
@@ -105,7 +106,7 @@ def load(reference, roles: Roles, tokenizer, reward_tokenizer, args) -> Callable
 
     base = roles.causal.name_or_path if base == getattr(roles.causal, "public_id", None) else base
     model = PeftModel.from_pretrained(_load_classifier(base, args), adapter)
-    return replace(_own_model(model, adapter, reward_tokenizer, found.name), scale=scale)
+    return replace(_with_template(_own_model(model, adapter, reward_tokenizer, found.name), found), scale=scale)
 
 
 def scales(functions: list[Callable], ensemble: str) -> Tensor:
@@ -176,8 +177,6 @@ def _own_model(model, path: str, tokenizer, name: str | None = None) -> LearnedR
     from transformers import AutoTokenizer
 
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    if tokenizer.chat_template is None:
-        raise Refusal(f"reward_funcs={path}: {NO_TEMPLATE}")
     model = model.requires_grad_(False).eval()
     models.keep_gradients_on_cpu(model)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -197,6 +196,12 @@ def _score(score: nn.Module, hidden_BTH: Tensor, last_B: Tensor) -> Tensor:
     hidden_BH = hidden_BTH[torch.arange(len(last_B), device=last_B.device), last_B]
     with torch.autocast(hidden_BH.device.type, enabled=False):
         return score(hidden_BH.to(next(score.parameters()).dtype))[:, 0].float()
+
+
+def _with_template(reward: LearnedReward, found: ModelRef) -> LearnedReward:
+    if reward.tokenizer.chat_template is None:
+        raise Refusal(f"{found.key}={found.reference}: {NO_TEMPLATE}")
+    return reward
 
 
 def _look_at(found: ModelRef) -> None:
