@@ -3,32 +3,22 @@
 import copy
 import json
 import os
-import re
 import sys
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import config, embedded, places
-from rlhf_recipes.errors import Refusal, first_line, nearest
-from rlhf_recipes.references import ADAPTER_CONFIG, WEIGHTS, ModelRef, adapter_in
+from rlhf_recipes import config, embedded, modules, places
+from rlhf_recipes.errors import Refusal, first_line
+from rlhf_recipes.references import ModelRef, adapter_in
 from rlhf_recipes.run import Run
-from rlhf_recipes.run_folder import read_json
-from rlhf_recipes.text import line
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-
-# What of two configs must agree for an adapter of the one to fit the other.
-COMPARED = (
-    "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "vocab_size",
-)  # fmt: skip
 
 # Of the jobs of a sweep that share a process.
 _bases: dict[tuple[type, str], "PreTrainedModel"] = {}
@@ -75,42 +65,8 @@ def check(model: DictConfig, quantization: DictConfig, lora: DictConfig) -> None
     built = config.build(lora, "lora")
     if model.get("adapter"):
         check_named_bases(model, filter(None, [adapter_in(model.adapter)]))  # a stage before may have yet to make it
-    elif hasattr(built, "target_modules"):
-        _check_modules(model, built)
-
-
-def _check_modules(model: DictConfig, lora: "LoraConfig") -> None:
-    """PEFT leaves out what it finds in no module, as long as it finds the rest."""
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
-    named = {
-        key: [value] if isinstance(value, str) else list(value)
-        for key in ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern")
-        if (value := getattr(lora, key, None)) and value != "all-linear"
-    }
-    layers = getattr(lora, "layers_to_transform", None)
-    if not named and layers is None:
-        return
-    built = without_weights(model)
-    kinds = nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D
-    modules = {name: isinstance(module, kinds) for name, module in built.named_modules() if name} | {"score": True}
-    last = sorted({name.rpartition(".")[2] for name, adapted in modules.items() if adapted})
-    for key, words in named.items():
-        pattern = key.endswith("pattern") or isinstance(getattr(lora, key), str)
-        own = key == "target_modules" and model.get("lora_targets", "all-linear") != "all-linear"
-        where = "model.lora_targets" if own else f"lora.{key}"
-        for word in words:
-            found = [name for name in modules if _names_module(word, name, pattern, key)]
-            if not found:
-                near = nearest(word.rpartition(".")[2], last)
-                raise Refusal(f"{where}: {model.id} has no module {word}{near} Its layers end in {', '.join(last)}.")
-            if key == "target_modules" and not any(modules[name] for name in found):
-                raise Refusal(f"{where}: {word} is no layer that LoRA can be put on. Choose from {', '.join(last)}.")
-    for layer in [layers] if isinstance(layers, int) else layers or []:
-        count = built.config.get_text_config().num_hidden_layers
-        if layer >= count:
-            raise Refusal(f"lora.layers_to_transform: {model.id} has layers 0 to {count - 1}, not {layer}. Change it.")
+    elif modules.named(built):
+        modules.check(model, built, without_weights(model))
 
 
 def without_weights(model: DictConfig) -> "PreTrainedModel":
@@ -128,76 +84,19 @@ def without_weights(model: DictConfig) -> "PreTrainedModel":
 
 
 def check_named_bases(model: DictConfig, adapters: Iterable[str | Path]) -> dict:
-    """Compare adapters that name another base (`model.adapter_base=same`) with the model, and say what was compared.
+    """Compare adapters that name another base (`model.adapter_base=same`) with the model.
 
     Returns:
         For result.json: `named_bases`, by the folder of each adapter; nothing where none names another.
 
     Raises:
-        Refusal: a module is not in the model or has another shape, or that base is at hand and its config is another.
+        Refusal: see `modules.compare`.
     """
-    from safetensors import safe_open
-
-    if model.get("adapter_base") != "same":
-        return {}
-    named = {str(each): read_json(Path(each) / ADAPTER_CONFIG).get("base_model_name_or_path") for each in adapters}
-    named = {adapter: base for adapter, base in named.items() if base != model.id}
+    named = modules.other_bases(model, adapters) if model.get("adapter_base") == "same" else {}
     if not named:
         return {}
-    built = without_weights(model)
-    modules = dict(built.named_modules())
-    for adapter, base in named.items():
-        theirs, ours = _config_at_hand(base), built.config.get_text_config().to_dict()
-        for key in COMPARED if theirs else ():
-            if key in theirs and key in ours and theirs[key] != ours[key]:
-                raise Refusal(
-                    f"model.adapter_base=same: {base}, the base of {adapter}, has {key} {theirs[key]}, and {model.id} "
-                    f"has {ours[key]}. Choose the model it belongs to."
-                )
-        with safe_open(Path(adapter) / WEIGHTS, framework="numpy") as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys() if ".lora_" in name}  # noqa: SIM118
-        for name, shape in shapes.items():
-            path, _, part = name.removeprefix("base_model.model.").partition(".lora_")
-            layer = modules.get(path)
-            size = {"A.weight": ("in_features", 1), "B.weight": ("out_features", 0)}.get(part)
-            if layer is None or (size and getattr(layer, size[0], shape[size[1]]) != shape[size[1]]):
-                what = "no such module" if layer is None else f"{size[0]}={getattr(layer, size[0])}"
-                raise Refusal(
-                    f"model.adapter_base=same: {adapter} has {name} of shape {list(shape)}, {model.id} has {what}. "
-                    "Choose the model it belongs to."
-                )
-        config = " and the config of that base" if theirs else ""
-        print(
-            f"{adapter}: names the base {line(str(base))}, taken for {model.id} as you say (model.adapter_base=same). "
-            f"Its modules{config} fit; the weights were not compared.",
-            flush=True,
-        )
+    modules.compare(model, named, without_weights(model))
     return {"named_bases": named}
-
-
-def _config_at_hand(base: str | None) -> dict | None:
-    """config.json of a folder here or of the Hub's cache, of its text part where it has several; None without one."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    found = Path(str(base)) / "config.json"
-    if not found.is_file():
-        with suppress(HFValidationError):  # a path of another machine
-            cached = try_to_load_from_cache(str(base), "config.json")
-            found = Path(cached) if isinstance(cached, str) else found
-    config = read_json(found) if found.is_file() else None
-    return config and config.get("text_config", config)
-
-
-def _names_module(word: str, name: str, pattern: bool, key: str) -> bool:
-    """Whether PEFT takes `word`, one of `lora.<key>`, for the module `name`."""
-    if not pattern:
-        return name == word or name.endswith(f".{word}")
-    before = r"(.*\.)?" if key.endswith("pattern") else ""
-    try:
-        return re.fullmatch(f"{before}({word})", name) is not None
-    except re.error as error:
-        raise Refusal(f"lora.{key}: {word} is no regular expression ({error}). Change it.") from error
 
 
 def computes_in_bf16() -> bool:
