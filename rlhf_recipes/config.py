@@ -29,6 +29,7 @@ class ModelConfig:
     lora_targets: Any = "all-linear"
     pad_token: str | None = None  # null: the tokenizer's own
     adapter: str | None = None  # a run (or adapter folder) whose LoRA is continued
+    adapter_base: str | None = None  # same: adapters that name another base are of this one, as the user says
     trust_remote_code: bool = False  # run the Python files that the model's folder brings
 
 

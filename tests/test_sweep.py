@@ -220,7 +220,7 @@ def test_a_broken_job_is_never_the_best(written):
     folder = written("s", {"1.0": 0.3, "0.1": 0.95}, **{"0.1": {"doctor": "broken"}})
     found = sweeps.rebuild([folder], folder, NODE)
     assert found["best"] == "dpo 1.0" and found["equal"] == []
-    assert f"next      python recipes/evaluate.py 'runs=[\"{folder}/1.0\"]'" in sweeps.describe(found, folder)
+    assert f"next      python recipes/evaluate.py 'runs=[{folder}/1.0]'" in sweeps.describe(found, folder)
 
 
 def test_two_sweeps_with_jobs_of_one_name(written, tmp_path):

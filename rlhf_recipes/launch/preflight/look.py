@@ -12,6 +12,7 @@ nearest setting that would fit; `preflight.fails=warn` starts all the same. What
 import itertools
 import json
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -42,8 +43,7 @@ def instead_of_run(cfg: DictConfig, recipe: str, overrides: list[str]) -> None:
     if cfg.publish:
         publish_after.check_ready(cfg, recipe)
     look([Job("", recipe, cfg, overrides)], started.dir, cfg.preflight)
-    wanted = [f"'{each}'" if set("[]{}() ") & set(each) else each for each in _without_preflight(overrides)]
-    print(f"next      {' '.join([command(recipe), *wanted])}", flush=True)
+    print(f"next      {command(recipe)} {shlex.join(_without_preflight(overrides))}".rstrip(), flush=True)
 
 
 def before_sweep(cfg: DictConfig) -> None:
