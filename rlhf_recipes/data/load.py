@@ -21,6 +21,9 @@ What becomes of what is found (`Splits.report` has the counts, with up to three 
 | chosen that equals rejected after stripping                     | dropped: `identical`                  |
 | two answers with the same score or rank, or said to be as good  | dropped: `tie`                        |
 | fewer answers with a score than an example needs                | dropped: `unrated`                    |
+| fewer answers than an example needs                             | dropped: `unpaired`                   |
+| a message of a tree that was deleted, or follows one            | dropped: `deleted`                    |
+| a message of a tree whose parent is not in the file             | dropped: `orphan`                     |
 | an answer without a label, two without a preference             | dropped: `unlabelled`                 |
 | a pair whose `p` is below 0.5                                   | turned round, counted: `turned_round` |
 | most rows left out for one of `NAMED`                           | stops, with the override              |
@@ -59,7 +62,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import secrets
 from rlhf_recipes.config import check_value
-from rlhf_recipes.data import folders, formats, preference, readers, recognise, texts
+from rlhf_recipes.data import folders, formats, preference, readers, recognise, texts, trees
 from rlhf_recipes.data.account import accounted
 from rlhf_recipes.data.columns import COLUMNS, Source
 from rlhf_recipes.data.messages import Drop
@@ -96,8 +99,10 @@ KEYS = {
 
 # Reasons that are no oversight where most rows have them: what most rows are then, and what their owner can do.
 NAMED = {
-    "tools": "call tools, which is not trained on. data.ignore=[tools,tool_calls] takes the texts beside the calls",
-    "media": "hold pictures or sound, which is not trained on. data.ignore=[<their columns or keys>] takes the texts",
+    "tools": "call tools, which is not trained on. data.ignore=[tools,tool_calls] takes the texts beside the calls, "
+    "where no turn is a tool's",
+    "media": "hold pictures or sound, which is not trained on. data.ignore=[<their columns, keys or types>] "
+    "takes the texts",
     "unrated": "have no score. Name the right column with data.columns.scores",
     "unlabelled": "have no label. Name the right column with data.columns.label or data.columns.preference",
 }
@@ -224,14 +229,17 @@ def _load(node: DictConfig, sides: tuple[str, ...], labelled: bool = False) -> S
         raise Refusal(f"data.format={data['format']}: holds no preferences. Choose one of {', '.join(taken)}.")
     tally = _Tally()
     train_rows, test_rows, told = _sources(data, sides)
+    train_rows, form = _joined(train_rows, data, tally)
     head, train_rows = _looked_at(train_rows)
     source = Source(head, data["columns"], data["ignore"])
-    layout = accounted(source, recognise.recognise(source, data, sides, labelled), sides)
-    test = None
+    layout = accounted(source, recognise.recognise(source, {**data, "format": form}, sides, labelled), sides)
+    heard, test, tested = source.ignored, None, layout
     if test_rows is not None:
+        test_rows, _ = _joined(test_rows, data, tally)
         also, test_rows = _looked_at(test_rows)
-        source = Source(also, layout.columns, data["ignore"])
-        tested = accounted(source, recognise.same(source, layout, sides), sides)
+        second = Source(also, data["columns"], data["ignore"])
+        heard = heard | second.ignored
+        tested = accounted(second, recognise.same(second, layout, data, sides, labelled), sides)
         test = _places(test_rows, data, tested, _reading(also, data, tested, sides), sides, labelled, tally)
     reading = _reading(head, data, layout, sides)
     train = _places(train_rows, data, layout, reading, sides, labelled, tally)
@@ -258,8 +266,10 @@ def _load(node: DictConfig, sides: tuple[str, ...], labelled: bool = False) -> S
         "examples": tally.examples,
         "capped": {"train": found["train"] - len(train) + repeated, "test": found["test"] - len(test)},
         "repeated": repeated,
-        **_account(data, layout, tally, reading),
+        **_account(data, layout, tested, tally, reading),
     }
+    unheard = [each for each in data["ignore"] if each not in heard]
+    report |= {"ignored_nothing": unheard} if unheard else {}
     kept = [place.example for place in (*train, *test)]
     soft = {key: sum(row.get(key) is not None for row in kept) for key in ("p", "margin")}
     report |= {"soft": soft} if any(soft.values()) else {}
@@ -394,6 +404,7 @@ class _Tally:
     turned_round: int = 0
     unread_keys: Counter = field(default_factory=Counter)
     own_scores: Counter = field(default_factory=Counter)
+    joined: Counter = field(default_factory=Counter)
 
     def drop(self, drop: Drop, where: str) -> None:
         self.dropped[drop.reason] += 1
@@ -425,6 +436,28 @@ def _looked_at(rows: Iterator) -> tuple[list, Iterator]:
     """The first rows, and all of them."""
     head = list(itertools.islice(rows, recognise.SAMPLE))
     return head, itertools.chain(head, rows)
+
+
+def _joined(rows: Iterator, data: dict[str, Any], tally: _Tally) -> tuple[Iterator, str]:
+    """Trees of messages as prompts with ranked replies, other rows as they are; and the format they now have."""
+    head, rows = _looked_at(rows)
+    if data["format"] not in ("auto", "trees"):
+        return rows, data["format"]
+    if not head or not all(trees.are_trees(row) for _, row in head):
+        if data["format"] == "trees":
+            found = ", ".join(head[0][1]) if head else "none"
+            raise Refusal(
+                f"data.format=trees: rows need message_id, parent_id, role and text (found: {found:.200}). "
+                "Set data.format=auto."
+            )
+        return rows, data["format"]
+    prompts, lost = trees.join(rows)
+    for drop, where in lost:
+        tally.rows, tally.candidates = tally.rows + 1, tally.candidates + 1
+        tally.drop(drop, where)
+    replies = sum(len(row["responses"]) for _, row in prompts)
+    tally.joined.update(messages=len(prompts) + replies + len(lost), prompts=len(prompts))
+    return iter(prompts), "rankings"
 
 
 def _reading(
@@ -498,11 +531,16 @@ def _is_found(data: dict[str, Any], layout: recognise.Layout) -> bool:
     )
 
 
-def _account(data: dict[str, Any], layout: recognise.Layout, tally: _Tally, reading) -> dict[str, Any]:
+def _account(
+    data: dict[str, Any], layout: recognise.Layout, tested: recognise.Layout, tally: _Tally, reading
+) -> dict[str, Any]:
     """What is said of the columns and of the texts, where there is something to say."""
+    unread = dict.fromkeys((*layout.unread, *tested.unread, *(f"{key} (of messages)" for key in tally.unread_keys)))
     found = {
+        "joined": dict(tally.joined),
         "read_as": recognise.said(layout) if _is_found(data, layout) else None,
-        "unread": [*layout.unread, *(f"{key} (of messages)" for key in tally.unread_keys)],
+        "test_read_as": recognise.said(tested) if tested.columns != layout.columns else None,
+        "unread": list(unread),
         "turned_round": tally.turned_round,
         "own_scores": tally.own_scores and {"columns": layout.scores, **tally.own_scores},
         "texts": reading.lines() if reading is not None else [],

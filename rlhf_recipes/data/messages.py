@@ -65,17 +65,27 @@ def as_messages(
         Refusal: no message, an unknown role, content that is no text.
         Drop: `tools`, `media` or `unweighted`, with the turn.
     """
-    if isinstance(value, dict):
-        keys = _keys(value)
-        if keys and all(isinstance(value[key], list) for key in keys):
-            roles, texts = (value[key] for key in keys)
-            if len(roles) != len(texts):
-                raise Refusal(f"{at}: {len(roles)} roles for {len(texts)} texts. Mend or remove the row.")
-            value = [dict(zip(keys, each, strict=True)) for each in zip(roles, texts, strict=True)]
-        else:
-            value = [value]
-    last = len(value) - 1
-    return [_message(f"{at}[{i}]", i, i == last, turn, unread, ignore) for i, turn in enumerate(value)]
+    turns = listed(at, value)
+    last = len(turns) - 1
+    return [_message(f"{at}[{i}]", i, i == last, turn, unread, ignore) for i, turn in enumerate(turns)]
+
+
+def listed(at: str, value: list | dict) -> list:
+    """The messages of a value in a list, under their own keys.
+
+    Raises:
+        Refusal: a column of each key, and they are not of one length.
+    """
+    if isinstance(value, list):
+        return value
+    keys = _keys(value)
+    if not keys or not all(isinstance(value[key], list) for key in keys):
+        return [value]
+    columns = {key: each for key, each in value.items() if isinstance(each, list)}
+    if len({len(each) for each in columns.values()}) > 1:
+        sizes = " and ".join(f"{len(each)} {key}" for key, each in columns.items())
+        raise Refusal(f"{at}: {sizes} for one conversation. Mend or remove the row.")
+    return [dict(zip(columns, each, strict=True)) for each in zip(*columns.values(), strict=True)]
 
 
 def _keys(turn: dict) -> tuple[str, str] | None:
@@ -100,7 +110,7 @@ def _message(at: str, index: int, is_last: bool, turn: Any, unread: Counter, ign
         raise Drop("tools", f"turn {index + 1} is of the role {role}")
     if role not in ROLE:
         raise Refusal(f"{at}.{keys[0]}: {named!r:.40} is not one of {', '.join(ROLES)}. Rename or remove it.")
-    return {"role": ROLE[role], "content": _text(f"{at}.{keys[1]}", turn.get(keys[1]), index)}
+    return {"role": ROLE[role], "content": _text(f"{at}.{keys[1]}", turn.get(keys[1]), index, ignore)}
 
 
 def _account(key: str, value: Any, index: int, is_last: bool, unread: Counter) -> None:
@@ -110,13 +120,15 @@ def _account(key: str, value: Any, index: int, is_last: bool, unread: Counter) -
         raise Drop("tools", f"turn {index + 1} has {key}")
     if key in MEDIA_KEYS:
         raise Drop("media", f"turn {index + 1} has {key}")
-    if key in WEIGHT_KEYS and is_last and not value:  # those of earlier turns are prompt, which nothing learns
-        raise Drop("unweighted", f"{key} of turn {index + 1} is {value!r:.10}")
+    if key in WEIGHT_KEYS:  # those of earlier turns are prompt, which nothing learns
+        if is_last and not value:
+            raise Drop("unweighted", f"{key} of turn {index + 1} is {value!r:.10}")
+        return
     unread[key] += 1
 
 
-def _text(at: str, content: Any, index: int) -> str:
-    """Text, or its parts one after the other."""
+def _text(at: str, content: Any, index: int, ignore: Collection[str]) -> str:
+    """Text, or its parts one after the other, without those of a type that is left unread."""
     if not isinstance(content, list):
         if content is not None and not isinstance(content, str):
             raise Refusal(f"{at}: must be text. Mend or remove the row.")
@@ -128,6 +140,8 @@ def _text(at: str, content: Any, index: int) -> str:
             texts.append(part)
         elif kind == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])
+        elif isinstance(kind, str) and kind in ignore:
+            continue
         elif isinstance(kind, str) and kind != "text":
             raise Drop("tools" if "tool" in kind else "media", f"turn {index + 1} holds a part of the type {kind:.30}")
         else:

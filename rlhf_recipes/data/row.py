@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf_recipes.data.messages import Drop, Messages, as_messages, is_messages
+from rlhf_recipes.data.messages import Drop, Messages, as_messages, is_messages, listed
 from rlhf_recipes.errors import Refusal
 
 GOOD = (
@@ -27,8 +27,8 @@ GOOD = (
     "liked",
     "positive",
 )
-BAD = ("false", "0", "0.0", "no", "down", "thumbs down", "👎", "bad", "rejected", "undesirable", "dislike", "disliked",
-       "negative")  # fmt: skip
+BAD = ("false", "0", "0.0", "-1", "-1.0", "no", "down", "thumbs down", "👎", "bad", "rejected", "undesirable",
+       "dislike", "disliked", "negative")  # fmt: skip
 UNRATED = ("", "n/a", "na", "nan", "none", "null", "-")
 MISSING = object()
 
@@ -125,8 +125,10 @@ class Row:
         return good
 
     def items(self, key: str) -> list:
-        """A list, or one written as JSON or as Python writes it, which is how CSV holds it."""
+        """A list, or one written as JSON or as Python writes it, which is how CSV holds it; [] where it is null."""
         value = self.value(key)
+        if value in (None, ""):
+            return []
         if isinstance(value, str) and value.startswith("["):
             parsed = as_list(value)
             if parsed is None:
@@ -138,7 +140,7 @@ class Row:
 
     def numbers(self, key: str, count: int) -> list[float | None]:
         """Finite numbers, also as text; None for those that are null, blank or `N/A`."""
-        values = self.items(key)
+        values = self.items(key) or [None] * count
         if len(values) != count:
             rule = f"{len(values)} entries for {count} {self.columns['responses']}"
             raise Refusal(f"{self.where}: {self.columns[key]}: {rule}. Mend or remove the row.")
@@ -155,9 +157,14 @@ class Row:
             found.append(value)
         return found
 
-    def messages(self, key: str, role: str) -> Messages:
-        """Text as one message of `role`, or messages."""
-        return self.turns(key, self.value(key), role)
+    def texts(self, key: str, value: Any) -> str | list | None:
+        """A value of this column as it lies in the file: text, or a list of messages whatever their spelling."""
+        if isinstance(value, dict) and is_messages(value):
+            return listed(f"{self.where}: {self.columns[key]}", value)
+        if value is not None and not isinstance(value, str | list):
+            rule = "must hold texts" if key == "responses" else "must be text or a list of messages"
+            raise self.wrong(key, rule, value)
+        return value
 
     def turns(self, key: str, value: Any, role: str) -> Messages:
         """`messages` of a value of this column."""
@@ -190,14 +197,21 @@ class Row:
         """Leave the row out for what these columns (name -> reason) say and nobody would hear."""
         for name, reason in columns.items():
             value = at(self.values, name)
-            if value is not MISSING and value not in (None, "", [], {}, "[]"):
+            if value is not MISSING and not is_blank(value):
                 raise Drop(reason, f"{name} is not read")
+
+
+def is_blank(value: Any) -> bool:
+    """Whether a value is null or empty, or a list of such."""
+    if isinstance(value, list):
+        return all(is_blank(each) for each in value)
+    return value in (None, "", {}, "[]", "{}")
 
 
 def as_good(value: Any) -> bool | None:
     """True or false of a label in any of its spellings; None where it is none."""
     if isinstance(value, bool | int | float):
-        return bool(value) if value in (0, 1) else None
+        return value == 1 if value in (-1, 0, 1) else None
     word = " ".join(value.lower().replace("_", " ").split()) if isinstance(value, str) else ""
     return word in GOOD if word in (*GOOD, *BAD) else None
 
