@@ -16,6 +16,14 @@ from rlhf_recipes.data.recognise import Layout
 from rlhf_recipes.errors import Refusal
 
 PARTS = ("system", "input", "history", *ALIASES["system"], *ALIASES["input"], *ALIASES["history"])
+TEXTS = (
+    "passage",
+    "document",
+    "article",
+    "background",
+    "persona",
+    "scenario",
+)  # parts of the prompt where they are texts
 TOOLS = (*TOOL_KEYS, "tool", "available_tools", "available_functions")
 MEDIA = (*MEDIA_KEYS, "picture", "pictures", "image_path", "image_paths", "photo", "img")
 
@@ -41,10 +49,10 @@ def accounted(source: Source, layout: Layout, sides: tuple[str, ...]) -> Layout:
         is_nulled = name in COLUMNS and source.columns.get(name) is None  # data.columns.system=null
         if kind == "empty":
             continue
-        if sides and not is_nulled and word in PARTS:
+        if sides and not is_nulled and (word in PARTS or (word in TEXTS and kind == "text")):
             raise Refusal(
                 f"{source.name}: column {name!r} holds a part of the prompt and is not read. Name it with "
-                f"data.columns.system, input or history, or leave it unread: data.ignore=[{name}]"
+                f"data.columns.input={name} (or system, or history), or leave it unread: data.ignore=[{name}]"
             )
         if _may_label(source, layout, name, word, sides) and not is_nulled:
             raise Refusal(

@@ -129,7 +129,8 @@ def _format(source: Source, data: Mapping[str, Any], sides: tuple[str, ...], lab
         fits = [*([thumbs] if thumbs else []), *fits]
         if not labelled:
             conversation = source.find("messages", ("messages",))
-            if conversation and not thumbs:
+            goes_on = any(fit.columns["prompt"] == conversation for fit in fits)
+            if conversation and not thumbs and not goes_on:
                 fits.append(Layout("messages", _columns(source, {"messages": conversation})))
             if not thumbs and (answered := _answered(source)):
                 fits = [answered, *[fit for fit in fits if fit.format not in ("pairs", "messages")]]
@@ -348,6 +349,8 @@ def _number(value: Any) -> Any:
 def _answered(source: Source) -> Layout | None:
     """A prompt and one answer."""
     completion = source.find("completion", ("text", "word", "messages", "number"))
+    if not completion and not source.named("rejected"):
+        completion = source.named("chosen")
     if not completion:
         return None
     prompt = source.named("prompt") or _prompt(source, (completion,))

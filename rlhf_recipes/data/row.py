@@ -39,6 +39,7 @@ def at(values: Any, name: str) -> Any:
     if name in values:
         return values[name]
     for part in name.split("."):
+        values = as_list(values) if isinstance(values, str) and values.startswith("[") else values
         if isinstance(values, Mapping) and part in values:
             values = values[part]
         elif isinstance(values, list) and part.isdigit():
