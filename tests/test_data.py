@@ -709,7 +709,8 @@ def test_nothing_left_says_what_was_dropped(tmp_path):
         ({"pth": "x"}, "data.pth: no such key; did you mean 'path'? See conf/data/base.yaml."),
         (
             {"format": "pair"},
-            "data.format=pair: not one of auto, pairs, hh_rlhf, preference, ratings, rankings, trees, labelled, messages;",
+            "data.format=pair: not one of auto, pairs, hh_rlhf, preference, ratings, rankings, trees, labelled, "
+            "messages;",
         ),
         ({"too_long": "cut"}, "data.too_long=cut: not one of drop, truncate, stop."),
         ({"seed": "x"}, "data.seed=x: must be a whole number."),
