@@ -12,7 +12,7 @@ from itertools import combinations, pairwise
 from typing import Any
 
 from rlhf_recipes.data import preference
-from rlhf_recipes.data.messages import Drop, Messages
+from rlhf_recipes.data.messages import Drop, Messages, listed
 from rlhf_recipes.data.recognise import Layout
 from rlhf_recipes.data.row import Row
 from rlhf_recipes.data.texts import Raw, Reading
@@ -49,18 +49,19 @@ def candidates(
 
 def raw(row: Row, layout: Layout, sides: tuple[str, ...]) -> Raw | None:
     """Prompt and answers of a row as they lie in the file; None for a format that has a reading of its own."""
-    prompt = row.optional("prompt")
+    prompt = listed(row.where, row.optional("prompt"))
     match layout.format:
         case "hh_rlhf" | "messages":
             return None
         case _ if not sides and row.has("prompt"):
             return Raw(prompt, ())
         case "preference":
-            return Raw(prompt, (row.value("first"), row.value("second")))
+            return Raw(prompt, tuple(listed(row.where, row.value(key)) for key in ("first", "second")))
         case "ratings" | "rankings":
-            return Raw(prompt, tuple(row.items("responses")))
+            return Raw(prompt, tuple(listed(row.where, each) for each in row.items("responses")))
         case _:
-            return Raw(prompt, tuple(row.value(column) for column in _side_columns(row, layout, sides)))
+            columns = _side_columns(row, layout, sides)
+            return Raw(prompt, tuple(listed(row.where, row.value(column)) for column in columns))
 
 
 def _read(row: Row, layout: Layout, sides: tuple[str, ...], reading: Reading | None) -> Raw:

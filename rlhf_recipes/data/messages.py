@@ -65,17 +65,26 @@ def as_messages(
         Refusal: no message, an unknown role, content that is no text.
         Drop: `tools`, `media` or `unweighted`, with the turn.
     """
-    if isinstance(value, dict):
-        keys = _keys(value)
-        if keys and all(isinstance(value[key], list) for key in keys):
-            roles, texts = (value[key] for key in keys)
-            if len(roles) != len(texts):
-                raise Refusal(f"{at}: {len(roles)} roles for {len(texts)} texts. Mend or remove the row.")
-            value = [dict(zip(keys, each, strict=True)) for each in zip(roles, texts, strict=True)]
-        else:
-            value = [value]
+    value = listed(at, value)
     last = len(value) - 1
     return [_message(f"{at}[{i}]", i, i == last, turn, unread, ignore) for i, turn in enumerate(value)]
+
+
+def listed(at: str, value: Any) -> Any:
+    """Messages that are one alone, or a column of each of their keys, as a list of them; anything else as it is.
+
+    Raises:
+        Refusal: columns of different lengths.
+    """
+    keys = _keys(value) if isinstance(value, dict) else None
+    if not keys:
+        return value
+    roles, texts = (value[key] for key in keys)
+    if not (isinstance(roles, list) and isinstance(texts, list)):
+        return [value]
+    if len(roles) != len(texts):
+        raise Refusal(f"{at}: {len(roles)} roles for {len(texts)} texts. Mend or remove the row.")
+    return [dict(zip(keys, each, strict=True)) for each in zip(roles, texts, strict=True)]
 
 
 def _keys(turn: dict) -> tuple[str, str] | None:
