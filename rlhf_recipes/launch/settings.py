@@ -380,7 +380,7 @@ def _refuse_lora_beside_adapter(node: dict) -> None:
         if key in ("_target_", "target_modules") and isinstance(value, str):  # words for modules that it lists
             continue
         if value != defaults.get(key) and _unordered(value) != _unordered(own.get(key)):
-            members = " (reward.rank and reward.alpha of an ensemble)" if "rank" in node.get("reward", {}) else ""
+            members = " (reward.rank and reward.alpha of an ensemble)" if "rank" in (node.get("reward") or {}) else ""
             raise Refusal(
                 f"lora.{key}={value}{members}: model.adapter={reference} is continued as it is, with {own.get(key)}. "
                 "Give that, or leave it out."
