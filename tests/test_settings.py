@@ -172,7 +172,7 @@ def test_the_packages_of_optimizers_are_those_of_transformers():
     assert {each.value for each in OptimizerNames} - matched == plain | elsewhere
 
 
-def test_lora_of_an_adapter_that_is_continued(check, refusal, tmp_path, monkeypatch):
+def test_lora_of_an_adapter_that_is_continued(compose, check, refusal, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = write_adapter(tmp_path / "sft", recipe="sft")
     path = next(folder.rglob("adapter_config.json"))
@@ -181,7 +181,8 @@ def test_lora_of_an_adapter_that_is_continued(check, refusal, tmp_path, monkeypa
     assert refusal("dpo", "model.adapter=sft lora.r=64") == (
         "lora.r=64: model.adapter=sft is continued as it is, with 8. Give that, or leave it out."
     )
-    assert "(reward.rank and reward.alpha of" in refusal("reward", "model.adapter=sft lora.r=64 reward.rank=[64]")
+    with pytest.raises(Refusal, match=r"lora.r=32 \(reward.rank and reward.alpha of an ensemble\): model.adapter=sft"):
+        settings.check(compose("reward", "reward=ensemble", "reward.member=2", "model.adapter=sft"), "reward")
     assert refusal("dpo", "model.adapter=sft lora.target_modules=[q_proj]").startswith("lora.target_modules=[")
     check("dpo", "model.adapter=sft lora.r=8 lora.target_modules=[v_proj,q_proj]")
     check("dpo", "model.adapter=sft")

@@ -260,7 +260,7 @@ def _losses(trainer: dict) -> list[str]:
 
 
 def _refuse_losses(trainer: dict) -> None:
-    known = LOSSES.get(trainer["_target_"])
+    known = LOSSES.get(trainer.get("_target_"))
     for name in _losses(trainer) if known else []:
         if name not in known:
             raise Refusal(f"trainer.loss_type={name}: not one of {', '.join(known)}{nearest(str(name), known)}")
@@ -270,7 +270,7 @@ def _refuse_unread(trainer: dict, recipe: str | None) -> None:
     """An argument that differs from its default, and would change nothing."""
     ours = OmegaConf.load(CONF / "trainer" / f"{recipe}.yaml") if recipe in methods.METHODS else {}
     common = OmegaConf.load(CONF / "trainer" / "common.yaml")
-    for key, reads in READ.get(trainer["_target_"], {}).items():
+    for key, reads in READ.get(trainer.get("_target_"), {}).items():
         if key not in trainer or trainer[key] in (reads.default, ours.get(key), common.get(key)):
             continue
         if not reads.by:
@@ -287,7 +287,7 @@ def _refuse_unread(trainer: dict, recipe: str | None) -> None:
 
 def _refuse_clashes(trainer: dict) -> None:
     """What TRL refuses, or divides by zero on, when the model is loaded already."""
-    target, given = trainer["_target_"], trainer.get
+    target, given = trainer.get("_target_"), trainer.get
     if target in ("trl.DPOConfig", "trl.KTOConfig") and given("sync_ref_model"):
         raise Refusal("trainer.sync_ref_model=true: TRL cannot move the reference of a LoRA. Leave it out.")
     if target == "trl.DPOConfig":
@@ -380,7 +380,7 @@ def _refuse_lora_beside_adapter(node: dict) -> None:
         if key in ("_target_", "target_modules") and isinstance(value, str):  # words for modules that it lists
             continue
         if value != defaults.get(key) and _unordered(value) != _unordered(own.get(key)):
-            members = " (reward.rank and reward.alpha of an ensemble)" if "rank" in node.get("reward", {}) else ""
+            members = " (reward.rank and reward.alpha of an ensemble)" if "rank" in (node.get("reward") or {}) else ""
             raise Refusal(
                 f"lora.{key}={value}{members}: model.adapter={reference} is continued as it is, with {own.get(key)}. "
                 "Give that, or leave it out."

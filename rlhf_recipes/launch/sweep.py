@@ -133,14 +133,14 @@ def _measure(folder: Path, sweep: Path, cfg: DictConfig) -> str | None:
     if result["recipe"] == "reward":
         return None
     parent = (result["parent"] or {}).get("run") or BASE
-    found = measure.find([str(folder)], parent, cfg.model.id)
+    found = measure.find([str(folder)], parent, cfg.model.id, adapter_base=cfg.model.adapter_base)
     fingerprint = {"adapter": result["adapter_sha256"], "parent": parent, "asked": OmegaConf.to_container(settings)}
     known = read_measurements(folder)
     if known is None or _measured_as(known.fingerprint) != _measured_as(fingerprint):
         others = (read_measurements(path.parent) for path in sorted(sweep.glob("*/measurements.json")))
         alike = {**_measured_as(fingerprint), "adapter": None}
         before = next((m for m in others if {**_measured_as(m.fingerprint), "adapter": None} == alike), None)
-        scorer = measure.find_scorer(settings.reward_model, cfg.model.id)
+        scorer = measure.find_scorer(settings.reward_model, cfg.model.id, adapter_base=cfg.model.adapter_base)
         try:
             pairs = load_pairs(cfg.data)
         except Refusal as error:  # ppo needs prompts alone
