@@ -131,7 +131,8 @@ def _trainer(recipe: str, args, splits: Splits, tokenizer, folder: str):
     auto, task = (AutoModelForCausalLM, "CAUSAL_LM")
     if recipe == "reward":
         auto, task = (AutoModelForSequenceClassification, "SEQ_CLS")
-    kwargs = {"reward_funcs": len} if recipe == "ppo" else {}
+    # Functions in place of reward models: nothing is scored.
+    kwargs = {"reward_funcs": [len] * len(args.reward_weights or [1.0])} if recipe == "ppo" else {}
     count = max(LOOKED_AT, getattr(args, "prompts_per_rollout", 0))
     few = replace(splits, train=splits.train[:count], test=splits.test[:1])
     train_dataset, eval_dataset = few.to_datasets()
