@@ -276,7 +276,7 @@ def _parquet_rows(path: str, file: Path, kind: str) -> Iterator[Located]:
         table = pyarrow.parquet.ParquetFile(file)
         _refuse_huge_rows(path, table.metadata)
         yield from _batches(path, table.iter_batches(BATCH))
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         if getattr(error, "strerror", None):
             raise
         raise Refusal(f"{path}: not a readable parquet file ({reason(error)}). Write it again.") from error
@@ -298,8 +298,9 @@ def _arrow_rows(path: str, file: Path, kind: str) -> Iterator[Located]:
                 batches = map(reader.get_batch, range(reader.num_record_batches))
             else:
                 batches = iter(pyarrow.ipc.open_stream(source))
-            yield from _batches(path, batches)
-    except (pyarrow.ArrowException, OSError) as error:
+            # What is mapped is as it lies on the disk: an offset that points elsewhere would be followed.
+            yield from _batches(path, (batch for batch in batches if batch.validate(full=True) is None))
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         if getattr(error, "strerror", None):
             raise
         raise Refusal(f"{path}: not a readable Arrow file ({reason(error)}). Write it again.") from error
