@@ -348,8 +348,9 @@ def packed(path, chunks):
     """The chunks in a file, as its ending says."""
     import pyarrow
 
-    kinds = {".gz": lambda: gzip.open(path, "wb", 6), ".zst": lambda: pyarrow.output_stream(path, compression="zstd")}
-    with kinds.get(path.suffix, lambda: path.open("wb"))() as file:
+    zstd = None if path.suffix != ".zst" else "zstd"
+    is_gzip = path.suffix == ".gz"
+    with gzip.open(path, "wb", 6) if is_gzip else pyarrow.output_stream(path, compression=zstd) as file:
         for chunk in chunks:
             file.write(chunk)
     return path
