@@ -185,7 +185,7 @@ def files(draw, most=60):
 
 
 def many(some, odd, count, rng):
-    """`count` rows like some, numbered so that they differ; a few with a key of `odd` put in, changed or taken away."""
+    """`count` rows like some, numbered so that they differ; a few with a key of `odd` put in, or one taken away."""
     rows = []
     for number in range(count):
         row = json.loads(json.dumps(rng.choice(some)).replace("number ", f"number {number} and "))

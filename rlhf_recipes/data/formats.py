@@ -66,7 +66,8 @@ def raw(row: Row, layout: Layout, sides: tuple[str, ...]) -> Raw | None:
 
 def _read(row: Row, layout: Layout, sides: tuple[str, ...], reading: Reading | None) -> Raw:
     found = raw(row, layout, sides)
-    if reading is not None:
+    are_texts = all(isinstance(each, str | list | None) for each in (found.prompt, *found.answers))
+    if reading is not None and are_texts:  # what is neither is refused under its key
         found = reading.read(found, row.where)
     if isinstance(found, Drop):
         raise found

@@ -104,7 +104,7 @@ def _message(at: str, index: int, is_last: bool, turn: Any, unread: Counter, ign
     for key in turn.keys() - set(keys) - set(ignore):
         _account(key, turn[key], index, is_last, unread)
     named = turn[keys[0]]
-    role = named.strip().lower() if isinstance(named, str) else named
+    role = named.strip().lower() if isinstance(named, str) else ""
     if role in TOOL_ROLES:
         raise Drop("tools", f"turn {index + 1} is of the role {role}")
     if role not in ROLE:
