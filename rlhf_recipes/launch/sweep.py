@@ -58,7 +58,7 @@ def run_job(main, cfg: DictConfig) -> float:
     row["seconds_in_all"] = round(time.monotonic() - begin, 1)
     (folder / ROWS).mkdir(parents=True, exist_ok=True)
     text = json.dumps(row, indent=2, ensure_ascii=False, default=asdict)
-    run.write_atomically(folder / ROWS / f"{own}.json", text + "\n")
+    run_folder.write_atomically(folder / ROWS / f"{own}.json", text + "\n")
     table = rebuild([folder], folder, cfg.sweep)
     return next((r["value"] for r in table["rows"] if r["job"] == own and may_be_best(r)), -math.inf)
 
@@ -148,7 +148,7 @@ def _measure(folder: Path, sweep: Path, cfg: DictConfig) -> str | None:
             return None
         known = measure.measure(settings, found, measure.Scorers(scorer), pairs, before)
         known.fingerprint = fingerprint
-        run.write_atomically(folder / "measurements.json", json.dumps(asdict(known), ensure_ascii=False))
+        run_folder.write_atomically(folder / "measurements.json", json.dumps(asdict(known), ensure_ascii=False))
     return found[1].name
 
 
