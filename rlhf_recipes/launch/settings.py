@@ -235,7 +235,7 @@ def check(cfg: DictConfig, recipe: str | None) -> None:
     node = OmegaConf.to_container(kept, resolve=True)
     trainer, model = node.get("trainer") or {}, node.get("model") or {}
     if isinstance(model, dict) and model.get("adapter_base") not in (None, "same"):
-        raise Refusal(f"model.adapter_base={model['adapter_base']}: not one of same. Leave it out, or say so.")
+        raise Refusal(f"model.adapter_base={model['adapter_base']}: must be same, or left out.")
     _refuse_numbers(node, trainer.get("_target_"))
     if trainer:
         _refuse_losses(trainer)
@@ -317,9 +317,9 @@ def _refuse_clashes(trainer: dict) -> None:
 
 
 def _refuse_ppo(trainer: dict) -> None:
-    steps = trainer.get("num_ppo_epochs", 4) * trainer.get("num_mini_batches", 1)
+    one_step = (trainer.get("num_ppo_epochs", 4), trainer.get("num_mini_batches", 1)) == (1, 1)
     for key, default in {"cliprange": 0.2, "dual_clip": None}.items():
-        if steps == 1 and trainer.get(key, default) != default:
+        if one_step and trainer.get(key, default) != default:
             raise Refusal(
                 f"trainer.{key}={trainer[key]}: a rollout is used for one step, in which the ratio is 1: nothing is "
                 "clipped. Leave it out, or raise trainer.num_ppo_epochs or trainer.num_mini_batches."
