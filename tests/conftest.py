@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import quick
 import warm
 
 ROOT = Path(__file__).parents[1]
@@ -147,17 +148,26 @@ def warm_python(clean_env, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def light_python(clean_env, tmp_path_factory):
+    """The same, of one that has imported none of the large libraries."""
+    with warm.start(tmp_path_factory.mktemp("light"), clean_env, "light") as program:
+        yield str(program)
+
+
+@pytest.fixture(scope="session")
 def run_recipe(clean_env, warm_python):
     """run_recipe(name, *overrides, cwd, env=None, timeout=120, cold=False): `python -m rlhf_recipes.recipes.<name>`,
     to its end.
 
-    `env` is added to `clean_env`; a value of None removes the variable. `cold`: by a Python that has imported nothing.
+    `env` is added to `clean_env`; a value of None removes the variable. `cold`: by a Python that has imported nothing;
+    `python`: by another one.
     """
 
-    def run(name, *overrides, cwd, env=None, timeout=120, cold=False):
+    def run(name, *overrides, cwd, env=None, timeout=120, cold=False, python=None):
         begin = time.monotonic()
+        python = python or (sys.executable if cold else warm_python)
         done = subprocess.run(
-            [sys.executable if cold else warm_python, "-m", f"rlhf_recipes.recipes.{name}", *overrides],
+            [python, "-m", f"rlhf_recipes.recipes.{name}", *overrides],
             cwd=cwd,
             env=merged(clean_env, env),
             capture_output=True,
@@ -221,6 +231,8 @@ def compose():
 
     import rlhf_recipes.config  # noqa: F401  registers the nodes that the groups start from
 
+    quick.parse_yaml_once()
+
     def composed(name, *overrides):
         GlobalHydra.instance().clear()
         with hydra.initialize_config_module("rlhf_recipes.conf", version_base="1.3", job_name=name):
@@ -259,13 +271,18 @@ class Trained:
 
 @pytest.fixture(scope="session")
 def train(compose, tiny_overrides):
-    """train(recipe, folder, *overrides): a training recipe in this process, two steps on the tiny model.
+    """train(recipe, folder, *overrides, drawn=False): a training recipe in this process, two steps on the tiny model.
 
-    It runs in the parent of `folder`, so that a chain is named by relative paths as on a command line.
+    It runs in the parent of `folder`, so that a chain is named by relative paths as on a command line. `drawn`: with
+    its pictures.
     """
     from importlib import import_module
 
-    def trained(recipe, folder, *overrides):
+    for name in warm.PRELOADED:
+        import_module(name)
+    quick.collect_less()
+
+    def trained(recipe, folder, *overrides, drawn=False):
         module = import_module(f"rlhf_recipes.recipes.{recipe}")
         cfg = compose(recipe, *tiny_overrides, *overrides)
         cfg.output_dir = folder.name
@@ -277,7 +294,7 @@ def train(compose, tiny_overrides):
 
         original, module.finish = module.finish, finish
         try:
-            with contextlib.chdir(folder.parent):
+            with contextlib.chdir(folder.parent), contextlib.nullcontext() if drawn else quick.pictures_sketched():
                 module.main.__wrapped__(cfg)
         finally:
             module.finish = original
