@@ -51,7 +51,7 @@ STARTED = ("rlhf_recipes.", "submitit.core._submit", "torch.distributed.run", "k
 # Variables that the libraries read when they are imported; not those that `_become` sees to.
 READ = ("ACCELERATE_", "BNB_", "CUDA_", "HUGGINGFACE_", "LD_", "MALLOC_", "MKL_", "MPL", "OMP_", "OPENBLAS_",
         "PYTHON", "PYTORCH_", "TOKENIZERS_", "TORCH", "TRANSFORMERS_", "TRL_")  # fmt: skip
-NOT_READ = ("PYTHONPATH", "PYTHONSAFEPATH", "TORCHELASTIC_", "TORCH_NCCL_")
+NOT_READ = ("CUDA_VISIBLE_DEVICES", "PYTHONPATH", "PYTHONSAFEPATH", "TORCHELASTIC_", "TORCH_NCCL_")
 
 
 @contextmanager
