@@ -34,15 +34,21 @@ LONGEST = (
     "test_stages.py", "test_run_folder.py", "test_audit.py", "test_publish.py", "test_cai.py", "test_conf.py",
     "test_docs.py", "test_data.py", "test_doctor.py", "test_measure.py", "test_code.py", "test_planted_secrets.py",
 )  # fmt: skip
+# Files that simulate, serve or parse for long, most of their tests.
+SLOW = (
+    "test_audit_calibration.py", "test_audit_consistency.py", "test_audit_page.py", "test_audit_uncertainty.py",
+    "test_cai_data.py", "test_cai_judge.py", "test_cai_server.py", "test_extras.py", "test_limits.py", "test_page.py",
+    "test_preflight.py",
+)  # fmt: skip
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items):
-    """Files by their length; whatever runs a recipe is slow."""
+    """Files by their length; whatever loads a model or runs a recipe is slow."""
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
     for item in items:
-        if {"train", "warm_python", "embedded_model"} & set(item.fixturenames):
+        if item.path.name in SLOW or {"tiny_model", "embedded_model", "warm_python"} & set(item.fixturenames):
             item.add_marker("slow")
 
 

@@ -449,6 +449,7 @@ def wait_for(path, process, seconds=60):
 # ---- the witness itself
 
 
+@pytest.mark.slow
 def test_the_witness_sees_torch(site, tmp_path):
     seen = tmp_path / "modules"
     env = {**os.environ, "PYTHONPATH": str(site), "RLHF_TEST_MODULES": str(seen)}

@@ -149,6 +149,7 @@ def test_inline_overrides_compose(compose):
         recipes.insert(0, taker)  # the likeliest for the next one
 
 
+@pytest.mark.slow
 def test_dotted_keys_exist(compose):
     """`trainer.simpo_gamma` and the like are arguments of a class, or keys of a node."""
     from rlhf_recipes.typecheck import parameters
