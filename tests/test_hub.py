@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import hub_server
 import pytest
@@ -106,7 +107,7 @@ def measured_once(task):
     """What `measure` finds; of the same files it is known from before. The card is none of those that it reads."""
     from rlhf_recipes.publish import round_trip
 
-    files = {name: content for name, content in snapshot(task["folder"]).items() if name != "README.md"}
+    files = {name: content for name, content in snapshot(Path(task["folder"])).items() if name != "README.md"}
     key = json.dumps([{**task, "folder": None}, files], sort_keys=True)
     if key not in MEASURED:
         MEASURED[key] = json.dumps(round_trip.measure(task))
