@@ -141,7 +141,11 @@ def _asked(row: Row, value: Any, is_whole: bool = False) -> Messages:
     if not any(turn["content"].strip() for turn in turns):
         turns = []
     added, earlier = row.optional("input"), row.history("history")
-    added = str(added) if added is not None else ""
+    if added in (None, [], {}):
+        added = ""
+    elif isinstance(added, bool) or not isinstance(added, str | int | float):
+        raise row.wrong("input", "must be text", added)
+    added = str(added)
     if is_whole:  # what was asked is in the conversation
         said = {turn["content"].strip() for turn in turns}
         if earlier or (added.strip() and added.strip() not in said):
