@@ -35,6 +35,9 @@ class ModelConfig:
 
 guard.look_at_what_hydra_composes()
 _store = ConfigStore.instance()
+# Hydra copies its sources, and this with them, for each composition and for each group that --help lists; what it
+# takes out of the store it copies again.
+ConfigStore.__deepcopy__ = lambda self, memo: self
 # Beside the groups, not in them: nobody can choose these. A node without the struct flag takes keys that its YAML does
 # not list, so every argument of the wrapped class is overridable without `+`; `build` refuses what the class does not
 # have.

@@ -31,7 +31,8 @@ def quoted(typed: str) -> str:
         return typed  # Hydra says what is wrong with it
     names = _names(value[1:-1] if listed else value)
     text = ",".join(name if "," not in name and _taken(f"{key}={name}") else _quote(name) for name in names)
-    return f"{key}=[{text}]" if listed else f"{key}={text}"
+    given = f"{key}=[{text}]" if listed else f"{key}={text}"
+    return given if all(names) and _taken(given) else typed
 
 
 def written(key: str, value: str | list[str]) -> str:
@@ -62,5 +63,5 @@ def _names(value: str) -> list[str]:
 
 def _quote(name: str) -> str:
     """In the quotes of Hydra's grammar, where backslashes count before a quote alone."""
-    escaped = re.sub(r"(\\*)(\"|$)", lambda found: found[1] * 2 + (r"\"" if found[2] else ""), name)
+    escaped = re.sub(r"(\\*)(\"|\Z)", lambda found: found[1] * 2 + (r"\"" if found[2] else ""), name)
     return f'"{escaped}"'

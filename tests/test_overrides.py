@@ -61,7 +61,7 @@ def test_a_comma_parts_jobs_and_members_but_not_a_name_that_is_there(tmp_path, m
         "trainer.loss_type=[sigmoid,sft]", "x=${y}", "run='a b'", 'run="a=b"', "x=null", "x=choice(1,2)", "~tracker",
         "x=",
         # what is wrong with it, Hydra says
-        "x={a:1", "x=[a", "x='a", "x", "lora.rank_pattern={q=8}",
+        "x=,b=", "x={a:1", "x=[a", "x='a", "x", "lora.rank_pattern={q=8}",
     ],
 )  # fmt: skip
 def test_what_hydra_takes_or_explains_is_left_to_it(typed):

@@ -330,7 +330,8 @@ def test_a_function_as_reward_is_found_after_ppo_was_imported():
 
 def test_preflight_true_is_spelled_out():
     given = ["trainer.beta=0.1", "preflight=true", "preflight.measure=false", "run_name=preflight=true"]
-    assert spelled_out(given) == ["trainer.beta=0.1", "preflight.only=true", *given[2:]]
+    quoted = 'run_name="preflight=true"'
+    assert spelled_out(given) == ["trainer.beta=0.1", "preflight.only=true", given[2], quoted]
 
 
 def test_preflight_alone_trains_nothing_and_says_the_next_command(run_recipe, tiny_overrides, tmp_path):

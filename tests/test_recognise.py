@@ -11,6 +11,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from typing import Any
+from typing import Any
 
 import pytest
 from conftest import ROOT
@@ -202,7 +203,7 @@ CASES = [
     case("columns of keys", {"prompt": Q, **{side: {"role": ["user", "assistant"], "content": [Q, text]}
                                             for side, text in (("chosen", YES), ("rejected", NO))}}, PAIR),
     case("columns of keys of two lengths", {**SIDES, "chosen": {"role": ["user", "assistant"], "content": [Q]}},
-         "!2 role and 1 content for one conversation"),
+         "!2 of role and 1 of content for one conversation"),
     case("parts", {"prompt": [{"role": "user", "content": [{"type": "text", "text": "Open "}, {"type": "text",
          "text": "at {i}?"}]}],
                    "chosen": [{"role": "assistant", "content": [{"type": "text", "text": YES}]}], "rejected": NO},
@@ -309,8 +310,8 @@ CASES = [
          "data.columns.preference=gold"),
     case("a label beside pairs", {**SIDES, "label": each(0, 1)},
          "!column 'label' may say which answer is the better one",
-         typed="data.format=preference data.columns.first=chosen data.columns.second=rejected data.columns.preference=label "
-         "data.preference=index"),
+         typed="data.format=preference data.columns.first=chosen data.columns.second=rejected "
+         "data.columns.preference=label data.preference=index"),
     case("a winner beside pairs", {**SIDES, "winner": each("chosen", "rejected")}, "!column 'winner' may say which",
          typed="data.format=preference data.columns.first=chosen data.columns.second=rejected "
          "data.columns.preference=winner"),

@@ -95,6 +95,7 @@ def test_nothing_of_the_clinic_is_a_secret(no_secrets_here):
     assert not {path for path, text in texts.items() if secrets.VALUE.search(text)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "piece",
     [

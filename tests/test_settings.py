@@ -172,7 +172,7 @@ def test_the_packages_of_optimizers_are_those_of_transformers():
     assert {each.value for each in OptimizerNames} - matched == plain | elsewhere
 
 
-def test_lora_of_an_adapter_that_is_continued(check, refusal, tmp_path, monkeypatch):
+def test_lora_of_an_adapter_that_is_continued(compose, check, refusal, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = write_adapter(tmp_path / "sft", recipe="sft")
     path = next(folder.rglob("adapter_config.json"))
@@ -181,7 +181,8 @@ def test_lora_of_an_adapter_that_is_continued(check, refusal, tmp_path, monkeypa
     assert refusal("dpo", "model.adapter=sft lora.r=64") == (
         "lora.r=64: model.adapter=sft is continued as it is, with 8. Give that, or leave it out."
     )
-    assert "(reward.rank and reward.alpha of" in refusal("reward", "model.adapter=sft lora.r=64 reward.rank=[64]")
+    with pytest.raises(Refusal, match=r"lora.r=32 \(reward.rank and reward.alpha of an ensemble\): model.adapter=sft"):
+        settings.check(compose("reward", "reward=ensemble", "reward.member=2", "model.adapter=sft"), "reward")
     assert refusal("dpo", "model.adapter=sft lora.target_modules=[q_proj]").startswith("lora.target_modules=[")
     check("dpo", "model.adapter=sft lora.r=8 lora.target_modules=[v_proj,q_proj]")
     check("dpo", "model.adapter=sft")
@@ -439,6 +440,23 @@ def test_what_is_said_to_be_the_same_must_fit(
     assert ("and the config of that base" in out) == (config.get("base_model_name_or_path") == "base")
 
 
+def test_it_is_continued_and_written_for_the_real_base(foreign, train, tmp_path, capsys):
+    from rlhf_recipes.evaluation import measure
+    from rlhf_recipes.references import find
+
+    shapes = {name.replace(".1.", f".{layer}."): shape for layer in (0, 1) for name, shape in FITTING.items()}
+    foreign(shapes, peft_type="LORA", lora_alpha=8, target_modules=["q_proj"])
+    same = ("model.adapter=bought", "model.adapter_base=same", "quantization=none")
+    made = train("dpo", tmp_path / "outputs", *same)
+    assert capsys.readouterr().out.count("taken for tests/tiny as you say (model.adapter_base=same)") == 1
+    assert made.result["parent"]["named_base"] == "somebody/tiny-bnb-4bit"
+    written = json.loads((made.dir / "adapter" / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == TINY_ID and written["target_modules"] == ["q_proj"]
+    assert "names the base `somebody/tiny-bnb-4bit`. That it is the same is" in (made.dir / "README.md").read_text()
+    assert find("outputs", "run", TINY_ID).named_base is None
+    assert [each.name for each in measure.find(["bought", "outputs"], "base", TINY_ID, adapter_base="same")][1:]
+
+
 def test_the_key_is_no_part_of_a_run_that_does_not_set_it(compose, refusal):
     from rlhf_recipes import run
 
@@ -446,7 +464,9 @@ def test_the_key_is_no_part_of_a_run_that_does_not_set_it(compose, refusal):
     before = {**config, "model": {key: value for key, value in config["model"].items() if key != "adapter_base"}}
     assert run.config_sha256(config) == run.config_sha256(before)
     assert run.config_sha256(run.resolved(compose("dpo", "model.adapter_base=same"))) != run.config_sha256(config)
-    assert refusal("dpo", "model.adapter_base=other").startswith("model.adapter_base=other: not one of same.")
+    assert refusal("dpo", "model.adapter_base=other").startswith(
+        "model.adapter_base=other: must be same, or left out."
+    )
 
 
 def test_the_card_says_whose_word_it_is():

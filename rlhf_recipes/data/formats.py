@@ -73,7 +73,8 @@ def _is_prompt(row: Row, layout: Layout, sides: tuple[str, ...]) -> bool:
 
 def _read(row: Row, layout: Layout, sides: tuple[str, ...], reading: Reading | None) -> Raw:
     found = raw(row, layout, sides)
-    if reading is not None:
+    are_texts = all(isinstance(each, str | list | None) for each in (found.prompt, *found.answers))
+    if reading is not None and are_texts:  # what is neither is refused under its key
         found = reading.read(found, row.where)
     if isinstance(found, Drop):
         raise found
@@ -147,7 +148,11 @@ def _asked(row: Row, value: Any, is_whole: bool = False) -> Messages:
     if not any(turn["content"].strip() for turn in turns):
         turns = []
     added, earlier = row.optional("input"), row.history("history")
-    added = str(added) if added is not None else ""
+    if added in (None, [], {}):
+        added = ""
+    elif isinstance(added, bool) or not isinstance(added, str | int | float):
+        raise row.wrong("input", "must be text", added)
+    added = str(added)
     if is_whole:  # what was asked is in the conversation
         said = {turn["content"].strip() for turn in turns}
         if earlier or (added.strip() and added.strip() not in said):

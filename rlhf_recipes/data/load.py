@@ -469,8 +469,10 @@ def _reading(
     found = []
     for where, values in head:
         with suppress(Refusal):  # said when the row is read
-            found.append(formats.raw(Row(where, values, layout.columns), layout, sides))
-    return texts.look([each for each in found if each is not None])
+            raw = formats.raw(Row(where, values, layout.columns), layout, sides)
+            if raw and all(isinstance(each, str | list | None) for each in (raw.prompt, *raw.answers)):
+                found.append(raw)
+    return texts.look(found)
 
 
 def _places(

@@ -65,25 +65,25 @@ def as_messages(
         Refusal: no message, an unknown role, content that is no text.
         Drop: `tools`, `media` or `unweighted`, with the turn.
     """
-    turns = listed(at, value)
-    last = len(turns) - 1
-    return [_message(f"{at}[{i}]", i, i == last, turn, unread, ignore) for i, turn in enumerate(turns)]
+    value = listed(at, value)
+    last = len(value) - 1
+    return [_message(f"{at}[{i}]", i, i == last, turn, unread, ignore) for i, turn in enumerate(value)]
 
 
-def listed(at: str, value: list | dict) -> list:
-    """The messages of a value in a list, under their own keys.
+def listed(at: str, value: Any) -> Any:
+    """Messages that are one alone, or a column of each of their keys, as a list of them; anything else as it is.
 
     Raises:
-        Refusal: a column of each key, and they are not of one length.
+        Refusal: columns of different lengths.
     """
-    if isinstance(value, list):
+    keys = _keys(value) if isinstance(value, dict) else None
+    if not keys:
         return value
-    keys = _keys(value)
-    if not keys or not all(isinstance(value[key], list) for key in keys):
+    if not all(isinstance(value[key], list) for key in keys):
         return [value]
     columns = {key: each for key, each in value.items() if isinstance(each, list)}
     if len({len(each) for each in columns.values()}) > 1:
-        sizes = " and ".join(f"{len(each)} {key}" for key, each in columns.items())
+        sizes = " and ".join(f"{len(each)} of {key}" for key, each in columns.items())
         raise Refusal(f"{at}: {sizes} for one conversation. Mend or remove the row.")
     return [dict(zip(columns, each, strict=True)) for each in zip(*columns.values(), strict=True)]
 
@@ -105,7 +105,7 @@ def _message(at: str, index: int, is_last: bool, turn: Any, unread: Counter, ign
     for key in turn.keys() - set(keys) - set(ignore):
         _account(key, turn[key], index, is_last, unread)
     named = turn[keys[0]]
-    role = named.strip().lower() if isinstance(named, str) else named
+    role = named.strip().lower() if isinstance(named, str) else ""
     if role in TOOL_ROLES:
         raise Drop("tools", f"turn {index + 1} is of the role {role}")
     if role not in ROLE:

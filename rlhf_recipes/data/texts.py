@@ -40,7 +40,7 @@ from rlhf_recipes.data.tokens import TEMPLATE_MARKER
 from rlhf_recipes.errors import Refusal
 
 LOOKED_AT = 300  # rows
-LONG = 100_000  # characters: longer rows are read, but do not decide
+CHARACTERS, HEAD = 2_000_000, 20_000  # that decide, in all and of each text
 LITERAL_LIMIT = 2**20  # characters of a list in Python's notation, whose parser takes a hundred times their memory
 FEW = 3  # words of an answer that may be a label
 
@@ -93,6 +93,7 @@ OWN = re.compile(
 OPENING = re.compile(r"Below is an instruction that describes a task[^\n]{0,200}|BEGINNING OF CONVERSATION:", re.I)
 NO_THOUGHT = re.compile(r"\A\s*<think>\s*</think>\s*")
 MOST_TURNS = 10_000
+MOST_TOKENS = 4  # that a template writes in a row
 
 
 @dataclass(frozen=True)
@@ -216,18 +217,20 @@ def _after_blank_line(text: str, start: int) -> bool:
 
 def _without_begins(text: str) -> str:
     text = text.lstrip()
-    while text.startswith(BEGINS):
-        text = text[len(next(token for token in BEGINS if text.startswith(token))) :].lstrip()
+    for _ in range(MOST_TOKENS):
+        if text.startswith(BEGINS):
+            text = text[len(next(token for token in BEGINS if text.startswith(token))) :].lstrip()
     return text
 
 
 def _without_ends(text: str) -> tuple[str, str]:
     """The text without the tokens that end a turn, and the last one taken off ('' for none)."""
     taken, bare = "", text.rstrip()
-    while bare.endswith(ENDS):
-        taken = next(token for token in ENDS if bare.endswith(token))
-        text = bare[: -len(taken)]
-        bare = text.rstrip()
+    for _ in range(MOST_TOKENS):
+        if bare.endswith(ENDS):
+            taken = next(token for token in ENDS if bare.endswith(token))
+            text = bare[: -len(taken)]
+            bare = text.rstrip()
     return text, taken
 
 
@@ -302,7 +305,7 @@ MARKUPS = (
 )
 
 # A message list as json, str(list), str(array) or repr(array) writes it; a message alone.
-STRUCTURE = re.compile(r"\s*(?:array\()?\[?\s{0,9}\{\s{0,9}['\"](?:role|from|content|value)['\"]\s{0,9}:")
+STRUCTURE = re.compile(r"\s*+(?:array\()?\[?\s{0,9}\{\s{0,9}['\"](?:role|from|content|value)['\"]\s{0,9}:")
 NAMED = re.compile(r"['\"](?:role|from)['\"]\s{0,9}:")
 # Strings of Python's notation (an open one to the end: linear), and what numpy writes otherwise.
 NUMPY = re.compile(
@@ -311,19 +314,19 @@ NUMPY = re.compile(
 )
 NAMES, PARTS = ("role", "from"), ("content", "value")
 MISSING = ("nan", "NaN", "NAN", "None", "NONE", "null", "NULL", "Null", "<NA>", "NA", "NaT", "#N/A", "undefined")
-_MISSING = rf"(?P<missing>(?:{'|'.join(map(re.escape, MISSING))})\s*\Z)"
+_MISSING = rf"(?P<missing>(?:{'|'.join(map(re.escape, MISSING))})\s*+\Z)"
 _LISTED = rf"(?P<structure>{STRUCTURE.pattern})|(?P<markup>{TEMPLATE_MARKER.pattern})"
 _FRAME = r"(?:\#{1,4} ?|\*\*|<|\[)?"
 _COLON = r"(?:\*\*|>|\])? ?[:：]"
 PROMPT_START = re.compile(
-    rf"\s*(?:{_LISTED}|{_MISSING}|(?P<transcript>{_FRAME}(?i:human|user|instruction|用户){_COLON}))"
+    rf"\s*+(?:{_LISTED}|{_MISSING}|(?P<transcript>{_FRAME}(?i:human|user|instruction|用户){_COLON}))"
 )
 ANSWER_START = re.compile(
-    rf"\s*(?:{_LISTED}|{_MISSING}|(?P<speaker_name>{_FRAME}(?i:assistant|ai|bot|chatbot|response|gpt|助手){_COLON})|"
+    rf"\s*+(?:{_LISTED}|{_MISSING}|(?P<speaker_name>{_FRAME}(?i:assistant|ai|bot|chatbot|response|gpt|助手){_COLON})|"
     rf"(?P<user_speaks>{_FRAME}(?i:human|user|用户){_COLON})|"
     rf"(?P<heading>{_FRAME}(?i:answer|output|a|model){_COLON}))"
 )
-LABEL = re.compile(rf"\s*{_FRAME}(?i:assistant|ai|bot|chatbot|response|gpt|助手){_COLON}(?:\*\*)?[ \t]*\n?")
+LABEL = re.compile(rf"\s*+{_FRAME}(?i:assistant|ai|bot|chatbot|response|gpt|助手){_COLON}(?:\*\*)?[ \t]*\n?")
 USER_HEADING = re.compile(r"###? ?(?:Human|User|Instruction) ?:")
 FIRST = 24  # characters at which a text that is only text is told
 SIGNS = " \t\r\n[]{<>#*"  # what such a text seldom begins or ends with
@@ -505,13 +508,17 @@ def look(rows: Sequence[Raw]) -> Reading:
         rows: a few hundred; more are not looked at.
     """
     reading = Reading()
-    rows = rows[:LOOKED_AT]
-    sample = [raw for raw in rows if sum(map(len, _texts(raw))) <= LONG] or list(rows[:1])
+    sample, size = [], 0
+    for raw in rows[:LOOKED_AT]:
+        sample.append(raw)
+        size += sum(min(len(text), HEAD) for text in _texts(raw))
+        if size > CHARACTERS:
+            break
     for part, cells in (
         ("prompt", [raw.prompt for raw in sample]),
         ("answers", [answer for raw in sample for answer in raw.answers]),
     ):
-        cells = [cell for cell in cells if isinstance(cell, list) or (cell and cell.strip())]
+        cells = [cell for cell in cells if isinstance(cell, list) or (cell and len(cell) <= LITERAL_LIMIT)]
         if _most(isinstance(cell, str) and _messages(cell) is not None for cell in cells):
             reading.listed |= {part}
     if reading.listed:
@@ -625,7 +632,7 @@ def _literal(text: str) -> Any:
 
 
 def _list_of_texts(text: Text) -> list[str] | None:
-    if not isinstance(text, str) or not re.match(r"\s*\[\s{0,9}\"", text):
+    if not isinstance(text, str) or not re.match(r"\s*+\[\s{0,9}\"", text):
         return None
     try:
         found = json.loads(text)
@@ -696,7 +703,7 @@ def _markup(sample: list[Raw]) -> tuple[Markup | None, bool]:
 
 
 def _is_in(markup: Markup, text: str, whole: bool = False) -> bool:
-    parsed = markup.parse(text, strict=True)
+    parsed = markup.parse(text[:HEAD], strict=True)
     if not isinstance(parsed, Parsed):
         return False
     turns = parsed.conversation() if whole else parsed.turns

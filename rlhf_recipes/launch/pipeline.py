@@ -68,7 +68,7 @@ class Plan:
             ],
             "seconds": round(time.monotonic() - self.started, 1),
         }  # fmt: skip
-        run.write_atomically(self.dir / SUMMARY, json.dumps(summary, indent=2) + "\n")
+        run_folder.write_atomically(self.dir / SUMMARY, json.dumps(summary, indent=2) + "\n")
 
 
 def plan(cfg: DictConfig) -> Plan:

@@ -235,7 +235,7 @@ def check(cfg: DictConfig, recipe: str | None) -> None:
     node = OmegaConf.to_container(kept, resolve=True)
     trainer, model = node.get("trainer") or {}, node.get("model") or {}
     if isinstance(model, dict) and model.get("adapter_base") not in (None, "same"):
-        raise Refusal(f"model.adapter_base={model['adapter_base']}: not one of same. Leave it out, or say so.")
+        raise Refusal(f"model.adapter_base={model['adapter_base']}: must be same, or left out.")
     _refuse_numbers(node, trainer.get("_target_"))
     if trainer:
         _refuse_losses(trainer)
@@ -260,7 +260,7 @@ def _losses(trainer: dict) -> list[str]:
 
 
 def _refuse_losses(trainer: dict) -> None:
-    known = LOSSES.get(trainer["_target_"])
+    known = LOSSES.get(trainer.get("_target_"))
     for name in _losses(trainer) if known else []:
         if name not in known:
             raise Refusal(f"trainer.loss_type={name}: not one of {', '.join(known)}{nearest(str(name), known)}")
@@ -270,7 +270,7 @@ def _refuse_unread(trainer: dict, recipe: str | None) -> None:
     """An argument that differs from its default, and would change nothing."""
     ours = OmegaConf.load(CONF / "trainer" / f"{recipe}.yaml") if recipe in methods.METHODS else {}
     common = OmegaConf.load(CONF / "trainer" / "common.yaml")
-    for key, reads in READ.get(trainer["_target_"], {}).items():
+    for key, reads in READ.get(trainer.get("_target_"), {}).items():
         if key not in trainer or trainer[key] in (reads.default, ours.get(key), common.get(key)):
             continue
         if not reads.by:
@@ -287,7 +287,7 @@ def _refuse_unread(trainer: dict, recipe: str | None) -> None:
 
 def _refuse_clashes(trainer: dict) -> None:
     """What TRL refuses, or divides by zero on, when the model is loaded already."""
-    target, given = trainer["_target_"], trainer.get
+    target, given = trainer.get("_target_"), trainer.get
     if target in ("trl.DPOConfig", "trl.KTOConfig") and given("sync_ref_model"):
         raise Refusal("trainer.sync_ref_model=true: TRL cannot move the reference of a LoRA. Leave it out.")
     if target == "trl.DPOConfig":
@@ -317,9 +317,9 @@ def _refuse_clashes(trainer: dict) -> None:
 
 
 def _refuse_ppo(trainer: dict) -> None:
-    steps = trainer.get("num_ppo_epochs", 4) * trainer.get("num_mini_batches", 1)
+    one_step = (trainer.get("num_ppo_epochs", 4), trainer.get("num_mini_batches", 1)) == (1, 1)
     for key, default in {"cliprange": 0.2, "dual_clip": None}.items():
-        if steps == 1 and trainer.get(key, default) != default:
+        if one_step and trainer.get(key, default) != default:
             raise Refusal(
                 f"trainer.{key}={trainer[key]}: a rollout is used for one step, in which the ratio is 1: nothing is "
                 "clipped. Leave it out, or raise trainer.num_ppo_epochs or trainer.num_mini_batches."
@@ -380,7 +380,7 @@ def _refuse_lora_beside_adapter(node: dict) -> None:
         if key in ("_target_", "target_modules") and isinstance(value, str):  # words for modules that it lists
             continue
         if value != defaults.get(key) and _unordered(value) != _unordered(own.get(key)):
-            members = " (reward.rank and reward.alpha of an ensemble)" if "rank" in node.get("reward", {}) else ""
+            members = " (reward.rank and reward.alpha of an ensemble)" if "rank" in (node.get("reward") or {}) else ""
             raise Refusal(
                 f"lora.{key}={value}{members}: model.adapter={reference} is continued as it is, with {own.get(key)}. "
                 "Give that, or leave it out."

@@ -21,7 +21,7 @@ from pathlib import Path
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import methods, run
+from rlhf_recipes import methods, run, run_folder
 from rlhf_recipes.commands import command
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.launch import keys, publish_after
@@ -102,7 +102,7 @@ def look(jobs: list, folder: Path, settings: DictConfig, elsewhere: bool = False
         print(printed.describe(found[-1], found[:-1]), flush=True)
     report = {"jobs": found, "disk": examination.disk(found, folder), "measured": looked_at.measured}
     folder.mkdir(parents=True, exist_ok=True)
-    run.write_atomically(kept, json.dumps(report, indent=2, ensure_ascii=False, default=asdict) + "\n")
+    run_folder.write_atomically(kept, json.dumps(report, indent=2, ensure_ascii=False, default=asdict) + "\n")
     print(printed.summary(report), flush=True)
     reasons = [*(reason for seen in found for reason in seen.stops), *report["disk"]["stops"]]
     if reasons and settings.fails == "stop":
