@@ -11,7 +11,6 @@ import json
 import re
 from dataclasses import dataclass, field
 from typing import Any
-from typing import Any
 
 import pytest
 from conftest import ROOT
@@ -20,6 +19,7 @@ from omegaconf import OmegaConf
 
 from rlhf_recipes.data.account import told
 from rlhf_recipes.data.load import load_demonstrations, load_labelled, load_pairs, load_prompts
+from rlhf_recipes.data.recognise import FORMATS
 from rlhf_recipes.errors import Refusal
 
 LOAD = {"dpo": load_pairs, "kto": load_labelled, "sft": load_demonstrations, "ppo": load_prompts}
@@ -481,6 +481,48 @@ def test_what_is_ignored_and_not_there_is_said(base, tmp_path):
     shape = {**SIDES, "prompt": [{**user(), "name": "Ann"}], "info": {"id": 3}}
     splits = loaded("dpo", base, tmp_path, shape, overrides="data.ignore=[sistem,name,id,info.id]")
     assert "data.ignore: there is no sistem" in told(splits.report)
+
+
+def manual():
+    """{format: its rows in the manual, conf/data/base.yaml}"""
+    text = (ROOT / "conf/data/base.yaml").read_text().partition("# What a row holds")[2].partition("format: auto")[0]
+    shown: dict[str, list] = {}
+    for line in re.sub(r"\n#    +", " ", text).splitlines():
+        if heading := re.match(r"# (\w+): ", line):
+            rows = shown.setdefault(heading[1], [])
+        elif line.startswith("#   {"):
+            rows.append(json.loads(line.removeprefix("#   ")))
+    return shown
+
+
+def again(rows, i):
+    """Rows with other questions, and other names of messages."""
+    text = re.sub(r"\b(Open|open|Shut)\b", rf"\1 {i}", json.dumps(rows))
+    return json.loads(re.sub(r'(_id": ")', rf"\g<1>{i}", text))
+
+
+@pytest.mark.parametrize("format", manual())
+def test_the_manual_shows_three_rows_of_a_format(format, base, tmp_path):
+    """Each is read as it, found and told; trees, which are rankings when they are joined, all three together."""
+    rows = manual()[format]
+    assert len(rows) == 3
+    for group in [rows] if format == "trees" else [[row] for row in rows]:
+        kind = (
+            "kto"
+            if format == "labelled"
+            else "sft"
+            if {"messages", "output", "conversations"} & {*group[0]}
+            else "dpo"
+        )
+        shape = each(*(row for i in range(3) for row in again(group, i)))
+        for said in ("auto", format):
+            splits = loaded(kind, base, tmp_path, shape, len(shape), f"data.format={said}")
+            assert splits.report["format"] == ("rankings" if format == "trees" else format)
+            assert len(examples(splits)) == 3 and not sum(splits.report["dropped"].values())
+
+
+def test_the_manual_shows_every_format():
+    assert {*manual(), "auto"} == {*FORMATS}
 
 
 # ---- trees
