@@ -88,7 +88,7 @@ def _from_format(
         prompt = _asked(row, _read(row, layout, sides, reading).prompt)
         return [{"prompt": prompt} if prompt else Drop("empty")]
     if not sides and layout.format != "messages":
-        answered = _from_format(row, layout, ("completion",), reduce, reading)
+        answered = _asking(row, layout, reduce, reading)
         return [{"prompt": each["prompt"]} if isinstance(each, dict) else each for each in answered]
     match layout.format:
         case "pairs":
@@ -105,6 +105,18 @@ def _from_format(
             return _from_scores(row, layout, "scores", reduce, sides, reading)
         case "rankings":
             return _from_scores(row, layout, "ranks", reduce, sides, reading)
+
+
+def _asking(row: Row, layout: Layout, reduce: str, reading: Reading | None) -> list[Candidate]:
+    """An example with the prompt that lies in the answers, whichever of them is good."""
+    match layout.format:
+        case "preference":
+            found = _read(row, layout, ("completion",), reading)
+            return [_example(row, Raw(found.prompt, found.answers[:1]), ["first"], ("completion",))]
+        case "labelled":
+            return [_from_sides(row, layout, ("completion",), reading)]
+        case _:
+            return _from_format(row, layout, ("completion",), reduce, reading)
 
 
 def _side_columns(row: Row, layout: Layout, sides: tuple[str, ...]) -> list[str]:

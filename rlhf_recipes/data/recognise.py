@@ -182,7 +182,7 @@ def _columns(source: Source, found: Mapping[str, str | None]) -> dict[str, str |
         columns[key] = source.named(key) if source.named(key) not in taken else None
     for key, kinds in PARTS.items():
         name = source.find(key, kinds, taken)
-        if name and name not in taken and source.kinds[name] in kinds:
+        if name and name not in taken and (source.kinds[name] in kinds or name == source.typed(key)):
             columns[key] = name
             taken.append(name)
     return columns

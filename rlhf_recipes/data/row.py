@@ -13,22 +13,41 @@ from rlhf_recipes.data.messages import Drop, Messages, as_messages, is_messages,
 from rlhf_recipes.errors import Refusal
 
 GOOD = (
-    "true",
-    "1",
-    "1.0",
-    "yes",
-    "up",
-    "thumbs up",
-    "👍",
-    "good",
-    "accepted",
-    "desirable",
-    "like",
-    "liked",
-    "positive",
+    *(
+        "true",
+        "1",
+        "1.0",
+        "yes",
+        "up",
+        "thumbs up",
+        "👍",
+        "good",
+        "accepted",
+        "desirable",
+        "like",
+        "liked",
+        "positive",
+    ),
+    *("chosen", "preferred", "correct", "right"),
 )
-BAD = ("false", "0", "0.0", "-1", "-1.0", "no", "down", "thumbs down", "👎", "bad", "rejected", "undesirable",
-       "dislike", "disliked", "negative")  # fmt: skip
+BAD = (
+    *(
+        "false",
+        "0",
+        "0.0",
+        "-1",
+        "-1.0",
+        "no",
+        "down",
+        "thumbs down",
+        "👎",
+        "bad",
+        "rejected",
+        "undesirable",
+        "dislike",
+    ),
+    *("disliked", "negative", "dispreferred", "incorrect", "wrong"),
+)
 UNRATED = ("", "n/a", "na", "nan", "none", "null", "-")
 MISSING = object()
 
