@@ -16,14 +16,8 @@ from rlhf_recipes.data.recognise import Layout
 from rlhf_recipes.errors import Refusal
 
 PARTS = ("system", "input", "history", *ALIASES["system"], *ALIASES["input"], *ALIASES["history"])
-TEXTS = (
-    "passage",
-    "document",
-    "article",
-    "background",
-    "persona",
-    "scenario",
-)  # parts of the prompt where they are texts
+# Parts of the prompt where they are texts.
+TEXTS = tuple("passage document article background persona scenario".split())
 TOOLS = (*TOOL_KEYS, "tool", "available_tools", "available_functions")
 MEDIA = (*MEDIA_KEYS, "picture", "pictures", "image_path", "image_paths", "photo", "img")
 

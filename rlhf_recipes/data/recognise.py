@@ -12,7 +12,7 @@ from typing import Any
 from rlhf_recipes.data import preference
 from rlhf_recipes.data.columns import ALIASES, COLUMNS, Source, spelled
 from rlhf_recipes.data.messages import is_messages
-from rlhf_recipes.data.row import as_good, as_list
+from rlhf_recipes.data.row import as_good, as_list, as_number
 from rlhf_recipes.errors import Refusal
 
 SAMPLE = 200  # rows that are looked at
@@ -332,7 +332,9 @@ def _labelled(source: Source, told: bool = False) -> Layout | None:
     if not (completion and label):
         return None
     labels = [value for value in source.values[label] if value not in (None, "")]
-    if not told and (any(as_good(value) is None for value in labels) or {-1, 0} <= {_number(v) for v in labels}):
+    if not told and (
+        any(as_good(value) is None for value in labels) or {-1, 0} <= {as_number(str(v)) for v in labels}
+    ):
         return None  # what 0 is beside -1, nobody knows
     prompt = source.named("prompt") or (
         None if _are_conversations(source, completion) else _prompt(source, (completion,))
@@ -340,10 +342,6 @@ def _labelled(source: Source, told: bool = False) -> Layout | None:
     if not prompt and not _are_conversations(source, completion):
         return None
     return Layout("labelled", _columns(source, {"prompt": prompt, "completion": completion, "label": label}))
-
-
-def _number(value: Any) -> Any:
-    return float(value) if isinstance(value, int | float) else value
 
 
 def _answered(source: Source) -> Layout | None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rlhf_recipes.data.messages import ROLE, Drop
+from rlhf_recipes.data.row import as_good
 
 KEYS = ("message_id", "parent_id", "role", "text", "rank", "replies")
 
@@ -51,7 +52,7 @@ def join(rows: Iterator[Located]) -> tuple[list[Located], list[tuple[Drop, str]]
 def _messages(where: str, row: dict[str, Any]) -> Iterator[Located]:
     """The messages of a row: itself, or all of a nested tree."""
     if not _is_nested(row):
-        yield where, {"rank": None, **row}
+        yield where, {"rank": None, **row, "parent_id": row["parent_id"] or None}
         return
     waiting = [(None, row["prompt"])]
     while waiting:
@@ -69,8 +70,8 @@ def _path(message: dict[str, Any], known: Mapping[Any, dict]) -> list[dict] | Dr
         if parent is None or len(path) > len(known):
             return Drop("orphan", f"its parent {path[-1]['parent_id']!s:.40} is not in the file")
         path.append(parent)
-    if any(each.get("deleted") for each in path):
-        return Drop("deleted", "" if message.get("deleted") else "one before it")
+    if any(as_good(each.get("deleted")) for each in path):
+        return Drop("deleted", "" if as_good(message.get("deleted")) else "one before it")
     return path[::-1]
 
 
