@@ -183,7 +183,7 @@ class Markup:
         for word, role, part in zip(words, roles, said, strict=True):
             content, end = _without_ends(part)
             closed = bool(end)
-            content = content if self.token and closed else content.strip()
+            content = content if self.token not in ("", "[INST]") and closed else content.strip()
             if self.token:
                 content = NO_THOUGHT.sub("", content, count=1) if role == "assistant" else content
                 if self.token in content or (end and end in content):
@@ -285,7 +285,7 @@ MARKUPS = (
         r"tools?|tool_\w+|functions?|observation|environment|ipython)\|>:? ?\n?",
     ),
     Markup(
-        "a transcript (### headings)",
+        "transcripts (### headings)",
         re.compile(
             r"(?:#{2,4}|@@) ?(system|human|user|instruction|input|assistant|response|question|answer|output|bot|gpt)"
             r"(?: ?:[ \t]*|[ \t]*(?=\n))\n?",
@@ -294,21 +294,21 @@ MARKUPS = (
         before="both",
     ),
     Markup(
-        "a transcript (<human>: <bot>:)",
+        "transcripts (<human>: <bot>:)",
         re.compile(r"<(human|user|bot|assistant|system)> ?: ?", re.IGNORECASE),
         before="both",
     ),
     Markup(
-        "a transcript (USER: ASSISTANT:)",
+        "transcripts (USER: ASSISTANT:)",
         re.compile(r"(?:(?<=\s)|(?<=</s>)|\A)(SYSTEM|USER|ASSISTANT|HUMAN|BOT|GPT) ?: ?"),
         before="both",
     ),
     *_lines(
-        "human|user|assistant|ai|bot|chatbot|gpt|system|用户|助手", "a transcript (Human: Assistant:)", before="cue"
+        "human|user|assistant|ai|bot|chatbot|gpt|system|用户|助手", "transcripts (Human: Assistant:)", before="cue"
     ),
-    *_lines("question|q|answer|a", "a transcript (Question: Answer:)"),
-    *_lines("instruction|input|response|output", "a transcript (Instruction: Response:)"),
-    Markup("a template without its tokens", re.compile(r"^(system|user|assistant|model)[ \t]*\n", re.MULTILINE)),
+    *_lines("question|q|answer|a", "transcripts (Question: Answer:)"),
+    *_lines("instruction|input|response|output", "transcripts (Instruction: Response:)"),
+    Markup("templates without their tokens", re.compile(r"^(system|user|assistant|model)[ \t]*\n", re.MULTILINE)),
 )
 
 # A message list as json, str(list), str(array) or repr(array) writes it; a message alone.
@@ -322,7 +322,7 @@ NUMPY = re.compile(
 NAMES, PARTS = ("role", "from"), ("content", "value")
 MISSING = ("nan", "NaN", "NAN", "None", "NONE", "null", "NULL", "Null", "<NA>", "NA", "NaT", "#N/A", "undefined")
 _MISSING = rf"(?P<missing>(?:{'|'.join(map(re.escape, MISSING))})\s*+\Z)"
-_LISTED = rf"(?P<structure>{STRUCTURE.pattern})|(?P<markup>{TEMPLATE_MARKER.pattern})"
+_LISTED = rf"(?P<structure>{STRUCTURE.pattern})|(?P<markup>(?:<s>)?(?!</?s>)(?:{TEMPLATE_MARKER.pattern}))"  # <s> is HTML, too
 _FRAME = r"(?:\#{1,4} ?|\*\*|<|\[)?"
 _COLON = r"(?:\*\*|>|\])? ?[:：]"
 PROMPT_START = re.compile(
