@@ -72,7 +72,7 @@ TEMPLATES = {
         "<|im_start|>assistant\n<think>\n\n</think>\n\n",
     ),
     "Llama 3": rendered(
-        "<|begin_of_text|>", HEAD, names(), "<|eot_id|>", "<|start_header_id|>assistant<|end_header_id|>\n\n"
+        "<|begin_of_text|>", HEAD + "{content}{end}", names(), "<|eot_id|>", HEAD.format(role="assistant")
     ),
     "Llama 2": (llama_2, "", " </s>"),
     "Gemma 4": rendered(
@@ -193,8 +193,14 @@ CASES = {
         "Done: {0}",
     ),
     "PKU": ("BEGINNING OF CONVERSATION: USER: Mend {0} ASSISTANT:", "Done: {0}", turns("Mend {0}"), "Done: {0}"),
+    "a heading in the answer": (
+        "### Human: Mend {0}### Assistant:",
+        "In parts:\n### Question: {0}\n### Answer: four",
+        turns("Mend {0}"),
+        "In parts:\n### Question: {0}\n### Answer: four",
+    ),
     "no cue": ("User: Mend {0}", "Assistant: Done, {0}", turns("Mend {0}"), "Done, {0}"),
-    "a started answer": ("Human: Mend {0}\n\nAssistant: Sure,", " done: {0}", turns("Mend {0}"), "Sure,done: {0}"),
+    "a started answer": ("Human: Mend {0}\n\nAssistant: Sure,", " done: {0}", turns("Mend {0}"), "Sure, done: {0}"),
     "prompt in answers": ("What is {0}?\n\nAnswer:", "What is {0}?\n\nAnswer: It is {0}.", None, "It is {0}."),
     "prompt glued to answers": ("What of {0}?", "What of {0}?It is {0}.", None, "It is {0}."),
     "prompt in code": ("def mend({0}):\n", "def mend({0}):\n    return {0}", None, "    return {0}"),

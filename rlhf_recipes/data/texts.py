@@ -322,7 +322,8 @@ NUMPY = re.compile(
 NAMES, PARTS = ("role", "from"), ("content", "value")
 MISSING = ("nan", "NaN", "NAN", "None", "NONE", "null", "NULL", "Null", "<NA>", "NA", "NaT", "#N/A", "undefined")
 _MISSING = rf"(?P<missing>(?:{'|'.join(map(re.escape, MISSING))})\s*+\Z)"
-_LISTED = rf"(?P<structure>{STRUCTURE.pattern})|(?P<markup>(?:<s>)?(?!</?s>)(?:{TEMPLATE_MARKER.pattern}))"  # <s> is HTML, too
+_MARKUP = rf"(?P<markup>(?:<s>)?(?!</?s>)(?:{TEMPLATE_MARKER.pattern}))"  # <s> alone is HTML's
+_LISTED = rf"(?P<structure>{STRUCTURE.pattern})|{_MARKUP}"
 _FRAME = r"(?:\#{1,4} ?|\*\*|<|\[)?"
 _COLON = r"(?:\*\*|>|\])? ?[:：]"
 PROMPT_START = re.compile(
@@ -497,15 +498,15 @@ class Reading:
         parsed = self.markup.parse(text)
         if isinstance(parsed, Drop):
             return parsed
-        if parsed is not None:
-            turns = parsed.conversation()
+        turns = parsed.conversation() if parsed else []
+        if turns and not (self.in_prompts and turns[0]["role"] == "system" and not self.markup.token):
             if len(turns) != 1 or turns[0]["role"] != "assistant":
                 return turns if isinstance(answer, str) else answer
             text = turns[0]["content"]
         else:
             self._unlike |= not self.in_prompts
-        text = started + text if self.markup.token else started + text.strip()
-        return _with_text(answer, NO_THOUGHT.sub("", text, count=1).strip() if self.markup.token else text)
+        text = started + text
+        return _with_text(answer, (NO_THOUGHT.sub("", text, count=1) if self.markup.token else text).strip())
 
 
 def look(rows: Sequence[Raw]) -> Reading:
@@ -587,7 +588,9 @@ def _answer_text(answer: Text) -> str:
     if isinstance(answer, str):
         return answer
     last = answer[-1] if answer else None
-    content = last.get("content", last.get("value")) if isinstance(last, dict) else None
+    if not isinstance(last, dict):
+        return ""
+    content = last["content"] if "content" in last else last.get("value")
     return content if isinstance(content, str) else ""
 
 
@@ -733,38 +736,36 @@ def _taken(answer: Text, take) -> Text:
     return answer if rest == text else _with_text(answer, rest)
 
 
-def _suspicions(raw: Raw) -> set[str]:
+def _suspicions(raw: Raw) -> list[str]:
     """What a row's texts hold that may not be what it seems."""
     prompt = _prompt_text(raw.prompt)
     kinds = _seen(prompt, PROMPT_START)
-    begin = prompt.strip()[:FIRST]
-    repeated = 0
+    begin = prompt.strip()[:FIRST] or "\0"
+    repeats = bool(raw.answers)
     for answer in raw.answers:
         text = _answer_text(answer)
-        kinds |= _seen(text, ANSWER_START)
+        kinds = kinds + _seen(text, ANSWER_START)
         if (
             "\nHuman:" in text
             or "\nUser:" in text
             or "\nUSER:" in text
             or ("###" in text and USER_HEADING.search(text))
         ):
-            kinds.add("user_speaks")
-        repeated += bool(begin) and text.lstrip()[:FIRST].startswith(begin) and _rest(prompt, text) is not None
-    if repeated and repeated == len(raw.answers):
-        kinds.add("prompt_in_answer")
-    return kinds
+            kinds = [*kinds, "user_speaks"]
+        repeats = repeats and text.lstrip().startswith(begin) and _rest(prompt, text) is not None
+    return list(dict.fromkeys([*kinds, "prompt_in_answer"] if repeats else kinds))
 
 
-def _seen(text: str, start: re.Pattern) -> set[str]:
+def _seen(text: str, start: re.Pattern) -> list[str]:
     """What a text's beginning, its end and its tokens say; a glance decides for most texts."""
-    kinds = set()
+    kinds = []
     head = text[:FIRST]
     if ":" in head or "：" in head or head[:1] in SIGNS or len(text) < FIRST:
         begins = start.match(text)
         if begins and (begins.lastgroup != "structure" or _like_messages(text)):
-            kinds.add(begins.lastgroup)
+            kinds.append(begins.lastgroup)
     if ("<|" in text and TEMPLATE_MARKER.search(text)) or (text[-1:] in SIGNS and text.rstrip().endswith(ENDS)):
-        kinds.add("markup")
+        kinds.append("markup")
     return kinds
 
 
