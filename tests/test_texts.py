@@ -343,33 +343,17 @@ def test_messages_of_one_turn_are_looked_into():
     assert read(rows)[1][0] == Raw(turns("Mend the lamp"), (turns("", "the lamp is mended.")[1:],))
 
 
-@pytest.mark.parametrize(
-    "unit",
-    [
-        " ",
-        "\n",
-        " \n",
-        "<|",
-        "</s>",
-        "<s>",
-        "[{'role': '",
-        "'\\",
-        "}\n{",
-        "\n\nHuman: ",
-        "### ",
-        "USER: ",
-        "[INST]",
-        "<think>",
-    ],
-)
+UNITS = (" ", " \n", "<|", "</s>", "<s>", "[{'role': '", "'\\", "}\n{", "\n\nHuman: ", "### ", "USER: ", "[INST]")
+
+
+@pytest.mark.parametrize("unit", UNITS)
 def test_a_long_odd_text_takes_time_in_proportion(unit):
-    text = unit * (200_000 // len(unit))
-    began = time.monotonic()
+    text, began = unit * (200_000 // len(unit)), time.process_time()
     for row in (Raw(text, (f"x{text}",)), Raw(None, (f"[{{'role': 'user', 'content': '{text}",))):
         read([row] * 2)
         for raw in (Raw("Human: a\n\nAssistant:", ("b",)), Raw("<|im_start|>user\na<|im_end|>\n", ("b",))):
             look([raw]).read(row)
-    assert time.monotonic() - began < 20  # a square of it takes minutes
+    assert time.process_time() - began < 20  # the square of it takes minutes
 
 
 def test_a_list_too_long_for_python_s_parser_is_left_out():
