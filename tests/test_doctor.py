@@ -401,7 +401,7 @@ def broken_from(step):
 
 
 def test_what_a_run_leaves(train, tmp_path, capsys):
-    done = train("dpo", tmp_path / "run", *LONG)
+    done = train("dpo", tmp_path / "run", *LONG, drawn=True)
     report, said = done.result["doctor"], capsys.readouterr().out
     log, facts = [row for row in done.log if "loss" in row], report.pop("facts")
     assert report == doctor.examine(

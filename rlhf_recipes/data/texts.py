@@ -176,7 +176,7 @@ class Markup:
         for word, role, part in zip(words, roles, said, strict=True):
             content, end = _without_ends(part)
             closed = bool(end)
-            content = content if self.token and closed else content.strip()
+            content = content if self.token not in ("", "[INST]") and closed else content.strip()
             if self.token:
                 content = NO_THOUGHT.sub("", content, count=1) if role == "assistant" else content
                 if self.token in content or (end and end in content):
@@ -278,7 +278,7 @@ MARKUPS = (
         r"tools?|tool_\w+|functions?|observation|environment|ipython)\|>:? ?\n?",
     ),
     Markup(
-        "a transcript (### headings)",
+        "transcripts (### headings)",
         re.compile(
             r"(?:#{2,4}|@@) ?(system|human|user|instruction|input|assistant|response|question|answer|output|bot|gpt)"
             r"(?: ?:[ \t]*|[ \t]*(?=\n))\n?",
@@ -287,21 +287,21 @@ MARKUPS = (
         before="both",
     ),
     Markup(
-        "a transcript (<human>: <bot>:)",
+        "transcripts (<human>: <bot>:)",
         re.compile(r"<(human|user|bot|assistant|system)> ?: ?", re.IGNORECASE),
         before="both",
     ),
     Markup(
-        "a transcript (USER: ASSISTANT:)",
+        "transcripts (USER: ASSISTANT:)",
         re.compile(r"(?:(?<=\s)|(?<=</s>)|\A)(SYSTEM|USER|ASSISTANT|HUMAN|BOT|GPT) ?: ?"),
         before="both",
     ),
     *_lines(
-        "human|user|assistant|ai|bot|chatbot|gpt|system|用户|助手", "a transcript (Human: Assistant:)", before="cue"
+        "human|user|assistant|ai|bot|chatbot|gpt|system|用户|助手", "transcripts (Human: Assistant:)", before="cue"
     ),
-    *_lines("question|q|answer|a", "a transcript (Question: Answer:)"),
-    *_lines("instruction|input|response|output", "a transcript (Instruction: Response:)"),
-    Markup("a template without its tokens", re.compile(r"^(system|user|assistant|model)[ \t]*\n", re.MULTILINE)),
+    *_lines("question|q|answer|a", "transcripts (Question: Answer:)"),
+    *_lines("instruction|input|response|output", "transcripts (Instruction: Response:)"),
+    Markup("templates without their tokens", re.compile(r"^(system|user|assistant|model)[ \t]*\n", re.MULTILINE)),
 )
 
 # A message list as json, str(list), str(array) or repr(array) writes it; a message alone.
@@ -315,7 +315,8 @@ NUMPY = re.compile(
 NAMES, PARTS = ("role", "from"), ("content", "value")
 MISSING = ("nan", "NaN", "NAN", "None", "NONE", "null", "NULL", "Null", "<NA>", "NA", "NaT", "#N/A", "undefined")
 _MISSING = rf"(?P<missing>(?:{'|'.join(map(re.escape, MISSING))})\s*+\Z)"
-_LISTED = rf"(?P<structure>{STRUCTURE.pattern})|(?P<markup>{TEMPLATE_MARKER.pattern})"
+_MARKUP = rf"(?P<markup>(?:<s>)?(?!</?s>)(?:{TEMPLATE_MARKER.pattern}))"  # <s> alone is HTML's
+_LISTED = rf"(?P<structure>{STRUCTURE.pattern})|{_MARKUP}"
 _FRAME = r"(?:\#{1,4} ?|\*\*|<|\[)?"
 _COLON = r"(?:\*\*|>|\])? ?[:：]"
 PROMPT_START = re.compile(
@@ -490,15 +491,15 @@ class Reading:
         parsed = self.markup.parse(text)
         if isinstance(parsed, Drop):
             return parsed
-        if parsed is not None:
-            turns = parsed.conversation()
+        turns = parsed.conversation() if parsed else []
+        if turns and not (self.in_prompts and turns[0]["role"] == "system" and not self.markup.token):
             if len(turns) != 1 or turns[0]["role"] != "assistant":
                 return turns if isinstance(answer, str) else answer
             text = turns[0]["content"]
         else:
             self._unlike |= not self.in_prompts
-        text = started + text if self.markup.token else started + text.strip()
-        return _with_text(answer, NO_THOUGHT.sub("", text, count=1).strip() if self.markup.token else text)
+        text = started + text
+        return _with_text(answer, (NO_THOUGHT.sub("", text, count=1) if self.markup.token else text).strip())
 
 
 def look(rows: Sequence[Raw]) -> Reading:
@@ -580,7 +581,9 @@ def _answer_text(answer: Text) -> str:
     if isinstance(answer, str):
         return answer
     last = answer[-1] if answer else None
-    content = last.get("content", last.get("value")) if isinstance(last, dict) else None
+    if not isinstance(last, dict):
+        return ""
+    content = last["content"] if "content" in last else last.get("value")
     return content if isinstance(content, str) else ""
 
 
@@ -726,38 +729,36 @@ def _taken(answer: Text, take) -> Text:
     return answer if rest == text else _with_text(answer, rest)
 
 
-def _suspicions(raw: Raw) -> set[str]:
+def _suspicions(raw: Raw) -> list[str]:
     """What a row's texts hold that may not be what it seems."""
     prompt = _prompt_text(raw.prompt)
     kinds = _seen(prompt, PROMPT_START)
-    begin = prompt.strip()[:FIRST]
-    repeated = 0
+    begin = prompt.strip()[:FIRST] or "\0"
+    repeats = bool(raw.answers)
     for answer in raw.answers:
         text = _answer_text(answer)
-        kinds |= _seen(text, ANSWER_START)
+        kinds = kinds + _seen(text, ANSWER_START)
         if (
             "\nHuman:" in text
             or "\nUser:" in text
             or "\nUSER:" in text
             or ("###" in text and USER_HEADING.search(text))
         ):
-            kinds.add("user_speaks")
-        repeated += bool(begin) and text.lstrip()[:FIRST].startswith(begin) and _rest(prompt, text) is not None
-    if repeated and repeated == len(raw.answers):
-        kinds.add("prompt_in_answer")
-    return kinds
+            kinds = [*kinds, "user_speaks"]
+        repeats = repeats and text.lstrip().startswith(begin) and _rest(prompt, text) is not None
+    return list(dict.fromkeys([*kinds, "prompt_in_answer"] if repeats else kinds))
 
 
-def _seen(text: str, start: re.Pattern) -> set[str]:
+def _seen(text: str, start: re.Pattern) -> list[str]:
     """What a text's beginning, its end and its tokens say; a glance decides for most texts."""
-    kinds = set()
+    kinds = []
     head = text[:FIRST]
     if ":" in head or "：" in head or head[:1] in SIGNS or len(text) < FIRST:
         begins = start.match(text)
         if begins and (begins.lastgroup != "structure" or _like_messages(text)):
-            kinds.add(begins.lastgroup)
+            kinds.append(begins.lastgroup)
     if ("<|" in text and TEMPLATE_MARKER.search(text)) or (text[-1:] in SIGNS and text.rstrip().endswith(ENDS)):
-        kinds.add("markup")
+        kinds.append("markup")
     return kinds
 
 
