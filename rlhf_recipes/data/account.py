@@ -17,7 +17,7 @@ from rlhf_recipes.errors import Refusal
 
 PARTS = ("system", "input", "history", *ALIASES["system"], *ALIASES["input"], *ALIASES["history"])
 # Parts of the prompt where they are texts.
-TEXTS = tuple("passage document article background persona scenario".split())
+TEXTS = ("passage", "document", "article", "background", "persona", "scenario")
 TOOLS = (*TOOL_KEYS, "tool", "available_tools", "available_functions")
 MEDIA = (*MEDIA_KEYS, "picture", "pictures", "image_path", "image_paths", "photo", "img")
 
