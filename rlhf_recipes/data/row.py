@@ -12,10 +12,10 @@ from typing import Any
 from rlhf_recipes.data.messages import Drop, Messages, as_messages, is_messages, listed
 from rlhf_recipes.errors import Refusal
 
-GOOD = ("true", "1", "1.0", "yes", "up", "thumbs up", "👍", "good", "accepted", "desirable", "like", "liked", "positive",
-        "chosen", "preferred", "correct", "right")  # fmt: skip
-BAD = ("false", "0", "0.0", "-1", "-1.0", "no", "down", "thumbs down", "👎", "bad", "rejected", "undesirable", "dislike",
-       "disliked", "negative", "dispreferred", "incorrect", "wrong")  # fmt: skip
+GOOD = ("true", "1", "1.0", "yes", "up", "thumbs up", "👍", "good", "accepted", "desirable", "like", "liked",
+        "positive", "chosen", "preferred", "correct", "right")  # fmt: skip
+BAD = ("false", "0", "0.0", "-1", "-1.0", "no", "down", "thumbs down", "👎", "bad", "rejected", "undesirable",
+       "dislike", "disliked", "negative", "dispreferred", "incorrect", "wrong")  # fmt: skip
 UNRATED = ("", "n/a", "na", "nan", "none", "null", "-")
 MISSING = object()
 
