@@ -9,6 +9,7 @@ Examples:
 from rlhf_recipes.cai import constitution, gate, make_pairs
 from rlhf_recipes.data.fit import describe, fit
 from rlhf_recipes.data.load import load_prompts
+from rlhf_recipes.data.rows import written
 from rlhf_recipes.launch.recipe import recipe
 from rlhf_recipes.run import GATE, Run
 
@@ -37,7 +38,7 @@ def main(cfg):
     result = {"main": gate.headline(worth), "gate": worth, "constitution": principles.summary(), "judge": asked.name}
     if not cfg.gate.only:
         sources, judge = gate.decide(worth, judge, cfg)
-        rows = [{**row, "split": name} for name in ("test", "train") for row in getattr(prompts, name)]
+        rows = written({**row, "split": name} for name in ("test", "train") for row in getattr(prompts, name))
         gate.confirm(gate.estimate(cfg, sources, rows, generator, judged=judge is not None))
         maker = make_pairs.PairMaker(generator, judge, principles, sources, cfg)
         shards = list(maker.shards(rows, run.dir / "shards"))

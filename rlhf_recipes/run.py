@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -146,7 +146,7 @@ class Run:
             run_folder.clear(self.dir)
         self.write_config()
 
-    def cached(self, rows: list[dict], measure: Callable[[], list]) -> list:
+    def cached(self, rows: Iterable[dict], measure: Callable[[], list]) -> list:
         """What `measure` finds of the model before it is trained; jobs of a sweep that start alike are measured once.
 
         Args:
@@ -158,10 +158,12 @@ class Run:
         """
         if self.shared is None:
             return measure()
-        same = {"rows": rows, **{key: self.config[key] for key in ("model", "quantization", "lora")}}
+        same = {key: self.config[key] for key in ("model", "quantization", "lora")}
         same |= {key: self.config["trainer"].get(key) for key in ("seed", "bf16", "fp16")}
-        digest = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
-        path = self.shared / f"before-{digest[:16]}.json"
+        digest = hashlib.sha256(json.dumps(same, sort_keys=True).encode())
+        for row in rows:
+            digest.update(json.dumps(row, sort_keys=True).encode())
+        path = self.shared / f"before-{digest.hexdigest()[:16]}.json"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, json.dumps(measure()))

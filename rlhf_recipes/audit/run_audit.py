@@ -7,6 +7,7 @@ import hashlib
 import random
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
@@ -103,7 +104,7 @@ def take(cfg: DictConfig, found: Sources, pairs: Splits, tokenizer, run: Run) ->
         uncertainty,
     )
 
-    rows, train = pairs.test, pairs.train
+    rows, train = [*pairs.test], pairs.train
     scored = Scored(Ensemble(cfg.model, cfg.quantization, tokenizer, found.reward_models, run.dir / SCORES))
     chosen_MN, rejected_MN, features_2NF = scored.pairs(rows, "held-out pairs", features=True)
     sample = random.Random(cfg.seed).sample(train, min(cfg.ledger_pairs, len(train)))
@@ -120,7 +121,7 @@ def take(cfg: DictConfig, found: Sources, pairs: Splits, tokenizer, run: Run) ->
     }
     stressed = scored.pairs(made["stress"], "stress")[:2]
     edited_MK, parts_MK = (scored.answers(made[name], name) for name in ("probes", "credit"))
-    told = [*judgements.from_pairs([*train, *rows]), *found.judgements]
+    told = [*judgements.from_pairs(chain(train, rows)), *found.judgements]
     candidates = Candidates(rows, novelty_N2.max(1), (chosen_MN - rejected_MN).std(0), {})
     if found.deployment:
         candidates = _deployed(

@@ -1,11 +1,16 @@
 """Rows as the model takes them: control tokens made plain, no longer than it can read, and each with an answer."""
 
+from array import array
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from rlhf_recipes.data.account import told
-from rlhf_recipes.data.load import EXAMPLES, KEYS, Example, Splits, check_keys, finished
-from rlhf_recipes.data.tokens import PROMPT_THOUGHTS, Measured, Sizes, measure, neutralise, percentiles, refusal
+from rlhf_recipes.data.load import EXAMPLES, KEYS, Splits, check_keys, finished
+from rlhf_recipes.data.rows import Example, Rows, Writer, written
+from rlhf_recipes.data.tokens import BATCH, PROMPT_THOUGHTS, Measured, Plain, Sizes, measure, percentiles, refusal
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.text import line
 
@@ -43,25 +48,31 @@ def fit(
     dropped, over, cut = Counter(template=0, over_length=0), Counter(train=0, test=0), 0
     neutral, altered, prompt_cut = Counter(rows=0, occurrences=0), Counter(), 0
     examples = dict(splits.report["examples"])
-    for name, rows in (("train", splits.train), ("test", splits.test)):
-        rows, counts = neutralise(rows, tokenizer)
-        neutral.update(counts)
-        found = measure(rows, tokenizer, name, template_kwargs, _kept(max_length, truncation_mode))
-        reasons = _reasons(found, max_length, too_long, truncation_mode)
-        dropped.update(reasons.values())
-        for row, reason in reasons.items():
-            places = examples.setdefault(reason, [])
-            if len(places) < EXAMPLES:
-                places.append(splits.places[name][row] if splits.places else f"{name} {row + 1}")
-                if reason == "template":
-                    places[-1] += f" ({refusal(rows[row], tokenizer, template_kwargs)})"
-        left = [row for row in range(len(rows)) if row not in reasons]
-        kept[name], sizes[name] = [rows[row] for row in left], found.sizes[left]
-        lengths += [size for row, size in enumerate(found.sizes.longest.tolist()) if row not in found.refused]
+    for name, given in (("train", splits.train), ("test", splits.test)):
+        plain = Plain(tokenizer)
+        rewritten = _Rewritten(written(given), plain)
+        found = measure(rewritten, len(given), tokenizer, name, template_kwargs, _kept(max_length, truncation_mode))
+        rows, reasons = rewritten.rows(), _reasons(found, max_length, too_long, truncation_mode)
+        for reason, out in reasons.items():
+            dropped[reason] += len(out)
+            places = examples.get(reason, [])
+            for row in out[: EXAMPLES - len(places)]:
+                place = splits.places[name][row] if splits.places else f"{name} {row + 1}"
+                said = f" ({refusal(rows[row], tokenizer, template_kwargs)})" if reason == "template" else ""
+                places = [*places, place + said]
+            examples[reason] = places
+        is_left = np.ones(len(rows), dtype=bool)
+        for out in reasons.values():
+            is_left[out] = False
+        left = np.flatnonzero(is_left)
+        kept[name], sizes[name] = rows.select(left), found.sizes[left]
+        lengths.append(found.sizes.longest[~found.refused])
         over[name] = found.sizes.over(max_length)
         cut += sizes[name].over(max_length)
-        altered.update(found.altered.values())
-        prompt_cut += len(found.prompt_cut.intersection(left))
+        neutral.update(plain.counts)
+        altered.update(found.altered)
+        prompt_cut += int(found.prompt_cut[left].sum())
+    lengths = np.concatenate(lengths)
     tokens = percentiles(lengths)
     if too_long == "stop" and over.total():
         raise Refusal(
@@ -100,14 +111,35 @@ def _sized(splits: Splits, sizes: dict[str, Sizes], truncation_mode: str = "keep
     return splits
 
 
-def reordered(splits: Splits, train: list[Example], test: list[Example], dropped: dict[str, int]) -> Splits:
+def reordered(splits: Splits, train: Rows, test: Rows, dropped: dict[str, int]) -> Splits:
     """Some of the rows of fitted `splits`, in another order; `dropped`: what became of the others."""
-    sizes = {}
-    for name, before, after in (("train", splits.train, train), ("test", splits.test, test)):
-        numbers = {id(row): number for number, row in enumerate(before)}
-        sizes[name] = splits.sizes[name][[numbers[id(row)] for row in after]]
+    orders = {"train": splits.train.find(train), "test": splits.test.find(test)}
     report = {**splits.report, "dropped": {**splits.report["dropped"], **dropped}}
-    return _sized(finished(train, test, report), sizes)
+    return _sized(finished(train, test, report), {name: splits.sizes[name][order] for name, order in orders.items()})
+
+
+class _Rewritten:
+    """Rows as `Plain` makes them, some at a time; those that it changes are written once more."""
+
+    def __init__(self, given: Rows, plain: Plain):
+        self._given, self._plain = given, plain
+        self._numbers, self._writer = array("q"), None
+
+    def __iter__(self) -> Iterator[list[Example]]:
+        number = 0
+        for before in self._given.batches(BATCH):
+            after = self._plain(before)
+            for one, other in zip(before, after, strict=True):
+                if other is not one:
+                    self._writer = self._writer or Writer(self._given.keys)
+                    self._writer.add(other)
+                    self._numbers.append(number)
+                number += 1
+            yield after
+
+    def rows(self) -> Rows:
+        """All of them, once they were looked at."""
+        return self._given.replaced(self._numbers, self._writer.rows()) if self._writer else self._given
 
 
 def _kept(max_length: int | None, truncation_mode: str) -> slice:
@@ -115,16 +147,21 @@ def _kept(max_length: int | None, truncation_mode: str) -> slice:
     return slice(-max_length, None) if max_length and truncation_mode == "keep_end" else slice(max_length)
 
 
-def _reasons(found: Measured, max_length: int | None, too_long: str, truncation_mode: str) -> dict[int, str]:
-    """Number of a row -> why it is left out."""
+def _reasons(found: Measured, max_length: int | None, too_long: str, truncation_mode: str) -> dict[str, np.ndarray]:
+    """Why rows are left out -> the numbers of those; of several reasons for one row the first here."""
     left = found.sizes.cut(max_length, truncation_mode)
-    reasons = dict.fromkeys(found.alike, "same_tokens")
-    if found.answers:
-        reasons |= dict.fromkeys((left.trained.min(1) == 0).nonzero()[0].tolist(), "no_answer_left")
+    faults = {"template": found.refused}
     if too_long == "drop":
-        over = (found.sizes.whole > left.whole).any(1)
-        reasons |= dict.fromkeys(over.nonzero()[0].tolist(), "over_length")
-    return reasons | dict.fromkeys(found.refused, "template")
+        faults["over_length"] = (found.sizes.whole > left.whole).any(1)
+    if found.answers:
+        faults["no_answer_left"] = left.trained.min(1) == 0
+    faults["same_tokens"] = found.alike
+    reasons, fine = {}, np.ones(len(found.refused), dtype=bool)
+    for reason, has_it in faults.items():
+        if (has_it & fine).any():
+            reasons[reason] = np.flatnonzero(has_it & fine)
+        fine &= ~has_it
+    return reasons
 
 
 def _check_rendered(report: dict[str, Any], rows: int) -> None:

@@ -8,9 +8,13 @@ other half of its pair.
 
 import heapq
 import random
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
 
 from rlhf_recipes.data.fit import reordered
-from rlhf_recipes.data.load import Example, Splits
+from rlhf_recipes.data.load import Splits
+from rlhf_recipes.data.rows import Example, Rows, select
 from rlhf_recipes.errors import Refusal
 
 LOWEST, HIGHEST = 1.0, 4 / 3  # weight of the good answers over that of the bad ones: equation 8 of the paper
@@ -41,20 +45,21 @@ def micro_batches(splits: Splits, args) -> Splits:
             "that they were put in. Leave it sequential."
         )
     train, _ = _placed(splits.train, size, args.seed)
-    test, others = _placed(splits.test, size, args.seed)
-    return reordered(splits, train, [*test, *others], {"unplaced": len(splits.train) - len(train)})
+    test = Rows.joined(*_placed(splits.test, size, args.seed))
+    return reordered(splits, train, test, {"unplaced": len(splits.train) - len(train)})
 
 
-def _placed(rows: list[Example], size: int, seed: int) -> tuple[list[Example], list[Example]]:
+def _placed(rows: Sequence[Example], size: int, seed: int) -> tuple[Sequence[Example], Sequence[Example]]:
     """The rows in micro-batches of different prompts, the last of which may be shorter; and those without a place.
 
     Each takes a row of the prompts of which most rows are left, so that few prompts with many rows are not all that
     remains.
     """
     draw = random.Random(seed)
-    waiting: dict[str, list[Example]] = {}
-    for row in draw.sample(rows, len(rows)):
-        waiting.setdefault(row["prompt_id"], []).append(row)
+    prompt_ids = rows.groups("prompt_id") if isinstance(rows, Rows) else [row["prompt_id"] for row in rows]
+    waiting: dict[Any, list[int]] = {}
+    for number in draw.sample(range(len(rows)), len(rows)):
+        waiting.setdefault(prompt_ids[number], []).append(number)
     prompts = [(-len(left), draw.random(), prompt) for prompt, left in waiting.items()]
     heapq.heapify(prompts)
     batches, last = [], []
@@ -67,11 +72,11 @@ def _placed(rows: list[Example], size: int, seed: int) -> tuple[list[Example], l
     if len(prompts) > 1:
         last = [waiting[prompt].pop() for _, _, prompt in prompts]
     draw.shuffle(batches)
-    placed = [row for batch in [*batches, last] for row in batch]
-    return placed, [row for left in waiting.values() for row in left]
+    placed, others = chain(*batches, last), chain(*waiting.values())
+    return select(rows, [*placed]), select(rows, [*others])
 
 
-def balance(rows: list[Example], args) -> str:
+def balance(rows: Sequence[Example], args) -> str:
     """One line: how many answers are good and bad, and which weight brings them into balance where they are not.
 
     n_good w_good / (n_bad w_bad) should lie in [1, 4/3] (arXiv:2402.01306, equation 8).

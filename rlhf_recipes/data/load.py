@@ -47,17 +47,17 @@ dropped and capped + train - repeated + test.
 Prompts are held out by the turn that opens them, so that no conversation continues on the other side.
 """
 
-import hashlib
 import itertools
 import os
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import secrets
@@ -65,8 +65,10 @@ from rlhf_recipes.config import check_value
 from rlhf_recipes.data import folders, formats, preference, readers, recognise, texts, trees
 from rlhf_recipes.data.account import accounted
 from rlhf_recipes.data.columns import COLUMNS, Source
+from rlhf_recipes.data.keys import Keys, held_out
 from rlhf_recipes.data.messages import Drop
 from rlhf_recipes.data.row import Row
+from rlhf_recipes.data.rows import Example, Writer, written
 from rlhf_recipes.errors import Refusal, nearest
 
 if TYPE_CHECKING:
@@ -113,9 +115,6 @@ REASONS = ("empty", "roles", "context_differs", "identical", "tie", "secret", "d
 EXAMPLES = 3
 
 
-Example = dict[str, Any]
-
-
 @dataclass
 class Splits:
     """Examples to train on and to hold out, in TRL's conversational format.
@@ -125,7 +124,8 @@ class Splits:
             (`prompt`, `completion`, `label`) or prompts, all lists of messages but for the label, each with `family`
             (str or None) and `prompt_id` (hash of the prompt without case and spacing), pairs with `p` (probability
             that chosen is better, at least 0.5, None where nothing says) and `margin` (where there is a column of it),
-            labelled answers with `pair` (a number that both halves of a pair have, else None), in seeded order.
+            labelled answers with `pair` (a number that both halves of a pair have, else None), in seeded order. What a
+            loader returns are `data.rows.Rows`.
         test: likewise; shares no `prompt_id` with `train`.
         report: the counts described at the head of this module; JSON-able.
         source: the Hub id, `clinic`, or the name of the file or folder.
@@ -133,11 +133,11 @@ class Splits:
         sizes: `data.tokens.Sizes` of the rows of `train` and `test`, after `fit`.
     """
 
-    train: list[Example]
-    test: list[Example]
+    train: Sequence[Example]
+    test: Sequence[Example]
     report: dict[str, Any]
     source: str
-    places: dict[str, list[str]] = field(default_factory=dict)
+    places: dict[str, Sequence[str]] = field(default_factory=dict)
     sizes: dict[str, "Sizes"] = field(default_factory=dict)
 
     def to_datasets(self, folder: Path | None = None):
@@ -145,26 +145,23 @@ class Splits:
 
         Args:
             folder: where they shall lie, for as many runs as use the same rows; what a trainer derives from them
-                (tokens, the reference's log-probabilities) is then kept beside them. None: in memory.
+                (tokens, the reference's log-probabilities) is then kept beside them. None: where they were read to.
         """
-        from datasets import Dataset, Features, Value, load_from_disk
+        from datasets import load_from_disk
 
-        turns = [{"role": Value("string"), "content": Value("string")}]
-        kinds = {"family": Value("string"), "prompt_id": Value("string"), "p": Value("float64")}
-        kinds |= {"margin": Value("float64"), "label": Value("bool"), "pair": Value("int64")}
-        features = Features({key: kinds.get(key, turns) for key in self.train[0]})
-        datasets = [Dataset.from_list(rows, features=features) for rows in (self.train, self.test)]
-        for key in ("p", "margin"):
-            if all(row.get(key) is None for row in (*self.train, *self.test)):
-                datasets = [each.remove_columns(key) if key in each.column_names else each for each in datasets]
-        for i, each in enumerate(datasets if folder else []):
-            place = folder / each._fingerprint
-            if not place.exists():
+        splits = [written(each) for each in (self.train, self.test)]
+        unsaid = [key for key in ("p", "margin") if not any(each.count(key) for each in splits)]
+        datasets = []
+        for each in splits:
+            dataset = each.to_dataset()
+            dataset = dataset.remove_columns([key for key in unsaid if key in dataset.column_names])
+            place = folder and folder / each.digest(dataset.column_names)
+            if place and not place.exists():
                 scratch = place.with_name(f".{place.name}.{os.getpid()}")  # jobs of a sweep may write side by side
-                each.save_to_disk(scratch)
+                dataset.save_to_disk(scratch)
                 with suppress(OSError):  # another job was faster
                     scratch.rename(place)
-            datasets[i] = load_from_disk(place)
+            datasets.append(load_from_disk(place) if place else dataset)
         return datasets[0], datasets[1]
 
 
@@ -233,27 +230,33 @@ def _load(node: DictConfig, sides: tuple[str, ...], labelled: bool = False) -> S
     head, train_rows = _looked_at(train_rows)
     source = Source(head, data["columns"], data["ignore"])
     layout = accounted(source, recognise.recognise(source, {**data, "format": form}, sides, labelled), sides)
-    heard, test, tested = source.ignored, None, layout
+    heard, tested = source.ignored, layout
     if test_rows is not None:
         test_rows, _ = _joined(test_rows, data, tally)
         also, test_rows = _looked_at(test_rows)
         second = Source(also, data["columns"], data["ignore"])
         heard = heard | second.ignored
         tested = accounted(second, recognise.same(second, layout, data, sides, labelled), sides)
-        test = _places(test_rows, data, tested, _reading(also, data, tested, sides), sides, labelled, tally)
+    keys = Keys()
+    writer = Writer(_columns(sides, labelled, layout.columns["margin"] or tested.columns["margin"]))
+    if test_rows is not None:
+        _read(test_rows, data, tested, _reading(also, data, tested, sides), sides, labelled, tally, keys, writer)
+    test = None if test_rows is None else np.arange(len(keys))
     reading = _reading(head, data, layout, sides)
-    train = _places(train_rows, data, layout, reading, sides, labelled, tally)
-    train, test, how = _split(train, test, data, told.test)
-    train, test = _unique(train, tally), _unique(test, tally)
-    train = _without_leakage(train, test, tally)
+    _read(train_rows, data, layout, reading, sides, labelled, tally, keys, writer)
+    train = np.arange(0 if test is None else len(test), len(keys))
+    train, test, how = _split(keys, train, test, data, told.test)
+    train, test = (tally.left(keys, each, keys.are_first(each), "duplicate") for each in (train, test))
+    train = tally.left(keys, train, ~keys.share_prompts(train, test), "leakage")
     found = {"train": len(train), "test": len(test)}
     repeated = 0
     if data["bootstrap"] is None:
-        train = _shuffled(train, data["seed"])[: data["train_size"]]
-    elif train:
-        train = random.Random(data["bootstrap"]).choices(train, k=data["train_size"] or len(train))
-        repeated = len(train) - len(set(map(id, train)))
-    test = _shuffled(test, data["seed"])[: data["eval_size"]]
+        train = keys.shuffled(train, data["seed"])[: data["train_size"]]
+    elif len(train):
+        drawn = random.Random(data["bootstrap"]).choices(range(len(train)), k=data["train_size"] or len(train))
+        train = train[drawn]
+        repeated = len(train) - len(np.unique(train))
+    test = keys.shuffled(test, data["seed"])[: data["eval_size"]]
     report = {
         "source": _source_name(data["path"]),
         "format": layout.format,
@@ -270,15 +273,24 @@ def _load(node: DictConfig, sides: tuple[str, ...], labelled: bool = False) -> S
     }
     unheard = [each for each in data["ignore"] if each not in heard]
     report |= {"ignored_nothing": unheard} if unheard else {}
-    kept = [place.example for place in (*train, *test)]
-    soft = {key: sum(row.get(key) is not None for row in kept) for key in ("p", "margin")}
+    examples = writer.rows()
+    train_rows, test_rows = examples.select(train), examples.select(test)
+    soft = {key: train_rows.count(key) + test_rows.count(key) for key in ("p", "margin")}
     report |= {"soft": soft} if any(soft.values()) else {}
-    splits = finished([place.example for place in train], [place.example for place in test], report)
-    splits.places = {name: [Path(p.where).name for p in kept] for name, kept in (("train", train), ("test", test))}
+    splits = finished(train_rows, test_rows, report)
+    splits.places = {"train": keys.places(train), "test": keys.places(test)}
     return splits
 
 
-def finished(train: list[Example], test: list[Example], report: dict[str, Any]) -> Splits:
+def _columns(sides: tuple[str, ...], labelled: bool, has_margin: Any) -> list[str]:
+    """What every example has."""
+    if labelled:
+        return ["prompt", "completion", "label", "pair", "family", "prompt_id"]
+    of_pairs = ["p", *(["margin"] if has_margin else [])] if "rejected" in sides else []
+    return ["prompt", *sides, "family", "prompt_id", *of_pairs]
+
+
+def finished(train: Sequence[Example], test: Sequence[Example], report: dict[str, Any]) -> Splits:
     for name, rows in (("train", train), ("test", test)):
         if not rows:
             counts = [f"{count} {reason}" for reason, count in report["dropped"].items() if count]
@@ -387,15 +399,6 @@ def _source_name(path: str) -> str:
 
 
 @dataclass
-class _Place:
-    """An example, where it came from, and the split that its row names."""
-
-    where: str
-    example: Example
-    split: str | None
-
-
-@dataclass
 class _Tally:
     rows: int = 0
     candidates: int = 0
@@ -411,6 +414,12 @@ class _Tally:
         places = self.examples.setdefault(drop.reason, [])
         if len(places) < EXAMPLES:
             places.append(f"{Path(where).name} ({drop.detail})" if drop.detail else Path(where).name)
+
+    def left(self, keys: Keys, numbers: np.ndarray, good: np.ndarray, reason: str) -> np.ndarray:
+        """Those of the examples that are good; the others are dropped."""
+        for number in numbers[~good]:
+            self.drop(Drop(reason), keys.where(number))
+        return numbers[good]
 
     def add(self, other: "_Tally") -> None:
         self.rows += other.rows
@@ -475,19 +484,20 @@ def _reading(
     return texts.look(found)
 
 
-def _places(
-    rows: Iterator,
+def _read(
+    found: Iterator,
     data: dict[str, Any],
     layout: recognise.Layout,
     reading: texts.Reading | None,
     sides: tuple[str, ...],
     labelled: bool,
     tally: _Tally,
-) -> list[_Place]:
-    """Every example that the rows give; what they do not give goes into the tally."""
-    places, held = [], secrets.in_environment()
-    own = _Tally()
-    for where, values in rows:
+    keys: Keys,
+    writer: Writer,
+) -> None:
+    """Write every example that the rows give; what they do not give goes into the tally."""
+    held, own = secrets.in_environment(), _Tally()
+    for where, values in found:
         row = Row(where, values, layout.columns, tally.unread_keys, data["ignore"])
         own.rows += 1
         family, split = row.label("family"), row.label("split")
@@ -507,12 +517,14 @@ def _places(
                 continue
             examples = _halves(candidate, tally.candidates + own.candidates) if labelled else [candidate]
             own.candidates += len(examples) - 1
-            places += [_Place(where, {**example, **labels}, split) for example in examples]
+            for example in examples:
+                example |= labels
+                keys.add(where, example, split)
+                writer.add(example)
     own.refuse_most(_source_name(data["path"]))
     if reading is not None:
         reading.refuse_if_most(_source_name(data["path"]))
     tally.add(own)
-    return places
 
 
 def _turned(pair: Example, row: Row, tally: _Tally) -> tuple[Example, float | None]:
@@ -564,85 +576,47 @@ def _texts(example: Example) -> list[str]:
     return [turn["content"] for turns in example.values() if isinstance(turns, list) for turn in turns]
 
 
-def _split(train: list[_Place], test: list[_Place] | None, data: dict[str, Any], told: str):
+def _split(keys: Keys, train: np.ndarray, test: np.ndarray | None, data: dict[str, Any], told: str):
     """(train, test, how): the test source, else what the split column says, else prompts held out."""
     if test is not None:
         return train, test, f"test: {told}"
-    if any(place.split for place in train):
-        return *_split_by_column(train, data), f"test: column {data['columns']['split']}"
+    if len(keys.split_names) > 1:
+        return *_split_by_column(keys, data), f"test: column {data['columns']['split']}"
     size, seed = data["test_size"], data["seed"]
     if size is None:
         raise Refusal(
             f"{_source_name(data['path'])}: no test split. Give data.test_path, or hold out prompts: "
             "data.test_size=0.1"
         )
-    openings = [formats.opening_id(place.example["prompt"]) for place in train]
-    if len(set(openings)) == 1:  # one greeting opens all of them: they are told apart by what follows
-        openings = [place.example["prompt_id"] for place in train]
-    held_out = _held_out(set(openings), size, seed)
-    if len(held_out) == len(set(openings)) > 0:
+    openings = np.asarray(keys.openings)
+    different = np.unique(openings)
+    if len(different) == 1:  # one greeting opens all of them: they are told apart by what follows
+        openings = np.asarray(keys.prompts)
+        different = np.unique(openings)
+    drawn = held_out(different, size, seed)
+    if len(drawn) == len(different) > 0:
         raise Refusal(
-            f"data.test_size={size}: leaves nothing of {len(held_out)} prompts to train on. "
+            f"data.test_size={size}: leaves nothing of {len(drawn)} prompts to train on. "
             "Lower it, or give data.test_path."
         )
-    test = [place for place, opening in zip(train, openings, strict=True) if opening in held_out]
-    train = [place for place, opening in zip(train, openings, strict=True) if opening not in held_out]
-    return train, test, f"test: {len(held_out)} of {len(set(openings))} prompts held out, seed {seed}"
+    is_test = np.isin(openings, drawn)
+    return train[~is_test], train[is_test], f"test: {len(drawn)} of {len(different)} prompts held out, seed {seed}"
 
 
-def _held_out(ids: set[str], size: float, seed: int) -> set[str]:
-    """A count of prompts, or each prompt with probability `size`, at least one.
-
-    The draw depends on the prompt and the seed alone: what one recipe holds out stays held out in the next,
-    whatever rows are added or dropped between them.
-    """
-    draws = {each: int(hashlib.sha256(f"{seed}:{each}".encode()).hexdigest()[:12], 16) / 16**12 for each in ids}
-    ranked = sorted(ids, key=lambda each: (draws[each], each))
-    count = int(size) if size >= 1 else max(1, sum(draw < size for draw in draws.values()))
-    return set(ranked[:count])
-
-
-def _split_by_column(places: list[_Place], data: dict[str, Any]) -> tuple[list[_Place], list[_Place]]:
-    train, test = data["train_split"], data["test_split"]
-    for place in places:
-        if place.split not in (train, test):
-            raise Refusal(
-                f"{place.where}: {data['columns']['split']}: {place.split!r:.40} is not {train} or {test}. "
-                "Set data.train_split and data.test_split, or data.columns.split=null to ignore the column."
-            )
-    return [place for place in places if place.split == train], [place for place in places if place.split == test]
+def _split_by_column(keys: Keys, data: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    wanted = [keys.split_names.get(data[key], -1) for key in ("train_split", "test_split")]
+    splits = np.asarray(keys.splits).astype(np.int64)
+    for number in np.flatnonzero(~np.isin(splits, wanted))[:1]:
+        named, train, test = list(keys.split_names)[splits[number]], data["train_split"], data["test_split"]
+        raise Refusal(
+            f"{keys.where(number)}: {data['columns']['split']}: {named!r:.40} is not {train} or {test}. "
+            "Set data.train_split and data.test_split, or data.columns.split=null to ignore the column."
+        )
+    train, test = (np.flatnonzero(splits == each) for each in wanted)
+    return train, test
 
 
-def _unique(places: list[_Place], tally: _Tally) -> list[_Place]:
-    seen, kept = set(), []
-    for place in places:
-        identity = repr([said for said in place.example.values() if isinstance(said, list | bool)])
-        if identity in seen:
-            tally.drop(Drop("duplicate"), place.where)
-        else:
-            kept.append(place)
-        seen.add(identity)
-    return kept
-
-
-def _without_leakage(train: list[_Place], test: list[_Place], tally: _Tally) -> list[_Place]:
-    held_out = {place.example["prompt_id"] for place in test}
-    for place in train:
-        if place.example["prompt_id"] in held_out:
-            tally.drop(Drop("leakage"), place.where)
-    return [place for place in train if place.example["prompt_id"] not in held_out]
-
-
-def _shuffled(places: list[_Place], seed: int) -> list[_Place]:
-    """In seeded order, both halves of a pair together: a smaller cap takes a subset of a larger one."""
-    together: dict[int, list[_Place]] = {}
-    for number, place in enumerate(places):
-        together.setdefault(place.example.get("pair") or -1 - number, []).append(place)
-    drawn = random.Random(seed).sample(list(together.values()), len(together))
-    return [place for group in drawn for place in group]
-
-
-def shorter_wins(rows: list[Example]) -> list[float]:
+def shorter_wins(rows: Iterable[Example]) -> list[float]:
     """The baseline "the shorter answer wins": per pair 1.0 if chosen has fewer characters, 0.5 if as many."""
     sizes = [(len(row["chosen"][-1]["content"]), len(row["rejected"][-1]["content"])) for row in rows]
     return [float(chosen < rejected) + 0.5 * (chosen == rejected) for chosen, rejected in sizes]

@@ -7,6 +7,7 @@ is counted as unread.
 
 from collections import Counter
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 from rlhf_recipes.errors import Refusal
@@ -28,6 +29,7 @@ MEDIA_KEYS = ("image", "images", "audio", "audios", "video", "videos", "files")
 WEIGHT_KEYS = ("weight", "train", "training", "loss")
 
 
+@dataclass(unsafe_hash=True)
 class Drop(Exception):
     """Why a row, or one candidate of it, is left out.
 
@@ -36,9 +38,8 @@ class Drop(Exception):
         detail: what the reason does not say (which turn, which role); may be blank.
     """
 
-    def __init__(self, reason: str, detail: str = ""):
-        super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
+    reason: str
+    detail: str = ""
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}" if self.detail else self.reason

@@ -1,7 +1,10 @@
 """What only a tokenizer can tell about text: control tokens typed into it, and how long it is."""
 
 import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes import progress
@@ -53,35 +56,39 @@ def neutralise(rows: list[Example], tokenizer) -> tuple[list[Example], dict[str,
     Raises:
         Refusal: a text that keeps a control token whatever is done.
     """
-    answer = _Control(tokenizer)
-    controls = {"prompt": _Control(tokenizer, tags=True), **dict.fromkeys(SIDES, answer)}
-    counts = {"rows": 0, "occurrences": 0}
-    plain_rows = []
-    for start in range(0, len(rows), BATCH):
-        batch = rows[start : start + BATCH]
+    plain = Plain(tokenizer)
+    found = [row for start in range(0, len(rows), BATCH) for row in plain(rows[start : start + BATCH])]
+    return found, plain.counts
+
+
+class Plain:
+    """Takes control tokens out of rows, some at a time, as `neutralise` does.
+
+    Attributes:
+        counts: how many `rows` and `occurrences` were rewritten.
+    """
+
+    def __init__(self, tokenizer):
+        self._controls = {"prompt": _Control(tokenizer, tags=True), **dict.fromkeys(SIDES, _Control(tokenizer))}
+        self.counts = {"rows": 0, "occurrences": 0}
+
+    def __call__(self, rows: list[Example]) -> list[Example]:
         for keys in (("prompt",), SIDES):
-            texts = []
-            for row in batch:
-                for key in keys:
-                    texts += [turn["content"] for turn in row.get(key, [])]
-            controls[keys[0]].watch(texts)
-        for row in batch:
-            plain, found = _plain_row(row, controls)
-            plain_rows.append(plain)
-            counts["rows"] += found > 0
-            counts["occurrences"] += found
-    return plain_rows, counts
+            texts = [turn["content"] for row in rows for key in keys for turn in row.get(key, [])]
+            self._controls[keys[0]].watch(texts)
+        return [self._row(row) for row in rows]
 
-
-def _plain_row(row: Example, controls: dict[str, "_Control"]) -> tuple[Example, int]:
-    changed, total = {}, 0
-    for key, control in controls.items():
-        turns = row.get(key, [])
-        if any(control.suspects(turn["content"]) for turn in turns):
-            texts = [control.plain(turn["content"]) for turn in turns]
-            changed[key] = [{**turn, "content": text} for turn, (text, _) in zip(turns, texts, strict=True)]
-            total += sum(found for _, found in texts)
-    return ({**row, **changed}, total) if changed else (row, 0)
+    def _row(self, row: Example) -> Example:
+        changed, total = {}, 0
+        for key, control in self._controls.items():
+            turns = row.get(key, [])
+            if any(control.suspects(turn["content"]) for turn in turns):
+                texts = [control.plain(turn["content"]) for turn in turns]
+                changed[key] = [{**turn, "content": text} for turn, (text, _) in zip(turns, texts, strict=True)]
+                total += sum(found for _, found in texts)
+        self.counts["rows"] += total > 0
+        self.counts["occurrences"] += total
+        return {**row, **changed} if changed else row
 
 
 class _Control:
@@ -178,60 +185,64 @@ class Sizes:
 
 @dataclass
 class Measured:
-    """What rows are once the template has rendered them.
+    """What R rows are once the template has rendered them.
 
     Attributes:
         sizes: of all rows; 0 where the template refuses one.
-        refused: numbers of the rows whose conversation the template refuses.
-        altered: number of a row -> which text of it is not in what the template made of it.
-        prompt_cut: numbers of the rows whose generation prompt is not how the template begins their answers: what
-            follows where they part is left out.
-        alike: numbers of the pairs whose answers differ in tokens alone that are not kept.
         answers: whether the rows have any.
+        refused: (R,) whether the template refuses the conversation.
+        prompt_cut: (R,) whether the generation prompt is not how the template begins the answers: what follows where
+            they part is left out.
+        alike: (R,) whether the answers of a pair differ in tokens alone that are not kept.
+        altered: which text of a row is not in what the template made of it -> of how many rows.
     """
 
     sizes: Sizes
     answers: bool
-    refused: set[int] = field(default_factory=set)
-    altered: dict[int, str] = field(default_factory=dict)
-    prompt_cut: set[int] = field(default_factory=set)
-    alike: set[int] = field(default_factory=set)
+    refused: "np.ndarray"
+    prompt_cut: "np.ndarray"
+    alike: "np.ndarray"
+    altered: Counter = field(default_factory=Counter)
 
 
-def measure(rows: list[Example], tokenizer, name: str, template_kwargs: dict[str, Any], kept: slice) -> Measured:
+def measure(
+    batches: Iterable[list[Example]], count: int, tokenizer, name: str, template_kwargs: dict[str, Any], kept: slice
+) -> Measured:
     """Render every row, and count.
 
     Args:
+        batches: the rows, some at a time, all with the same answers.
+        count: of all rows.
         name: of the split, for the progress line.
         kept: which of its tokens a trainer keeps.
     """
     import numpy as np
 
-    sides = [side for side in SIDES if rows and side in rows[0]]
-    whole, trained = np.zeros((2, len(rows), len(sides) or 1), dtype=np.int64)
-    found = Measured(Sizes(whole, trained), bool(sides))
-    batches = (range(start, min(start + BATCH, len(rows))) for start in range(0, len(rows), BATCH))
-    if len(rows) > PROGRESS_ROWS:
-        batches = progress.batches(f"data: tokens of {name}", len(rows), batches)
-    for batch in batches:
-        texts = {}
-        for number in batch:
-            said, texts[number] = _rendered(rows[number], sides, tokenizer, template_kwargs)
+    if count > PROGRESS_ROWS:
+        batches = progress.batches(f"data: tokens of {name}", count, batches)
+    batches = iter(batches)
+    first = next(batches, [])
+    sides = [side for side in SIDES if first and side in first[0]]
+    whole, trained = np.zeros((2, count, len(sides) or 1), dtype=np.int32)
+    found = Measured(Sizes(whole, trained), bool(sides), *np.zeros((3, count), dtype=bool))
+    done = 0
+    for rows in chain([first], batches):
+        rendered = [_rendered(row, sides, tokenizer, template_kwargs) for row in rows]
+        texts = [text for _, texts in rendered for text in texts]
+        encoded = iter(_encode(tokenizer, texts) if texts else [])
+        for number, (row, (said, texts)) in enumerate(zip(rows, rendered, strict=True), done):
             if said:
-                found.refused.add(number)
-                del texts[number]
-        encoded = iter(_encode(tokenizer, [text for each in texts.values() for text in each]) if texts else [])
-        for number, (prompt_text, *answered_texts) in texts.items():
-            prompt, answered = next(encoded), [next(encoded) for _ in answered_texts]
+                found.refused[number] = True
+                continue
+            prompt, answered = next(encoded), [next(encoded) for _ in sides]
             start = min((common_prefix(prompt, ids) for ids in answered), default=len(prompt))
             whole[number] = [len(ids) for ids in answered or [prompt]]
             trained[number] = whole[number] - start
-            if start < len(prompt):
-                found.prompt_cut.add(number)
-            if len(answered) > 1 and all(ids[kept] == answered[0][kept] for ids in answered):
-                found.alike.add(number)
-            if what := _altered(rows[number], dict(zip(sides, answered_texts, strict=True)), prompt_text):
-                found.altered[number] = what
+            found.prompt_cut[number] = start < len(prompt)
+            found.alike[number] = len(answered) > 1 and all(ids[kept] == answered[0][kept] for ids in answered)
+            if what := _altered(row, dict(zip(sides, texts[1:], strict=True)), texts[0]):
+                found.altered[what] += 1
+        done += len(rows)
     return found
 
 
@@ -287,8 +298,10 @@ def _encode(tokenizer, texts: list[str]) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
 
-def percentiles(values: list[int]) -> dict[str, int]:
+def percentiles(values: Sequence[int]) -> dict[str, int]:
     """Nearest-rank p50 and p95, and the maximum; zeros for no values."""
-    ordered = sorted(values) or [0]
+    import numpy as np
+
+    ordered = np.sort(np.asarray(values, dtype=np.int64)) if len(values) else [0]
     rank = {"p50": -(-50 * len(ordered) // 100), "p95": -(-95 * len(ordered) // 100), "max": len(ordered)}
-    return {name: ordered[position - 1] for name, position in rank.items()}
+    return {name: int(ordered[position - 1]) for name, position in rank.items()}

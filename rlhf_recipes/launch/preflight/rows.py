@@ -8,6 +8,7 @@ import copy
 import itertools
 import math
 import tempfile
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
@@ -50,8 +51,8 @@ def examine(splits: Splits, sizes: list[int]) -> dict[str, Any]:
         "near_duplicates": near_duplicates(train, splits.test),
     }
     if "rejected" in train[0]:
-        chosen, rejected = ([row[side][-1]["content"] for row in train] for side in ("chosen", "rejected"))
-        refused = [(refuses(c), refuses(r)) for c, r in zip(chosen, rejected, strict=True)]
+        chosen, rejected = ((row[side][-1]["content"] for row in train) for side in ("chosen", "rejected"))
+        refused = [tuple(refuses(row[side][-1]["content"]) for side in ("chosen", "rejected")) for row in train]
         found["chosen_longer"] = stats.estimate([1 - shorter for shorter in shorter_wins(train)], prompts)
         found["length_correlation"] = length_correlation(chosen, rejected, prompts)
         found["both_refuse"] = stats.estimate([float(c and r) for c, r in refused], prompts)
@@ -61,7 +62,7 @@ def examine(splits: Splits, sizes: list[int]) -> dict[str, Any]:
     return found
 
 
-def length_correlation(chosen: list[str], rejected: list[str], prompts: list[str]) -> stats.Estimate:
+def length_correlation(chosen: Iterable[str], rejected: Iterable[str], prompts: list[str]) -> stats.Estimate:
     """Pearson's correlation of being the chosen reply (1 or 0) with the logarithm of its characters, over all replies.
 
     Both labels are as frequent, so r = mean(l_chosen - l_rejected) / (2 s), with s the deviation of all l; the
@@ -75,16 +76,18 @@ def length_correlation(chosen: list[str], rejected: list[str], prompts: list[str
     return stats.ratio_of_sums(shares, [1] * len(shares), prompts)
 
 
-def near_duplicates(train: list[dict], test: list[dict]) -> int:
+def near_duplicates(train: Iterable[dict], test: Iterable[dict]) -> int:
     """Test rows whose user turns are nearly those of a train row: `NEAR` of their words in common."""
     from rlhf_recipes.text_metrics import jaccard, near_duplicate_keys
 
+    held_out = [(text, near_duplicate_keys(text).tolist()) for text in map(_asked, test)]
+    wanted = {key for _, keys in held_out for key in keys}
     known: dict[int, str] = {}
     for text in map(_asked, train):
-        known |= dict.fromkeys(near_duplicate_keys(text).tolist(), text)
+        known |= dict.fromkeys(wanted.intersection(near_duplicate_keys(text).tolist()), text)
     found = 0
-    for text in map(_asked, test):
-        candidates = {known[key] for key in near_duplicate_keys(text).tolist() if key in known}
+    for text, keys in held_out:
+        candidates = {known[key] for key in keys if key in known}
         found += any(jaccard(text, other) >= NEAR for other in candidates)
     return found
 

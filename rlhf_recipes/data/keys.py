@@ -1,0 +1,116 @@
+"""What tells examples apart, in 56 bytes each: by it they are split, freed of duplicates and put in order, while they
+themselves lie in a file.
+
+An example's number is its place in that file. Prompts are told apart by their hashes of 64 bits, examples by 128 bits.
+"""
+
+import hashlib
+import json
+import random
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from rlhf_recipes.data import formats
+from rlhf_recipes.data.rows import Example
+from rlhf_recipes.errors import Refusal
+
+
+class Keys:
+    """Of N examples.
+
+    Attributes:
+        prompts: (N,) `prompt_id` as a number.
+        openings: (N,) `formats.opening_id` likewise.
+        pairs: (N,) the number that both halves of a pair have, else 0.
+        splits: (N,) the split that the row names, as its place in `split_names`; 0: none.
+    """
+
+    def __init__(self):
+        self.prompts, self.openings, self.pairs, self.splits = array("Q"), array("Q"), array("Q"), array("I")
+        self.split_names: dict[str | None, int] = {None: 0}
+        self._said, self._lines, self._files = array("Q"), array("Q"), array("I")
+        self._file_names: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def add(self, where: str, example: Example, split: str | None) -> None:
+        """
+        Raises:
+            Refusal: half of a surrogate pair, which is no text.
+        """
+        said = [value for value in example.values() if isinstance(value, list | bool)]
+        try:
+            text = json.dumps(said, ensure_ascii=False).encode()
+            (example["family"] or "").encode()
+        except UnicodeEncodeError as error:
+            raise Refusal(f"{where}: half of a surrogate pair, which is no text. Mend or remove the row.") from error
+        self._said.frombytes(hashlib.blake2b(text, digest_size=16).digest())
+        asked = sum(turn["role"] == "user" for turn in example["prompt"])
+        self.prompts.append(int(example["prompt_id"], 16))
+        self.openings.append(int(formats.opening_id(example["prompt"]), 16) if asked > 1 else self.prompts[-1])
+        self.pairs.append(example.get("pair") or 0)
+        self.splits.append(self.split_names.setdefault(split or None, len(self.split_names)))
+        file, _, line = where.rpartition(":")
+        self._files.append(self._file_names.setdefault(file, len(self._file_names)))
+        self._lines.append(int(line))
+
+    def where(self, number: int) -> str:
+        """File and line."""
+        return f"{list(self._file_names)[self._files[number]]}:{self._lines[number]}"
+
+    def places(self, numbers: np.ndarray) -> "Places":
+        lines, files = (np.asarray(each)[numbers] for each in (self._lines, self._files))
+        return Places([Path(name).name for name in self._file_names], files, lines)
+
+    def are_first(self, numbers: np.ndarray) -> np.ndarray:
+        """(len(numbers),) whether no example before says the same."""
+        halves = np.asarray(self._said).reshape(-1, 2)[numbers]
+        order = np.lexsort(halves.T)  # stable: of the same examples the first leads
+        first = np.ones(len(numbers), dtype=bool)
+        first[order[1:]] = (halves[order[1:]] != halves[order[:-1]]).any(1)
+        return first
+
+    def share_prompts(self, numbers: np.ndarray, others: np.ndarray) -> np.ndarray:
+        """(len(numbers),) whether the prompt of each is that of one of the others."""
+        prompts = np.asarray(self.prompts)
+        return np.isin(prompts[numbers], prompts[others])
+
+    def shuffled(self, numbers: np.ndarray, seed: int) -> np.ndarray:
+        """In seeded order, both halves of a pair together: a smaller cap takes a subset of a larger one."""
+        together = np.asarray(self.pairs).astype(np.int64)[numbers]
+        together = np.where(together > 0, together, -1 - np.arange(len(numbers)))
+        _, first, groups = np.unique(together, return_index=True, return_inverse=True)
+        by_first = np.empty_like(first)  # groups are drawn by where they begin
+        by_first[np.argsort(first)] = np.arange(len(first))
+        drawn = np.empty_like(first)
+        drawn[random.Random(seed).sample(range(len(first)), len(first))] = np.arange(len(first))
+        return numbers[np.argsort(drawn[by_first[groups]], kind="stable")]
+
+
+class Places(Sequence):
+    """Where rows stand: file and line as text, which is made when it is asked for."""
+
+    def __init__(self, names: list[str], files: np.ndarray, lines: np.ndarray):
+        self._names, self._files, self._lines = names, files, lines
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, number: int) -> str:
+        return f"{self._names[self._files[number]]}:{self._lines[number]}"
+
+
+def held_out(ids: np.ndarray, size: float, seed: int) -> np.ndarray:
+    """Of different hashes a count of them, or each with probability `size`, at least one.
+
+    The draw depends on the prompt and the seed alone: what one recipe holds out stays held out in the next,
+    whatever rows are added or dropped between them.
+    """
+    texts = (f"{seed}:{each:016x}".encode() for each in ids)
+    draws = np.fromiter((int(hashlib.sha256(text).hexdigest()[:12], 16) / 16**12 for text in texts), float, len(ids))
+    count = int(size) if size >= 1 else max(1, int((draws < size).sum()))
+    return ids[np.lexsort((ids, draws))[:count]]
