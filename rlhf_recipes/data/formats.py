@@ -230,13 +230,20 @@ def _from_preference(row: Row, layout: Layout, sides: tuple[str, ...], reading: 
 
 
 def _from_label(row: Row, layout: Layout, sides: tuple[str, ...], reading: Reading | None) -> Candidate:
-    label = row.good("label")
+    label = row.good("label") if layout.scale != "good" else _sign(row, "label")
     if label is None:
         return Drop("unlabelled")
     found = _from_sides(row, layout, ("completion",), reading)
     if sides != ("completion",):
         return found if isinstance(found, Drop) else {**found, "label": label}
     return found if label else Drop("labelled_bad")  # no demonstration
+
+
+def _sign(row: Row, key: str) -> bool | None:
+    number = row.number(key, "must be 1 or -1", -1, 1)
+    if number == 0:
+        raise row.wrong(key, "must be 1 or -1", 0)
+    return number > 0 if number is not None else None
 
 
 def _agrees(prompt: Messages, context: Messages) -> bool:

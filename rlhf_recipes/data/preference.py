@@ -15,6 +15,7 @@ SAID = {
     "one": "1 the first, 2 the second",
     "probability": "the probability that the first is better",
     "signed": "below 0 the first is better",
+    "good": "1 good, -1 bad",
 }
 # What tells the columns of two answers apart.
 MARKERS = (("0", "1"), ("1", "2"), ("a", "b"), ("left", "right"), ("first", "second"), ("one", "two"))

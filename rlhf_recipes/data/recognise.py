@@ -332,16 +332,16 @@ def _labelled(source: Source, told: bool = False) -> Layout | None:
     if not (completion and label):
         return None
     labels = [value for value in source.values[label] if value not in (None, "")]
-    if not told and (
-        any(as_good(value) is None for value in labels) or {-1, 0} <= {as_number(str(v)) for v in labels}
-    ):
-        return None  # what 0 is beside -1, nobody knows
+    is_signed = {as_number(str(value)) for value in labels} == {-1, 1}
+    if not told and not is_signed and any(as_good(value) is None for value in labels):
+        return None
     prompt = source.named("prompt") or (
         None if _are_conversations(source, completion) else _prompt(source, (completion,))
     )
     if not prompt and not _are_conversations(source, completion):
         return None
-    return Layout("labelled", _columns(source, {"prompt": prompt, "completion": completion, "label": label}))
+    columns = _columns(source, {"prompt": prompt, "completion": completion, "label": label})
+    return Layout("labelled", columns, "good" if is_signed else "")
 
 
 def _answered(source: Source) -> Layout | None:

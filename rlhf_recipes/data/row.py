@@ -14,7 +14,7 @@ from rlhf_recipes.errors import Refusal
 
 GOOD = ("true", "1", "1.0", "yes", "up", "thumbs up", "👍", "good", "accepted", "desirable", "like", "liked",
         "positive", "chosen", "preferred", "correct", "right")  # fmt: skip
-BAD = ("false", "0", "0.0", "-1", "-1.0", "no", "down", "thumbs down", "👎", "bad", "rejected", "undesirable",
+BAD = ("false", "0", "0.0", "no", "down", "thumbs down", "👎", "bad", "rejected", "undesirable",
        "dislike", "disliked", "negative", "dispreferred", "incorrect", "wrong")  # fmt: skip
 UNRATED = ("", "n/a", "na", "nan", "none", "null", "-")
 MISSING = object()
@@ -199,7 +199,7 @@ def is_blank(value: Any) -> bool:
 def as_good(value: Any) -> bool | None:
     """True or false of a label in any of its spellings; None where it is none."""
     if isinstance(value, bool | int | float):
-        return value == 1 if value in (-1, 0, 1) else None
+        return bool(value) if value in (0, 1) else None
     word = " ".join(value.lower().replace("_", " ").split()) if isinstance(value, str) else ""
     return word in GOOD if word in (*GOOD, *BAD) else None
 
