@@ -91,7 +91,7 @@ def test_the_trainer_holds_what_was_counted(made, recipe):
         )
         row = next(row for row in splits.train if row["prompt"][0]["content"] in text)
         if recipe != "ppo":
-            assert row is splits.train[0]
+            assert row == splits.train[0]
         if recipe not in ("ppo", "reward"):
             said = (row.get("chosen") or row["completion"])[0]["content"]
             before, _, trained = text.removesuffix("⟧").partition("⟦")

@@ -276,7 +276,7 @@ def _load(node: DictConfig, sides: tuple[str, ...], labelled: bool = False) -> S
     examples = writer.rows()
     train_rows, test_rows = examples.select(train), examples.select(test)
     soft = {key: train_rows.count(key) + test_rows.count(key) for key in ("p", "margin")}
-    report |= {"soft": soft} if any(soft.values()) else {}
+    report |= {"soft": {key: count for key, count in soft.items() if count}} if any(soft.values()) else {}
     splits = finished(train_rows, test_rows, report)
     splits.places = {"train": keys.places(train), "test": keys.places(test)}
     return splits
