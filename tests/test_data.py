@@ -805,6 +805,7 @@ def test_hub_refusals_are_one_line_without_a_token(kind, status, wanted, monkeyp
     assert message.startswith(f"data.path=org/set: {wanted}") and "hf_abc" not in message
 
 
+@pytest.mark.slow
 def test_offline_without_a_cache_is_one_line(tmp_path):
     script = (
         "from tests.test_data import load_pairs, node\n"

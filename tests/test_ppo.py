@@ -324,6 +324,7 @@ def test_a_sample_depends_on_its_seed_alone(build):
     assert together.ids != trainer._complete(data, list(range(1, 9)))[1].ids
 
 
+@pytest.mark.slow
 def test_samples_follow_the_distribution():
     from rlhf_recipes.ppo.rollout import Sampler
 

@@ -246,6 +246,7 @@ dpo.main()
 """
 
 
+@pytest.mark.slow
 def test_a_traceback_shows_none(clean_env, tmp_path):
     command = [sys.executable, "-c", BROKEN]
     env = merged(clean_env, {"WANDB_API_KEY": PLANTED})

@@ -226,6 +226,7 @@ def test_a_broken_job_is_never_the_best(written):
     assert f"next      python recipes/evaluate.py 'runs=[{folder}/1.0]'" in sweeps.describe(found, folder)
 
 
+@pytest.mark.slow
 def test_two_sweeps_with_jobs_of_one_name(written, tmp_path):
     folders = [written("a", {"0.1": 0.9}), written("b", {"0.1": 0.3})]
     found = sweeps.rebuild(folders, tmp_path, NODE)
