@@ -24,10 +24,13 @@ def main(cfg):
     run = Run.start(cfg, "evaluate")
     if cfg.sweeps:
         return sweeps.join(run, cfg.sweeps, cfg.sweep)
+    from rlhf_recipes import models
     from rlhf_recipes.evaluation import checkpoints, judges, measure, page, summary, table, tasks
 
-    candidates = measure.find(cfg.runs, cfg.parent, cfg.model.id, cfg.checkpoints)
-    scorers = measure.find_scorer(cfg.reward_model, cfg.model.id)
+    candidates = measure.find(cfg.runs, cfg.parent, cfg.model.id, cfg.checkpoints, cfg.model.adapter_base)
+    scorers = measure.find_scorer(cfg.reward_model, cfg.model.id, adapter_base=cfg.model.adapter_base)
+    given = [each.adapter for each in [*candidates, *scorers] if each.adapter and each.step is None]
+    named_bases = models.check_named_bases(cfg.model, given)
     proxy = measure.find_proxy(cfg.checkpoints, cfg.model.id)
     judge_adapter = judges.check(cfg)
     function = config.import_function(cfg.judge_function, "judge_function") if cfg.judge_function else None
@@ -47,7 +50,7 @@ def main(cfg):
 
     page.write_page(evaluation, run.dir / "report.html")
     main = summary.headline(evaluation)
-    run.write_result(run.record(main=main, evaluation=evaluation, counts=pairs.report))
+    run.write_result(run.record(main=main, evaluation=evaluation, counts=pairs.report, **named_bases))
     print(f"\n{table.as_text(evaluation)}\n")
     for name, system in evaluation["systems"].items():
         if "verdict" in system:

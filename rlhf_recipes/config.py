@@ -29,11 +29,15 @@ class ModelConfig:
     lora_targets: Any = "all-linear"
     pad_token: str | None = None  # null: the tokenizer's own
     adapter: str | None = None  # a run (or adapter folder) whose LoRA is continued
+    adapter_base: str | None = None  # same: adapters that name another base are of this one, as the user says
     trust_remote_code: bool = False  # run the Python files that the model's folder brings
 
 
 guard.look_at_what_hydra_composes()
 _store = ConfigStore.instance()
+# Hydra copies its sources, and this with them, for each composition and for each group that --help lists; what it
+# takes out of the store it copies again.
+ConfigStore.__deepcopy__ = lambda self, memo: self
 # Beside the groups, not in them: nobody can choose these. A node without the struct flag takes keys that its YAML does
 # not list, so every argument of the wrapped class is overridable without `+`; `build` refuses what the class does not
 # have.

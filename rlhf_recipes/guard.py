@@ -85,15 +85,16 @@ def refuse_secrets(found: list[tuple[str, Any]]) -> None:
     Raises:
         Refusal: it names the key and, where there is one, the variable; never the value.
     """
+    held = secrets.in_environment()
     for key, value in found:
-        if secrets.find(key):
-            raise Refusal(f"a key of the config holds {secrets.find(key)}. {NO_SECRETS}")
+        if what := secrets.find(key, held):
+            raise Refusal(f"a key of the config holds {what}. {NO_SECRETS}")
         if value is not None and any(secrets.KEY.search(part) for part in key.split(".")):
             raise Refusal(f"{key}: names a secret, which would be written into files. {NO_SECRETS}")
         if not isinstance(value, str):
             continue
         named = next((name for name in NAMED_VARIABLE.findall(value) if secrets.names_one(name)), None)
-        what = f"the value of the environment variable {named}" if named else secrets.find(value)
+        what = f"the value of the environment variable {named}" if named else secrets.find(value, held)
         if what:
             raise Refusal(f"{key}: holds {what}, which would be written into files. {NO_SECRETS}")
 

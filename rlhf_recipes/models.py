@@ -4,14 +4,15 @@ import copy
 import json
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import config, embedded, places
+from rlhf_recipes import config, embedded, modules, places
 from rlhf_recipes.errors import Refusal, first_line
-from rlhf_recipes.references import ModelRef
+from rlhf_recipes.references import ModelRef, adapter_in
 from rlhf_recipes.run import Run
 
 if TYPE_CHECKING:
@@ -46,11 +47,13 @@ def training_args(node: DictConfig, run: Run) -> "TrainingArguments":
 
 
 def check(model: DictConfig, quantization: DictConfig, lora: DictConfig) -> None:
-    """Refuse what the classes behind `quantization` and `lora` refuse, before anything is fetched or tokenised.
+    """Refuse what the classes behind `quantization` and `lora` refuse, and modules that the model does not have.
+
+    It comes before a weight is fetched or a row tokenised.
 
     Raises:
-        Refusal: an unknown key, a wrong type, `model.dtype` is none, or `model.attn_implementation` is code of the
-            Hub.
+        Refusal: an unknown key, a wrong type, `model.dtype` is none, `model.attn_implementation` is code of the Hub,
+            `lora` names a module or a layer that is not in the model, or `model.adapter` does not fit the model.
     """
     if "/" in (model.attn_implementation or "") and not model.get("trust_remote_code"):
         raise Refusal(
@@ -59,7 +62,41 @@ def check(model: DictConfig, quantization: DictConfig, lora: DictConfig) -> None
             "model.trust_remote_code=true."
         )
     build_quantization(quantization, compute_dtype(model))
-    config.build(lora, "lora")
+    built = config.build(lora, "lora")
+    if model.get("adapter"):
+        check_named_bases(model, filter(None, [adapter_in(model.adapter)]))  # a stage before may have yet to make it
+    elif modules.named(built):
+        modules.check(model, built, without_weights(model))
+
+
+def without_weights(model: DictConfig) -> "PreTrainedModel":
+    """The causal language model as its config describes it, on the device `meta`.
+
+    Raises:
+        Refusal: it cannot be found or fetched.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = _from_hub(model, AutoConfig.from_pretrained, model_path(model), revision=model.revision)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(shape, trust_remote_code=model.get("trust_remote_code") is True)
+
+
+def check_named_bases(model: DictConfig, adapters: Iterable[str | Path]) -> dict:
+    """Compare adapters that name another base (`model.adapter_base=same`) with the model.
+
+    Returns:
+        For result.json: `named_bases`, by the folder of each adapter; nothing where none names another.
+
+    Raises:
+        Refusal: see `modules.compare`.
+    """
+    named = modules.other_bases(model, adapters) if model.get("adapter_base") == "same" else {}
+    if not named:
+        return {}
+    modules.compare(model, named, without_weights(model))
+    return {"named_bases": named}
 
 
 def computes_in_bf16() -> bool:

@@ -23,6 +23,10 @@ from rlhf_recipes.errors import Refusal
 from rlhf_recipes.run_folder import read_config, read_json, read_result
 
 ADAPTER_CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+NO_TEMPLATE = (
+    "its tokenizer has no chat template to give it conversations as it was trained on them. Put that template beside "
+    "it, as chat_template.jinja."
+)
 # Kinds of what is named: LoRA weights here; a folder that transformers reads; module:function; a repository.
 ADAPTER, MODEL, FUNCTION, HUB = "adapter", "model", "function", "hub"
 
@@ -45,6 +49,7 @@ class ModelRef:
         metrics: held-out metrics, as its run reports them.
         step: of a checkpoint, else None.
         function: what `module:function` names.
+        named_base: what its files call its base, where that is another name and the user says that it is the same.
     """
 
     reference: str
@@ -60,6 +65,7 @@ class ModelRef:
     metrics: dict = field(default_factory=dict)
     step: int | None = None
     function: Callable | None = None
+    named_base: str | None = None
 
     @property
     def name(self) -> str:
@@ -69,7 +75,9 @@ class ModelRef:
     @property
     def lineage(self) -> dict[str, Any]:
         """What result.json and cards say of it and all that it comes from."""
-        return {"run": self.reference, "recipe": self.recipe, "adapter_sha256": self.sha256, "parent": self.parent}
+        named = {"named_base": self.named_base} if self.named_base else {}
+        found = {"run": self.reference, "recipe": self.recipe, "adapter_sha256": self.sha256, "parent": self.parent}
+        return found | named
 
     @property
     def is_reward_model(self) -> bool:
@@ -81,23 +89,27 @@ class ModelRef:
         return adapter_in(self.started_from) if self.started_from else None
 
 
-def find(reference: str, key: str, base_model: str | None = None) -> ModelRef:
+def find(reference: str, key: str, base_model: str | None = None, adapter_base: str | None = None) -> ModelRef:
     """The adapter that a run folder or an adapter folder stands for.
 
     Args:
         base_model: the id that it must belong to.
+        adapter_base: `model.adapter_base`; with `same`, whatever base it names is `base_model`.
 
     Raises:
         Refusal: none is there; its weights are not in safetensors; it belongs to another base model; or its run does
             not say where it comes from.
     """
+    adapter = adapter_in(reference)
+    config = read_json(adapter / ADAPTER_CONFIG) if adapter else {}
+    base = named = config.get("base_model_name_or_path")
+    if adapter and base_model is not None and base != base_model:
+        if adapter_base != "same":
+            _refuse_other_base(reference, key, base, base_model)
+        base = base_model
     if flaw := _flaw(reference):
         raise Refusal(f"{key}={reference}: {flaw}")
-    adapter = adapter_in(reference)
-    config, home = read_json(adapter / ADAPTER_CONFIG), folder_of(adapter)
-    base = config.get("base_model_name_or_path")
-    if base_model is not None and base != base_model:
-        _refuse_other_base(reference, key, base, base_model)
+    home = folder_of(adapter)
     if base is None:
         raise Refusal(f"{key}={reference}: its {ADAPTER_CONFIG} names no base model. Add base_model_name_or_path.")
     result = read_result(home) or {}
@@ -113,6 +125,7 @@ def find(reference: str, key: str, base_model: str | None = None) -> ModelRef:
         key,
         adapter=adapter,
         base=base,
+        named_base=named if named != base else None,
         task_type=config.get("task_type"),
         sha256=sha256,
         recipe=recipe,
@@ -122,16 +135,18 @@ def find(reference: str, key: str, base_model: str | None = None) -> ModelRef:
     )
 
 
-def find_policy(reference: str, key: str, base_model: str) -> ModelRef:
+def find_policy(reference: str, key: str, base_model: str, adapter_base: str | None = None) -> ModelRef:
     """The adapter of a policy, for `runs` and `parent`.
 
     Raises:
         Refusal: as `find`; it is a reward model; or what it started from is gone.
     """
-    return _in_role(find(reference, key, base_model), reward_model=False)
+    return _in_role(find(reference, key, base_model, adapter_base), reward_model=False)
 
 
-def find_reward_models(references: str | list[str] | None, key: str, base_model: str) -> list[ModelRef]:
+def find_reward_models(
+    references: str | list[str] | None, key: str, base_model: str, adapter_base: str | None = None
+) -> list[ModelRef]:
     """The reward models of `reward_model` or `gold`: none, one, or the members of an ensemble.
 
     Raises:
@@ -143,7 +158,7 @@ def find_reward_models(references: str | list[str] | None, key: str, base_model:
     folders = expand(given, key)
     if len(set(folders)) < len(folders) or not folders:
         raise Refusal(f"{key}={given}: must name one run or more, each once. Change the list.")
-    return [_in_role(find(folder, key, base_model), reward_model=True) for folder in folders]
+    return [_in_role(find(folder, key, base_model, adapter_base), reward_model=True) for folder in folders]
 
 
 def find_rewards(references: str | list[str]) -> list[ModelRef]:
@@ -172,6 +187,10 @@ def find_reward(reference: str) -> ModelRef:
         if adapter_in(reference):
             return find(reference, key)
         if (folder / "config.json").is_file():
+            config = read_json(folder / "config.json")
+            refuse_other_model(reference, key, config)
+            if config.get("architectures") and not _has_template(folder):
+                raise Refusal(f"{key}={reference}: {NO_TEMPLATE}")
             return ModelRef(reference, key, MODEL)
         raise Refusal(f"{key}={reference}: holds no model (is the run finished?). Give another.")
     if ":" in reference:
@@ -182,6 +201,33 @@ def find_reward(reference: str) -> ModelRef:
         f"{key}={reference}: no such folder. Give a run of recipes/reward.py, a folder with a model, "
         "module:function, or an id of the Hub."
     )
+
+
+def refuse_other_model(reference: str, key: str, config: dict) -> None:
+    """Refuse a model of transformers, by its config.json, that does not score a text with one number.
+
+    Raises:
+        Refusal: it is no sequence classifier, or has several outputs.
+    """
+    names = config.get("architectures")
+    if not names:
+        return  # it says nothing of itself
+    if not any("SequenceClassification" in name or "Reward" in name for name in names):
+        raise Refusal(
+            f"{key}={reference}: is a {names[0]}, which has no score head; a random one would be put on. Give a "
+            "sequence-classification model."
+        )
+    labels = config.get("id2label")
+    outputs = len(labels) if labels else config.get("num_labels", 2)  # what transformers takes where nothing says it
+    if outputs != 1:
+        raise Refusal(f"{key}={reference}: gives {outputs} values for a text, a reward model gives 1. Choose another.")
+
+
+def _has_template(folder: Path) -> bool:
+    if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
+        return True
+    settings = folder / "tokenizer_config.json"
+    return settings.is_file() and bool(read_json(settings).get("chat_template"))
 
 
 def find_checkpoints(reference: str, base_model: str) -> list[ModelRef]:
@@ -305,8 +351,12 @@ def _flaw(reference: str) -> str | None:
 
 def _refuse_other_base(reference: str, key: str, base: str | None, base_model: str) -> None:
     node = key.removesuffix(".adapter") if key.endswith(".adapter") else "model"
+    # A run of ours names the public id; others may name a packed copy, or a folder of another machine.
+    foreign = node == "model" and not (folder_of(adapter_in(reference) or reference) / run_folder.RESULT).is_file()
+    same = " If these are the same weights under another name, add model.adapter_base=same." if foreign else ""
     raise Refusal(
-        f"{key}={reference}: was trained on {base}, not on {node}.id={base_model}. Choose the model it belongs to."
+        f"{key}={reference}: was trained on {base}, not on {node}.id={base_model}. Choose the model it belongs "
+        f"to.{same}"
     )
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -94,7 +95,7 @@ class Run:
             folder,
             recipe,
             config,
-            parent=find(model["adapter"], "model.adapter", model["id"]) if model.get("adapter") else None,
+            parent=_parent(model) if model.get("adapter") else None,
             shared=folder.parent / SHARED if in_sweep() else None,
         )
         run.hold()
@@ -235,9 +236,27 @@ def config_sha256(config: dict) -> str:
     return hashlib.sha256(json.dumps(computed(config), sort_keys=True, default=str).encode()).hexdigest()
 
 
-# Keys of a data node that runs from before them lack, at the values with which they compute the same.
-_SAME_WITHOUT = {"text": "auto", "preference": "auto", "ignore": []}
-_ADDED_COLUMNS = ("label", "system", "input", "history", "first", "second", "preference", "margin")
+# Keys that earlier runs lack, at the values with which these compute the same.
+_ADDED = {
+    "model.adapter_base": None,
+    "data.text": "auto",
+    "data.preference": "auto",
+    "data.ignore": [],
+    **{
+        f"data.columns.{key}": key
+        for key in ("label", "system", "input", "history", "first", "second", "preference", "margin")
+    },
+}
+
+
+def _without(config: dict, path: list[str], value: Any) -> dict:
+    """The config without the key at a path, where it has this value."""
+    key, *rest = path
+    if key not in config or (rest and not isinstance(config[key], dict)):
+        return config
+    if rest:
+        return {**config, key: _without(config[key], rest, value)}
+    return config if config[key] != value else {each: held for each, held in config.items() if each != key}
 
 
 def computed(config: dict) -> dict:
@@ -248,15 +267,10 @@ def computed(config: dict) -> dict:
     kept = {key: value for key, value in config.items() if key not in (*_NOT_COMPUTED, *watched, *published)}
     if "trainer" in kept:
         kept["trainer"] = {key: value for key, value in kept["trainer"].items() if key != "report_to"}
-    if kept.get("data"):
-        data, columns = dict(kept["data"]), dict(kept["data"].get("columns") or {})
-        for key, value in _SAME_WITHOUT.items():
-            if data.get(key) == value:
-                del data[key]
-        data["columns"] = {key: name for key, name in columns.items() if key not in _ADDED_COLUMNS or name != key}
-        if data.get("format") == "auto":
-            data["format"] = "pairs"
-        kept["data"] = data
+    for path, value in _ADDED.items():
+        kept = _without(kept, path.split("."), value)
+    if (kept.get("data") or {}).get("format") == "auto":
+        kept["data"] = {**kept["data"], "format": "pairs"}  # the default of runs that lack the keys above
     return kept
 
 
@@ -299,6 +313,10 @@ def _threads(cores: int) -> int:
     launcher = HydraConfig.get().launcher if in_sweep() else {}
     jobs = launcher.get("n_jobs", 1)  # joblib's; -1: as many as there are cores
     return launcher.get("cpus_per_task") or max(1, cores // (cores if jobs < 0 else jobs))
+
+
+def _parent(model: dict) -> ModelRef:
+    return find(model["adapter"], "model.adapter", model["id"], model.get("adapter_base"))
 
 
 def _other_config(run: Run) -> str | None:

@@ -1,12 +1,14 @@
 """Does a config value fit the annotation of the argument it is meant for?"""
 
 import enum
+import functools
 import inspect
 import types
 import typing
 from typing import Any
 
 
+@functools.cache
 def parameters(target: type) -> dict[str, Any]:
     """Argument name -> resolved annotation, else the type of its default, else `Any`."""
     hints = {}

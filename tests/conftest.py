@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import quick
 import warm
 
 ROOT = Path(__file__).parents[1]
@@ -29,19 +30,26 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # as Run.start does
 os.environ["OMP_NUM_THREADS"] = "1"  # matrices of 64 rows: threads would wait for each other
 # What takes longest starts first, so that no core idles at the end.
 LONGEST = (
-    "test_recipes.py", "test_resume.py", "test_bad_input.py", "test_ppo.py", "test_sweep.py", "test_preflight.py",
-    "test_stages.py", "test_run_folder.py", "test_audit.py", "test_publish.py", "test_cai.py", "test_conf.py",
-    "test_docs.py", "test_data.py", "test_doctor.py", "test_measure.py", "test_code.py", "test_planted_secrets.py",
+    "test_resume.py", "test_sweep.py", "test_recipes.py", "test_stages.py", "test_ppo.py", "test_hub_faults.py",
+    "test_conf.py", "test_run_folder.py", "test_audit.py", "test_doctor.py", "test_trainers.py", "test_preflight.py",
+    "test_bad_input.py", "test_kept_runs.py", "test_publish.py", "test_cai.py", "test_docs.py", "test_measure.py",
+    "test_hub.py", "test_code.py", "test_limits.py", "test_data.py", "test_planted_secrets.py",
+)  # fmt: skip
+# Files that simulate, serve or parse for long, most of their tests.
+SLOW = (
+    "test_audit_calibration.py", "test_audit_consistency.py", "test_audit_page.py", "test_audit_uncertainty.py",
+    "test_cai_data.py", "test_cai_judge.py", "test_cai_server.py", "test_extras.py", "test_limits.py", "test_page.py",
+    "test_preflight.py",
 )  # fmt: skip
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items):
-    """Files by their length; whatever runs a recipe is slow."""
+    """Files by their length; whatever loads a model or runs a recipe is slow."""
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
     for item in items:
-        if {"train", "warm_python", "embedded_model"} & set(item.fixturenames):
+        if item.path.name in SLOW or {"tiny_model", "embedded_model", "warm_python"} & set(item.fixturenames):
             item.add_marker("slow")
 
 
@@ -147,17 +155,26 @@ def warm_python(clean_env, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def light_python(clean_env, tmp_path_factory):
+    """The same, of one that has imported none of the large libraries."""
+    with warm.start(tmp_path_factory.mktemp("light"), clean_env, "light") as program:
+        yield str(program)
+
+
+@pytest.fixture(scope="session")
 def run_recipe(clean_env, warm_python):
     """run_recipe(name, *overrides, cwd, env=None, timeout=120, cold=False): `python -m rlhf_recipes.recipes.<name>`,
     to its end.
 
-    `env` is added to `clean_env`; a value of None removes the variable. `cold`: by a Python that has imported nothing.
+    `env` is added to `clean_env`; a value of None removes the variable. `cold`: by a Python that has imported nothing;
+    `python`: by another one.
     """
 
-    def run(name, *overrides, cwd, env=None, timeout=120, cold=False):
+    def run(name, *overrides, cwd, env=None, timeout=120, cold=False, python=None):
         begin = time.monotonic()
+        python = python or (sys.executable if cold else warm_python)
         done = subprocess.run(
-            [sys.executable if cold else warm_python, "-m", f"rlhf_recipes.recipes.{name}", *overrides],
+            [python, "-m", f"rlhf_recipes.recipes.{name}", *overrides],
             cwd=cwd,
             env=merged(clean_env, env),
             capture_output=True,
@@ -221,6 +238,8 @@ def compose():
 
     import rlhf_recipes.config  # noqa: F401  registers the nodes that the groups start from
 
+    quick.parse_yaml_once()
+
     def composed(name, *overrides):
         GlobalHydra.instance().clear()
         with hydra.initialize_config_module("rlhf_recipes.conf", version_base="1.3", job_name=name):
@@ -259,13 +278,18 @@ class Trained:
 
 @pytest.fixture(scope="session")
 def train(compose, tiny_overrides):
-    """train(recipe, folder, *overrides): a training recipe in this process, two steps on the tiny model.
+    """train(recipe, folder, *overrides, drawn=False): a training recipe in this process, two steps on the tiny model.
 
-    It runs in the parent of `folder`, so that a chain is named by relative paths as on a command line.
+    It runs in the parent of `folder`, so that a chain is named by relative paths as on a command line. `drawn`: with
+    its pictures.
     """
     from importlib import import_module
 
-    def trained(recipe, folder, *overrides):
+    for name in warm.PRELOADED:
+        import_module(name)
+    quick.collect_less()
+
+    def trained(recipe, folder, *overrides, drawn=False):
         module = import_module(f"rlhf_recipes.recipes.{recipe}")
         cfg = compose(recipe, *tiny_overrides, *overrides)
         cfg.output_dir = folder.name
@@ -277,7 +301,7 @@ def train(compose, tiny_overrides):
 
         original, module.finish = module.finish, finish
         try:
-            with contextlib.chdir(folder.parent):
+            with contextlib.chdir(folder.parent), contextlib.nullcontext() if drawn else quick.pictures_sketched():
                 module.main.__wrapped__(cfg)
         finally:
             module.finish = original

@@ -79,6 +79,7 @@ def test_the_exposure_gap_by_hand():
     assert v.exposure_gap(Counter(new=5), Counter(a=5))[1]["new"] == pytest.approx(11)
 
 
+@pytest.mark.slow
 def test_planted_families_are_found_and_named():
     prompts, topics = plant()
     names, place = v.cluster(prompts)

@@ -39,7 +39,7 @@ def site(tmp_path_factory):
 
 
 @pytest.fixture
-def refuse(run_recipe, site, tmp_path_factory):
+def refuse(run_recipe, light_python, site, tmp_path_factory):
     """refuse(recipe, *overrides, cwd): the one line; asserts what holds for every refusal."""
 
     def refused(recipe, *overrides, cwd, env=None, torch=False, secret=None):
@@ -47,7 +47,7 @@ def refuse(run_recipe, site, tmp_path_factory):
         before = snapshot(cwd)
         path = os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH"))))
         env = {"PYTHONPATH": path, "RLHF_TEST_MODULES": seen, **(env or {})}
-        done = run_recipe(recipe, *overrides, cwd=cwd, env=env, cold=not torch)
+        done = run_recipe(recipe, *overrides, cwd=cwd, env=env, python=None if torch else light_python)
         assert done.returncode == 2, done
         lines = done.stderr.splitlines()
         assert len(lines) == 1 and lines[0].startswith("error: "), done
@@ -449,6 +449,7 @@ def wait_for(path, process, seconds=60):
 # ---- the witness itself
 
 
+@pytest.mark.slow
 def test_the_witness_sees_torch(site, tmp_path):
     seen = tmp_path / "modules"
     env = {**os.environ, "PYTHONPATH": str(site), "RLHF_TEST_MODULES": str(seen)}

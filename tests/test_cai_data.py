@@ -606,13 +606,13 @@ def killed_run(folder, delay):
     )
 
 
-def started(folder, delay, env):
-    command = [sys.executable, __file__, str(folder), str(delay)]
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
+def test_a_killed_run_continues_to_the_same_bytes(tmp_path, clean_env, light_python):
+    env = {**clean_env, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), clean_env.get("PYTHONPATH", "")])}
 
+    def started(folder, delay):
+        command = [light_python, "-m", Path(__file__).stem, str(folder), str(delay)]
+        return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
 
-def test_a_killed_run_continues_to_the_same_bytes(tmp_path, clean_env):
-    env = {**clean_env, "PYTHONPATH": os.pathsep.join([str(ROOT), clean_env.get("PYTHONPATH", "")])}
     whole, broken = tmp_path / "whole" / "run", tmp_path / "broken" / "run"
     whole.parent.mkdir()
     broken.parent.mkdir()
@@ -627,7 +627,7 @@ def test_a_killed_run_continues_to_the_same_bytes(tmp_path, clean_env):
     late = [rng.uniform(0, 0.5) for _ in range(LATE_KILLS)]
     kills = 0
     for wait, line in [*((w, "ready\n") for w in waits), *((w, "writing\n") for w in late)]:
-        process = started(broken, delay if line == "ready\n" else 0, env)
+        process = started(broken, delay if line == "ready\n" else 0)
         while (said := process.stdout.readline()) not in (line, ""):
             pass
         assert said == line
@@ -635,7 +635,7 @@ def test_a_killed_run_continues_to_the_same_bytes(tmp_path, clean_env):
         process.kill()
         process.communicate()
         kills += process.returncode == -9
-    last = started(broken, 0, env)
+    last = started(broken, 0)
     last.communicate()
     assert last.returncode == 0 and kills >= KILLS
     assert contents(broken) == contents(whole)

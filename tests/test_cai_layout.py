@@ -230,6 +230,7 @@ def test_markers_are_broken_up(general, harmless, text):
     assert prompt_templates.plain([said(f"a {text}")])[0]["content"] != f"a {text}" or set(text) & set(INVISIBLE)
 
 
+@pytest.mark.slow
 def test_every_line_end_and_every_invisible_character(general, harmless):
     ends = "\n\r\v\f\x1c\x1d\x1e\x1f\x85\u2028\u2029"
     for end in (*ends, "\r\n", "\n\r", *INVISIBLE[::40]):

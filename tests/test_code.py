@@ -50,6 +50,7 @@ def experiment(compose, tmp_path):
 MODULES = ("pip", "yaml", "json", "queue", "evaluate", "random", "socket", "torch", "trl")
 
 
+@pytest.mark.slow
 def test_pip_is_that_of_this_python(trap, tmp_path, monkeypatch):
     from rlhf_recipes import embedded
 
@@ -61,6 +62,7 @@ def test_pip_is_that_of_this_python(trap, tmp_path, monkeypatch):
     assert not ran.exists()
 
 
+@pytest.mark.slow
 def test_the_steps_of_a_preflight_take_nothing_from_the_current_folder(trap, tmp_path, monkeypatch, clean_env):
     from rlhf_recipes.data.load import Splits
     from rlhf_recipes.launch.preflight import real_steps
@@ -75,6 +77,7 @@ def test_the_steps_of_a_preflight_take_nothing_from_the_current_folder(trap, tmp
     assert seen["error"].startswith("modle: there is no such key;") and not ran.exists()
 
 
+@pytest.mark.slow
 def test_what_is_imported_later_is_not_the_current_folders(clean_env, trap, tmp_path):
     """`python -m`, as a user types it, puts the current folder first; modules of the user come last, if at all."""
     ran = trap(tmp_path, "torch")

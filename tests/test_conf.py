@@ -74,6 +74,7 @@ def test_every_recipe_has_its_files():
     assert set(GROUPS["trainer"]) == set(TRAINING)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_composes_with_its_recipe(compose, experiment):
     recipe = experiment.partition("/")[0]
@@ -146,6 +147,7 @@ def test_models(compose, name, model_id):
     assert cfg.model.path == ("embedded" if name == "smollm2_135m" else None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", TRAINING)
 def test_every_argument_is_overridable_without_plus(compose, recipe):
     """All of the class's own names, with the values that the class would use itself."""

@@ -709,7 +709,8 @@ def test_nothing_left_says_what_was_dropped(tmp_path):
         ({"pth": "x"}, "data.pth: no such key; did you mean 'path'? See conf/data/base.yaml."),
         (
             {"format": "pair"},
-            "data.format=pair: not one of auto, pairs, hh_rlhf, preference, ratings, rankings, labelled, messages;",
+            "data.format=pair: not one of auto, pairs, hh_rlhf, preference, ratings, rankings, trees, labelled, "
+            "messages;",
         ),
         ({"too_long": "cut"}, "data.too_long=cut: not one of drop, truncate, stop."),
         ({"seed": "x"}, "data.seed=x: must be a whole number."),
@@ -804,6 +805,7 @@ def test_hub_refusals_are_one_line_without_a_token(kind, status, wanted, monkeyp
     assert message.startswith(f"data.path=org/set: {wanted}") and "hf_abc" not in message
 
 
+@pytest.mark.slow
 def test_offline_without_a_cache_is_one_line(tmp_path):
     script = (
         "from tests.test_data import load_pairs, node\n"

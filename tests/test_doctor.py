@@ -359,6 +359,7 @@ def test_rollouts_count_once():
     assert doctor.points(record("ppo", log=log), "kl") == [(1, 0.0), (3, 1.0), (5, 2.0), (7, 3.0)]
 
 
+@pytest.mark.slow
 def test_overrides_that_are_named_compose(compose):
     """What a finding tells the user to type is a key of that recipe, with a value that it takes."""
     typed = re.compile(r"\b((?:trainer|data|lora|quantization)(?:\.\w+)?=(?:\[[^]]*\]|[^\s,;:<]+))")
@@ -400,7 +401,7 @@ def broken_from(step):
 
 
 def test_what_a_run_leaves(train, tmp_path, capsys):
-    done = train("dpo", tmp_path / "run", *LONG)
+    done = train("dpo", tmp_path / "run", *LONG, drawn=True)
     report, said = done.result["doctor"], capsys.readouterr().out
     log, facts = [row for row in done.log if "loss" in row], report.pop("facts")
     assert report == doctor.examine(
@@ -502,6 +503,7 @@ def test_dead_tensors_are_counted(train, tmp_path, monkeypatch):
     assert found["dead_gradients"]["level"] == "broken" and found["dead_gradients"]["saw"].startswith("50%")
 
 
+@pytest.mark.slow
 def test_the_doctor_computes_nothing(compose):
     from rlhf_recipes import run
 
@@ -556,6 +558,7 @@ def test_length_bias_is_the_difference_of_two_accuracies():
     assert blind["length_bias"].value == 0  # one side alone says nothing
 
 
+@pytest.mark.slow
 def test_page_draws_every_recipe(tmp_path):
     from rlhf_recipes.training import doctor_plot
 

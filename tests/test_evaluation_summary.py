@@ -406,6 +406,7 @@ def test_regressions_without_rewards_go_by_flags():
     assert [(r["prompt_id"], r["change"], len(r["flags"])) for r in found] == [("q", None, 2)]
 
 
+@pytest.mark.slow
 def test_table_fits_a_terminal():
     shown = table.as_text(summary.summarise(fake()))
     lines = shown.splitlines()

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import hub_server
 import pytest
@@ -74,7 +75,7 @@ def publish(compose, monkeypatch):
     from rlhf_recipes.launch import keys
     from rlhf_recipes.publish import publish as publishing
 
-    monkeypatch.setattr(publishing.round_trip, "in_fresh_process", publishing.round_trip.measure)
+    monkeypatch.setattr(publishing.round_trip, "in_fresh_process", measured_once)
 
     def published(*overrides):
         cfg = compose("publish", *overrides)
@@ -97,6 +98,20 @@ def refused(publish):
         return said
 
     return line
+
+
+MEASURED = {}
+
+
+def measured_once(task):
+    """What `measure` finds; of the same files it is known from before. The card is none of those that it reads."""
+    from rlhf_recipes.publish import round_trip
+
+    files = {name: content for name, content in snapshot(Path(task["folder"])).items() if name != "README.md"}
+    key = json.dumps([{**task, "folder": None}, files], sort_keys=True)
+    if key not in MEASURED:
+        MEASURED[key] = json.dumps(round_trip.measure(task))
+    return json.loads(MEASURED[key])
 
 
 def change(path, how):

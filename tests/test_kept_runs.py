@@ -198,6 +198,7 @@ def test_the_same_command_gives_the_same(again, room, exact, folder):
     compare(kept, room / folder, exact)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", [*TRAINED, "evaluate", "frontier", "audit", "cai"])
 def test_a_kept_run_is_finished(again, room, folder):
     before = snapshot(room / folder)

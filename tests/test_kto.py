@@ -13,8 +13,10 @@ import torch
 
 from rlhf_recipes import stats
 from rlhf_recipes.data import labelled
+from rlhf_recipes.data.fit import fit
 from rlhf_recipes.data.load import load_demonstrations, load_labelled, load_pairs, load_prompts
 from rlhf_recipes.errors import Refusal
+from rlhf_recipes.models import load_tokenizer
 from rlhf_recipes.training.metrics import label_metrics, preference_metrics
 
 
@@ -159,8 +161,9 @@ def arguments(**changed):
         ({"train_sampling_strategy": "random"}, r"trainer\.train_sampling_strategy=random: .* Leave it sequential"),
     ],
 )
-def test_what_breaks_the_kl_is_refused(compose, changed, said):
-    found = load_labelled(compose("kto").data)
+def test_what_breaks_the_kl_is_refused(compose, tiny_model_overrides, changed, said):
+    cfg = compose("kto", *tiny_model_overrides)
+    found = fit(load_labelled(cfg.data), load_tokenizer(cfg.model), None)
     with pytest.raises(Refusal, match=said):
         labelled.micro_batches(found, arguments(**changed))
     free = labelled.micro_batches(found, arguments(**changed, loss_type="apo_zero_unpaired"))

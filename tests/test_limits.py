@@ -346,7 +346,11 @@ def test_a_damaged_line_is_named_and_stays(tmp_path, compose, damage):
 
 def packed(path, chunks):
     """The chunks in a file, as its ending says."""
-    with gzip.open(path, "wb", 6) if path.suffix == ".gz" else path.open("wb") as file:
+    import pyarrow
+
+    zstd = None if path.suffix != ".zst" else "zstd"
+    is_gzip = path.suffix == ".gz"
+    with gzip.open(path, "wb", 6) if is_gzip else pyarrow.output_stream(path, compression=zstd) as file:
         for chunk in chunks:
             file.write(chunk)
     return path
@@ -357,6 +361,7 @@ HUGE = [b"a" * MIB] * 90
 BOMBS = {
     "rows.jsonl": ([ROW, b'{"prompt": "', *HUGE, b'"}\n', ROW], ":2: a line of more than 64 MiB"),
     "rows.jsonl.gz": ([ROW, b'{"prompt": "', *HUGE, b'"}\n', ROW], ":2: a line of more than 64 MiB"),
+    "rows.jsonl.zst": ([ROW, b'{"prompt": "', *HUGE, b'"}\n', ROW], ":2: a line of more than 64 MiB"),
     "first.jsonl.gz": ([*HUGE], ":1: a line of more than 64 MiB"),
     "nul.jsonl.gz": ([bytes(MIB)] * 90, ":1: a line of more than 64 MiB"),
     "line.csv.gz": ([b"prompt,chosen\n", *HUGE, b",a\n"], ":2: a line of more than 64 MiB"),
@@ -385,12 +390,14 @@ def test_a_line_or_row_over_the_limit_is_named_and_not_read(tmp_path, name):
     assert peak < 280 * MIB  # what is read is held two times, a cell of CSV with four bytes a character
 
 
-@pytest.mark.parametrize("name", ["list.json", "list.json.gz", "rows.json", "one.json.gz"])
+@pytest.mark.parametrize("name", ["list.json", "list.json.gz", "rows.json", "one.json.gz", "list.jsonl.zst"])
 def test_json_that_is_read_whole_has_a_limit(tmp_path, monkeypatch, name):
     monkeypatch.setattr(readers, "JSON_LIMIT", MIB)
     rows = {"list": [b"[", *[ROW.rstrip() + b",\n"] * 30_000, ROW, b"]"], "rows": [ROW] * 30_000, "one": [b"[", *HUGE]}
     path = packed(tmp_path / name, rows[name.partition(".")[0]])
-    with pytest.raises(ValueError, match=r"json(\.gz)?: more than 1 MiB of JSON, which is read whole\. .*\.jsonl"):
+    with pytest.raises(
+        ValueError, match=r"jsonl?(\.gz|\.zst)?: more than 1 MiB of JSON, which is read whole\. .*\.jsonl"
+    ):
         list(readers.read_file(str(path)))
     monkeypatch.setattr(readers, "JSON_LIMIT", 2 * MIB)
     if name != "one.json.gz":

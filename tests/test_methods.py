@@ -35,7 +35,7 @@ def test_an_unknown_method_claims_nothing():
 
 def test_a_run_of_an_unknown_method_is_finished(train, tmp_path, monkeypatch, capsys):
     monkeypatch.delitem(methods.METHODS, "dpo")
-    done = train("dpo", tmp_path / "run", "quantization=none")
+    done = train("dpo", tmp_path / "run", "quantization=none", drawn=True)
     assert done.result["status"] == "finished" and done.result["recipe"] == "dpo"
     assert "\ndpo, trained with TRL" in (done.dir / "README.md").read_text(encoding="utf-8")
     assert (done.dir / "curves.png").is_file() and "warning" not in capsys.readouterr().err

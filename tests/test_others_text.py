@@ -521,6 +521,7 @@ def test_a_server_s_refusal():
 # ---- pages and pictures
 
 
+@pytest.mark.slow
 def test_the_page_of_an_evaluation(tmp_path):
     import re
 
@@ -555,6 +556,7 @@ def test_the_page_of_an_audit(tmp_path):
     assert "<img" not in html and "<b>" not in html and "pwned" in html
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("said", [HOSTILE, "$\\frac{$", "_", "a$b$c^{", ""])
 def test_pictures_draw_any_name(said, tmp_path):
     from types import SimpleNamespace

@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 import torch
+import warm
 from conftest import TINY_ID
 from datasets import Dataset
 
@@ -323,6 +324,7 @@ def test_a_sample_depends_on_its_seed_alone(build):
     assert together.ids != trainer._complete(data, list(range(1, 9)))[1].ids
 
 
+@pytest.mark.slow
 def test_samples_follow_the_distribution():
     from rlhf_recipes.ppo.rollout import Sampler
 
@@ -516,7 +518,7 @@ def test_two_processes_update_as_one(tiny_model, tmp_path, warm_python, clean_en
 def test_recipe(run_recipe, judge, tiny_overrides, tmp_path):
     """The command line: a run of its own kind, whose table of samples is in result.json."""
     overrides = [*tiny_overrides, "trainer.max_completion_length=8", "trainer.num_ppo_epochs=1"]
-    done = run_recipe("ppo", *overrides, f"reward_funcs={judge}", cwd=tmp_path)
+    done = run_recipe("ppo", *overrides, f"reward_funcs={judge}", cwd=tmp_path, env={warm.DRAWN: "1"})
     assert done.returncode == 0, done
     folder = tmp_path / "outputs" / "ppo" / "main"
     result = json.loads((folder / "result.json").read_text())

@@ -104,7 +104,7 @@ for row in rows:
 
 
 def test_an_sft_dpo_adapter(hub, here, publish, plain):
-    from rlhf_recipes.data.load import CLINIC
+    from rlhf_recipes.data.sources import CLINIC
 
     done = publish("run=dpo", "repo_id=ada/desk", "tag=v1", "force=true")
     assert done.returncode == 0, done
@@ -155,7 +155,7 @@ def test_the_token_goes_to_the_hub_alone(hub, here):
 
 
 def test_a_reward_model_with_its_score_head(hub, publish, plain):
-    from rlhf_recipes.data.load import CLINIC
+    from rlhf_recipes.data.sources import CLINIC
 
     done = publish("run=reward", "repo_id=ada/judge", "public=true", "revision=trial", "commit_message=First")
     assert done.returncode == 0, done
@@ -170,7 +170,7 @@ def test_a_reward_model_with_its_score_head(hub, publish, plain):
 
 
 def test_merged_weights(hub, publish, plain):
-    from rlhf_recipes.data.load import CLINIC
+    from rlhf_recipes.data.sources import CLINIC
 
     done = publish("run=dpo", "repo_id=ada/desk-merged", "merged=true", "force=true", "max_merge_drift=0.5")
     assert done.returncode == 0, done

@@ -48,7 +48,7 @@ json.dump(inference.pair_logps(policy, models.load_tokenizer(cfg.model), rows), 
 def trained(request, train, tmp_path_factory):
     recipe, quantization = request.param
     folder = tmp_path_factory.mktemp(f"{recipe}_{quantization}") / "trained"
-    return train(recipe, folder, f"quantization={quantization}", *STRONG)
+    return train(recipe, folder, f"quantization={quantization}", *STRONG, drawn=quantization == "none")
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ CASES = {
     "dpo": ("dpo", ("trainer.max_steps=14", "trainer.lr_scheduler_type=constant")),  # ends inside an epoch
     "chained_dpo": ("dpo", ("model.adapter=parent",)),
     "kto": ("kto", ("model.adapter=parent",)),
-    # Steps 3 and 9, whose checkpoints are continued, lie inside a rollout.
+    # Step 3, whose checkpoint is continued, lies inside a rollout.
     "ppo": (
         "ppo",
         (
@@ -41,7 +41,8 @@ CASES = {
     ),
 }
 CHAINED = "chained_dpo"
-# Where a run dies, one after another, and the step that the next launch must continue from.
+# Where a run dies, one after another, and the step that the next launch must continue from. Which checkpoint that is
+# does not depend on the method: one dies everywhere. What is in the checkpoint does.
 KILLS = (
     ("step 2", None),  # no checkpoint yet
     ("step 5", 3),
@@ -49,6 +50,8 @@ KILLS = (
     ("half the state of 9", 6),  # trainer_state.json is cut off
     ("adapter", 12),  # trained, but nothing saved: not even the 14th step of 14 is done twice
 )
+EVERYWHERE = "dpo"
+FEW = (KILLS[1], *KILLS[3:])
 TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "tokens_per_second")
 
 
@@ -95,16 +98,14 @@ def result(folder):
 def test_killed_run_ends_with_the_same_adapter(launch, room, tiny_model_overrides, case):
     recipe, own = CASES[case]
     arguments = [*tiny_model_overrides, *STEPS, *own]
-    for name in ("whole", "again"):
-        done = launch(recipe, [*arguments, f"hydra.run.dir={case}_{name}"], room)
-        assert done.returncode == 0, done.stdout
-    whole, again, killed = (room / f"{case}_{name}" for name in ("whole", "again", "killed"))
-    assert adapter(whole) == adapter(again) and metrics(whole) == metrics(again)
+    done = launch(recipe, [*arguments, f"hydra.run.dir={case}_whole"], room)
+    assert done.returncode == 0, done.stdout
+    whole, killed = (room / f"{case}_{name}" for name in ("whole", "killed"))
 
     last_step = result(whole)["steps"]
     assert last_step == (14 if case == "dpo" else 12)
     continued = None
-    for kill, next_start in KILLS:
+    for kill, next_start in KILLS if case == EVERYWHERE else FEW:
         done = launch(recipe, [*arguments, f"hydra.run.dir={killed.name}"], room, kill)
         assert done.returncode == -signal.SIGKILL, done.stdout
         assert ("Continuing" in done.stdout) == (continued is not None)

@@ -180,6 +180,7 @@ def holder(tmp_path):
     process.join()
 
 
+@pytest.mark.slow
 def test_the_second_start_says_who_holds_the_folder(holder, tmp_path):
     process, _ = holder
     with pytest.raises(ValueError, match="main: is being written by") as refusal:

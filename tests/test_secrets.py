@@ -95,6 +95,7 @@ def test_nothing_of_the_clinic_is_a_secret(no_secrets_here):
     assert not {path for path, text in texts.items() if secrets.VALUE.search(text)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "piece",
     [
@@ -245,6 +246,7 @@ dpo.main()
 """
 
 
+@pytest.mark.slow
 def test_a_traceback_shows_none(clean_env, tmp_path):
     command = [sys.executable, "-c", BROKEN]
     env = merged(clean_env, {"WANDB_API_KEY": PLANTED})

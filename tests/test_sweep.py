@@ -196,6 +196,7 @@ def only(measurements, job):
     return kept
 
 
+@pytest.mark.slow
 def test_the_best_beats_those_that_it_is_not_equal_to(written):
     folder = written("s", {"0.1": 0.9, "0.3": 0.88, "1.0": 0.1})
     found = sweeps.rebuild([folder], folder, NODE)
@@ -204,6 +205,7 @@ def test_the_best_beats_those_that_it_is_not_equal_to(written):
     assert "not told apart from it: dpo 0." in sweeps.describe(found, folder)
 
 
+@pytest.mark.slow
 def test_a_job_over_the_budget_is_never_the_best(written):
     folder = written("s", {"1.0": 0.3, "0.1": 0.95})
     free = sweeps.rebuild([folder], folder, NODE)
@@ -216,13 +218,15 @@ def test_a_job_over_the_budget_is_never_the_best(written):
     assert none["best"] is None and "None is named the best" in sweeps.describe(none, folder)
 
 
+@pytest.mark.slow
 def test_a_broken_job_is_never_the_best(written):
     folder = written("s", {"1.0": 0.3, "0.1": 0.95}, **{"0.1": {"doctor": "broken"}})
     found = sweeps.rebuild([folder], folder, NODE)
     assert found["best"] == "dpo 1.0" and found["equal"] == []
-    assert f"next      python recipes/evaluate.py 'runs=[\"{folder}/1.0\"]'" in sweeps.describe(found, folder)
+    assert f"next      python recipes/evaluate.py 'runs=[{folder}/1.0]'" in sweeps.describe(found, folder)
 
 
+@pytest.mark.slow
 def test_two_sweeps_with_jobs_of_one_name(written, tmp_path):
     folders = [written("a", {"0.1": 0.9}), written("b", {"0.1": 0.3})]
     found = sweeps.rebuild(folders, tmp_path, NODE)

@@ -51,6 +51,7 @@ def test_a_line_is_one_line():
     assert len(text.line(TERMINAL + MARKDOWN[0]).splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_long_texts_take_no_time():
     for hostile in ("x" * 500_000, "\x1b" * 300_000, "\r\n" * 300_000, "_" * 300_000, "9" * 300_000 + ".",
                     "\\" * 300_000, "://" * 100_000, "www." * 100_000, "@" * 300_000):  # fmt: skip

@@ -47,7 +47,7 @@ try:
     runpy.run_module("rlhf_recipes.recipes.dpo", run_name="__main__")
 finally:
     import rlhf_recipes.conf
-    from rlhf_recipes.data.load import CLINIC
+    from rlhf_recipes.data.sources import CLINIC
     print(rlhf_recipes.conf.__file__, CLINIC, "torch" in sys.modules, sep="\\n", file=sys.stderr)
 """
     env = {**clean_env, "PYTHONPATH": str(installed)}

@@ -5,12 +5,14 @@ environment, input and outputs, signals and exit status. It asks a server, which
 computed nothing, for a fork of itself, and waits for its end. What a fork would do in another way has a Python of its
 own, "cold": other modules than the package's, and an environment in which the libraries would be other ones.
 
-A fork differs in this: libraries are there before the recipe asks for them, and strings hash alike in all forks of a
-server. What a test says about imports, or about processes that agree bit for bit, needs a cold one.
+A "light" one has imported what a recipe needs until it has checked its config, and none of the large libraries.
+
+A fork differs in this: modules are there before the recipe asks for them, strings hash alike in all forks of a
+server, and a run's pictures are sketched unless DRAWN is set. What a test says about processes that agree bit for bit,
+or about the imports of more than the large libraries, needs a cold one.
 """
 
 import atexit
-import gc
 import importlib
 import json
 import os
@@ -22,10 +24,13 @@ import subprocess
 import sys
 import tempfile
 import threading
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
 from pathlib import Path
 from typing import NoReturn
 
+import quick
 from warm_client import COLD
 
 PRELOADED = (
@@ -36,20 +41,27 @@ PRELOADED = (
     "rlhf_recipes.ppo.trainer", "rlhf_recipes.publish.publish", "rlhf_recipes.training.callbacks",
     "rlhf_recipes.training.doctor_plot",
 )  # fmt: skip
-STARTED = ("rlhf_recipes.", "submitit.core._submit", "torch.distributed.run", "killed", "warm_")
+LIGHT = (
+    "numpy", "rlhf_recipes.evaluation.sweeps", "rlhf_recipes.launch.preflight.look",
+    "rlhf_recipes.launch.publish_after", "rlhf_recipes.launch.sweep",
+)  # fmt: skip
+COMPOSED = ("dpo", "evaluate", "pipeline")  # what Hydra's parsers have seen, they know
+DRAWN = "RLHF_TEST_DRAWN"
+STARTED = ("rlhf_recipes.", "submitit.core._submit", "torch.distributed.run", "killed", "test_cai_data", "warm_")
 # Variables that the libraries read when they are imported; not those that `_become` sees to.
 READ = ("ACCELERATE_", "BNB_", "CUDA_", "HUGGINGFACE_", "LD_", "MALLOC_", "MKL_", "MPL", "OMP_", "OPENBLAS_",
         "PYTHON", "PYTORCH_", "TOKENIZERS_", "TORCH", "TRANSFORMERS_", "TRL_")  # fmt: skip
-NOT_READ = ("PYTHONPATH", "PYTHONSAFEPATH", "TORCHELASTIC_", "TORCH_NCCL_")
+NOT_READ = ("CUDA_VISIBLE_DEVICES", "PYTHONPATH", "PYTHONSAFEPATH", "TORCHELASTIC_", "TORCH_NCCL_")
 
 
 @contextmanager
-def start(folder: Path, env: dict[str, str]):
+def start(folder: Path, env: dict[str, str], kind: str = "warm"):
     """The path of the program, whose server ends with the context or with this process.
 
     Args:
         folder: an empty one.
         env: what the libraries are imported under.
+        kind: "warm" or "light".
     """
     if sys.platform != "linux" or Path("/dev/nvidiactl").exists():  # CUDA and Metal do not survive a fork
         yield Path(sys.executable)
@@ -63,8 +75,9 @@ def start(folder: Path, env: dict[str, str]):
     with socket.socket(socket.AF_UNIX) as listener, (folder / "log").open("w") as log:
         listener.bind(str(address))
         listener.listen(16)
+        descriptor = listener.fileno()
         server = subprocess.Popen(
-            [sys.executable, __file__, str(listener.fileno()), str(program)], env=env, pass_fds=[listener.fileno()],
+            [sys.executable, __file__, str(descriptor), str(program), kind], env=env, pass_fds=[descriptor],
             stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
     yield program
@@ -156,10 +169,14 @@ def _become(asked: dict, known: dict[str, str], program: str) -> None:
     if "-u" in options:
         sys.stdout.reconfigure(write_through=True)
     # What else a process has of its own from its start.
+    if own := PathFinder.find_spec("sitecustomize", _path(asked["env"])):
+        own.loader.exec_module(module_from_spec(own))
     numpy.random.seed()
     tempfile.tempdir = None
     refusals.WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    _run(module)
+    drawn = DRAWN in os.environ or "matplotlib" not in sys.modules
+    with nullcontext() if drawn else quick.pictures_sketched():
+        _run(module)
 
 
 def _run(module: str) -> NoReturn:
@@ -207,6 +224,8 @@ def _of_the_hub(environment) -> dict[str, str]:
 
 def _import_again() -> None:
     """The modules that read the Hub's variables; what others have copied from them is replaced."""
+    if "huggingface_hub" not in sys.modules:
+        return
     import datasets
     from huggingface_hub import constants, hf_api
     from transformers.utils import hub
@@ -224,17 +243,22 @@ def _import_again() -> None:
     hub.HF_MODULES_CACHE = os.path.join(constants.HF_HOME, "modules")
 
 
-def _main(descriptor: str, program: str) -> None:
+def _main(descriptor: str, program: str, kind: str) -> None:
+    import hydra
+
     from rlhf_recipes import run
 
     sys.path.remove(str(Path(__file__).parent))
     known = dict(os.environ)
     run.environment()
-    for name in PRELOADED:
+    for name in PRELOADED if kind == "warm" else LIGHT:
         importlib.import_module(name)
+    quick.parse_yaml_once()
+    with hydra.initialize_config_module("rlhf_recipes.conf", version_base="1.3"):
+        for name in COMPOSED:
+            hydra.compose(name)
     sys.stdout.flush()
-    gc.collect()
-    gc.freeze()
+    quick.collect_less()
     _become(_serve(socket.socket(fileno=int(descriptor)), known), known, program)
 
 

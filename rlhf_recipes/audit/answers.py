@@ -52,7 +52,7 @@ def find_gold(cfg: DictConfig, proxies: list[ModelRef]) -> tuple[str, Any] | Non
         return f"labels in {Path(reference).name}", _labels(reference)
     if isinstance(reference, str) and ":" in reference and not Path(reference).exists():
         return f"the function {reference}", config.import_function(reference, "gold")
-    members = references.find_reward_models(reference, "gold", cfg.model.id)
+    members = references.find_reward_models(reference, "gold", cfg.model.id, cfg.model.adapter_base)
     if {member.sha256 for member in members} & {proxy.sha256 for proxy in proxies}:
         raise Refusal(f"gold={cfg.gold}: is the reward model itself. Give one that learned from other pairs.")
     kind = "a reward model" if len(members) == 1 else f"the mean of {len(members)} reward models"

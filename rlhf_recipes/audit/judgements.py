@@ -30,7 +30,7 @@ from typing import Any
 from rlhf_recipes.data import formats, readers
 from rlhf_recipes.data.row import Row
 from rlhf_recipes.errors import Refusal
-from rlhf_recipes.run import write_atomically
+from rlhf_recipes.run_folder import write_atomically
 
 LABELS = ("human", "data")
 ANSWERS = {"first": 1.0, "second": 0.0, "tie": 0.5}

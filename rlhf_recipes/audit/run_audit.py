@@ -12,7 +12,7 @@ from itertools import chain
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import progress, references
+from rlhf_recipes import models, progress, references
 from rlhf_recipes.audit import answers, credit, judgements, preference, stress
 from rlhf_recipes.audit.scoring import Ensemble
 from rlhf_recipes.data.load import Splits, load_prompts
@@ -51,7 +51,8 @@ def find(cfg: DictConfig) -> Sources:
         Refusal: on one line, for the first that is not there or not right.
     """
     given = cfg.reward_model if isinstance(cfg.reward_model, str) else list(cfg.reward_model)
-    reward_models = references.find_reward_models(given, "reward_model", cfg.model.id)
+    reward_models = references.find_reward_models(given, "reward_model", cfg.model.id, cfg.model.adapter_base)
+    models.check_named_bases(cfg.model, [each.adapter for each in reward_models])
     gold = answers.find_gold(cfg, reward_models)
     compared = [cfg.checkpoints] if isinstance(cfg.checkpoints, str) else list(cfg.checkpoints or [])
     if compared and not gold:

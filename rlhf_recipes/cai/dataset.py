@@ -21,7 +21,7 @@ import xxhash
 from rlhf_recipes import stats
 from rlhf_recipes.cai import filters, make_pairs, prompt_templates
 from rlhf_recipes.cai.prompt_templates import assistant
-from rlhf_recipes.run import write_atomically
+from rlhf_recipes.run_folder import write_atomically
 from rlhf_recipes.text_metrics import BANDS, near_duplicate_keys
 
 PREFS, SFT = ("train_prefs", "test_prefs", "ties", "disputed"), ("train_sft", "test_sft")

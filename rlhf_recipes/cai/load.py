@@ -29,7 +29,7 @@ def load(cfg: DictConfig, parent: ModelRef | None, judge_adapter: ModelRef | Non
         Refusal: a model or an endpoint's key cannot be found.
     """
     generator = load_one(cfg.model if cfg.generator.kind == "local" else cfg.generator, cfg, parent)
-    same = cfg.generator.kind == cfg.judge.kind == "local" and all(cfg.judge[k] == v for k, v in cfg.model.items())
+    same = cfg.generator.kind == cfg.judge.kind == "local" and all(cfg.judge.get(k) == v for k, v in cfg.model.items())
     return generator, generator if same else load_one(cfg.judge, cfg, judge_adapter)
 
 

@@ -51,6 +51,8 @@ def load(model: "DictConfig", quantization: "DictConfig", adapter: ModelRef | No
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
+    if adapter:
+        models.check_named_bases(model, [adapter.adapter])
     base = models.load_base(model, quantization, AutoModelForCausalLM)
     packed = getattr(base, "is_quantized", False)
     if packed and base.device.type == "cpu":

@@ -6,6 +6,7 @@ from typing import Any
 
 from rlhf_recipes.commands import command
 from rlhf_recipes.data import folders
+from rlhf_recipes.overrides import written
 from rlhf_recipes.run import Run
 from rlhf_recipes.run_folder import write_atomically
 from rlhf_recipes.stats import format_estimate
@@ -179,7 +180,7 @@ def _print_summary(result: dict[str, Any], folder: Path) -> None:
             print(f"    {side:9} {_short(row[side][-1]['content'])}")
     print(f"  data      {where}\n  card      {where}/README.md\n  result    {where}/result.json")
     if there:
-        print(f"  next      {command('dpo')} data=cai_pairs data.path={where}", flush=True)
+        print(f"  next      {command('dpo')} data=cai_pairs {written('data.path', str(where))}", flush=True)
     else:
         most = max({**funnel["unfit"], **funnel["routes"]}.items(), key=lambda entry: entry[1])[0]
         print(

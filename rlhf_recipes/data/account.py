@@ -16,6 +16,8 @@ from rlhf_recipes.data.recognise import Layout
 from rlhf_recipes.errors import Refusal
 
 PARTS = ("system", "input", "history", *ALIASES["system"], *ALIASES["input"], *ALIASES["history"])
+# Parts of the prompt where they are texts.
+TEXTS = ("passage", "document", "article", "background", "persona", "scenario")
 TOOLS = (*TOOL_KEYS, "tool", "available_tools", "available_functions")
 MEDIA = (*MEDIA_KEYS, "picture", "pictures", "image_path", "image_paths", "photo", "img")
 
@@ -26,11 +28,11 @@ def accounted(source: Source, layout: Layout, sides: tuple[str, ...]) -> Layout:
     Raises:
         Refusal: a column that changes what a row means and is not read.
     """
-    used = {name for name in layout.columns.values() if name}
+    used = {name for name in (*layout.columns.values(), *(layout.models or ())) if name}
     used |= {name.partition(".")[0] for name in used}
     scores = _own_scores(source) if "rejected" in sides and layout.format == "pairs" else None
     unread, watched = [], {}
-    for name, kind in source.kinds.items():
+    for name, kind in {**source.kinds, **source.inner}.items():
         inner = name.rpartition(".")[2] if name not in source.top else None
         if name in used or name in (scores or ()) or (inner and name.removesuffix(f".{inner}") not in used):
             continue
@@ -41,17 +43,24 @@ def accounted(source: Source, layout: Layout, sides: tuple[str, ...]) -> Layout:
         is_nulled = name in COLUMNS and source.columns.get(name) is None  # data.columns.system=null
         if kind == "empty":
             continue
-        if sides and not is_nulled and word in PARTS:
+        if sides and not is_nulled and (word in PARTS or (word in TEXTS and kind == "text")):
             raise Refusal(
                 f"{source.name}: column {name!r} holds a part of the prompt and is not read. Name it with "
-                f"data.columns.system, input or history, or leave it unread: data.ignore=[{name}]"
+                f"data.columns.input={name} (or system, or history), or leave it unread: data.ignore=[{name}]"
+            )
+        if _may_label(source, layout, name, word, sides) and not is_nulled:
+            raise Refusal(
+                f"{source.name}: column {name!r} may say whether an answer is good and is not read. Write true "
+                f"or false (or 1 or 0; null to leave a row out) and set data.columns.label={name}, or leave it "
+                f"unread: data.ignore=[{name}]"
             )
         if "rejected" in sides and not is_nulled and _may_decide(source, layout, name, word):
             x, y = layout.columns["chosen"], layout.columns["rejected"]
+            scale = "" if preference.is_clear(source, name, (x, y)) else " data.preference=index (or another)"
             raise Refusal(
                 f"{source.name}: column {name!r} may say which answer is the better one and is not read. Let it "
                 f"decide: data.format=preference data.columns.first={x} data.columns.second={y} "
-                f"data.columns.preference={name}; or leave it unread: data.ignore=[{name}]"
+                f"data.columns.preference={name}{scale}; or leave it unread: data.ignore=[{name}]"
             )
         unread.append(name)
     return replace(layout, watched=watched, scores=scores, unread=tuple(unread))
@@ -60,8 +69,14 @@ def accounted(source: Source, layout: Layout, sides: tuple[str, ...]) -> Layout:
 def told(report: dict[str, Any]) -> list[str]:
     """The lines of a report (`Splits.report`) about its columns and texts."""
     lines = []
+    if joined := report.get("joined"):
+        lines.append(f"{joined['messages']} messages of trees are {joined['prompts']} prompts and their replies")
     if report.get("read_as"):
         lines.append(f"read as {report['read_as']}")
+    if report.get("test_read_as"):
+        lines.append(f"its test rows as {report['test_read_as']}")
+    if report.get("ignored_nothing"):
+        lines.append(f"data.ignore: there is no {' and no '.join(report['ignored_nothing'])}")
     if report.get("unread"):
         lines.append(f"not read: {', '.join(report['unread'])}")
     soft = report.get("soft", {})
@@ -79,11 +94,29 @@ def told(report: dict[str, Any]) -> list[str]:
 
 
 def _may_decide(source: Source, layout: Layout, name: str, word: str) -> bool:
-    """Whether a column beside chosen and rejected may say which of the two is better: by its name, and it varies."""
-    if layout.format not in ("pairs", "hh_rlhf") or not preference.DECIDES.fullmatch(word):
+    """Whether a column beside chosen and rejected may say which of the two is better, and it varies.
+
+    By its name; by its values, where the answers' names say nothing (`response_0`, `response_1`).
+    """
+    if layout.format not in ("pairs", "hh_rlhf") or name not in source.top or not _varies(source, name):
+        return False
+    sides = layout.columns["chosen"], layout.columns["rejected"]
+    unsaid = all(sides) and preference.markers(*sides) and preference.may_be_verdicts(source.values[name], sides)
+    return bool(preference.DECIDES.fullmatch(word) or unsaid)
+
+
+def _may_label(source: Source, layout: Layout, name: str, word: str, sides: tuple[str, ...]) -> bool:
+    """Whether a column beside demonstrations may say which are good: by its name, and it varies."""
+    is_demonstration = sides == ("completion",) and (layout.columns["completion"] or layout.format == "messages")
+    return bool(is_demonstration) and word in ("label", *ALIASES["label"]) and _varies(source, name)
+
+
+def _varies(source: Source, name: str) -> bool:
+    """Whether a column holds several short values."""
+    if name not in source.top or source.kinds[name] not in preference.SHORT:
         return False
     values = {str(value) for value in source.values[name] if value not in (None, "")}
-    return len(values) > 1 and source.kinds[name] in preference.SHORT and preference.is_verdict(source.values[name])
+    return len(values) > 1 and preference.is_verdict(source.values[name])
 
 
 def _own_scores(source: Source) -> tuple[str, str] | None:

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rlhf_recipes.data.messages import is_messages
@@ -27,7 +27,7 @@ ALIASES = {
         "responses": "completions answers generations outputs candidates",
         "scores": "ratings rewards score rating reward",
         "ranks": "rank ranking rankings",
-        "label": "labels thumbs thumbs_up feedback is_good liked upvoted desirable is_desirable",
+        "label": "labels thumbs thumbs_up feedback is_good liked upvoted desirable is_desirable kto_tag",
     }.items()
 }
 WORD = 40  # characters that a name, an id or a verdict may have; an answer may be as short, a column of answers is not
@@ -48,16 +48,20 @@ class Source:
     Attributes:
         name: of the source.
         columns: our names -> the user's.
+        rows: those that are looked at.
         top: the columns that are not left unread on purpose.
         values: of each column, and of each key of those that hold objects (`input.messages`).
         kinds: of each of these: see `kind`.
+        inner: likewise of each key of the columns that hold lists of objects (`completions.model`).
+        ignored: what of `ignore` there is, at any depth.
     """
 
     def __init__(self, rows: Sequence[tuple[str, dict]], columns: Mapping[str, str | None], ignore: Iterable[str]):
         self.name = rows[0][0].rpartition(":")[0]
         self.columns = columns
+        self.rows = [row for _, row in rows]
         self.values: dict[str, list] = {}
-        for _, row in rows:
+        for row in self.rows:
             for name, value in row.items():
                 if name not in ignore:
                     self.values.setdefault(str(name), []).append(value)
@@ -70,9 +74,20 @@ class Source:
         for key in COLUMNS:
             path = self.typed(key)
             if path and path not in self.values:
-                found = [value for value in (at(row, path) for _, row in rows) if value is not MISSING]
+                found = [value for value in (at(row, path) for row in self.rows) if value is not MISSING]
                 self.values |= {path: found} if found else {}
         self.kinds = {name: kind(values) for name, values in self.values.items()}
+        self.inner: dict[str, str] = {}
+        for name in self.top:
+            items = [item for value in self.values[name] for item in _objects(value)]
+            for key in dict.fromkeys(key for item in items for key in item):
+                if key not in ignore and f"{name}.{key}" not in ignore:
+                    self.inner[f"{name}.{key}"] = kind([item.get(key) for item in items])
+        names = {name for row in self.rows for name in _names(row)}
+        self.ignored = {each for each in ignore if each in names or self.has(each)}
+
+    def has(self, path: str) -> bool:
+        return any(at(row, path) is not MISSING for row in self.rows)
 
     def typed(self, key: str) -> str | None:
         """The column that the user named, where it is not the one that goes by our name."""
@@ -97,7 +112,11 @@ class Source:
 
     def answers(self, taken: Iterable[str | None] = ()) -> list[str]:
         """Columns that hold texts or messages, no names, ids or verdicts."""
-        return [name for name, held in self.kinds.items() if held in ("text", "messages") and name not in taken]
+        return [name for name, held in self.kinds.items() if self._is_answer(name, held) and name not in taken]
+
+    def _is_answer(self, name: str, held: str) -> bool:
+        written = held == "texts" and all(isinstance(value, str) for value in self.values[name] if value)
+        return held in ("text", "messages") or written  # a list of turns as JSON
 
     def no_column(self, key: str) -> Refusal:
         """That a column is not there, with the nearest that holds what it should."""
@@ -109,6 +128,7 @@ class Source:
         else:
             free = self.answers(taken) or [each for each in self.kinds if each not in taken and _may_answer(each)]
         near = difflib.get_close_matches(name, free, n=1, cutoff=0.5)
+        near = near or (free if key == "prompt" and len(free) == 1 else [])
         return Refusal(
             f"{self.name}: no column '{name}' (found: {found:.200}). "
             f"Name it with data.columns.{key}={near[0] if near else '<its name>'}"
@@ -172,6 +192,26 @@ def _keys(values: Sequence[Any]) -> list[str]:
         if isinstance(value, dict) and not is_messages(value):
             keys |= dict.fromkeys(map(str, value))
     return list(keys)
+
+
+def _objects(value: Any) -> list[dict]:
+    """The objects of a list of objects that are no messages, be it written as JSON."""
+    if isinstance(value, str) and value.startswith("["):
+        value = as_list(value)
+    if not isinstance(value, list) or is_messages(value):
+        return []
+    return [item for item in value if isinstance(item, dict) and not is_messages(item)]
+
+
+def _names(value: Any) -> Iterator[str]:
+    """The keys of a value at any depth, and the types of parts of a message."""
+    if isinstance(value, dict):
+        yield from value
+        if isinstance(value.get("type"), str):
+            yield value["type"]
+        value = list(value.values())
+    for each in value if isinstance(value, list) else ():
+        yield from _names(each)
 
 
 def spelled(name: str) -> str:

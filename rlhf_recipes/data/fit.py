@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from rlhf_recipes.data.account import told
-from rlhf_recipes.data.load import EXAMPLES, KEYS, Splits, check_keys, finished
+from rlhf_recipes.data.load import KEYS, Splits, check_keys, finished
 from rlhf_recipes.data.rows import Example, Rows, Writer, written
+from rlhf_recipes.data.tally import EXAMPLES
 from rlhf_recipes.data.tokens import BATCH, PROMPT_THOUGHTS, Measured, Plain, Sizes, measure, percentiles, refusal
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.text import line

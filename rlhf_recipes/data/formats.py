@@ -14,7 +14,7 @@ from typing import Any
 from rlhf_recipes.data import preference
 from rlhf_recipes.data.messages import Drop, Messages
 from rlhf_recipes.data.recognise import Layout
-from rlhf_recipes.data.row import Row
+from rlhf_recipes.data.row import Row, at, is_blank
 from rlhf_recipes.data.texts import Raw, Reading
 from rlhf_recipes.errors import Refusal
 
@@ -49,23 +49,32 @@ def candidates(
 
 def raw(row: Row, layout: Layout, sides: tuple[str, ...]) -> Raw | None:
     """Prompt and answers of a row as they lie in the file; None for a format that has a reading of its own."""
-    prompt = row.optional("prompt")
+    if layout.format in ("hh_rlhf", "messages"):
+        return None
+    prompt = row.texts("prompt", row.optional("prompt"))
     match layout.format:
-        case "hh_rlhf" | "messages":
-            return None
-        case _ if not sides and row.has("prompt"):
+        case _ if _is_prompt(row, layout, sides):
             return Raw(prompt, ())
         case "preference":
-            return Raw(prompt, (row.value("first"), row.value("second")))
+            columns = ["first", "second"]
         case "ratings" | "rankings":
-            return Raw(prompt, tuple(row.items("responses")))
+            return Raw(prompt, tuple(row.texts("responses", each) for each in row.items("responses")))
         case _:
-            return Raw(prompt, tuple(row.value(column) for column in _side_columns(row, layout, sides)))
+            columns = _side_columns(row, layout, sides)
+    return Raw(prompt, tuple(row.texts(column, row.value(column)) for column in columns))
+
+
+def _is_prompt(row: Row, layout: Layout, sides: tuple[str, ...]) -> bool:
+    """Whether a prompt is wanted and lies in its column, not in whole conversations."""
+    if sides or layout.format in ("hh_rlhf", "messages") or not row.has("prompt"):
+        return False
+    return not is_blank(row.value("prompt")) or not any(map(row.has, ("chosen", "completion", "first")))
 
 
 def _read(row: Row, layout: Layout, sides: tuple[str, ...], reading: Reading | None) -> Raw:
     found = raw(row, layout, sides)
-    if reading is not None:
+    are_texts = all(isinstance(each, str | list | None) for each in (found.prompt, *found.answers))
+    if reading is not None and are_texts:  # what is neither is refused under its key
         found = reading.read(found, row.where)
     if isinstance(found, Drop):
         raise found
@@ -75,11 +84,11 @@ def _read(row: Row, layout: Layout, sides: tuple[str, ...], reading: Reading | N
 def _from_format(
     row: Row, layout: Layout, sides: tuple[str, ...], reduce: str, reading: Reading | None
 ) -> list[Candidate]:
-    if not sides and layout.format not in ("hh_rlhf", "messages") and row.has("prompt"):
+    if _is_prompt(row, layout, sides):
         prompt = _asked(row, _read(row, layout, sides, reading).prompt)
         return [{"prompt": prompt} if prompt else Drop("empty")]
-    if not sides:
-        answered = _from_format(row, layout, ("completion",), reduce, reading)
+    if not sides and layout.format != "messages":
+        answered = _asking(row, layout, reduce, reading)
         return [{"prompt": each["prompt"]} if isinstance(each, dict) else each for each in answered]
     match layout.format:
         case "pairs":
@@ -91,11 +100,23 @@ def _from_format(
         case "labelled":
             return [_from_label(row, layout, sides, reading)]
         case "messages":
-            return [_from_conversation(row)]
+            return [_from_conversation(row, sides)]
         case "ratings":
             return _from_scores(row, layout, "scores", reduce, sides, reading)
         case "rankings":
             return _from_scores(row, layout, "ranks", reduce, sides, reading)
+
+
+def _asking(row: Row, layout: Layout, reduce: str, reading: Reading | None) -> list[Candidate]:
+    """An example with the prompt that lies in the answers, whichever of them is good."""
+    match layout.format:
+        case "preference":
+            found = _read(row, layout, ("completion",), reading)
+            return [_example(row, Raw(found.prompt, found.answers[:1]), ["first"], ("completion",))]
+        case "labelled":
+            return [_from_sides(row, layout, ("completion",), reading)]
+        case _:
+            return _from_format(row, layout, ("completion",), reduce, reading)
 
 
 def _side_columns(row: Row, layout: Layout, sides: tuple[str, ...]) -> list[str]:
@@ -139,7 +160,11 @@ def _asked(row: Row, value: Any, is_whole: bool = False) -> Messages:
     if not any(turn["content"].strip() for turn in turns):
         turns = []
     added, earlier = row.optional("input"), row.history("history")
-    added = str(added) if added is not None else ""
+    if added in (None, [], {}):
+        added = ""
+    elif isinstance(added, bool) or not isinstance(added, str | int | float):
+        raise row.wrong("input", "must be text", added)
+    added = str(added)
     if is_whole:  # what was asked is in the conversation
         said = {turn["content"].strip() for turn in turns}
         if earlier or (added.strip() and added.strip() not in said):
@@ -178,13 +203,18 @@ def _first_difference(contexts: list[Messages]) -> str:
 def _from_preference(row: Row, layout: Layout, sides: tuple[str, ...], reading: Reading | None) -> Candidate:
     """Two answers, of which a column says which is the better one."""
     columns = layout.columns["first"], layout.columns["second"]
+    models = tuple(at(row.values, name) for name in layout.models or ())
     try:
-        p = preference.better(row.value("preference"), layout.scale, columns)
+        p = preference.better(row.value("preference"), layout.scale, columns, models or (None, None))
     except (TypeError, ValueError) as error:
-        raise Refusal(
-            f"{row.where}: {layout.columns['preference']}: {row.value('preference')!r:.40} does not say which is "
-            f"better ({preference.SAID[layout.scale]}). Mend or remove the row, or set data.preference."
-        ) from error
+        rule = (
+            f"names neither {columns[0]} nor {columns[1]}. Write one of them, tie, or null to leave the row out."
+            if layout.scale == "names"
+            else f"does not say which is better ({preference.SAID[layout.scale]}). Mend or remove the row, or set "
+            "data.preference."
+        )
+        name = layout.columns["preference"]
+        raise Refusal(f"{row.where}: {name}: {row.value('preference')!r:.40} {rule}") from error
     if p is None:
         return Drop("unlabelled")
     if p == 0.5:
@@ -200,13 +230,20 @@ def _from_preference(row: Row, layout: Layout, sides: tuple[str, ...], reading: 
 
 
 def _from_label(row: Row, layout: Layout, sides: tuple[str, ...], reading: Reading | None) -> Candidate:
-    label = row.good("label")
+    label = row.good("label") if layout.scale != "good" else _sign(row, "label")
     if label is None:
         return Drop("unlabelled")
     found = _from_sides(row, layout, ("completion",), reading)
     if sides != ("completion",):
         return found if isinstance(found, Drop) else {**found, "label": label}
     return found if label else Drop("labelled_bad")  # no demonstration
+
+
+def _sign(row: Row, key: str) -> bool | None:
+    number = row.number(key, "must be 1 or -1", -1, 1)
+    if number == 0:
+        raise row.wrong(key, "must be 1 or -1", 0)
+    return number > 0 if number is not None else None
 
 
 def _agrees(prompt: Messages, context: Messages) -> bool:
@@ -249,8 +286,10 @@ def parse_transcript(text: str) -> Messages:
     ]
 
 
-def _from_conversation(row: Row) -> Candidate:
+def _from_conversation(row: Row, sides: tuple[str, ...]) -> Candidate:
     turns = row.conversation("messages")
+    if not sides:
+        return {"prompt": _with_system(row, turns[:-1] if turns[-1:] and turns[-1]["role"] == "assistant" else turns)}
     if len(turns) < 2:
         return Drop("roles", f"one turn, of the {turns[0]['role']}") if turns else Drop("empty")
     return {"prompt": _with_system(row, turns[:-1]), "completion": turns[-1:]}
@@ -263,17 +302,14 @@ def _from_scores(
 
     Answers without a score take part in none.
     """
-    for answer in row.items("responses"):
-        if answer is not None and not isinstance(answer, str | list | dict):
-            raise row.wrong("responses", "must hold texts", answer)
     found = _read(row, layout, sides, reading)
     prompt = _asked(row, found.prompt)
     scores = row.numbers(key, len(found.answers))
     rated = [i for i, score in enumerate(scores) if score is not None]
+    if len(found.answers) < len(sides):
+        return [Drop("unpaired", f"{len(found.answers)} {row.columns['responses']}")]
     if len(rated) < len(sides):
-        return [
-            Drop("unrated" if len(found.answers) >= len(sides) else "empty", f"{len(rated)} of {len(scores)} rated")
-        ]
+        return [Drop("unrated", f"{len(rated)} of {len(scores)} rated")]
     goodness = {i: -scores[i] if key == "ranks" else scores[i] for i in rated}
     order = sorted(rated, key=lambda i: -goodness[i])  # stable: the first of equals leads
     turns = {i: row.turns("responses", found.answers[i] or "", "assistant")[-1:] for i in rated}

@@ -122,15 +122,3 @@ def drawn(count: int, seed: int) -> np.ndarray:
         order.append(left[place])
         left[place] = left[last]
     return np.asarray(order).astype(np.int64)
-
-
-def held_out(ids: np.ndarray, size: float, seed: int) -> np.ndarray:
-    """Of different hashes a count of them, or each with probability `size`, at least one.
-
-    The draw depends on the prompt and the seed alone: what one recipe holds out stays held out in the next,
-    whatever rows are added or dropped between them.
-    """
-    texts = (f"{seed}:{each:016x}".encode() for each in ids)
-    draws = np.fromiter((int(hashlib.sha256(text).hexdigest()[:12], 16) / 16**12 for text in texts), float, len(ids))
-    count = int(size) if size >= 1 else max(1, int((draws < size).sum()))
-    return ids[np.lexsort((ids, draws))[:count]]

@@ -21,6 +21,9 @@ What becomes of what is found (`Splits.report` has the counts, with up to three 
 | chosen that equals rejected after stripping                     | dropped: `identical`                  |
 | two answers with the same score or rank, or said to be as good  | dropped: `tie`                        |
 | fewer answers with a score than an example needs                | dropped: `unrated`                    |
+| fewer answers than an example needs                             | dropped: `unpaired`                   |
+| a message of a tree that was deleted, or follows one            | dropped: `deleted`                    |
+| a message of a tree whose parent is not in the file             | dropped: `orphan`                     |
 | an answer without a label, two without a preference             | dropped: `unlabelled`                 |
 | a pair whose `p` is below 0.5                                   | turned round, counted: `turned_round` |
 | most rows left out for one of `NAMED`                           | stops, with the override              |
@@ -47,7 +50,6 @@ Prompts are held out by the turn that opens them, so that no conversation contin
 import itertools
 import os
 import random
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -59,20 +61,19 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import secrets
 from rlhf_recipes.config import check_value
-from rlhf_recipes.data import folders, formats, preference, readers, recognise, texts
+from rlhf_recipes.data import formats, preference, recognise, sources, texts, trees
 from rlhf_recipes.data.account import accounted
 from rlhf_recipes.data.columns import COLUMNS, Source
-from rlhf_recipes.data.keys import Keys, are_in, held_out
+from rlhf_recipes.data.keys import Keys
 from rlhf_recipes.data.messages import Drop
 from rlhf_recipes.data.row import Row
 from rlhf_recipes.data.rows import Example, Writer, written
+from rlhf_recipes.data.split import split
+from rlhf_recipes.data.tally import Tally
 from rlhf_recipes.errors import Refusal, nearest
 
 if TYPE_CHECKING:
     from rlhf_recipes.data.tokens import Sizes
-
-CLINIC = Path(__file__).parents[1] / "assets" / "clinic"
-
 
 KEYS = {
     "path": str,
@@ -94,20 +95,6 @@ KEYS = {
     "too_long": ("drop", "truncate", "stop"),
     "seed": int,
 }
-
-
-# Reasons that are no oversight where most rows have them: what most rows are then, and what their owner can do.
-NAMED = {
-    "tools": "call tools, which is not trained on. data.ignore=[tools,tool_calls] takes the texts beside the calls",
-    "media": "hold pictures or sound, which is not trained on. data.ignore=[<their columns or keys>] takes the texts",
-    "unrated": "have no score. Name the right column with data.columns.scores",
-    "unlabelled": "have no label. Name the right column with data.columns.label or data.columns.preference",
-}
-
-REASONS = ("empty", "roles", "context_differs", "identical", "tie", "secret", "duplicate", "leakage")
-
-
-EXAMPLES = 3
 
 
 @dataclass
@@ -219,15 +206,19 @@ def _load(node: DictConfig, sides: tuple[str, ...], labelled: bool = False) -> S
     taken = ("auto", *recognise.PREFERENCES, *(["labelled"] if labelled else []))
     if data["format"] not in taken and "rejected" in sides:
         raise Refusal(f"data.format={data['format']}: holds no preferences. Choose one of {', '.join(taken)}.")
-    tally = _Tally()
-    train_rows, test_rows, told = _sources(data, sides)
+    tally = Tally()
+    train_rows, test_rows, told = sources.find(data, sides)
+    train_rows, form = _joined(train_rows, data, tally)
     head, train_rows = _looked_at(train_rows)
     source = Source(head, data["columns"], data["ignore"])
-    layout = tested = accounted(source, recognise.recognise(source, data, sides, labelled), sides)
+    layout = accounted(source, recognise.recognise(source, {**data, "format": form}, sides, labelled), sides)
+    heard, tested = source.ignored, layout
     if test_rows is not None:
+        test_rows, _ = _joined(test_rows, data, tally)
         also, test_rows = _looked_at(test_rows)
-        source = Source(also, layout.columns, data["ignore"])
-        tested = accounted(source, recognise.same(source, layout, sides), sides)
+        second = Source(also, data["columns"], data["ignore"])
+        heard = heard | second.ignored
+        tested = accounted(second, recognise.same(second, layout, data, sides, labelled), sides)
     keys = Keys()
     writer = Writer(_columns(sides, labelled, layout.columns["margin"] or tested.columns["margin"]))
     if test_rows is not None:
@@ -236,7 +227,7 @@ def _load(node: DictConfig, sides: tuple[str, ...], labelled: bool = False) -> S
     reading = _reading(head, data, layout, sides)
     _read(train_rows, data, layout, reading, sides, labelled, tally, keys, writer)
     train = np.arange(0 if test is None else len(test), len(keys))
-    train, test, how = _split(keys, train, test, data, told.test)
+    train, test, how = split(keys, train, test, data, told.test)
     train, test = (tally.left(keys, each, keys.are_first(each), "duplicate") for each in (train, test))
     train = tally.left(keys, train, ~keys.share_prompts(train, test), "leakage")
     found = {"train": len(train), "test": len(test)}
@@ -249,7 +240,7 @@ def _load(node: DictConfig, sides: tuple[str, ...], labelled: bool = False) -> S
         repeated = len(train) - len(np.unique(train))
     test = keys.shuffled(test, data["seed"])[: data["eval_size"]]
     report = {
-        "source": _source_name(data["path"]),
+        "source": sources.source_name(data["path"]),
         "format": layout.format,
         "text": data["text"],
         "split": "; ".join((how, *told.notes)),
@@ -260,12 +251,14 @@ def _load(node: DictConfig, sides: tuple[str, ...], labelled: bool = False) -> S
         "examples": tally.examples,
         "capped": {"train": found["train"] - len(train) + repeated, "test": found["test"] - len(test)},
         "repeated": repeated,
-        **_account(data, layout, tally, reading),
+        **_account(data, layout, tested, tally, reading),
     }
+    unheard = [each for each in data["ignore"] if each not in heard]
+    report |= {"ignored_nothing": unheard} if unheard else {}
     examples = writer.rows()
     train_rows, test_rows = examples.select(train), examples.select(test)
     soft = {key: train_rows.count(key) + test_rows.count(key) for key in ("p", "margin")}
-    report |= {"soft": soft} if any(soft.values()) else {}
+    report |= {"soft": {key: count for key, count in soft.items() if count}} if any(soft.values()) else {}
     splits = finished(train_rows, test_rows, report)
     splits.places = {"train": keys.places(train), "test": keys.places(test)}
     return splits
@@ -316,123 +309,32 @@ def check_keys(where: str, values: dict[str, Any], rules: dict[str, Any]) -> Non
         check_value(f"{where}.{key}", values[key], rule)
 
 
-@dataclass
-class _Told:
-    """What a report says of the source: of the test rows, of splits beside it, of files that nobody reads."""
-
-    test: str = ""
-    notes: list[str] = field(default_factory=list)
-    unread: list[str] = field(default_factory=list)
-
-
-def _sources(data: dict[str, Any], sides: tuple[str, ...]) -> tuple[Iterator, Iterator | None, _Told]:
-    """Rows of the train source, and of the test source where the data has one of its own."""
-    path, told = data["path"], _Told()
-    if path == "clinic":
-        file = CLINIC / ("demonstrations.jsonl" if "completion" in sides else "pairs.jsonl")
-        train, test = readers.read_file(str(file)), None
-    elif readers.is_hub_id(path):
-        train, test = _two_splits(data, readers.Hub(path, data["name"], data["revision"]), told)
-    elif os.path.isdir(os.path.expanduser(path)):
-        train, test = _two_splits(data, folders.find(path, data["name"]), told)
-    else:
-        train, test = readers.read_file(path), None
-    if data["test_path"]:
-        test, told.test = _test_rows(data), _source_name(data["test_path"])
-    return train, test, told
-
-
-def _two_splits(
-    data: dict[str, Any], source: readers.Hub | folders.Folder, told: _Told
-) -> tuple[Iterator, Iterator | None]:
-    train, test, wanted = source.rows(data["train_split"]), None, data["test_split"]
-    if train is None:
-        raise _no_split("train_split", data["train_split"], data["path"], source.names)
-    if not data["test_path"] and wanted is not None:
-        test = source.rows(wanted)
-        others = [name for name in folders.HELD_OUT if name in source.names and name != data["train_split"]]
-        if test is None and wanted != "test":  # a name that was typed is never replaced; the default one may be
-            raise _no_split("test_split", wanted, data["path"], source.names, " or to null to hold out data.test_size")
-        if test is None and others:
-            wanted = others[0]
-            test = source.rows(wanted)
-    read = (data["train_split"], *([] if test is None else [wanted]))
-    unused = [name for name in source.unused(read) if name in folders.HELD_OUT]
-    told.test, told.notes = f"split {wanted}", [f"split {name} is not used" for name in unused]
-    told.unread = source.unread(read)
-    return train, test
-
-
-def _no_split(key: str, split: str, path: str, names: Sequence[str], way: str = "") -> Refusal:
-    there = f"It has: {', '.join(names)}. Set data.{key} to one of them{way}." if names else "Name one it has."
-    return Refusal(f"data.{key}={split}: no such split in {path}. {there}")
-
-
-def _test_rows(data: dict[str, Any]) -> Iterator:
-    """Of `test_path`: a file, or a folder's test split, or what alone is in it."""
-    path = data["test_path"]
-    if not os.path.isdir(os.path.expanduser(path)):
-        return readers.read_file(path)
-    folder = folders.find(path)
-    wanted = (data["test_split"], *folders.HELD_OUT) if data["test_split"] in (None, "test") else (data["test_split"],)
-    split = next((name for name in wanted if name in folder.names), "test")
-    rows = folder.rows(folder.names[0] if len(folder.names) == 1 else split)
-    if rows is None:
-        raise _no_split("test_split", split, path, folder.names)
-    return rows
-
-
-def _source_name(path: str) -> str:
-    """What a report or a card may show: no folders of this machine."""
-    return path if path == "clinic" or readers.is_hub_id(path) else Path(os.path.abspath(path)).name
-
-
-@dataclass
-class _Tally:
-    rows: int = 0
-    candidates: int = 0
-    dropped: Counter = field(default_factory=lambda: Counter(dict.fromkeys(REASONS, 0)))
-    examples: dict[str, list[str]] = field(default_factory=dict)
-    turned_round: int = 0
-    unread_keys: Counter = field(default_factory=Counter)
-    own_scores: Counter = field(default_factory=Counter)
-
-    def drop(self, drop: Drop, where: str) -> None:
-        self.dropped[drop.reason] += 1
-        places = self.examples.setdefault(drop.reason, [])
-        if len(places) < EXAMPLES:
-            places.append(f"{Path(where).name} ({drop.detail})" if drop.detail else Path(where).name)
-
-    def left(self, keys: Keys, numbers: np.ndarray, good: np.ndarray, reason: str) -> np.ndarray:
-        """Those of the examples that are good; the others are dropped."""
-        for number in numbers[~good]:
-            self.drop(Drop(reason), keys.where(number))
-        return numbers[good]
-
-    def add(self, other: "_Tally") -> None:
-        self.rows += other.rows
-        self.candidates += other.candidates
-        self.dropped.update(other.dropped)
-        for reason, places in other.examples.items():
-            self.examples[reason] = [*self.examples.get(reason, []), *places][:EXAMPLES]
-
-    def compare(self, scores: tuple[str, str] | None, values: dict[str, Any]) -> None:
-        """Count what a pair's own scores say of its label."""
-        chosen, rejected = (values.get(name) for name in scores or (None, None))
-        if isinstance(chosen, int | float) and isinstance(rejected, int | float):
-            self.own_scores.update(of=1, ties=chosen == rejected, against=chosen < rejected)
-
-    def refuse_most(self, source: str) -> None:
-        for reason, what in NAMED.items():
-            if 2 * self.dropped[reason] > self.candidates:
-                place = self.examples[reason][0]
-                raise Refusal(f"{source}: {self.dropped[reason]} of {self.candidates} rows {what} (e.g. {place}).")
-
-
 def _looked_at(rows: Iterator) -> tuple[list, Iterator]:
     """The first rows, and all of them."""
     head = list(itertools.islice(rows, recognise.SAMPLE))
     return head, itertools.chain(head, rows)
+
+
+def _joined(rows: Iterator, data: dict[str, Any], tally: Tally) -> tuple[Iterator, str]:
+    """Trees of messages as prompts with ranked replies, other rows as they are; and the format they now have."""
+    head, rows = _looked_at(rows)
+    if data["format"] not in ("auto", "trees"):
+        return rows, data["format"]
+    if not head or not all(trees.are_trees(row) for _, row in head):
+        if data["format"] == "trees":
+            found = ", ".join(head[0][1]) if head else "none"
+            raise Refusal(
+                f"data.format=trees: rows need message_id, parent_id, role and text (found: {found:.200}). "
+                "Set data.format=auto."
+            )
+        return rows, data["format"]
+    prompts, lost = trees.join(rows)
+    for drop, where in lost:
+        tally.rows, tally.candidates = tally.rows + 1, tally.candidates + 1
+        tally.drop(drop, where)
+    replies = sum(len(row["responses"]) for _, row in prompts)
+    tally.joined.update(messages=len(prompts) + replies + len(lost), prompts=len(prompts))
+    return iter(prompts), "rankings"
 
 
 def _reading(
@@ -444,8 +346,10 @@ def _reading(
     found = []
     for where, values in head:
         with suppress(Refusal):  # said when the row is read
-            found.append(formats.raw(Row(where, values, layout.columns), layout, sides))
-    return texts.look([each for each in found if each is not None])
+            raw = formats.raw(Row(where, values, layout.columns), layout, sides)
+            if raw and all(isinstance(each, str | list | None) for each in (raw.prompt, *raw.answers)):
+                found.append(raw)
+    return texts.look(found)
 
 
 def _read(
@@ -455,12 +359,12 @@ def _read(
     reading: texts.Reading | None,
     sides: tuple[str, ...],
     labelled: bool,
-    tally: _Tally,
+    tally: Tally,
     keys: Keys,
     writer: Writer,
 ) -> None:
     """Write every example that the rows give; what they do not give goes into the tally."""
-    held, own = secrets.in_environment(), _Tally()
+    held, own = secrets.in_environment(), Tally()
     for where, values in found:
         row = Row(where, values, layout.columns, tally.unread_keys, data["ignore"])
         own.rows += 1
@@ -485,13 +389,13 @@ def _read(
                 example |= labels
                 keys.add(where, example, split)
                 writer.add(example)
-    own.refuse_most(_source_name(data["path"]))
+    own.refuse_most(sources.source_name(data["path"]))
     if reading is not None:
-        reading.refuse_if_most(_source_name(data["path"]))
+        reading.refuse_if_most(sources.source_name(data["path"]))
     tally.add(own)
 
 
-def _turned(pair: Example, row: Row, tally: _Tally) -> tuple[Example, float | None]:
+def _turned(pair: Example, row: Row, tally: Tally) -> tuple[Example, float | None]:
     """A pair and the probability that its chosen answer is the better one, turned round where that is below 0.5."""
     p = pair.pop("p", None)
     if p is None:
@@ -509,11 +413,16 @@ def _is_found(data: dict[str, Any], layout: recognise.Layout) -> bool:
     )
 
 
-def _account(data: dict[str, Any], layout: recognise.Layout, tally: _Tally, reading) -> dict[str, Any]:
+def _account(
+    data: dict[str, Any], layout: recognise.Layout, tested: recognise.Layout, tally: Tally, reading
+) -> dict[str, Any]:
     """What is said of the columns and of the texts, where there is something to say."""
+    unread = dict.fromkeys((*layout.unread, *tested.unread, *(f"{key} (of messages)" for key in tally.unread_keys)))
     found = {
+        "joined": dict(tally.joined),
         "read_as": recognise.said(layout) if _is_found(data, layout) else None,
-        "unread": [*layout.unread, *(f"{key} (of messages)" for key in tally.unread_keys)],
+        "test_read_as": recognise.said(tested) if tested.columns != layout.columns else None,
+        "unread": list(unread),
         "turned_round": tally.turned_round,
         "own_scores": tally.own_scores and {"columns": layout.scores, **tally.own_scores},
         "texts": reading.lines() if reading is not None else [],
@@ -533,46 +442,6 @@ def _halves(candidate: Example, number: int) -> list[Example]:
 
 def _texts(example: Example) -> list[str]:
     return [turn["content"] for turns in example.values() if isinstance(turns, list) for turn in turns]
-
-
-def _split(keys: Keys, train: np.ndarray, test: np.ndarray | None, data: dict[str, Any], told: str):
-    """(train, test, how): the test source, else what the split column says, else prompts held out."""
-    if test is not None:
-        return train, test, f"test: {told}"
-    if len(keys.split_names) > 1:
-        return *_split_by_column(keys, data), f"test: column {data['columns']['split']}"
-    size, seed = data["test_size"], data["seed"]
-    if size is None:
-        raise Refusal(
-            f"{_source_name(data['path'])}: no test split. Give data.test_path, or hold out prompts: "
-            "data.test_size=0.1"
-        )
-    openings = np.asarray(keys.openings)
-    different = np.unique(openings)
-    if len(different) == 1:  # one greeting opens all of them: they are told apart by what follows
-        openings = np.asarray(keys.prompts)
-        different = np.unique(openings)
-    drawn = held_out(different, size, seed)
-    if len(drawn) == len(different) > 0:
-        raise Refusal(
-            f"data.test_size={size}: leaves nothing of {len(drawn)} prompts to train on. "
-            "Lower it, or give data.test_path."
-        )
-    is_test = are_in(openings, drawn)
-    return train[~is_test], train[is_test], f"test: {len(drawn)} of {len(different)} prompts held out, seed {seed}"
-
-
-def _split_by_column(keys: Keys, data: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    wanted = [keys.split_names.get(data[key], -1) for key in ("train_split", "test_split")]
-    splits = np.asarray(keys.splits).astype(np.int64)
-    for number in np.flatnonzero(~np.isin(splits, wanted))[:1]:
-        named, train, test = list(keys.split_names)[splits[number]], data["train_split"], data["test_split"]
-        raise Refusal(
-            f"{keys.where(number)}: {data['columns']['split']}: {named!r:.40} is not {train} or {test}. "
-            "Set data.train_split and data.test_split, or data.columns.split=null to ignore the column."
-        )
-    train, test = (np.flatnonzero(splits == each) for each in wanted)
-    return train, test
 
 
 def shorter_wins(rows: Iterable[Example]) -> list[float]:

@@ -7,6 +7,7 @@ is counted as unread.
 
 from collections import Counter
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 from rlhf_recipes.errors import Refusal
@@ -28,6 +29,7 @@ MEDIA_KEYS = ("image", "images", "audio", "audios", "video", "videos", "files")
 WEIGHT_KEYS = ("weight", "train", "training", "loss")
 
 
+@dataclass(unsafe_hash=True)
 class Drop(Exception):
     """Why a row, or one candidate of it, is left out.
 
@@ -36,9 +38,8 @@ class Drop(Exception):
         detail: what the reason does not say (which turn, which role); may be blank.
     """
 
-    def __init__(self, reason: str, detail: str = ""):
-        super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
+    reason: str
+    detail: str = ""
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
@@ -65,17 +66,27 @@ def as_messages(
         Refusal: no message, an unknown role, content that is no text.
         Drop: `tools`, `media` or `unweighted`, with the turn.
     """
-    if isinstance(value, dict):
-        keys = _keys(value)
-        if keys and all(isinstance(value[key], list) for key in keys):
-            roles, texts = (value[key] for key in keys)
-            if len(roles) != len(texts):
-                raise Refusal(f"{at}: {len(roles)} roles for {len(texts)} texts. Mend or remove the row.")
-            value = [dict(zip(keys, each, strict=True)) for each in zip(roles, texts, strict=True)]
-        else:
-            value = [value]
+    value = listed(at, value)
     last = len(value) - 1
     return [_message(f"{at}[{i}]", i, i == last, turn, unread, ignore) for i, turn in enumerate(value)]
+
+
+def listed(at: str, value: Any) -> Any:
+    """Messages that are one alone, or a column of each of their keys, as a list of them; anything else as it is.
+
+    Raises:
+        Refusal: columns of different lengths.
+    """
+    keys = _keys(value) if isinstance(value, dict) else None
+    if not keys:
+        return value
+    if not all(isinstance(value[key], list) for key in keys):
+        return [value]
+    columns = {key: each for key, each in value.items() if isinstance(each, list)}
+    if len({len(each) for each in columns.values()}) > 1:
+        sizes = " and ".join(f"{len(each)} of {key}" for key, each in columns.items())
+        raise Refusal(f"{at}: {sizes} for one conversation. Mend or remove the row.")
+    return [dict(zip(columns, each, strict=True)) for each in zip(*columns.values(), strict=True)]
 
 
 def _keys(turn: dict) -> tuple[str, str] | None:
@@ -95,12 +106,12 @@ def _message(at: str, index: int, is_last: bool, turn: Any, unread: Counter, ign
     for key in turn.keys() - set(keys) - set(ignore):
         _account(key, turn[key], index, is_last, unread)
     named = turn[keys[0]]
-    role = named.strip().lower() if isinstance(named, str) else named
+    role = named.strip().lower() if isinstance(named, str) else ""
     if role in TOOL_ROLES:
         raise Drop("tools", f"turn {index + 1} is of the role {role}")
     if role not in ROLE:
         raise Refusal(f"{at}.{keys[0]}: {named!r:.40} is not one of {', '.join(ROLES)}. Rename or remove it.")
-    return {"role": ROLE[role], "content": _text(f"{at}.{keys[1]}", turn.get(keys[1]), index)}
+    return {"role": ROLE[role], "content": _text(f"{at}.{keys[1]}", turn.get(keys[1]), index, ignore)}
 
 
 def _account(key: str, value: Any, index: int, is_last: bool, unread: Counter) -> None:
@@ -110,13 +121,15 @@ def _account(key: str, value: Any, index: int, is_last: bool, unread: Counter) -
         raise Drop("tools", f"turn {index + 1} has {key}")
     if key in MEDIA_KEYS:
         raise Drop("media", f"turn {index + 1} has {key}")
-    if key in WEIGHT_KEYS and is_last and not value:  # those of earlier turns are prompt, which nothing learns
-        raise Drop("unweighted", f"{key} of turn {index + 1} is {value!r:.10}")
+    if key in WEIGHT_KEYS:  # those of earlier turns are prompt, which nothing learns
+        if is_last and not value:
+            raise Drop("unweighted", f"{key} of turn {index + 1} is {value!r:.10}")
+        return
     unread[key] += 1
 
 
-def _text(at: str, content: Any, index: int) -> str:
-    """Text, or its parts one after the other."""
+def _text(at: str, content: Any, index: int, ignore: Collection[str]) -> str:
+    """Text, or its parts one after the other, without those of a type that is left unread."""
     if not isinstance(content, list):
         if content is not None and not isinstance(content, str):
             raise Refusal(f"{at}: must be text. Mend or remove the row.")
@@ -128,6 +141,8 @@ def _text(at: str, content: Any, index: int) -> str:
             texts.append(part)
         elif kind == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])
+        elif isinstance(kind, str) and kind in ignore:
+            continue
         elif isinstance(kind, str) and kind != "text":
             raise Drop("tools" if "tool" in kind else "media", f"turn {index + 1} holds a part of the type {kind:.30}")
         else:

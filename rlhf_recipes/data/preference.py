@@ -15,6 +15,7 @@ SAID = {
     "one": "1 the first, 2 the second",
     "probability": "the probability that the first is better",
     "signed": "below 0 the first is better",
+    "good": "1 good, -1 bad",
 }
 # What tells the columns of two answers apart.
 MARKERS = (("0", "1"), ("1", "2"), ("a", "b"), ("left", "right"), ("first", "second"), ("one", "two"))
@@ -26,10 +27,10 @@ NOUNS = (
 DECIDES = re.compile(
     r"(?:overall_|human_|annotator_|user_)?(?:better|best|winner|preferred|preference|pref|choice|vote|verdict|labels?)"
     r"(?:_(?:response|answer|completion|output|model|id|idx|index|position|label|strength|score|human|final))*"
-    r"|(?:chosen|safer|more_helpful|safer_response|chosen_response|selected|selected_response)_(?:id|idx|index|position)"
+    r"|chosen|selected|(?:chosen|safer|more_helpful|safer_response|chosen_response|selected|selected_response)_(?:id|idx|index|position)"
     r"|winner_.*|is_.*_(?:better|preferred)|(?:first|a|response_a|response_1)_is_better"
 )
-INDEX = re.compile(r".*_(?:id|idx|index|position)|(?:better|best|winner|choice|vote).*")
+INDEX = re.compile(r".*_(?:id|idx|index|position)|(?:better|best|winner|choice|vote|chosen|selected).*")
 SIGNED = ("overall_preference", "preference_strength", "preference_score")  # HelpSteer's
 TIES = ("tie", "both", "neither", "equal", "draw", "same", "none", "nopreference", "tiebothbad", "bothbad")
 SHORT = ("word", "number", "flag", "text")
@@ -52,6 +53,39 @@ def decisive(source: Source, sides: tuple[str, ...]) -> list[str]:
 
 def is_verdict(values: Sequence[Any]) -> bool:
     return all(not isinstance(value, str) or len(value) <= WORD for value in values if value is not None)
+
+
+def is_one_hot(source: Source, names: Sequence[str]) -> bool:
+    """Whether columns of 0 and 1, told apart as answers are, share one verdict: each row has a 1 in one of them."""
+    if not any(markers(x, y) for x in names for y in names):
+        return False
+    columns = [[_number(value) for value in source.values[name]] for name in names]
+    rows = list(zip(*columns, strict=False))
+    return all(set(row) <= {0.0, 1.0} and sum(row) == 1 for row in rows)
+
+
+def models_of(source: Source, name: str, sides: tuple[str, str]) -> tuple[str, str] | None:
+    """Two columns told apart as the answers are, one of which has the word that a preference says."""
+    verdicts = source.values[name]
+    words = [each for each in source.kinds if source.kinds[each] in ("word", "text") and each not in (name, *sides)]
+    for x in words:
+        for y in words:
+            pairs = list(zip(verdicts, source.values[x], source.values[y], strict=False))
+            if markers(x, y) and len(pairs) == len(verdicts) and any(v in (a, b) for v, a, b in pairs if v):
+                return x, y
+    return None
+
+
+def may_be_verdicts(values: Sequence[Any], sides: tuple[str, str]) -> bool:
+    """Whether all of these are 0 and 1, 1 and 2, or names of the sides."""
+    for value in values:
+        if value in (None, "", 0, 1, 2):
+            continue
+        try:
+            better(value, "names", sides)
+        except ValueError:
+            return False
+    return True
 
 
 def markers(first: str, second: str) -> tuple[str, str] | None:
@@ -93,7 +127,7 @@ def scale_of(source: Source, name: str, sides: tuple[str, str], told: str) -> st
         and (0 not in numbers or counted == ("1", "2"))
     ):
         scale = "one" if 2 in numbers or 0 not in numbers else ""
-    elif numbers <= {0, 1} and INDEX.fullmatch(word):
+    elif numbers <= {0, 1} and (INDEX.fullmatch(word) or counted == ("0", "1")):
         scale = "index"
     elif numbers <= {0, 1} and sides == ("human_ref_A", "human_ref_B"):
         scale = "probability"  # SHP's labels: 1 where A is the better one
@@ -102,15 +136,40 @@ def scale_of(source: Source, name: str, sides: tuple[str, str], told: str) -> st
     if scale:
         return scale
     shown = ", ".join(f"{number:g}" for number in sorted(numbers)[:5])
+    ways = {
+        "index (0 the first, 1 the second)": numbers <= {0, 1},
+        "index (1 the first, 2 the second)": numbers <= {1, 2} and 2 in numbers,
+        "probability (that the first is better: 1 the first, 0 the second)": all(0 <= x <= 1 for x in numbers),
+        "signed (below 0 the first, above 0 the second)": any(x < 0 for x in numbers),
+    }
+    fit = [way for way, fits in ways.items() if fits]
+    if not fit:
+        raise Refusal(
+            f"{source.name}: {name}: {shown} are on no scale that is known of {sides[0]} and {sides[1]}. Write "
+            "numbers below 0 where the first is better, above 0 where the second is, 0 for a tie; or a probability."
+        )
     raise Refusal(
         f"{source.name}: {name}: {shown} may say several things of {sides[0]} and {sides[1]}. Say which with "
-        "data.preference: index (0 the first, 1 the second), probability (that the first is better: 1 the first, 0 "
-        "the second), or signed (below 0 the first, above 0 the second)."
+        f"data.preference: {', or '.join(fit)}."
     )
 
 
-def better(value: Any, scale: str, sides: tuple[str, str]) -> float | None:
+def is_clear(source: Source, name: str, sides: tuple[str, str]) -> bool:
+    """Whether the values of a preference say one thing alone."""
+    try:
+        return bool(scale_of(source, name, sides, "auto"))
+    except Refusal:
+        return False
+
+
+def better(value: Any, scale: str, sides: tuple[str, str], models: tuple[Any, Any] = (None, None)) -> float | None:
     """The probability that the first answer is the better one: 1, 0, 0.5 for a tie, between for a soft label.
+
+    Args:
+        value: of a preference.
+        scale: see `scale_of`.
+        sides: the columns of the answers.
+        models: what made each of them.
 
     Returns:
         None for a value that is null or blank.
@@ -120,6 +179,8 @@ def better(value: Any, scale: str, sides: tuple[str, str]) -> float | None:
     """
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
+    if scale == "names" and models[0] != models[1] and value in models:
+        return float(value == models[0])
     if scale == "names":
         return _named(str(value), sides)
     number = float(value)
@@ -149,6 +210,13 @@ def _named(value: str, sides: tuple[str, str]) -> float:
     if first == second:
         raise ValueError(value)
     return float(first)
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
 
 
 def _squashed(text: str) -> str:

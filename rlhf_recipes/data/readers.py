@@ -110,12 +110,10 @@ class Hub:
         try:
             data = load_dataset(self.path, self.name, revision=self.revision, split=split)
         except ValueError as error:
-            listed = re.search(r"\[[^\[\]]*\]", str(error))
             if "unknown split" in str(error).lower():
-                self.names = tuple(ast.literal_eval(listed[0])) if listed else ()
+                self.names = _listed(r"Should be one of (\[.*\])", error)
                 return None
-            if "Config name is missing" in str(error) and listed:
-                names = ", ".join(ast.literal_eval(listed[0]))
+            if names := ", ".join(_listed(r"available configs: (\[.*\])", error)):
                 raise Refusal(f"{where}: several configurations: {names}. Name one of them with data.name.") from error
             raise Refusal(f"{where}: {reason(error)}. Check data.name and data.revision.") from error
         except Exception as error:
@@ -133,11 +131,21 @@ class Hub:
 
     def unused(self, read: tuple[str, ...]) -> list[str]:
         """The splits there are beside these."""
-        return [name for name in self.names if name not in read]
+        parts = {part for split in read for part in re.split(r"\+|\[[^]]*\]", split)}  # of train[:10%]+validation
+        return [name for name in self.names if name not in parts]
 
     def unread(self, read: tuple[str, ...]) -> list[str]:
         """They, as rows of theirs would be named."""
         return [f"{self.path}[{name}]" for name in self.unused(read)]
+
+
+def _listed(pattern: str, error: Exception) -> tuple[str, ...]:
+    """The names that `datasets` lists in what it says."""
+    match = re.search(pattern, str(error))
+    try:
+        return tuple(map(str, ast.literal_eval(match[1]))) if match else ()
+    except (ValueError, SyntaxError):
+        return ()
 
 
 def reach_hub(path: str, offline: bool) -> None:
@@ -276,7 +284,7 @@ def _parquet_rows(path: str, file: Path, kind: str) -> Iterator[Located]:
         table = pyarrow.parquet.ParquetFile(file)
         _refuse_huge_rows(path, table.metadata)
         yield from _batches(path, table.iter_batches(BATCH))
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         if getattr(error, "strerror", None):
             raise
         raise Refusal(f"{path}: not a readable parquet file ({reason(error)}). Write it again.") from error
@@ -298,8 +306,9 @@ def _arrow_rows(path: str, file: Path, kind: str) -> Iterator[Located]:
                 batches = map(reader.get_batch, range(reader.num_record_batches))
             else:
                 batches = iter(pyarrow.ipc.open_stream(source))
-            yield from _batches(path, batches)
-    except (pyarrow.ArrowException, OSError) as error:
+            # What is mapped is as it lies on the disk: an offset that points elsewhere would be followed.
+            yield from _batches(path, (batch for batch in batches if batch.validate(full=True) is None))
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         if getattr(error, "strerror", None):
             raise
         raise Refusal(f"{path}: not a readable Arrow file ({reason(error)}). Write it again.") from error

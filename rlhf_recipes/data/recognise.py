@@ -6,24 +6,25 @@ two do.
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rlhf_recipes.data import preference
 from rlhf_recipes.data.columns import ALIASES, COLUMNS, Source, spelled
 from rlhf_recipes.data.messages import is_messages
-from rlhf_recipes.data.row import as_good, as_list
+from rlhf_recipes.data.row import as_good, as_list, as_number
 from rlhf_recipes.errors import Refusal
 
 SAMPLE = 200  # rows that are looked at
 
-PREFERENCES = ("pairs", "hh_rlhf", "preference", "ratings", "rankings")
+PREFERENCES = ("pairs", "hh_rlhf", "preference", "ratings", "rankings", "trees")
 FORMATS = ("auto", *PREFERENCES, "labelled", "messages")
 PARTS = {
     "system": ("text", "word", "empty"),
     "input": ("text", "word", "number", "empty"),
     "history": ("messages", "lists", "empty"),
 }
+ASKED = ("text", "word", "messages")  # what a prompt may be
 KNOWN = ("p", "margin", "family", "split")
 NEEDED = {
     "pairs": ("chosen", "rejected"),
@@ -54,10 +55,11 @@ class Layout:
     """How the rows of a file are read.
 
     Attributes:
-        format: one of `FORMATS`, but for auto.
+        format: one of `FORMATS`, but for auto and trees (which are rankings once they are joined).
         columns: our names -> the file's, a path (`input.messages`), or None.
         scale: how a preference is meant: `names`, `index` (0 the first), `one` (1 the first, 2 the second, 0 none),
             `probability` (that the first is better) or `signed` (below 0 the first is better).
+        models: the columns of the names of the answers' models, where a preference says one of these; or None.
         watched: columns that are read nowhere and whose rows are left out, each with the reason.
         scores: the columns of the chosen and the rejected answer's own score, or None.
         unread: columns that are not read.
@@ -66,6 +68,7 @@ class Layout:
     format: str
     columns: Mapping[str, str | None]
     scale: str = ""
+    models: tuple[str, str] | None = None
     watched: Mapping[str, str] = field(default_factory=dict)
     scores: tuple[str, str] | None = None
     unread: tuple[str, ...] = ()
@@ -89,22 +92,24 @@ def recognise(source: Source, data: Mapping[str, Any], sides: tuple[str, ...], l
     return _format(source, data, sides, labelled)
 
 
-def same(source: Source, layout: Layout, sides: tuple[str, ...]) -> Layout:
-    """The layout for a second source, which has the same columns.
+def same(source: Source, layout: Layout, data: Mapping[str, Any], sides: tuple[str, ...], labelled: bool) -> Layout:
+    """The layout for a second source of the same data: the first one's format and scale, by columns of its own.
 
     Raises:
         Refusal: a column that is not there.
     """
-    for key in NEEDED[layout.format] if sides else ():
-        if layout.columns.get(key) and layout.columns[key] not in source.kinds:
-            raise source.no_column(key)
-    return layout
+    found = {key: name for key, name in layout.columns.items() if name and key not in (*PARTS, *KNOWN)}
+    if all(source.has(name) for name in found.values()):
+        return replace(layout, columns=_columns(source, found))
+    own = recognise(source, {**data, "format": layout.format}, sides, labelled)
+    return replace(own, scale=layout.scale)
 
 
 def said(layout: Layout) -> str:
     """What a file is read as and which columns say so, on one line."""
     columns = [f"{key} from {name}" if name != key else key for key, name in layout.columns.items() if name]
     scale = f" ({preference.SAID[layout.scale]})" if layout.scale else ""
+    scale = f" (by the name in {' or '.join(layout.models)})" if layout.models else scale
     return f"{layout.format}{scale}: {', '.join(columns)}"
 
 
@@ -112,7 +117,7 @@ def _format(source: Source, data: Mapping[str, Any], sides: tuple[str, ...], lab
     wanted = data["format"]
     if wanted != "auto":
         return _told(source, wanted, data, sides)
-    if not sides and (prompt := _prompt(source)):
+    if not sides and (prompt := source.find("prompt", ASKED)) and source.kinds[prompt] != "empty":
         return Layout("pairs", _columns(source, {"prompt": prompt}))
     fits = [
         fit
@@ -124,7 +129,8 @@ def _format(source: Source, data: Mapping[str, Any], sides: tuple[str, ...], lab
         fits = [*([thumbs] if thumbs else []), *fits]
         if not labelled:
             conversation = source.find("messages", ("messages",))
-            if conversation and not thumbs:
+            goes_on = any(fit.columns["prompt"] == conversation for fit in fits)
+            if conversation and not thumbs and not goes_on:
                 fits.append(Layout("messages", _columns(source, {"messages": conversation})))
             if not thumbs and (answered := _answered(source)):
                 fits = [answered, *[fit for fit in fits if fit.format not in ("pairs", "messages")]]
@@ -141,7 +147,8 @@ def _format(source: Source, data: Mapping[str, Any], sides: tuple[str, ...], lab
 
 def _told(source: Source, wanted: str, data: Mapping[str, Any], sides: tuple[str, ...]) -> Layout:
     """The layout of a format that the user named."""
-    if not sides and wanted not in ("hh_rlhf", "messages") and (prompt := _prompt(source)):
+    prompt = source.find("prompt", ASKED) if not sides and wanted not in ("hh_rlhf", "messages") else None
+    if prompt and source.kinds[prompt] != "empty":
         return Layout(wanted, _columns(source, {"prompt": prompt}))
     match wanted:
         case "pairs" if "rejected" not in sides and (answered := _answered(source)):
@@ -159,6 +166,8 @@ def _told(source: Source, wanted: str, data: Mapping[str, Any], sides: tuple[str
             fit = Layout("messages", _columns(source, {"messages": name})) if name else None
     if fit:
         return fit
+    if wanted == "preference" and (marked := _marked(source)):
+        raise _no_preference(source, marked)
     for key in NEEDED[wanted]:
         if not source.find(key, ("text", "messages", "texts", "objects", "numbers", "number", "word", "flag")):
             raise source.no_column(key)
@@ -173,7 +182,7 @@ def _columns(source: Source, found: Mapping[str, str | None]) -> dict[str, str |
         columns[key] = source.named(key) if source.named(key) not in taken else None
     for key, kinds in PARTS.items():
         name = source.find(key, kinds, taken)
-        if name and name not in taken and source.kinds[name] in kinds:
+        if name and name not in taken and (source.kinds[name] in kinds or name == source.typed(key)):
             columns[key] = name
             taken.append(name)
     return columns
@@ -184,7 +193,8 @@ def _taken(layout: Layout) -> list[str]:
 
 
 def _prompt(source: Source, taken: Iterable[str | None] = ()) -> str | None:
-    return source.find("prompt", ("text", "word", "messages"), taken)
+    """The column of prompts, else of the conversations that the answers of a row go on with (LLaMA-Factory's)."""
+    return source.find("prompt", ASKED, taken) or source.find("messages", ("messages",), taken)
 
 
 def _pairs(source: Source, told: str = "") -> Layout | None:
@@ -195,6 +205,8 @@ def _pairs(source: Source, told: str = "") -> Layout | None:
         return None
     if not told and preference.markers(chosen, rejected) and preference.decisive(source, (chosen, rejected)):
         return None  # which of the two is better, another column says
+    if not told and not source.typed("chosen") and _marked(source) and preference.decisive(source, ()) == [chosen]:
+        return None  # chosen is no answer, but says which of two is
     found = {"chosen": chosen, "rejected": rejected}
     prompt = source.named("prompt") or source.typed("prompt")
     if told == "hh_rlhf" or (not told and not prompt and _are_transcripts(source, chosen)):
@@ -240,8 +252,7 @@ def _preference(source: Source, data: Mapping[str, Any], told: bool = False) -> 
     if not all(sides):
         sides = source.typed("chosen"), source.typed("rejected")
     if not all(sides):
-        texts = source.answers([source.typed("prompt")])
-        sides = next(((x, y) for x in texts for y in texts if preference.markers(x, y)), (None, None))
+        sides = _marked(source) or (None, None)
     if not all(sides) and preference.decisive(source, ()):
         lists = [name for name in source.kinds if _are_two(source, name)]
         sides = (f"{lists[0]}.0", f"{lists[0]}.1") if len(lists) == 1 else sides
@@ -250,6 +261,11 @@ def _preference(source: Source, data: Mapping[str, Any], told: bool = False) -> 
     decides = preference.decisive(source, sides)
     if not decides:
         return None
+    if len(decides) > 1 and preference.is_one_hot(source, decides):
+        raise Refusal(
+            f"{source.name}: {', '.join(decides)} say in several columns which of {sides[0]} and {sides[1]} is "
+            f"better. Make one of them, with a, b or tie, and name it with data.columns.preference"
+        )
     if len(decides) > 1:
         raise Refusal(
             f"{source.name}: {' and '.join(decides)} each say which answer is better. Name one with "
@@ -262,9 +278,15 @@ def _preference(source: Source, data: Mapping[str, Any], told: bool = False) -> 
         if not prompt:
             return None
     found = {"first": first, "second": second, "preference": decides[0], "prompt": prompt}
-    return Layout(
-        "preference", _columns(source, found), preference.scale_of(source, decides[0], sides, data["preference"])
-    )
+    scale = preference.scale_of(source, decides[0], sides, data["preference"])
+    models = preference.models_of(source, decides[0], sides) if scale == "names" else None
+    return Layout("preference", _columns(source, found), scale, models=models)
+
+
+def _marked(source: Source) -> tuple[str, str] | None:
+    """Two columns of answers that are told apart by a letter or a number."""
+    texts = source.answers([source.typed("prompt")])
+    return next(((x, y) for x in texts for y in texts if preference.markers(x, y)), None)
 
 
 def _are_two(source: Source, name: str) -> bool:
@@ -276,18 +298,17 @@ def _scored(source: Source, wanted: str) -> Layout | None:
     """A list of answers and their scores or ranks, in columns or in objects."""
     key = NEEDED[wanted][2]
     taken = [source.typed(each) for each in ("scores", "ranks")]
-    responses = source.find("responses", ("texts", "objects"), taken)
+    responses = source.find("responses", ("texts", "objects", "object"), taken)
     prompt = _prompt(source, (responses,)) if responses else None
     if not prompt:
         return None
     scores = source.named(key) if source.kinds.get(source.named(key) or "") not in (None, "empty") else None
-    if source.kinds[responses] == "objects":
-        keys = dict.fromkeys(
-            each for value in source.values[responses] for item in _as_list(value) for each in item or {}
-        )
+    if source.kinds[responses] in ("objects", "object"):  # a list of objects, or an object of lists
+        inside = {**source.inner, **source.kinds}
+        keys = [name.removeprefix(f"{responses}.") for name in inside if name.startswith(f"{responses}.")]
         text = next((each for each in ANSWER_KEYS if each in keys), None)
-        inside = SCORE_KEYS if key == "scores" else ALIASES["ranks"]
-        score = next((each for each in inside if each in keys), None)
+        names = SCORE_KEYS if key == "scores" else ALIASES["ranks"]
+        score = next((each for each in names if each in keys), None)
         if not text or not (score or scores):
             return None
         answers, scores = f"{responses}.{text}", scores or f"{responses}.{score}"
@@ -310,19 +331,24 @@ def _labelled(source: Source, told: bool = False) -> Layout | None:
     label = source.find("label", ("flag", "number", "word", "text"), (completion,))
     if not (completion and label):
         return None
-    if not told and not all(as_good(value) is not None for value in source.values[label] if value not in (None, "")):
+    labels = [value for value in source.values[label] if value not in (None, "")]
+    is_signed = {as_number(str(value)) for value in labels} == {-1, 1}
+    if not told and not is_signed and any(as_good(value) is None for value in labels):
         return None
     prompt = source.named("prompt") or (
         None if _are_conversations(source, completion) else _prompt(source, (completion,))
     )
     if not prompt and not _are_conversations(source, completion):
         return None
-    return Layout("labelled", _columns(source, {"prompt": prompt, "completion": completion, "label": label}))
+    columns = _columns(source, {"prompt": prompt, "completion": completion, "label": label})
+    return Layout("labelled", columns, "good" if is_signed else "")
 
 
 def _answered(source: Source) -> Layout | None:
     """A prompt and one answer."""
     completion = source.find("completion", ("text", "word", "messages", "number"))
+    if not completion and not source.named("rejected"):
+        completion = source.named("chosen")
     if not completion:
         return None
     prompt = source.named("prompt") or _prompt(source, (completion,))
@@ -332,21 +358,37 @@ def _answered(source: Source) -> Layout | None:
 
 
 def _nothing_fits(source: Source, sides: tuple[str, ...], labelled: bool) -> Refusal:
-    if "rejected" in sides and not labelled and (thumbs := _labelled(source)):
+    if not sides:
+        return source.no_column("prompt")
+    conversation = source.find("messages", ("messages",))
+    answered = _answered(source)
+    if labelled and (answered or conversation):
+        return source.no_column("label")
+    if "rejected" in sides and (thumbs := _labelled(source)):
         return Refusal(
             f"{source.name}: each row holds one answer and whether it is good ({', '.join(_taken(thumbs))}), which "
             "makes no pair. Train on it with recipes/kto.py, or on the good ones with recipes/sft.py."
         )
-    conversation = source.find("messages", ("messages",))
-    if "rejected" in sides and conversation and not source.named("chosen"):
+    if "rejected" in sides and not source.named("chosen") and (conversation or answered):
+        name = conversation or answered.columns["completion"]
         return Refusal(
-            f"{source.name}: {conversation} holds conversations, of which none is preferred. Train on it with "
+            f"{source.name}: {name} holds one answer a row, and no other to compare it with. Train on it with "
             "recipes/sft.py, or name two answers with data.columns.chosen and data.columns.rejected."
         )
+    if "rejected" in sides and not source.named("chosen") and (marked := _marked(source)):
+        return _no_preference(source, marked)
+    if source.find("responses", ("texts",)) and not source.named("chosen"):
+        return source.no_column("prompt" if not _prompt(source) else "scores")
     needed = ("completion",) if sides == ("completion",) and not source.named("chosen") else ("chosen", "rejected")
-    if not sides:
-        return source.no_column("prompt")
     for key in needed:
         if not source.named(key):
             return source.no_column(key)
     return source.no_column("prompt")
+
+
+def _no_preference(source: Source, sides: tuple[str, str]) -> Refusal:
+    return Refusal(
+        f"{source.name}: no column says which of {sides[0]} and {sides[1]} is better (found: "
+        f"{', '.join(source.top):.200}). Name one with data.columns.preference=<its name>, or the answers with "
+        "data.columns.chosen and data.columns.rejected."
+    )

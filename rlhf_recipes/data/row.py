@@ -9,26 +9,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf_recipes.data.messages import Drop, Messages, as_messages, is_messages
+from rlhf_recipes.data.messages import Drop, Messages, as_messages, is_messages, listed
 from rlhf_recipes.errors import Refusal
 
-GOOD = (
-    "true",
-    "1",
-    "1.0",
-    "yes",
-    "up",
-    "thumbs up",
-    "👍",
-    "good",
-    "accepted",
-    "desirable",
-    "like",
-    "liked",
-    "positive",
-)
-BAD = ("false", "0", "0.0", "no", "down", "thumbs down", "👎", "bad", "rejected", "undesirable", "dislike", "disliked",
-       "negative")  # fmt: skip
+GOOD = ("true", "1", "1.0", "yes", "up", "thumbs up", "👍", "good", "accepted", "desirable", "like", "liked",
+        "positive", "chosen", "preferred", "correct", "right")  # fmt: skip
+BAD = ("false", "0", "0.0", "no", "down", "thumbs down", "👎", "bad", "rejected", "undesirable",
+       "dislike", "disliked", "negative", "dispreferred", "incorrect", "wrong")  # fmt: skip
 UNRATED = ("", "n/a", "na", "nan", "none", "null", "-")
 MISSING = object()
 
@@ -39,6 +26,7 @@ def at(values: Any, name: str) -> Any:
     if name in values:
         return values[name]
     for part in name.split("."):
+        values = as_list(values) if isinstance(values, str) and values.startswith("[") else values
         if isinstance(values, Mapping) and part in values:
             values = values[part]
         elif isinstance(values, list) and part.isdigit():
@@ -125,8 +113,10 @@ class Row:
         return good
 
     def items(self, key: str) -> list:
-        """A list, or one written as JSON or as Python writes it, which is how CSV holds it."""
+        """A list, or one written as JSON or as Python writes it, which is how CSV holds it; [] where it is null."""
         value = self.value(key)
+        if value in (None, ""):
+            return []
         if isinstance(value, str) and value.startswith("["):
             parsed = as_list(value)
             if parsed is None:
@@ -138,7 +128,7 @@ class Row:
 
     def numbers(self, key: str, count: int) -> list[float | None]:
         """Finite numbers, also as text; None for those that are null, blank or `N/A`."""
-        values = self.items(key)
+        values = self.items(key) or [None] * count
         if len(values) != count:
             rule = f"{len(values)} entries for {count} {self.columns['responses']}"
             raise Refusal(f"{self.where}: {self.columns[key]}: {rule}. Mend or remove the row.")
@@ -155,9 +145,14 @@ class Row:
             found.append(value)
         return found
 
-    def messages(self, key: str, role: str) -> Messages:
-        """Text as one message of `role`, or messages."""
-        return self.turns(key, self.value(key), role)
+    def texts(self, key: str, value: Any) -> str | list | None:
+        """A value of this column as it lies in the file: text, or a list of messages whatever their spelling."""
+        if isinstance(value, dict) and is_messages(value):
+            return listed(f"{self.where}: {self.columns[key]}", value)
+        if value is not None and not isinstance(value, str | list):
+            rule = "must hold texts" if key == "responses" else "must be text or a list of messages"
+            raise self.wrong(key, rule, value)
+        return value
 
     def turns(self, key: str, value: Any, role: str) -> Messages:
         """`messages` of a value of this column."""
@@ -190,8 +185,15 @@ class Row:
         """Leave the row out for what these columns (name -> reason) say and nobody would hear."""
         for name, reason in columns.items():
             value = at(self.values, name)
-            if value is not MISSING and value not in (None, "", [], {}, "[]"):
+            if value is not MISSING and not is_blank(value):
                 raise Drop(reason, f"{name} is not read")
+
+
+def is_blank(value: Any) -> bool:
+    """Whether a value is null or empty, or a list of such."""
+    if isinstance(value, list):
+        return all(is_blank(each) for each in value)
+    return value in (None, "", {}, "[]", "{}")
 
 
 def as_good(value: Any) -> bool | None:

@@ -40,7 +40,7 @@ from rlhf_recipes.data.tokens import TEMPLATE_MARKER
 from rlhf_recipes.errors import Refusal
 
 LOOKED_AT = 300  # rows
-LONG = 100_000  # characters: longer rows are read, but do not decide
+CHARACTERS, HEAD = 2_000_000, 20_000  # that decide, in all and of each text
 LITERAL_LIMIT = 2**20  # characters of a list in Python's notation, whose parser takes a hundred times their memory
 FEW = 3  # words of an answer that may be a label
 
@@ -93,6 +93,7 @@ OWN = re.compile(
 OPENING = re.compile(r"Below is an instruction that describes a task[^\n]{0,200}|BEGINNING OF CONVERSATION:", re.I)
 NO_THOUGHT = re.compile(r"\A\s*<think>\s*</think>\s*")
 MOST_TURNS = 10_000
+MOST_TOKENS = 4  # that a template writes in a row
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ class Markup:
         for word, role, part in zip(words, roles, said, strict=True):
             content, end = _without_ends(part)
             closed = bool(end)
-            content = content if self.token and closed else content.strip()
+            content = content if self.token not in ("", "[INST]") and closed else content.strip()
             if self.token:
                 content = NO_THOUGHT.sub("", content, count=1) if role == "assistant" else content
                 if self.token in content or (end and end in content):
@@ -216,18 +217,20 @@ def _after_blank_line(text: str, start: int) -> bool:
 
 def _without_begins(text: str) -> str:
     text = text.lstrip()
-    while text.startswith(BEGINS):
-        text = text[len(next(token for token in BEGINS if text.startswith(token))) :].lstrip()
+    for _ in range(MOST_TOKENS):
+        if text.startswith(BEGINS):
+            text = text[len(next(token for token in BEGINS if text.startswith(token))) :].lstrip()
     return text
 
 
 def _without_ends(text: str) -> tuple[str, str]:
     """The text without the tokens that end a turn, and the last one taken off ('' for none)."""
     taken, bare = "", text.rstrip()
-    while bare.endswith(ENDS):
-        taken = next(token for token in ENDS if bare.endswith(token))
-        text = bare[: -len(taken)]
-        bare = text.rstrip()
+    for _ in range(MOST_TOKENS):
+        if bare.endswith(ENDS):
+            taken = next(token for token in ENDS if bare.endswith(token))
+            text = bare[: -len(taken)]
+            bare = text.rstrip()
     return text, taken
 
 
@@ -275,7 +278,7 @@ MARKUPS = (
         r"tools?|tool_\w+|functions?|observation|environment|ipython)\|>:? ?\n?",
     ),
     Markup(
-        "a transcript (### headings)",
+        "transcripts (### headings)",
         re.compile(
             r"(?:#{2,4}|@@) ?(system|human|user|instruction|input|assistant|response|question|answer|output|bot|gpt)"
             r"(?: ?:[ \t]*|[ \t]*(?=\n))\n?",
@@ -284,25 +287,25 @@ MARKUPS = (
         before="both",
     ),
     Markup(
-        "a transcript (<human>: <bot>:)",
+        "transcripts (<human>: <bot>:)",
         re.compile(r"<(human|user|bot|assistant|system)> ?: ?", re.IGNORECASE),
         before="both",
     ),
     Markup(
-        "a transcript (USER: ASSISTANT:)",
+        "transcripts (USER: ASSISTANT:)",
         re.compile(r"(?:(?<=\s)|(?<=</s>)|\A)(SYSTEM|USER|ASSISTANT|HUMAN|BOT|GPT) ?: ?"),
         before="both",
     ),
     *_lines(
-        "human|user|assistant|ai|bot|chatbot|gpt|system|用户|助手", "a transcript (Human: Assistant:)", before="cue"
+        "human|user|assistant|ai|bot|chatbot|gpt|system|用户|助手", "transcripts (Human: Assistant:)", before="cue"
     ),
-    *_lines("question|q|answer|a", "a transcript (Question: Answer:)"),
-    *_lines("instruction|input|response|output", "a transcript (Instruction: Response:)"),
-    Markup("a template without its tokens", re.compile(r"^(system|user|assistant|model)[ \t]*\n", re.MULTILINE)),
+    *_lines("question|q|answer|a", "transcripts (Question: Answer:)"),
+    *_lines("instruction|input|response|output", "transcripts (Instruction: Response:)"),
+    Markup("templates without their tokens", re.compile(r"^(system|user|assistant|model)[ \t]*\n", re.MULTILINE)),
 )
 
 # A message list as json, str(list), str(array) or repr(array) writes it; a message alone.
-STRUCTURE = re.compile(r"\s*(?:array\()?\[?\s{0,9}\{\s{0,9}['\"](?:role|from|content|value)['\"]\s{0,9}:")
+STRUCTURE = re.compile(r"\s*+(?:array\()?\[?\s{0,9}\{\s{0,9}['\"](?:role|from|content|value)['\"]\s{0,9}:")
 NAMED = re.compile(r"['\"](?:role|from)['\"]\s{0,9}:")
 # Strings of Python's notation (an open one to the end: linear), and what numpy writes otherwise.
 NUMPY = re.compile(
@@ -311,19 +314,20 @@ NUMPY = re.compile(
 )
 NAMES, PARTS = ("role", "from"), ("content", "value")
 MISSING = ("nan", "NaN", "NAN", "None", "NONE", "null", "NULL", "Null", "<NA>", "NA", "NaT", "#N/A", "undefined")
-_MISSING = rf"(?P<missing>(?:{'|'.join(map(re.escape, MISSING))})\s*\Z)"
-_LISTED = rf"(?P<structure>{STRUCTURE.pattern})|(?P<markup>{TEMPLATE_MARKER.pattern})"
+_MISSING = rf"(?P<missing>(?:{'|'.join(map(re.escape, MISSING))})\s*+\Z)"
+_MARKUP = rf"(?P<markup>(?:<s>)?(?!</?s>)(?:{TEMPLATE_MARKER.pattern}))"  # <s> alone is HTML's
+_LISTED = rf"(?P<structure>{STRUCTURE.pattern})|{_MARKUP}"
 _FRAME = r"(?:\#{1,4} ?|\*\*|<|\[)?"
 _COLON = r"(?:\*\*|>|\])? ?[:：]"
 PROMPT_START = re.compile(
-    rf"\s*(?:{_LISTED}|{_MISSING}|(?P<transcript>{_FRAME}(?i:human|user|instruction|用户){_COLON}))"
+    rf"\s*+(?:{_LISTED}|{_MISSING}|(?P<transcript>{_FRAME}(?i:human|user|instruction|用户){_COLON}))"
 )
 ANSWER_START = re.compile(
-    rf"\s*(?:{_LISTED}|{_MISSING}|(?P<speaker_name>{_FRAME}(?i:assistant|ai|bot|chatbot|response|gpt|助手){_COLON})|"
+    rf"\s*+(?:{_LISTED}|{_MISSING}|(?P<speaker_name>{_FRAME}(?i:assistant|ai|bot|chatbot|response|gpt|助手){_COLON})|"
     rf"(?P<user_speaks>{_FRAME}(?i:human|user|用户){_COLON})|"
     rf"(?P<heading>{_FRAME}(?i:answer|output|a|model){_COLON}))"
 )
-LABEL = re.compile(rf"\s*{_FRAME}(?i:assistant|ai|bot|chatbot|response|gpt|助手){_COLON}(?:\*\*)?[ \t]*\n?")
+LABEL = re.compile(rf"\s*+{_FRAME}(?i:assistant|ai|bot|chatbot|response|gpt|助手){_COLON}(?:\*\*)?[ \t]*\n?")
 USER_HEADING = re.compile(r"###? ?(?:Human|User|Instruction) ?:")
 FIRST = 24  # characters at which a text that is only text is told
 SIGNS = " \t\r\n[]{<>#*"  # what such a text seldom begins or ends with
@@ -487,15 +491,15 @@ class Reading:
         parsed = self.markup.parse(text)
         if isinstance(parsed, Drop):
             return parsed
-        if parsed is not None:
-            turns = parsed.conversation()
+        turns = parsed.conversation() if parsed else []
+        if turns and not (self.in_prompts and turns[0]["role"] == "system" and not self.markup.token):
             if len(turns) != 1 or turns[0]["role"] != "assistant":
                 return turns if isinstance(answer, str) else answer
             text = turns[0]["content"]
         else:
             self._unlike |= not self.in_prompts
-        text = started + text if self.markup.token else started + text.strip()
-        return _with_text(answer, NO_THOUGHT.sub("", text, count=1).strip() if self.markup.token else text)
+        text = started + text
+        return _with_text(answer, (NO_THOUGHT.sub("", text, count=1) if self.markup.token else text).strip())
 
 
 def look(rows: Sequence[Raw]) -> Reading:
@@ -505,13 +509,17 @@ def look(rows: Sequence[Raw]) -> Reading:
         rows: a few hundred; more are not looked at.
     """
     reading = Reading()
-    rows = rows[:LOOKED_AT]
-    sample = [raw for raw in rows if sum(map(len, _texts(raw))) <= LONG] or list(rows[:1])
+    sample, size = [], 0
+    for raw in rows[:LOOKED_AT]:
+        sample.append(raw)
+        size += sum(min(len(text), HEAD) for text in _texts(raw))
+        if size > CHARACTERS:
+            break
     for part, cells in (
         ("prompt", [raw.prompt for raw in sample]),
         ("answers", [answer for raw in sample for answer in raw.answers]),
     ):
-        cells = [cell for cell in cells if isinstance(cell, list) or (cell and cell.strip())]
+        cells = [cell for cell in cells if isinstance(cell, list) or (cell and len(cell) <= LITERAL_LIMIT)]
         if _most(isinstance(cell, str) and _messages(cell) is not None for cell in cells):
             reading.listed |= {part}
     if reading.listed:
@@ -573,7 +581,9 @@ def _answer_text(answer: Text) -> str:
     if isinstance(answer, str):
         return answer
     last = answer[-1] if answer else None
-    content = last.get("content", last.get("value")) if isinstance(last, dict) else None
+    if not isinstance(last, dict):
+        return ""
+    content = last["content"] if "content" in last else last.get("value")
     return content if isinstance(content, str) else ""
 
 
@@ -625,7 +635,7 @@ def _literal(text: str) -> Any:
 
 
 def _list_of_texts(text: Text) -> list[str] | None:
-    if not isinstance(text, str) or not re.match(r"\s*\[\s{0,9}\"", text):
+    if not isinstance(text, str) or not re.match(r"\s*+\[\s{0,9}\"", text):
         return None
     try:
         found = json.loads(text)
@@ -696,7 +706,7 @@ def _markup(sample: list[Raw]) -> tuple[Markup | None, bool]:
 
 
 def _is_in(markup: Markup, text: str, whole: bool = False) -> bool:
-    parsed = markup.parse(text, strict=True)
+    parsed = markup.parse(text[:HEAD], strict=True)
     if not isinstance(parsed, Parsed):
         return False
     turns = parsed.conversation() if whole else parsed.turns
@@ -719,38 +729,36 @@ def _taken(answer: Text, take) -> Text:
     return answer if rest == text else _with_text(answer, rest)
 
 
-def _suspicions(raw: Raw) -> set[str]:
+def _suspicions(raw: Raw) -> list[str]:
     """What a row's texts hold that may not be what it seems."""
     prompt = _prompt_text(raw.prompt)
     kinds = _seen(prompt, PROMPT_START)
-    begin = prompt.strip()[:FIRST]
-    repeated = 0
+    begin = prompt.strip()[:FIRST] or "\0"
+    repeats = bool(raw.answers)
     for answer in raw.answers:
         text = _answer_text(answer)
-        kinds |= _seen(text, ANSWER_START)
+        kinds = kinds + _seen(text, ANSWER_START)
         if (
             "\nHuman:" in text
             or "\nUser:" in text
             or "\nUSER:" in text
             or ("###" in text and USER_HEADING.search(text))
         ):
-            kinds.add("user_speaks")
-        repeated += bool(begin) and text.lstrip()[:FIRST].startswith(begin) and _rest(prompt, text) is not None
-    if repeated and repeated == len(raw.answers):
-        kinds.add("prompt_in_answer")
-    return kinds
+            kinds = [*kinds, "user_speaks"]
+        repeats = repeats and text.lstrip().startswith(begin) and _rest(prompt, text) is not None
+    return list(dict.fromkeys([*kinds, "prompt_in_answer"] if repeats else kinds))
 
 
-def _seen(text: str, start: re.Pattern) -> set[str]:
+def _seen(text: str, start: re.Pattern) -> list[str]:
     """What a text's beginning, its end and its tokens say; a glance decides for most texts."""
-    kinds = set()
+    kinds = []
     head = text[:FIRST]
     if ":" in head or "：" in head or head[:1] in SIGNS or len(text) < FIRST:
         begins = start.match(text)
         if begins and (begins.lastgroup != "structure" or _like_messages(text)):
-            kinds.add(begins.lastgroup)
+            kinds.append(begins.lastgroup)
     if ("<|" in text and TEMPLATE_MARKER.search(text)) or (text[-1:] in SIGNS and text.rstrip().endswith(ENDS)):
-        kinds.add("markup")
+        kinds.append("markup")
     return kinds
 
 

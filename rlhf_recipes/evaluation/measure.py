@@ -24,33 +24,40 @@ from rlhf_recipes.references import ModelRef, adapter_sha256, folder_of
 NEUTRAL = Path(__file__).parents[1] / "assets" / "neutral.txt"
 
 
-def find(runs: list[str], parent: str, base_model: str, steps_of: str | None = None) -> list[System]:
+def find(
+    runs: list[str], parent: str, base_model: str, steps_of: str | None = None, adapter_base: str | None = None
+) -> list[System]:
     """The systems that `parent`, `runs` and `checkpoints` name, in this order.
 
     Args:
         steps_of: a run all of whose checkpoints are systems, in the order of their steps.
+        adapter_base: see `references.find`.
 
     Raises:
         Refusal: a run is not there, is no policy, or was trained on another base.
     """
     if isinstance(runs, str) or not (runs or steps_of):
         raise Refusal("runs: a list of run folders, at least one: 'runs=[outputs/dpo/main]'.")
-    found = [System(BASE) if parent == BASE else _system(references.find_policy(parent, "parent", base_model))]
+    compared = parent != BASE and references.find_policy(parent, "parent", base_model, adapter_base)
+    found = [_system(compared) if compared else System(BASE)]
     for folder in runs:
-        system = _system(references.find_policy(folder, "runs", base_model))
+        system = _system(references.find_policy(folder, "runs", base_model, adapter_base))
         if system.adapter not in [s.adapter for s in found]:
             found.append(system)
     found += map(_system, references.find_checkpoints(steps_of, base_model) if steps_of else [])
     return _named_apart(found)
 
 
-def find_scorer(reference: str | list[str] | None, base_model: str, key: str = "reward_model") -> list[System]:
+def find_scorer(
+    reference: str | list[str] | None, base_model: str, key: str = "reward_model", adapter_base: str | None = None
+) -> list[System]:
     """The reward models that `key=reference` names: none, one, or the members of an ensemble.
 
     Raises:
         Refusal: a run is not there, is no reward model, or was trained on another base.
     """
-    return _named_apart([_system(each) for each in references.find_reward_models(reference, key, base_model)])
+    found = references.find_reward_models(reference, key, base_model, adapter_base)
+    return _named_apart([_system(each) for each in found])
 
 
 def find_proxy(run_folder: str | None, base_model: str) -> System | None:

@@ -22,6 +22,7 @@ from rlhf_recipes import config
 from rlhf_recipes.commands import command
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.evaluation.measurements import Measurements
+from rlhf_recipes.overrides import written
 from rlhf_recipes.run import Run
 from rlhf_recipes.run_folder import read_json, write_atomically
 from rlhf_recipes.text import cell, line
@@ -173,8 +174,8 @@ def describe(table: dict, out: Path) -> str:
 
 def _next(best: dict, out: Path) -> str:
     if best["recipe"] == "reward":
-        return f"{command('audit')} reward_model={out}"
-    return f"{command('evaluate')} 'runs=[\"{Path(best['folder']) / best['job']}\"]'"
+        return f"{command('audit')} {written('reward_model', str(out))}"
+    return f"{command('evaluate')} {written('runs', [str(Path(best['folder']) / best['job'])])}"
 
 
 def _measurements(rows: list[dict]) -> dict[str, Measurements]:

@@ -1,5 +1,6 @@
 """What the command line takes: keys, types and words, checked before anything is loaded."""
 
+import re
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -10,6 +11,7 @@ from rlhf_recipes import guard
 from rlhf_recipes.commands import command
 from rlhf_recipes.config import CONF, ModelConfig, check_value, flatten, in_sweep
 from rlhf_recipes.errors import Refusal, nearest
+from rlhf_recipes.launch import settings
 
 # What our own keys take that their default does not say (the words that are allowed, more than one type, null); any
 # other takes the type of its default in the YAML. `data`, and what a class stands behind, check their own.
@@ -71,6 +73,17 @@ TRACKERS = {
     "flyte": ("flytekit",),
     "kubeflow": (),  # a server, whose address is in the environment
 }
+# What `trainer.optim` needs where it matches, the first of them: a package, and its module.
+OPTIMIZERS = {
+    "galore": ("galore-torch", "galore_torch"),
+    "apollo": ("apollo-torch", "apollo_torch"),
+    "lomo|adalomo": ("lomo-optim", "lomo_optim"),
+    "grokadamw": ("grokadamw", "grokadamw"),
+    "schedule_free": ("schedulefree", "schedulefree"),
+    "stable_adamw": ("torch-optimi", "optimi"),
+    "adamw_torch_[48]bit": ("torchao", "torchao"),
+    ".*(8bit|bnb)|paged|ademamix|lion": ("bitsandbytes", "bitsandbytes"),
+}
 # Groups whose keys are ours; base.yaml has all of them.
 OURS = {"preflight", "sweep"}
 
@@ -106,7 +119,9 @@ def check(cfg: DictConfig, recipe: str | None = None) -> None:
             "trainer.push_to_hub=true: would upload every checkpoint as it is. Use publish=true repo_id=<user/name>, "
             "which proves what it uploads."
         )
+    settings.check(cfg, recipe)
     _refuse_missing_tracker(OmegaConf.select(cfg, "trainer.report_to"))
+    _refuse_missing_packages(OmegaConf.select(cfg, "trainer") or {})
     quantization = OmegaConf.select(cfg, "quantization._target_") or ""
     if quantization.endswith("BitsAndBytesConfig") and not _installed("bitsandbytes"):
         raise Refusal(
@@ -173,6 +188,16 @@ def _refuse_missing_tracker(report_to: Any) -> None:
             raise Refusal(
                 f"{where}={name}: {packages[0]} is not installed. pip install {packages[0]}, or choose tracker=none."
             )
+
+
+def _refuse_missing_packages(trainer: DictConfig | dict) -> None:
+    """The trainer would find out at its first step."""
+    given = str(trainer.get("optim"))
+    package, module = next((needed for name, needed in OPTIMIZERS.items() if re.match(name, given)), ("", ""))
+    if module and not _installed(module):
+        raise Refusal(f"trainer.optim={given}: {package} is not installed. pip install {package}, or choose another.")
+    if trainer.get("use_liger_kernel") and not _installed("liger_kernel"):
+        raise Refusal("trainer.use_liger_kernel=true: liger-kernel is not installed. pip install liger-kernel.")
 
 
 def _running() -> str | None:

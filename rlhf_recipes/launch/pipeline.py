@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from rlhf_recipes.data.load import check
 from rlhf_recipes.errors import Refusal, nearest
 from rlhf_recipes.launch import keys
 from rlhf_recipes.launch.refusals import WANTS_TRACEBACK, as_refusal
+from rlhf_recipes.overrides import quoted
 
 WIDTH = 110
 SHOWN_ANSWERS = 4
@@ -66,7 +68,7 @@ class Plan:
             ],
             "seconds": round(time.monotonic() - self.started, 1),
         }  # fmt: skip
-        run.write_atomically(self.dir / SUMMARY, json.dumps(summary, indent=2) + "\n")
+        run_folder.write_atomically(self.dir / SUMMARY, json.dumps(summary, indent=2) + "\n")
 
 
 def plan(cfg: DictConfig) -> Plan:
@@ -85,7 +87,7 @@ def plan(cfg: DictConfig) -> Plan:
         _check_entry(entry, [stage.name for stage in stages], recipes)
         shared = [text for text in cfg.shared if takes(entry.recipe, text)]
         shared += ["overwrite=true"] if cfg.overwrite else []
-        overrides = [text.replace("{dir}", str(here)) for text in [*shared, *entry.get("overrides", [])]]
+        overrides = [quoted(text.replace("{dir}", str(here))) for text in [*shared, *entry.get("overrides", [])]]
         own = _compose(entry, overrides)
         sha256 = run.config_sha256(run.resolved(own))
         stage = Stage(entry.name, entry.recipe, here / entry.name, overrides, own, sha256)
@@ -112,7 +114,7 @@ def execute(plan: Plan) -> int:
         if stage.status == "finished":
             print(f"[{label}] finished before, kept: {stage.dir}", flush=True)
             continue
-        print(f"\n[{label}] {command(stage.recipe)} {' '.join(stage.overrides)}", flush=True)
+        print(f"\n[{label}] {command(stage.recipe)} {shlex.join(stage.overrides)}", flush=True)
         code, stage.seconds = _run(stage, label)
         stage.ran = True
         # A verdict has an exit status of its own: what makes a stage finished is its result.
@@ -141,7 +143,7 @@ def print_summary(plan: Plan, next_commands: list[str]) -> None:
         print(f"adapter  {adapters[-1]}")
     print(f"summary  {plan.dir / SUMMARY}")
     for each in next_commands:
-        print(f"next     {as_typed(each).replace('{dir}', str(plan.dir))}")
+        print(f"next     {as_typed(each).replace('{dir}', shlex.quote(str(plan.dir)))}")
     sys.stdout.flush()
 
 

@@ -11,7 +11,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from rlhf_recipes import commands
+from rlhf_recipes import commands, overrides
 from rlhf_recipes.config import in_sweep
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.launch.keys import check
@@ -57,8 +57,12 @@ def recipe(name: str):
 
 
 def spelled_out(arguments: list[str]) -> list[str]:
-    """The command line with `preflight=true` written as Hydra takes it: a node cannot be a switch as well."""
-    return [re.sub(r"^preflight=(true|false)$", r"preflight.only=\1", each, flags=re.IGNORECASE) for each in arguments]
+    """The command line as Hydra takes it: `preflight=true` as a key, for a node cannot be a switch as well, and names
+    that its grammar has no words for in quotes."""
+    given = [
+        re.sub(r"^preflight=(true|false)$", r"preflight.only=\1", each, flags=re.IGNORECASE) for each in arguments
+    ]
+    return [overrides.quoted(each) for each in given]
 
 
 def _published(main, cfg: DictConfig, recipe: str):

@@ -58,7 +58,7 @@ def run_job(main, cfg: DictConfig) -> float:
     row["seconds_in_all"] = round(time.monotonic() - begin, 1)
     (folder / ROWS).mkdir(parents=True, exist_ok=True)
     text = json.dumps(row, indent=2, ensure_ascii=False, default=asdict)
-    run.write_atomically(folder / ROWS / f"{own}.json", text + "\n")
+    run_folder.write_atomically(folder / ROWS / f"{own}.json", text + "\n")
     table = rebuild([folder], folder, cfg.sweep)
     return next((r["value"] for r in table["rows"] if r["job"] == own and may_be_best(r)), -math.inf)
 
@@ -133,14 +133,14 @@ def _measure(folder: Path, sweep: Path, cfg: DictConfig) -> str | None:
     if result["recipe"] == "reward":
         return None
     parent = (result["parent"] or {}).get("run") or BASE
-    found = measure.find([str(folder)], parent, cfg.model.id)
+    found = measure.find([str(folder)], parent, cfg.model.id, adapter_base=cfg.model.adapter_base)
     fingerprint = {"adapter": result["adapter_sha256"], "parent": parent, "asked": OmegaConf.to_container(settings)}
     known = read_measurements(folder)
     if known is None or _measured_as(known.fingerprint) != _measured_as(fingerprint):
         others = (read_measurements(path.parent) for path in sorted(sweep.glob("*/measurements.json")))
         alike = {**_measured_as(fingerprint), "adapter": None}
         before = next((m for m in others if {**_measured_as(m.fingerprint), "adapter": None} == alike), None)
-        scorer = measure.find_scorer(settings.reward_model, cfg.model.id)
+        scorer = measure.find_scorer(settings.reward_model, cfg.model.id, adapter_base=cfg.model.adapter_base)
         try:
             pairs = load_pairs(cfg.data)
         except Refusal as error:  # ppo needs prompts alone
@@ -148,7 +148,7 @@ def _measure(folder: Path, sweep: Path, cfg: DictConfig) -> str | None:
             return None
         known = measure.measure(settings, found, measure.Scorers(scorer), pairs, before)
         known.fingerprint = fingerprint
-        run.write_atomically(folder / "measurements.json", json.dumps(asdict(known), ensure_ascii=False))
+        run_folder.write_atomically(folder / "measurements.json", json.dumps(asdict(known), ensure_ascii=False))
     return found[1].name
 
 

@@ -13,7 +13,15 @@ from rlhf_recipes.data.template import render
 from rlhf_recipes.data.tokens import neutralise
 from rlhf_recipes.errors import Refusal, first_line, users_function
 from rlhf_recipes.ppo.roles import Roles
-from rlhf_recipes.references import ADAPTER, FUNCTION, ModelRef, find_reward
+from rlhf_recipes.references import (
+    ADAPTER,
+    FUNCTION,
+    HUB,
+    NO_TEMPLATE,
+    ModelRef,
+    find_reward,
+    refuse_other_model,
+)
 from rlhf_recipes.text import line
 
 
@@ -84,8 +92,11 @@ def load(reference, roles: Roles, tokenizer, reward_tokenizer, args) -> Callable
     found = reference if isinstance(reference, ModelRef) else find_reward(reference)
     if found.kind == FUNCTION:
         return found.function
+    if found.kind == HUB:
+        _look_at(found)
     if found.kind != ADAPTER:
-        return _own_model(_load_classifier(found.reference, args), found.reference, reward_tokenizer)
+        model = _load_classifier(found.reference, args)
+        return _with_template(_own_model(model, found.reference, reward_tokenizer), found)
     base, adapter, scale = found.base, str(found.adapter), _scale(found.metrics)
     if roles.shared and base in (getattr(roles.causal, "public_id", None), roles.causal.name_or_path):
         name = f"reward_{sum(key.startswith('reward_') for key in roles.model.peft_config)}"
@@ -95,7 +106,7 @@ def load(reference, roles: Roles, tokenizer, reward_tokenizer, args) -> Callable
 
     base = roles.causal.name_or_path if base == getattr(roles.causal, "public_id", None) else base
     model = PeftModel.from_pretrained(_load_classifier(base, args), adapter)
-    return replace(_own_model(model, adapter, reward_tokenizer, found.name), scale=scale)
+    return replace(_with_template(_own_model(model, adapter, reward_tokenizer, found.name), found), scale=scale)
 
 
 def scales(functions: list[Callable], ensemble: str) -> Tensor:
@@ -185,6 +196,23 @@ def _score(score: nn.Module, hidden_BTH: Tensor, last_B: Tensor) -> Tensor:
     hidden_BH = hidden_BTH[torch.arange(len(last_B), device=last_B.device), last_B]
     with torch.autocast(hidden_BH.device.type, enabled=False):
         return score(hidden_BH.to(next(score.parameters()).dtype))[:, 0].float()
+
+
+def _with_template(reward: LearnedReward, found: ModelRef) -> LearnedReward:
+    if reward.tokenizer.chat_template is None:
+        raise Refusal(f"{found.key}={found.reference}: {NO_TEMPLATE}")
+    return reward
+
+
+def _look_at(found: ModelRef) -> None:
+    """What `find_reward` sees in a folder, of a repository, before its weights are fetched."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(found.reference, trust_remote_code=False)
+    except (OSError, ValueError):  # `_load_classifier` says it
+        return
+    refuse_other_model(found.reference, found.key, config.to_dict())
 
 
 def _load_classifier(path: str, args):

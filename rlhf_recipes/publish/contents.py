@@ -6,6 +6,7 @@ Files are taken by their exact names, and a run folder is data, whoever it comes
 nothing is imported because its config.yaml says so.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -190,6 +191,7 @@ def _refuse_code(where: str, key: str, config: dict[str, Any]) -> None:
         )
 
 
+@functools.cache
 def targets(group: str) -> set[str]:
     """What the files of a group of conf/ build: the only classes that are imported for a run that is published."""
     nodes = [OmegaConf.load(file) for file in (CONF / group).glob("*.yaml")]

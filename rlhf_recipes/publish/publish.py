@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from rlhf_recipes import models
 from rlhf_recipes.commands import command
 from rlhf_recipes.errors import Refusal
+from rlhf_recipes.overrides import written
 from rlhf_recipes.publish import base_model, card, checks, contents, manifest, merge, round_trip, upload
 from rlhf_recipes.run import Run, environment, relative, resolved
 from rlhf_recipes.run_folder import read_json, write_atomically
@@ -131,7 +132,7 @@ def print_outcome(cfg: DictConfig, published: dict[str, Any]) -> None:
         return
     key, folder = ("run", cfg.run) if cfg.run else ("pairs", cfg.pairs)
     print(f"  folder    {published['where']}: what would be uploaded; nothing was")
-    print(f"  next      {command('publish')} {key}={folder} repo_id={PLACEHOLDER}", flush=True)
+    print(f"  next      {command('publish')} {written(key, str(folder))} repo_id={PLACEHOLDER}", flush=True)
 
 
 def _measure(source: contents.Source, facts: card.Facts, cfg: DictConfig, staged: Path) -> dict[str, Any]:

@@ -35,7 +35,7 @@ SHARE = 0.1
 
 def conversations() -> list[tuple[list[dict], list[dict]]]:
     """(prompt, completion) of the 32 probes."""
-    from rlhf_recipes.data.load import CLINIC
+    from rlhf_recipes.data.sources import CLINIC
 
     rows = [json.loads(line) for line in (CLINIC / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
     held_out = [row for row in rows if row["split"] == "test"][:PROBES]

@@ -10,7 +10,7 @@ from transformers.integrations import TensorBoardCallback, TrackioCallback, Wand
 
 from rlhf_recipes import memory, methods, progress, text
 from rlhf_recipes.errors import Refusal, first_line
-from rlhf_recipes.run import write_atomically
+from rlhf_recipes.run_folder import write_atomically
 from rlhf_recipes.secrets import redact
 from rlhf_recipes.training import doctor
 

@@ -97,12 +97,18 @@ def examined(report: dict | None) -> str:
 
 
 def chain(base: str, result: dict) -> str:
-    """`base -> sft -> dpo`, the runs with the first characters of their adapters' hashes."""
-    links, parent = [f"**{recipe_of(result)}** ({_digest(result)})"], result.get("parent")
+    """`base -> sft -> dpo`, the runs with the first characters of their adapters' hashes; below, what an adapter from
+    elsewhere calls the base."""
+    links, parent, said = [f"**{recipe_of(result)}** ({_digest(result)})"], result.get("parent"), []
     while parent:
         links.append(f"{recipe_of(parent)} ({_digest(parent)})")
+        if parent.get("named_base"):
+            said.append(
+                f"\n\n{_digest(parent)} names the base `{code(str(parent['named_base']))}`. That it is the same is "
+                "the word of whoever ran this: its modules were compared, the weights of the bases were not."
+            )
         parent = parent.get("parent")
-    return " → ".join([f"`{code(base)}`", *reversed(links)])
+    return " → ".join([f"`{code(base)}`", *reversed(links)]) + "".join(said)
 
 
 def recipe_of(run: dict) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rlhf_recipes.commands import command
 from rlhf_recipes.errors import first_line
+from rlhf_recipes.overrides import written
 from rlhf_recipes.references import adapter_sha256
 from rlhf_recipes.run import Run
 from rlhf_recipes.run_folder import write_atomically
@@ -104,7 +105,7 @@ def _print_summary(run: Run, result: dict) -> None:
 def next_command(run: Run) -> str:
     """The command that usually follows this recipe."""
     if run.recipe == "sft":
-        return f"{command('dpo')} model.adapter={run.dir}"
+        return f"{command('dpo')} {written('model.adapter', str(run.dir))}"
     if run.recipe == "reward":
-        return f"{command('audit')} reward_model={run.dir}"
-    return f"{command('evaluate')} 'runs=[{run.dir}]'"
+        return f"{command('audit')} {written('reward_model', str(run.dir))}"
+    return f"{command('evaluate')} {written('runs', [str(run.dir)])}"

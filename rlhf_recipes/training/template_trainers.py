@@ -21,7 +21,7 @@ class _OfTemplate:
     def __init__(self, train_dataset, eval_dataset, processing_class, args, **kwargs):
         tokens = {"tokenizer": processing_class, "max_length": args.max_length}
         train_dataset, eval_dataset = (
-            each.map(_tokenised, fn_kwargs=tokens, remove_columns=["prompt", *SIDES])
+            each.map(_tokenised, fn_kwargs=tokens, remove_columns=["prompt", *SIDES], num_proc=args.dataset_num_proc)
             for each in (train_dataset, eval_dataset)
         )
         super().__init__(

@@ -90,7 +90,7 @@ def main() -> None:
 
 def write_pairs(folder: Path) -> Path:
     """16 training pairs in TRL's conversational format, two more to hold out."""
-    from rlhf_recipes.data.load import CLINIC
+    from rlhf_recipes.data.sources import CLINIC
 
     folder.mkdir()
     rows = [json.loads(line) for line in (CLINIC / "pairs.jsonl").read_text().splitlines()]

@@ -149,7 +149,7 @@ def install_trl(venv: Path) -> str:
 
 
 def write_prompts(folder: Path) -> list:
-    from rlhf_recipes.data.load import CLINIC
+    from rlhf_recipes.data.sources import CLINIC
 
     rows = [json.loads(line) for line in (CLINIC / "pairs.jsonl").read_text().splitlines()]
     prompts = [row["prompt"] for row in rows if row["split"] == "train"][: BATCH * UPDATES]

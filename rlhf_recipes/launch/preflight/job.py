@@ -97,6 +97,8 @@ def _look(job: Job, looked_at: Cache, found: JobReport) -> None:
     found.settings = _settings(cfg, args)
     found.model = {"id": cfg.model.id, "download_gib": models.download_bytes(cfg.model) / GIB}
     later = _made_later(job)
+    if cfg.model.adapter and str(cfg.model.adapter) not in later:  # as `Run.start` will
+        references.find(cfg.model.adapter, "model.adapter", cfg.model.id, cfg.model.adapter_base)
     if str(cfg.data.path) in later:
         found.watch.append(f"{cfg.data.path} is made by an earlier stage: not looked at")
         return

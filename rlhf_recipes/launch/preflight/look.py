@@ -12,6 +12,7 @@ nearest setting that would fit; `preflight.fails=warn` starts all the same. What
 import itertools
 import json
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -20,7 +21,7 @@ from pathlib import Path
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import methods, run
+from rlhf_recipes import methods, run, run_folder
 from rlhf_recipes.commands import command
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.launch import keys, publish_after
@@ -42,8 +43,7 @@ def instead_of_run(cfg: DictConfig, recipe: str, overrides: list[str]) -> None:
     if cfg.publish:
         publish_after.check_ready(cfg, recipe)
     look([Job("", recipe, cfg, overrides)], started.dir, cfg.preflight)
-    wanted = [f"'{each}'" if set("[]{}() ") & set(each) else each for each in _without_preflight(overrides)]
-    print(f"next      {' '.join([command(recipe), *wanted])}", flush=True)
+    print(f"next      {command(recipe)} {shlex.join(_without_preflight(overrides))}".rstrip(), flush=True)
 
 
 def before_sweep(cfg: DictConfig) -> None:
@@ -102,7 +102,7 @@ def look(jobs: list, folder: Path, settings: DictConfig, elsewhere: bool = False
         print(printed.describe(found[-1], found[:-1]), flush=True)
     report = {"jobs": found, "disk": examination.disk(found, folder), "measured": looked_at.measured}
     folder.mkdir(parents=True, exist_ok=True)
-    run.write_atomically(kept, json.dumps(report, indent=2, ensure_ascii=False, default=asdict) + "\n")
+    run_folder.write_atomically(kept, json.dumps(report, indent=2, ensure_ascii=False, default=asdict) + "\n")
     print(printed.summary(report), flush=True)
     reasons = [*(reason for seen in found for reason in seen.stops), *report["disk"]["stops"]]
     if reasons and settings.fails == "stop":

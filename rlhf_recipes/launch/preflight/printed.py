@@ -67,8 +67,11 @@ def _config(seen: JobReport, alike: JobReport | None) -> list[str]:
 
 def _rows(rows: dict) -> list[str]:
     tokens, over = rows["tokens"], rows["over_length"]
+    dropped = [f"{count} {reason}" for reason, count in rows["dropped"].items()]
     said = [
         f"{rows['source']}: {rows['train']} train, {rows['test']} test ({rows['split']})",
+        *rows["told"],
+        *([f"left out {', '.join(dropped)}"] if dropped else []),
         f"tokens p50 {tokens['p50']}, p95 {tokens['p95']}, max {tokens['max']}, {tokens['train']:,} an epoch",
         f"over {rows['max_length']} tokens {over['rows']} of {over['of']}{over['fate']}",
         f"duplicates {rows['duplicate']}",

@@ -70,9 +70,10 @@ def _overrides(recipe: str, overrides: list[str], args, folder: str) -> list[str
     if methods.of(recipe).rows == "labelled answers":  # as the rows are written, though the job's may be pairs
         keys["format"] = "labelled"
     own = [each for each in overrides if not each.lstrip("+~").startswith(NOT_THE_STEPS)]
-    steps = {"max_steps": args.num_mini_batches, "num_ppo_epochs": 1} if recipe == "ppo" else {
-        "max_steps": MICRO_BATCHES, "gradient_accumulation_steps": 1,
-    }  # fmt: skip
+    if recipe == "ppo":  # a clip that one step has no use for would be refused
+        steps = {"max_steps": args.num_mini_batches, "num_ppo_epochs": 1, "cliprange": 0.2, "dual_clip": "null"}
+    else:
+        steps = {"max_steps": MICRO_BATCHES, "gradient_accumulation_steps": 1}
     steps |= {"save_strategy": "no", "logging_steps": 1, "report_to": "none"}
     return [
         *own, "data=local", f"data.path={folder}/train.jsonl", f"data.test_path={folder}/test.jsonl",

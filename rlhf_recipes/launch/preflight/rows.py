@@ -16,11 +16,13 @@ from types import SimpleNamespace
 from typing import Any
 
 from rlhf_recipes import inference, methods, stats
+from rlhf_recipes.data.account import told
 from rlhf_recipes.data.load import Splits, shorter_wins
 from rlhf_recipes.text_metrics import refuses
 
 # Train rows that are looked at for the end of their replies.
 LOOKED_AT = 256
+SAID = ("duplicate", "leakage", "over_length", "no_answer_left", "same_tokens")  # under their own names
 NEAR = 0.8  # Jaccard similarity of the words of two prompts
 
 
@@ -43,7 +45,9 @@ def examine(splits: Splits, sizes: list[int]) -> dict[str, Any]:
             "of": report["train"] + report["test"] + left_out + empty,
             "fate": fate + (f", {empty} rows left out for want of an answer to learn from" if empty else ""),
         },
+        "told": told(report),
         **{key: report["dropped"][key] for key in ("duplicate", "leakage")},
+        "dropped": {reason: count for reason, count in report["dropped"].items() if count and reason not in SAID},
         "near_duplicates": near_duplicates(train, splits.test),
     }
     if "rejected" in train[0]:
@@ -134,7 +138,8 @@ def _trainer(recipe: str, args, splits: Splits, tokenizer, folder: str):
     auto, task = (AutoModelForCausalLM, "CAUSAL_LM")
     if recipe == "reward":
         auto, task = (AutoModelForSequenceClassification, "SEQ_CLS")
-    kwargs = {"reward_funcs": len} if recipe == "ppo" else {}
+    # Functions in place of reward models: nothing is scored.
+    kwargs = {"reward_funcs": [len] * len(args.reward_weights or [1.0])} if recipe == "ppo" else {}
     count = max(LOOKED_AT, getattr(args, "prompts_per_rollout", 0))
     few = replace(splits, train=splits.train[:count], test=splits.test[:1])
     train_dataset, eval_dataset = few.to_datasets()

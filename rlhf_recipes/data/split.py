@@ -1,0 +1,61 @@
+"""Train and test: by the source, by the rows' own split, else by prompts held out."""
+
+import hashlib
+from typing import Any
+
+import numpy as np
+
+from rlhf_recipes.data.keys import Keys, are_in
+from rlhf_recipes.data.sources import source_name
+from rlhf_recipes.errors import Refusal
+
+
+def split(keys: Keys, train: np.ndarray, test: np.ndarray | None, data: dict[str, Any], told: str):
+    """(train, test, how): the test source, else what the split column says, else prompts held out."""
+    if test is not None:
+        return train, test, f"test: {told}"
+    if len(keys.split_names) > 1:
+        return *_split_by_column(keys, data), f"test: column {data['columns']['split']}"
+    size, seed = data["test_size"], data["seed"]
+    if size is None:
+        raise Refusal(
+            f"{source_name(data['path'])}: no test split. Give data.test_path, or hold out prompts: data.test_size=0.1"
+        )
+    openings = np.asarray(keys.openings)
+    different = np.unique(openings)
+    if len(different) == 1:  # one greeting opens all of them: they are told apart by what follows
+        openings = np.asarray(keys.prompts)
+        different = np.unique(openings)
+    drawn = _held_out(different, size, seed)
+    if len(drawn) == len(different) > 0:
+        raise Refusal(
+            f"data.test_size={size}: leaves nothing of {len(drawn)} prompts to train on. "
+            "Lower it, or give data.test_path."
+        )
+    is_test = are_in(openings, drawn)
+    return train[~is_test], train[is_test], f"test: {len(drawn)} of {len(different)} prompts held out, seed {seed}"
+
+
+def _split_by_column(keys: Keys, data: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    wanted = [keys.split_names.get(data[key], -1) for key in ("train_split", "test_split")]
+    splits = np.asarray(keys.splits).astype(np.int64)
+    for number in np.flatnonzero(~np.isin(splits, wanted))[:1]:
+        named, train, test = list(keys.split_names)[splits[number]], data["train_split"], data["test_split"]
+        raise Refusal(
+            f"{keys.where(number)}: {data['columns']['split']}: {named!r:.40} is not {train} or {test}. "
+            "Set data.train_split and data.test_split, or data.columns.split=null to ignore the column."
+        )
+    train, test = (np.flatnonzero(splits == each) for each in wanted)
+    return train, test
+
+
+def _held_out(ids: np.ndarray, size: float, seed: int) -> np.ndarray:
+    """Of different hashes a count of them, or each with probability `size`, at least one.
+
+    The draw depends on the prompt and the seed alone: what one recipe holds out stays held out in the next,
+    whatever rows are added or dropped between them.
+    """
+    texts = (f"{seed}:{each:016x}".encode() for each in ids)
+    draws = np.fromiter((int(hashlib.sha256(text).hexdigest()[:12], 16) / 16**12 for text in texts), float, len(ids))
+    count = int(size) if size >= 1 else max(1, int((draws < size).sum()))
+    return ids[np.lexsort((ids, draws))[:count]]

@@ -1,0 +1,397 @@
+"""Settings that cannot work or would do nothing, seen in the config alone.
+
+What the tables say of the libraries was read in TRL 1.16, PEFT 0.21 and transformers 5.23; tests/test_settings.py
+compares them with the installed source.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from rlhf_recipes import methods, references
+from rlhf_recipes.config import CONF, flatten
+from rlhf_recipes.errors import Refusal, nearest
+from rlhf_recipes.run_folder import read_json
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a setting can work with; NaN is never one.
+
+    Attributes:
+        beside: numbers outside that have a meaning of their own.
+    """
+
+    at_least: float | None = None
+    above: float | None = None
+    below: float | None = None
+    at_most: float | None = None
+    beside: tuple[float, ...] = ()
+
+    def __contains__(self, number: float) -> bool:
+        inside = (
+            (self.at_least is None or number >= self.at_least)
+            and (self.above is None or number > self.above)
+            and (self.below is None or number < self.below)
+            and (self.at_most is None or number <= self.at_most)
+        )
+        return number in self.beside or (inside and not math.isnan(number))
+
+    def __str__(self) -> str:
+        ends = {name: getattr(self, name) for name in ("at_least", "above", "below", "at_most")}
+        said = [f"{name.replace('_', ' ')} {end:g}" for name, end in ends.items() if end not in (None, math.inf)]
+        said += ["finite"] if self.below == math.inf else []
+        return " and ".join(said) + "".join(f", or {number:g}" for number in self.beside)
+
+
+COUNT, NATURAL = Range(at_least=1), Range(at_least=0)
+POSITIVE, NOT_NEGATIVE = Range(above=0, below=math.inf), Range(at_least=0, below=math.inf)
+SHARE, PART = Range(at_least=0, at_most=1), Range(at_least=0, below=1)
+SAMPLED = Range(above=0, at_most=1)
+# Keys whose number cannot work, or does nothing, outside of its range.
+RANGES = {
+    "trainer.per_device_train_batch_size": COUNT,
+    "trainer.per_device_eval_batch_size": COUNT,
+    "trainer.gradient_accumulation_steps": COUNT,
+    "trainer.precompute_ref_batch_size": COUNT,
+    "trainer.max_steps": Range(at_least=1, beside=(-1,)),
+    "trainer.num_train_epochs": POSITIVE,
+    "trainer.max_length": Range(at_least=2),  # a token of the prompt and one of the answer
+    "trainer.max_completion_length": COUNT,
+    "trainer.learning_rate": POSITIVE,
+    "trainer.weight_decay": NOT_NEGATIVE,
+    "trainer.adam_beta1": PART,
+    "trainer.adam_beta2": PART,
+    "trainer.adam_epsilon": NOT_NEGATIVE,
+    "trainer.max_grad_norm": NATURAL,  # 0: none is clipped
+    "trainer.warmup_steps": NOT_NEGATIVE,
+    "trainer.logging_steps": POSITIVE,
+    "trainer.save_steps": POSITIVE,
+    "trainer.eval_steps": POSITIVE,
+    "trainer.save_total_limit": COUNT,
+    "trainer.dataset_num_proc": COUNT,
+    "trainer.dataloader_num_workers": NATURAL,
+    "trainer.seed": Range(at_least=0, below=2**32),
+    "trainer.data_seed": Range(at_least=0, below=2**32),
+    "trainer.pad_to_multiple_of": COUNT,
+    "trainer.neftune_noise_alpha": POSITIVE,
+    "trainer.label_smoothing_factor": PART,
+    # Of the losses of pairs and of labelled answers: beta 0 is a constant loss, and one below learns the reverse.
+    "trainer.beta": POSITIVE,
+    "trainer.label_smoothing": PART,
+    "trainer.ld_alpha": SHARE,
+    "trainer.discopop_tau": POSITIVE,
+    "trainer.cpo_alpha": NOT_NEGATIVE,
+    "trainer.desirable_weight": NOT_NEGATIVE,
+    "trainer.undesirable_weight": NOT_NEGATIVE,
+    "trainer.center_rewards_coefficient": NOT_NEGATIVE,
+    # Of PPO.
+    "trainer.value_learning_rate": NOT_NEGATIVE,
+    "trainer.temperature": POSITIVE,
+    "trainer.top_p": SAMPLED,
+    "trainer.top_k": NATURAL,
+    "trainer.num_ppo_epochs": COUNT,
+    "trainer.num_mini_batches": COUNT,
+    "trainer.cliprange": POSITIVE,
+    "trainer.cliprange_value": POSITIVE,
+    "trainer.dual_clip": Range(above=1),
+    "trainer.vf_coef": NOT_NEGATIVE,
+    "trainer.gamma": SHARE,
+    "trainer.lam": SHARE,
+    "trainer.kl_coef": NOT_NEGATIVE,
+    "trainer.kl_target": POSITIVE,
+    "trainer.kl_horizon": COUNT,
+    "trainer.kl_brake": Range(above=0),
+    "trainer.entropy_floor": NATURAL,
+    "trainer.uwo_coef": NOT_NEGATIVE,
+    "trainer.soft_punish_cache": COUNT,
+    "lora.r": COUNT,
+    "lora.lora_alpha": Range(above=0),
+    "lora.lora_dropout": PART,
+    "lora.rank_pattern.*": COUNT,
+    "lora.alpha_pattern.*": Range(above=0),
+    "lora.layers_to_transform": NATURAL,
+    "max_prompt_length": COUNT,
+    "max_length": Range(at_least=2),
+    "max_new_tokens": COUNT,
+    "prompts": COUNT,
+    "samples": COUNT,
+    "temperature": NOT_NEGATIVE,
+    "seed": NATURAL,
+    "sweep.prompts": NATURAL,
+    "sweep.max_new_tokens": COUNT,
+    "generate.temperature": NOT_NEGATIVE,
+    "generate.top_p": SAMPLED,
+    "revise.temperature": NOT_NEGATIVE,
+    "revise.top_p": SAMPLED,
+    "revise.few_shot": NATURAL,
+    "judging.min_option_mass": SHARE,
+    "judging.cot_tokens": COUNT,
+    "lm_eval.batch_size": COUNT,
+    "lm_eval.limit": COUNT,
+    "lm_eval.num_fewshot": NATURAL,
+}
+# Where a class takes another range: with lambda 0, ORPO's loss is the likelihood of the chosen answers.
+RANGES_OF = {"trl.experimental.orpo.ORPOConfig": {"trainer.beta": NOT_NEGATIVE}}
+
+
+@dataclass(frozen=True)
+class Reads:
+    """Where a class reads an argument.
+
+    Attributes:
+        default: the class's own; at it nothing is lost where it is not read.
+        by: the argument that decides whether it is read; "": nothing does, it is read in no run of ours.
+        values: those of `by` at which it is read.
+        instead: what to do, where no value of `by` would help.
+    """
+
+    default: Any
+    by: str = ""
+    values: tuple = ()
+    instead: str = ""
+
+
+DPO_LOSSES = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
+# `loss_type` of each class, whose every loss TRL looks up at the first step.
+LOSSES = {
+    "trl.DPOConfig": DPO_LOSSES,
+    "trl.KTOConfig": ("kto", "apo_zero_unpaired"),
+    "trl.experimental.cpo.CPOConfig": ("sigmoid", "hinge", "ipo", "simpo", "alphapo"),
+    "trl.SFTConfig": ("nll", "dft"),
+}
+DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+# DPO's losses of a difference of their scores.
+OF_SCORES = ("sigmoid", "hinge", "ipo", "exo_pair", "robust", "discopop", "sigmoid_norm")
+WARMED_UP = (
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant_with_warmup", "inverse_sqrt",
+    "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
+)  # fmt: skip
+OF_MODEL = "The model comes from `model` and `quantization`: set it there."
+SHARED = {
+    "warmup_steps": Reads(0, "lr_scheduler_type", WARMED_UP),
+    "eval_steps": Reads(None, "eval_strategy", ("steps",)),
+    "model_init_kwargs": Reads(None, instead=OF_MODEL),
+    "trust_remote_code": Reads(False, instead="Use model.trust_remote_code."),
+    "resume_from_checkpoint": Reads(None, instead="A run continues from its own last checkpoint (resume=auto)."),
+}
+NO_SMOOTHER = {"label_smoothing_factor": Reads(0.0, instead="It belongs to recipes/sft.py. Leave it out.")}
+REFERENCE = {
+    "precompute_ref_batch_size": Reads(None, "precompute_ref_log_probs", (True,)),
+    "ref_model_mixup_alpha": Reads(0.6, "sync_ref_model", (True,)),
+    "ref_model_sync_steps": Reads(512, "sync_ref_model", (True,)),
+}
+DECODER = {
+    "max_completion_length": Reads(None, instead="It is for encoder-decoders. Use trainer.max_length."),
+    "is_encoder_decoder": Reads(None, instead="The model's config says it. Leave it out."),
+}
+READ = {
+    "trl.SFTConfig": SHARED | {
+        "label_smoothing_factor": Reads(0.0, "loss_type", ("nll",)),
+        "packing_strategy": Reads("bfd", "packing", (True,)),
+    },
+    "trl.RewardConfig": SHARED | NO_SMOOTHER,
+    "trl.DPOConfig": SHARED | NO_SMOOTHER | REFERENCE | {
+        "label_smoothing": Reads(0.0, "loss_type", ("aot", "aot_unpaired", "exo_pair", "robust")),
+        "discopop_tau": Reads(0.05, "loss_type", ("discopop",)),
+        "beta": Reads(0.1, "loss_type", tuple(name for name in DPO_LOSSES if name != "sft")),
+        "ld_alpha": Reads(None, "loss_type", tuple(name for name in DPO_LOSSES if name != "sft")),
+        "f_divergence_type": Reads("reverse_kl", "loss_type", OF_SCORES),
+        "f_alpha_divergence_coef": Reads(0.5, "f_divergence_type", ("alpha_divergence",)),
+    },
+    "trl.KTOConfig": SHARED | NO_SMOOTHER | REFERENCE,
+    "trl.experimental.cpo.CPOConfig": SHARED | NO_SMOOTHER | DECODER | {
+        "label_smoothing": Reads(0.0, "loss_type", ("sigmoid", "simpo", "alphapo")),
+        "simpo_gamma": Reads(0.5, "loss_type", ("simpo", "alphapo")),
+        "cpo_alpha": Reads(1.0, "loss_type", ("sigmoid", "hinge", "ipo", "simpo")),
+    },
+    "trl.experimental.orpo.ORPOConfig": SHARED | NO_SMOOTHER | DECODER,
+    "rlhf_recipes.ppo.PPOConfig": {key: SHARED[key] for key in ("warmup_steps", "eval_steps")} | NO_SMOOTHER | {
+        "resume_from_checkpoint": SHARED["resume_from_checkpoint"],
+        "kl_horizon": Reads(10_000, "kl_controller", ("adaptive",)),
+        "uwo_coef": Reads(0.5, "reward_ensemble", ("uwo",)),
+    },
+}  # fmt: skip
+
+# Starts of LoRA that take their weights out of the base's.
+REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def check(cfg: DictConfig, recipe: str | None) -> None:
+    """Refuse numbers out of range, arguments that nothing reads, and starts of LoRA that rewrite the base.
+
+    Args:
+        recipe: its name; None where it is not known.
+
+    Raises:
+        Refusal: the first offence, naming its key as typed.
+    """
+    kept = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "output_dir"])
+    node = OmegaConf.to_container(kept, resolve=True)
+    trainer, model = node.get("trainer") or {}, node.get("model") or {}
+    if isinstance(model, dict) and model.get("adapter_base") not in (None, "same"):
+        raise Refusal(f"model.adapter_base={model['adapter_base']}: must be same, or left out.")
+    _refuse_numbers(node, trainer.get("_target_"))
+    if trainer:
+        _refuse_losses(trainer)
+        _refuse_unread(trainer, recipe)
+        _refuse_clashes(trainer)
+        _refuse_lora(node["lora"], recipe, quantized="_target_" in node["quantization"])
+        _refuse_lora_beside_adapter(node)
+
+
+def _refuse_numbers(node: dict, target: str | None) -> None:
+    ranges = RANGES | RANGES_OF.get(target, {})
+    for key, value in flatten(node):
+        allowed = ranges.get(key) or ranges.get(key.rpartition(".")[0] + ".*")
+        for number in value if isinstance(value, list) else [value]:
+            if allowed and type(number) in (int, float) and number not in allowed:
+                raise Refusal(f"{key}={value}: must be {allowed}. Change it.")
+
+
+def _losses(trainer: dict) -> list[str]:
+    given = trainer.get("loss_type") or LOSSES[trainer["_target_"]][0]
+    return given if isinstance(given, list) else [given]
+
+
+def _refuse_losses(trainer: dict) -> None:
+    known = LOSSES.get(trainer.get("_target_"))
+    for name in _losses(trainer) if known else []:
+        if name not in known:
+            raise Refusal(f"trainer.loss_type={name}: not one of {', '.join(known)}{nearest(str(name), known)}")
+
+
+def _refuse_unread(trainer: dict, recipe: str | None) -> None:
+    """An argument that differs from its default, and would change nothing."""
+    ours = OmegaConf.load(CONF / "trainer" / f"{recipe}.yaml") if recipe in methods.METHODS else {}
+    common = OmegaConf.load(CONF / "trainer" / "common.yaml")
+    for key, reads in READ.get(trainer.get("_target_"), {}).items():
+        if key not in trainer or trainer[key] in (reads.default, ours.get(key), common.get(key)):
+            continue
+        if not reads.by:
+            raise Refusal(f"trainer.{key}={trainer[key]}: is read by nothing here. {reads.instead}")
+        given = _losses(trainer) if reads.by == "loss_type" else [trainer.get(reads.by)]
+        if not any(each in reads.values for each in given):
+            readers = " or ".join(map(_shown, reads.values))
+            others = "" if given == [None] else f", not with {_shown(given)}"
+            raise Refusal(
+                f"trainer.{key}={_shown(trainer[key])}: is read with trainer.{reads.by}={readers} alone{others}: it "
+                "would change nothing. Leave it out, or choose one that reads it."
+            )
+
+
+def _refuse_clashes(trainer: dict) -> None:
+    """What TRL refuses, or divides by zero on, when the model is loaded already."""
+    target, given = trainer.get("_target_"), trainer.get
+    if target in ("trl.DPOConfig", "trl.KTOConfig") and given("sync_ref_model"):
+        raise Refusal("trainer.sync_ref_model=true: TRL cannot move the reference of a LoRA. Leave it out.")
+    if target == "trl.DPOConfig":
+        losses, smoothing = _losses(trainer), given("label_smoothing", 0.0)
+        others = sorted(set(losses) - {*OF_SCORES, "sft"})
+        divergence = given("f_divergence_type") or "reverse_kl"
+        if divergence not in DIVERGENCES:
+            raise Refusal(
+                f"trainer.f_divergence_type={divergence}: not one of {', '.join(DIVERGENCES)}"
+                f"{nearest(str(divergence), DIVERGENCES)}"
+            )
+        if divergence != "reverse_kl" and others:
+            raise Refusal(f"trainer.f_divergence_type={divergence}: the loss {others[0]} has none. Leave one out.")
+        if given("use_weighting") and {"aot", "aot_unpaired"} & set(losses):
+            raise Refusal("trainer.use_weighting=true: the losses aot and aot_unpaired have no weights. Leave it out.")
+        if "exo_pair" in losses and smoothing == 0:
+            raise Refusal(
+                "trainer.label_smoothing=0.0: the loss exo_pair takes its logarithm. Give a small one, 0.001 say."
+            )
+        if "robust" in losses and isinstance(smoothing, float) and smoothing >= 0.5:
+            raise Refusal(
+                f"trainer.label_smoothing={smoothing}: the loss robust divides by 1 - 2 label_smoothing. Choose one "
+                "below 0.5."
+            )
+    if target == "rlhf_recipes.ppo.PPOConfig":
+        _refuse_ppo(trainer)
+
+
+def _refuse_ppo(trainer: dict) -> None:
+    one_step = (trainer.get("num_ppo_epochs", 4), trainer.get("num_mini_batches", 1)) == (1, 1)
+    for key, default in {"cliprange": 0.2, "dual_clip": None}.items():
+        if one_step and trainer.get(key, default) != default:
+            raise Refusal(
+                f"trainer.{key}={trainer[key]}: a rollout is used for one step, in which the ratio is 1: nothing is "
+                "clipped. Leave it out, or raise trainer.num_ppo_epochs or trainer.num_mini_batches."
+            )
+    unread = trainer.get("kl_controller", "fixed") == "fixed" and trainer.get("kl_brake", 5.0) is None
+    if unread and trainer.get("kl_target", 6.0) != 6.0:
+        raise Refusal(
+            f"trainer.kl_target={trainer['kl_target']}: is read by neither kl_controller=fixed nor kl_brake=null. "
+            "Leave it out, or choose trainer.kl_controller=adaptive."
+        )
+
+
+def _refuse_lora(lora: dict, recipe: str | None, quantized: bool) -> None:
+    targets = lora.get("target_modules")
+    heads = [each for each in targets if str(each).endswith("lm_head")] if isinstance(targets, list) else []
+    if heads and recipe not in ("orpo", "simpo"):  # whose trainers run the head as a module
+        raise Refusal(
+            f"lora.target_modules: recipes/{recipe}.py reads the weights of {heads[0]} past a LoRA on it, which would "
+            "not be trained. Leave it out."
+        )
+    start = str(lora.get("init_lora_weights", True)).lower()
+    key = f"lora.init_lora_weights={lora.get('init_lora_weights')}"
+    plain = "Leave it out, or choose gaussian or orthogonal."
+    if start.startswith(REWRITES_BASE):
+        raise Refusal(
+            f"{key}: takes its start out of the base's weights, and the base as it is is the reference and what the "
+            f"adapter is published on. {plain}"
+        )
+    if start == "eva":
+        raise Refusal(f"{key}: starts from activations that no recipe collects; it would start like any LoRA. {plain}")
+    r = lora.get("r", 8)
+    if start == "orthogonal" and isinstance(r, int) and r % 2:
+        raise Refusal(f"lora.r={r}: must be even with {key}. Change it.")
+    if start == "mica" and quantized:
+        raise Refusal(f"{key}: needs the base's weights in full. Add quantization=none.")
+    bias = lora.get("bias", "none")
+    if bias != "none" and methods.of(recipe).reference:
+        raise Refusal(
+            f"lora.bias={bias}: trains biases of the base, which is the reference here and would move with them. "
+            "Leave it out."
+        )
+    if lora.get("inference_mode"):
+        raise Refusal("lora.inference_mode=true: nothing would be trained. Leave it out.")
+    task = "SEQ_CLS" if recipe == "reward" else "CAUSAL_LM"
+    if lora.get("task_type", task) != task:
+        raise Refusal(f"lora.task_type={lora['task_type']}: recipes/{recipe}.py trains {task}. Leave it out.")
+
+
+def _refuse_lora_beside_adapter(node: dict) -> None:
+    """The adapter that is continued keeps its own shape, whatever `lora` says."""
+    reference = (node.get("model") or {}).get("adapter")
+    adapter = reference and references.adapter_in(reference)
+    if not adapter:
+        return
+    defaults = OmegaConf.to_container(OmegaConf.load(CONF / "lora" / "all_linear.yaml"), resolve=False)
+    own = read_json(adapter / references.ADAPTER_CONFIG)
+    for key, value in node["lora"].items():
+        if key in ("_target_", "target_modules") and isinstance(value, str):  # words for modules that it lists
+            continue
+        if value != defaults.get(key) and _unordered(value) != _unordered(own.get(key)):
+            members = " (reward.rank and reward.alpha of an ensemble)" if "rank" in (node.get("reward") or {}) else ""
+            raise Refusal(
+                f"lora.{key}={value}{members}: model.adapter={reference} is continued as it is, with {own.get(key)}. "
+                "Give that, or leave it out."
+            )
+
+
+def _unordered(value: Any) -> Any:
+    return sorted(map(str, value)) if isinstance(value, list) else value
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_shown, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,478 @@
+"""Settings that cannot work or would do nothing are refused from the config alone; the tables are those of TRL."""
+
+import ast
+import dataclasses
+import inspect
+import json
+import math
+import re
+import textwrap
+
+import pytest
+from conftest import TINY_ID, write_adapter
+from omegaconf import OmegaConf
+
+from rlhf_recipes import config, references
+from rlhf_recipes.errors import Refusal
+from rlhf_recipes.launch import keys, settings
+from rlhf_recipes.launch.settings import LOSSES, OF_SCORES, READ, Range
+from rlhf_recipes.overrides import quoted
+
+PPO = ["reward_funcs=json:loads"]
+
+
+@pytest.fixture(scope="module")
+def check(compose):
+    """check(recipe, overrides): on a config that is composed once for each recipe."""
+    composed = {}
+
+    def checked(recipe, overrides):
+        if recipe not in composed:
+            composed[recipe] = compose(recipe, *(PPO if recipe == "ppo" else []))
+        cfg = OmegaConf.merge(composed[recipe], OmegaConf.from_dotlist(overrides.split()))
+        settings.check(cfg, recipe)
+
+    return checked
+
+
+@pytest.fixture(scope="module")
+def refusal(check):
+    def refused(recipe, overrides):
+        with pytest.raises(Refusal) as caught:
+            check(recipe, overrides)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    return refused
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "says"),
+    [
+        ("dpo", "lora.r=0", "lora.r=0: must be at least 1."),
+        ("dpo", "lora.rank_pattern.q_proj=0", "lora.rank_pattern.q_proj=0: must be at least 1."),
+        ("dpo", "lora.layers_to_transform=[0,-1]", "lora.layers_to_transform=[0, -1]: must be at least 0."),
+        ("dpo", "lora.lora_dropout=1.0", "lora.lora_dropout=1.0: must be at least 0 and below 1."),
+        ("dpo", "trainer.per_device_train_batch_size=0", "trainer.per_device_train_batch_size=0: must be at least 1."),
+        ("kto", "trainer.beta=-0.1", "trainer.beta=-0.1: must be above 0 and finite."),
+        ("simpo", "trainer.beta=0", "trainer.beta=0: must be above 0 and finite."),
+        ("orpo", "trainer.beta=-0.1", "trainer.beta=-0.1: must be at least 0 and finite."),
+        ("dpo", "trainer.beta=.nan", "trainer.beta=nan: must be above 0 and finite."),
+        ("sft", "trainer.max_length=0", "trainer.max_length=0: must be at least 2."),
+        ("sft", "trainer.max_steps=0", "trainer.max_steps=0: must be at least 1, or -1."),
+        ("reward", "trainer.num_train_epochs=0", "trainer.num_train_epochs=0: must be above 0 and finite."),
+        ("reward", "trainer.learning_rate=.inf", "trainer.learning_rate=inf: must be above 0 and finite."),
+        ("ppo", "trainer.temperature=0.0", "trainer.temperature=0.0: must be above 0 and finite."),
+        ("ppo", "trainer.max_completion_length=0", "trainer.max_completion_length=0: must be at least 1."),
+        ("evaluate", "max_new_tokens=0", "max_new_tokens=0: must be at least 1."),
+        # what the loss does not read
+        ("dpo", "trainer.label_smoothing=0.1",
+         "trainer.label_smoothing=0.1: is read with trainer.loss_type=aot or aot_unpaired or exo_pair or robust "
+         "alone, not with sigmoid: it would change nothing."),
+        ("dpo", "trainer.loss_type=[sft] trainer.beta=0.3", "trainer.beta=0.3: is read with trainer.loss_type=sigmoi"),
+        ("dpo", "trainer.loss_type=[sft] trainer.f_divergence_type=forward_kl", "trainer.f_divergence_type=forward_k"),
+        ("dpo", "trainer.f_alpha_divergence_coef=0.7", "trainer.f_alpha_divergence_coef=0.7: is read with trainer.f_"),
+        ("dpo", "trainer.discopop_tau=0.1 trainer.loss_type=hinge", "trainer.discopop_tau=0.1: is read with trainer."),
+        ("simpo", "trainer.loss_type=ipo trainer.label_smoothing=0.1", "trainer.label_smoothing=0.1: is read with"),
+        ("simpo", "trainer.loss_type=sigmoid trainer.simpo_gamma=0.7", "trainer.simpo_gamma=0.7: is read with"),
+        ("simpo", "trainer.loss_type=alphapo trainer.cpo_alpha=0.1", "trainer.cpo_alpha=0.1: is read with trainer."),
+        ("dpo", "trainer.label_smoothing_factor=0.1", "trainer.label_smoothing_factor=0.1: is read by nothing here."),
+        ("sft", "trainer.loss_type=dft trainer.label_smoothing_factor=0.1", "trainer.label_smoothing_factor=0.1: is "),
+        ("kto", "trainer.lr_scheduler_type=constant trainer.warmup_steps=10", "trainer.warmup_steps=10: is read with"),
+        ("orpo", "trainer.eval_steps=10",
+         "trainer.eval_steps=10: is read with trainer.eval_strategy=steps alone: it would change nothing."),
+        ("dpo", "trainer.model_init_kwargs.a=1", "trainer.model_init_kwargs={'a': 1}: is read by nothing here. The"),
+        ("ppo", "trainer.kl_horizon=100", "trainer.kl_horizon=100: is read with trainer.kl_controller=adaptive alone"),
+        ("ppo", "trainer.num_ppo_epochs=1 trainer.cliprange=0.1", "trainer.cliprange=0.1: a rollout is used for one"),
+        ("ppo", "trainer.kl_brake=null trainer.kl_target=3.0", "trainer.kl_target=3.0: is read by neither"),
+        # what TRL and PEFT refuse when the model is loaded
+        ("dpo", "trainer.loss_type=[sigmoid,robus]", "trainer.loss_type=robus: not one of sigmoid, "),
+        ("kto", "trainer.loss_type=bco", "trainer.loss_type=bco: not one of kto, apo_zero_unpaired"),
+        ("dpo", "trainer.loss_type=exo_pair", "trainer.label_smoothing=0.0: the loss exo_pair takes its logarithm."),
+        ("dpo", "trainer.loss_type=robust trainer.label_smoothing=0.5", "trainer.label_smoothing=0.5: the loss robus"),
+        ("dpo", "trainer.loss_type=apo_zero trainer.f_divergence_type=forward_kl", "trainer.f_divergence_type=forwar"),
+        ("dpo", "trainer.f_divergence_type=forward", "trainer.f_divergence_type=forward: not one of reverse_kl, "),
+        ("dpo", "trainer.loss_type=aot trainer.use_weighting=true", "trainer.use_weighting=true: the losses aot and"),
+        ("dpo", "trainer.sync_ref_model=true", "trainer.sync_ref_model=true: TRL cannot move the reference of a LoRA"),
+        # what would move the base
+        ("dpo", "lora.init_lora_weights=pissa_niter_4", "lora.init_lora_weights=pissa_niter_4: takes its start out o"),
+        ("sft", "lora.init_lora_weights=olora", "lora.init_lora_weights=olora: takes its start out of the base's"),
+        ("reward", "lora.init_lora_weights=loftq", "lora.init_lora_weights=loftq: takes its start out of the base's"),
+        ("orpo", "lora.init_lora_weights=corda", "lora.init_lora_weights=corda: takes its start out of the base's"),
+        ("sft", "lora.init_lora_weights=eva", "lora.init_lora_weights=eva: starts from activations that no recipe"),
+        ("sft", "lora.init_lora_weights=orthogonal lora.r=5", "lora.r=5: must be even with lora.init_lora_weights=or"),
+        ("sft", "lora.init_lora_weights=mica", "lora.init_lora_weights=mica: needs the base's weights in full."),
+        ("sft", "lora.target_modules=[q_proj,lm_head]", "lora.target_modules: recipes/sft.py reads the weights of"),
+        ("dpo", "lora.bias=all", "lora.bias=all: trains biases of the base, which is the reference"),
+        ("sft", "lora.inference_mode=true", "lora.inference_mode=true: nothing would be trained."),
+        ("sft", "lora.task_type=SEQ_CLS", "lora.task_type=SEQ_CLS: recipes/sft.py trains CAUSAL_LM."),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_or_does_nothing_is_refused(refusal, recipe, overrides, says):
+    assert refusal(recipe, overrides).startswith(says)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides"),
+    [
+        ("orpo", "trainer.beta=0"),
+        ("orpo", "lora.target_modules=[lm_head]"),
+        ("dpo", "trainer.loss_type=[robust,sft] trainer.label_smoothing=0.2 trainer.beta=0.3"),
+        ("dpo", "trainer.loss_type=robust trainer.label_smoothing=0.0"),
+        ("dpo", "trainer.loss_type=[sigmoid] trainer.label_smoothing=0"),
+        ("simpo", "trainer.loss_type=sigmoid"),  # what our file sets for SimPO is nobody's wish here
+        ("simpo", "trainer.loss_type=alphapo trainer.alpha=0.2 trainer.simpo_gamma=0.7"),
+        ("kto", "trainer.loss_type=apo_zero_unpaired trainer.desirable_weight=1.33"),
+        ("sft", "trainer.lr_scheduler_type=constant trainer.max_steps=-1 trainer.max_grad_norm=0"),
+        ("sft", "trainer.label_smoothing_factor=0.1 lora.bias=all lora.init_lora_weights=orthogonal"),
+        ("ppo", "trainer.num_ppo_epochs=1 trainer.num_mini_batches=2 trainer.cliprange=0.1"),
+        ("ppo", "trainer.kl_controller=limit trainer.kl_brake=null trainer.kl_target=3.0"),
+        ("reward", "lora.init_lora_weights=gaussian lora.r=5 trainer.max_length=null"),
+    ],
+)
+def test_what_works_is_taken(check, recipe, overrides):
+    check(recipe, overrides)
+
+
+def test_it_is_looked_at_with_the_keys(compose):
+    with pytest.raises(Refusal, match="must be at least 1"):
+        keys.check(compose("dpo", "lora.r=0"), "dpo")
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("trainer.optim=galore_adamw_8bit", "trainer.optim=galore_adamw_8bit: galore-torch is not installed. pip in"),
+        ("trainer.optim=adamw_torch_8bit", "trainer.optim=adamw_torch_8bit: torchao is not installed. pip install t"),
+        ("trainer.optim=paged_adamw_32bit", "trainer.optim=paged_adamw_32bit: bitsandbytes is not installed. pip in"),
+        ("trainer.optim=rmsprop_bnb", "trainer.optim=rmsprop_bnb: bitsandbytes is not installed. pip install bitsa"),
+        ("trainer.use_liger_kernel=true", "trainer.use_liger_kernel=true: liger-kernel is not installed."),
+        ("trainer.optim=adamw_torch_fused", None),
+        ("trainer.optim=rmsprop", None),
+    ],
+)
+def test_what_an_optimizer_needs_is_installed(compose, monkeypatch, override, says):
+    monkeypatch.setattr(keys, "_installed", lambda package: False)
+    cfg = compose("dpo", override, "quantization=none")
+    if says is None:
+        keys.check(cfg, "dpo")
+        return
+    with pytest.raises(Refusal) as caught:
+        keys.check(cfg, "dpo")
+    assert str(caught.value).startswith(says)
+
+
+def test_the_packages_of_optimizers_are_those_of_transformers():
+    """Those that are left out need none beside torch, or another machine."""
+    from transformers.training_args import OptimizerNames
+
+    plain = {"adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"}
+    elsewhere = {"adamw_torch_xla", "adamw_torch_npu_fused", "adamw_anyprecision"}
+    matched = {each.value for each in OptimizerNames if any(re.match(name, each.value) for name in keys.OPTIMIZERS)}
+    assert {each.value for each in OptimizerNames} - matched == plain | elsewhere
+
+
+def test_lora_of_an_adapter_that_is_continued(compose, check, refusal, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = write_adapter(tmp_path / "sft", recipe="sft")
+    path = next(folder.rglob("adapter_config.json"))
+    adapter = json.loads(path.read_text()) | {"r": 8, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"]}
+    path.write_text(json.dumps(adapter))
+    assert refusal("dpo", "model.adapter=sft lora.r=64") == (
+        "lora.r=64: model.adapter=sft is continued as it is, with 8. Give that, or leave it out."
+    )
+    with pytest.raises(Refusal, match=r"lora.r=32 \(reward.rank and reward.alpha of an ensemble\): model.adapter=sft"):
+        settings.check(compose("reward", "reward=ensemble", "reward.member=2", "model.adapter=sft"), "reward")
+    assert refusal("dpo", "model.adapter=sft lora.target_modules=[q_proj]").startswith("lora.target_modules=[")
+    check("dpo", "model.adapter=sft lora.r=8 lora.target_modules=[v_proj,q_proj]")
+    check("dpo", "model.adapter=sft")
+
+
+def test_ranges():
+    assert 0 in settings.NATURAL and -1 not in settings.NATURAL and math.nan not in settings.NATURAL
+    assert math.inf not in settings.POSITIVE and math.inf in settings.NATURAL and 1e-30 in settings.POSITIVE
+    assert -1 in Range(at_least=1, beside=(-1,)) and 0 not in Range(at_least=1, beside=(-1,))
+
+
+def test_every_range_is_of_a_key_that_is_there(compose):
+    """A misspelled key in the table would check nothing."""
+    from rlhf_recipes.typecheck import parameters
+
+    recipes = ("sft", "reward", "dpo", "kto", "orpo", "simpo", "ppo")
+    known = {key for recipe in (*recipes, "evaluate", "audit", "cai") for key in keys.defaults(recipe)}
+    for recipe in recipes:
+        cfg = compose(recipe, *(PPO if recipe == "ppo" else []))
+        for node in ("trainer", "lora"):
+            known |= {f"{node}.{name}" for name in parameters(config.guard.find_class(cfg[node]._target_, node))}
+    assert {key.removesuffix(".*") for key in settings.RANGES} <= known
+
+
+# ---- the tables, against the installed source
+
+
+def branches(function, name):
+    """What each `if name == "x"` of a function reads: x -> the names in its body."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test).startswith(f"{name} == "):
+            body = [each for statement in node.body for each in ast.walk(statement)]
+            read = {ast.unparse(each) for each in body if isinstance(each, ast.Name | ast.Attribute)}
+            found[node.test.comparators[0].value] = read
+    return found
+
+
+def readers(found, *names):
+    return {loss for loss, read in found.items() if read & set(names)}
+
+
+def test_the_losses_of_dpo_are_those_of_trl():
+    from trl import DPOTrainer
+
+    found = branches(DPOTrainer._compute_loss, "loss_type")
+    table = READ["trl.DPOConfig"]
+    assert set(found) == set(LOSSES["trl.DPOConfig"])
+    assert readers(found, "self.label_smoothing") == set(table["label_smoothing"].values)
+    assert readers(found, "self.args.discopop_tau") == set(table["discopop_tau"].values)
+    assert readers(found, "self.beta") == set(table["beta"].values)
+    assert readers(found, "delta_score", "chosen_scores") == set(OF_SCORES) == set(table["f_divergence_type"].values)
+    whole = {"delta_score", "chosen_scores", "chosen_logratios", "chosen_logps"}  # all are sums that ld_alpha weighs
+    assert readers(found, *whole) == set(table["ld_alpha"].values)
+    divergences = branches(DPOTrainer._compute_loss, "self.f_divergence_type")
+    assert set(divergences) == set(settings.DIVERGENCES)
+    coefficient = readers(divergences, "self.f_alpha_divergence_coef")
+    assert coefficient == set(table["f_alpha_divergence_coef"].values)
+
+
+def test_the_losses_of_the_others_are_those_of_trl():
+    from trl import KTOTrainer
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    found = branches(CPOTrainer.cpo_loss, "self.loss_type")
+    table = READ["trl.experimental.cpo.CPOConfig"]
+    assert {*found, "alphapo"} == set(LOSSES["trl.experimental.cpo.CPOConfig"])
+    assert {*readers(found, "self.label_smoothing"), "alphapo"} == set(table["label_smoothing"].values)
+    assert {*readers(found, "self.simpo_gamma"), "alphapo"} == set(table["simpo_gamma"].values)
+    alphapo = CPOConfig(loss_type="alphapo", cpo_alpha=0.7, use_cpu=True, bf16=False)
+    assert alphapo.loss_type == "simpo" and alphapo.cpo_alpha == 0
+    source = inspect.getsource(KTOTrainer)
+    assert all(f'"{name}"' in source for name in LOSSES["trl.KTOConfig"])
+    assert set(branches(KTOTrainer._compute_loss, "self.loss_type")) == set(LOSSES["trl.KTOConfig"])
+
+
+def test_label_smoothing_factor_is_read_by_sft_alone():
+    from trl import DPOTrainer, KTOTrainer, SFTTrainer
+    from trl.experimental.cpo import CPOTrainer
+    from trl.experimental.orpo import ORPOTrainer
+
+    from rlhf_recipes.ppo import PPOTrainer
+    from rlhf_recipes.training.reward_trainer import SoftLabelRewardTrainer
+
+    for trainer in (DPOTrainer, KTOTrainer, CPOTrainer, ORPOTrainer, SoftLabelRewardTrainer, PPOTrainer):
+        inherited = [
+            inspect.getsource(each) for each in trainer.__mro__ if each.__module__.startswith(("trl", "rlhf"))
+        ]
+        assert not any("label_smoother" in text for text in inherited)
+    assert 'self.label_smoother is not None and self.args.loss_type == "nll"' in inspect.getsource(SFTTrainer)
+
+
+def test_schedules_that_warm_up_are_those_of_transformers():
+    import torch
+    from transformers import SchedulerType, get_scheduler
+
+    options = {"warmup_stable_decay": {"num_decay_steps": 2}, "cosine_with_min_lr": {"min_lr": 0.0},
+               "cosine_warmup_with_min_lr": {"min_lr": 0.0}}  # fmt: skip
+    warmed = set()
+    for name in (each.value for each in SchedulerType):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+        get_scheduler(name, optimizer, 5, 10, scheduler_specific_kwargs=options.get(name))
+        warmed |= {name} if optimizer.param_groups[0]["lr"] < 1 else set()
+    assert warmed == set(settings.WARMED_UP)
+
+
+def test_defaults_are_those_of_the_classes():
+    for target, table in READ.items():
+        kind = config.guard.find_class(target, "trainer")
+        fields = {field.name: field.default for field in dataclasses.fields(kind)}
+        assert {key: reads.default for key, reads in table.items()} == {key: fields[key] for key in table}, target
+        assert {reads.by for reads in table.values()} - {""} <= set(fields)
+
+
+# ---- what the model's config says
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ("lora.target_modules=[q_proj,v_porj]", "lora.target_modules: {} has no module v_porj; did you mean 'v_pr"),
+        ("model.lora_targets=[q_proj,query]", "model.lora_targets: {} has no module query. Its layers end in"),
+        ("lora.target_modules=.*language.*", "lora.target_modules: {} has no module .*language.*"),
+        ("lora.target_modules=(q_proj", "lora.target_modules: (q_proj is no regular expression ("),
+        ("lora.target_modules=[q_proj,mlp]", "lora.target_modules: mlp is no layer that LoRA can be put on."),
+        ("lora.exclude_modules=[o_prj]", "lora.exclude_modules: {} has no module o_prj; did you mean 'o_proj'?"),
+        ("lora.modules_to_save=[embed_token]", "lora.modules_to_save: {} has no module embed_token; did you mean"),
+        ("lora.rank_pattern={q_prj:4}", "lora.rank_pattern: {} has no module q_prj; did you mean 'q_proj'?"),
+        ("lora.target_modules=[q_proj] lora.layers_to_transform=[0,2]",
+         "lora.layers_to_transform: {} has layers 0 to 1, not 2."),
+        ("lora.target_modules=[q_proj,layers.0.mlp.up_proj]", None),
+        ("lora.target_modules=.*(q|v)_proj lora.rank_pattern.up_proj=4", None),
+        ("lora.modules_to_save=[score,embed_tokens]", None),
+        ("lora.target_modules=[q_proj,v_porj] model.adapter=sft", None),  # continued as it is: settings refuses it
+    ],
+)  # fmt: skip
+def test_modules_that_the_model_does_not_have(compose, tiny_model_overrides, overrides, says):
+    from rlhf_recipes import models
+
+    cfg = compose("dpo", *tiny_model_overrides, "quantization=none", *map(quoted, overrides.split()))
+    if says is None:
+        models.check(cfg.model, cfg.quantization, cfg.lora)
+        return
+    with pytest.raises(Refusal) as caught:
+        models.check(cfg.model, cfg.quantization, cfg.lora)
+    assert str(caught.value).startswith(says.format(cfg.model.id))
+
+
+CLASSIFIER = {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
+
+
+@pytest.mark.parametrize(
+    ("model", "tokenizer", "says"),
+    [
+        (CLASSIFIER, {"chat_template": "{{ messages }}"}, None),
+        (
+            {"architectures": CLASSIFIER["architectures"]},
+            {"chat_template": "x"},
+            "gives 2 values for a text, a reward",
+        ),
+        (CLASSIFIER | {"id2label": {"0": "a", "1": "b", "2": "c"}}, {"chat_template": "x"}, "gives 3 values"),
+        (CLASSIFIER | {"architectures": ["LlamaForCausalLM"]}, {"chat_template": "x"}, "is a LlamaForCausalLM, which"),
+        (CLASSIFIER, {}, "its tokenizer has no chat template"),
+        (CLASSIFIER, None, "its tokenizer has no chat template"),
+    ],
+)
+def test_a_model_that_is_no_reward_model(tmp_path, model, tokenizer, says):
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    if tokenizer is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    if says is None:
+        assert references.find_reward(str(tmp_path)).kind == references.MODEL
+        return
+    with pytest.raises(Refusal) as caught:
+        references.find_reward(str(tmp_path))
+    assert str(caught.value).startswith(f"reward_funcs={tmp_path}: {says}")
+    if tokenizer == {}:
+        (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+        assert references.find_reward(str(tmp_path))
+
+
+# ---- adapters that name another base
+
+
+@pytest.fixture
+def foreign(tmp_path, monkeypatch):
+    """foreign(shapes, **config): an adapter from elsewhere in the current folder's `bought`."""
+    import torch
+    from safetensors.torch import save_file
+
+    monkeypatch.chdir(tmp_path)
+
+    def made(shapes, **changes):
+        folder = tmp_path / "bought"
+        folder.mkdir()
+        named = {"base_model_name_or_path": "somebody/tiny-bnb-4bit", "task_type": "CAUSAL_LM", "r": 4} | changes
+        (folder / "adapter_config.json").write_text(json.dumps(named))
+        save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, folder / "adapter_model.safetensors")
+        return folder
+
+    return made
+
+
+Q = "base_model.model.model.layers.1.self_attn.q_proj.lora_"
+FITTING = {f"{Q}A.weight": (4, 64), f"{Q}B.weight": (64, 4)}
+
+
+def test_an_adapter_that_names_another_base_is_refused_unless_it_is_said_to_be_the_same(foreign):
+    foreign(FITTING)
+    for key, find in (("model.adapter", references.find), ("runs", references.find_policy)):
+        with pytest.raises(Refusal) as caught:
+            find("bought", key, TINY_ID)
+        assert str(caught.value).endswith(
+            "If these are the same weights under another name, add model.adapter_base=same."
+        )
+        found = find("bought", key, TINY_ID, "same")
+        assert (found.base, found.named_base) == (TINY_ID, "somebody/tiny-bnb-4bit")
+        assert found.lineage["named_base"] == "somebody/tiny-bnb-4bit"
+    assert "named_base" not in references.find("bought", "model.adapter", "somebody/tiny-bnb-4bit", "same").lineage
+
+
+@pytest.mark.parametrize(
+    ("shapes", "config", "says"),
+    [
+        (FITTING, {}, None),
+        (FITTING, {"base_model_name_or_path": "/data/models/tiny"}, None),
+        (FITTING, {"base_model_name_or_path": None}, None),
+        ({f"{Q}A.weight": (4, 96), f"{Q}B.weight": (64, 4)}, {}, "of shape [4, 96], {} has in_features=64."),
+        ({f"{Q}A.weight": (4, 64), f"{Q}B.weight": (32, 4)}, {}, "of shape [32, 4], {} has out_features=64."),
+        ({f"{Q.replace('.1.', '.2.')}A.weight": (4, 64)}, {}, "of shape [4, 64], {} has no such module."),
+        (FITTING, {"base_model_name_or_path": "base"}, None),
+        (FITTING, {"base_model_name_or_path": "other"}, "the base of bought, has vocab_size 7, and {} has "),
+    ],
+)
+def test_what_is_said_to_be_the_same_must_fit(
+    compose, foreign, tiny_model, tiny_model_overrides, tmp_path, capsys, shapes, config, says
+):
+    from rlhf_recipes import models
+
+    foreign(shapes, **config)
+    ours = json.loads((tiny_model / "config.json").read_text())
+    for name, changes in (("base", {}), ("other", {"vocab_size": 7})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(ours | changes))
+    cfg = compose("dpo", *tiny_model_overrides, "model.adapter=bought", "model.adapter_base=same", "quantization=none")
+    if says:
+        with pytest.raises(Refusal) as caught:
+            models.check(cfg.model, cfg.quantization, cfg.lora)
+        assert str(caught.value).startswith("model.adapter_base=same: ") and says.format(TINY_ID) in str(caught.value)
+        return
+    models.check(cfg.model, cfg.quantization, cfg.lora)
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "taken for tests/tiny as you say (model.adapter_base=same)" in out
+    assert ("and the config of that base" in out) == (config.get("base_model_name_or_path") == "base")
+
+
+def test_it_is_continued_and_written_for_the_real_base(foreign, train, tmp_path, capsys):
+    from rlhf_recipes.evaluation import measure
+    from rlhf_recipes.references import find
+
+    shapes = {name.replace(".1.", f".{layer}."): shape for layer in (0, 1) for name, shape in FITTING.items()}
+    foreign(shapes, peft_type="LORA", lora_alpha=8, target_modules=["q_proj"])
+    same = ("model.adapter=bought", "model.adapter_base=same", "quantization=none")
+    made = train("dpo", tmp_path / "outputs", *same)
+    assert capsys.readouterr().out.count("taken for tests/tiny as you say (model.adapter_base=same)") == 1
+    assert made.result["parent"]["named_base"] == "somebody/tiny-bnb-4bit"
+    written = json.loads((made.dir / "adapter" / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == TINY_ID and written["target_modules"] == ["q_proj"]
+    assert "names the base `somebody/tiny-bnb-4bit`. That it is the same is" in (made.dir / "README.md").read_text()
+    assert find("outputs", "run", TINY_ID).named_base is None
+    assert [each.name for each in measure.find(["bought", "outputs"], "base", TINY_ID, adapter_base="same")][1:]
+
+
+def test_the_key_is_no_part_of_a_run_that_does_not_set_it(compose, refusal):
+    from rlhf_recipes import run
+
+    config = run.resolved(compose("dpo"))
+    before = {**config, "model": {key: value for key, value in config["model"].items() if key != "adapter_base"}}
+    assert run.config_sha256(config) == run.config_sha256(before)
+    assert run.config_sha256(run.resolved(compose("dpo", "model.adapter_base=same"))) != run.config_sha256(config)
+    assert refusal("dpo", "model.adapter_base=other").startswith(
+        "model.adapter_base=other: must be same, or left out."
+    )
+
+
+def test_the_card_says_whose_word_it_is():
+    from rlhf_recipes.training.card import chain
+
+    parent = {"recipe": None, "adapter_sha256": "ab" * 32, "parent": None, "named_base": "x/y-bnb-4bit"}
+    said = chain("org/base", {"recipe": "dpo", "adapter_sha256": "cd" * 32, "parent": parent})
+    assert "`abababababab` names the base `x/y-bnb-4bit`. That it is the same is the word of whoever ran this" in said
+    assert "names the base" not in chain("org/base", {"recipe": "dpo", "adapter_sha256": "cd", "parent": None})
