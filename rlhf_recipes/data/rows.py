@@ -6,11 +6,12 @@
     rows = writer.rows()  # a sequence: rows[3], rows[:10], rows.select([5, 2]), for row in rows
     dataset = rows.to_dataset()  # of the same files, nothing is copied
 
-The files lie in a folder of this process under TMPDIR and go with the last rows that lie in them, at the latest with
-the process.
+The files lie in a folder of this process under TMPDIR, beside what trainers derive from them; they go with the last
+rows that lie in them, the folder goes with the process. Of a process that was killed the next one removes it.
 """
 
 import atexit
+import fcntl
 import functools
 import hashlib
 import mmap
@@ -19,7 +20,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ Example = dict[str, Any]
 BATCH = 1_000  # rows that are Python's objects at a time
 # Rows, and characters of text, that are written together; rows in any order are gathered faster from few large parts.
 PART_ROWS, PART_CHARACTERS = 10_000, 2**25
+PREFIX, LOCK = "rlhf-recipes-rows-", "lock"
 
 TURNS = pyarrow.list_(pyarrow.struct({"role": pyarrow.string(), "content": pyarrow.string()}))
 KINDS = {"family": pyarrow.string(), "prompt_id": pyarrow.string(), "split": pyarrow.string(),
@@ -256,14 +258,22 @@ def _examples(part: pyarrow.RecordBatch) -> list[Example]:
 
 
 @functools.cache
-def _folder(owner: int) -> str:
-    """Of this process: a fork has one of its own."""
-    folder = tempfile.mkdtemp(prefix="rlhf-recipes-rows-")
+def _folder(owner: int) -> Path:
+    """Of this process: a fork has one of its own. The folders of processes that were killed are removed."""
+    for left in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{LOCK}"):
+        with suppress(OSError), open(left, "ab") as lock:  # another user's, or held by a process that lives
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left.parent)
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+    lock = os.open(folder / f".{LOCK}", os.O_CREAT | os.O_RDWR)
+    with suppress(OSError):  # a file system without locks: nobody takes the folder for left
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        (folder / f".{LOCK}").rename(folder / LOCK)
     atexit.register(_remove, folder, owner)
     return folder
 
 
-def _remove(folder: str, owner: int) -> None:
+def _remove(folder: Path, owner: int) -> None:
     if os.getpid() == owner:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_recipes.data.keys import Keys
+from rlhf_recipes.data.keys import Keys, are_in
 from rlhf_recipes.data.sources import source_name
 from rlhf_recipes.errors import Refusal
 
@@ -32,7 +32,7 @@ def split(keys: Keys, train: np.ndarray, test: np.ndarray | None, data: dict[str
             f"data.test_size={size}: leaves nothing of {len(drawn)} prompts to train on. "
             "Lower it, or give data.test_path."
         )
-    is_test = np.isin(openings, drawn)
+    is_test = are_in(openings, drawn)
     return train[~is_test], train[is_test], f"test: {len(drawn)} of {len(different)} prompts held out, seed {seed}"
 
 
