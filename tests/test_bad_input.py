@@ -345,6 +345,7 @@ def test_a_gated_model(refuse, hub, tmp_path):
 
 def test_a_model_that_is_nowhere(compose, monkeypatch, tmp_path):
     import huggingface_hub
+    from huggingface_hub import constants
     from huggingface_hub.errors import RepositoryNotFoundError
 
     from rlhf_recipes import models
@@ -356,7 +357,7 @@ def test_a_model_that_is_nowhere(compose, monkeypatch, tmp_path):
     def unknown(*_, **__):
         raise Unknown
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.HfApi, "auth_check", unknown)
     for override, says in [
         ("model.id=org/nothing", "model.id=org/nothing: the Hub has no such model, or your token may not see it."),

@@ -255,12 +255,13 @@ def test_a_recipe_is_short_and_linear(recipe):
 
 @pytest.mark.parametrize("other", ["orpo", "simpo"])
 def test_preference_recipes_differ_in_the_method_alone(other):
-    """The docstring, the decorator and the run's name, the trainer's import and name, the reward, DPO's reference."""
+    """The docstring, the decorator and the run's name, the trainer's import and name, the reward, DPO's reference and
+    which end it cuts."""
     dpo, that = ((ROOT / "recipes" / f"{name}.py").read_text().split('"""', 2)[2] for name in ("dpo", other))
     changed = [
         line[1:].strip()
         for line in difflib.unified_diff(dpo.splitlines(), that.splitlines(), n=0, lineterm="")
-        if line[0] in "+-" and line[:3] not in ("+++", "---")
+        if line[0] in "+-" and line[:3] not in ("+++", "---") and line[1:].strip()
     ]
     method = (
         "Trainer",
@@ -271,6 +272,7 @@ def test_preference_recipes_differ_in_the_method_alone(other):
         "preference_metrics",
         "if run.shared and",
         "their reference, to beta",
+        "pairs = fit(",
     )
     assert changed and all(any(word in line for word in method) for line in changed), changed
-    assert len(changed) <= 14
+    assert len(changed) <= 16

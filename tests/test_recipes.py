@@ -233,7 +233,7 @@ def test_chain_reloads_in_a_fresh_process(chain, tiny_model_overrides, clean_env
 
     _, dpo = chain
     tokenizer = models.load_tokenizer(dpo.cfg.model)
-    rows = held_out(dpo.cfg, tokenizer)
+    rows = list(held_out(dpo.cfg, tokenizer))
     job = json.dumps([tiny_model_overrides, str(dpo.dir / "adapter"), rows])
     done = subprocess.run([sys.executable, "-c", FRESH_PROCESS], input=job, capture_output=True, text=True,
                           env=clean_env, timeout=120)  # fmt: skip
