@@ -70,7 +70,8 @@ class Keys:
         """(len(numbers),) whether no example before says the same."""
         low, high = np.asarray(self._said).reshape(-1, 2).T
         order = numbers[np.argsort(low[numbers], kind="stable")]  # stable: of the same examples the first leads
-        alike = np.flatnonzero(low[order[1:]] == low[order[:-1]])
+        ordered = low[order]
+        alike = np.flatnonzero(ordered[1:] == ordered[:-1])
         alike = alike[high[order[alike + 1]] == high[order[alike]]]
         return ~are_in(numbers, order[alike + 1])
 
@@ -116,9 +117,9 @@ def are_in(values: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 def drawn(count: int, seed: int) -> np.ndarray:
     """All numbers below `count` in the order of `random.Random(seed).sample`, which would hold each as an object."""
-    draw, left, order = random.Random(seed), array("Q", range(count)), array("Q")
+    draw, left, order = random.Random(seed), array("I", range(count)), array("I")
     for last in range(count - 1, -1, -1):
         place = draw.randrange(last + 1)
         order.append(left[place])
         left[place] = left[last]
-    return np.asarray(order).astype(np.int64)
+    return np.asarray(order)

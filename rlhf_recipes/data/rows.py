@@ -35,7 +35,7 @@ Example = dict[str, Any]
 
 BATCH = 1_000  # rows that are Python's objects at a time
 # Rows, and characters of text, that are written together; rows in any order are gathered faster from few large parts.
-PART_ROWS, PART_CHARACTERS = 10_000, 2**25
+PART_ROWS, PART_CHARACTERS = 5_000, 2**25
 PREFIX, LOCK = "rlhf-recipes-rows-", "lock"
 
 TURNS = pyarrow.list_(pyarrow.struct({"role": pyarrow.string(), "content": pyarrow.string()}))

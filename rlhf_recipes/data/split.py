@@ -58,4 +58,7 @@ def _held_out(ids: np.ndarray, size: float, seed: int) -> np.ndarray:
     texts = (f"{seed}:{each:016x}".encode() for each in ids)
     draws = np.fromiter((int(hashlib.sha256(text).hexdigest()[:12], 16) / 16**12 for text in texts), float, len(ids))
     count = int(size) if size >= 1 else max(1, int((draws < size).sum()))
+    if count < len(ids):  # the others need not be put in order
+        drawn = draws <= np.partition(draws, count - 1)[count - 1]
+        ids, draws = ids[drawn], draws[drawn]
     return ids[np.lexsort((ids, draws))[:count]]
