@@ -109,6 +109,12 @@ class Places(Sequence):
         return f"{self._names[self._files[number]]}:{self._lines[number]}"
 
 
+def different_keys(values: np.ndarray) -> np.ndarray:
+    """Each once, in order: `numpy.unique` without its table of hashes."""
+    ordered = np.sort(values)
+    return ordered[np.append(True, ordered[1:] != ordered[:-1])] if len(values) else ordered
+
+
 def are_in(values: np.ndarray, others: np.ndarray) -> np.ndarray:
     """(len(values),) whether each is among the others; what `numpy.isin` says, in little memory."""
     found = np.zeros(len(values), dtype=bool)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_recipes.data.keys import Keys, are_in
+from rlhf_recipes.data.keys import Keys, are_in, different_keys
 from rlhf_recipes.data.sources import source_name
 from rlhf_recipes.errors import Refusal
 
@@ -22,10 +22,10 @@ def split(keys: Keys, train: np.ndarray, test: np.ndarray | None, data: dict[str
             f"{source_name(data['path'])}: no test split. Give data.test_path, or hold out prompts: data.test_size=0.1"
         )
     openings = np.asarray(keys.openings)
-    different = np.unique(openings)
+    different = different_keys(openings)
     if len(different) == 1:  # one greeting opens all of them: they are told apart by what follows
         openings = np.asarray(keys.prompts)
-        different = np.unique(openings)
+        different = different_keys(openings)
     drawn = _held_out(different, size, seed)
     if len(drawn) == len(different) > 0:
         raise Refusal(
