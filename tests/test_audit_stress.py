@@ -214,7 +214,10 @@ def test_own_pairs_alone_are_held_against_all_unedited_pairs(tmp_path):
         ({k: v for k, v in PAIR.items() if k != "prompt"}, "own.jsonl:2: prompt: missing"),
         (PAIR | {"chosen": ""}, "own.jsonl:2: prompt, chosen, rejected: no pair (empty)"),
         (PAIR | {"rejected": "Until six. "}, "own.jsonl:2: prompt, chosen, rejected: no pair (identical)"),
-        (PAIR | {"prompt": [{"role": "assistant", "content": "x"}]}, "no pair (roles: the conversation opens with the assistant)"),
+        (
+            PAIR | {"prompt": [{"role": "assistant", "content": "x"}]},
+            "no pair (roles: the conversation opens with the assistant)",
+        ),
         (PAIR | {"prompt": [{"role": "wizard", "content": "x"}]}, "own.jsonl:2: prompt[0].role: 'wizard'"),
         ({"family": "x", "before": " "}, "own.jsonl:2: before, after: both blank"),
         ({"family": "x", "after": 7}, "own.jsonl:2: after: must be text"),

@@ -502,7 +502,7 @@ def test_every_setting_that_is_no_default(run):
     source = contents.find("dpo", None)
     table = card._settings(source.config)
     assert "| `trainer.learning_rate` | `0.01` |" in table and "| `trainer.max_steps` | `2` |" in table
-    for default in ("trainer.beta", "lora.lora_dropout", "data.format", "data.columns", "trainer.save_strategy"):
+    for default in ("trainer.beta", "lora.lora_dropout", "data.reduce", "data.columns", "trainer.save_strategy"):
         assert default not in table
     assert "| `data.train_size` | `8` |" in table
 

@@ -486,7 +486,8 @@ def test_a_rendering_without_end_ends(tokenizer, place):
 def test_many_rows_may_take_longer_than_one(tokenizer, monkeypatch):
     """The limit is that of one conversation."""
     monkeypatch.setattr(template, "SECONDS", 0.05)
-    tokenizer.chat_template = "{% for a in range(3000) %}{% endfor %}x"
+    said = "{% for turn in messages %}{{ turn['content'] }}{% endfor %}"
+    tokenizer.chat_template = f"{{% for a in range(3000) %}}{{% endfor %}}{said}"
     assert fit(splits_of(1200), tokenizer, None).report["tokens"]["max"] > 0
 
 

@@ -160,7 +160,7 @@ def test_the_line_about_the_data_counts_them():
     from rlhf_recipes.data.fit import describe, fit
     from rlhf_recipes.data.load import Splits
 
-    report = {"source": "s", "rows": 1, "dropped": {}, "capped": {"train": 0, "test": 0}, "split": "t"}
+    report = {"source": "s", "rows": 1, "dropped": {}, "examples": {}, "capped": {"train": 0, "test": 0}, "split": "t"}
     splits = Splits([saying("a<tool_call>b")], [saying("plain")], report, "s")
     fitted = fit(splits, make_tokenizer(TAGS), None)
     assert fitted.report["neutralised"] == {"rows": 1, "occurrences": 3}
@@ -339,7 +339,7 @@ def test_preflight():
         tokens = {"p50": 1, "p95": 1, "max": 1, "train": 1}
         rows = {"source": said, "train": 1, "test": 1, "split": said, "tokens": tokens, "max_length": 9,
                 "over_length": {"rows": 0, "of": 1, "fate": said}, "duplicate": 0, "leakage": 0, "near_duplicates": 0,
-                "neutralised": {"rows": 0, "occurrences": 0}}  # fmt: skip
+                "neutralised": {"rows": 0, "occurrences": 0}, "told": [said], "dropped": {said: 1}}  # fmt: skip
         seen.example, seen.rows = example, rows
         report = {"disk": {"need_gib": 1, "free_gib": 2, "stops": []}, "jobs": [seen]}
         jobs = [SimpleNamespace(name=said, recipe="dpo")]

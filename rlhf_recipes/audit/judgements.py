@@ -196,7 +196,7 @@ def _read(where: str, row: dict[str, Any]) -> Judgement:
         raise Refusal(f"{where}: flip = {flip!r:.40}: must be true, false or null. Mend or remove it.")
     prompt = None
     if row.get("prompt"):
-        prompt = Row(where, row, {"prompt": "prompt"}).messages("prompt", "user")
+        prompt = Row(where, row, {"prompt": "prompt"}).turns("prompt", row["prompt"], "user")
     if row.get("prompt_id") in (None, ""):
         if not prompt:
             raise Refusal(f"{where}: prompt_id: missing, and no prompt to take it from. Add one of the two.")

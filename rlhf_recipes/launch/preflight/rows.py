@@ -51,15 +51,18 @@ def examine(splits: Splits, sizes: list[int]) -> dict[str, Any]:
         "near_duplicates": near_duplicates(train, splits.test),
     }
     if "rejected" in train[0]:
-        chosen, rejected = ((row[side][-1]["content"] for row in train) for side in ("chosen", "rejected"))
         refused = [tuple(refuses(row[side][-1]["content"]) for side in ("chosen", "rejected")) for row in train]
         found["chosen_longer"] = stats.estimate([1 - shorter for shorter in shorter_wins(train)], prompts)
-        found["length_correlation"] = length_correlation(chosen, rejected, prompts)
+        found["length_correlation"] = length_correlation(_said(train, "chosen"), _said(train, "rejected"), prompts)
         found["both_refuse"] = stats.estimate([float(c and r) for c, r in refused], prompts)
         found["only_chosen_refuses"] = stats.estimate([float(c and not r) for c, r in refused], prompts)
     elif "completion" in train[0]:
         found["refuses"] = stats.estimate([float(refuses(row["completion"][-1]["content"])) for row in train], prompts)
     return found
+
+
+def _said(rows: Iterable[dict], side: str) -> Iterable[str]:
+    return (row[side][-1]["content"] for row in rows)
 
 
 def length_correlation(chosen: Iterable[str], rejected: Iterable[str], prompts: list[str]) -> stats.Estimate:
