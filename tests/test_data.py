@@ -17,7 +17,7 @@ from rlhf_recipes.data.columns import COLUMNS
 from rlhf_recipes.data.fit import describe, fit
 from rlhf_recipes.data.load import KEYS, Splits, _settings, load_demonstrations, load_pairs, shorter_wins
 from rlhf_recipes.data.recognise import Layout
-from rlhf_recipes.data.row import Row
+from rlhf_recipes.data.row import LITERAL_LIMIT, Row, as_list
 from rlhf_recipes.data.tokens import neutralise, percentiles
 
 ROOT = Path(__file__).parents[1]
@@ -251,6 +251,11 @@ def test_columns_are_mapped(tmp_path):
     names = {"prompt": "question", "chosen": "good", "rejected": "bad", "family": "topic"}
     splits = load_pairs(local(path, *(f"data.columns.{ours}={theirs}" for ours, theirs in names.items())))
     assert sorted({row["family"] for row in splits.train}) == ["t0", "t1"]
+
+
+def test_lists_in_pythons_notation_are_bounded_and_quiet(recwarn):
+    assert as_list("['\\d', None]") == ["\\d", None] and not recwarn.list
+    assert as_list("['a']" + " " * LITERAL_LIMIT) is None and as_list('["a"]' + " " * LITERAL_LIMIT) == ["a"]
 
 
 def test_clinic_ships_with_its_own_split():

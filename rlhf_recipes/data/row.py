@@ -4,6 +4,7 @@ import ast
 import json
 import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ BAD = ("false", "0", "0.0", "no", "down", "thumbs down", "👎", "bad", "rejecte
        "dislike", "disliked", "negative", "dispreferred", "incorrect", "wrong")  # fmt: skip
 UNRATED = ("", "n/a", "na", "nan", "none", "null", "-")
 MISSING = object()
+LITERAL_LIMIT = 2**20  # characters of a list in Python's notation, whose parser takes a hundred times their memory
 
 
 def at(values: Any, name: str) -> Any:
@@ -206,13 +208,22 @@ def as_good(value: Any) -> bool | None:
 
 def as_list(text: str) -> list | None:
     """The list that a text holds as JSON or as Python's repr; None where it holds none."""
-    for read in (json.loads, ast.literal_eval):
-        try:
-            value = read(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-        return value if isinstance(value, list) else None
-    return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = as_literal(text)
+    return value if isinstance(value, list) else None
+
+
+def as_literal(text: str) -> Any:
+    """What a text holds in Python's notation; None where it holds nothing of it, or is too long."""
+    if len(text) > LITERAL_LIMIT:
+        return None
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of escapes that Python does not know
+            return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
 
 
 def as_number(text: str) -> float | str:

@@ -25,23 +25,21 @@ lists whose own does not parse: as text it would teach the markup. Started turns
 with (`Assistant: Sure,`) are put in front of the answers.
 """
 
-import ast
 import json
 import re
 import statistics
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rlhf_recipes.data.messages import Drop
+from rlhf_recipes.data.row import LITERAL_LIMIT, as_literal
 from rlhf_recipes.data.tokens import TEMPLATE_MARKER
 from rlhf_recipes.errors import Refusal
 
 LOOKED_AT = 300  # rows
 CHARACTERS, HEAD = 2_000_000, 20_000  # that decide, in all and of each text
-LITERAL_LIMIT = 2**20  # characters of a list in Python's notation, whose parser takes a hundred times their memory
 FEW = 3  # words of an answer that may be a label
 
 Messages = list[dict[str, Any]]
@@ -626,12 +624,7 @@ def _messages(text: str) -> Messages | None:
 def _literal(text: str) -> Any:
     if len(text) > LITERAL_LIMIT:
         return None
-    text = NUMPY.sub(lambda each: each[1] or (each[2] and "},") or (each[3] and "(") or ")", text)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return None
+    return as_literal(NUMPY.sub(lambda each: each[1] or (each[2] and "},") or (each[3] and "(") or ")", text))
 
 
 def _list_of_texts(text: Text) -> list[str] | None:
