@@ -18,8 +18,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from rlhf_recipes.data.account import told
+from rlhf_recipes.data.fit import describe
 from rlhf_recipes.data.load import load_demonstrations, load_labelled, load_pairs, load_prompts
-from rlhf_recipes.data.recognise import FORMATS
+from rlhf_recipes.data.recognise import FORMATS, SAMPLE
 from rlhf_recipes.errors import Refusal
 
 LOAD = {"dpo": load_pairs, "kto": load_labelled, "sft": load_demonstrations, "ppo": load_prompts}
@@ -490,6 +491,49 @@ def test_what_is_ignored_and_not_there_is_said(base, tmp_path):
     shape = {**SIDES, "prompt": [{**user(), "name": "Ann"}], "info": {"id": 3}}
     splits = loaded("dpo", base, tmp_path, shape, overrides="data.ignore=[sistem,name,id,info.id]")
     assert "data.ignore: there is no sistem" in told(splits.report)
+
+
+RATED = {"prompt": Q, "completions": [{"response": YES, "score": 5}, {"response": NO, "score": 1}]}
+NAMED = {**RATED, "completions": [{**rated, "model": "x"} for rated in RATED["completions"]]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "early", "late", "says"),
+    [
+        ("dpo", SIDES, {**SIDES, "lang": "en"}, "not read: lang"),
+        ("dpo", {**SIDES, "lang": None}, {**SIDES, "lang": "en"}, "not read: lang"),
+        ("dpo", SIDES, {**SIDES, "system": "Be kind"}, "read as pairs: prompt, system, chosen, rejected"),
+        ("dpo", SIDES, {**SIDES, "p": 0.8}, "p of 30 rows"),
+        ("dpo", SIDES, {**SIDES, "margin": 2}, "margin of 30 rows"),
+        ("dpo", SIDES, {**SIDES, "images": ["a.png"]}, "dropped 30 media"),
+        ("dpo", RATED, NAMED, "not read: completions.model"),
+        ("dpo", SIDES, {**SIDES, "passage": "Some long text"}, "!column 'passage' holds a part of the prompt"),
+        ("dpo", {**SIDES, "passage": ""}, {**SIDES, "passage": "Some text"}, "!column 'passage' holds a part"),
+        ("dpo", {**SIDES, "better": "chosen"}, {**SIDES, "better": "rejected"}, "!column 'better' may say which"),
+        ("sft", {**DEMO, "label": True}, {**DEMO, "label": False}, "dropped 30 labelled_bad"),
+        ("sft", DEMO, {**DEMO, "label": False}, "!label: missing"),
+    ],
+)  # fmt: skip
+def test_what_later_rows_alone_show_is_accounted_for(base, tmp_path, kind, early, late, says):
+    rows = [filled(early if i < SAMPLE else late, i) for i in range(SAMPLE + 30)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    node = OmegaConf.merge(base, {"test_size": 1, "path": str(path)})
+    if says.startswith("!"):
+        with pytest.raises(Refusal, match=re.escape(says[1:])):
+            LOAD[kind](node)
+        return
+    splits = LOAD[kind](node)
+    assert says in describe(splits.report)
+    assert splits.report["rows"] == len(rows)
+
+
+def test_a_file_whose_rows_have_a_name_each_is_read(base, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({**filled(SIDES, i), f"id_{i}": i}) + "\n" for i in range(2000)))
+    splits = LOAD["dpo"](OmegaConf.merge(base, {"test_size": 1, "path": str(path)}))
+    assert splits.report["unread"] == [f"id_{i}" for i in range(2000)]
+    assert "not read: id_0, id_1" in describe(splits.report) and "id_19 and 1980 others" in describe(splits.report)
 
 
 def manual():

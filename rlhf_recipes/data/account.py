@@ -21,6 +21,8 @@ TEXTS = ("passage", "document", "article", "background", "persona", "scenario")
 TOOLS = (*TOOL_KEYS, "tool", "available_tools", "available_functions")
 MEDIA = (*MEDIA_KEYS, "picture", "pictures", "image_path", "image_paths", "photo", "img")
 
+NAMES = 20  # columns that one line names
+
 
 def accounted(source: Source, layout: Layout, sides: tuple[str, ...]) -> Layout:
     """The layout with what is not read.
@@ -28,13 +30,12 @@ def accounted(source: Source, layout: Layout, sides: tuple[str, ...]) -> Layout:
     Raises:
         Refusal: a column that changes what a row means and is not read.
     """
-    used = {name for name in (*layout.columns.values(), *(layout.models or ())) if name}
-    used |= {name.partition(".")[0] for name in used}
+    read = used(layout)
     scores = _own_scores(source) if "rejected" in sides and layout.format == "pairs" else None
     unread, watched = [], {}
     for name, kind in {**source.kinds, **source.inner}.items():
         inner = name.rpartition(".")[2] if name not in source.top else None
-        if name in used or name in (scores or ()) or (inner and name.removesuffix(f".{inner}") not in used):
+        if name in read or name in (scores or ()) or (inner and name.removesuffix(f".{inner}") not in read):
             continue
         word = spelled(inner or name)
         if word in TOOLS or word in MEDIA:
@@ -66,6 +67,12 @@ def accounted(source: Source, layout: Layout, sides: tuple[str, ...]) -> Layout:
     return replace(layout, watched=watched, scores=scores, unread=tuple(unread))
 
 
+def used(layout: Layout) -> set[str]:
+    """The columns that are read, and those that they lie in."""
+    names = {name for name in (*layout.columns.values(), *(layout.models or ())) if name}
+    return names | {name.partition(".")[0] for name in names}
+
+
 def told(report: dict[str, Any]) -> list[str]:
     """The lines of a report (`Splits.report`) about its columns and texts."""
     lines = []
@@ -77,8 +84,9 @@ def told(report: dict[str, Any]) -> list[str]:
         lines.append(f"its test rows as {report['test_read_as']}")
     if report.get("ignored_nothing"):
         lines.append(f"data.ignore: there is no {' and no '.join(report['ignored_nothing'])}")
-    if report.get("unread"):
-        lines.append(f"not read: {', '.join(report['unread'])}")
+    if unread := report.get("unread"):
+        others = f" and {len(unread) - NAMES} others" if len(unread) > NAMES else ""
+        lines.append(f"not read: {', '.join(unread[:NAMES])}{others}")
     soft = report.get("soft", {})
     if soft:
         said = " and ".join(f"{key} of {count} rows" for key, count in soft.items())

@@ -2,11 +2,12 @@
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rlhf_recipes.data.messages import is_messages
-from rlhf_recipes.data.row import MISSING, UNRATED, as_list, at
+from rlhf_recipes.data.row import MISSING, UNRATED, as_list, at, is_blank
 from rlhf_recipes.errors import Refusal
 
 COLUMNS = (
@@ -39,6 +40,8 @@ MIXED = (
     ({"text", "word", "messages"}, "messages"),
     ({"texts", "numbers"}, "texts"),
 )
+SEVERAL = object()  # in place of the one value of a column
+EACH, MOST = 200, 1000  # rows that are kept of a column that comes late, and of all of them
 NUMBER = re.compile(r"\s*[+-]?\d{1,15}(\.\d{1,15})?\s*")
 
 
@@ -133,6 +136,68 @@ class Source:
             f"{self.name}: no column '{name}' (found: {found:.200}). "
             f"Name it with data.columns.{key}={near[0] if near else '<its name>'}"
         )
+
+
+class Later:
+    """What rows show that the first ones of a source do not: columns absent or empty there, or of one value alone.
+
+    Args:
+        source: the first rows.
+        read: columns that are read whatever they hold.
+        ignore: keys and columns that are left unread on purpose.
+
+    Attributes:
+        rows: the first that show it, each with its place and with those columns alone.
+        beyond: columns that came when there were `MOST` such rows.
+        unheard: what of `ignore` no row has.
+    """
+
+    def __init__(self, source: Source, read: Iterable[str], ignore: Iterable[str]):
+        self.rows: list[tuple[str, dict]] = []
+        self.beyond: dict[str, None] = {}
+        self.unheard = set(ignore) - source.ignored
+        self._alike = {name: _only(values) for name, values in source.values.items()}
+        self._nested = {name.rpartition(".")[0] for name in (*source.values, *source.inner)} & set(source.top)
+        self._seen = {*read, *ignore, *(name for name, value in self._alike.items() if value is SEVERAL)}
+        self._seen |= {name for name, held in source.inner.items() if held != "empty"}
+        self._seen |= {f"{name}.{key}" for name in self._nested for key in ignore}
+        self._count: Counter[str] = Counter()
+
+    def look(self, where: str, row: Mapping[str, Any]) -> None:
+        if self.unheard:
+            self.unheard -= set(_names(row)) | {path for path in self.unheard if at(row, path) is not MISSING}
+        shown = [name for name in row.keys() - self._seen if self._shows(name, row[name])]
+        columns = {name: row[name] for name in shown}
+        for name in self._nested & row.keys():
+            inner = [path for path, value in _inside(name, row[name]) if self._shows(path, value)]
+            columns |= {name: row[name]} if inner else {}
+            shown += inner
+        if columns and len(self.rows) < MOST:
+            self.rows.append((where, columns))
+        elif columns:
+            self.beyond |= {name: None for name in shown if self._count[name] == 1}
+
+    def _shows(self, name: str, value: Any) -> bool:
+        if name in self._seen or is_blank(value) or value == self._alike.get(name):
+            return False
+        self._alike.setdefault(name, value)
+        self._count[name] += 1
+        if self._count[name] == EACH:
+            self._seen.add(name)
+        return True
+
+
+def _only(values: Sequence[Any]) -> Any:
+    """The one value that these have beside empty ones; `SEVERAL`; or None."""
+    held = [value for value in values if _kind(value) != "empty"]
+    return SEVERAL if any(value != held[0] for value in held) else next(iter(held), None)
+
+
+def _inside(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """What the keys of an object, or of a list of objects, hold."""
+    for each in [value] if isinstance(value, dict) else value if isinstance(value, list) else ():
+        if isinstance(each, dict):
+            yield from ((f"{name}.{key}", said) for key, said in each.items())
 
 
 def _may_answer(name: str) -> bool:

@@ -47,10 +47,9 @@ dropped and capped + train - repeated + test.
 Prompts are held out by the turn that opens them, so that no conversation continues on the other side.
 """
 
-import itertools
 import os
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,14 +60,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import secrets
 from rlhf_recipes.config import check_value
-from rlhf_recipes.data import formats, preference, recognise, sources, texts, trees
-from rlhf_recipes.data.account import accounted
-from rlhf_recipes.data.columns import COLUMNS, Source
+from rlhf_recipes.data import formats, preference, recognise, sources
+from rlhf_recipes.data.columns import COLUMNS
 from rlhf_recipes.data.keys import Keys
 from rlhf_recipes.data.messages import Drop
 from rlhf_recipes.data.row import Row
 from rlhf_recipes.data.rows import Example, Writer, written
 from rlhf_recipes.data.split import split
+from rlhf_recipes.data.table import Placed, Table
 from rlhf_recipes.data.tally import Tally
 from rlhf_recipes.errors import Refusal, nearest
 
@@ -206,26 +205,40 @@ def _load(node: DictConfig, sides: tuple[str, ...], labelled: bool = False) -> S
     taken = ("auto", *recognise.PREFERENCES, *(["labelled"] if labelled else []))
     if data["format"] not in taken and "rejected" in sides:
         raise Refusal(f"data.format={data['format']}: holds no preferences. Choose one of {', '.join(taken)}.")
-    tally = Tally()
-    train_rows, test_rows, told = sources.find(data, sides)
-    train_rows, form = _joined(train_rows, data, tally)
-    head, train_rows = _looked_at(train_rows)
-    source = Source(head, data["columns"], data["ignore"])
-    layout = accounted(source, recognise.recognise(source, {**data, "format": form}, sides, labelled), sides)
-    heard, tested = source.ignored, layout
+    try:
+        return _attempt(data, sides, labelled)
+    except _OtherwiseRead as found:
+        return _attempt(data, sides, labelled, found)
+
+
+class _OtherwiseRead(Exception):
+    """Later rows of the train and of the test source, which show that these are to be read in another way."""
+
+    def __init__(self, train: list[Placed], test: list[Placed]):
+        self.train, self.test = train, test
+
+
+def _attempt(
+    data: dict[str, Any], sides: tuple[str, ...], labelled: bool, shown: _OtherwiseRead | None = None
+) -> Splits:
+    """The splits, by the first rows of each source and by those that an attempt before it raised.
+
+    Raises:
+        _OtherwiseRead: rows that none was read by; never where some are given.
+    """
+    tally, keys = Tally(), Keys()
+    rows, test_rows, told = sources.find(data, sides)
+    first = second = Table(rows, data, sides, labelled, tally, shown.train if shown else [])
     if test_rows is not None:
-        test_rows, _ = _joined(test_rows, data, tally)
-        also, test_rows = _looked_at(test_rows)
-        second = Source(also, data["columns"], data["ignore"])
-        heard = heard | second.ignored
-        tested = accounted(second, recognise.same(second, layout, data, sides, labelled), sides)
-    keys = Keys()
-    writer = Writer(_columns(sides, labelled, layout.columns["margin"] or tested.columns["margin"]))
+        second = Table(test_rows, data, sides, labelled, tally, shown.test if shown else [], first.layout)
+    has_margin = first.layout.columns["margin"] or second.layout.columns["margin"]
+    writer = Writer(_columns(sides, labelled, has_margin))
     if test_rows is not None:
-        _read(test_rows, data, tested, _reading(also, data, tested, sides), sides, labelled, tally, keys, writer)
+        _read(second, data, sides, labelled, tally, keys, writer)
     test = None if test_rows is None else np.arange(len(keys))
-    reading = _reading(head, data, layout, sides)
-    _read(train_rows, data, layout, reading, sides, labelled, tally, keys, writer)
+    _read(first, data, sides, labelled, tally, keys, writer)
+    if not all([first.is_settled(), second.is_settled()]) and shown is None:
+        raise _OtherwiseRead(first.later.rows, second.later.rows)
     train = np.arange(0 if test is None else len(test), len(keys))
     train, test, how = split(keys, train, test, data, told.test)
     train, test = (tally.left(keys, each, keys.are_first(each), "duplicate") for each in (train, test))
@@ -241,7 +254,7 @@ def _load(node: DictConfig, sides: tuple[str, ...], labelled: bool = False) -> S
     test = keys.shuffled(test, data["seed"])[: data["eval_size"]]
     report = {
         "source": sources.source_name(data["path"]),
-        "format": layout.format,
+        "format": first.layout.format,
         "text": data["text"],
         "split": "; ".join((how, *told.notes)),
         **({"unread_files": told.unread} if told.unread else {}),
@@ -251,9 +264,9 @@ def _load(node: DictConfig, sides: tuple[str, ...], labelled: bool = False) -> S
         "examples": tally.examples,
         "capped": {"train": found["train"] - len(train) + repeated, "test": found["test"] - len(test)},
         "repeated": repeated,
-        **_account(data, layout, tested, tally, reading),
+        **_account(data, first, second, tally),
     }
-    unheard = [each for each in data["ignore"] if each not in heard]
+    unheard = [each for each in data["ignore"] if each in first.unheard & second.unheard]
     report |= {"ignored_nothing": unheard} if unheard else {}
     examples = writer.rows()
     train_rows, test_rows = examples.select(train), examples.select(test)
@@ -309,54 +322,9 @@ def check_keys(where: str, values: dict[str, Any], rules: dict[str, Any]) -> Non
         check_value(f"{where}.{key}", values[key], rule)
 
 
-def _looked_at(rows: Iterator) -> tuple[list, Iterator]:
-    """The first rows, and all of them."""
-    head = list(itertools.islice(rows, recognise.SAMPLE))
-    return head, itertools.chain(head, rows)
-
-
-def _joined(rows: Iterator, data: dict[str, Any], tally: Tally) -> tuple[Iterator, str]:
-    """Trees of messages as prompts with ranked replies, other rows as they are; and the format they now have."""
-    head, rows = _looked_at(rows)
-    if data["format"] not in ("auto", "trees"):
-        return rows, data["format"]
-    if not head or not all(trees.are_trees(row) for _, row in head):
-        if data["format"] == "trees":
-            found = ", ".join(head[0][1]) if head else "none"
-            raise Refusal(
-                f"data.format=trees: rows need message_id, parent_id, role and text (found: {found:.200}). "
-                "Set data.format=auto."
-            )
-        return rows, data["format"]
-    prompts, lost = trees.join(rows)
-    for drop, where in lost:
-        tally.rows, tally.candidates = tally.rows + 1, tally.candidates + 1
-        tally.drop(drop, where)
-    replies = sum(len(row["responses"]) for _, row in prompts)
-    tally.joined.update(messages=len(prompts) + replies + len(lost), prompts=len(prompts))
-    return iter(prompts), "rankings"
-
-
-def _reading(
-    head: list, data: dict[str, Any], layout: recognise.Layout, sides: tuple[str, ...]
-) -> texts.Reading | None:
-    """How the texts of a source are read, by its first rows."""
-    if data["text"] == "plain":
-        return None
-    found = []
-    for where, values in head:
-        with suppress(Refusal):  # said when the row is read
-            raw = formats.raw(Row(where, values, layout.columns), layout, sides)
-            if raw and all(isinstance(each, str | list | None) for each in (raw.prompt, *raw.answers)):
-                found.append(raw)
-    return texts.look(found)
-
-
 def _read(
-    found: Iterator,
+    table: Table,
     data: dict[str, Any],
-    layout: recognise.Layout,
-    reading: texts.Reading | None,
     sides: tuple[str, ...],
     labelled: bool,
     tally: Tally,
@@ -364,8 +332,9 @@ def _read(
     writer: Writer,
 ) -> None:
     """Write every example that the rows give; what they do not give goes into the tally."""
+    layout, reading = table.layout, table.reading
     held, own = secrets.in_environment(), Tally()
-    for where, values in found:
+    for where, values in table.rows:
         row = Row(where, values, layout.columns, tally.unread_keys, data["ignore"])
         own.rows += 1
         family, split = row.label("family"), row.label("split")
@@ -413,10 +382,9 @@ def _is_found(data: dict[str, Any], layout: recognise.Layout) -> bool:
     )
 
 
-def _account(
-    data: dict[str, Any], layout: recognise.Layout, tested: recognise.Layout, tally: Tally, reading
-) -> dict[str, Any]:
+def _account(data: dict[str, Any], first: Table, second: Table, tally: Tally) -> dict[str, Any]:
     """What is said of the columns and of the texts, where there is something to say."""
+    layout, tested, reading = first.layout, second.layout, first.reading
     unread = dict.fromkeys((*layout.unread, *tested.unread, *(f"{key} (of messages)" for key in tally.unread_keys)))
     found = {
         "joined": dict(tally.joined),
