@@ -17,7 +17,7 @@ from rlhf_recipes.training.finish import finish
 @recipe("ppo")
 def main(cfg):
     run = Run.start(cfg, "ppo")
-    rewards = references.find_rewards(cfg.reward_funcs)
+    rewards = references.find_rewards(cfg.reward_funcs, cfg.model.id, cfg.model.adapter_base)
     prompts = load_prompts(cfg.data)
 
     from rlhf_recipes import models
@@ -25,6 +25,7 @@ def main(cfg):
 
     args = models.training_args(cfg.trainer, run)
     models.check(cfg.model, cfg.quantization, cfg.lora)
+    models.check_named_bases(cfg.model, [each.adapter for each in rewards if each.named_base])
     tokenizer = models.load_tokenizer(cfg.model)
     prompts = fit(
         prompts, tokenizer, cfg.max_prompt_length, cfg.data.too_long, chat_template_kwargs=args.chat_template_kwargs

@@ -95,7 +95,7 @@ def check_named_bases(model: DictConfig, adapters: Iterable[str | Path]) -> dict
     named = modules.other_bases(model, adapters) if model.get("adapter_base") == "same" else {}
     if not named:
         return {}
-    modules.compare(model, named, without_weights(model))
+    modules.compare(model, named, without_weights(model), model_path(model))
     return {"named_bases": named}
 
 

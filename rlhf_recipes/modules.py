@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
+from rlhf_recipes import same_weights
 from rlhf_recipes.errors import Refusal, first_line, nearest
 from rlhf_recipes.references import ADAPTER_CONFIG, WEIGHTS
 from rlhf_recipes.run_folder import read_json
@@ -83,20 +84,23 @@ def other_bases(model: DictConfig, adapters: Iterable[str | Path]) -> dict[str, 
     return {adapter: base for adapter, base in bases.items() if base != model.id}
 
 
-def compare(model: DictConfig, bases: dict[str, str | None], network: "PreTrainedModel") -> None:
+def compare(model: DictConfig, bases: dict[str, str | None], network: "PreTrainedModel", path: str) -> None:
     """Compare adapters of other names of the base with the model, and say that the rest is the user's word.
 
     Args:
         bases: of `other_bases`.
         network: the model, with or without weights.
+        path: of the model, a folder or an id of the Hub.
 
     Raises:
         Refusal: an adapter has a module that is not in the model, or is of another shape there; or the base that it
-            names is at hand, and its config is another.
+            names is at hand, and its config or its weights are others.
     """
+    own = _at_hand(path)
     layers, ours = dict(network.named_modules()), network.config.get_text_config().to_dict()
     for adapter, base in bases.items():
-        theirs = _config_at_hand(base)
+        folder = _at_hand(str(base))
+        theirs = _config(folder) if folder else {}
         for key in COMPARED:
             if key in theirs and key in ours and theirs[key] != ours[key]:
                 raise Refusal(
@@ -115,10 +119,17 @@ def compare(model: DictConfig, bases: dict[str, str | None], network: "PreTraine
                     f"model.adapter_base=same: {adapter} has {name} of shape {list(shape)}, {model.id} has {what}. "
                     "Choose the model it belongs to."
                 )
+        compared, differs = same_weights.compare(own, folder) if own and folder else (0, None)
+        if differs:
+            raise Refusal(
+                f"model.adapter_base=same: {base}, the base of {adapter}, has other weights than {model.id}: "
+                f"{differs}. Choose the model it belongs to."
+            )
         and_config = " and the config of that base" if theirs else ""
+        weights = f"{compared} of its matrices were compared" if compared else "the weights were not compared"
         print(
             f"{adapter}: names the base {line(str(base))}, taken for {model.id} as you say (model.adapter_base=same). "
-            f"Its modules{and_config} fit; the weights were not compared.",
+            f"Its modules{and_config} fit; {weights}.",
             flush=True,
         )
 
@@ -133,17 +144,22 @@ def _shapes(weights: Path) -> dict[str, list[int]]:
         raise Refusal(f"{weights}: cannot be read ({first_line(error)}). Fetch or save it again.") from error
 
 
-def _config_at_hand(base: str | None) -> dict:
-    """config.json of a folder here or of the Hub's cache, of its text part where it has several; empty without one."""
+def _at_hand(base: str) -> Path | None:
+    """The folder of a model here or in the Hub's cache; None where there is no config.json."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    found = Path(str(base)) / "config.json"
+    found = Path(base) / "config.json"
     if not found.is_file():
         with suppress(HFValidationError):  # a path of another machine
-            cached = try_to_load_from_cache(str(base), "config.json")
+            cached = try_to_load_from_cache(base, "config.json")
             found = Path(cached) if isinstance(cached, str) else found
-    config = read_json(found) if found.is_file() else {}
+    return found.parent if found.is_file() else None
+
+
+def _config(folder: Path) -> dict:
+    """Its config.json, of its text part where it has several."""
+    config = read_json(folder / "config.json")
     return config.get("text_config", config)
 
 

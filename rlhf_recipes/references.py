@@ -161,8 +161,15 @@ def find_reward_models(
     return [_in_role(find(folder, key, base_model, adapter_base), reward_model=True) for folder in folders]
 
 
-def find_rewards(references: str | list[str]) -> list[ModelRef]:
+def find_rewards(
+    references: str | list[str], base_model: str | None = None, adapter_base: str | None = None
+) -> list[ModelRef]:
     """What `reward_funcs` names, with the members of an ensemble for its folder. No model is loaded.
+
+    Args:
+        base_model: with `model.adapter_base=same`, the base of adapters from elsewhere, whatever they call it. Runs of
+            recipes/reward.py may have a base of their own.
+        adapter_base: `model.adapter_base`.
 
     Raises:
         Refusal: as `find_reward` and `expand`; or nothing is named.
@@ -170,22 +177,27 @@ def find_rewards(references: str | list[str]) -> list[ModelRef]:
     given = [references] if isinstance(references, str) else list(references)
     if not given:
         raise Refusal("reward_funcs: empty. Give a run of recipes/reward.py, or module:function.")
-    return [find_reward(each) for each in expand(given, "reward_funcs")]
+    return [find_reward(each, base_model, adapter_base) for each in expand(given, "reward_funcs")]
 
 
-def find_reward(reference: str) -> ModelRef:
+def find_reward(reference: str, base_model: str | None = None, adapter_base: str | None = None) -> ModelRef:
     """One of `reward_funcs`: a reward model (run, adapter, folder of transformers or id of the Hub), or a function.
+
+    Args:
+        base_model, adapter_base: see `find_rewards`.
 
     Raises:
         Refusal: it is none of these, or a run of another recipe.
     """
     key, folder = "reward_funcs", Path(reference)
     if folder.is_dir():
-        made_by = (read_result(folder) or {}).get("recipe", "reward")
+        result = read_result(folder)
+        made_by = (result or {}).get("recipe", "reward")
         if made_by != "reward":
             raise Refusal(f"{key}={reference}: is a run of {made_by}. Give one of recipes/reward.py.")
         if adapter_in(reference):
-            return find(reference, key)
+            is_same = adapter_base == "same" and result is None
+            return find(reference, key, base_model if is_same else None, adapter_base)
         if (folder / "config.json").is_file():
             config = read_json(folder / "config.json")
             refuse_other_model(reference, key, config)
@@ -352,8 +364,8 @@ def _flaw(reference: str) -> str | None:
 def _refuse_other_base(reference: str, key: str, base: str | None, base_model: str) -> None:
     node = key.removesuffix(".adapter") if key.endswith(".adapter") else "model"
     # A run of ours names the public id; others may name a packed copy, or a folder of another machine.
-    foreign = node == "model" and not (folder_of(adapter_in(reference) or reference) / run_folder.RESULT).is_file()
-    same = " If these are the same weights under another name, add model.adapter_base=same." if foreign else ""
+    foreign = not (folder_of(adapter_in(reference) or reference) / run_folder.RESULT).is_file()
+    same = f" If these are the same weights under another name, add {node}.adapter_base=same." if foreign else ""
     raise Refusal(
         f"{key}={reference}: was trained on {base}, not on {node}.id={base_model}. Choose the model it belongs "
         f"to.{same}"

@@ -239,6 +239,7 @@ def config_sha256(config: dict) -> str:
 # Keys that earlier runs lack, at the values with which these compute the same.
 _ADDED = {
     "model.adapter_base": None,
+    "judge.adapter_base": None,
     "data.text": "auto",
     "data.preference": "auto",
     "data.ignore": [],

@@ -440,6 +440,37 @@ def test_what_is_said_to_be_the_same_must_fit(
     assert ("and the config of that base" in out) == (config.get("base_model_name_or_path") == "base")
 
 
+@pytest.mark.parametrize("packed", ["nf4", "fp4", "int8", "whole"])
+def test_the_weights_of_a_base_at_hand_are_compared(
+    compose, foreign, tiny_model, tiny_model_overrides, capsys, packed
+):
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    from rlhf_recipes import models
+
+    ways = {
+        "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+        "fp4": {"load_in_4bit": True, "bnb_4bit_quant_storage": torch.bfloat16},
+        "int8": {"load_in_8bit": True},
+    }
+    how = {"quantization_config": BitsAndBytesConfig(**ways[packed])} if packed in ways else {"dtype": torch.float16}
+    foreign(FITTING, base_model_name_or_path="base")
+    cfg = compose("dpo", *tiny_model_overrides, "model.adapter=bought", "model.adapter_base=same", "quantization=none")
+    AutoModelForCausalLM.from_pretrained(tiny_model, **how).save_pretrained("base")
+    models.check(cfg.model, cfg.quantization, cfg.lora)
+    assert "8 of its matrices were compared" in capsys.readouterr().out
+
+    trained = AutoModelForCausalLM.from_pretrained(tiny_model)
+    torch.manual_seed(0)
+    for parameter in trained.parameters():
+        parameter.data += 0.01 * parameter.data.std(correction=0) * torch.randn_like(parameter)
+    trained.save_pretrained("trained")
+    AutoModelForCausalLM.from_pretrained("trained", **how).save_pretrained("base")
+    with pytest.raises(Refusal, match=rf"base, the base of bought, has other weights than {TINY_ID}: model\.\S+ \("):
+        models.check(cfg.model, cfg.quantization, cfg.lora)
+
+
 def test_it_is_continued_and_written_for_the_real_base(foreign, train, tmp_path, capsys):
     from rlhf_recipes.evaluation import measure
     from rlhf_recipes.references import find

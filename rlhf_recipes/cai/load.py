@@ -15,7 +15,7 @@ def find_judge_adapter(judge: DictConfig) -> ModelRef | None:
     """
     if judge.kind != "local" or not judge.adapter:
         return None
-    return references.find(judge.adapter, "judge.adapter", judge.id)
+    return references.find(judge.adapter, "judge.adapter", judge.id, judge.adapter_base)
 
 
 def load(cfg: DictConfig, parent: ModelRef | None, judge_adapter: ModelRef | None) -> tuple[Backend, Backend]:

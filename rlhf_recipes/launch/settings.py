@@ -233,9 +233,11 @@ def check(cfg: DictConfig, recipe: str | None) -> None:
     """
     kept = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "output_dir"])
     node = OmegaConf.to_container(kept, resolve=True)
-    trainer, model = node.get("trainer") or {}, node.get("model") or {}
-    if isinstance(model, dict) and model.get("adapter_base") not in (None, "same"):
-        raise Refusal(f"model.adapter_base={model['adapter_base']}: must be same, or left out.")
+    trainer = node.get("trainer") or {}
+    for key in ("model", "judge"):
+        said = node[key].get("adapter_base") if isinstance(node.get(key), dict) else None
+        if said not in (None, "same"):
+            raise Refusal(f"{key}.adapter_base={said}: must be same, or left out.")
     _refuse_numbers(node, trainer.get("_target_"))
     if trainer:
         _refuse_losses(trainer)

@@ -174,7 +174,8 @@ def _reward_models(cfg: DictConfig, later: list[str]) -> int:
     """
     given = _rewards(cfg)
     present = [each for each in given if each not in later]
-    found = references.find_rewards(present) if present else []
+    found = references.find_rewards(present, cfg.model.id, cfg.model.adapter_base) if present else []
+    models.check_named_bases(cfg.model, [each.adapter for each in found if each.named_base])
     return len(given) - len(present) + sum(each.kind != references.FUNCTION for each in found)
 
 
