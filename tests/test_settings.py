@@ -391,7 +391,9 @@ Q = "base_model.model.model.layers.1.self_attn.q_proj.lora_"
 FITTING = {f"{Q}A.weight": (4, 64), f"{Q}B.weight": (64, 4)}
 
 
-def test_an_adapter_that_names_another_base_is_refused_unless_it_is_said_to_be_the_same(foreign):
+def test_an_adapter_that_names_another_base_is_refused_unless_it_is_said_to_be_the_same(compose, foreign):
+    from rlhf_recipes.cai.load import find_judge_adapter
+
     foreign(FITTING)
     for key, find in (("model.adapter", references.find), ("runs", references.find_policy)):
         with pytest.raises(Refusal) as caught:
@@ -402,6 +404,10 @@ def test_an_adapter_that_names_another_base_is_refused_unless_it_is_said_to_be_t
         found = find("bought", key, TINY_ID, "same")
         assert (found.base, found.named_base) == (TINY_ID, "somebody/tiny-bnb-4bit")
         assert found.lineage["named_base"] == "somebody/tiny-bnb-4bit"
+    assert references.find_rewards("bought")[0].base == "somebody/tiny-bnb-4bit"
+    assert references.find_rewards("bought", TINY_ID, "same")[0].named_base == "somebody/tiny-bnb-4bit"
+    judge = compose("cai", "judge.adapter=bought", "model.adapter_base=same", f"model.id={TINY_ID}").judge
+    assert find_judge_adapter(judge).base == TINY_ID
     assert "named_base" not in references.find("bought", "model.adapter", "somebody/tiny-bnb-4bit", "same").lineage
 
 

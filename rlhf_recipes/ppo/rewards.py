@@ -105,7 +105,15 @@ def load(reference, roles: Roles, tokenizer, reward_tokenizer, args) -> Callable
     from peft import PeftModel
 
     base = roles.causal.name_or_path if base == getattr(roles.causal, "public_id", None) else base
-    model = PeftModel.from_pretrained(_load_classifier(base, args), adapter)
+    try:
+        classifier = _load_classifier(base, args)
+    except Refusal as refusal:
+        same = "" if found.recipe else " If it is model.id under another name, add model.adapter_base=same."
+        _, _, why = str(refusal).partition(": ")
+        raise Refusal(
+            f"reward_funcs={found.reference}: its base model, {base}, cannot be had: {why}{same}"
+        ) from refusal
+    model = PeftModel.from_pretrained(classifier, adapter)
     return replace(_with_template(_own_model(model, adapter, reward_tokenizer, found.name), found), scale=scale)
 
 

@@ -105,7 +105,7 @@ def chain(base: str, result: dict) -> str:
         if parent.get("named_base"):
             said.append(
                 f"\n\n{_digest(parent)} names the base `{code(str(parent['named_base']))}`. That it is the same is "
-                "the word of whoever ran this: its modules were compared, the weights of the bases were not."
+                "the word of whoever ran this: its modules were compared, weights only where both were there."
             )
         parent = parent.get("parent")
     return " → ".join([f"`{code(base)}`", *reversed(links)]) + "".join(said)
