@@ -10,6 +10,7 @@ import io
 import json
 import random
 import time
+from unittest import mock
 
 import pyarrow
 import pyarrow.parquet
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from rlhf_recipes.config import CONF
-from rlhf_recipes.data import load
+from rlhf_recipes.data import load, recognise
 from rlhf_recipes.errors import Refusal
 
 SECONDS = 10  # that a file may take
@@ -157,7 +158,8 @@ ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".jsonl.gz", ".jsonl.z
 
 @st.composite
 def files(draw, most=60):
-    """Settings of a data node; ending, content and rows of a file; whether their texts stand in it as they are."""
+    """Settings of a data node; ending, content and rows of a file; whether their texts stand in it as they are; how
+    many rows are looked at first."""
     shape = draw(st.sampled_from(SHAPES))
     names = draw(st.sampled_from((("response_0", "response_1"), ("answer_a", "answer_b"), ("output1", "output2"))))
     some = draw(st.lists(rows_of(shape, names, draw(st.booleans())), min_size=1, max_size=6))
@@ -182,6 +184,7 @@ def files(draw, most=60):
         damaged(content, damage, random.Random(seed)),
         rows,
         not damage and "json" in ending,
+        draw(st.sampled_from((4, recognise.SAMPLE))),
     )
 
 
@@ -243,7 +246,7 @@ def damaged(content: bytes, how: str, rng) -> bytes:
     return content
 
 
-def check(changes: dict, path, rows: list, are_whole: bool) -> int:
+def check(changes: dict, path, rows: list, are_whole: bool, sample: int) -> int:
     """Load a file with every loader: a refusal on one line or rows whose counts add up and whose texts went in.
 
     Returns:
@@ -254,7 +257,8 @@ def check(changes: dict, path, rows: list, are_whole: bool) -> int:
     for loader in LOADERS:
         began = time.monotonic()
         try:
-            splits = loader(OmegaConf.create({**NODE, **changes, "path": str(path)}))
+            with mock.patch.object(recognise, "SAMPLE", sample):
+                splits = loader(OmegaConf.create({**NODE, **changes, "path": str(path)}))
         except Refusal as refusal:
             assert "\n" not in str(refusal), refusal
         else:

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 @settings(max_examples=150, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
 @given(drawn=files())
 def test_rows_or_one_line(drawn, tmp_path):
-    changes, ending, content, rows, are_whole = drawn
+    changes, ending, content, rows, are_whole, sample = drawn
     path = tmp_path / f"rows{ending}"
     path.write_bytes(content)
-    check(changes, path, rows, are_whole)
+    check(changes, path, rows, are_whole, sample)

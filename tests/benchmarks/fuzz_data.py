@@ -34,12 +34,12 @@ def main():
     @given(drawn=files(most=args.rows))
     def run(drawn):
         nonlocal count, rows, read, slowest
-        changes, ending, content, held, are_whole = drawn
+        changes, ending, content, held, are_whole, sample = drawn
         path = folder / f"{count}{ending}"
         path.write_bytes(content)
         count, rows, start = count + 1, rows + len(held), time.monotonic()
         try:
-            read += check(changes, path, held, are_whole)
+            read += check(changes, path, held, are_whole, sample)
         except Exception as error:
             at = traceback.extract_tb(error.__traceback__)[-1]
             failures.setdefault((type(error).__name__, Path(at.filename).name, at.lineno), (path, changes, error))
