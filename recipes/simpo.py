@@ -18,9 +18,8 @@ def main(cfg):
     run = Run.start(cfg, "simpo")
     pairs = load_pairs(cfg.data)
 
-    from rlhf_recipes import inference, models
+    from rlhf_recipes import inference, methods, models
     from rlhf_recipes.training import account, callbacks, metrics
-    from rlhf_recipes.training.template_trainers import CPOTrainer
 
     args = models.training_args(cfg.trainer, run)
     models.check(cfg.model, cfg.quantization, cfg.lora)
@@ -29,7 +28,7 @@ def main(cfg):
     print(describe(pairs.report))
     train_dataset, eval_dataset = pairs.to_datasets(run.shared)
     policy, lora = models.load_policy(cfg.model, cfg.quantization, cfg.lora, run.parent)
-    trainer = CPOTrainer(
+    trainer = methods.of("simpo", cfg.trainer._target_).trainer_class(
         model=policy,
         args=args,
         train_dataset=train_dataset,
