@@ -62,11 +62,6 @@ class Method:
     def url(self) -> str:
         return f"https://arxiv.org/abs/{self.paper}"
 
-    @property
-    def trainer_class(self) -> type:
-        module, _, name = self.trainer.rpartition(".")
-        return getattr(import_module(module), name)
-
 
 METHODS = {
     method.name: method
@@ -136,3 +131,9 @@ def of(name: str | None, target: str = "") -> Method:
     found = METHODS.get(name or "") or Method(name or "", name or "")
     recipe, others = TRLS_OWN.get(target, (None, {}))
     return replace(found, **others) if recipe == found.name else found
+
+
+def trainer_class(name: str, target: str = "") -> type:
+    """What trains it, imported; see `of`."""
+    module, _, attribute = of(name, target).trainer.rpartition(".")
+    return getattr(import_module(module), attribute)

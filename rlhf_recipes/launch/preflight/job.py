@@ -144,8 +144,8 @@ def disk(found: list[JobReport], folder: Path) -> dict[str, Any]:
 
 def _settings(cfg: DictConfig, args) -> dict[str, Any]:
     names = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "max_completion_length",
-             "learning_rate", "beta", "simpo_gamma", "disable_prompt_loss", "kl_coef", "cliprange", "label_smoothing", "loss_type",
-             "num_train_epochs", "gradient_checkpointing", "bf16", "seed")  # fmt: skip
+             "learning_rate", "beta", "simpo_gamma", "disable_prompt_loss", "kl_coef", "cliprange", "label_smoothing",
+             "loss_type", "num_train_epochs", "gradient_checkpointing", "bf16", "seed")  # fmt: skip
     kept = {name: getattr(args, name) for name in names if getattr(args, name, None) not in (None, "")}
     kind = (
         "nf4" if cfg.quantization.get("load_in_4bit") else "int8" if cfg.quantization.get("load_in_8bit") else "none"

@@ -144,7 +144,7 @@ def _trainer(recipe: str, args, splits: Splits, tokenizer, folder: str, target: 
     count = max(LOOKED_AT, getattr(args, "prompts_per_rollout", 0))
     few = replace(splits, train=splits.train[:count], test=splits.test[:1])
     train_dataset, eval_dataset = few.to_datasets()
-    return methods.of(recipe, target).trainer_class(
+    return methods.trainer_class(recipe, target)(
         model=auto.from_config(size),
         args=args,
         train_dataset=train_dataset,
