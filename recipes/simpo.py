@@ -9,6 +9,7 @@ Examples:
 from rlhf_recipes.data.fit import describe, fit
 from rlhf_recipes.data.load import load_pairs
 from rlhf_recipes.launch.recipe import recipe
+from rlhf_recipes.methods import trainer_class
 from rlhf_recipes.run import Run
 from rlhf_recipes.training.finish import finish
 
@@ -20,7 +21,6 @@ def main(cfg):
 
     from rlhf_recipes import inference, models
     from rlhf_recipes.training import account, callbacks, metrics
-    from rlhf_recipes.training.template_trainers import CPOTrainer
 
     args = models.training_args(cfg.trainer, run)
     models.check(cfg.model, cfg.quantization, cfg.lora)
@@ -29,7 +29,7 @@ def main(cfg):
     print(describe(pairs.report))
     train_dataset, eval_dataset = pairs.to_datasets(run.shared)
     policy, lora = models.load_policy(cfg.model, cfg.quantization, cfg.lora, run.parent)
-    trainer = CPOTrainer(
+    trainer = trainer_class("simpo", cfg.trainer._target_)(
         model=policy,
         args=args,
         train_dataset=train_dataset,

@@ -15,6 +15,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from rlhf_recipes import guard
 from rlhf_recipes.errors import Refusal, first_line, nearest
+from rlhf_recipes.methods import TRLS_OWN
 
 
 @dataclass
@@ -106,6 +107,13 @@ def build(node: DictConfig, where: str, **derived) -> Any:
         return target(**{**{k: v for k, v in derived.items() if k in known}, **given})
     except (ValueError, TypeError) as error:
         raise Refusal(f"{where}: {node._target_} refuses it: {first_line(error)}") from error
+
+
+def trainer_recipes() -> dict[str, str]:
+    """The recipe of each class that `trainer._target_` may name: those of conf/trainer, and TRL's own of a method."""
+    files = {OmegaConf.load(file).get("_target_"): file.stem for file in (CONF / "trainer").glob("*.yaml")}
+    own = {target: recipe for target, (recipe, _) in TRLS_OWN.items()}
+    return own | {target: recipe for target, recipe in files.items() if target}
 
 
 def import_function(reference: str, where: str) -> Any:

@@ -136,7 +136,9 @@ def find_class(target: str, where: str) -> Any:
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise Refusal(f"{where}._target_={target}: cannot be imported ({error}).") from error
+        raise Refusal(
+            f"{where}._target_={target}: cannot be imported ({error}). Check it, or leave it out."
+        ) from error
     bases = tuple(getattr(importlib.import_module(home), base) for home, base in CONFIG_CLASSES)
     if not allowed and not (isinstance(found, type) and issubclass(found, bases)):
         raise Refusal(refusal)

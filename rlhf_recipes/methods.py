@@ -1,6 +1,7 @@
 """What differs from one training method to the next: a row each."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib import import_module
 
 
 @dataclass(frozen=True)
@@ -85,15 +86,15 @@ METHODS = {
         ),
         Method(
             "orpo", "Odds Ratio Preference Optimization", "2403.07691",
-            trainer="rlhf_recipes.training.template_trainers.ORPOTrainer",
+            trainer="rlhf_recipes.preference.ORPOTrainer",
             rows="pairs", main="preference_accuracy", change="accuracy_change", reward="average_logp",
-            replies="chosen_input_ids", logit_bytes=14, against_displacement="trainer.beta={half_beta:g}",
+            replies="chosen_ids", against_displacement="trainer.beta={half_beta:g}",
         ),
         Method(
             "simpo", "Simple Preference Optimization", "2405.14734",
-            trainer="rlhf_recipes.training.template_trainers.CPOTrainer",
+            trainer="rlhf_recipes.preference.SimPOTrainer",
             rows="pairs", main="preference_accuracy", change="accuracy_change", reward="average_logp",
-            replies="chosen_input_ids", logit_bytes=12, saturated=7.0, margin_beyond="simpo_gamma",
+            replies="chosen_ids", saturated=7.0, margin_beyond="simpo_gamma",
             against_displacement="trainer.cpo_alpha=0.1", against_length="trainer.simpo_gamma lower",
         ),
         Method(
@@ -111,6 +112,28 @@ METHODS = {
 }  # fmt: skip
 
 
-def of(name: str | None) -> Method:
-    """The row of a recipe; one that is not listed gets a row that claims nothing."""
-    return METHODS.get(name or "") or Method(name or "", name or "")
+# TRL's own trainers of a method: the config that `trainer._target_` names for one -> the recipe, and what then differs
+# from its row. They are experimental there: a TRL without them has neither config nor trainer.
+TRLS_OWN = {
+    "trl.experimental.orpo.ORPOConfig": ("orpo", {"logit_bytes": 14, "replies": "chosen_input_ids",
+                                                  "trainer": "rlhf_recipes.preference.trl_trainers.ORPOTrainer"}),
+    "trl.experimental.cpo.CPOConfig": ("simpo", {"logit_bytes": 12, "replies": "chosen_input_ids",
+                                                 "trainer": "rlhf_recipes.preference.trl_trainers.CPOTrainer"}),
+}  # fmt: skip
+
+
+def of(name: str | None, target: str = "") -> Method:
+    """The row of a recipe; one that is not listed gets a row that claims nothing.
+
+    Args:
+        target: `trainer._target_`; where it names TRL's own config of the method, the row is that of TRL's trainer.
+    """
+    found = METHODS.get(name or "") or Method(name or "", name or "")
+    recipe, others = TRLS_OWN.get(target, (None, {}))
+    return replace(found, **others) if recipe == found.name else found
+
+
+def trainer_class(name: str, target: str = "") -> type:
+    """What trains it, imported; see `of`."""
+    module, _, attribute = of(name, target).trainer.rpartition(".")
+    return getattr(import_module(module), attribute)

@@ -15,10 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from rlhf_recipes import places, run_folder
-from rlhf_recipes.config import CONF, import_function
+from rlhf_recipes.config import import_function, trainer_recipes
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.run_folder import read_config, read_json, read_result
 
@@ -267,8 +265,7 @@ def find_checkpoints(reference: str, base_model: str) -> list[ModelRef]:
     base = config["model"]["id"]
     if base != base_model:
         _refuse_other_base(reference, key, base, base_model)
-    recipes = {OmegaConf.load(file).get("_target_"): file.stem for file in (CONF / "trainer").glob("*.yaml")}
-    recipe = recipes.get(config["trainer"].get("_target_"))
+    recipe = trainer_recipes().get(config["trainer"].get("_target_"))
     if recipe == "reward":
         raise Refusal(f"{key}={reference}: is a run of reward, not a policy. Give one of ppo or dpo, say.")
     found = [

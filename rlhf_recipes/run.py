@@ -21,7 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import memory, run_folder
-from rlhf_recipes.config import CONF, flatten, in_sweep
+from rlhf_recipes.config import flatten, in_sweep, trainer_recipes
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.references import ADAPTER_CONFIG, WEIGHTS, ModelRef, find
 from rlhf_recipes.run_folder import read_config, read_json, write_atomically
@@ -333,7 +333,7 @@ def _other_config(run: Run) -> str | None:
 
 
 def _refuse_other_trainer(config: dict, recipe: str) -> None:
-    given = config.get("trainer", {}).get("_target_")
-    targets = {file.stem: OmegaConf.load(file).get("_target_") for file in (CONF / "trainer").glob("*.yaml")}
-    if given != targets.get(recipe) and given in targets.values():
-        raise Refusal(f"trainer: {given} is not for {recipe}, which takes {targets[recipe]}. Use trainer={recipe}.")
+    given, recipes = config.get("trainer", {}).get("_target_"), trainer_recipes()
+    if recipes.get(given, recipe) != recipe:
+        takes = next(target for target, of in reversed(recipes.items()) if of == recipe)
+        raise Refusal(f"trainer: {given} is not for {recipe}, which takes {takes}. Use trainer={recipe}.")

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import CHATML
+from conftest import CHATML, ROOT, skip_without
 
-from rlhf_recipes import models
+from rlhf_recipes import methods, models
 from rlhf_recipes.data.fit import describe, fit
 from rlhf_recipes.data.labelled import micro_batches
 from rlhf_recipes.data.load import LOADERS, Splits
@@ -54,7 +54,7 @@ def pairs(tmp_path_factory):
 def made(compose, tiny_model_overrides, pairs, tmp_path):
     """made(recipe, template, *overrides): (the trainer as preflight makes it, the fitted rows, the tokenizer)."""
 
-    def trainer(recipe, template, *overrides):
+    def make(recipe, template, *overrides):
         keys = ["data=local", f"data.path={pairs}", "data.test_size=8", "data.too_long=truncate"]
         length = "max_prompt_length" if recipe == "ppo" else "trainer.max_length"
         small = ["trainer.per_device_train_batch_size=2", "trainer.gradient_accumulation_steps=1"]
@@ -67,9 +67,10 @@ def made(compose, tiny_model_overrides, pairs, tmp_path):
         mode = getattr(args, "truncation_mode", "keep_start")
         splits = fit(LOADERS[METHODS[recipe].rows](cfg.data), tokenizer, limit, cfg.data.too_long, mode)
         splits = micro_batches(splits, args) if recipe == "kto" else splits
-        return preflight_rows._trainer(recipe, args, splits, tokenizer, str(tmp_path)), splits, tokenizer
+        trainer = preflight_rows._trainer(recipe, args, splits, tokenizer, str(tmp_path), cfg.trainer._target_)
+        return trainer, splits, tokenizer
 
-    return trainer
+    return make
 
 
 def kept(splits, count=1):
@@ -113,31 +114,34 @@ def test_the_trainer_holds_what_was_counted(made, recipe):
         ("sft", ["trainer.packing=true", "trainer.packing_strategy=wrapped"]),
         ("sft", ["trainer.completion_only_loss=false"]),
         ("orpo", ["trainer.max_length=null"]),
+        ("orpo", ["trainer._target_=trl.experimental.orpo.ORPOConfig", "trainer.max_length=null"]),
+        ("simpo", ["trainer._target_=trl.experimental.cpo.CPOConfig"]),
         ("reward", ["trainer.max_length=null"]),
     ],
 )
 def test_settings_that_change_what_is_kept_are_counted_with(made, recipe, overrides):
+    skip_without(next((each.partition("=")[2] for each in overrides if "_target_" in each), ""))
     trainer, splits, _ = made(recipe, CHATML, *overrides)
     account.check(trainer, kept(splits))
 
 
-@pytest.mark.parametrize(("recipe", "module"), [("orpo", "orpo.ORPOTrainer"), ("simpo", "cpo.CPOTrainer")])
-def test_a_second_eos_is_found(made, monkeypatch, recipe, module):
-    """TRL's own trainers add it behind the line break of ChatML."""
-    from dataclasses import replace
-
-    monkeypatch.setitem(METHODS, recipe, replace(METHODS[recipe], trainer=f"trl.experimental.{module}"))
-    trainer, splits, _ = made(recipe, CHATML)
+@pytest.mark.parametrize("target", methods.TRLS_OWN)
+def test_a_second_eos_is_found(made, monkeypatch, target):
+    """TRL's own trainers of ORPO and CPO add it behind the line break of ChatML."""
+    skip_without(target)
+    recipe, _ = methods.TRLS_OWN[target]
+    monkeypatch.setitem(methods.TRLS_OWN, target, (recipe, {"trainer": target.replace("Config", "Trainer")}))
+    trainer, splits, _ = made(recipe, CHATML, f"trainer._target_={target}")
     with pytest.raises(RuntimeError, match=r"^train rows: the trainer holds \d+ (trained )?tokens, \d+ were counted"):
         account.check(trainer, kept(splits))
 
 
 def test_the_recipe_uses_the_trainer_of_its_method():
-    from conftest import ROOT
-
     for method in METHODS.values():
         recipe = (ROOT / "recipes" / f"{method.name}.py").read_text(encoding="utf-8")
-        assert f"{method.trainer.rpartition('.')[2]}(\n" in recipe
+        looked_up = f'trainer_class("{method.name}", cfg.trainer._target_)(\n'
+        has_another = method.name in {name for name, _ in methods.TRLS_OWN.values()}
+        assert (looked_up if has_another else f"{method.trainer.rpartition('.')[2]}(\n") in recipe
 
 
 # ---- What the template says

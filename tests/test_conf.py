@@ -265,6 +265,7 @@ def test_preference_recipes_differ_in_the_method_alone(other):
     ]
     method = (
         "Trainer",
+        "trainer_class",
         f'("{other}")',
         '("dpo")',
         f'Run.start(cfg, "{other}")',

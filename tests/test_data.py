@@ -13,9 +13,18 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from rlhf_recipes.data import formats, readers
+from rlhf_recipes.data.account import told
 from rlhf_recipes.data.columns import COLUMNS
 from rlhf_recipes.data.fit import describe, fit
-from rlhf_recipes.data.load import KEYS, Splits, _settings, load_demonstrations, load_pairs, shorter_wins
+from rlhf_recipes.data.load import (
+    KEYS,
+    Splits,
+    _settings,
+    load_demonstrations,
+    load_labelled,
+    load_pairs,
+    shorter_wins,
+)
 from rlhf_recipes.data.recognise import Layout
 from rlhf_recipes.data.row import LITERAL_LIMIT, Row, as_list
 from rlhf_recipes.data.tokens import neutralise, percentiles
@@ -220,7 +229,7 @@ def test_saved_dataset_dict_and_parquet_folder(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
 def test_probabilities_arrive(tmp_path, suffix):
-    values = [0.75, 1, None, 0.5] + [0.9] * 16
+    values = [0.75, 1, None, 0.25, 0.5] + [0.9] * 16
     path = tmp_path / f"soft.{suffix}"
     if suffix == "csv":
         lines = [f"question {n},good {n},bad {n},{'' if p is None else p}" for n, p in enumerate(values)]
@@ -233,9 +242,38 @@ def test_probabilities_arrive(tmp_path, suffix):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     splits = load_pairs(local(path))
     found = {row["prompt"][0]["content"]: row["p"] for row in splits.train + splits.test}
-    assert [found[f"question {n}"] for n in range(4)] == [0.75, 1.0, None, 0.5]
+    assert [found.get(f"question {n}") for n in range(5)] == [0.75, 1.0, None, 0.75, None]
+    assert "question 2" in found and "question 4" not in found and splits.report["dropped"]["tie"] == 1
     assert "p" in splits.to_datasets()[0].column_names
     assert "p" not in load_demonstrations(local(path)).train[0]
+
+
+@pytest.mark.parametrize("load", [load_pairs, load_labelled, load_demonstrations])
+@pytest.mark.parametrize("form", ["pairs", "hh_rlhf", "preference"])
+def test_the_likelier_answer_is_the_better_one_in_every_recipe(tmp_path, load, form):
+    """A is better with 0.9 and 0.2, neither with 0.5; who said nothing of B said that A is."""
+    values = [0.9, 0.2, 0.5, *([] if form == "preference" else [None])] * 6
+    rows = []
+    for n, p in enumerate(values):
+        answers = {"chosen": f"A{n}", "rejected": f"B{n}"}
+        if form == "hh_rlhf":
+            rows.append({side: f"\n\nHuman: q {n}\n\nAssistant: {said}" for side, said in answers.items()} | {"p": p})
+        elif form == "pairs":
+            rows.append({"prompt": f"q {n}", **answers, "p": p})
+        else:
+            rows.append({"prompt": f"q {n}", "a": f"A{n}", "b": f"B{n}", "preference": p})
+    names = {"first": "a", "second": "b", "preference": "preference"} if form == "preference" else {}
+    overrides = [f"data.columns.{ours}={theirs}" for ours, theirs in names.items()]
+    overrides += ["data.preference=probability"] if names else []
+    splits = load(local(write_lines(tmp_path / "p.jsonl", rows), f"data.format={form}", *overrides))
+    every = [*splits.train, *splits.test]
+    good = {row.get("completion", row.get("chosen"))[0]["content"] for row in every if row.get("label", True)}
+    first_is = {0.9: "A", None: "A", 0.2: "B"}
+    assert good == {f"{first_is[p]}{n}" for n, p in enumerate(values) if p != 0.5}
+    assert splits.report["dropped"]["tie"] == 6
+    assert f"p of {splits.report['soft']['p']} rows: learned from by reward alone" in told(splits.report)
+    if load is load_pairs:
+        assert {row["p"] for row in every} == {0.9, 0.8, *([] if form == "preference" else [None])}
 
 
 @pytest.mark.parametrize("value", [1.5, -0.1, "often", True])

@@ -17,7 +17,7 @@ FLOORS = (
     ("launch",),
     ("audit", "publish"),
     ("evaluation",),
-    ("cai", "ppo", "adapters", "training"),
+    ("cai", "ppo", "preference", "adapters", "training"),
     ("models", "inference"),
     ("data", "run"),
 )

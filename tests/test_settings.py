@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib.util
 import inspect
 import json
 import math
@@ -9,16 +10,21 @@ import re
 import textwrap
 
 import pytest
-from conftest import TINY_ID, write_adapter
+from conftest import TINY_ID, skip_without, write_adapter
 from omegaconf import OmegaConf
 
-from rlhf_recipes import config, references
+from rlhf_recipes import config, methods, references
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.launch import keys, settings
 from rlhf_recipes.launch.settings import LOSSES, OF_SCORES, READ, Range
 from rlhf_recipes.overrides import quoted
 
 PPO = ["reward_funcs=json:loads"]
+# Those that this TRL has.
+TRLS_OWN = {
+    target: row for target, row in methods.TRLS_OWN.items() if importlib.util.find_spec(target.rpartition(".")[0])
+}
+ORPO, CPO = (f"trainer._target_={target}" for target in methods.TRLS_OWN)
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +79,19 @@ def refusal(check):
         ("dpo", "trainer.loss_type=[sft] trainer.f_divergence_type=forward_kl", "trainer.f_divergence_type=forward_k"),
         ("dpo", "trainer.f_alpha_divergence_coef=0.7", "trainer.f_alpha_divergence_coef=0.7: is read with trainer.f_"),
         ("dpo", "trainer.discopop_tau=0.1 trainer.loss_type=hinge", "trainer.discopop_tau=0.1: is read with trainer."),
-        ("simpo", "trainer.loss_type=ipo trainer.label_smoothing=0.1", "trainer.label_smoothing=0.1: is read with"),
-        ("simpo", "trainer.loss_type=sigmoid trainer.simpo_gamma=0.7", "trainer.simpo_gamma=0.7: is read with"),
-        ("simpo", "trainer.loss_type=alphapo trainer.cpo_alpha=0.1", "trainer.cpo_alpha=0.1: is read with trainer."),
+        ("simpo", f"{CPO} trainer.loss_type=ipo trainer.label_smoothing=0.1", "trainer.label_smoothing=0.1: is read"),
+        ("simpo", f"{CPO} trainer.loss_type=sigmoid trainer.simpo_gamma=0.7", "trainer.simpo_gamma=0.7: is read with"),
+        ("simpo", f"{CPO} trainer.loss_type=alphapo trainer.cpo_alpha=0.1", "trainer.cpo_alpha=0.1: is read with tra"),
+        ("simpo", "trainer.loss_type=ipo",
+         f"trainer.loss_type=ipo: not one of simpo; TRL's own trainer has it: add {CPO}."),
+        ("simpo", "trainer.alpha=0.2",
+         f"trainer.alpha=0.2: only TRL's own trainer has it. Leave it out, or add {CPO}."),
+        ("orpo", "trainer.padding_value=0",
+         "trainer.padding_value=0: only TRL's own trainer has it. Leave it out, or add trainer._target_=trl."),
+        ("orpo", "trainer.loss_type=sigmoid", "trainer.loss_type=sigmoid: not one of orpo."),
+        ("orpo", "trainer.label_smoothing=0.1", "trainer.label_smoothing=0.1: is read by nothing here. ORPO's"),
+        ("simpo", "trainer.precompute_ref_log_probs=true", "trainer.precompute_ref_log_probs=True: is read by"),
+        ("orpo", "trainer.truncation_mode=keep_end", "trainer.truncation_mode=keep_end: must be keep_start here."),
         ("dpo", "trainer.label_smoothing_factor=0.1", "trainer.label_smoothing_factor=0.1: is read by nothing here."),
         ("sft", "trainer.loss_type=dft trainer.label_smoothing_factor=0.1", "trainer.label_smoothing_factor=0.1: is "),
         ("kto", "trainer.lr_scheduler_type=constant trainer.warmup_steps=10", "trainer.warmup_steps=10: is read with"),
@@ -102,6 +118,7 @@ def refusal(check):
         ("sft", "lora.init_lora_weights=eva", "lora.init_lora_weights=eva: starts from activations that no recipe"),
         ("sft", "lora.init_lora_weights=orthogonal lora.r=5", "lora.r=5: must be even with lora.init_lora_weights=or"),
         ("sft", "lora.init_lora_weights=mica", "lora.init_lora_weights=mica: needs the base's weights in full."),
+        ("orpo", "lora.target_modules=[lm_head]", "lora.target_modules: recipes/orpo.py reads the weights of lm_head"),
         ("sft", "lora.target_modules=[q_proj,lm_head]", "lora.target_modules: recipes/sft.py reads the weights of"),
         ("dpo", "lora.bias=all", "lora.bias=all: trains biases of the base, which is the reference"),
         ("sft", "lora.inference_mode=true", "lora.inference_mode=true: nothing would be trained."),
@@ -116,12 +133,14 @@ def test_what_cannot_work_or_does_nothing_is_refused(refusal, recipe, overrides,
     ("recipe", "overrides"),
     [
         ("orpo", "trainer.beta=0"),
-        ("orpo", "lora.target_modules=[lm_head]"),
+        ("orpo", f"{ORPO} lora.target_modules=[lm_head]"),
+        ("orpo", "trainer.disable_prompt_loss=false"),
         ("dpo", "trainer.loss_type=[robust,sft] trainer.label_smoothing=0.2 trainer.beta=0.3"),
         ("dpo", "trainer.loss_type=robust trainer.label_smoothing=0.0"),
         ("dpo", "trainer.loss_type=[sigmoid] trainer.label_smoothing=0"),
-        ("simpo", "trainer.loss_type=sigmoid"),  # what our file sets for SimPO is nobody's wish here
-        ("simpo", "trainer.loss_type=alphapo trainer.alpha=0.2 trainer.simpo_gamma=0.7"),
+        ("simpo", "trainer.loss_type=simpo trainer.label_smoothing=0.1 trainer.cpo_alpha=0.1"),
+        ("simpo", f"{CPO} trainer.loss_type=sigmoid"),  # what our file sets for SimPO is nobody's wish here
+        ("simpo", f"{CPO} trainer.loss_type=alphapo trainer.alpha=0.2 trainer.simpo_gamma=0.7"),
         ("kto", "trainer.loss_type=apo_zero_unpaired trainer.desirable_weight=1.33"),
         ("sft", "trainer.lr_scheduler_type=constant trainer.max_steps=-1 trainer.max_grad_norm=0"),
         ("sft", "trainer.label_smoothing_factor=0.1 lora.bias=all lora.init_lora_weights=orthogonal"),
@@ -244,8 +263,16 @@ def test_the_losses_of_dpo_are_those_of_trl():
     assert coefficient == set(table["f_alpha_divergence_coef"].values)
 
 
-def test_the_losses_of_the_others_are_those_of_trl():
+def test_the_losses_of_kto_are_those_of_trl():
     from trl import KTOTrainer
+
+    source = inspect.getsource(KTOTrainer)
+    assert all(f'"{name}"' in source for name in LOSSES["trl.KTOConfig"])
+    assert set(branches(KTOTrainer._compute_loss, "self.loss_type")) == set(LOSSES["trl.KTOConfig"])
+
+
+def test_the_losses_of_cpo_are_those_of_trl():
+    skip_without("trl.experimental.cpo.CPOConfig")
     from trl.experimental.cpo import CPOConfig, CPOTrainer
 
     found = branches(CPOTrainer.cpo_loss, "self.loss_type")
@@ -255,20 +282,26 @@ def test_the_losses_of_the_others_are_those_of_trl():
     assert {*readers(found, "self.simpo_gamma"), "alphapo"} == set(table["simpo_gamma"].values)
     alphapo = CPOConfig(loss_type="alphapo", cpo_alpha=0.7, use_cpu=True, bf16=False)
     assert alphapo.loss_type == "simpo" and alphapo.cpo_alpha == 0
-    source = inspect.getsource(KTOTrainer)
-    assert all(f'"{name}"' in source for name in LOSSES["trl.KTOConfig"])
-    assert set(branches(KTOTrainer._compute_loss, "self.loss_type")) == set(LOSSES["trl.KTOConfig"])
+
+
+def test_what_ours_of_pairs_leave_of_dpo_is_refused():
+    """Every argument of DPO is of its rows and steps, which are ours, too, or of its losses and its reference."""
+    from trl import DPOConfig
+    from trl.trainer.base_config import _BaseConfig
+
+    own = {field.name for field in dataclasses.fields(DPOConfig)} - {f.name for f in dataclasses.fields(_BaseConfig)}
+    shared = {"model_init_kwargs", "trust_remote_code", "router_aux_loss_coef", "disable_dropout", "dataset_num_proc",
+              "max_length", "truncation_mode", "padding_free", "pad_to_multiple_of", "activation_offloading",
+              "pad_token"}  # fmt: skip
+    assert own == shared | {"beta", "label_smoothing", "loss_type"} | set(settings.NO_REFERENCE)
 
 
 def test_label_smoothing_factor_is_read_by_sft_alone():
-    from trl import DPOTrainer, KTOTrainer, SFTTrainer
-    from trl.experimental.cpo import CPOTrainer
-    from trl.experimental.orpo import ORPOTrainer
+    from trl import SFTTrainer
 
-    from rlhf_recipes.ppo import PPOTrainer
-    from rlhf_recipes.training.reward_trainer import SoftLabelRewardTrainer
-
-    for trainer in (DPOTrainer, KTOTrainer, CPOTrainer, ORPOTrainer, SoftLabelRewardTrainer, PPOTrainer):
+    trainers = [methods.trainer_class(recipe) for recipe in methods.METHODS if recipe != "sft"]
+    trainers += [methods.trainer_class(recipe, target) for target, (recipe, _) in TRLS_OWN.items()]
+    for trainer in trainers:
         inherited = [
             inspect.getsource(each) for each in trainer.__mro__ if each.__module__.startswith(("trl", "rlhf"))
         ]
@@ -292,6 +325,8 @@ def test_schedules_that_warm_up_are_those_of_transformers():
 
 def test_defaults_are_those_of_the_classes():
     for target, table in READ.items():
+        if target in methods.TRLS_OWN and target not in TRLS_OWN:
+            continue
         kind = config.guard.find_class(target, "trainer")
         fields = {field.name: field.default for field in dataclasses.fields(kind)}
         assert {key: reads.default for key, reads in table.items()} == {key: fields[key] for key in table}, target

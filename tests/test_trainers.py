@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 import torch
-from conftest import CHATML, TINY_ID
+from conftest import CHATML, TINY_ID, skip_without
 
-from rlhf_recipes.methods import METHODS
+from rlhf_recipes.methods import METHODS, TRLS_OWN
 
 TRAINERS = {
     "sft": "trl.SFTTrainer",
@@ -116,6 +116,7 @@ def by_hand(recipe, quantization, tiny_model, cfg, folder):
 def skip_what_trl_cannot_do(recipe, quantization):
     from rlhf_recipes import models
 
+    skip_without(ARGUMENTS[recipe][0])
     if (recipe, quantization) == ("reward", "nf4") and not models.computes_in_bf16():
         pytest.skip("TRL rounds the score head to bfloat16, which its forward in float32 does not take")
 
@@ -138,14 +139,18 @@ def ends_with_eos(tiny_model, tmp_path_factory):
 @pytest.mark.parametrize("quantization", ("nf4", "none"))
 @pytest.mark.parametrize("recipe", TRAINERS)
 def test_parity_with_trl(train, tiny_model, ends_with_eos, tmp_path, recipe, quantization):
-    """Loss and gradient norm of the first step are TRL's.
+    """Loss and gradient norm of the first step are TRL's, of orpo and simpo those of TRL's own trainers, which are one
+    switch away; tests/test_preference.py holds ours against them.
 
     The loss is equal to the last bit. So is the norm, but where TRL keeps a QLoRA adapter in bfloat16 and we in
     float32: its gradients are rounded to 8 bits, each by up to 2^-9 and again with every accumulated batch.
     """
     skip_what_trl_cannot_do(recipe, quantization)
     model = ends_with_eos if recipe in ("orpo", "simpo") else tiny_model
-    ours = train(recipe, tmp_path / "ours", f"quantization={quantization}", f"model.path={model}")
+    overrides = [f"quantization={quantization}", f"model.path={model}"]
+    if ARGUMENTS[recipe][0] in TRLS_OWN:
+        overrides += [f"trainer._target_={ARGUMENTS[recipe][0]}"]
+    ours = train(recipe, tmp_path / "ours", *overrides)
     theirs = by_hand(recipe, quantization, model, ours.cfg, tmp_path / "theirs")
     rounded = {p.dtype for p in theirs.model.parameters() if p.requires_grad} == {torch.bfloat16}
     assert rounded == (quantization == "nf4" and recipe in ("sft", "reward", "dpo", "kto"))

@@ -224,7 +224,7 @@ def _from_preference(row: Row, layout: Layout, sides: tuple[str, ...], reading: 
     taken = order[: len(sides)]
     answers = Raw(found.prompt, tuple(found.answers[i] for i, _ in taken))
     example = _example(row, answers, [column for _, column in taken], sides)
-    if isinstance(example, dict) and "rejected" in sides and p not in (0, 1):
+    if isinstance(example, dict) and p not in (0, 1):
         example["p"] = max(p, 1 - p)
     return example
 

@@ -19,7 +19,8 @@ What becomes of what is found (`Splits.report` has the counts, with up to three 
 | turns out of order: [system,] user, assistant, user, assistant  | dropped: `roles`                      |
 | chosen and rejected that answer different contexts              | dropped: `context_differs`            |
 | chosen that equals rejected after stripping                     | dropped: `identical`                  |
-| two answers with the same score or rank, or said to be as good  | dropped: `tie`                        |
+| two answers with the same score or rank, or said to be as good, |                                       |
+| also by a `p` of exactly 0.5                                    | dropped: `tie`                        |
 | fewer answers with a score than an example needs                | dropped: `unrated`                    |
 | fewer answers than an example needs                             | dropped: `unpaired`                   |
 | a message of a tree that was deleted, or follows one            | dropped: `deleted`                    |
@@ -42,6 +43,11 @@ What becomes of what is found (`Splits.report` has the counts, with up to three 
 | files and splits beside those that are asked for                | named: `unread_files`                 |
 | a train row drawn again by `bootstrap`                          | kept, counted: `repeated`             |
 
+`p` of a pair is the probability that its chosen answer is the better one. In every recipe the likelier answer is the
+chosen one: where pairs are read, where they are taken apart, and where the better answer alone is imitated. `reward`
+learns the probability, every other recipe the order alone; and all that is called accuracy counts a pair as right where
+the chosen answer comes first, whatever its p.
+
 `candidates` (one a row; more for ratings reduced to all pairs, two for a pair taken apart into labelled answers) = all
 dropped and capped + train - repeated + test.
 Prompts are held out by the turn that opens them, so that no conversation continues on the other side.
@@ -51,7 +57,7 @@ import os
 import random
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -270,7 +276,7 @@ def _attempt(
     report |= {"ignored_nothing": unheard} if unheard else {}
     examples = writer.rows()
     train_rows, test_rows = examples.select(train), examples.select(test)
-    soft = {key: train_rows.count(key) + test_rows.count(key) for key in ("p", "margin")}
+    soft = {key: train_rows.count(key) + test_rows.count(key) + tally.soft[key] for key in ("p", "margin")}
     report |= {"soft": {key: count for key, count in soft.items() if count}} if any(soft.values()) else {}
     splits = finished(train_rows, test_rows, report)
     splits.places = {"train": keys.places(train), "test": keys.places(test)}
@@ -335,7 +341,7 @@ def _read(
     layout, reading = table.layout, table.reading
     held, own = secrets.in_environment(), Tally()
     for where, values in table.rows:
-        row = Row(where, values, layout.columns, tally.unread_keys, data["ignore"])
+        row, p = _likelier_first(Row(where, values, layout.columns, tally.unread_keys, data["ignore"]), layout, sides)
         own.rows += 1
         family, split = row.label("family"), row.label("split")
         tally.compare(layout.scores, values)
@@ -344,11 +350,19 @@ def _read(
             if isinstance(candidate, Drop):
                 own.drop(candidate, where)
                 continue
+            if p == 0.5:
+                own.drop(Drop("tie"), where)
+                continue
+            tally.turned_round += row.columns["chosen"] != layout.columns["chosen"]
             labels = {"family": family, "prompt_id": formats.prompt_id(candidate["prompt"])}
+            p = candidate.pop("p", p)
             if "rejected" in sides and not labelled:
-                candidate, labels["p"] = _turned(candidate, row, tally)
+                labels["p"] = p
                 if layout.columns["margin"]:
                     labels["margin"] = row.number("margin", "must be a number")
+            else:
+                tally.soft["p"] += p is not None
+                tally.soft["margin"] += row.optional("margin") not in (None, "")
             if any(secrets.find(said, held) for said in (family or "", *_texts(candidate))):
                 own.drop(Drop("secret"), where)  # a model would learn it, and samples and pages would show it
                 continue
@@ -364,15 +378,17 @@ def _read(
     tally.add(own)
 
 
-def _turned(pair: Example, row: Row, tally: Tally) -> tuple[Example, float | None]:
-    """A pair and the probability that its chosen answer is the better one, turned round where that is below 0.5."""
-    p = pair.pop("p", None)
-    if p is None:
-        p = row.number("p", "must be a probability from 0 to 1", 0, 1)
+def _likelier_first(row: Row, layout: recognise.Layout, sides: tuple[str, ...]) -> tuple[Row, float | None]:
+    """The row of a pair with the likelier answer as its chosen one, and the probability that this one is better; None
+    where nothing says, or nothing is made of the pair."""
+    is_pair = layout.format in ("pairs", "hh_rlhf") and row.has("chosen") and row.has("rejected")
+    if not is_pair or not sides or ("completion" in sides and row.has("completion")):
+        return row, None
+    p = row.number("p", "must be a probability from 0 to 1", 0, 1)
     if p is None or p >= 0.5:
-        return pair, p
-    tally.turned_round += 1
-    return {**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]}, 1 - p
+        return row, p
+    turned = {**row.columns, "chosen": row.columns["rejected"], "rejected": row.columns["chosen"]}
+    return replace(row, columns=turned), 1 - p
 
 
 def _is_found(data: dict[str, Any], layout: recognise.Layout) -> bool:

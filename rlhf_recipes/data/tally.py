@@ -32,6 +32,7 @@ class Tally:
     dropped: Counter = field(default_factory=lambda: Counter(dict.fromkeys(REASONS, 0)))
     examples: dict[str, list[str]] = field(default_factory=dict)
     turned_round: int = 0
+    soft: Counter = field(default_factory=Counter)
     unread_keys: Counter = field(default_factory=Counter)
     own_scores: Counter = field(default_factory=Counter)
     joined: Counter = field(default_factory=Counter)

@@ -134,7 +134,10 @@ RANGES = {
     "lm_eval.num_fewshot": NATURAL,
 }
 # Where a class takes another range: with lambda 0, ORPO's loss is the likelihood of the chosen answers.
-RANGES_OF = {"trl.experimental.orpo.ORPOConfig": {"trainer.beta": NOT_NEGATIVE}}
+RANGES_OF = {
+    target: {"trainer.beta": NOT_NEGATIVE}
+    for target in ("rlhf_recipes.preference.ORPOConfig", "trl.experimental.orpo.ORPOConfig")
+}
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,8 @@ DPO_LOSSES = (
 LOSSES = {
     "trl.DPOConfig": DPO_LOSSES,
     "trl.KTOConfig": ("kto", "apo_zero_unpaired"),
+    "rlhf_recipes.preference.ORPOConfig": ("orpo",),
+    "rlhf_recipes.preference.SimPOConfig": ("simpo",),
     "trl.experimental.cpo.CPOConfig": ("sigmoid", "hinge", "ipo", "simpo", "alphapo"),
     "trl.SFTConfig": ("nll", "dft"),
 }
@@ -186,6 +191,23 @@ REFERENCE = {
     "ref_model_mixup_alpha": Reads(0.6, "sync_ref_model", (True,)),
     "ref_model_sync_steps": Reads(512, "sync_ref_model", (True,)),
 }
+OF_DPO = "It belongs to recipes/dpo.py. Leave it out."
+# Arguments of DPO's losses and of its reference, which ORPO and SimPO have none of.
+NO_REFERENCE = {
+    key: Reads(default, instead=OF_DPO)
+    for key, default in {
+        "precompute_ref_log_probs": False, "precompute_ref_batch_size": None, "sync_ref_model": False,
+        "ref_model_mixup_alpha": 0.6, "ref_model_sync_steps": 512, "loss_weights": None, "ld_alpha": None,
+        "f_divergence_type": "reverse_kl", "f_alpha_divergence_coef": 0.5, "use_weighting": False,
+        "discopop_tau": 0.05,
+    }.items()
+}  # fmt: skip
+BEYOND = ("max_completion_length", "is_encoder_decoder", "generate_during_eval")
+# The config of TRL's own trainer of a method, and what it takes beyond ours.
+ONLY_TRLS = {
+    "rlhf_recipes.preference.ORPOConfig": ("trl.experimental.orpo.ORPOConfig", (*BEYOND, "padding_value")),
+    "rlhf_recipes.preference.SimPOConfig": ("trl.experimental.cpo.CPOConfig", (*BEYOND, "alpha")),
+}
 DECODER = {
     "max_completion_length": Reads(None, instead="It is for encoder-decoders. Use trainer.max_length."),
     "is_encoder_decoder": Reads(None, instead="The model's config says it. Leave it out."),
@@ -205,6 +227,10 @@ READ = {
         "f_alpha_divergence_coef": Reads(0.5, "f_divergence_type", ("alpha_divergence",)),
     },
     "trl.KTOConfig": SHARED | NO_SMOOTHER | REFERENCE,
+    "rlhf_recipes.preference.ORPOConfig": SHARED | NO_SMOOTHER | NO_REFERENCE | {
+        "label_smoothing": Reads(0.0, instead="ORPO's loss has none. Leave it out."),
+    },
+    "rlhf_recipes.preference.SimPOConfig": SHARED | NO_SMOOTHER | NO_REFERENCE,
     "trl.experimental.cpo.CPOConfig": SHARED | NO_SMOOTHER | DECODER | {
         "label_smoothing": Reads(0.0, "loss_type", ("sigmoid", "simpo", "alphapo")),
         "simpo_gamma": Reads(0.5, "loss_type", ("simpo", "alphapo")),
@@ -243,7 +269,7 @@ def check(cfg: DictConfig, recipe: str | None) -> None:
         _refuse_losses(trainer)
         _refuse_unread(trainer, recipe)
         _refuse_clashes(trainer)
-        _refuse_lora(node["lora"], recipe, quantized="_target_" in node["quantization"])
+        _refuse_lora(node["lora"], trainer, recipe, quantized="_target_" in node["quantization"])
         _refuse_lora_beside_adapter(node)
 
 
@@ -262,10 +288,15 @@ def _losses(trainer: dict) -> list[str]:
 
 
 def _refuse_losses(trainer: dict) -> None:
-    known = LOSSES.get(trainer.get("_target_"))
+    target = trainer.get("_target_")
+    known, theirs = LOSSES.get(target), ONLY_TRLS.get(target, ("",))[0]
     for name in _losses(trainer) if known else []:
-        if name not in known:
-            raise Refusal(f"trainer.loss_type={name}: not one of {', '.join(known)}{nearest(str(name), known)}")
+        if name in known:
+            continue
+        here = f"trainer.loss_type={name}: not one of {', '.join(known)}"
+        if name in LOSSES.get(theirs, ()):
+            raise Refusal(f"{here}; TRL's own trainer has it: add trainer._target_={theirs}.")
+        raise Refusal(f"{here}{nearest(str(name), known)}")
 
 
 def _refuse_unread(trainer: dict, recipe: str | None) -> None:
@@ -292,6 +323,15 @@ def _refuse_clashes(trainer: dict) -> None:
     target, given = trainer.get("_target_"), trainer.get
     if target in ("trl.DPOConfig", "trl.KTOConfig") and given("sync_ref_model"):
         raise Refusal("trainer.sync_ref_model=true: TRL cannot move the reference of a LoRA. Leave it out.")
+    theirs, keys = ONLY_TRLS.get(target, ("", ()))
+    for key in keys:
+        if key in trainer:
+            raise Refusal(
+                f"trainer.{key}={_shown(trainer[key])}: only TRL's own trainer has it. Leave it out, or add "
+                f"trainer._target_={theirs}."
+            )
+    if target in ONLY_TRLS and given("truncation_mode", "keep_start") != "keep_start":
+        raise Refusal(f"trainer.truncation_mode={given('truncation_mode')}: must be keep_start here. Leave it out.")
     if target == "trl.DPOConfig":
         losses, smoothing = _losses(trainer), given("label_smoothing", 0.0)
         others = sorted(set(losses) - {*OF_SCORES, "sft"})
@@ -334,10 +374,10 @@ def _refuse_ppo(trainer: dict) -> None:
         )
 
 
-def _refuse_lora(lora: dict, recipe: str | None, quantized: bool) -> None:
+def _refuse_lora(lora: dict, trainer: dict, recipe: str | None, quantized: bool) -> None:
     targets = lora.get("target_modules")
     heads = [each for each in targets if str(each).endswith("lm_head")] if isinstance(targets, list) else []
-    if heads and recipe not in ("orpo", "simpo"):  # whose trainers run the head as a module
+    if heads and trainer["_target_"] not in methods.TRLS_OWN:  # whose trainers run the head as a module
         raise Refusal(
             f"lora.target_modules: recipes/{recipe}.py reads the weights of {heads[0]} past a LoRA on it, which would "
             "not be trained. Leave it out."

@@ -315,7 +315,10 @@ def _defaults(group: str, node: dict[str, Any]) -> dict[str, Any]:
     if node.get("_target_") not in targets(group):
         return {}
     module, _, name = node["_target_"].rpartition(".")
-    target = getattr(importlib.import_module(module), name)
+    try:
+        target = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):  # of TRL's experimental part, which may lose it: all settings are shown
+        return {}
     return {p.name: p.default for p in inspect.signature(target).parameters.values()}
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from rlhf_recipes.cai.dataset import PREFS, SFT
-from rlhf_recipes.config import CONF, flatten
+from rlhf_recipes.config import CONF, flatten, trainer_recipes
 from rlhf_recipes.errors import Refusal, first_line, nearest
 from rlhf_recipes.methods import METHODS
 from rlhf_recipes.run_folder import read_result, write_atomically
@@ -193,7 +193,10 @@ def _refuse_code(where: str, key: str, config: dict[str, Any]) -> None:
 
 @functools.cache
 def targets(group: str) -> set[str]:
-    """What the files of a group of conf/ build: the only classes that are imported for a run that is published."""
+    """What the files of a group of conf/ build, and TRL's own trainers: the only classes that are imported for a run
+    that is published."""
+    if group == "trainer":
+        return {*trainer_recipes()}
     nodes = [OmegaConf.load(file) for file in (CONF / group).glob("*.yaml")]
     return {node._target_ for node in nodes if "_target_" in node}
 

@@ -202,7 +202,7 @@ class Doctor(TrainerCallback):
         """Of the tokenised training replies (labelled ones: the good): mean length in tokens, and share that ends with
         EOS within max_length."""
         data, limit = self.trainer.train_dataset, getattr(self.trainer.args, "max_length", None)
-        key = methods.of(self.run.recipe).replies
+        key = methods.of(self.run.recipe, self.run.config["trainer"]["_target_"]).replies
         if not key or not hasattr(data, "select"):
             return {}
         from rlhf_recipes.inference import stop_ids

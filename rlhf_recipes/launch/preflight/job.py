@@ -60,7 +60,7 @@ class Cache:
     measure: bool
     elsewhere: bool
     rows: dict[str, tuple] = field(default_factory=dict)
-    examples: dict[tuple[str, str], dict] = field(default_factory=dict)
+    examples: dict[tuple[str, str, str], dict] = field(default_factory=dict)
 
     @cached_property
     def libraries(self) -> int:
@@ -144,8 +144,8 @@ def disk(found: list[JobReport], folder: Path) -> dict[str, Any]:
 
 def _settings(cfg: DictConfig, args) -> dict[str, Any]:
     names = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "max_completion_length",
-             "learning_rate", "beta", "simpo_gamma", "kl_coef", "cliprange", "label_smoothing", "loss_type",
-             "num_train_epochs", "gradient_checkpointing", "bf16", "seed")  # fmt: skip
+             "learning_rate", "beta", "simpo_gamma", "disable_prompt_loss", "kl_coef", "cliprange", "label_smoothing",
+             "loss_type", "num_train_epochs", "gradient_checkpointing", "bf16", "seed")  # fmt: skip
     kept = {name: getattr(args, name) for name in names if getattr(args, name, None) not in (None, "")}
     kind = (
         "nf4" if cfg.quantization.get("load_in_4bit") else "int8" if cfg.quantization.get("load_in_8bit") else "none"
@@ -204,10 +204,12 @@ def _rows(job: Job, args, tokenizer, looked_at: Cache) -> tuple:
 
 def _example(key: str, job: Job, args, splits, tokenizer, looked_at: Cache) -> dict[str, Any]:
     """A row as the job's trainer has it, once for jobs of a recipe with the same data."""
-    if (job.recipe, key) not in looked_at.examples:
+    target = job.cfg.trainer._target_
+    if (job.recipe, target, key) not in looked_at.examples:
         path = models.model_path(job.cfg.model)
-        looked_at.examples[job.recipe, key] = rows.example(job.recipe, args, splits, tokenizer, path)
-    return looked_at.examples[job.recipe, key]
+        found = rows.example(job.recipe, args, splits, tokenizer, path, target)
+        looked_at.examples[job.recipe, target, key] = found
+    return looked_at.examples[job.recipe, target, key]
 
 
 def _largest(recipe: str, args, sizes: list[int], steps: int) -> predict_memory.Batch:

@@ -8,9 +8,9 @@ forward and backward pass, the held-out measurements, and PPO's rollout. A decod
 with hidden size d, feed-forward width f, width k of keys and of values, LoRA of rank r on m linear layers, and a
 attention heads: the norms' inputs in float32 (8 d) and outputs, queries and attention's output (10 d with the layer's
 own input), keys and values, four vectors of the feed-forward part, and what LoRA's A gives. Trainers that keep the
-residual stream in float32 (ORPO and SimPO on a quantized base) add 20 d. With gradient checkpointing only the layer's
-input is kept, and one layer is computed again. These counts are those of every allocation of training steps on models
-of eleven shapes; whole runs are compared by tests/benchmarks/preflight_predicts.py.
+residual stream in float32 (TRL's own ORPO and CPO on a quantized base) add 20 d. With gradient checkpointing only the
+layer's input is kept, and one layer is computed again. These counts are those of every allocation of training steps on
+models of eleven shapes; whole runs are compared by tests/benchmarks/preflight_predicts.py.
 """
 
 from dataclasses import dataclass, replace
@@ -54,6 +54,7 @@ class Backbone:
         lora: numbers in one adapter, score head included.
         kept: bytes that a decoder layer keeps for each token.
         item: bytes of a number in the compute dtype.
+        logit_bytes: of its method.
         wide: whether the residual stream is float32.
     """
 
@@ -66,6 +67,7 @@ class Backbone:
     lora: int
     kept: float
     item: int
+    logit_bytes: int
     wide: bool
 
     @property
@@ -115,6 +117,7 @@ def backbone(cfg: DictConfig, recipe: str) -> Backbone:
     quantization = models.build_quantization(cfg.quantization, dtype)
     packed, unpacked = _quantized(model, quantization)
     layers, lora, rank = _adapted(model, cfg, "SEQ_CLS" if scores else "CAUSAL_LM")
+    logit_bytes = methods.of(recipe, cfg.trainer._target_).logit_bytes
     d, f, half = shape.hidden_size, shape.intermediate_size, dtype.itemsize // 2
     found = Backbone(
         recipe=recipe,
@@ -126,7 +129,8 @@ def backbone(cfg: DictConfig, recipe: str) -> Backbone:
         lora=lora,
         kept=0,
         item=dtype.itemsize,
-        wide=methods.of(recipe).logit_bytes > 0 and quantization is not None,
+        logit_bytes=logit_bytes,
+        wide=logit_bytes > 0 and quantization is not None,
     )
     each = len(layers) / shape.num_hidden_layers
     kept = half * (10 * d + 8 * f + 4 * found.keys + 2 * each * rank) + 8 * d + 4 * shape.num_attention_heads
@@ -226,9 +230,8 @@ def predict(cfg: DictConfig, args, base: Backbone, batch: Batch, libraries: floa
 def _step(base: Backbone, batch: Batch, where: str, args) -> dict[str, float]:
     """A forward and backward pass over the largest micro-batch."""
     tokens, layers = batch.sequences * batch.tokens, base.config.num_hidden_layers
-    logit_bytes = methods.of(base.recipe).logit_bytes
-    if logit_bytes:
-        logits = logit_bytes * tokens * base.config.vocab_size
+    if base.logit_bytes:
+        logits = base.logit_bytes * tokens * base.config.vocab_size
     elif base.recipe == "reward":
         logits = 0.0
     else:

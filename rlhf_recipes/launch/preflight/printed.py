@@ -25,7 +25,7 @@ def describe(seen: JobReport, before: list[JobReport]) -> str:
     if seen.rows and all(seen.rows != other.rows for other in before):
         lines += _rows(seen.rows)
     if seen.example and all(seen.example != other.example for other in before):
-        lines += _example(seen.example, seen.recipe)
+        lines += _example(seen)
     if seen.memory and all(seen.memory["roles"] != (other.memory or {}).get("roles") for other in before):
         lines += _memory(seen.memory)
     if "seconds" in (seen.step or {}) and all(seen.step != other.step for other in before):
@@ -95,7 +95,8 @@ def _paragraph(name: str, parts: list[str]) -> list[str]:
     return [f"  {name:<9}{first}", *(INDENT + rest for rest in more)]
 
 
-def _example(example: dict, recipe: str) -> list[str]:
+def _example(seen: JobReport) -> list[str]:
+    example = seen.example
     text = shown(example["text"])
     if len(text) > SHOWN:
         text = f"{text[: SHOWN // 2]} […] {text[-SHOWN // 2 :]}"
@@ -104,8 +105,9 @@ def _example(example: dict, recipe: str) -> list[str]:
     between = {
         "reward": "the token whose score is the reply's",
         "ppo": "what is sampled",
-        "orpo": "the reply (the likelihood is that of its prompt, too)",
-    }.get(recipe, "what is trained")
+    }.get(seen.recipe, "what is trained")
+    if seen.recipe == "orpo" and not seen.settings.get("disable_prompt_loss"):  # TRL's own trainer has no such setting
+        between = "the reply (the likelihood is that of its prompt, too)"
     rows = [f"           │ {row}" for row in text.splitlines()]
     return [f"  example  between ⟦ and ⟧: {between}{eos}", *rows]
 

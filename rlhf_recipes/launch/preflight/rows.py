@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
-from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -95,7 +94,7 @@ def near_duplicates(train: Iterable[dict], test: Iterable[dict]) -> int:
     return found
 
 
-def example(recipe: str, args, splits: Splits, tokenizer, model_path: str) -> dict[str, Any]:
+def example(recipe: str, args, splits: Splits, tokenizer, model_path: str, target: str = "") -> dict[str, Any]:
     """The first row of the trainer's first batch as text, its trained tokens between ⟦ and ⟧ (of a reward model the
     one whose score counts; of prompts nothing), and how many replies end with EOS.
 
@@ -109,12 +108,12 @@ def example(recipe: str, args, splits: Splits, tokenizer, model_path: str) -> di
         generation_config = GenerationConfig.from_pretrained(model_path)
     stops = inference.stop_ids(SimpleNamespace(generation_config=generation_config), tokenizer)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = _trainer(recipe, args, splits, tokenizer, folder)
+        trainer = _trainer(recipe, args, splits, tokenizer, folder, target)
         batch = next(iter(trainer.get_train_dataloader()))
     text = _marked(tokenizer, *_first(batch, trainer))
     ends = None
     rows = trainer.train_dataset
-    key = next((key for key in (methods.of(recipe).replies, "chosen_ids") if key in rows.column_names), None)
+    key = next((key for key in (methods.of(recipe, target).replies, "chosen_ids") if key in rows.column_names), None)
     if key:
         # A template may close a turn with a line break.
         replies = [[*row.get("prompt_ids", []), *row[key]][: args.max_length] for row in rows]
@@ -124,13 +123,12 @@ def example(recipe: str, args, splits: Splits, tokenizer, model_path: str) -> di
     return {"text": text, "eos": tokenizer.convert_ids_to_tokens(stops), "ends": ends}
 
 
-def _trainer(recipe: str, args, splits: Splits, tokenizer, folder: str):
+def _trainer(recipe: str, args, splits: Splits, tokenizer, folder: str, target: str = ""):
     """The recipe's trainer of the first rows, in their order, with a model of one layer in place of the real one: how
     rows are tokenised, cut and put together does not depend on it."""
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
-    module, _, name = methods.of(recipe).trainer.rpartition(".")
     args = copy.copy(args)
     args.output_dir, args.report_to, args.precompute_ref_log_probs = folder, [], False
     args.train_sampling_strategy = "sequential"
@@ -146,7 +144,7 @@ def _trainer(recipe: str, args, splits: Splits, tokenizer, folder: str):
     count = max(LOOKED_AT, getattr(args, "prompts_per_rollout", 0))
     few = replace(splits, train=splits.train[:count], test=splits.test[:1])
     train_dataset, eval_dataset = few.to_datasets()
-    return getattr(import_module(module), name)(
+    return methods.trainer_class(recipe, target)(
         model=auto.from_config(size),
         args=args,
         train_dataset=train_dataset,

@@ -1,7 +1,8 @@
-"""ORPO and CPO (SimPO) on what the chat template makes of a row, as TRL's other trainers take it.
+"""TRL's own ORPO and CPO (SimPO) trainers, on what the chat template makes of a row.
 
-TRL's two put a BOS before a prompt and an EOS behind an answer that do not begin and end with one: behind the line
-break that ends a turn of ChatML it is a second EOS, and before a prompt a context that no other pass has seen.
+They train where `trainer._target_` names their config, as long as TRL has them. They put a BOS before a prompt and an
+EOS behind an answer that do not begin and end with one: behind the line break that ends a turn of ChatML it is a
+second EOS, and before a prompt a context that no other pass has seen. So their rows are tokens before they see them.
 """
 
 from trl.experimental import cpo, orpo
