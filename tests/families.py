@@ -53,8 +53,15 @@ FAMILIES = {
     # Every conversation opens with a system turn that dates it; no padding token: what is set is EOS, which ends a turn.
     "llama3": Family(
         config="LlamaConfig",
-        special=("<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>", "<|start_header_id|>",
-                 "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>"),
+        special=(
+            "<|begin_of_text|>",
+            "<|end_of_text|>",
+            "<|finetune_right_pad_id|>",
+            "<|start_header_id|>",
+            "<|end_header_id|>",
+            "<|eom_id|>",
+            "<|eot_id|>",
+        ),
         template=(
             "{% set day = date_string if date_string is defined else strftime_now('%d %b %Y') %}"
             "{% set own = messages[0].role == 'system' %}{% set turns = messages[1:] if own else messages %}"
@@ -150,7 +157,8 @@ FAMILIES = {
         config="LlamaConfig",
         special=("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
         template=(
-            "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}" + CHATML
+            "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}"
+            + CHATML
         ),
         bos="<|im_start|>",
         eos="<|im_end|>",
