@@ -50,7 +50,7 @@ class Family:
 
 
 FAMILIES = {
-    # Every conversation opens with a system turn that dates it; no padding token: what is set is EOS, which ends a turn.
+    # Every conversation opens with a system turn that dates it. It pads with EOS, which ends turns, having no other.
     "llama3": Family(
         config="LlamaConfig",
         special=(
@@ -78,8 +78,8 @@ FAMILIES = {
         settings={"tie_word_embeddings": True},
         generation={"do_sample": True, "temperature": 0.6, "top_p": 0.9},
     ),
-    # The last answer opens with a block of thoughts, empty where there are none; the prompt does so only where thinking
-    # is turned off.
+    # The last answer opens with a block of thoughts, empty where there are none; the prompt does so where thinking is
+    # turned off.
     "qwen3": Family(
         config="Qwen3Config",
         special=("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
@@ -152,7 +152,7 @@ FAMILIES = {
         stops=("<|endoftext|>", "<|assistant|>", "<|end|>"),
         settings={"sliding_window": None},
     ),
-    # A system turn is added where there is none; the tokenizer pads with its EOS, behind which a turn has a line break.
+    # A system turn is added where there is none; padding is EOS, behind which turns have a line break.
     "smollm2": Family(
         config="LlamaConfig",
         special=("<|endoftext|>", "<|im_start|>", "<|im_end|>"),

@@ -204,8 +204,7 @@ def _rows(job: Job, args, tokenizer, looked_at: Cache) -> tuple:
 def _example(key: str, job: Job, args, splits, tokenizer, looked_at: Cache) -> dict[str, Any]:
     """A row as the job's trainer has it, once for jobs of a recipe with the same data."""
     if (job.recipe, key) not in looked_at.examples:
-        path = models.model_path(job.cfg.model)
-        looked_at.examples[job.recipe, key] = rows.example(job.recipe, args, splits, tokenizer, path)
+        looked_at.examples[job.recipe, key] = rows.example(job.recipe, args, splits, tokenizer, job.cfg.model)
     return looked_at.examples[job.recipe, key]
 
 
