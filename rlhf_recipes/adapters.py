@@ -99,10 +99,14 @@ class RewardModels:
         self.model = PeftModel.from_pretrained(base, str(self.folders[0]), adapter_name="member0")
         for n, folder in enumerate(self.folders[1:], 1):
             self.model.load_adapter(str(folder), adapter_name=f"member{n}")
+        self.text_config = base.config.get_text_config()
+        self.pad_ids = [models.pad_id_beside(each, self.text_config.pad_token_id) for each in self.folders]
 
     def using(self, folder: Path):
-        """The model as the reward model of this folder."""
-        self.model.set_adapter(f"member{self.folders.index(folder)}")
+        """The model as the reward model of this folder, which reads where that was trained."""
+        n = self.folders.index(folder)
+        self.model.set_adapter(f"member{n}")
+        self.text_config.pad_token_id = self.pad_ids[n]
         return self.model
 
 

@@ -34,6 +34,13 @@ class ModelConfig:
     trust_remote_code: bool = False  # run the Python files that the model's folder brings
 
 
+def _own(id: str, value: Any, otherwise: Any = None, *, _parent_: DictConfig) -> Any:
+    return value if _parent_.id == id else otherwise
+
+
+# `${own:<id>,<value>}` beside an `id`: the value belongs to the model of that id; with another the key is null, or the
+# third argument.
+OmegaConf.register_new_resolver("own", _own)
 guard.look_at_what_hydra_composes()
 _store = ConfigStore.instance()
 # Hydra copies its sources, and this with them, for each composition and for each group that --help lists; what it

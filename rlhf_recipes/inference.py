@@ -78,7 +78,7 @@ def demonstration_logps(model, tokenizer, rows: list[dict], what: str = "Demonst
 
 
 def rewards(model, tokenizer, conversations: list[list[Message]], what: str = "Rewards") -> list[float]:
-    """r(x, y) of a reward model for each conversation, read at its last token."""
+    """r(x, y) of a reward model for each conversation, read where `read_positions` says."""
     return [score for score, _ in rewards_and_features(model, tokenizer, conversations, what)]
 
 
@@ -88,7 +88,7 @@ def rewards_and_features(model, tokenizer, conversations: list[list[Message]], w
     results: list[Any] = [None] * len(encoded)
     read: list[Any] = []
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hook = base.score.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0][:, -1].float().cpu()))
+    hook = base.score.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
     try:
         with measuring(model):
             for indices in _batches(encoded, what, model.device):
@@ -96,12 +96,28 @@ def rewards_and_features(model, tokenizer, conversations: list[list[Message]], w
                     [encoded[i][0] for i in indices], tokenizer.pad_token_id, model.device
                 )
                 output = model(input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT)
-                scores_B, features_BF = output.logits[:, 0].float().tolist(), read.pop().numpy()
-                for i, score, features in zip(indices, scores_B, features_BF, strict=True):
+                at_B = read_positions(ids_BT, mask_BT, base.config.get_text_config().pad_token_id)
+                features_BF = read.pop()[range(len(indices)), at_B].float().cpu().numpy()
+                for i, score, features in zip(indices, output.logits[:, 0].float().tolist(), features_BF, strict=True):
                     results[i] = score, features
     finally:
         hook.remove()
     return results
+
+
+def read_positions(ids_BT, mask_BT, pad_id: int | None):
+    """Where a reward model reads each sequence, (B,): at its last token that is not `pad_id`, as transformers pools.
+
+    Where a model pads with the EOS that ends its template, that is the token before it.
+
+    Args:
+        mask_BT: 1 where a sequence has a token, 0 at padding, on either side.
+        pad_id: what the model takes for padding (its config's); None: it reads the last token, whatever it is.
+    """
+    import torch
+
+    counts_BT = mask_BT if pad_id is None else mask_BT * (ids_BT != pad_id)
+    return (counts_BT * torch.arange(ids_BT.shape[1], device=ids_BT.device)).argmax(1)
 
 
 def pair_rewards(model, tokenizer, rows: list[dict], what: str = "Held-out pairs") -> list[dict]:
@@ -126,22 +142,18 @@ def generate(model, tokenizer, prompts: list[list[Message]], how: Sampling, what
     """For each prompt `ids`, `start` (of the answer in `ids`), its `text`, `tokens` and `finished` (by its EOS)."""
     import torch
 
+    from rlhf_recipes.sampling import complete
+
     encoded = [(encode(tokenizer, p, None)[0], 0) for p in prompts]
-    stops = stop_ids(model, tokenizer)
-    sampling = (
-        {"do_sample": True, "temperature": how.temperature, "top_k": 0, "top_p": 1.0}
-        if how.temperature
-        else {"do_sample": False}
-    )
+    stops = stop_ids(model.generation_config, tokenizer)
     results: list[Any] = [None] * len(encoded)
     torch.manual_seed(how.seed)
     with measuring(model):
         for indices in _batches([(ids + [0] * how.max_new_tokens, 0) for ids, _ in encoded], what, model.device):
             ids_BT, mask_BT, _ = left_pad([encoded[i][0] for i in indices], tokenizer.pad_token_id, model.device)
-            out_BT = model.generate(
-                input_ids=ids_BT, attention_mask=mask_BT, max_new_tokens=how.max_new_tokens, eos_token_id=stops,
-                pad_token_id=tokenizer.pad_token_id, **sampling,
-            )  # fmt: skip
+            out_BT = complete(
+                model, ids_BT, mask_BT, stops, tokenizer.pad_token_id, how.max_new_tokens, how.temperature
+            )
             for row, i in enumerate(indices):
                 answer = out_BT[row, ids_BT.shape[1] :].tolist()
                 end = next((n for n, token in enumerate(answer) if token in stops), None)
@@ -157,7 +169,7 @@ def generate(model, tokenizer, prompts: list[list[Message]], how: Sampling, what
 
 
 def kl_terms(policy_logps_K, reference_logps_K) -> tuple[float, float]:
-    """k1 and k3 of one sampled answer, summed over its tokens, in nats: see `ppo.algorithm.kl_estimates`."""
+    """k1 and k3 of one sampled answer, summed over its tokens, in nats: see `sampling.kl_estimates`."""
     from rlhf_recipes.sampling import kl_estimates
 
     k1_K, _, k3_K = kl_estimates(policy_logps_K, reference_logps_K)
@@ -210,9 +222,13 @@ def left_pad(sequences: list[list[int]], pad_id: int, device):
     return ids_BT, mask_BT, (mask_BT.cumsum(1) - 1).clamp(min=0)
 
 
-def stop_ids(model, tokenizer) -> list[int]:
-    """Every token that ends an answer: those that the model declares, and the tokenizer's."""
-    configured = model.generation_config.eos_token_id
+def stop_ids(generation_config, tokenizer) -> list[int]:
+    """Every token that ends an answer: those that the model declares, and the tokenizer's.
+
+    Args:
+        generation_config: the model's, or without its weights what `models.load_generation_config` gives.
+    """
+    configured = generation_config.eos_token_id
     stops = configured if isinstance(configured, list) else [configured]
     return sorted({i for i in [*stops, tokenizer.eos_token_id] if i is not None})
 

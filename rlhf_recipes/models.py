@@ -17,7 +17,13 @@ from rlhf_recipes.run import Run
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+    from transformers import (
+        GenerationConfig,
+        PretrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        TrainingArguments,
+    )
 
 
 # Of the jobs of a sweep that share a process.
@@ -112,11 +118,17 @@ def load_tokenizer(model: DictConfig) -> "PreTrainedTokenizerBase":
     """The model's tokenizer with a padding token.
 
     Raises:
-        Refusal: the model cannot be found or fetched, or its tokenizer has no chat template.
+        Refusal: the model cannot be found or fetched, or its tokenizer has no chat template, or not the padding token.
     """
     from transformers import AutoTokenizer
 
     tokenizer = _from_hub(model, AutoTokenizer.from_pretrained, model_path(model), revision=model.revision)
+    if model.pad_token and model.pad_token not in tokenizer.get_vocab():
+        own = tokenizer.pad_token or tokenizer.eos_token
+        raise Refusal(
+            f"model.pad_token={model.pad_token}: is no token of {model.path or model.id}, which pads with {own}. Add "
+            "model.pad_token=null."
+        )
     if model.pad_token:
         tokenizer.pad_token = model.pad_token
     if tokenizer.pad_token is None:
@@ -124,6 +136,35 @@ def load_tokenizer(model: DictConfig) -> "PreTrainedTokenizerBase":
     if tokenizer.chat_template is None:
         raise Refusal(f"model.id={model.id}: its tokenizer has no chat template. Choose an instruction-tuned model.")
     return tokenizer
+
+
+def pad_id_beside(adapter: Path, otherwise: int | None) -> int | None:
+    """The padding token of the tokenizer that lies beside an adapter: with which it was trained, and so what a reward
+    model does not read.
+
+    Args:
+        otherwise: that of the base, where no tokenizer lies there.
+    """
+    from transformers import AutoTokenizer
+
+    if not (Path(adapter) / "tokenizer_config.json").is_file():
+        return otherwise
+    return AutoTokenizer.from_pretrained(str(adapter), trust_remote_code=False).pad_token_id
+
+
+def load_generation_config(model: DictConfig) -> "GenerationConfig":
+    """What the model will be loaded with: its generation_config.json, or without one what its config.json says.
+
+    Raises:
+        Refusal: the model cannot be found or fetched.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(model_path(model), revision=model.revision)
+    except OSError:
+        shape = _from_hub(model, AutoConfig.from_pretrained, model_path(model), revision=model.revision)
+        return GenerationConfig.from_model_config(shape)
 
 
 def load_config(model: DictConfig) -> "PretrainedConfig":
@@ -238,7 +279,7 @@ def _load_base(model: DictConfig, quantization: DictConfig, auto_class: type, **
     base = _from_hub(
         model, auto_class.from_pretrained, model_path(model), revision=model.revision, dtype=dtype, **kwargs
     )
-    base.config.pad_token_id = load_tokenizer(model).pad_token_id
+    base.config.get_text_config().pad_token_id = load_tokenizer(model).pad_token_id
     if kwargs.get("num_labels") == 1 and base.score.weight.dtype != torch.float32:
         base.score.float()  # trained in full: rounded to bfloat16 it would not move at a usual learning rate
     keep_gradients_on_cpu(base)

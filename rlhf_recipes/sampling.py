@@ -1,7 +1,11 @@
-"""Drawing the next token."""
+"""Drawing the next token, and completions of nothing but the model's own distribution.
+
+Shapes: B sequences, T tokens, K completion tokens, V vocabulary.
+"""
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList
 
 
 def draw(logits_BV: Tensor, generators: list[torch.Generator]) -> Tensor:
@@ -17,6 +21,36 @@ def draw(logits_BV: Tensor, generators: list[torch.Generator]) -> Tensor:
         ]
     )
     return (logits_BV - noise_BV.log()).argmax(1, keepdim=True)
+
+
+def complete(
+    model, ids_BT: Tensor, mask_BT: Tensor, stops: list[int], pad_id: int, max_new_tokens: int,
+    temperature: float = 0.0, processors: LogitsProcessorList | None = None,
+) -> Tensor:  # fmt: skip
+    """Prompts, padded on the left, and their completions, (B, T + K).
+
+    `generate` fills what it is not given from the model's generation_config.json: penalties of repetition (Qwen2.5),
+    min_p, suppressed and forced tokens, a least length. Samples of such a distribution would not estimate a KL of the
+    model's, nor its greedy answers be its own, so a bare config stands in its place meanwhile.
+
+    Args:
+        stops: every token that ends a completion.
+        temperature: 0 is greedy; otherwise the full distribution is sampled (no top-p, no top-k).
+        processors: what they make of the logits is chosen from, greedily or by drawing.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    asked = GenerationConfig(
+        max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad_id, use_cache=True,
+        do_sample=temperature > 0, temperature=temperature or None, top_k=0 if temperature else None,
+        top_p=1.0 if temperature else None,
+    )  # fmt: skip
+    models_own, base.generation_config = base.generation_config, GenerationConfig()
+    try:
+        return base.generate(
+            input_ids=ids_BT, attention_mask=mask_BT, generation_config=asked, logits_processor=processors
+        )
+    finally:
+        base.generation_config = models_own
 
 
 def kl_estimates(logps: Tensor, reference_logps: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -101,7 +101,7 @@ def test_the_report_counts_what_is_planted(planted, compose, tiny_model_override
 
 def example(cfg, splits, tokenizer):
     args = models.training_args(cfg.trainer, Run(Path("x"), "dpo", {}))
-    return rows.example("dpo", args, splits, tokenizer, models.model_path(cfg.model))
+    return rows.example("dpo", args, splits, tokenizer, cfg.model)
 
 
 def test_the_example_marks_what_is_trained_and_eos_that_is_cut_off_is_missed(planted, compose, tiny_model_overrides):

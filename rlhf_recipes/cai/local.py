@@ -85,7 +85,7 @@ class Local:
 
     def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", name: str):
         self.model, self.tokenizer, self.name = model, tokenizer, name
-        self.stops = stop_ids(model, tokenizer)
+        self.stops = stop_ids(model.generation_config, tokenizer)
         # Padding behind a stem takes places of a sliding window, so stems are for what fits into it, padding included.
         # A layer without attention (a recurrent state) cannot mask padding: its window of 0 allows no stem.
         self.window = min(

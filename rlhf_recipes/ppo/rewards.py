@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rlhf_recipes import models, places
+from rlhf_recipes import inference, models, places
 from rlhf_recipes.data.template import render
 from rlhf_recipes.data.tokens import neutralise
 from rlhf_recipes.errors import Refusal, first_line, users_function
@@ -27,12 +27,13 @@ from rlhf_recipes.text import line
 
 @dataclass
 class LearnedReward:
-    """A sequence classifier, read at the last token of the rendered conversation, as it was trained.
+    """A sequence classifier, read where it was trained: see `inference.read_positions`.
 
     Attributes:
         name: for the log.
         tokenizer: its own; conversations reach it as text.
-        read: (ids_BT, last_B) -> scores_B, float32.
+        read: (ids_BT, mask_BT) -> scores_B, float32.
+        pad_id: what it takes for padding; None where nothing says it.
         adapter: the adapter's name where it shares the policy's backbone, else None.
         score: the head where it shares the policy's backbone, else None.
         scale: mean and standard deviation of its rewards of held-out replies, as its run reports them, else None.
@@ -41,6 +42,7 @@ class LearnedReward:
     name: str
     tokenizer: object
     read: Callable[[Tensor, Tensor], Tensor]
+    pad_id: int | None
     device: torch.device
     adapter: str | None = None
     score: nn.Module | None = None
@@ -53,10 +55,9 @@ class LearnedReward:
         for start in range(0, len(order), micro_batch):
             indices = order[start : start + micro_batch]
             rows, T = [encoded[i] for i in indices], max(len(encoded[i]) for i in indices)
-            pad_id = self.tokenizer.pad_token_id or 0
-            ids_BT = torch.tensor([row + [pad_id] * (T - len(row)) for row in rows], device=self.device)
-            last_B = torch.tensor([len(row) - 1 for row in rows], device=self.device)
-            for i, score in zip(indices, self.read(ids_BT, last_B).tolist(), strict=True):
+            ids_BT = torch.tensor([row + [self.pad_id or 0] * (T - len(row)) for row in rows], device=self.device)
+            mask_BT = torch.tensor([[1] * len(row) + [0] * (T - len(row)) for row in rows], device=self.device)
+            for i, score in zip(indices, self.read(ids_BT, mask_BT).tolist(), strict=True):
                 scores[i] = score
         return scores
 
@@ -101,7 +102,8 @@ def load(reference, roles: Roles, tokenizer, reward_tokenizer, args) -> Callable
     if roles.shared and base in (getattr(roles.causal, "public_id", None), roles.causal.name_or_path):
         name = f"reward_{sum(key.startswith('reward_') for key in roles.model.peft_config)}"
         score = roles.add_reward(found.adapter, name)
-        return replace(_on_backbone(roles, name, score, tokenizer, found.name), scale=scale)
+        pad_id = models.pad_id_beside(found.adapter, tokenizer.pad_token_id)
+        return replace(_on_backbone(roles, name, score, tokenizer, found.name, pad_id), scale=scale)
     from peft import PeftModel
 
     base = roles.causal.name_or_path if base == getattr(roles.causal, "public_id", None) else base
@@ -114,6 +116,8 @@ def load(reference, roles: Roles, tokenizer, reward_tokenizer, args) -> Callable
             f"reward_funcs={found.reference}: its base model, {base}, cannot be had: {why}{same}"
         ) from refusal
     model = PeftModel.from_pretrained(classifier, adapter)
+    text_config = model.get_base_model().config.get_text_config()
+    text_config.pad_token_id = models.pad_id_beside(found.adapter, text_config.pad_token_id)
     return replace(_with_template(_own_model(model, adapter, reward_tokenizer, found.name), found), scale=scale)
 
 
@@ -172,13 +176,15 @@ def call(
     return rewards
 
 
-def _on_backbone(roles: Roles, adapter: str, score: nn.Module, tokenizer, name: str) -> LearnedReward:
-    def read(ids_BT, last_B):
+def _on_backbone(
+    roles: Roles, adapter: str, score: nn.Module, tokenizer, name: str, pad_id: int | None
+) -> LearnedReward:
+    def read(ids_BT, mask_BT):
         with roles.acting(adapter) as decoder:
             hidden_BTH = decoder(input_ids=ids_BT, use_cache=False).last_hidden_state
-        return _score(score, hidden_BTH, last_B)
+        return _score(score, hidden_BTH, inference.read_positions(ids_BT, mask_BT, pad_id))
 
-    return LearnedReward(name, tokenizer, read, roles.head.weight.device, adapter, score)
+    return LearnedReward(name, tokenizer, read, pad_id, roles.head.weight.device, adapter, score)
 
 
 def _own_model(model, path: str, tokenizer, name: str | None = None) -> LearnedReward:
@@ -189,19 +195,20 @@ def _own_model(model, path: str, tokenizer, name: str | None = None) -> LearnedR
     models.keep_gradients_on_cpu(model)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     decoder, score = base.base_model, getattr(base, "score", None)
+    pad_id = base.config.get_text_config().pad_token_id
 
-    def read(ids_BT, last_B):
-        mask_BT = (torch.arange(ids_BT.shape[1], device=ids_BT.device) <= last_B[:, None]).long()
+    def read(ids_BT, mask_BT):
         if score is None:
             return model(input_ids=ids_BT, attention_mask=mask_BT).logits[:, 0].float()
-        return _score(score, decoder(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state, last_B)
+        hidden_BTH = decoder(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state
+        return _score(score, hidden_BTH, inference.read_positions(ids_BT, mask_BT, pad_id))
 
-    return LearnedReward(name or path.rsplit("/", 1)[-1], tokenizer, read, model.device)
+    return LearnedReward(name or path.rsplit("/", 1)[-1], tokenizer, read, pad_id, model.device)
 
 
-def _score(score: nn.Module, hidden_BTH: Tensor, last_B: Tensor) -> Tensor:
-    """The head at the last token, in its own precision whatever the one around."""
-    hidden_BH = hidden_BTH[torch.arange(len(last_B), device=last_B.device), last_B]
+def _score(score: nn.Module, hidden_BTH: Tensor, at_B: Tensor) -> Tensor:
+    """The head at one token of each sequence, in its own precision whatever the one around."""
+    hidden_BH = hidden_BTH[torch.arange(len(at_B), device=at_B.device), at_B]
     with torch.autocast(hidden_BH.device.type, enabled=False):
         return score(hidden_BH.to(next(score.parameters()).dtype))[:, 0].float()
 

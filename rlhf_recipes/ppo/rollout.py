@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
+from transformers import LogitsProcessor, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
 from rlhf_recipes.inference import left_pad
 from rlhf_recipes.ppo.roles import Roles
-from rlhf_recipes.sampling import draw
+from rlhf_recipes.sampling import complete, draw
 
 
 @dataclass
@@ -74,19 +74,10 @@ def sample(
     if roles.separate:
         hook.remove()
     try:
-        out_BT = roles.causal.generate(
-            input_ids=ids_BT,
-            attention_mask=mask_BT,
-            logits_processor=LogitsProcessorList([sampler]),
-            generation_config=GenerationConfig(
-                max_new_tokens=args.max_completion_length,
-                do_sample=False,
-                eos_token_id=eos_ids,
-                pad_token_id=tokenizer.pad_token_id,
-                repetition_penalty=1.0,
-                use_cache=True,
-            ),
-        )
+        out_BT = complete(
+            roles.causal, ids_BT, mask_BT, eos_ids, tokenizer.pad_token_id, args.max_completion_length,
+            processors=LogitsProcessorList([sampler]),
+        )  # fmt: skip
     finally:
         hook.remove()
     logps_BK = torch.stack(sampler.logps, 1)

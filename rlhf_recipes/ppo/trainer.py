@@ -130,7 +130,7 @@ class PPOTrainer(BaseTrainer):
         self.overlong = args.soft_punish_cache and get_soft_overlong_punishment(
             args.max_completion_length, args.soft_punish_cache
         )
-        self.eos_ids = stop_ids(self.roles.causal, processing_class)
+        self.eos_ids = stop_ids(self.roles.causal.generation_config, processing_class)
 
         self.kl = algorithm.KLController(args.kl_controller, args.kl_coef, args.kl_target, args.kl_horizon)
         self.reward_moments = algorithm.RunningMoments()

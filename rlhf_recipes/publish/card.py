@@ -161,7 +161,7 @@ def snippet(source: Source, facts: Facts) -> str:
         lines += [f"base = {auto}.from_pretrained(", f"    {json.dumps(base['id'])},"]
         lines += [*(f"    {option}," for option in options), ")", f"{name} = PeftModel.from_pretrained(base, {here})"]
     lines += [f"tokenizer = AutoTokenizer.from_pretrained({here})", ""]
-    return "\n".join(lines + (_scoring() if reward else _answering())) + "\n"
+    return "\n".join(lines + (_scoring(facts) if reward else _answering())) + "\n"
 
 
 def _quantization(node: dict[str, Any], dtype: str) -> list[str]:
@@ -190,8 +190,11 @@ def _answering() -> list[str]:
     ]
 
 
-def _scoring() -> list[str]:
+def _scoring(facts: Facts) -> list[str]:
+    # Merged weights come with a config that says it.
+    own = "reward_model.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # where a score is read"
     return [
+        *([] if facts.merged else [own]),
         "messages = [",
         '    {"role": "user", "content": "Can I move my appointment to Friday?"},',
         '    {"role": "assistant", "content": "Yes. Which time on Friday suits you?"},',

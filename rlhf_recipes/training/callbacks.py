@@ -207,7 +207,8 @@ class Doctor(TrainerCallback):
             return {}
         from rlhf_recipes.inference import stop_ids
 
-        stops, ends, lengths = set(stop_ids(self.trainer.model, self.trainer.processing_class)), [], []
+        generation_config = self.trainer.model.generation_config
+        stops, ends, lengths = set(stop_ids(generation_config, self.trainer.processing_class)), [], []
         for row in data.select(range(min(self.ROWS, len(data)))):
             if not row.get("label", True):
                 continue

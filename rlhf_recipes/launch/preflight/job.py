@@ -206,8 +206,7 @@ def _example(key: str, job: Job, args, splits, tokenizer, looked_at: Cache) -> d
     """A row as the job's trainer has it, once for jobs of a recipe with the same data."""
     target = job.cfg.trainer._target_
     if (job.recipe, target, key) not in looked_at.examples:
-        path = models.model_path(job.cfg.model)
-        found = rows.example(job.recipe, args, splits, tokenizer, path, target)
+        found = rows.example(job.recipe, args, splits, tokenizer, job.cfg.model, target)
         looked_at.examples[job.recipe, target, key] = found
     return looked_at.examples[job.recipe, target, key]
 

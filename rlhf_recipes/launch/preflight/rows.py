@@ -9,12 +9,12 @@ import itertools
 import math
 import tempfile
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
-from rlhf_recipes import inference, methods, stats
+from omegaconf import DictConfig
+
+from rlhf_recipes import inference, methods, models, stats
 from rlhf_recipes.data.account import told
 from rlhf_recipes.data.load import Splits, shorter_wins
 from rlhf_recipes.text_metrics import refuses
@@ -94,19 +94,14 @@ def near_duplicates(train: Iterable[dict], test: Iterable[dict]) -> int:
     return found
 
 
-def example(recipe: str, args, splits: Splits, tokenizer, model_path: str, target: str = "") -> dict[str, Any]:
+def example(recipe: str, args, splits: Splits, tokenizer, model: DictConfig, target: str = "") -> dict[str, Any]:
     """The first row of the trainer's first batch as text, its trained tokens between ⟦ and ⟧ (of a reward model the
     one whose score counts; of prompts nothing), and how many replies end with EOS.
 
     Returns:
         `text`; `eos`, the tokens that end a reply; `ends`, an estimate over the first rows (None for prompts alone).
     """
-    from transformers import GenerationConfig
-
-    generation_config = GenerationConfig()
-    with suppress(OSError):
-        generation_config = GenerationConfig.from_pretrained(model_path)
-    stops = inference.stop_ids(SimpleNamespace(generation_config=generation_config), tokenizer)
+    stops = inference.stop_ids(models.load_generation_config(model), tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(recipe, args, splits, tokenizer, folder, target)
         batch = next(iter(trainer.get_train_dataloader()))
@@ -157,19 +152,22 @@ def _trainer(recipe: str, args, splits: Splits, tokenizer, folder: str, target: 
 
 def _first(batch, trainer) -> tuple[list[int], list[bool]]:
     """Tokens of the first row of a batch, padding left out, and which of them are trained."""
+    import torch
+
     if isinstance(batch, list):  # PPO's: rows
         ids = trainer._prompt_ids(batch[0]["prompt"])
         return ids, [False] * len(ids)
     side = "chosen_" if "chosen_input_ids" in batch else ""
     ids = batch[f"{side}input_ids"][0].tolist()
     present = batch[f"{side}attention_mask"][0].tolist() if f"{side}attention_mask" in batch else [1] * len(ids)
-    last = max(place for place, there in enumerate(present) if there)
     if f"{side}labels" in batch:
         trained = [label != -100 for label in batch[f"{side}labels"][0].tolist()]
     elif "completion_mask" in batch:
         trained = [mark == 1 for mark in batch["completion_mask"][0].tolist()]
     else:
-        trained = [place == last for place in range(len(ids))]
+        pad_id = trainer.model.config.get_text_config().pad_token_id
+        at = inference.read_positions(torch.tensor([ids]), torch.tensor([present]), pad_id)
+        trained = [place == at for place in range(len(ids))]
     kept = [place for place, there in enumerate(present) if there]
     return [ids[place] for place in kept], [trained[place] for place in kept]
 

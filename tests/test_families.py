@@ -1,0 +1,310 @@
+"""Six families of models through every recipe, two steps each: what is trained is what is measured is what is sampled,
+token by token.
+"""
+
+import contextlib
+import json
+from dataclasses import dataclass, field
+from importlib import import_module
+from types import SimpleNamespace
+
+import pytest
+import quick
+import warm
+from families import FAMILIES, family
+
+# The last three are held out, one of them a longer conversation.
+PROMPTS = [[{"role": "user", "content": f"May I come on day {n}?"}] for n in range(7)]
+PROMPTS[5] = [*PROMPTS[5], {"role": "assistant", "content": "Which hour?"}, {"role": "user", "content": "At 5."}]
+ROWS = [
+    {
+        "prompt": prompt,
+        "chosen": [{"role": "assistant", "content": f"Yes, come at {n}."}],
+        "rejected": [{"role": "assistant", "content": f"No. Not at {n}, and not later."}],
+        "split": "train" if n < 4 else "test",
+    }
+    for n, prompt in enumerate(PROMPTS)
+]
+SIDES = ("chosen", "rejected")
+DATA = ["data=local", "data.path=../pairs.jsonl"]
+TRAINED = [*DATA, "trainer.max_steps=2", "trainer.per_device_train_batch_size=2",
+           "trainer.gradient_accumulation_steps=1", "trainer.save_strategy=no"]  # fmt: skip
+RECIPES = {
+    **dict.fromkeys(("sft", "reward", "dpo", "orpo", "simpo", "kto"), TRAINED),
+    "ppo": [*TRAINED, "reward_funcs=reward", "trainer.max_completion_length=4", "trainer.num_ppo_epochs=1"],
+    "cai": [*DATA, "constitution=clinic", "gate.pairs=2", "gate.fails=contrastive", "generate.max_new_tokens=4",
+            "revise.max_new_tokens=4", "filters.min_words=1", "filters.max_length_ratio=9",
+            "judging.principles_per_pair=2"],
+    "evaluate": [*DATA, "runs=[dpo]", "reward_model=reward", "prompts=3", "max_new_tokens=4", "exit_codes.worse=0"],
+    "publish": ["run=dpo", "folder=published", "license=apache-2.0", "force=true"],
+}  # fmt: skip
+NEEDS = {"ppo": ["reward"], "evaluate": ["dpo", "reward"], "publish": ["dpo"]}
+# What the template is given besides the conversation.
+KWARGS = {"qwen3": {"enable_thinking": False}}
+THINKS = "prompts are rendered with thinking on, and what is trained begins with an empty block of thoughts"
+XFAIL = {
+    **{("qwen3", recipe): THINKS for recipe in RECIPES if recipe != "reward"},
+    ("mistral", "cai"): "its template refuses the system turn that cai writes",
+}
+
+
+@dataclass
+class Seen:
+    """Tokens, as they went through one run of a recipe.
+
+    Attributes:
+        trained, measured: (ids, where the answer starts in them).
+        sampled: (ids of a prompt, those of its completion).
+        read: (ids, the place at which a reward model reads its score).
+        asked: (messages, prefix of the answer, ids) of cai's generator and judge.
+    """
+
+    trained: list = field(default_factory=list)
+    measured: list = field(default_factory=list)
+    sampled: list = field(default_factory=list)
+    read: list = field(default_factory=list)
+    asked: list = field(default_factory=list)
+    trainer: object = None
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """models(name): the folder of the family, with its model in `model`; made once."""
+    root = tmp_path_factory.mktemp("families")
+    (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+
+    def made(name):
+        if not (root / name).is_dir():
+            family(name, root / name / "model")
+        return root / name
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def ran(models, compose):
+    """ran(name, recipe): what was seen of the recipe's run on the family's model; what it needs is run before."""
+    for module in warm.PRELOADED:
+        import_module(module)
+    quick.collect_less()
+    known = {}
+
+    def once(name, recipe):
+        if (name, recipe) not in known:
+            for before in NEEDS.get(recipe, []):
+                once(name, before)
+            model = [] if recipe == "publish" else overrides(name)
+            cfg = compose(recipe, *model, *RECIPES[recipe])
+            cfg.output_dir = recipe
+            module = import_module(f"rlhf_recipes.recipes.{recipe}")
+            with contextlib.chdir(models(name)), watched(module) as seen:
+                module.main.__wrapped__(cfg)
+            known[name, recipe] = seen
+        return known[name, recipe]
+
+    return once
+
+
+def overrides(name):
+    return ["model.path=model", f"model.id=tests/{name}", "model.dtype=float32", "quantization=none"]
+
+
+@contextlib.contextmanager
+def watched(module):
+    """What goes through the functions by which recipes train, measure, sample and read."""
+    from rlhf_recipes import inference, sampling
+    from rlhf_recipes.cai.local import Local
+    from rlhf_recipes.ppo import rollout
+    from rlhf_recipes.ppo.roles import Batch
+    from rlhf_recipes.publish import round_trip
+    from rlhf_recipes.training import curves, doctor_plot
+
+    seen = Seen()
+
+    def token_logps(model, pad_id, encoded, what):
+        seen.measured += [(tuple(ids), start) for ids, start in encoded]
+        return originals.token_logps(model, pad_id, encoded, what)
+
+    def complete(model, ids_BT, mask_BT, *args, **kwargs):
+        out_BT = originals.complete(model, ids_BT, mask_BT, *args, **kwargs)
+        for ids, mask, out in zip(ids_BT, mask_BT, out_BT, strict=True):
+            seen.sampled.append((tuple(ids[mask == 1].tolist()), tuple(out[len(ids) :].tolist())))
+        return out_BT
+
+    def read_positions(ids_BT, mask_BT, pad_id):
+        at_B = originals.read_positions(ids_BT, mask_BT, pad_id)
+        for ids, mask, at in zip(ids_BT, mask_BT, at_B.tolist(), strict=True):
+            seen.read.append((tuple(ids[mask == 1].tolist()), int(mask[:at].sum())))
+        return at_B
+
+    def encode(local, request, messages):
+        row = originals.encode(local, request, messages)
+        if not request.options:  # a choice's options are tokenised behind the question
+            seen.asked.append((messages, request.prefix, tuple(row.ids)))
+        return row
+
+    def finish(run, trainer, **kwargs):
+        seen.trainer = trainer
+        seen.trained = list(rows_of(trainer)) if run.recipe != "ppo" else seen.trained
+        return originals.finish(run, trainer, **kwargs)
+
+    def batch(cls, prompts, completions, *args):
+        seen.trained += [((*p, *c), len(p)) for p, c in zip(prompts, completions, strict=True)]
+        return originals.batch(prompts, completions, *args)
+
+    originals = SimpleNamespace(
+        token_logps=inference.token_logps, complete=sampling.complete, read_positions=inference.read_positions,
+        encode=Local._encode, finish=getattr(module, "finish", None), batch=Batch.of,
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inference, "token_logps", token_logps)
+        patch.setattr(inference, "read_positions", read_positions)
+        patch.setattr(sampling, "complete", complete)
+        patch.setattr(rollout, "complete", complete)
+        patch.setattr(Local, "_encode", encode)
+        patch.setattr(Batch, "of", classmethod(batch))
+        patch.setattr(module, "finish", finish, raising=False)
+        patch.setattr(round_trip, "in_fresh_process", round_trip.measure)
+        # Two steps make no picture.
+        patch.setattr(curves, "plot_curves", lambda *_: None)
+        patch.setattr(doctor_plot, "plot", lambda *_: None)
+        with quick.pictures_sketched():
+            yield seen
+
+
+def rows_of(trainer):
+    """(ids, where they are trained from) of the rows of an epoch; of a reward model, where it is trained to read."""
+    pad_id = trainer.model.config.get_text_config().pad_token_id
+    for batch in trainer.get_train_dataloader():
+        for side in ("", "chosen_", "rejected_"):
+            if f"{side}input_ids" not in batch:
+                continue
+            ids_BT, present_BT = batch[f"{side}input_ids"], batch[f"{side}attention_mask"] == 1
+            if f"{side}labels" in batch:
+                trained_BT = batch[f"{side}labels"] != -100
+            else:
+                trained_BT = batch.get("completion_mask", 0 * ids_BT) == 1
+            for ids, present, trained in zip(ids_BT, present_BT, trained_BT, strict=True):
+                kept, marks = tuple(ids[present].tolist()), trained[present].tolist()
+                if any(marks):
+                    assert all(marks[marks.index(True) :])
+                # transformers pools at the last token that is not the padding token
+                yield kept, marks.index(True) if any(marks) else last_but(kept, pad_id)
+
+
+def last_but(ids, pad_id):
+    return max(place for place, token in enumerate(ids) if token != pad_id)
+
+
+class Spoken:
+    """What a family's own tokenizer and template make of conversations."""
+
+    def __init__(self, name, folder):
+        from transformers import AutoTokenizer
+
+        own = FAMILIES[name]
+        self.tokenizer, self.kwargs = AutoTokenizer.from_pretrained(folder), KWARGS.get(name, {})
+        self.pad_id = self.tokenizer.convert_tokens_to_ids(own.pad or own.eos)
+        self.stops = set(self.tokenizer.convert_tokens_to_ids([*own.stops, own.eos]))
+
+    def prompt(self, turns):
+        return tuple(self._render(turns, add_generation_prompt=True))
+
+    def whole(self, row, side="chosen"):
+        """(ids, where the answer starts), an answer that begins with its own words and ends with a stop token."""
+        prompt, ids = self.prompt(row["prompt"]), tuple(self._render(row["prompt"] + row[side]))
+        answer, said = ids[len(prompt) :], row[side][0]["content"]
+        assert ids[: len(prompt)] == prompt
+        end = next(place for place, token in enumerate(answer) if token in self.stops)
+        assert self.tokenizer.decode(answer[:end]).strip() == said
+        return ids, len(prompt)
+
+    def wholes(self, split, sides=SIDES):
+        return {self.whole(row, side) for row in ROWS if row["split"] == split for side in sides}
+
+    def prompts(self, *splits):
+        return {self.prompt(row["prompt"]) for row in ROWS if row["split"] in splits}
+
+    def read(self, split):
+        return {(ids, last_but(ids, self.pad_id)) for ids, _ in self.wholes(split)}
+
+    def completed(self, prompt, drawn):
+        """(ids, where the answer starts) of a prompt and what was drawn, up to its first stop token."""
+        end = next((place + 1 for place, token in enumerate(drawn) if token in self.stops), len(drawn))
+        return prompt + drawn[:end], len(prompt)
+
+    def _render(self, turns, **more):
+        return self.tokenizer.apply_chat_template(turns, return_dict=False, **self.kwargs, **more)
+
+
+@pytest.fixture(scope="module")
+def spoken(models):
+    known = {}
+    return lambda name: known.setdefault(name, Spoken(name, models(name) / "model"))
+
+
+def check_policy(seen, spoken, sides):
+    """What is trained of the train rows is what is measured of the held-out ones."""
+    assert set(seen.trained) == spoken.wholes("train", sides)
+    assert set(seen.measured) == spoken.wholes("test", sides)
+
+
+def check_reward(seen, spoken):
+    assert set(seen.trained) == spoken.read("train")
+    assert set(seen.read) == spoken.read("test")
+
+
+def check_ppo(seen, spoken):
+    """What is drawn behind prompts as they are trained elsewhere is what is trained; the reward model reads where it
+    was trained."""
+    assert {prompt for prompt, _ in seen.sampled} == spoken.prompts("train", "test")
+    assert set(seen.trained) <= {spoken.completed(*each) for each in seen.sampled}
+    assert {ids[:start] for ids, start in seen.trained} >= spoken.prompts("train")
+    assert seen.read and all(at == last_but(ids, spoken.pad_id) for ids, at in seen.read)
+
+
+def check_evaluate(seen, spoken):
+    measured = {each for each in seen.measured if each[1] > 1}  # but for neutral text
+    drawn = {spoken.completed(*each) for each in seen.sampled}
+    assert {prompt for prompt, _ in seen.sampled} == spoken.prompts("test")
+    assert spoken.wholes("test") < measured <= spoken.wholes("test") | drawn
+    assert spoken.read("test") < set(seen.read)
+    assert all(at == last_but(ids, spoken.pad_id) for ids, at in seen.read)
+
+
+def check_cai(seen, spoken):
+    """What is asked of the model is what it is trained on: the generation prompt, and what an answer begins with."""
+    folded = any("system" in [turn["role"] for turn in turns] for turns, _, _ in seen.asked)
+    assert folded or FAMILIES["mistral"].template == spoken.tokenizer.chat_template
+    for turns, prefix, ids in seen.asked:
+        behind = spoken.tokenizer(prefix, add_special_tokens=False)["input_ids"]
+        assert ids[: len(ids) - len(behind)] == spoken.prompt(turns)
+    assert {ids for _, _, ids in seen.asked} >= spoken.prompts("train", "test")
+
+
+def check_publish(seen, spoken):
+    from rlhf_recipes.publish import round_trip
+
+    probes = [{"prompt": prompt, "chosen": reply} for prompt, reply in round_trip.conversations()]
+    assert set(seen.measured) == {spoken.whole(row) for row in probes}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [
+        pytest.param(name, recipe, marks=pytest.mark.xfail(strict=True, reason=XFAIL[name, recipe]))
+        if (name, recipe) in XFAIL
+        else (name, recipe)
+        for name in FAMILIES
+        for recipe in RECIPES
+    ],
+)
+def test_trained_measured_and_sampled_alike(ran, spoken, name, recipe):
+    check = {"reward": check_reward, "ppo": check_ppo, "cai": check_cai, "evaluate": check_evaluate,
+             "publish": check_publish}.get(recipe)  # fmt: skip
+    seen, own = ran(name, recipe), spoken(name)
+    if check:
+        check(seen, own)
+    else:
+        check_policy(seen, own, ("chosen",) if recipe == "sft" else SIDES)
