@@ -239,6 +239,9 @@ def config_sha256(config: dict) -> str:
 # Keys that earlier runs lack, at the values with which these compute the same.
 _ADDED = {
     "model.adapter_base": None,
+    "model.chat_template_kwargs": {},
+    "generator.chat_template_kwargs": {},
+    "judge.chat_template_kwargs": {},
     "data.text": "auto",
     "data.preference": "auto",
     "data.ignore": [],
