@@ -76,6 +76,8 @@ def refusal(check):
         ("simpo", "trainer.loss_type=ipo trainer.label_smoothing=0.1", "trainer.label_smoothing=0.1: is read with"),
         ("simpo", "trainer.loss_type=sigmoid trainer.simpo_gamma=0.7", "trainer.simpo_gamma=0.7: is read with"),
         ("simpo", "trainer.loss_type=alphapo trainer.cpo_alpha=0.1", "trainer.cpo_alpha=0.1: is read with trainer."),
+        ("ppo", "trainer.chat_template_kwargs.a=1",
+         "trainer.chat_template_kwargs={'a': 1}: is read by nothing here. Use model.chat_template_kwargs"),
         ("dpo", "trainer.label_smoothing_factor=0.1", "trainer.label_smoothing_factor=0.1: is read by nothing here."),
         ("sft", "trainer.loss_type=dft trainer.label_smoothing_factor=0.1", "trainer.label_smoothing_factor=0.1: is "),
         ("kto", "trainer.lr_scheduler_type=constant trainer.warmup_steps=10", "trainer.warmup_steps=10: is read with"),
