@@ -32,6 +32,8 @@ def main(cfg):
     given = [each.adapter for each in [*candidates, *scorers] if each.adapter and each.step is None]
     named_bases = models.check_named_bases(cfg.model, given)
     proxy = measure.find_proxy(cfg.checkpoints, cfg.model.id)
+    models.check_templates(cfg.model, [each.adapter for each in candidates if each.adapter])
+    models.check_templates(cfg.model, [each.adapter for each in [*scorers, proxy] if each], reward=True)
     judge_adapter = judges.check(cfg)
     function = config.import_function(cfg.judge_function, "judge_function") if cfg.judge_function else None
     pairs = load_pairs(cfg.data)

@@ -25,11 +25,9 @@ def main(cfg):
 
     args = models.training_args(cfg.trainer, run)
     models.check(cfg.model, cfg.quantization, cfg.lora)
-    models.check_named_bases(cfg.model, [each.adapter for each in rewards if each.named_base])
+    models.check_rewards(cfg.model, rewards)
     tokenizer = models.load_tokenizer(cfg.model)
-    prompts = fit(
-        prompts, tokenizer, cfg.max_prompt_length, cfg.data.too_long, chat_template_kwargs=args.chat_template_kwargs
-    )
+    prompts = fit(prompts, tokenizer, cfg.max_prompt_length, cfg.data.too_long)
     print(describe(prompts.report))
     args.check_prompts(len(prompts.train))
     train_dataset, eval_dataset = prompts.to_datasets()

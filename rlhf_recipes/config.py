@@ -5,7 +5,7 @@ Everything at module level is cheap (no torch, no trl), so that `--help` and a r
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ class ModelConfig:
     attn_implementation: str | None = None  # null: the library's choice for this hardware
     lora_targets: Any = "all-linear"
     pad_token: str | None = None  # null: the tokenizer's own
+    # What the chat template reads beside the messages, in every rendering; null: left to the template.
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     adapter: str | None = None  # a run (or adapter folder) whose LoRA is continued
     adapter_base: str | None = None  # same: adapters that name another base are of this one, as the user says
     trust_remote_code: bool = False  # run the Python files that the model's folder brings
@@ -49,7 +51,9 @@ ConfigStore.__deepcopy__ = lambda self, memo: self
 # Beside the groups, not in them: nobody can choose these. A node without the struct flag takes keys that its YAML does
 # not list, so every argument of the wrapped class is overridable without `+`; `build` refuses what the class does not
 # have.
-_store.store(name="model_schema", node=ModelConfig)
+_model = OmegaConf.structured(ModelConfig)
+OmegaConf.set_struct(_model.chat_template_kwargs, False)
+_store.store(name="model_schema", node=_model)
 _store.store(name="open", node=OmegaConf.create({}, flags={"struct": False}))
 
 

@@ -4,15 +4,16 @@ import copy
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import config, embedded, modules, places
+from rlhf_recipes.data import template
 from rlhf_recipes.errors import Refusal, first_line
-from rlhf_recipes.references import ModelRef, adapter_in
+from rlhf_recipes.references import ModelRef, adapter_in, folder_of, trained_with
 from rlhf_recipes.run import Run
 
 if TYPE_CHECKING:
@@ -70,7 +71,11 @@ def check(model: DictConfig, quantization: DictConfig, lora: DictConfig) -> None
     build_quantization(quantization, compute_dtype(model))
     built = config.build(lora, "lora")
     if model.get("adapter"):
-        check_named_bases(model, filter(None, [adapter_in(model.adapter)]))  # a stage before may have yet to make it
+        adapters = list(filter(None, [adapter_in(model.adapter)]))  # a stage before may have yet to make it
+        check_named_bases(model, adapters)
+        for adapter in adapters:
+            if said := _told_otherwise(model, adapter):
+                print(f"model.adapter={model.adapter}: was trained with {said}; this run is not.", flush=True)
     elif modules.named(built):
         modules.check(model, built, without_weights(model))
 
@@ -105,6 +110,44 @@ def check_named_bases(model: DictConfig, adapters: Iterable[str | Path]) -> dict
     return {"named_bases": named}
 
 
+def check_templates(model: DictConfig, adapters: Iterable[str | Path], reward: bool = False) -> None:
+    """Refuse adapters whose run had another `model.chat_template_kwargs`: what a run was trained with is what it is
+    measured with.
+
+    Args:
+        reward: they score conversations; how a prompt ends is nothing to them.
+
+    Raises:
+        Refusal: what they were trained on would not be rendered alike.
+    """
+    for adapter in adapters:
+        if said := _told_otherwise(model, adapter, reward):
+            raise Refusal(
+                f"{folder_of(adapter)}: was trained with {said}. Give that, to measure it as it was trained."
+            )
+
+
+def check_rewards(model: DictConfig, rewards: Sequence[ModelRef]) -> None:
+    """`check_named_bases` of adapters; `check_templates` of those that read what the policy says with its tokenizer,
+    adapters on its base."""
+    check_named_bases(model, [each.adapter for each in rewards if each.named_base])
+    check_templates(model, [each.adapter for each in rewards if each.base == model.id], reward=True)
+
+
+def _told_otherwise(model: DictConfig, adapter: str | Path, reward: bool = False) -> str:
+    """What an adapter's run has set in `model.chat_template_kwargs` and the model has not, as overrides; "" where that
+    changes no rendering."""
+    theirs, ours = trained_with(adapter), template_kwargs(model)
+    if theirs is None or theirs == ours:
+        return ""
+    tokenizer = load_tokenizer(model)
+    if template.alike(tokenizer, template.bind(tokenizer, theirs), prompts=not reward):
+        return ""
+    both = {**dict.fromkeys(ours), **theirs}
+    other = {key: value for key, value in both.items() if value != ours.get(key)}
+    return " ".join(f"{_where(model)}.{key}={json.dumps(value)}" for key, value in other.items())
+
+
 def computes_in_bf16() -> bool:
     """Whether the device that will be used has bfloat16 arithmetic of its own."""
     import torch
@@ -115,10 +158,11 @@ def computes_in_bf16() -> bool:
 
 
 def load_tokenizer(model: DictConfig) -> "PreTrainedTokenizerBase":
-    """The model's tokenizer with a padding token.
+    """The model's tokenizer with a padding token; its chat template is told `model.chat_template_kwargs`.
 
     Raises:
-        Refusal: the model cannot be found or fetched, or its tokenizer has no chat template, or not the padding token.
+        Refusal: the model cannot be found or fetched; its tokenizer has no chat template, or not the padding token; or
+            the template does not read what it is told.
     """
     from transformers import AutoTokenizer
 
@@ -135,7 +179,26 @@ def load_tokenizer(model: DictConfig) -> "PreTrainedTokenizerBase":
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is None:
         raise Refusal(f"model.id={model.id}: its tokenizer has no chat template. Choose an instruction-tuned model.")
-    return tokenizer
+    return template.bind(tokenizer, template_kwargs(model), _where(model))
+
+
+def _where(model: DictConfig) -> str:
+    """The key of what the chat template is told; a judge that is another model has a node of its own."""
+    return f"{'judge' if 'kind' in model else 'model'}.chat_template_kwargs"
+
+
+def template_kwargs(model: DictConfig) -> dict:
+    """What the chat template is told beside the messages, as plain containers."""
+    node = model.get("chat_template_kwargs")
+    return OmegaConf.to_container(node, resolve=True) if node else {}
+
+
+def tokenizer_in(folder: str) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a model that is no `model`: of a reward model, of what was published."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return template.dated(tokenizer) if tokenizer.chat_template else tokenizer
 
 
 def pad_id_beside(adapter: Path, otherwise: int | None) -> int | None:
@@ -383,6 +446,7 @@ def save_adapter(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", folde
     adapter_config |= {"base_model_name_or_path": base.id, "revision": base.revision}
     path.write_text(json.dumps(adapter_config, indent=2, sort_keys=True) + "\n")
     tokenizer.save_pretrained(folder)
+    template.keep(tokenizer, folder)
 
 
 def prove_reload(model: "PeftModel", folder: Path, score) -> None:

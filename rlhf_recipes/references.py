@@ -337,6 +337,15 @@ def folder_of(adapter: str | Path) -> Path:
     return Path(adapter).parent if Path(adapter).name == "adapter" else Path(adapter)
 
 
+def trained_with(adapter: str | Path) -> dict[str, Any] | None:
+    """`model.chat_template_kwargs` of the run that an adapter, or a checkpoint, lies in; None where no run tells."""
+    home = folder_of(adapter)
+    if home.parent.name == run_folder.CHECKPOINTS:
+        home = home.parent.parent
+    model = read_config(home).get("model") if run_folder.marked(home) else None
+    return (model.get("chat_template_kwargs") or {}) if isinstance(model, dict) else None
+
+
 def adapter_sha256(adapter: Path) -> str | None:
     """SHA-256 of the adapter's weights file; None where it has none."""
     weights = adapter / WEIGHTS

@@ -240,6 +240,9 @@ def config_sha256(config: dict) -> str:
 _ADDED = {
     "model.adapter_base": None,
     "judge.adapter_base": None,
+    "model.chat_template_kwargs": {},
+    "generator.chat_template_kwargs": {},
+    "judge.chat_template_kwargs": {},
     "data.text": "auto",
     "data.preference": "auto",
     "data.ignore": [],

@@ -11,6 +11,8 @@ import torch
 from conftest import TINY_ID, stir
 
 from rlhf_recipes.cai.backend import Request
+from rlhf_recipes.data.template import bind
+from rlhf_recipes.errors import Refusal
 
 WORDS = (
     "appointment",
@@ -490,6 +492,30 @@ def test_the_head_is_restored_after_an_error(backend, monkeypatch):
     with pytest.raises(MemoryError):
         answers(backend, choices(1, "A", "B"))
     assert "forward" not in vars(backend.model.lm_head)
+
+
+def test_a_system_text_reaches_a_template_that_takes_no_system_turn(model, tokenizer):
+    from rlhf_recipes.cai.local import Local
+
+    refuses = bind(tokenizer, {})
+    refuses.chat_template = (
+        "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('user and assistant in turn') }}{% endif %}"
+        "{{ m['role'] + ': ' + m['content'] }}{% endfor %}"
+    )
+    system = {"role": "system", "content": "Edit this."}
+    request = Request("p", "critique.1", [system, *asked(*EXAMPLES, "why?")], max_new_tokens=2)
+    plain = Request("p", "critique.1", asked(f"Edit this.\n\n{EXAMPLES[0]}", EXAMPLES[1], "why?"), max_new_tokens=2)
+    backend = Local(model, refuses, "tiny")
+    assert answers(backend, [request]) == answers(backend, [plain])
+
+
+def test_thoughts_aloud_are_refused(model, tokenizer, monkeypatch):
+    from rlhf_recipes.cai.local import Local
+
+    monkeypatch.setattr(tokenizer, "decode", lambda ids, **_: "<think>\nThe person asks")
+    with pytest.raises(Refusal, match=r"^tiny: thinks aloud .* Set model.chat_template_kwargs.enable_thinking=false"):
+        answers(Local(model, tokenizer, "tiny"), questions(2, max_new_tokens=2))
 
 
 @pytest.mark.parametrize("kind", ("answer", "choice"))

@@ -48,7 +48,7 @@ class Endpoint(ThreadingHTTPServer):
         self.choice = lambda body: says(f"answer to {body['messages'][-1]['content']}")
         self.serve = lambda: None
         self.usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
-        self.fault_headers = {}
+        self.fault_headers, self.told = {}, "no"
 
     def handle_error(self, request, client_address):
         pass  # a client that hangs up is part of the tests
@@ -97,7 +97,12 @@ class Handler(BaseHTTPRequestHandler):
             fault, fault
         )
         # Hosted endpoints show a wrong key in their message.
-        told = {"error": {"message": f"no: {self.headers['Authorization']}", "type": "invalid_request_error"}}
+        told = {
+            "error": {
+                "message": f"{self.server.told}: {self.headers['Authorization']}",
+                "type": "invalid_request_error",
+            }
+        }
         written = json.dumps(good if status == 200 else told)
         written = {"garbage": '{"choices": [{"mess', "html": "<h1>Welcome</h1>"}.get(fault, written).encode()
         self.send_response(status)
@@ -487,6 +492,58 @@ def test_a_caller_that_pauses_pauses_the_rest(endpoint):
     assert seen <= len(group) + (server.BACKLOG + 2) * 4
     assert len(group) + sum(map(len, asked)) == 400
     assert endpoint.most_in_flight <= 4
+
+
+THOUGHTS = {
+    "in the text": says("<think>\nThe person asks"),
+    "begun by the template": says("The person asks ...\n</think>\n\nYes."),
+    "in place of a text": {"message": {"content": None, "reasoning": "The person"}, "finish_reason": "length"},
+    "under its older name": {"message": {"content": "", "reasoning_content": "The"}, "finish_reason": "length"},
+}
+OFF = {"enable_thinking": False}
+
+
+@pytest.mark.parametrize("kind", THOUGHTS)
+@pytest.mark.parametrize("requests", [generations(3), choices(3)], ids=["generation", "choice"])
+def test_a_model_that_thinks_aloud_is_asked_again_without(endpoint, kind, requests):
+    said = says("A", content=[token("A", ("A", 0.9), ("B", 0.1))])
+    endpoint.choice = lambda body: said if body.get("chat_template_kwargs") == OFF else THOUGHTS[kind]
+    found = answers(backend(endpoint, concurrency=1), requests).values()
+    assert all(answer.get("text") == "A" or answer["logps"][0] > answer["logps"][1] for answer in found)
+    assert ["chat_template_kwargs" in body for body in endpoint.bodies] == [False, True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("told", "status", "asked"),
+    [({}, None, 2), ({}, 400, 4), ({"enable_thinking": True}, None, 1), ({"enable_thinking": False}, None, 1)],
+    ids=["all the same", "not passed on", "told to", "told not to, in vain"],
+)
+def test_a_model_that_thinks_all_the_same_is_refused(endpoint, told, status, asked):
+    endpoint.choice = lambda body: says("<think>")
+    endpoint.fault = lambda text, attempt: status if endpoint.bodies[-1].get("chat_template_kwargs") == OFF else None
+    with pytest.raises(ValueError, match=r"some/model thinks aloud .* set chat_template_kwargs of this judge"):
+        answers(backend(endpoint, chat_template_kwargs=told), choices(1))
+    assert len(endpoint.bodies) == asked
+    assert [body.get("chat_template_kwargs", {}) for body in endpoint.bodies] == [told, *[OFF] * (asked - 1)]
+
+
+def test_thoughts_that_the_endpoint_takes_out_are_no_answer(endpoint):
+    answer = {"message": {"content": "Yes.", "reasoning": "The person asks"}, "finish_reason": "stop"}
+    endpoint.choice = lambda body: answer
+    [found] = answers(backend(endpoint), generations(1)).values()
+    assert found["text"] == "Yes." and len(endpoint.bodies) == 1
+
+
+@pytest.mark.parametrize("status", [400, 422, 500])
+def test_a_system_text_is_folded_where_the_endpoint_takes_no_system_turn(endpoint, status):
+    turns = [{"role": "system", "content": "Be brief."}, *generations(1)[0].messages]
+    requests = [Request(f"p{n}", "critique.1", turns, max_new_tokens=5, seed=n) for n in range(3)]
+    endpoint.told = "System role not supported"
+    endpoint.fault = lambda text, attempt: status if endpoint.bodies[-1]["messages"][0]["role"] == "system" else None
+    found = answers(backend(endpoint, concurrency=1), requests)
+    assert found.keys() == {request.key for request in requests}
+    folded = [{"role": "user", "content": f"Be brief.\n\n{LATIN} 0"}]
+    assert [body["messages"] for body in endpoint.bodies] == [turns, *[folded] * 3]
 
 
 def test_an_answer_cannot_be_begun_by_us(endpoint):

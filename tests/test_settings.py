@@ -92,6 +92,8 @@ def refusal(check):
         ("orpo", "trainer.label_smoothing=0.1", "trainer.label_smoothing=0.1: is read by nothing here. ORPO's"),
         ("simpo", "trainer.precompute_ref_log_probs=true", "trainer.precompute_ref_log_probs=True: is read by"),
         ("orpo", "trainer.truncation_mode=keep_end", "trainer.truncation_mode=keep_end: must be keep_start here."),
+        ("ppo", "trainer.chat_template_kwargs.a=1",
+         "trainer.chat_template_kwargs={'a': 1}: is read by nothing here. Use model.chat_template_kwargs"),
         ("dpo", "trainer.label_smoothing_factor=0.1", "trainer.label_smoothing_factor=0.1: is read by nothing here."),
         ("sft", "trainer.loss_type=dft trainer.label_smoothing_factor=0.1", "trainer.label_smoothing_factor=0.1: is "),
         ("kto", "trainer.lr_scheduler_type=constant trainer.warmup_steps=10", "trainer.warmup_steps=10: is read with"),

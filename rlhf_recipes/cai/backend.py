@@ -8,6 +8,7 @@ group is written as one line before the next is waited for, so that a killed run
 import hashlib
 import json
 import os
+import re
 from collections.abc import Container, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -17,6 +18,8 @@ from typing import Any, Protocol
 from rlhf_recipes.errors import Refusal
 
 MOST_TOKENS = 2**40  # of one answer; a larger count is none
+# How an answer begins that is a thought; a thought that the template began ends on a line of its own.
+THOUGHT = re.compile(r"\A\s*(?:<(?:seed:)?think>|\[THINK\])|^(?:</(?:seed:)?think>|\[/THINK\])", re.MULTILINE)
 
 Message = dict[str, str]
 # Of a generation: `text`, `finished` (it ended by itself). Of a choice: `logps`, a log-probability in nats for each

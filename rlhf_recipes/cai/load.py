@@ -37,7 +37,7 @@ def load_one(node: DictConfig, cfg: DictConfig, adapter: ModelRef | None) -> Bac
     if node.get("kind") == "server":
         from rlhf_recipes.cai.server import Server
 
-        names = ("base_url", "model", "api_key_env", "concurrency", "timeout", "max_attempts")
+        names = ("base_url", "model", "chat_template_kwargs", "api_key_env", "concurrency", "timeout", "max_attempts")
         return Server(**{name: node[name] for name in names})
     from rlhf_recipes.cai import local
 

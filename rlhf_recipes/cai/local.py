@@ -21,9 +21,10 @@ from transformers import TopPLogitsWarper
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from rlhf_recipes import memory, models, progress
-from rlhf_recipes.cai.backend import Answer, Message, Request
-from rlhf_recipes.data.template import render
+from rlhf_recipes.cai.backend import THOUGHT, Answer, Message, Request
+from rlhf_recipes.data.template import as_taken, render
 from rlhf_recipes.data.tokens import neutralise
+from rlhf_recipes.errors import Refusal
 from rlhf_recipes.inference import left_pad, stop_ids
 from rlhf_recipes.references import ModelRef
 from rlhf_recipes.sampling import draw
@@ -53,6 +54,7 @@ def load(model: "DictConfig", quantization: "DictConfig", adapter: ModelRef | No
 
     if adapter:
         models.check_named_bases(model, [adapter.adapter])
+        models.check_templates(model, [adapter.adapter])
     base = models.load_base(model, quantization, AutoModelForCausalLM)
     packed = getattr(base, "is_quantized", False)
     if packed and base.device.type == "cpu":
@@ -105,12 +107,19 @@ class Local:
                 continue
             with torch.inference_mode(), torch.autocast(self.model.device.type, enabled=False):
                 answers = self._choose(batch) if batch[0].tails else self._generate(batch)
+            if any(THOUGHT.search(answer.get("text", "")) for answer in answers):
+                raise Refusal(
+                    f"{self.name}: thinks aloud before it answers (<think>). Set model.chat_template_kwargs."
+                    "enable_thinking=false (of a judge that is another model: judge.chat_template_kwargs), or choose "
+                    "a model that does not."
+                )
             yield [(row.request, answer) for row, answer in zip(batch, answers, strict=True)]
             done += sum(row.request.key not in known for row in batch)
             line.update(done)
             memory.return_freed_memory()
 
     def _encode(self, request: Request, messages: list[Message]) -> _Row:
+        messages = as_taken(self.tokenizer, messages)
         text = render(self.tokenizer, messages, add_generation_prompt=True, tokenize=False)
         whole = [self._ids(text + request.prefix + option) for option in request.options]
         if not whole:

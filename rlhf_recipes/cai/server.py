@@ -17,12 +17,14 @@ import time
 import weakref
 from collections.abc import Callable, Container, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 from rlhf_recipes import text
-from rlhf_recipes.cai.backend import Answer, Request, token_count
+from rlhf_recipes.cai.backend import THOUGHT, Answer, Request, token_count
+from rlhf_recipes.data.template import folded
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.progress import Line
 from rlhf_recipes.secrets import redact
@@ -39,6 +41,8 @@ HIGHEST = 0.01  # a log-probability may be above 0 by rounding
 # Bytes of an answer, decompressed: so many at most, and for each token asked for and each listed beside it (its text
 # in JSON, its log-probability and its bytes as numbers).
 ANSWER_BYTES, TOKEN_BYTES = 2**20, 512
+# A template's own words, which some endpoints send as an error of theirs (500).
+REFUSED_ROLES = re.compile(r"system role|roles must alternate", re.IGNORECASE)
 AROUND = " \t\r\n▁Ġ()[].,:*`'\"‘’“”"  # what may stand around an option within its token
 
 
@@ -48,6 +52,7 @@ class Server:
     Args:
         base_url: the endpoint's, which mostly ends in /v1.
         model: as the endpoint calls it.
+        chat_template_kwargs: what its template reads, sent with every request where there is any.
         api_key_env: environment variable that holds the key; None: the endpoint wants none.
         concurrency: requests in flight, at most 1,000.
         timeout: seconds that a request waits for the endpoint to answer.
@@ -62,6 +67,7 @@ class Server:
         *,
         base_url: str,
         model: str,
+        chat_template_kwargs: dict[str, Any] | None = None,
         api_key_env: str | None = None,
         concurrency: int = 16,
         timeout: float = 120,
@@ -85,6 +91,7 @@ class Server:
         self._connections = _Connections(base_url, self._key, timeout)
         self._lock, self._unsaid = threading.Lock(), threading.Lock()
         self._top_logprobs, self._repeats = TOP_LOGPROBS[0], 0
+        self._template_kwargs, self._folds = dict(chat_template_kwargs or {}), False
 
     def answer(
         self, requests: list[Request], known: Container[str], what: str
@@ -145,12 +152,44 @@ class Server:
                     request = next(pending, None)
                 if request is None:
                     break
-                ask = self._choice if request.options else self._generation
-                ready.put((request, ask(connections, request)))
+                ready.put((request, self._taken(connections, request)))
             ready.put(None)
         except BaseException as error:
             ready.put(error)
             connections.close()
+
+    def _taken(self, connections: "_Connections", request: Request) -> Answer:
+        """An answer; to the system text in the first user turn, where the endpoint takes no system turn."""
+        folds, refused = self._folds, None
+        if not folds:
+            try:
+                return self._answered(connections, request)
+            except _Rejected as error:
+                if request.messages[0]["role"] != "system":
+                    raise
+                refused = error
+        answer = self._answered(connections, replace(request, messages=folded(request.messages)))
+        self._folds = self._folds or refused is not None
+        return answer
+
+    def _answered(self, connections: "_Connections", request: Request) -> Answer:
+        """An answer that is no thought: a model that begins with one is asked again, told not to think.
+
+        Raises:
+            Refusal: it thinks all the same, the endpoint does not pass it on, or `chat_template_kwargs` decides it.
+        """
+        ask, sent = self._choice if request.options else self._generation, self._template_kwargs
+        with suppress(_Thinks):
+            return ask(connections, request)
+        if "enable_thinking" not in sent:
+            self._template_kwargs = {**sent, "enable_thinking": False}
+            with suppress(_Thinks, _Rejected):
+                return ask(connections, request)
+        raise Refusal(
+            f"{self.host}: {self.model} thinks aloud before it answers (<think>). Turn that off where it is served, "
+            "set chat_template_kwargs of this judge or generator to what its template reads (enable_thinking: false), "
+            "or choose another model."
+        )
 
     def _generation(self, connections: "_Connections", request: Request) -> Answer:
         def read(choice: dict) -> Answer:
@@ -184,12 +223,17 @@ class Server:
         import openai
 
         body = {"model": self.model, "messages": request.messages, **body}
+        if self._template_kwargs:
+            body["chat_template_kwargs"] = self._template_kwargs
         chance = random.Random(request.key)
         for attempt in range(1, self.max_attempts + 1):
             status, wait, refused = 0, 0.0, None
             try:
                 response = connections.post(body)
-                return read(response["choices"][0]) | _counts(response.get("usage"))
+                choice = response["choices"][0]
+                if _thinks(choice):
+                    raise _Thinks
+                return read(choice) | _counts(response.get("usage"))
             except _TooLong as error:
                 refused = f"{self.host}: {error}. See that base_url and model are right."
             except openai.APITimeoutError:
@@ -211,7 +255,7 @@ class Server:
                 )
             if refused:
                 raise Refusal(refused)
-            if status and status not in (408, 409, 429) and status < 500:
+            if status and (REFUSED_ROLES.search(told) or (status not in (408, 409, 429) and status < 500)):
                 raise self._refusal(status, told)
             if wait > LONGEST_WAIT:
                 advice = f"It asks for a pause of {wait:.6g} s: wait"
@@ -228,7 +272,7 @@ class Server:
     def _refusal(self, status: int, told: str) -> Refusal:
         told = told.replace(self._key, "<secret>") if self.api_key_env else told
         told = redact(" ".join(text.line(told).split()))
-        if status in (400, 422) or "logprobs" in told:
+        if status in (400, 422) or "logprobs" in told or REFUSED_ROLES.search(told):
             return _Rejected(f"{self.host}: status {status}, it does not take the request: {told[:200]}")
         if status in (401, 403):
             key = f"the key in {self.api_key_env}" if self.api_key_env else "requests without a key"
@@ -239,6 +283,10 @@ class Server:
 
 class _Rejected(Refusal):
     """The endpoint does not take the request as it is."""
+
+
+class _Thinks(Exception):
+    """An answer is a thought, or begins with one."""
 
 
 class _TooLong(ValueError):
@@ -343,6 +391,12 @@ def _text(choice: dict) -> str:
     if not isinstance(content, str):
         raise TypeError("no text")
     return content
+
+
+def _thinks(choice: dict) -> bool:
+    """Whether what is said is a thought, in the text or, where the endpoint takes thoughts out, in place of one."""
+    message, text = choice["message"], _text(choice)
+    return bool(THOUGHT.search(text) or (not text and (message.get("reasoning_content") or message.get("reasoning"))))
 
 
 def _counts(usage: Any) -> dict[str, int]:

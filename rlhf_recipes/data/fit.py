@@ -19,9 +19,8 @@ MOST = 0.5  # share of the rows beyond which what the template changes is no mat
 
 
 def fit(
-    splits: Splits, tokenizer, max_length: int | None, too_long: str = "drop", truncation_mode: str = "keep_start",
-    chat_template_kwargs: dict[str, Any] | None = None,
-) -> Splits:  # fmt: skip
+    splits: Splits, tokenizer, max_length: int | None, too_long: str = "drop", truncation_mode: str = "keep_start"
+) -> Splits:
     """Splits with control tokens neutralised and, under `drop`, without rows over `max_length`; in every row something
     is left to learn from.
 
@@ -32,7 +31,6 @@ def fit(
         too_long: `drop`; `truncate` (the trainer cuts them: kept and counted where that leaves tokens of every answer,
             else dropped as `no_answer_left`; as `same_tokens` where it leaves the same of both); `stop`.
         truncation_mode: the trainer's: which end it keeps.
-        chat_template_kwargs: the trainer's.
 
     Returns:
         Splits with `sizes`.
@@ -44,7 +42,6 @@ def fit(
     if not tokenizer.chat_template:
         raise Refusal("model: its tokenizer has no chat template. Choose an instruction-tuned model.")
     check_keys("data", {"too_long": too_long}, {"too_long": KEYS["too_long"]})
-    template_kwargs = chat_template_kwargs or {}
     kept, sizes, lengths = {}, {}, []
     dropped, over, cut = Counter(template=0, over_length=0), Counter(train=0, test=0), 0
     neutral, altered, prompt_cut = Counter(rows=0, occurrences=0), Counter(), 0
@@ -52,14 +49,14 @@ def fit(
     for name, given in (("train", splits.train), ("test", splits.test)):
         plain = Plain(tokenizer)
         rewritten = _Rewritten(written(given), plain)
-        found = measure(rewritten, len(given), tokenizer, name, template_kwargs, _kept(max_length, truncation_mode))
+        found = measure(rewritten, len(given), tokenizer, name, _kept(max_length, truncation_mode))
         rows, reasons = rewritten.rows(), _reasons(found, max_length, too_long, truncation_mode)
         for reason, out in reasons.items():
             dropped[reason] += len(out)
             places = examples.get(reason, [])
             for row in out[: EXAMPLES - len(places)]:
                 place = splits.places[name][row] if splits.places else f"{name} {row + 1}"
-                said = f" ({refusal(rows[row], tokenizer, template_kwargs)})" if reason == "template" else ""
+                said = f" ({refusal(rows[row], tokenizer)})" if reason == "template" else ""
                 places = [*places, place + said]
             examples[reason] = places
         is_left = np.ones(len(rows), dtype=bool)

@@ -205,9 +205,7 @@ class Measured:
     altered: Counter = field(default_factory=Counter)
 
 
-def measure(
-    batches: Iterable[list[Example]], count: int, tokenizer, name: str, template_kwargs: dict[str, Any], kept: slice
-) -> Measured:
+def measure(batches: Iterable[list[Example]], count: int, tokenizer, name: str, kept: slice) -> Measured:
     """Render every row, and count.
 
     Args:
@@ -227,7 +225,7 @@ def measure(
     found = Measured(Sizes(whole, trained), bool(sides), *np.zeros((3, count), dtype=bool))
     done = 0
     for rows in chain([first], batches):
-        rendered = [_rendered(row, sides, tokenizer, template_kwargs) for row in rows]
+        rendered = [_rendered(row, sides, tokenizer) for row in rows]
         texts = [text for _, texts in rendered for text in texts]
         encoded = iter(_encode(tokenizer, texts) if texts else [])
         for number, (row, (said, texts)) in enumerate(zip(rows, rendered, strict=True), done):
@@ -253,26 +251,26 @@ def common_prefix(ids: list[int], others: list[int]) -> int:
     return next((n for n, (one, other) in enumerate(zip(ids, others, strict=False)) if one != other), len(others))
 
 
-def _rendered(row: Example, sides: list[str], tokenizer, template_kwargs: dict[str, Any]) -> tuple[str, list[str]]:
+def _rendered(row: Example, sides: list[str], tokenizer) -> tuple[str, list[str]]:
     """What the template says of a row that it refuses, else ""; and what it makes of it: the prompt with the
     generation prompt, and for each answer the whole conversation."""
     from jinja2 import TemplateError
 
     try:
-        prompt = render(tokenizer, row["prompt"], add_generation_prompt=True, tokenize=False, **template_kwargs)
-        wholes = [render(tokenizer, row["prompt"] + row[side], tokenize=False, **template_kwargs) for side in sides]
+        prompt = render(tokenizer, row["prompt"], add_generation_prompt=True, tokenize=False)
+        wholes = [render(tokenizer, row["prompt"] + row[side], tokenize=False) for side in sides]
     except TemplateError as error:
         return first_line(error), []
     return "", [prompt, *wholes]
 
 
-def refusal(row: Example, tokenizer, template_kwargs: dict[str, Any]) -> str:
+def refusal(row: Example, tokenizer) -> str:
     """What the template says of a row that it refuses, and of which turn: the first with which it says so."""
     sides = [side for side in SIDES if side in row]
-    said, _ = _rendered(row, sides, tokenizer, template_kwargs)
+    said, _ = _rendered(row, sides, tokenizer)
     for turns in [row["prompt"] + row[side] for side in sides] or [row["prompt"]]:
         for count in range(1, len(turns) + 1):
-            if _rendered({"prompt": turns[:count]}, [], tokenizer, template_kwargs)[0] == said:
+            if _rendered({"prompt": turns[:count]}, [], tokenizer)[0] == said:
                 return f"turn {count}, {turns[count - 1]['role']}: {said}"
     return said
 

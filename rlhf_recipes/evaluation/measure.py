@@ -235,6 +235,7 @@ def _settings(cfg: DictConfig, scorers: Scorers, pairs: Splits) -> dict[str, Any
             "max_new_tokens": cfg.max_new_tokens,
             "seed": cfg.seed,
         }
+        | ({"chat_template_kwargs": told} if (told := models.template_kwargs(cfg.model)) else {})
         | ({"proxy": _hashed(scorers.proxy)} if scorers.proxy else {})
         | ({"lm_eval": dict(cfg.lm_eval) | {"version": metadata.version("lm_eval")}} if scorers.tasks else {})
     )

@@ -239,6 +239,7 @@ READ = {
     "trl.experimental.orpo.ORPOConfig": SHARED | NO_SMOOTHER | DECODER,
     "rlhf_recipes.ppo.PPOConfig": {key: SHARED[key] for key in ("warmup_steps", "eval_steps")} | NO_SMOOTHER | {
         "resume_from_checkpoint": SHARED["resume_from_checkpoint"],
+        "chat_template_kwargs": Reads(None, instead="Use model.chat_template_kwargs, which every recipe reads."),
         "kl_horizon": Reads(10_000, "kl_controller", ("adaptive",)),
         "uwo_coef": Reads(0.5, "reward_ensemble", ("uwo",)),
     },

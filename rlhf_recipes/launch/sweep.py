@@ -119,6 +119,7 @@ def _finished(folder: Path, cfg: DictConfig) -> dict | None:
 
 def _measure(folder: Path, sweep: Path, cfg: DictConfig) -> str | None:
     """Measure the job beside its parent, unless that was done; its name among the systems, None for a reward model."""
+    from rlhf_recipes import models
     from rlhf_recipes.adapters import BASE
     from rlhf_recipes.data.load import load_pairs
     from rlhf_recipes.evaluation import measure
@@ -141,6 +142,7 @@ def _measure(folder: Path, sweep: Path, cfg: DictConfig) -> str | None:
         alike = {**_measured_as(fingerprint), "adapter": None}
         before = next((m for m in others if {**_measured_as(m.fingerprint), "adapter": None} == alike), None)
         scorer = measure.find_scorer(settings.reward_model, cfg.model.id, adapter_base=cfg.model.adapter_base)
+        models.check_templates(cfg.model, [each.adapter for each in scorer], reward=True)
         try:
             pairs = load_pairs(cfg.data)
         except Refusal as error:  # ppo needs prompts alone

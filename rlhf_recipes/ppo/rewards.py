@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_recipes import inference, models, places
-from rlhf_recipes.data.template import render
+from rlhf_recipes.data.template import as_taken, render
 from rlhf_recipes.data.tokens import neutralise
 from rlhf_recipes.errors import Refusal, first_line, users_function
 from rlhf_recipes.ppo.roles import Roles
@@ -72,7 +72,7 @@ class LearnedReward:
         if plain:
             text = row["prompt"][0]["content"] + row["completion"][0]["content"]
             return [*self.tokenizer(text)["input_ids"], self.tokenizer.eos_token_id]
-        return render(self.tokenizer, row["prompt"] + row["completion"], return_dict=False)
+        return render(self.tokenizer, as_taken(self.tokenizer, row["prompt"]) + row["completion"], return_dict=False)
 
 
 def load(reference, roles: Roles, tokenizer, reward_tokenizer, args) -> Callable:
@@ -188,9 +188,7 @@ def _on_backbone(
 
 
 def _own_model(model, path: str, tokenizer, name: str | None = None) -> LearnedReward:
-    from transformers import AutoTokenizer
-
-    tokenizer = tokenizer or AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    tokenizer = tokenizer or models.tokenizer_in(path)
     model = model.requires_grad_(False).eval()
     models.keep_gradients_on_cpu(model)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import speed_metrics
 
 from rlhf_recipes import models, progress
-from rlhf_recipes.data.template import render
+from rlhf_recipes.data.template import bind, render
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.inference import stop_ids
 from rlhf_recipes.ppo import algorithm, rewards
@@ -98,11 +98,9 @@ class PPOTrainer(BaseTrainer):
         elif quantization_config is not None:
             raise Refusal("quantization_config: the model is loaded already. Give its id, or leave this out.")
         if processing_class is None:
-            from transformers import AutoTokenizer
-
-            processing_class = AutoTokenizer.from_pretrained(
-                get_config_model_id(model.config), trust_remote_code=False
-            )
+            processing_class = models.tokenizer_in(get_config_model_id(model.config))
+        if args.chat_template_kwargs:
+            processing_class = bind(processing_class, args.chat_template_kwargs, "chat_template_kwargs")
         if processing_class.pad_token_id is None:
             processing_class.pad_token = processing_class.eos_token
         starts_from_adapter = isinstance(model, PeftModel)
@@ -545,8 +543,7 @@ class PPOTrainer(BaseTrainer):
     def _prompt_ids(self, prompt) -> list[int]:
         if isinstance(prompt, str):
             return self.processing_class(prompt)["input_ids"]
-        kwargs = self.args.chat_template_kwargs or {}
-        return render(self.processing_class, prompt, add_generation_prompt=True, return_dict=False, **kwargs)
+        return render(self.processing_class, prompt, add_generation_prompt=True, return_dict=False)
 
     def _padding(self) -> tuple:
         return self.processing_class.pad_token_id, self.args.device

@@ -161,7 +161,9 @@ def snippet(source: Source, facts: Facts) -> str:
         lines += [f"base = {auto}.from_pretrained(", f"    {json.dumps(base['id'])},"]
         lines += [*(f"    {option}," for option in options), ")", f"{name} = PeftModel.from_pretrained(base, {here})"]
     lines += [f"tokenizer = AutoTokenizer.from_pretrained({here})", ""]
-    return "\n".join(lines + (_scoring(facts) if reward else _answering())) + "\n"
+    told = source.config["model"].get("chat_template_kwargs") or {}
+    options = "".join(f", {key}={value!r}" for key, value in told.items() if value is not None)
+    return "\n".join(lines + (_scoring(facts, options) if reward else _answering(options))) + "\n"
 
 
 def _quantization(node: dict[str, Any], dtype: str) -> list[str]:
@@ -179,18 +181,20 @@ def _literal(value: Any) -> str:
     return repr(value) if isinstance(value, bool | int | float) else json.dumps(value)
 
 
-def _answering() -> list[str]:
+def _answering(options: str) -> list[str]:
+    """Lines that answer a message; `options`: what else the chat template is told."""
     return [
         'messages = [{"role": "user", "content": "Can I move my appointment to Friday?"}]',
         "inputs = tokenizer.apply_chat_template(",
-        '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
+        f'    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True{options}',
         ")",
         "answer = policy.generate(**inputs.to(policy.device), max_new_tokens=64)",
         'print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
     ]
 
 
-def _scoring(facts: Facts) -> list[str]:
+def _scoring(facts: Facts, options: str) -> list[str]:
+    """Lines that score a conversation."""
     # Merged weights come with a config that says it.
     own = "reward_model.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # where a score is read"
     return [
@@ -199,7 +203,7 @@ def _scoring(facts: Facts) -> list[str]:
         '    {"role": "user", "content": "Can I move my appointment to Friday?"},',
         '    {"role": "assistant", "content": "Yes. Which time on Friday suits you?"},',
         "]",
-        'inputs = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)',
+        f'inputs = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True{options})',
         "with torch.no_grad():",
         "    score = reward_model(**inputs.to(reward_model.device)).logits[0, 0]",
         "print(score.item())  # higher is better; only differences mean something",

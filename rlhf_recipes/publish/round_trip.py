@@ -75,13 +75,13 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     """
     from omegaconf import OmegaConf
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from rlhf_recipes import inference as m
     from rlhf_recipes import models
 
     node, asked = OmegaConf.create(task["model"]), conversations()
-    tokenizer = AutoTokenizer.from_pretrained(task["folder"], trust_remote_code=False)
+    tokenizer = models.tokenizer_in(task["folder"])
     auto, options = AutoModelForCausalLM, {}
     if task["reward"]:
         auto, options = AutoModelForSequenceClassification, {"num_labels": 1}

@@ -33,11 +33,12 @@ def write(result: dict, config: dict) -> str:
     )
     auto = "AutoModelForSequenceClassification" if recipe == "reward" else "AutoModelForCausalLM"
     snippet = LOAD["reward" if recipe == "reward" else "policy"].format(base=base, adapter="<this adapter>")
+    groups = ("reward_funcs", "trainer", "lora", "quantization", "data")
+    shown = {group: config[group] for group in groups if group in config}
+    shown["model"] = {"chat_template_kwargs": config["model"].get("chat_template_kwargs") or {}}
     settings = [
         f"| `{code(key)}` | `{code(json.dumps(without_folder(value), ensure_ascii=False))}` |"
-        for group in ("reward_funcs", "trainer", "lora", "quantization", "data")
-        if group in config
-        for key, value in flatten({group: config[group]})
+        for key, value in flatten(shown)
         if value is not None and not key.endswith(("_target_", ".report_to"))
     ]
     device = markdown(result["device"])

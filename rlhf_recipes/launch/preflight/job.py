@@ -175,7 +175,7 @@ def _reward_models(cfg: DictConfig, later: list[str]) -> int:
     given = _rewards(cfg)
     present = [each for each in given if each not in later]
     found = references.find_rewards(present, cfg.model.id, cfg.model.adapter_base) if present else []
-    models.check_named_bases(cfg.model, [each.adapter for each in found if each.named_base])
+    models.check_rewards(cfg.model, found)
     return len(given) - len(present) + sum(each.kind != references.FUNCTION for each in found)
 
 
@@ -185,7 +185,7 @@ def _rows(job: Job, args, tokenizer, looked_at: Cache) -> tuple:
     max_length = cfg.max_prompt_length if recipe == "ppo" else args.max_length
     read = {key: OmegaConf.to_container(cfg[key], resolve=True) for key in ("data", "model")}
     load = LOADERS[methods.of(recipe).rows]
-    how = {name: getattr(args, name) for name in ("truncation_mode", "chat_template_kwargs") if hasattr(args, name)}
+    how = {"truncation_mode": args.truncation_mode} if hasattr(args, "truncation_mode") else {}
     node = {"read": load.__name__, **read, "max_length": max_length, **how}
     if load is load_labelled:
         node |= {name: getattr(args, name) for name in ("per_device_train_batch_size", "loss_type", "seed")}
