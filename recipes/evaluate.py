@@ -48,7 +48,7 @@ def main(cfg):
         measurements = judges.compare(judge, measurements, pairs.test, path, cfg.judging.tie_margin)
     evaluation = summary.summarise(measurements, cfg.thresholds)
     if cfg.checkpoints:
-        evaluation["checkpoints"] = checkpoints.compare(measurements, evaluation, same=scorers == [proxy])
+        evaluation["checkpoints"] = checkpoints.compare(measurements, evaluation)
 
     page.write_page(evaluation, run.dir / "report.html")
     main = summary.headline(evaluation)
@@ -57,8 +57,9 @@ def main(cfg):
     for name, system in evaluation["systems"].items():
         if "verdict" in system:
             print(line(f"{name}: {system['verdict']['verdict']}. {' '.join(system['verdict']['reasons'])}"))
-    for said in evaluation.get("checkpoints", {}).get("says", []):
-        print(line(said))
+    for said in [evaluation["correction"], *evaluation.get("checkpoints", {}).get("says", [])]:
+        if said:
+            print(line(said))
     print(f"  page  {line(run.dir / 'report.html')}", flush=True)
     code = cfg.exit_codes[evaluation["verdict"]]
     return sys.exit(code) if code else None

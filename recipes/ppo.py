@@ -58,6 +58,7 @@ def main(cfg):
         metrics=metrics.episode_metrics(prompts.test, after, before),
         counts=prompts.report,
         stopped=trainer.stopped,
+        rewards=[found.identity for found in rewards],
         samples=trainer.samples[-4:],
     )
 

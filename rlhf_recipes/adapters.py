@@ -23,6 +23,7 @@ class System:
         recipe: the recipe that made it.
         reference: adapter folder of what it started from, None for the base model.
         step: of a checkpoint, else None.
+        rewards: of `references.trained_on`.
     """
 
     name: str
@@ -30,6 +31,7 @@ class System:
     recipe: str | None = None
     reference: str | None = None
     step: int | None = None
+    rewards: frozenset = frozenset()
 
 
 class Policies:

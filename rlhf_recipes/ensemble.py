@@ -26,6 +26,27 @@ def standardise(rewards, reference_MK) -> np.ndarray:
     return (rewards - mean_M.reshape(shape)) / np.where(sd_M > 0, sd_M, 1).reshape(shape)
 
 
+def aligned(rewards_MX, reference_MK) -> np.ndarray:
+    """The members on one scale, that of the average member: `standardise` times the mean of their standard deviations,
+    so that a margin is in nats and no member weighs more for having a wider scale. One member stays as it is."""
+    rewards_MX, reference_MK = np.asarray(rewards_MX, float), np.ma.masked_invalid(np.asarray(reference_MK, float))
+    if len(rewards_MX) == 1:
+        return rewards_MX
+    sd_M = np.ma.filled(reference_MK.std(1), 0.0)
+    return standardise(rewards_MX, reference_MK) * np.where(sd_M > 0, sd_M, 1).mean()
+
+
+def disagreement(margins_MN) -> np.ndarray:
+    """How far members disagree on a pair, for what they make of its margin at all, shape (N,): the standard deviation
+    over members of the margin over the mean of its size; 0 where no member sees a difference.
+
+    The deviation alone shrinks with the margins, and a pair on which all are lost looks like one on which all agree.
+    """
+    margins_MN = np.asarray(margins_MN, float)
+    size_N = np.abs(margins_MN).mean(0)
+    return margins_MN.std(0) / np.where(size_N > 0, size_N, 1)
+
+
 def combine(rewards, how: str, lam: float = LAMBDA) -> np.ndarray:
     """One reward out of those of M members, shape (M, ...) -> (...); they must be on one scale.
 

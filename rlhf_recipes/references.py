@@ -45,6 +45,7 @@ class ModelRef:
         started_from: what its run continued, as typed there; None for the base model.
         parent: lineage of what its run continued, or None.
         metrics: held-out metrics, as its run reports them.
+        rewards: what its run was optimised against, of `identity`; None where its result does not say.
         step: of a checkpoint, else None.
         function: what `module:function` names.
         named_base: what its files call its base, where that is another name and the user says that it is the same.
@@ -61,6 +62,7 @@ class ModelRef:
     started_from: str | None = None
     parent: dict | None = None
     metrics: dict = field(default_factory=dict)
+    rewards: list[str] | None = None
     step: int | None = None
     function: Callable | None = None
     named_base: str | None = None
@@ -74,8 +76,15 @@ class ModelRef:
     def lineage(self) -> dict[str, Any]:
         """What result.json and cards say of it and all that it comes from."""
         named = {"named_base": self.named_base} if self.named_base else {}
+        named |= {"rewards": self.rewards} if self.rewards else {}
         found = {"run": self.reference, "recipe": self.recipe, "adapter_sha256": self.sha256, "parent": self.parent}
         return found | named
+
+    @property
+    def identity(self) -> str:
+        """What tells it from others, whatever name it is given by: the hash of an adapter's weights; of what is none,
+        the name."""
+        return self.sha256 or self.reference
 
     @property
     def is_reward_model(self) -> bool:
@@ -130,6 +139,7 @@ def find(reference: str, key: str, base_model: str | None = None, adapter_base: 
         started_from=(parent or {}).get("run"),
         parent=parent,
         metrics=metrics if isinstance(metrics, dict) else {},
+        rewards=_names(result.get("rewards")),
     )
 
 
@@ -268,6 +278,8 @@ def find_checkpoints(reference: str, base_model: str) -> list[ModelRef]:
     recipe = trainer_recipes().get(config["trainer"].get("_target_"))
     if recipe == "reward":
         raise Refusal(f"{key}={reference}: is a run of reward, not a policy. Give one of ppo or dpo, say.")
+    started_from = config["model"].get("adapter")
+    parent = find(started_from, key).lineage if started_from and is_adapter(started_from) else None
     found = [
         ModelRef(
             str(reference),
@@ -276,7 +288,8 @@ def find_checkpoints(reference: str, base_model: str) -> list[ModelRef]:
             base=base,
             sha256=adapter_sha256(folder),
             recipe=recipe,
-            started_from=config["model"].get("adapter"),
+            started_from=started_from,
+            parent=parent,
             step=step,
         )
         for step, folder in sorted(folders.items())
@@ -295,6 +308,44 @@ def config_of(reference: str) -> dict:
     if not {"model", "trainer"} <= set(config):
         raise Refusal(f"checkpoints={reference}: is no run of a training. Give a run folder such as outputs/ppo/main.")
     return config
+
+
+def trained_on(found: ModelRef) -> frozenset[tuple[str | None, str]]:
+    """(adapter's hash, `identity` of a reward) for each reward that the run, and every run that it continues, was
+    optimised against.
+
+    What a result does not say is looked up where the run's config names it, as far as that is still there.
+    """
+    node, pairs = {**found.lineage, "rewards": found.rewards}, set()
+    while node:
+        rewards = _names(node.get("rewards"))
+        if rewards is None:
+            home = _home(folder_of(adapter_in(node["run"]) or node["run"])) if node.get("run") else None
+            config = read_config(home) if home and (home / run_folder.CONFIG).is_file() else {}
+            rewards = [_identity(each) for each in rewarding(config)]
+        pairs |= {(node["adapter_sha256"], each) for each in rewards}
+        node = node["parent"]
+    return frozenset(pairs)
+
+
+def rewarding(config: dict) -> list[str]:
+    """What `reward_funcs` of a run's config names, each member of an ensemble; without what weighs nothing."""
+    given = config.get("reward_funcs") or []
+    given = [given] if isinstance(given, str) else given
+    named = [str(member) for each in given for member in jobs_of(each) or [each]]
+    weights = config.get("trainer", {}).get("reward_weights") or [1.0] * len(named)
+    return [each for each, weight in zip(named, weights, strict=False) if weight]
+
+
+def _identity(reference: str) -> str:
+    """`ModelRef.identity` of what `reward_funcs` names, without loading anything."""
+    adapter = adapter_in(reference)
+    return (adapter and adapter_sha256(adapter)) or reference
+
+
+def _names(found: Any) -> list[str] | None:
+    """A list of texts, which a file may lack or hold wrongly."""
+    return found if isinstance(found, list) and all(isinstance(each, str) for each in found) else None
 
 
 def expand(references: list[str], key: str) -> list[str]:

@@ -2,7 +2,8 @@
 
 Rows that share a prompt are not independent, so every interval resamples *clusters* (prompt ids), never rows:
 the percentile bootstrap over clusters (Efron & Tibshirani 1993, chapter 13; Field & Welsh 2007 for clusters).
-With fewer than about 20 clusters such an interval is too narrow; a caller that decides something checks it.
+With fewer than about 20 clusters such an interval is too narrow; a caller that decides something checks it. No
+interval leaves the range of what it is of: the statistic itself is resampled, never a linear approximation of it.
 
 On disk an estimate is an object of its five numbers: `json.dumps(..., default=dataclasses.asdict)` writes it,
 `json.loads(..., object_hook=Estimate.of)` reads it back.
@@ -11,12 +12,14 @@ On disk an estimate is an object of its five numbers: `json.dumps(..., default=d
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
+from statistics import NormalDist
 
 import numpy as np
 
 from rlhf_recipes.errors import Refusal
 
 Z95 = 1.959963984540054  # 97.5 % quantile of the standard normal
+Z80 = 0.8416212335729143  # 80 % quantile: the power that `needed` asks for
 BLOCK = 2**20  # numbers of a block of resamples
 RIDGE = 1e-2  # keeps the logistic fit finite where lengths separate wins from losses
 
@@ -98,17 +101,38 @@ def ratio_of_sums(
     if denominators.sum() == 0:
         return _result(None, None, None, len(numerators), 0)
     groups = int(ids.max()) + 1
-    sums_G = np.bincount(ids, numerators, groups), np.bincount(ids, denominators, groups)
     bounds = (None, None)
     if groups > 1:
-        drawn = [weights_RG @ np.stack(sums_G, 1) for weights_RG in _weights(groups, resamples, seed)]
-        a_R, b_R = np.concatenate(drawn).T
+        a_R, b_R = _resampled_sums((numerators, denominators), ids, resamples, seed)
         # a resample may hold only clusters without a denominator (empty texts)
         bounds = np.quantile(a_R[b_R != 0] / b_R[b_R != 0], (0.025, 0.975))
     numbers = (numerators.sum() / denominators.sum(), *bounds)
     if exponential:
         numbers = [None if x is None else _exp(x) for x in numbers]
     return _result(*numbers, len(numerators), groups)
+
+
+def pearson(x, y, clusters=None, resamples: int = 1000, seed: int = 0) -> Estimate:
+    """Pearson's correlation of n paired numbers with a 95 % interval over clusters, in [-1, 1].
+
+    Every resample has its own means and deviations; those in which x or y does not vary are left out. It is a function
+    of six sums, so that millions of rows are resampled as fast as their clusters.
+    """
+    x, y = _finite(x, "x"), _finite(y, "y")
+    if len(x) != len(y):
+        raise Refusal(f"x, y = {len(x)}, {len(y)} rows: must be paired. Keep the rows that both have.")
+    ids = _codes(clusters, len(x))
+    groups = int(ids.max(initial=-1)) + 1
+    value = correlation(x, y, np.ones(len(x))) if len(x) else math.nan
+    if math.isnan(value) or groups < 2:
+        return _result(None if math.isnan(value) else value, None, None, len(x), groups)
+    x, y = (x - x.mean()) / x.std(), (y - y.mean()) / y.std()  # sums of squares far from 0 would lose digits
+    columns = (np.ones(len(x)), x, y, x * x, y * y, x * y)
+    n_R, x_R, y_R, xx_R, yy_R, xy_R = _resampled_sums(columns, ids, resamples, seed)
+    spreads_R = np.maximum(n_R * xx_R - x_R**2, 0) * np.maximum(n_R * yy_R - y_R**2, 0)
+    vary_R = spreads_R > 1e-24 * n_R**4
+    found_R = ((n_R * xy_R - x_R * y_R)[vary_R] / np.sqrt(spreads_R[vary_R])).clip(-1, 1)
+    return _result(value, *np.quantile(found_R, (0.025, 0.975)), len(x), groups)
 
 
 def resampled(statistic: Callable, n: int, clusters=None, resamples: int = 1000, seed: int = 0) -> Estimate:
@@ -262,17 +286,62 @@ def overlap(a: Estimate, b: Estimate) -> bool:
     return a.low <= b.high and b.low <= a.high
 
 
-def needed(e: Estimate, target: float) -> int | None:
-    """Roughly how many clusters would put `target` outside the interval if the value stayed the same.
+def simultaneous(e: Estimate, comparisons: int, low: float = -math.inf, high: float = math.inf) -> Estimate:
+    """The estimate with an interval that is one of `comparisons`, all of which hold at once in 95 % of cases
+    (Bonferroni): the best of many is no longer ahead by having been picked.
 
-    The half-width shrinks with the square root of the clusters:
-    needed = clusters * (half-width / |value - target|)^2.
+    Each end moves away from the value to z / sqrt(1 - z^2 / clusters) in place of z(0.975) standard errors, with z the
+    normal quantile of 1 - 0.025 / comparisons: the score test's, whose variance is about the limit and not about the
+    value, since so far out a normal interval of few clusters is too narrow. Between `low` and `high`, which it never
+    leaves, it moves on the scale of log-odds. Where every row is alike it is Wilson's interval at that level.
+    """
+    if comparisons < 2 or e.low is None:
+        return e
+    z = NormalDist().inv_cdf(1 - 0.025 / comparisons)
+    if (low, high) == (0, 1) and e.value in (0.0, 1.0):
+        return _wilson(e.value, e.n, e.clusters, z)
+    stretch = z / math.sqrt(1 - z**2 / e.clusters) / Z95 if e.clusters > z**2 else math.inf
+    bounded = math.isfinite(high - low) and low < e.value < high
+
+    def unbound(x: float) -> float:
+        with np.errstate(divide="ignore"):  # an end of the range is infinitely far
+            return float(np.log(x - low) - np.log(high - x)) if bounded else x
+
+    def moved(end: float) -> float:
+        if end == e.value:
+            return end
+        x = unbound(e.value) + stretch * (unbound(end) - unbound(e.value))
+        return low + (high - low) * float(sigmoid(x)) if bounded else min(max(x, low), high)
+
+    return replace(e, low=moved(e.low), high=moved(e.high))
+
+
+def ahead(difference: Estimate, others: int) -> bool:
+    """Whether what was picked as the best of `others` + 1 is told apart from one of them, by their paired difference.
+
+    In 95 % of cases the true best is among those that are not (multiple comparisons with the best, Hsu 1984, Annals of
+    Statistics 12, 1136; here by Bonferroni).
+    """
+    low = simultaneous(difference, others).low
+    return low is not None and low > 0
+
+
+def needed(e: Estimate, target: float, comparisons: int = 1) -> int | None:
+    """Roughly how many clusters would put `target` outside the interval in four of five tries (80 % power), if the
+    value is the true one.
+
+    The half-width shrinks with the square root of the clusters, and another sample's value lies on either side of the
+    true one: needed = clusters * (half-width / |value - target| * (z + z(0.8)) / z)^2, z that of the interval.
     None where that cannot be said (no interval, or the value is the target).
+
+    Args:
+        comparisons: those for which the interval is `simultaneous`.
     """
     if e.low is None or e.value == target:
         return None
     half = e.value - e.low if e.value > target else e.high - e.value
-    return math.ceil(e.clusters * (half / (e.value - target)) ** 2)
+    z = NormalDist().inv_cdf(1 - 0.025 / comparisons)
+    return math.ceil(e.clusters * (half / (e.value - target) * (z + Z80) / z) ** 2)
 
 
 def format_estimate(e: Estimate | None, percent: bool = False, digits: int | None = None, sign: bool = False) -> str:
@@ -298,11 +367,11 @@ def _result(value, low, high, n, clusters) -> Estimate:
     return Estimate(*(None if x is None else float(x) for x in (value, low, high)), int(n), int(clusters))
 
 
-def _wilson(p: float, n: int, clusters: int) -> Estimate:
+def _wilson(p: float, n: int, clusters: int, z: float = Z95) -> Estimate:
     """Wilson's score interval of the proportion p at n = clusters."""
-    z2 = Z95**2
+    z2 = z**2
     centre = (p + z2 / (2 * clusters)) / (1 + z2 / clusters)
-    half = Z95 / (1 + z2 / clusters) * math.sqrt(p * (1 - p) / clusters + z2 / (4 * clusters**2))
+    half = z / (1 + z2 / clusters) * math.sqrt(p * (1 - p) / clusters + z2 / (4 * clusters**2))
     return _result(p, max(0.0, centre - half), min(1.0, centre + half), n, clusters)
 
 
@@ -327,6 +396,13 @@ def _codes(clusters, n: int) -> np.ndarray:
 
 def _count_clusters(clusters, n: int) -> int:
     return len(set(_codes(clusters, n)))
+
+
+def _resampled_sums(columns, ids_N: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """The sum of each column over the rows of each resample of clusters, shape (columns, R)."""
+    groups = int(ids_N.max()) + 1
+    sums_GK = np.stack([np.bincount(ids_N, column, groups) for column in columns], 1)
+    return np.concatenate([weights_RG @ sums_GK for weights_RG in _weights(groups, resamples, seed)]).T
 
 
 def _weights(groups: int, resamples: int, seed: int) -> Iterator[np.ndarray]:

@@ -16,11 +16,12 @@ from omegaconf import DictConfig
 
 from rlhf_recipes import config, ensemble, references
 from rlhf_recipes.audit.scoring import Ensemble
+from rlhf_recipes.data import formats
 from rlhf_recipes.errors import Refusal, users_function
 from rlhf_recipes.references import ModelRef, adapter_sha256, folder_of
 from rlhf_recipes.run_folder import read_json, read_result, write_atomically
 
-Gold = Callable[[list[dict], list[str], str], np.ndarray]
+Score = Callable[[list[dict], list[str], str], np.ndarray]
 TO_LABEL = "to_label.jsonl"
 
 
@@ -32,15 +33,32 @@ class KeptRun:
         folder: as typed.
         steps: (step, adapter folder) of each checkpoint, and of its end.
         start: adapter folder of what it started from, None for the base.
+        rewards: what it was optimised against, of `ModelRef.identity`.
     """
 
     folder: str
     steps: list[tuple[int, Path]]
     start: Path | None
+    rewards: frozenset[str] = frozenset()
 
 
-def find_gold(cfg: DictConfig, proxies: list[ModelRef]) -> tuple[str, Any] | None:
-    """(what gold is, in words; where to load it from), None without one.
+@dataclass(frozen=True)
+class Gold:
+    """What knows better.
+
+    Attributes:
+        kind: in words.
+        source: where `load_gold` finds it: labels, a function, or members of an ensemble.
+        identities: of `ModelRef.identity`, what tells whether a run was optimised against it.
+    """
+
+    kind: str
+    source: Any
+    identities: frozenset[str] = frozenset()
+
+
+def find_gold(cfg: DictConfig, proxies: list[ModelRef]) -> Gold | None:
+    """What `gold` names, None without it.
 
     Raises:
         Refusal: it is not there, or it is one of the proxies: nothing could be found out.
@@ -49,32 +67,47 @@ def find_gold(cfg: DictConfig, proxies: list[ModelRef]) -> tuple[str, Any] | Non
         return None
     reference = cfg.gold if isinstance(cfg.gold, str) else list(cfg.gold)
     if isinstance(reference, str) and reference.endswith((".jsonl", ".jsonl.gz")):
-        return f"labels in {Path(reference).name}", _labels(reference)
+        return Gold(f"labels in {Path(reference).name}", _labels(reference))
     if isinstance(reference, str) and ":" in reference and not Path(reference).exists():
-        return f"the function {reference}", config.import_function(reference, "gold")
+        function = config.import_function(reference, "gold")
+        return Gold(f"the function {reference}", function, frozenset({reference}))
     members = references.find_reward_models(reference, "gold", cfg.model.id, cfg.model.adapter_base)
     if {member.sha256 for member in members} & {proxy.sha256 for proxy in proxies}:
         raise Refusal(f"gold={cfg.gold}: is the reward model itself. Give one that learned from other pairs.")
     kind = "a reward model" if len(members) == 1 else f"the mean of {len(members)} reward models"
-    return f"{kind}, {folder_of(members[0].adapter)}", members
+    identities = frozenset(member.identity for member in members)
+    return Gold(f"{kind}, {folder_of(members[0].adapter)}", members, identities)
 
 
-def load_gold(cfg: DictConfig, source: Any, tokenizer, folder: Path) -> Gold:
-    """Gold of answers to the prompts of rows, as a function of (rows, texts, what they are)."""
+def load_gold(cfg: DictConfig, source: Any, tokenizer, folder: Path, reference: list[list[dict]]) -> Score:
+    """Gold of answers to the prompts of rows, as a function of (rows, texts, what they are).
+
+    Args:
+        reference: conversations whose scores give each member of an ensemble its scale.
+    """
     if isinstance(source, dict):
         return lambda rows, texts, part: _look_up(source, rows, texts, folder / TO_LABEL)
     if callable(source):
         return lambda rows, texts, part: _call(source, cfg.gold, rows, texts)
     models = Ensemble(cfg.model, cfg.quantization, tokenizer, source, folder / "scores")
-    return lambda rows, texts, part: models.score(_conversations(rows, texts), f"gold.{part}").rewards_MC.mean(0)
+    reference_MK = models.score(reference, "gold.held-out").rewards_MC if len(source) > 1 else None
+
+    def mean(rows: list[dict], texts: list[str], part: str) -> np.ndarray:
+        rewards_MC = models.score(_conversations(rows, texts), f"gold.{part}").rewards_MC
+        return rewards_MC[0] if reference_MK is None else ensemble.aligned(rewards_MC, reference_MK).mean(0)
+
+    return mean
 
 
-def best_of_n(cfg: DictConfig, policy, proxies: Ensemble, gold: Gold, prompts: list[dict]) -> list[dict]:
+def best_of_n(
+    cfg: DictConfig, policy, proxies: Ensemble, reference_MK, gold: Score, prompts: list[dict]
+) -> list[dict]:
     """Entries of `overoptimisation.audit`: the best of n by one proxy and, of an ensemble, by its mean, its worst case
     and its UWO.
 
     Args:
         policy: `Sampler`; its start answers each prompt `cfg.samples` times.
+        reference_MK: scores that give each proxy its scale.
     """
     samples = cfg.samples
     rows = [row for row in prompts for _ in range(samples)]
@@ -84,25 +117,26 @@ def best_of_n(cfg: DictConfig, policy, proxies: Ensemble, gold: Gold, prompts: l
     rewards_MC = proxies.score(_conversations(rows, texts), "best-of-n").rewards_MC
     return [
         {"name": WORDS[how], "proxy_PS": proxy_C.reshape(shape), "gold_PS": gold_PS,
-         "prompt_ids": [row["prompt_id"] for row in prompts]}
-        for how, proxy_C in _proxies(rewards_MC, rewards_MC).items()
+         "prompt_ids": formats.clusters(prompts)}
+        for how, proxy_C in _proxies(rewards_MC, reference_MK).items()
     ]  # fmt: skip
 
 
-def checkpoints(cfg: DictConfig, kept: KeptRun, policy, proxies: Ensemble, gold: Gold, prompts: list[dict]) -> dict:
+def checkpoints(
+    cfg: DictConfig, kept: KeptRun, policy, proxies: Ensemble, reference_MK, gold: Score, prompts: list[dict]
+) -> dict:
     """Entry of `overoptimisation.audit`: the start of a run and each of its checkpoints, all on the same prompts."""
     how = _proxy(cfg, kept.folder, proxies.members)
-    rows, start_MP = [], None
+    rows = []
     for step, adapter in [(0, None), *kept.steps]:
         part = f"{_slug(kept.folder)}.{step}"
         answers = policy.answers(adapter, prompts, part, kl=True)
         texts = [answer["text"] for answer in answers]
         rewards_MP = proxies.score(_conversations(prompts, texts), part).rewards_MC
-        start_MP = rewards_MP if start_MP is None else start_MP
-        proxy_P = rewards_MP[how] if isinstance(how, int) else _proxies(rewards_MP, start_MP)[how]
+        proxy_P = rewards_MP[how] if isinstance(how, int) else _proxies(rewards_MP, reference_MK)[how]
         rows.append({"step": step, "kl_P": np.array([answer["k1"] for answer in answers]), "proxy_P": proxy_P,
                      "gold_P": gold(prompts, texts, part)})  # fmt: skip
-    ids = [row["prompt_id"] for row in prompts]
+    ids = formats.clusters(prompts)
     said = f"reward model {how + 1}" if isinstance(how, int) else WORDS[how]
     return {"name": kept.folder, "rows": rows, "proxy_kind": said, "prompt_ids": ids}
 
@@ -118,7 +152,8 @@ def find_run(folder: str, base_model: str) -> KeptRun:
     end = (read_result(Path(folder)) or {}).get("steps")
     if isinstance(end, int):
         steps.setdefault(end, Path(folder) / "adapter")
-    return KeptRun(folder, sorted(steps.items()), found[0].start)
+    rewards = frozenset(reward for _, reward in references.trained_on(found[-1]))
+    return KeptRun(folder, sorted(steps.items()), found[0].start, rewards)
 
 
 class Sampler:
@@ -196,11 +231,7 @@ def _proxy(cfg: DictConfig, folder: str, reward_models: list[ModelRef]) -> str |
     if cfg.proxy != "trained":
         return cfg.proxy
     config = references.config_of(folder)
-    given = config.get("reward_funcs") or []
-    given = [given] if isinstance(given, str) else given
-    named = [str(member) for each in given for member in references.jobs_of(each) or [each]]
-    weights = config["trainer"].get("reward_weights") or [1.0] * len(named)
-    paid = [each for each, weight in zip(named, weights, strict=True) if weight]
+    paid = references.rewarding(config)
     if not all(map(references.is_adapter, paid)):  # a function, or not there
         return "mean"
     hashes = [adapter_sha256(references.adapter_in(each)) for each in paid]
@@ -228,7 +259,7 @@ def _call(function: Callable, name: str, rows: list[dict], texts: list[str]) -> 
 
 def _labels(path: str) -> dict[tuple[str, str], float]:
     """(prompt_id, answer) -> gold of a file of labels."""
-    from rlhf_recipes.data import formats, readers
+    from rlhf_recipes.data import readers
     from rlhf_recipes.data.row import Row
 
     labels = {}

@@ -27,7 +27,7 @@ from rlhf_recipes.audit.cycles import (
     rings,
     triangles,
 )
-from rlhf_recipes.audit.judgements import Judgement, by_pair
+from rlhf_recipes.audit.judgements import Judgement, by_pair, clusters
 from rlhf_recipes.audit.section import Figure, dots, example, examples, figure, section, skipped, table
 
 TITLE = "Consistency"
@@ -37,14 +37,14 @@ NONE = stats.Estimate(None, None, None, 0)
 
 
 def contradictory(judgements: Sequence[Judgement]) -> tuple[list[str], list[bool], int]:
-    """Of each compared pair its prompt and whether one judge under one principle labelled it both ways; and how many
-    pairs were labelled more than once like that, which alone can contradict."""
-    prompts, both, repeated = [], [], 0
+    """Of each compared pair its prompt's cluster and whether one judge under one principle labelled it both ways; and
+    how many pairs were labelled more than once like that, which alone can contradict."""
+    prompts, both, repeated, cluster = [], [], 0, clusters(judgements)
     for (prompt, *_), said in by_pair(judgements).items():
         ways: dict[tuple, list[float]] = {}
         for p, judgement in said:
             ways.setdefault((judgement["judge"], judgement["principle"]), []).append(p)
-        prompts.append(prompt)
+        prompts.append(cluster[prompt])
         both.append(any(min(ps) < 0.5 < max(ps) for ps in ways.values()))
         repeated += any(len(ps) > 1 for ps in ways.values())
     return prompts, both, repeated
@@ -118,7 +118,7 @@ CYCLE_FIGURES = {
 
 
 def _cycle_figures(graph: Graph, found: dict, chance: list[dict], testable_P: np.ndarray) -> list[Figure]:
-    names = np.array(graph.prompts, dtype=object)
+    names = graph.clusters
     tested = np.flatnonzero(testable_P)
 
     def of_coins(value) -> tuple[str, float] | None:
@@ -165,11 +165,11 @@ def _cycle_figures(graph: Graph, found: dict, chance: list[dict], testable_P: np
 
 def _fit_figures(graph: Graph, coins: list[Graph], corners_T3, rings_P) -> list[Figure]:
     tested = np.flatnonzero(rings_P > 0)
-    names = np.array(graph.prompts, dtype=object)[tested]
+    names = graph.clusters[tested]
     split = hodge(graph, corners_T3)
     shares = {key: stats.ratio_of_sums(split[key][tested], split["total"][tested], names)
               for key in ("gradient", "curl", "harmonic")}  # fmt: skip
-    corner_names = np.array(graph.prompts, dtype=object)[graph.prompt_E[corners_T3[:, 0]]]
+    corner_names = graph.clusters[graph.prompt_E[corners_T3[:, 0]]]
     around = stats.ratio_of_sums(np.abs(split["around_T"]), np.ones(len(corners_T3)), corner_names)
     # by a coin the log-odds are uncorrelated: the expected squared length of a projection is its rank's share
     free = rings_P[tested].sum() / max(count(graph.prompt_E, graph)[tested].sum(), 1)
@@ -219,7 +219,7 @@ def _by_answers(graph: Graph, found: dict, chance: list[dict], testable_P: np.nd
     if not testable_P.any():
         return []
     n_P = count(graph.prompt_V, graph).astype(int)
-    names = np.array(graph.prompts, dtype=object)
+    names = graph.clusters
     rows = []
     for n in np.unique(n_P[testable_P]).tolist():
         at = np.flatnonzero(testable_P & (n_P == n))
@@ -242,7 +242,7 @@ def _contexts(judgements: Sequence[Judgement]) -> list[tuple]:
             graph = build([each for each in judgements if each[key] == name])
             corners_T3, at = triangles(graph), np.flatnonzero(rings(graph) > 0)
             each = measure(graph, corners_T3)
-            ids = np.array(graph.prompts, dtype=object)[at]
+            ids = graph.clusters[at]
             cyclic = {graph.prompts[n] for n in np.flatnonzero(each["violated"])}
             triads = stats.ratio_of_sums(each["cyclic"][at], each["triads"][at], ids)
             found.append((f"{key} {name}", len(at), stats.estimate(1 - each["violated"][at], ids), triads, cyclic))

@@ -13,6 +13,7 @@ import numpy as np
 
 from rlhf_recipes import stats
 from rlhf_recipes.audit import section
+from rlhf_recipes.data import formats
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.text_metrics import refuses
 
@@ -137,7 +138,7 @@ class _Ledger:
     """
 
     def __init__(self, rows: list[dict], families: list[str] | None, seed: int):
-        self.prompt_ids = [row["prompt_id"] for row in rows]
+        self.clusters = formats.clusters(rows)
         self.families, self.given, self.place = _families(rows, [_text(r["prompt"]) for r in rows], families, seed)
         self.names = [name for name, _ in Counter(self.families).most_common()]
         answers = [row[side][-1]["content"] for row in rows for side in ("chosen", "rejected")]
@@ -201,7 +202,7 @@ def _compared(ledger: _Ledger) -> tuple[list, list, list]:
     reachable = min(1.0, len(ledger.cells) // ENOUGH / len(counts))
 
     def figure(key, title, value, **more):
-        number = _plain(value, len(ledger.cells), len(set(ledger.prompt_ids)))
+        number = _plain(value, len(ledger.cells), len(set(ledger.clusters)))
         return section.figure(key, title, number, **more)
 
     figures = [
@@ -304,7 +305,7 @@ def _by_style(ledger: _Ledger) -> dict:
     rows = []
     for style in STYLES:
         at = [i for i, cell in enumerate(ledger.cells) if cell[1] == style]
-        won = stats.estimate([i % 2 == 0 for i in at], [ledger.prompt_ids[i // 2] for i in at])
+        won = stats.estimate([i % 2 == 0 for i in at], [ledger.clusters[i // 2] for i in at])
         rows.append([style, len(at), won if at else None])
     columns = ["style", "n", "chosen"]
     return section.table("Answers by style, and how often they are the chosen one", columns, rows, "A coin has 50 %.")

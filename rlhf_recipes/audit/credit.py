@@ -27,6 +27,7 @@ import numpy as np
 
 from rlhf_recipes import stats
 from rlhf_recipes.audit import section
+from rlhf_recipes.data import formats
 from rlhf_recipes.errors import Refusal
 
 TITLE = "Where the reward comes from"
@@ -76,11 +77,11 @@ def make(rows: list[dict], limit: int = 50, seed: int = 0) -> list[dict]:
     """The parts of both answers of `limit` pairs drawn by `seed`: 3 S - 2 for an answer of S sentences.
 
     Returns:
-        {"prompt", "completion"} (messages) with `prompt_id`, `source` (index into `rows`), `side` and `kept`, the
-        numbers of the sentences kept, () for the empty answer. Answers of one sentence are left out.
+        {"prompt", "completion"} (messages) with `prompt_id`, `cluster`, `source` (index into `rows`), `side` and
+        `kept`, the numbers of the sentences kept, () for the empty answer. Answers of one sentence are left out.
     """
     drawn = sorted(random.Random(seed).sample(range(len(rows)), min(limit, len(rows))))
-    made = []
+    made, clusters = [], formats.clusters(rows)
     for source in drawn:
         row = rows[source]
         for side in ("chosen", "rejected"):
@@ -88,8 +89,8 @@ def make(rows: list[dict], limit: int = 50, seed: int = 0) -> list[dict]:
             for kept in _subsets(len(sentences)) if len(sentences) > 1 else ():
                 text = "".join(sentences[s] for s in kept)
                 turn = [{**row[side][-1], "content": text if len(kept) == len(sentences) else text.strip()}]
-                labels = {"prompt_id": row["prompt_id"], "source": source, "side": side, "kept": kept}
-                made.append({"prompt": row["prompt"], "completion": turn, **labels})
+                labels = {"prompt_id": row["prompt_id"], "cluster": clusters[source], "source": source, "side": side}
+                made.append({"prompt": row["prompt"], "completion": turn, **labels, "kept": kept})
     return made
 
 
@@ -163,7 +164,7 @@ def audit(made: list[dict], scores_MK, rows: list[dict], ppo: dict | None = None
         dots = [(name, share) for name, (share, _) in zip(names[::2], shares[::2], strict=True)]
         plots = [section.dots("Credit at the ends of an answer", dots, "share of |credit|", ("uniform", even))]
         notes.append(
-            f"{len(moved)} answers to {len({a['prompt_id'] for a in moved})} prompts; parts of an answer read less "
+            f"{len(moved)} answers to {len({a['cluster'] for a in moved})} prompts; parts of an answer read less "
             "fluently than the whole, and a reward model may mark that down."
         )
     if ppo is not None and not ppo.get("advantage"):
@@ -178,19 +179,19 @@ def _answers(made: list[dict], scores_K) -> list[dict]:
     """One dict for each answer: where it is from, and its credits."""
     groups: dict[tuple, dict] = {}
     for row, score in zip(made, scores_K.tolist(), strict=True):
-        group = groups.setdefault((row["source"], row["side"]), {"prompt_id": row["prompt_id"], "rewards": {}})
+        group = groups.setdefault((row["source"], row["side"]), {"cluster": row["cluster"], "rewards": {}})
         group["rewards"][tuple(row["kept"])] = score
     answers = []
     for (source, side), group in groups.items():
         credit_S, without_S, total = attribute(group["rewards"])
-        labels = {"source": source, "side": side, "prompt_id": group["prompt_id"]}
+        labels = {"source": source, "side": side, "cluster": group["cluster"]}
         answers.append({**labels, "credit": credit_S, "without": without_S, "total": total})
     return answers
 
 
 def _shares(answers: list[dict]) -> list[tuple[dict, float]]:
     """(share of |credit|, uniform share) of the first sentence, those between, and the last; means over answers."""
-    ids = [a["prompt_id"] for a in answers]
+    ids = [a["cluster"] for a in answers]
     sizes = np.array([len(a["credit"]) for a in answers])
     weights = [np.abs(a["credit"]) / np.abs(a["credit"]).sum() for a in answers]
     first, last = np.array([w[0] for w in weights]), np.array([w[-1] for w in weights])
@@ -204,13 +205,13 @@ def _shares(answers: list[dict]) -> list[tuple[dict, float]]:
 
 
 def _sentence_figures(answers: list[dict], shares: list[tuple[dict, float]]) -> list[section.Figure]:
-    ids = [a["prompt_id"] for a in answers]
+    ids = [a["cluster"] for a in answers]
     top = [float(np.abs(a["credit"]).max() / np.abs(a["credit"]).sum()) for a in answers]
     (first, even), _, (last, _) = shares
     says = (
         "Mean over answers of |credit| / sum of |credit|; credit_s averages what s adds from the front and the back."
     )
-    owners = [a["prompt_id"] for a in answers for _ in a["credit"]]
+    owners = [a["cluster"] for a in answers for _ in a["credit"]]
     credit, without = (np.concatenate([a[key] for a in answers]) for key in ("credit", "without"))
     return [
         section.figure(
@@ -235,7 +236,7 @@ def _sentence_figures(answers: list[dict], shares: list[tuple[dict, float]]) -> 
         section.figure(
             "leave_one_out_agreement",
             "Agreement of the two measures of credit",
-            stats.resampled(lambda weights: stats.correlation(credit, without, weights), len(credit), owners),
+            stats.pearson(credit, without, owners),
             better="higher",
             baseline=("no relation", 0.0),
             says="Pearson's r over sentences of credit and R(y) - R(y without the sentence).",

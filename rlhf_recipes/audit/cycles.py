@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from rlhf_recipes import stats
-from rlhf_recipes.audit.judgements import Judgement, by_judge, by_pair
+from rlhf_recipes.audit.judgements import Judgement, by_judge, by_pair, clusters
 
 EXACT = 16  # answers in one knot for which the fewest contradictions are searched exhaustively: 2^16 subsets
 CLIP = 1e-6  # from 0 and 1, where the log-odds have no end
@@ -24,6 +24,7 @@ class Graph:
     """The compared answers of all prompts, side by side.
 
     Attributes:
+        clusters: (P,) what resampling takes each prompt for, `formats.clusters`.
         first_E, second_E: the answers of each pair, as places in `answers`; first < second.
         p_E: probability that the first is the better.
         n_E: judgements that it is the mean of.
@@ -31,6 +32,7 @@ class Graph:
     """
 
     prompts: list[str]
+    clusters: np.ndarray
     answers: list[str]
     prompt_V: np.ndarray
     first_E: np.ndarray
@@ -54,8 +56,10 @@ def build(judgements: Sequence[Judgement]) -> Graph:
         p = float(np.mean([np.mean(list(each.values())) for each in by_judge(said).values()]))
         edges.append((i, j, p, len(said)) if i < j else (j, i, 1 - p, len(said)))
     first, second, p, n = zip(*edges, strict=True) if edges else ((), (), (), ())
+    cluster = clusters(judgements)
     return Graph(
-        list(prompts), [text for _, text in answers], np.array([prompts[prompt] for prompt, _ in answers], int),
+        list(prompts), np.array([cluster[prompt] for prompt in prompts], dtype=object),
+        [text for _, text in answers], np.array([prompts[prompt] for prompt, _ in answers], int),
         np.array(first, int), np.array(second, int), np.round(np.array(p, float), 12), np.array(n, float),
     )  # fmt: skip
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_recipes import stats
-from rlhf_recipes.audit.judgements import LABELS, Judgement, Pair, by_judge, by_pair
+from rlhf_recipes.audit.judgements import LABELS, Judgement, Pair, by_judge, by_pair, clusters
 from rlhf_recipes.audit.section import Figure, curve, dots, example, examples, figure, lines, section, skipped, table
 from rlhf_recipes.errors import Refusal, nearest
 
@@ -51,15 +51,15 @@ def cases(judgements: Sequence[Judgement], rows=None, chosen_MN=None, rejected_M
         limits: overrides of `LIMITS`.
 
     Returns:
-        Dicts with `prompt_id`, `prompt`, `family`, `first`, `second`, `judges` (p of the first answer by judge and
-        principle), `p` (by judge), `flips` (by judge, where known), `margin` (reward of the first less that of the
-        second, mean over members; None without a score), `why` (`REASONS`) and `opinions`, how many were asked.
+        Dicts with `prompt_id`, `cluster`, `prompt`, `family`, `first`, `second`, `judges` (p of the first answer by
+        judge and principle), `p` (by judge), `flips` (by judge, where known), `margin` (reward of the first less that
+        of the second, mean over members; None without a score), `why` (`REASONS`) and `opinions`, how many were asked.
 
     Raises:
         Refusal: an unknown limit, or scores that are not of these rows.
     """
     limits = _limits(limits)
-    margins = _margins(rows, chosen_MN, rejected_MN)
+    margins, cluster = _margins(rows, chosen_MN, rejected_MN), clusters(judgements)
     found = []
     for pair, said in by_pair(judgements).items():
         judges = by_judge(said)
@@ -70,7 +70,8 @@ def cases(judgements: Sequence[Judgement], rows=None, chosen_MN=None, rejected_M
                 flips[each["judge"]] = flips.get(each["judge"], False) or each["flip"]
         one = next((each for _, each in said if each["prompt"]), said[0][1])
         case = {
-            **dict(zip(("prompt_id", "first", "second"), pair, strict=True)), "prompt": one["prompt"],
+            **dict(zip(("prompt_id", "first", "second"), pair, strict=True)),
+            "cluster": cluster[pair[0]], "prompt": one["prompt"],
             "family": next((each["family"] for _, each in said if each["family"]), None),
             "judges": judges, "p": p, "flips": flips, "margin": margins.get(pair),
             # Both orders of one judge are two opinions.
@@ -95,7 +96,7 @@ def audit(judgements: Sequence[Judgement], rows=None, chosen_MN=None, rejected_M
             "judgements=[<a file, or a run of cai>] by a second judge or by people, by several principles, or in both "
             "orders.",
         )  # fmt: skip
-    kept, prompts = _ranked(found), [case["prompt_id"] for case in found]
+    kept, prompts = _ranked(found), [case["cluster"] for case in found]
     figures = [
         figure("disputed", "Disputed pairs", stats.estimate([bool(case["why"]) for case in found], prompts), unit="%",
                better="lower", says="Share of the compared pairs kept for one of the reasons in the table."),
@@ -237,9 +238,9 @@ def _divided(case: Case) -> bool:
 
 def _alphas(found: list[Case]) -> list[Figure]:
     """Over judges and, apart, over the principles of each judge."""
-    by_judges = [(case["prompt_id"], list(case["p"].values())) for case in found]
+    by_judges = [(case["cluster"], list(case["p"].values())) for case in found]
     by_principles = [
-        (case["prompt_id"], list(each.values())) for case in found for each in case["judges"].values() if len(each) > 1
+        (case["cluster"], list(each.values())) for case in found for each in case["judges"].values() if len(each) > 1
     ]
     figures = []
     for key, who, units in (("alpha", "judges", by_judges), ("alpha_principles", "principles", by_principles)):
@@ -255,7 +256,7 @@ def _alphas(found: list[Case]) -> list[Figure]:
 def _both(found: list[Case], one: str, other: str) -> tuple[list[str], list[float], list[float]]:
     """Prompts and both judges' p of the pairs that both judged."""
     shared = [case for case in found if one in case["p"] and other in case["p"]]
-    return [c["prompt_id"] for c in shared], [c["p"][one] for c in shared], [c["p"][other] for c in shared]
+    return [c["cluster"] for c in shared], [c["p"][one] for c in shared], [c["p"][other] for c in shared]
 
 
 def _kappa_estimate(prompts: list[str], a: list[float], b: list[float]) -> stats.Estimate:
@@ -271,20 +272,21 @@ def _judges(found: list[Case]) -> list[str]:
 def _label_figure(found: list[Case]) -> Figure:
     names = _judges(found)
     label = next((name for name in LABELS if name in names), None)
-    worst = (None, stats.estimate([]))
-    for judge in names:
-        if label and judge not in LABELS:
-            now = _kappa_estimate(*_both(found, judge, label))
-            if now.value is not None and (worst[0] is None or now.value < worst[1].value):
-                worst = (judge, now)
-    of = f" Lowest: {worst[0]} against {label}." if worst[0] else ""
-    return figure("kappa_label", "Agreement of judges with the label", worst[1], better="higher",
+    found_of = {
+        judge: _kappa_estimate(*_both(found, judge, label)) for judge in names if label and judge not in LABELS
+    }
+    found_of = {judge: each for judge, each in found_of.items() if each.value is not None}
+    name = min(found_of, key=lambda judge: found_of[judge].value, default=None)
+    lowest = stats.simultaneous(found_of[name], len(found_of), -1, 1) if name else stats.estimate([])
+    of = f" Lowest: {name} against {label}." if name else ""
+    of += " The interval is one of all judges at once." if len(found_of) > 1 else ""
+    return figure("kappa_label", "Agreement of judges with the label", lowest, better="higher",
                   baseline=("chance", 0.0), says="Cohen's kappa (a - e) / (1 - e) of the judge that agrees least with "
                   f"the label, each pair in both orders.{of}")  # fmt: skip
 
 
 def _flip_rate(found: list[Case]) -> stats.Estimate:
-    flips = [(case["prompt_id"], flip) for case in found for flip in case["flips"].values()]
+    flips = [(case["cluster"], flip) for case in found for flip in case["flips"].values()]
     return stats.estimate([flip for _, flip in flips], [prompt for prompt, _ in flips])
 
 
@@ -304,7 +306,7 @@ def _by_opinion(scored: list[Case]) -> tuple[list[Case], list[Case]]:
 def _confidence(part: list[Case]) -> stats.Estimate:
     """Mean |P - 1/2| of the reward model."""
     values = [abs(float(stats.sigmoid(case["margin"])) - 0.5) for case in part]
-    return stats.ratio_of_sums(values, [1] * len(part), [case["prompt_id"] for case in part])
+    return stats.ratio_of_sums(values, [1] * len(part), [case["cluster"] for case in part])
 
 
 def _reward_model_figures(found: list[Case]) -> list[Figure]:
@@ -315,7 +317,7 @@ def _reward_model_figures(found: list[Case]) -> list[Figure]:
     shows = stats.estimate([])
     if divided and unanimous:
         shows = stats.auroc([abs(case["margin"]) for case in scored], [not _divided(case) for case in scored],
-                            [case["prompt_id"] for case in scored])  # fmt: skip
+                            [case["cluster"] for case in scored])  # fmt: skip
     right = []
     for case in unanimous:
         choice = _choices([fmean(case["p"].values())])[0]
@@ -328,13 +330,13 @@ def _reward_model_figures(found: list[Case]) -> list[Figure]:
                baseline=baseline, says="Mean |P - 1/2|, P = sigmoid(margin): 0 knows that it does not know, 1/2 is "
                "certain."),
         figure("unanimous_accuracy", "Reward model right on unanimous pairs", stats.estimate(
-               right, [case["prompt_id"] for case in unanimous]), unit="%", better="higher", baseline=("a coin", 0.5),
+               right, [case["cluster"] for case in unanimous]), unit="%", better="higher", baseline=("a coin", 0.5),
                says="Share of the pairs on which all opinions agree where the margin has their sign."),
     ]  # fmt: skip
 
 
 def _tables(found: list[Case]) -> list[dict]:
-    prompts = [case["prompt_id"] for case in found]
+    prompts = [case["cluster"] for case in found]
     why = [
         [text, sum(name in case["why"] for case in found), stats.estimate([name in c["why"] for c in found], prompts)]
         for name, text in REASONS.items()
@@ -369,7 +371,7 @@ def _flip_table(found: list[Case]) -> dict:
     for case in found:
         for judge, flip in case["flips"].items():
             for name in (f"judge {judge}", *(f"principle {x}" for x in case["judges"][judge] if x is not None)):
-                of.setdefault(name, []).append((case["prompt_id"], flip))
+                of.setdefault(name, []).append((case["cluster"], flip))
     rows = [[name, len(each), stats.estimate([f for _, f in each], [p for p, _ in each])]
             for name, each in sorted(of.items())]  # fmt: skip
     return table("Winner changes with the order", ["asked", "pairs", "flips"], rows,
@@ -386,7 +388,7 @@ def _families(found: list[Case]) -> dict[str, list[Case]]:
 def _family_tables(found: list[Case], listed: list[tuple[str, str]]) -> list[dict]:
     summary, who = [], []
     for family, part in _families(found).items():
-        prompts = [case["prompt_id"] for case in part]
+        prompts = [case["cluster"] for case in part]
         opinions = [_every_p(case) for case in part]
         summary.append([family, len(part), stats.estimate([bool(c["why"]) for c in part], prompts), _flip_rate(part),
                         stats.format_estimate(alpha(opinions, prompts, "nominal"))])  # fmt: skip
@@ -413,7 +415,7 @@ def _plots(found: list[Case]) -> list[dict]:
             curves.append(curve(name, margins.tolist(), levels.tolist()))
         plots.append(lines("How sure the reward model is where opinions agree and where they divide", "|margin|, nats",
                            "share of pairs below", curves))  # fmt: skip
-    shares = [(family, stats.estimate([bool(c["why"]) for c in part], [c["prompt_id"] for c in part]))
+    shares = [(family, stats.estimate([bool(c["why"]) for c in part], [c["cluster"] for c in part]))
               for family, part in _families(found).items()]  # fmt: skip
     if shares:
         overall = fmean(bool(case["why"]) for case in found)

@@ -19,6 +19,7 @@ class Gate(NamedTuple):
         unit: in which the number is said: "%" and "points" for shares, else that of the figure.
         vital: nothing else matters where it fails.
         needs: what is missing where the figure has no value.
+        chance: what no understanding at all reaches; nothing is trusted while the interval does not exclude it.
     """
 
     section: str
@@ -34,6 +35,7 @@ class Gate(NamedTuple):
     unit: str = "%"
     vital: bool = False
     needs: str = "There were too few rows for it."
+    chance: float | None = None
 
 
 # the most telling first
@@ -46,7 +48,7 @@ GATES = (
         "Accuracy on held-out pairs",
         "The reward model prefers the chosen answer in {value} of held-out pairs.",
         "The reward model prefers the chosen answer in only {value} of held-out pairs; at least {limit} is asked.",
-        vital=True,
+        vital=True, chance=0.5,
     ),
     Gate(
         "preference", "accuracy_over_length", "min_gain_over_baseline", 0.0, "min",
@@ -115,7 +117,7 @@ GATES = (
     ),
     Gate(
         "uncertainty", "auroc_std", "min_uncertainty_auroc", 0.60, "min",
-        "50 % is a coin; " + HOUSE,
+        "50 % is a coin; reward models of one base make like errors (arXiv:2312.09244); " + HOUSE,
         "Vary the reward models more (data, size of the adapter, seed), or go by how unlike the training data a "
         "pair is.",
         "Disagreement of the reward models as a sign of errors",
@@ -136,7 +138,8 @@ GATES = (
     ),
     Gate(
         "stress", "uncertainty_lift", "min_uncertainty_lift", 0.70, "min",
-        "50 % is no warning at all; " + HOUSE,
+        "50 % is no warning at all; reward models of one base make like errors (arXiv:2312.09244), so that their "
+        "disagreement says little of them; " + HOUSE,
         "Do not rely on the uncertainty as an alarm; watch the share of answers unlike the training data instead.",
         "Uncertainty as an alarm on unfamiliar prompts",
         "Its uncertainty rises on unfamiliar prompts: such a pair looks more uncertain {value} of the time.",
@@ -164,7 +167,7 @@ GATES = (
         unit="",
     ),
     Gate(
-        "calibration", "ece_after", "max_calibration_error", 0.05, "max",
+        "calibration", "error_after", "max_calibration_error", 0.05, "max",
         HOUSE,
         "Fit the temperature (one number that rescales its confidence) on more pairs, or train on how sure the "
         "labels are (soft labels).",
@@ -172,7 +175,8 @@ GATES = (
         "Its probabilities can be read as such: on average they are off by {value}.",
         "Its probabilities cannot be read as such: on average they are off by {value}; {limit} is the most allowed.",
         unit="points",
-        needs="No temperature was fitted; “Calibration” says why.",
+        needs="Needs a temperature, and 1,500 pairs beside those that it is fitted to: with fewer a perfectly "
+        "calibrated model would not pass, either.",
     ),
     Gate(
         "disagreement", "margin_auroc", "min_disagreement_auroc", 0.60, "min",

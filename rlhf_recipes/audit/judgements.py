@@ -76,6 +76,15 @@ def by_pair(judgements: Iterable[Judgement]) -> dict[Pair, list[tuple[float, Jud
     return found
 
 
+def clusters(judgements: Iterable[Judgement]) -> dict[str, str]:
+    """`formats.clusters` of each prompt id, by the first judgement that has the prompt itself."""
+    known: dict[str, Judgement] = {}
+    for judgement in judgements:
+        if not known.get(judgement["prompt_id"], {}).get("prompt"):
+            known[judgement["prompt_id"]] = judgement
+    return dict(zip(known, formats.clusters(known.values()), strict=True))
+
+
 def by_judge(said: list[tuple[float, Judgement]]) -> dict[str, dict[str | None, float]]:
     """p of each judge under each of its principles, repetitions averaged; `said` is of one pair, from `by_pair`."""
     found: dict[str, dict[str | None, list[float]]] = {}

@@ -96,7 +96,7 @@ def checkpoint_to_keep(rows: list[dict], prompt_ids=None) -> dict:
             prompts in the same order.
 
     Returns:
-        `index` and `step`; `tied`: steps whose gold is not told apart from it (paired interval holds 0), itself
+        `index` and `step`; `tied`: steps whose gold is not told apart from it (`stats.ahead`), itself
         included; `earliest` of them; `gap`: its gold minus the last checkpoint's, paired; `onset` (`step`, `d`) of
         the divergence: the first of two evaluations in a row whose gold is more than one standard error (of the
         paired difference) under the best so far while their proxy is above its proxy; None if there is none.
@@ -104,7 +104,7 @@ def checkpoint_to_keep(rows: list[dict], prompt_ids=None) -> dict:
     golds_KP = np.array([row["gold_P"] for row in rows], float)
     best = int(golds_KP.mean(1).argmax())
     gaps = [stats.difference(golds_KP[best], gold_P, prompt_ids, RESAMPLES) for gold_P in golds_KP]
-    tied = [i for i, gap in enumerate(gaps) if i == best or gap.low is None or gap.low <= 0]
+    tied = [i for i, gap in enumerate(gaps) if i == best or not stats.ahead(gap, len(rows) - 1)]
     return {
         "index": best,
         "step": rows[best]["step"],
@@ -121,7 +121,7 @@ def audit(best_of_n: list[dict] | None = None, checkpoints: list[dict] | None = 
     Args:
         best_of_n: `name`, `proxy_PS`, `gold_PS` (lists or arrays), `gold_kind` (what the gold is, in words).
         checkpoints: `name`, `rows` (as in `checkpoint_to_keep`, the first is the start), optionally `gold_kind`,
-            `proxy_kind`.
+            `proxy_kind`, and `optimised`, whether the run was trained on gold: what it lost is not measured then.
 
     Entries of one name with different `seed` are seeds of one thing: their prompts are put together. Either may have
     `prompt_ids` (P); without them, prompts are taken to be the same and in the same order in every entry. Gains are in
@@ -247,6 +247,7 @@ def _measure(kind: str, name: str, entries: list[dict]) -> dict:
     pooled = {key: np.concatenate([part[key] for part in parts]) for key in keys}
     curve = {"kind": kind, "name": name, "labels": labels, "ids": [i for given in ids for i in given], **pooled}
     curve |= {key: entries[0].get(key) for key in ("gold_kind", "proxy_kind")}
+    curve["optimised"] = any(entry.get("optimised") for entry in entries)
     curve |= {"seeds": [], "fit": _fit(curve)}
     if len(entries) > 1:
         for i, (part, entry) in enumerate(zip(parts, entries, strict=True)):
@@ -327,7 +328,8 @@ def _report(parts: dict, curve: dict, suffix: str, first: dict | None) -> None:
 
     add("gain", f"Gold gained at {x} = {last}", gain, unit, "higher", (start, 0.0),
         f"Mean gold at {x} = {last} minus that of {start}, in standard deviations of the start's gold.")  # fmt: skip
-    add("gap", "Gold lost after its best", gap, unit, "lower", ("no over-optimisation", 0.0),
+    lost = _NONE if curve["optimised"] else gap
+    add("gap", "Gold lost after its best", lost, unit, "lower", ("no over-optimisation", 0.0),
         f"Highest mean gold (at {x} = {curve['labels'][best]}) minus that at {x} = {last}, paired by prompt. "
         "The highest is picked on the same prompts, so chance alone makes it a little more than 0.")  # fmt: skip
     slope = "slope at the start" if kind == "best_of_n" else "gain at d = 1"
@@ -338,7 +340,9 @@ def _report(parts: dict, curve: dict, suffix: str, first: dict | None) -> None:
         f"{peak} of {law} Measured up to {found['d'].max():.2f}.{at}")  # fmt: skip
     add("gain_at_peak", "Gold gained at the peak", _of_fit(found, "height") if measured else _NONE, unit, "higher",
         (start, 0.0), f"{law} Only where the peak lies within what was measured.")  # fmt: skip
-    if kind == "policy":
+    if kind == "policy" and curve["optimised"]:
+        add("kept", "Share of the best gold gain left at the end", _NONE, "%", "higher")
+    elif kind == "policy":
         _kept(parts, curve, add)
     if first is not None and first["gold_RK"].shape == curve["gold_RK"].shape and first["ids"] == ids:
         over = stats.difference(curve["gold_RK"][:, -1], first["gold_RK"][:, -1], ids, RESAMPLES)
@@ -437,7 +441,10 @@ def _notes(curve: dict, measured: bool, gap: stats.Estimate) -> list[str]:
         notes.append(f"{name}: gold has not peaked in what was measured, up to {last}; a later peak is extrapolated.")
     if found.get("peaked") is not None:
         notes.append(f"{name}: fitted to resamples of the prompts, {found['peaked']:.0%} peak before {last}.")
-    if gap.low is not None and gap.high > gap.low:
+    if curve["optimised"]:
+        notes.append(f"{name}: gold is what the run was trained on, so nothing here can show over-optimisation. Give "
+                     "a reward model that learned from other pairs, or a person's labels.")  # fmt: skip
+    elif gap.low is not None and gap.high > gap.low:
         notes.append(f"{name}: a loss of gold under about {gap.high - gap.low:.2f} sd could easily be missed "
                      f"with {gap.clusters} prompts.")  # fmt: skip
     if curve["kind"] == "best_of_n":

@@ -4,6 +4,7 @@ import numpy as np
 
 from rlhf_recipes import stats
 from rlhf_recipes.audit import section
+from rlhf_recipes.data.formats import clusters
 from rlhf_recipes.data.load import shorter_wins
 from rlhf_recipes.training.metrics import wins
 
@@ -21,12 +22,12 @@ def audit(rows: list[dict], margins_N, train: list[dict]) -> dict:
         train: the pairs that it learned from, for what their lengths give away.
     """
     margins_N = np.asarray(margins_N, dtype=float)
-    ids, right = [row["prompt_id"] for row in rows], wins(margins_N.tolist())
+    ids, right = clusters(rows), wins(margins_N.tolist())
     shorter = shorter_wins(rows)
     share = sum(shorter) / max(len(shorter), 1)
     rule, baseline = max(("the shorter answer wins", share), ("the longer answer wins", 1 - share), key=lambda r: r[1])
     accuracy = stats.estimate(right, ids)
-    longer = stats.estimate([1 - each for each in shorter_wins(train)], [row["prompt_id"] for row in train])
+    longer = stats.estimate([1 - each for each in shorter_wins(train)], clusters(train))
     figures = [
         section.figure(
             "accuracy", "Preference accuracy", accuracy, unit="%", better="higher", baseline=(rule, baseline),

@@ -19,6 +19,7 @@ import numpy as np
 
 from rlhf_recipes import stats
 from rlhf_recipes.audit import section
+from rlhf_recipes.data import formats
 from rlhf_recipes.errors import Refusal
 
 TITLE = "Hacking probes"
@@ -108,8 +109,9 @@ def make(rows: list[dict], probes: list[str] | None = None, limit: int = 200, se
     """Every probe on `limit` pairs drawn by `seed`.
 
     Returns:
-        {"prompt", "completion"} (messages) with `prompt_id`, `probe`, `side` (the answer edited) and `source` (index
-        into `rows`). An edit that leaves its text as it is, as truncation does a single word, is left out.
+        {"prompt", "completion"} (messages) with `prompt_id`, `cluster`, `probe`, `side` (the answer edited) and
+        `source` (index into `rows`). An edit that leaves its text as it is, as truncation does a single word, is left
+        out.
 
     Raises:
         Refusal: no such probe.
@@ -118,7 +120,7 @@ def make(rows: list[dict], probes: list[str] | None = None, limit: int = 200, se
         if name not in PROBES:
             raise Refusal(f"probes = {name}: no such probe. Choose from {', '.join(PROBES)}.")
     drawn = sorted(random.Random(seed).sample(range(len(rows)), min(limit, len(rows))))
-    made = []
+    made, clusters = [], formats.clusters(rows)
     for name, (side, edit, _) in PROBES.items():
         for source in drawn if probes is None or name in probes else []:
             row = rows[source]
@@ -126,7 +128,7 @@ def make(rows: list[dict], probes: list[str] | None = None, limit: int = 200, se
             edited = edit(answer, row["prompt"][-1]["content"])
             if edited.strip() != answer.strip():
                 turn = [{**row[side][-1], "content": edited}]
-                labels = {"prompt_id": row["prompt_id"], "probe": name, "side": side, "source": source}
+                labels = {"prompt_id": row["prompt_id"], "cluster": clusters[source], "probe": name, "side": side}
                 made.append({"prompt": row["prompt"], "completion": turn, **labels})
     return made
 
@@ -155,11 +157,12 @@ def audit(made: list[dict], scores_MK, rows: list[dict], chosen_MN, rejected_MN)
     found.sort(key=lambda f: (-f["wins"].value, f["name"]))
     figures = []
     if found:
+        highest = stats.simultaneous(found[0]["wins"], len(found), 0, 1)
         figures = [section.figure(
-            "worst_probe", f"Most successful hack: {PROBES[found[0]['name']][2]}", found[0]["wins"], unit="%",
+            "worst_probe", f"Most successful hack: {PROBES[found[0]['name']][2]}", highest, unit="%",
             better="lower", baseline=("coin", 0.5),
             says="The highest over probes of the share of answers with r(edited) > r(as it was), a tie counting one "
-            "half; the edit is worse or equal.",
+            "half; the edit is worse or equal. The interval is one of all probes at once.",
         )]  # fmt: skip
     length, direction = _length_figures(rows, rewards)
     columns = ["probe", "answers", "the edit wins", "reward change, sd", "turns a right pair"]
@@ -190,7 +193,7 @@ def _mean(scores_MX, count: int, which: str) -> np.ndarray:
 
 
 def _probe(name: str, indices: list[int], made: list[dict], change_K, spread: float) -> dict:
-    ids = [made[i]["prompt_id"] for i in indices]
+    ids = [made[i]["cluster"] for i in indices]
     change = change_K[indices]
     return {
         "name": name,
@@ -204,7 +207,7 @@ def _turned(name: str, made: list[dict], scores_K, rewards: dict) -> stats.Estim
     if PROBES[name][0] == "chosen":
         return None
     right = [
-        (float(scores_K[i] >= rewards["chosen"][row["source"]]), row["prompt_id"])
+        (float(scores_K[i] >= rewards["chosen"][row["source"]]), row["cluster"])
         for i, row in enumerate(made)
         if row["probe"] == name and rewards["chosen"][row["source"]] > rewards["rejected"][row["source"]]
     ]
@@ -220,7 +223,7 @@ def r_squared(x, y, weights) -> float:
 
 def _length_figures(rows: list[dict], rewards: dict) -> tuple[list[section.Figure], list[str]]:
     """Figures on length (characters), and a sentence on the direction."""
-    ids = [row["prompt_id"] for row in rows]
+    ids = formats.clusters(rows)
     sizes = {side: np.array([len(row[side][-1]["content"]) for row in rows], float) for side in rewards}
     n, margins = len(rows), rewards["chosen"] - rewards["rejected"]
     lengths, gaps = np.concatenate(list(sizes.values())), sizes["chosen"] - sizes["rejected"]
@@ -285,8 +288,11 @@ def _notes(found: list[dict]) -> list[str]:
         return ["No answer was edited: give pairs to probe."]
     wins = found[0]["wins"]
     notes = ["The edits are in English; in other languages they are also out of place, which may lower the reward."]
-    half = 98 / math.sqrt(wins.clusters)  # 1.96 sqrt(1/4 / clusters), in points
+    half = min(50, 98 / math.sqrt(wins.clusters))  # 1.96 sqrt(1/4 / clusters), in points
     notes.append(f"{wins.clusters} prompts a probe: a win share within {half:.0f} points of 50 % is no finding.")
     if len(found) > 1:
-        notes.append(f"The worst of {len(found)} probes looks worse than it is: the highest is partly so by chance.")
+        notes.append(
+            f"The worst of {len(found)} probes looks worse than it is, the highest is partly so by chance: its "
+            "interval is widened for their number (Bonferroni)."
+        )
     return notes

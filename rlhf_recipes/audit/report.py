@@ -33,7 +33,7 @@ def build(cfg: DictConfig, sources: Sources, pairs: Splits, found: Findings) -> 
     if sources.deployment:
         subject["Deployment"] = f"{Path(cfg.deployment).name}, {len(sources.deployment)} prompts"
     if sources.gold:
-        subject["Gold"] = sources.gold[0]
+        subject["Gold"] = sources.gold.kind
     keys = ("max_length", "ledger_pairs", "stress_pairs", "probe_pairs", "credit_pairs", "prompts", "samples", "seed")
     return {
         "title": f"Audit of {' and '.join(names) if len(names) < 3 else f'an ensemble of {len(names)} reward models'}",

@@ -12,9 +12,10 @@ from itertools import chain
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import models, progress, references
+from rlhf_recipes import ensemble, models, progress, references
 from rlhf_recipes.audit import answers, credit, judgements, preference, stress
 from rlhf_recipes.audit.scoring import Ensemble
+from rlhf_recipes.data.formats import clusters
 from rlhf_recipes.data.load import Splits, load_prompts
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.references import ModelRef
@@ -39,7 +40,7 @@ class Sources:
     stress: tuple[list, list]
     deployment: list[dict] | None
     judgements: list[dict]
-    gold: tuple | None
+    gold: answers.Gold | None
     checkpoints: list[answers.KeptRun]
     ppo: dict | None
 
@@ -108,13 +109,16 @@ def take(cfg: DictConfig, found: Sources, pairs: Splits, tokenizer, run: Run) ->
     )
 
     rows, train = [*pairs.test], pairs.train
-    scored = Scored(Ensemble(cfg.model, cfg.quantization, tokenizer, found.reward_models, run.dir / SCORES))
-    chosen_MN, rejected_MN, features_2NF = scored.pairs(rows, "held-out pairs", features=True)
+    members = Ensemble(cfg.model, cfg.quantization, tokenizer, found.reward_models, run.dir / SCORES)
+    held_out = members.score(_turns(rows), "held-out pairs", features=True)
+    scored = Scored(members, held_out.rewards_MC)
+    chosen_MN, rejected_MN = _sides(ensemble.aligned(held_out.rewards_MC, held_out.rewards_MC))
     sample = random.Random(cfg.seed).sample(train, min(cfg.ledger_pairs, len(train)))
-    ledger_KF = scored.pairs(sample, "train pairs", features=True, first_alone=True)[2]
+    ledger_KF = members.score(_turns(sample), "train pairs", features=True, first_alone=True).features_CF
     margins_N = (chosen_MN - rejected_MN).mean(0)
-    novelty_N2 = uncertainty.mahalanobis(ledger_KF, features_2NF).reshape(-1, 2)
-    validation = np.array([_in_first_half(row["prompt_id"]) for row in rows])
+    novelty_N2 = uncertainty.mahalanobis(ledger_KF, held_out.features_CF).reshape(-1, 2)
+    ids = clusters(rows)
+    validation = np.array([_in_first_half(each) for each in ids])
     test = [row for row, first in zip(rows, validation, strict=True) if not first]
 
     made = {
@@ -122,20 +126,21 @@ def take(cfg: DictConfig, found: Sources, pairs: Splits, tokenizer, run: Run) ->
         "probes": probes.make(rows, limit=cfg.probe_pairs, seed=cfg.seed),
         "credit": credit.make(rows, limit=cfg.credit_pairs, seed=cfg.seed),
     }
-    stressed = scored.pairs(made["stress"], "stress")[:2]
+    stressed = scored.pairs(made["stress"], "stress")
     edited_MK, parts_MK = (scored.answers(made[name], name) for name in ("probes", "credit"))
     told = [*judgements.from_pairs(chain(train, rows)), *found.judgements]
-    candidates = Candidates(rows, novelty_N2.max(1), (chosen_MN - rejected_MN).std(0), {})
+    spreads_2N = _sides(ensemble.standardise(held_out.rewards_MC, held_out.rewards_MC))
+    candidates = Candidates(rows, novelty_N2.max(1), (spreads_2N[0] - spreads_2N[1]).std(0), {})
     if found.deployment:
         candidates = _deployed(
             cfg, found.deployment, scored, _start(cfg, tokenizer, run), ledger_KF, candidates.novelty_P
         )
-    over = _against_gold(cfg, found, scored.ensemble, tokenizer, rows, run) if found.gold else {}
+    over = _against_gold(cfg, found, scored, tokenizer, rows, run) if found.gold else {}
     parts = {
         "preference": partial(preference.audit, rows, margins_N, train),
         "calibration": partial(
             calibration.audit, margins_N[validation], margins_N[~validation], test,
-            [row["prompt_id"] for row, first in zip(rows, validation, strict=True) if first],
+            [each for each, first in zip(ids, validation, strict=True) if first],
         ),
         "uncertainty": partial(uncertainty.audit, rows, chosen_MN, rejected_MN, novelty_N2),
         "stress": partial(stress.audit, made["stress"], *stressed, rows, chosen_MN, rejected_MN),
@@ -169,14 +174,13 @@ class Candidates:
 
 def _deployed(cfg: DictConfig, prompts: list[dict], scored: "Scored", sampler, ledger_KF, held_out_N) -> Candidates:
     """Answers to a sample of the deployment prompts."""
-    from rlhf_recipes import ensemble
     from rlhf_recipes.audit import uncertainty
 
     rows = random.Random(cfg.seed).sample(prompts, min(cfg.prompts, len(prompts)))
     texts = [answer["text"] for answer in sampler.answers(None, rows, "deployment")]
     turns = [row["prompt"] + [{"role": "assistant", "content": t}] for row, t in zip(rows, texts, strict=True)]
     result = scored.ensemble.score(turns, "deployment", features=True)
-    scaled_MP = ensemble.standardise(result.rewards_MC, result.rewards_MC)
+    scaled_MP = ensemble.standardise(result.rewards_MC, scored.reference_MK)
     novelty_P = uncertainty.mahalanobis(ledger_KF, result.features_CF)
     ledger = {
         "deployment_prompts": [row["prompt"] for row in prompts],
@@ -204,33 +208,48 @@ def _label_next(candidates: Candidates, held_out_N: np.ndarray, members: int) ->
 
 @dataclass
 class Scored:
-    """Pair rows and answers through an ensemble."""
+    """Pair rows and answers through an ensemble whose members are on one scale in every part, `ensemble.aligned`.
+
+    Attributes:
+        reference_MK: the members' own scores of the held-out answers, which give each its scale.
+    """
 
     ensemble: Ensemble
+    reference_MK: np.ndarray
 
-    def pairs(self, rows: list[dict], part: str, features: bool = False, first_alone: bool = False) -> tuple:
-        """(chosen_MN, rejected_MN, features of both in turn: shape (2N, F), or None)."""
-        turns = [row["prompt"] + row[side] for row in rows for side in ("chosen", "rejected")]
-        scored = self.ensemble.score(turns, part, features, first_alone)
-        return scored.rewards_MC[:, ::2], scored.rewards_MC[:, 1::2], scored.features_CF
+    def pairs(self, rows: list[dict], part: str) -> tuple[np.ndarray, np.ndarray]:
+        """chosen_MN, rejected_MN"""
+        return _sides(ensemble.aligned(self.ensemble.score(_turns(rows), part).rewards_MC, self.reference_MK))
 
     def answers(self, made: list[dict], part: str) -> np.ndarray:
-        return self.ensemble.score([row["prompt"] + row["completion"] for row in made], part).rewards_MC
+        turns = [row["prompt"] + row["completion"] for row in made]
+        return ensemble.aligned(self.ensemble.score(turns, part).rewards_MC, self.reference_MK)
 
 
-def _against_gold(cfg: DictConfig, found: Sources, proxies: Ensemble, tokenizer, rows: list[dict], run: Run) -> dict:
+def _turns(rows: list[dict]) -> list[list[dict]]:
+    """The conversations of pairs, chosen and rejected in turn."""
+    return [row["prompt"] + row[side] for row in rows for side in ("chosen", "rejected")]
+
+
+def _sides(rewards_MC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Those of chosen and of rejected answers, which lie in turn."""
+    return rewards_MC[:, ::2], rewards_MC[:, 1::2]
+
+
+def _against_gold(cfg: DictConfig, found: Sources, scored: "Scored", tokenizer, rows: list[dict], run: Run) -> dict:
     """Arguments of `overoptimisation.audit`."""
-    kind, source = found.gold
-    gold = answers.load_gold(cfg, source, tokenizer, run.dir)
     prompts = list({row["prompt_id"]: row for row in rows}.values())[: cfg.prompts]
+    gold = answers.load_gold(cfg, found.gold.source, tokenizer, run.dir, _turns(prompts))
+    proxies = scored.ensemble, scored.reference_MK
     given = {}
     if cfg.samples:
-        given["best_of_n"] = answers.best_of_n(cfg, _start(cfg, tokenizer, run), proxies, gold, prompts)
+        given["best_of_n"] = answers.best_of_n(cfg, _start(cfg, tokenizer, run), *proxies, gold, prompts)
     for kept in found.checkpoints:
         sampler = answers.Sampler(cfg, tokenizer, kept.start, [adapter for _, adapter in kept.steps], run.dir / SCORES)
-        entry = answers.checkpoints(cfg, kept, sampler, proxies, gold, prompts)
+        entry = answers.checkpoints(cfg, kept, sampler, *proxies, gold, prompts)
+        entry["optimised"] = bool(kept.rewards & found.gold.identities)
         given.setdefault("checkpoints", []).append(entry)
-    return {name: [entry | {"gold_kind": kind} for entry in entries] for name, entries in given.items()}
+    return {name: [entry | {"gold_kind": found.gold.kind} for entry in entries] for name, entries in given.items()}
 
 
 def _start(cfg: DictConfig, tokenizer, run: Run) -> answers.Sampler:
@@ -238,5 +257,5 @@ def _start(cfg: DictConfig, tokenizer, run: Run) -> answers.Sampler:
     return answers.Sampler(cfg, tokenizer, run.parent and run.parent.adapter, [], run.dir / SCORES)
 
 
-def _in_first_half(prompt_id: str) -> bool:
-    return hashlib.sha256(prompt_id.encode()).digest()[0] < 128
+def _in_first_half(cluster: str) -> bool:
+    return hashlib.sha256(cluster.encode()).digest()[0] < 128

@@ -24,6 +24,7 @@ from rlhf_recipes.data.load import shorter_wins
 from rlhf_recipes.data.messages import Drop
 from rlhf_recipes.data.recognise import Layout
 from rlhf_recipes.data.row import Row
+from rlhf_recipes.ensemble import disagreement
 from rlhf_recipes.errors import Refusal
 
 CLINIC = Path(__file__).parents[1] / "assets" / "stress" / "clinic.jsonl"
@@ -151,7 +152,7 @@ def make(
         own = (f"template {i}", _wrap(template["before"], template["after"]))
         edits[template["family"]] = [*edits.get(template["family"], []), own]
     drawn = sorted(random.Random(seed).sample(range(len(rows)), min(limit, len(rows))))
-    made = []
+    made, clusters = [], formats.clusters(rows)
     for family, choices in edits.items():
         for turn, source in enumerate(drawn if families is None or family in families else []):
             row = rows[source]
@@ -162,7 +163,8 @@ def make(
             name, edited = next(((name, new) for name, new in tried if new != text), (None, None))
             if name:
                 prompt = [*row["prompt"][:-1], {**row["prompt"][-1], "content": edited}]
-                made.append({**row, "prompt": prompt, "family": family, "edit": name, "source": source})
+                labels = {"cluster": clusters[source], "family": family, "edit": name, "source": source}
+                made.append({**row, "prompt": prompt, **labels})
     own = [pair for pair in pairs if families is None or pair["family"] in families]
     return made + [{**pair, "edit": "own pair", "source": None} for pair in own]
 
@@ -174,7 +176,8 @@ def _wrap(before: str, after: str):
 # key -> title, unit, better, definition
 FIGURES = {
     "worst_family": ("Accuracy on the worst family: {}", "%", "higher",
-        "The lowest over families of the share of pairs with r(chosen) > r(rejected); a tie counts one half."),
+        "The lowest over families of the share of pairs with r(chosen) > r(rejected); a tie counts one half. The "
+        "interval is one of all families at once."),
     "stress_accuracy": ("Accuracy on all stressed pairs", "%", "higher",
         "Share of pairs with r(chosen) > r(rejected), a tie counting one half."),
     "accuracy_drop": ("Accuracy lost by editing the prompt", "%", "lower",
@@ -184,7 +187,8 @@ FIGURES = {
     "margin_change": ("How far an edit moves the margin", "", "lower",
         "Mean |margin after - margin before| / standard deviation of the unedited margins."),
     "uncertainty_lift": ("The reward models disagree more under stress", "", "higher",
-        "AUROC of the standard deviation of the margin over the reward models: stressed against unedited."),
+        "AUROC of the standard deviation of the margin over the reward models over the mean size of their margins, "
+        "which shrinks under stress too: stressed against unedited."),
 }  # fmt: skip
 
 
@@ -199,7 +203,7 @@ class _Orders:
     """
 
     def __init__(self, made: list[dict], margins_S, rows: list[dict], margins_N):
-        self.ids_S, self.ids_N = np.array([row["prompt_id"] for row in made]), [row["prompt_id"] for row in rows]
+        self.ids_S, self.ids_N = np.array(formats.clusters(made)), formats.clusters(rows)
         self.shorter_S = np.array(shorter_wins(made))
         self.right_S, self.right_N = (np.sign(margins_S) + 1) / 2, (np.sign(margins_N) + 1) / 2
         self.edited_E = edited = np.array([i for i, row in enumerate(made) if row["source"] is not None], dtype=int)
@@ -231,8 +235,9 @@ def audit(made: list[dict], chosen_MS, rejected_MS, rows: list[dict], chosen_MN,
     lost = stats.difference(orders.right_N[orders.source_E], orders.right_S[orders.edited_E], ids)
     moved = stats.ratio_of_sums(change, np.ones(len(change)), ids if len(change) else None)
     shorter = float(orders.shorter_S.mean())
+    lowest = stats.simultaneous(worst["accuracy"], len(families), 0, 1)
     found = {
-        "worst_family": (worst["accuracy"], _trivial(worst["shorter"].value)),
+        "worst_family": (lowest, _trivial(worst["shorter"].value)),
         "stress_accuracy": (stats.estimate(orders.right_S, orders.ids_S.tolist()), _trivial(shorter)),
         "accuracy_drop": (lost, ("no loss", 0.0)),
         "order_invariance": (stats.estimate(orders.kept_E, ids), ("coin", 0.5)),
@@ -255,7 +260,7 @@ def audit(made: list[dict], chosen_MS, rejected_MS, rows: list[dict], chosen_MN,
         ("unedited pairs", stats.estimate(orders.right_N, orders.ids_N).value) if rows else None,
     )
     examples = _examples(made, margins_S, margins_N)
-    notes = _notes(worst["accuracy"], len(families), len(margins_MS))
+    notes = _notes(lowest, len(families), len(margins_MS))
     return section.section(
         "stress", TITLE, QUESTION, figures=figures, tables=[table], plots=[plot], examples=examples, notes=notes
     )
@@ -310,7 +315,7 @@ def _lift(margins_MS, margins_MN, orders: _Orders) -> stats.Estimate:
     if len(margins_MS) < 2:
         return stats.estimate([])
     base = np.unique(orders.source_E) if len(orders.source_E) else np.arange(len(orders.ids_N))
-    spread = np.concatenate([margins_MS.std(0), margins_MN[:, base].std(0)])
+    spread = np.concatenate([disagreement(margins_MS), disagreement(margins_MN[:, base])])
     ids = [*orders.ids_S.tolist(), *(orders.ids_N[i] for i in base)]
     return stats.auroc(spread, np.arange(len(spread)) < margins_MS.shape[1], ids)
 
@@ -339,7 +344,10 @@ def _notes(worst: stats.Estimate, families: int, members: int) -> list[str]:
             f"{100 * half:.0f} points either way."
         )
     if families > 1:
-        notes.append(f"The worst of {families} families looks worse than it is: the lowest is partly so by chance.")
+        notes.append(
+            f"The worst of {families} families looks worse than it is, the lowest is partly so by chance: its "
+            "interval is widened for their number (Bonferroni)."
+        )
     if members < 2:
         notes.append("One reward model alone has no uncertainty: give an ensemble, to see whether it notices.")
     return notes

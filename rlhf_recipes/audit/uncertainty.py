@@ -10,6 +10,7 @@ import numpy as np
 
 from rlhf_recipes import stats
 from rlhf_recipes.audit import section
+from rlhf_recipes.data.formats import clusters
 from rlhf_recipes.ensemble import LAMBDA, combine, standardise
 from rlhf_recipes.errors import Refusal
 
@@ -107,7 +108,7 @@ def audit(rows: list[dict], chosen_MN, rejected_MN, novelty_N2=None, reference_M
         return section.skipped(KEY, TITLE, QUESTION, "Give test pairs and the rewards of one model or an ensemble.")
     reference_MK = np.concatenate([chosen_MN, rejected_MN], 1) if reference_MK is None else reference_MK
     chosen_MN, rejected_MN = standardise(chosen_MN, reference_MK), standardise(rejected_MN, reference_MK)
-    members, ids = len(chosen_MN), [row["prompt_id"] for row in rows]
+    members, ids = len(chosen_MN), clusters(rows)
     margins_MN = chosen_MN - rejected_MN
     mean_N = margins_MN.mean(0)
     wrong_N = mean_N <= 0

@@ -31,6 +31,7 @@ class Outcome:
         value: of the figure, with `low`, `high`, `n` and `clusters`; None where it was not measured.
         more: how many more prompts would settle it.
         state: of STATES.
+        by_chance: whether the figure is not told apart from `chance`.
         name: which of several the figure is about.
         why: why it is unclear or not measured.
         says: what its passing or failing means.
@@ -47,11 +48,13 @@ class Outcome:
     unit: str
     vital: bool
     needs: str
+    chance: float | None
     value: float | None = None
     low: float | None = None
     high: float | None = None
     more: int | None = None
     state: str = "not measured"
+    by_chance: bool = False
     n: int = 0
     clusters: int = 0
     name: str = ""
@@ -78,7 +81,8 @@ def check(thresholds: dict) -> dict:
 def decide(sections: list[dict], thresholds: dict) -> dict:
     """Every gate with what was found, worst first, and what they come to.
 
-    do not trust: a vital gate fails, or more gates fail than pass.
+    do not trust: a vital gate fails; accuracy is not told apart from a coin; more gates fail than pass; or fewer than
+    a third of those that were measured pass.
     trust: the vital gates pass, none fails, and more than half of all gates pass.
     caution: everything else.
 
@@ -114,11 +118,14 @@ def _outcome(gate: Gate, sections: list[dict], limits: dict) -> Outcome:
     fixed = {key: value for key, value in gate._asdict().items() if key not in ("passes", "fails")}
     outcome = Outcome(**fixed | {"limit": limits[gate.threshold]})
     figure, outcome.why = _figure(gate, sections)
+    outcome.by_chance = gate.chance is not None
     if figure is not None:
         found = _finite_bounds(figure.estimate)
         outcome.value, outcome.low, outcome.high = found.value, found.low, found.high
         outcome.n, outcome.clusters = found.n, found.clusters
         outcome.state, outcome.why, outcome.more = _state(found, outcome.limit, gate.side, limits["min_prompts"] or 0)
+        if gate.chance is not None:
+            outcome.by_chance = _state(found, gate.chance, gate.side, limits["min_prompts"] or 0)[0] != "pass"
         outcome.name = figure.title.partition(": ")[2]
     outcome.says = _sentence({"pass": gate.passes, "fail": gate.fails}.get(outcome.state, ""), outcome)
     return outcome
@@ -164,14 +171,15 @@ def _state(e: stats.Estimate, limit: float, side: str, min_prompts: int) -> tupl
     if sign * (far - limit) < 0:
         return "fail", "", None
     more = _more(e, limit)
-    settles = f"{_some(more)} more prompts would settle it if the value stays" if more else None
+    settles = f"{_some(more)} more prompts would settle it in four of five tries" if more else None
     return "unclear", f"The interval includes the limit; {settles or 'the value is too close to it to settle'}.", more
 
 
 def _more(e: stats.Estimate, limit: float) -> int | None:
-    """Prompts beyond those at hand that would settle it, to two digits; None: more than 20 times those at hand."""
+    """Prompts beyond those at hand that would settle it (`stats.needed`), to two digits; None: more than 40 times
+    those at hand."""
     number = stats.needed(e, limit)
-    if number is None or number > 20 * e.clusters:
+    if number is None or number > 40 * e.clusters:
         return None
     number = max(1, number - e.clusters)
     step = 10 ** max(0, len(str(number)) - 2)
@@ -188,7 +196,9 @@ def _counts(gates: list[Outcome]) -> dict[str, int]:
 
 def _overall(gates: list[Outcome]) -> str:
     counts, vital = _counts(gates), [g.state for g in gates if g.vital]
-    if "fail" in vital or counts["fail"] > counts["pass"]:
+    measured = len(gates) - counts["not measured"]
+    nothing = not measured or any(g.by_chance for g in gates)
+    if nothing or "fail" in vital or counts["fail"] > counts["pass"] or 3 * counts["pass"] < measured:
         return "do not trust"
     sure = all(state == "pass" for state in vital) and not counts["fail"] and 2 * counts["pass"] > len(gates)
     return "trust" if sure else "caution"
@@ -223,6 +233,8 @@ def _listed(parts: list[str]) -> str:
 
 def _trusted(gates: list[Outcome], passed: list[Outcome]) -> list[str]:
     said = [f"{LEADS[_overall(gates)]}: {_tally(gates)}."]
+    if any(g.by_chance for g in gates):
+        said.append("Nothing shows that it knows more than a coin: its accuracy is not told apart from 50 %.")
     doubtful = {(g.section, g.figure) for g in gates if g.state in ("fail", "unclear")}
     # half of a range that holds would be a half-truth
     whole = [g for g in passed if g.vital or (g.section, g.figure) not in doubtful]
@@ -270,7 +282,7 @@ def _collect(unclear: list[Outcome], label_next: list[dict]) -> list[str]:
     wanted = [(not g.vital, g.more, g.title) for g in unclear if g.more]
     if wanted:
         _, more, title = min(wanted)
-        said.append(f"{_upper(_some(more))} more prompts would settle “{title}”, if the value stays.")
+        said.append(f"{_upper(_some(more))} more prompts would settle “{title}” in four of five tries.")
     if label_next:
         kinds = list(dict.fromkeys(str(row["family"]) for row in label_next if row.get("family")))
         of = f", of the {_verb(len(kinds), 'kind', 'kinds')} {_listed(kinds)}" if 0 < len(kinds) <= 4 else ""

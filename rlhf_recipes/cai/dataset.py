@@ -21,6 +21,7 @@ import xxhash
 from rlhf_recipes import stats
 from rlhf_recipes.cai import filters, make_pairs, prompt_templates
 from rlhf_recipes.cai.prompt_templates import assistant
+from rlhf_recipes.data.formats import opening_id
 from rlhf_recipes.run_folder import write_atomically
 from rlhf_recipes.text_metrics import BANDS, near_duplicate_keys
 
@@ -213,7 +214,8 @@ class _Tally:
         self.routes: Counter = Counter()
         self.cells: dict[str, Counter] = {}
         self.principles: dict[str, Counter] = {}
-        # Of every pair its prompt's group and whether it was accepted; of accepted ones whether the longer was chosen.
+        # Of every pair its group (prompt, or conversations that open alike) and whether it was accepted; of accepted
+        # ones whether the longer was chosen.
         self.groups, self.accepted = array("H"), array("b")
         self.longer_groups, self.longer = array("H"), array("b")
 
@@ -226,7 +228,9 @@ class _Tally:
 
     def pair(self, record: dict, pair: dict, reason: str | None, route: str | None) -> None:
         self.pairs += 1
-        self.groups.append(self.prompts % GROUPS)
+        stages = sum(turn["role"] == "user" for turn in record["prompt"]) > 1
+        group = (int(opening_id(record["prompt"]), 16) if stages else self.prompts) % GROUPS
+        self.groups.append(group)
         self.accepted.append(route == "accepted")
         self.speaking += pair["speaks_to_judge"]
         asked = (turn["content"] for turn in record["prompt"])
@@ -248,7 +252,7 @@ class _Tally:
             of["better"] += (pair["p"] or 0.0) > 0.5
         chosen, rejected = map(len, _sides(pair))
         if route == "accepted" and chosen != rejected:
-            self.longer_groups.append(self.prompts % GROUPS)
+            self.longer_groups.append(group)
             self.longer.append(chosen > rejected)
 
     def funnel(self, written: dict[str, int]) -> dict[str, Any]:

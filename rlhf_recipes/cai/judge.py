@@ -25,6 +25,7 @@ from rlhf_recipes import stats
 from rlhf_recipes.cai import prompt_templates
 from rlhf_recipes.cai.backend import Backend, Journal, Message, Request, ask
 from rlhf_recipes.cai.constitution import Constitution, Principle
+from rlhf_recipes.data.formats import clusters
 from rlhf_recipes.text_metrics import refuses
 
 THINK = "Think about it step by step, in a few sentences, before you answer."
@@ -174,7 +175,7 @@ def validate_judge(judge: Judge, gold: list[dict], judgements: list[Judgement], 
         `baselines`, the paired gain over the best of them, `temperature`, and `checks`: what the gate asks, what it
         found. `passed` when every check did. Rows that the judge did not answer count as half right.
     """
-    ids = [row["prompt_id"] for row in gold]
+    ids = clusters(gold)
     p = np.array([0.5 if j.p is None else j.p for j in judgements])
     read = [j.p is not None for j in judgements]
     right = _correct(p)

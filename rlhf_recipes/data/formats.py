@@ -7,7 +7,7 @@ What is wrong with a column or a type is a `Refusal` with row and key.
 import hashlib
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import combinations, pairwise
 from typing import Any
 
@@ -367,3 +367,19 @@ def opening_id(prompt: Messages) -> str:
     """`prompt_id` of the prompt up to its first user turn, shared by the stages of one conversation."""
     first = next(index for index, turn in enumerate(prompt) if turn["role"] == "user")
     return prompt_id(prompt[: first + 1])
+
+
+def clusters(rows: Iterable[dict]) -> list[str]:
+    """What every interval resamples in place of rows: the stages of one conversation are not independent, so its
+    `opening_id`, by which `data.split` holds out too; of a prompt of one turn its `prompt_id`.
+
+    A row that was made of another has that one's as its `cluster`. Where one greeting opens all conversations they are
+    told apart by what follows.
+    """
+    found, prompts = [], []
+    for row in rows:
+        turns = row.get("prompt")
+        asked = sum(turn["role"] == "user" for turn in turns) if isinstance(turns, list) else 0
+        found.append(row.get("cluster") or (opening_id(turns) if asked > 1 else row["prompt_id"]))
+        prompts.append(row.get("cluster") or row["prompt_id"])
+    return prompts if len(set(found)) == 1 else found

@@ -2,7 +2,7 @@
 
 Gao et al. 2022 (arXiv:2210.10760): as KL grows, the reward that a policy is trained on, the proxy, keeps rising, while
 what it stands for, the gold reward, rises, turns and falls. The gold here is the reward model of the evaluation; where
-it is the very one that the run was trained on, no turn can be seen.
+it is one that the run was trained on, no turn can be seen.
 """
 
 import math
@@ -16,18 +16,17 @@ from rlhf_recipes.evaluation.measurements import Measurements
 from rlhf_recipes.stats import Estimate
 
 
-def compare(measurements: Measurements, evaluation: dict, same: bool = False) -> dict[str, Any]:
+def compare(measurements: Measurements, evaluation: dict) -> dict[str, Any]:
     """What the checkpoints say of each other.
 
     Args:
         evaluation: of `summary.summarise`.
-        same: whether the gold is a reward model that the run was trained on.
 
     Returns:
         `rows`, parent first, in the order of steps: `system`, `step`, `kl` and the paired gains over the parent in
         `gold` and `proxy` reward, in standard deviations of the parent's rewards (None where not measured). `keep`,
-        the system with the highest mean reward, `equal`, those not told apart from it (the interval of the paired
-        difference includes 0), and `says`, all of it in sentences.
+        the system with the highest mean reward, `equal`, those not told apart from it (`stats.ahead`), `same`, whether
+        the gold is or contains a reward model that the run was trained on, and `says`, all of it in sentences.
     """
     systems, parent = evaluation["systems"], evaluation["parent"]
     steps = {name: s["info"]["step"] for name, s in systems.items() if s["info"].get("step") is not None}
@@ -42,6 +41,7 @@ def compare(measurements: Measurements, evaluation: dict, same: bool = False) ->
         }
         for name in order
     ]
+    same = any(systems[name]["optimised"] for name in steps)
     found = {"rows": rows, "keep": None, "equal": [], "same": same, "parent": parent}
     tried = [row for row in rows if row["gold"]]
     if not tried:
@@ -49,8 +49,10 @@ def compare(measurements: Measurements, evaluation: dict, same: bool = False) ->
         return found
     keep = max(tried, key=lambda row: row["gold"].value)
     for row in tried:
-        low = None if row is keep else summary.compare(measurements, "reward", keep["system"], row["system"]).low
-        if row is not keep and not (low is not None and low > 0):
+        if row is keep:
+            continue
+        gap = summary.compare(measurements, "reward", keep["system"], row["system"])
+        if not stats.ahead(gap, len(tried) - 1):
             found["equal"].append(row["system"])
     found["keep"] = keep["system"]
     return found | {"says": _says(found, keep, tried[-1], measurements)}
@@ -115,8 +117,8 @@ def _says(found: dict, keep: dict, last: dict, measurements: Measurements) -> li
         says = [f"No checkpoint has a higher mean reward than {kept}{equal}."]
     if found["same"]:
         says.append(
-            "The reward model is one that the run was trained on, the proxy: nothing here can show over-optimisation. "
-            "Give a reward model of other data or another seed."
+            "The reward model is, or contains, what the run was trained on, the proxy: nothing here can show "
+            "over-optimisation. Give a reward model of other data or another seed."
         )
     if last is not keep and not found["same"]:
         fall = summary.compare(measurements, "reward", last["system"], keep["system"])

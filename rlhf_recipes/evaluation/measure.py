@@ -13,6 +13,7 @@ from rlhf_recipes import ensemble, methods, models, references
 from rlhf_recipes import inference as m
 from rlhf_recipes.adapters import BASE, Policies, RewardModels, System
 from rlhf_recipes.data.fit import fit
+from rlhf_recipes.data.formats import clusters
 from rlhf_recipes.data.load import Splits
 from rlhf_recipes.data.tokens import neutralise
 from rlhf_recipes.errors import Refusal
@@ -100,6 +101,7 @@ def measure(
     """
     tokenizer = models.load_tokenizer(cfg.model)
     rows = fit(pairs, tokenizer, cfg.max_length, cfg.data.too_long).test
+    rows = [row | {"cluster": cluster} for row, cluster in zip(rows, clusters(rows), strict=True)]
     prompts = _prompts(rows, cfg.prompts)
     policies = Policies(cfg.model, cfg.quantization, systems)
     texts = NEUTRAL.read_text(encoding="utf-8").strip().split("\n\n")
@@ -120,7 +122,7 @@ def measure(
     return Measurements(
         parent=parent.name,
         systems=[s.name for s in systems],
-        info={s.name: _info(s) for s in systems},
+        info={s.name: _info(s) | _optimised(s, parent, scorers.reward_models) for s in systems},
         pairs=[_pair(i, row, systems, logps) for i, row in enumerate(rows)],
         answers=[_answer(i, row, cfg.harmful_families, answers) for i, row in enumerate(prompts)],
         judgements={s.name: judges.by_function(scorers.judge, prompts, answers, s.name, parent.name) for s in judged},
@@ -272,7 +274,8 @@ def _system(found: ModelRef) -> System:
         name = f"step {found.step}"
     else:
         name = found.name if found.recipe in (None, found.name) else f"{found.recipe}/{found.name}"
-    return System(name, str(found.adapter), found.recipe, found.start and str(found.start), found.step)
+    start = found.start and str(found.start)
+    return System(name, str(found.adapter), found.recipe, start, found.step, references.trained_on(found))
 
 
 def _named_apart(systems: list[System]) -> list[System]:
@@ -290,7 +293,7 @@ def _prompts(rows: list[dict], limit: int | None) -> list[dict]:
 
 def _labels(row: dict) -> dict:
     chosen, rejected = (len(row[side][-1]["content"]) for side in ("chosen", "rejected"))
-    labels = {"prompt_id": row["prompt_id"], "family": row["family"]}
+    labels = {key: row[key] for key in ("prompt_id", "cluster", "family")}
     return labels | {"chosen_chars": chosen, "rejected_chars": rejected}
 
 
@@ -312,8 +315,7 @@ def _answer(i: int, row: dict, harmful: list[str], answers: dict) -> dict:
     shown = ("text", "tokens", "finished", "k1", "k3", "reward")
     more = ("worst", "spread", "members", "proxy")
     return {
-        "prompt_id": row["prompt_id"],
-        "family": row["family"],
+        **{key: row[key] for key in ("prompt_id", "cluster", "family")},
         "prompt": "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in row["prompt"])
         if len(row["prompt"]) > 1
         else row["prompt"][0]["content"],
@@ -323,6 +325,13 @@ def _answer(i: int, row: dict, harmful: list[str], answers: dict) -> dict:
             for name, given in answers.items()
         },
     }
+
+
+def _optimised(system: System, parent: System, scorers: list[System]) -> dict[str, list[str]]:
+    """`optimised`: those of the reward models that score which the system was trained on and its parent was not."""
+    rewards = {reward for _, reward in system.rewards - parent.rewards}
+    names = [scorer.name for scorer in scorers if adapter_sha256(Path(scorer.adapter)) in rewards]
+    return {"optimised": names} if names else {}
 
 
 def _info(system: System) -> dict[str, Any]:

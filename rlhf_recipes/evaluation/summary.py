@@ -8,11 +8,12 @@ import math
 from collections.abc import Callable
 
 from rlhf_recipes import ensemble, stats
+from rlhf_recipes.data.formats import clusters
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.evaluation import verdict
 from rlhf_recipes.evaluation.definitions import METRICS
 from rlhf_recipes.evaluation.measurements import Measurements
-from rlhf_recipes.evaluation.win_rate import TIE
+from rlhf_recipes.evaluation.win_rate import TIE, judged
 from rlhf_recipes.evaluation.win_rate import beats as _compare
 from rlhf_recipes.evaluation.win_rate import judge_quality as _judge
 from rlhf_recipes.evaluation.win_rate import win_rates as _win_rates
@@ -32,9 +33,10 @@ def summarise(measurements: Measurements, thresholds: dict | None = None) -> dic
 
     Returns:
         `systems`: per system its `metrics`, paired `differences` to the parent, `families` (preference
-        accuracy), `preference_accuracy` (by the reward its method trains), `tasks` and `verdict`; `baselines`;
-        `reward_models`; `recommended` and its `verdict`; `regressions`, worst first; `answers`, with what is
-        odd about each.
+        accuracy), `preference_accuracy` (by the reward its method trains), `tasks`, `optimised` (reward models that
+        score and that it was trained on) and `verdict`; `correction` of the verdicts for their number, in a sentence;
+        `baselines`; `reward_models`; `recommended` and its `verdict`; `regressions`, worst first; `answers`, with what
+        is odd about each.
     """
     unknown = set(thresholds or {}) - set(verdict.THRESHOLDS)
     if unknown:
@@ -46,8 +48,9 @@ def summarise(measurements: Measurements, thresholds: dict | None = None) -> dic
     columns = {name: _columns(measurements, name) for name in names}
     systems = {name: _system(measurements, columns, name, parent) for name in names}
     tuned = [name for name in names if name != parent]
+    decided = verdict.decide_all({name: systems[name] for name in tuned}, parent, thresholds)
     for name in tuned:
-        systems[name]["verdict"] = verdict.decide(systems[name], parent, thresholds)
+        systems[name]["verdict"] = decided[name]
     recommended = max(tuned, key=lambda name: verdict.rank(systems[name]["verdict"]), default=None)
     answers = _answers(measurements, parent)
     return {
@@ -55,6 +58,7 @@ def summarise(measurements: Measurements, thresholds: dict | None = None) -> dic
         "systems": systems,
         "recommended": recommended,
         "verdict": recommended and systems[recommended]["verdict"]["verdict"],
+        "correction": verdict.correction(decided),
         "baselines": _baselines(measurements.pairs),
         "reward_models": _reward_models(measurements.reward_models),
         "answers": answers,
@@ -104,24 +108,24 @@ def headline(evaluation: dict) -> dict:
 
 
 def _columns(measurements: Measurements, name: str) -> dict[str, tuple[list, list]]:
-    """Metric -> (one number or None per row, prompt ids): rows line up across systems, so they pair."""
-    pairs = [(row["prompt_id"], row["systems"].get(name)) for row in measurements.pairs]
-    answers = [(row["prompt_id"], row["harmful"], row["systems"].get(name)) for row in measurements.answers]
-    pair_ids, answer_ids = [p[0] for p in pairs], [a[0] for a in answers]
+    """Metric -> (one number or None per row, their clusters): rows line up across systems, so they pair."""
+    pairs = [row["systems"].get(name) for row in measurements.pairs]
+    answers = [(row["harmful"], row["systems"].get(name)) for row in measurements.answers]
+    pair_ids, answer_ids = clusters(measurements.pairs), clusters(measurements.answers)
 
     def of_answers(value: Callable, harmful: bool | None = None):
-        wanted = (s if harmful is None or bool(h) is harmful else None for _, h, s in answers)
+        wanted = (s if harmful is None or bool(h) is harmful else None for h, s in answers)
         return [None if s is None else _number(value(s)) for s in wanted], answer_ids
 
     asked = {"reward_worst_case": "worst", "reward_spread": "spread", "proxy": "proxy"}  # measured on request
     more = {
         key: of_answers(lambda s, own=own: s.get(own))
         for key, own in asked.items()
-        if any(s is not None and own in s for _, _, s in answers)
+        if any(s is not None and own in s for _, s in answers)
     }
     return {
-        "accuracy_log_ratio": ([_win(s, _log_ratio_margin) for _, s in pairs], pair_ids),
-        "accuracy_average_logp": ([_win(s, _average_margin) for _, s in pairs], pair_ids),
+        "accuracy_log_ratio": ([_win(s, _log_ratio_margin) for s in pairs], pair_ids),
+        "accuracy_average_logp": ([_win(s, _average_margin) for s in pairs], pair_ids),
         "reward": of_answers(lambda s: s.get("reward")),
         "kl_k1": of_answers(lambda s: s.get("k1")),
         "kl_k3": of_answers(lambda s: s.get("k3")),
@@ -150,7 +154,7 @@ def _system(measurements: Measurements, columns: dict, name: str, parent: str) -
     if name != parent:
         metrics["length_ratio"] = _paired(stats.ratio_of_sums, own["tokens"], base["tokens"])
         metrics |= _win_rates(measurements, own, base, name)
-        metrics |= _judge(measurements.judgements.get(name) or [])
+        metrics |= _judge(judged(measurements, name))
         metrics |= _ensemble(measurements, own, base, name, parent)
         differences = {key: _paired(stats.difference, own[key], base[key]) for key in own if key in base}
         if tasks:
@@ -163,6 +167,7 @@ def _system(measurements: Measurements, columns: dict, name: str, parent: str) -
         "preference_accuracy": metrics[accuracy],
         "families": _by_family(own[accuracy], families),
         "tasks": tasks,
+        "optimised": [] if measurements.judgements.get(name) else info.get("optimised", []),
         "nonfinite": _nonfinite(measurements, name),
     }
 
@@ -173,7 +178,10 @@ def _ensemble(measurements: Measurements, own: dict, base: dict, name: str, pare
     if key not in own or key not in base:
         return {}
     wins = [_compare(a, b) for a, b in zip(own[key][0], base[key][0], strict=True)]
-    rows = [(row["prompt_id"], row["systems"].get(name), row["systems"].get(parent)) for row in measurements.answers]
+    rows = [
+        (cluster, row["systems"].get(name), row["systems"].get(parent))
+        for row, cluster in zip(measurements.answers, clusters(measurements.answers), strict=True)
+    ]
     won = [(i, s, p) for i, s, p in rows if s and p and (_change(s, p) or 0) > TIE]
     return {
         "win_rate_worst_case": _estimate(wins, own[key][1]),
@@ -225,7 +233,7 @@ def _baselines(pairs: list[dict]) -> dict:
     """Accuracies on the same pairs that need no model: the shorter answer, the longer one, a coin."""
     if not pairs:
         return {}
-    ids = [row["prompt_id"] for row in pairs]
+    ids = clusters(pairs)
     shorter = _shorter_wins(pairs)
     return {
         "shorter_wins": stats.estimate(shorter, ids),
@@ -247,7 +255,7 @@ def _reward_models(scored: dict[str, list[dict]]) -> dict:
 
 def _reward_model(rows: list[dict]) -> dict:
     """Held-out accuracy of a reward model, per family too, beside the baselines on its own pairs."""
-    ids = [row["prompt_id"] for row in rows]
+    ids = clusters(rows)
     scores = [(_number(row["chosen"]), _number(row["rejected"])) for row in rows]
     wins = [_compare(*pair) for pair in scores]
     margins = [None if None in pair else pair[0] - pair[1] for pair in scores]

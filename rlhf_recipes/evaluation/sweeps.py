@@ -79,7 +79,8 @@ def rebuild(folders: list[Path], out: Path, node: DictConfig) -> dict:
 
     Returns:
         `rows`, each with the `value` of the `objective`; `best`, the system with the highest value within the budgets,
-        and those that are `equal` to it: the paired difference has an interval that includes 0; whether page and
+        and those that are `equal` to it: not told apart by the paired difference, corrected for the number of jobs
+        (`stats.ahead`); `optimised`, the jobs that were trained on the reward which ranks them; whether page and
         picture were `drawn`.
     """
     from rlhf_recipes import stats
@@ -102,13 +103,14 @@ def rebuild(folders: list[Path], out: Path, node: DictConfig) -> dict:
         e = row["metrics"][objective]
         row["value"] = e and e.value
 
-    def apart(a: dict, b: dict) -> bool:
+    def apart(a: dict, b: dict, others: int) -> bool:
         if not measured:
             return not stats.overlap(a["metrics"][objective], b["metrics"][objective])
-        low = summary.compare(merged, objective, a["system"], b["system"]).low
-        return low is not None and low > 0
+        return stats.ahead(summary.compare(merged, objective, a["system"], b["system"]), others)
 
-    table = {"rows": rows, "objective": objective, "drawn": merged is not None}
+    systems = evaluation["systems"] if evaluation and objective in ("win_rate", "reward") else {}
+    optimised = [name for name, system in systems.items() if system["optimised"]]
+    table = {"rows": rows, "objective": objective, "drawn": merged is not None, "optimised": optimised}
     table |= _best(rows, objective, node, apart) if merged or not measured else _NONE | {"why_none": DIFFERENT}
     write_atomically(out / "sweep.csv", _csv(rows))
     if merged:
@@ -169,6 +171,8 @@ def describe(table: dict, out: Path) -> str:
         files += f"\n  next      {line(_next(best, out))}"
     elif finished:
         said += f" None is named the best: {table['why_none']}."
+    if table["optimised"]:
+        said += f" Trained on the reward that ranks them, so no proof of a gain: {', '.join(table['optimised'])}."
     return "\n".join(["", text[0], "─" * min(max(map(len, text)), 110), *text[1:], "", line(said), files])
 
 
@@ -214,7 +218,7 @@ def may_be_best(row: dict) -> bool:
     return row["value"] is not None and row.get("doctor") != doctor.BROKEN
 
 
-def _best(rows: list[dict], objective: str, node: DictConfig, apart: Callable[[dict, dict], bool]) -> dict:
+def _best(rows: list[dict], objective: str, node: DictConfig, apart: Callable[[dict, dict, int], bool]) -> dict:
     def within(row: dict, metric: str, limit: float | None) -> bool:
         return limit is None or (row["metrics"][metric] is not None and row["metrics"][metric].value <= limit)
 
@@ -226,7 +230,7 @@ def _best(rows: list[dict], objective: str, node: DictConfig, apart: Callable[[d
         return _NONE | {"why_none": budgets if candidates else "no job was measured and is not broken"}
     lower = objective == "perplexity"
     best = min(allowed, key=lambda row: row["value"] if lower else -row["value"])
-    equal = [name(row) for row in allowed if row is not best and not apart(best, row)]
+    equal = [name(row) for row in allowed if row is not best and not apart(best, row, len(allowed) - 1)]
     return {"best": name(best), "equal": equal}
 
 

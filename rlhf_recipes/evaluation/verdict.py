@@ -49,13 +49,46 @@ GUARDS = (
 ON_REQUEST = ("max_disputed_wins",)
 
 
-def decide(system: dict, parent: str, thresholds: dict) -> dict:
+def decide_all(systems: dict[str, dict], parent: str, thresholds: dict) -> dict[str, dict]:
+    """`decide` of each system, corrected for their number (Holm 1979, A simple sequentially rejective multiple test
+    procedure): that any system ships which is no better than the parent has the probability that it has for one.
+
+    The interval of each must exclude a draw at the level of all; those left are tried again at the level of their own
+    number, until no other is above.
+    """
+    left, decided = dict(systems), {}
+    while left:
+        comparisons = len(left)
+        tried = {name: decide(system, parent, thresholds, comparisons) for name, system in left.items()}
+        decided |= tried
+        left = {name: system for name, system in left.items() if tried[name]["standing"] != "above"}
+        if len(left) == comparisons:
+            break
+    return {name: decided[name] for name in systems}
+
+
+def correction(decided: dict[str, dict]) -> str | None:
+    """What a reader must know of the number of systems; None of one."""
+    if len(decided) < 2:
+        return None
+    return (
+        f"{len(decided)} systems were tried: one ships only where its interval excludes a draw after Holm's "
+        "correction for their number, and the figures of the best are those of the best of several, which flatters it "
+        "a little."
+    )
+
+
+def decide(system: dict, parent: str, thresholds: dict, comparisons: int = 1) -> dict:
     """`ship`, `hold` or `worse` for one system, with `reasons` in plain words.
 
     worse: the main metric is below the parent's, or a limit is exceeded, by more than the interval.
     ship: the main metric is above the parent's by more than the interval, and no limit is exceeded.
     hold: everything else, foremost intervals that reach across; the reason says what n would decide. A win rate of a
-    judge that changes its mind with the order, or of an ensemble whose worst case sees none, holds too.
+    judge that changes its mind with the order, of an ensemble whose worst case sees none, or of a reward model that
+    the system was trained on, holds too.
+
+    Args:
+        comparisons: systems of which each may ship; see `decide_all`.
 
     `main` is the metric that decides, `value` its estimate's, `standing` above | level | below the parent, and
     `unchecked` the limits whose metric was not measured.
@@ -70,7 +103,7 @@ def decide(system: dict, parent: str, thresholds: dict) -> dict:
             "standing": "below",
             "value": None,
         }
-    key, estimate, standing, reasons = _main(system, parent, thresholds)
+    key, estimate, standing, reasons = _main(system, parent, thresholds, comparisons)
     crossed, unchecked = [], []
     checks = [
         (guard, where == "differences", *METRICS[metric][:2], system[where].get(metric), side, sign)
@@ -116,17 +149,19 @@ def rank(v: dict) -> tuple:
     return ("worse", "hold", "ship").index(v["verdict"]), -math.inf if v["value"] is None else v["value"]
 
 
-def _main(system: dict, parent: str, thresholds: dict) -> tuple[str | None, Estimate | None, str, list[str]]:
+def _main(
+    system: dict, parent: str, thresholds: dict, comparisons: int
+) -> tuple[str | None, Estimate | None, str, list[str]]:
     """Main metric, its estimate, above | level | below the parent, and the reasons."""
     win = system["metrics"].get("win_rate")
     choice = thresholds["metric"]
     if choice not in ("auto", "win_rate", "preference_accuracy"):
         raise Refusal(f"metric = {choice}: auto, win_rate or preference_accuracy. Choose one of these.")
     if choice == "preference_accuracy" or (choice == "auto" and win is None):
-        key, draw, target = "preference_accuracy", 0.0, thresholds["min_accuracy_gain"] or 0.0
+        key, draw, target, least = "preference_accuracy", 0.0, thresholds["min_accuracy_gain"] or 0.0, -1
         estimate = system["differences"][system["accuracy"]]
     else:
-        key, estimate, draw, target = "win_rate", win, 0.5, thresholds["min_win_rate"] or 0.5
+        key, estimate, draw, target, least = "win_rate", win, 0.5, thresholds["min_win_rate"] or 0.5, 0
     if estimate is None or estimate.value is None:
         return key, None, "level", [f"{_title(key)} was not measured."]
     said = _said(key, estimate, parent)
@@ -138,13 +173,15 @@ def _main(system: dict, parent: str, thresholds: dict) -> tuple[str | None, Esti
             f" The judge names the same winner in both orders on {stats.format_estimate(same, percent=True)} of pairs."
         )
     if thresholds["min_prompts"] and estimate.clusters < thresholds["min_prompts"]:
-        least = thresholds["min_prompts"]
-        few = f"{estimate.clusters} prompts are too few to decide on (min_prompts = {least})."
+        few = f"{estimate.clusters} prompts are too few to decide on (min_prompts = {thresholds['min_prompts']})."
         return key, estimate, "level", [said, few]
     if estimate.low is not None and estimate.high < draw:
         return key, estimate, "below", [said]
-    if estimate.low is None or estimate.low <= target:
-        return key, estimate, "level", [said, _undecided(estimate, target, draw)]
+    among_all = stats.simultaneous(estimate, comparisons, least, 1)
+    if among_all.low is None or among_all.low <= target:
+        return key, estimate, "level", [said, _undecided(estimate, among_all, target, draw, comparisons)]
+    if key == "win_rate" and system.get("optimised"):
+        return key, estimate, "level", [said, _optimised(system["optimised"])]
     doubts = {
         "win_rate_length_controlled": (
             "length_controlled",
@@ -159,7 +196,8 @@ def _main(system: dict, parent: str, thresholds: dict) -> tuple[str | None, Esti
         e = system["metrics"].get(metric)
         if metric == "win_rate_worst_case" and "judge_answers" in system["metrics"]:
             continue  # it is not the ensemble that decides
-        if key == "win_rate" and thresholds[switch] and e and (e.low is None or e.low <= target):
+        low = e and stats.simultaneous(e, comparisons, 0, 1).low
+        if key == "win_rate" and thresholds[switch] and e and (low is None or low <= target):
             return key, estimate, "level", [said, doubt.format(stats.format_estimate(e, percent=True))]
     return key, estimate, "above", [said]
 
@@ -190,18 +228,35 @@ def _said(key: str, e: Estimate, parent: str) -> str:
     return f"Its preference accuracy differs from that of {parent} by {gain} (n = {e.n} pairs)."
 
 
-def _undecided(e: Estimate, target: float, draw: float) -> str:
-    """Says that the interval reaches across, and how many prompts would settle it."""
+def _optimised(names: list[str]) -> str:
+    """That the reward which judges is the one that was optimised."""
+    which = f"The reward model {names[0]}, which judges," if len(names) == 1 else f"{', '.join(names)}, which judge,"
+    is_what = "is what" if len(names) == 1 else "are what"
+    return (
+        f"{which} {is_what} it was trained on: that score rises whether the answers are better or not (Gao et al. "
+        "2022, arXiv:2210.10760). Take a judge, or a reward model that learned from other pairs."
+    )
+
+
+def _undecided(e: Estimate, among_all: Estimate, target: float, draw: float, comparisons: int) -> str:
+    """Says that the interval reaches across, and how many prompts would settle it.
+
+    Args:
+        among_all: with the interval that holds for all systems at once.
+    """
     if e.low is None:
         return "A single prompt gives no interval."
     across = "a draw" if target == draw else f"the required {100 * target:.1f} %"
     said = f"The interval does not exclude {across}"
-    number = stats.needed(e, target)
+    if e.low > target:
+        shown = stats.format_estimate(among_all, percent=True, sign=draw == 0).partition(" [")[2]
+        said = f"As one of {comparisons} systems (Holm) its interval is [{shown}, which does not exclude {across}"
+    number = stats.needed(among_all, target, comparisons)
     if number is None or number > 100 * e.clusters:
         return f"{said}, and the difference is too small for more prompts to matter."
     if number <= e.clusters:
         return f"{said}."
-    return f"{said}; about {_round_up(number):,} prompts would settle a difference of this size."
+    return f"{said}; about {_round_up(number):,} prompts would settle a difference of this size in four of five tries."
 
 
 def _round_up(number: int) -> int:

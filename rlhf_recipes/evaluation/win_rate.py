@@ -1,6 +1,7 @@
 """The win rate: how often an answer beats its parent's, by reward or by judge, plain and length-controlled."""
 
 from rlhf_recipes import stats
+from rlhf_recipes.data.formats import clusters
 from rlhf_recipes.evaluation.measurements import Measurements
 
 TIE = 1e-9  # rewards and margins closer than this count as equal
@@ -8,18 +9,20 @@ TIE = 1e-9  # rewards and margins closer than this count as equal
 
 def win_rates(measurements: Measurements, own: dict, base: dict, name: str) -> dict:
     """Win rate against the parent, plain and length-controlled; empty where no answer was scored."""
-    tokens, prompt_ids = own["tokens"]
+    tokens, ids = own["tokens"]
     lengths = [None if None in pair else pair[0] - pair[1] for pair in zip(tokens, base["tokens"][0], strict=True)]
-    if judged := measurements.judgements.get(name):
-        wins, ids = [row["p"] for row in judged], [row["prompt_id"] for row in judged]
-        if ids != prompt_ids:  # one judgement of several answers to a prompt: their mean length difference
+    if judgements := judged(measurements, name):
+        wins, prompts = [row["p"] for row in judgements], [row["prompt_id"] for row in measurements.answers]
+        if [row["prompt_id"] for row in judgements] != prompts:
+            # one judgement of several answers to a prompt: their mean length difference
             lengths = [
-                mean(d for d, p in zip(lengths, prompt_ids, strict=True) if p == i and d is not None) for i in ids
+                mean(d for d, p in zip(lengths, prompts, strict=True) if p == row["prompt_id"] and d is not None)
+                for row in judgements
             ]
-        prompt_ids = ids
+        ids = clusters(judgements)
     else:
         wins = [beats(a, b) for a, b in zip(own["reward"][0], base["reward"][0], strict=True)]
-    rows = [row for row in zip(wins, lengths, prompt_ids, strict=True) if row[0] is not None]
+    rows = [row for row in zip(wins, lengths, ids, strict=True) if row[0] is not None]
     if not rows:
         return {}
     controlled = [row for row in rows if row[1] is not None]
@@ -31,18 +34,26 @@ def win_rates(measurements: Measurements, own: dict, base: dict, name: str) -> d
     }
 
 
+def judged(measurements: Measurements, name: str) -> list[dict]:
+    """What a judge said of a system's answers, each with the cluster of its prompt."""
+    answers = measurements.answers
+    cluster = dict(zip((row["prompt_id"] for row in answers), clusters(answers), strict=True))
+    rows = measurements.judgements.get(name) or []
+    return [row | {"cluster": cluster.get(row["prompt_id"], row["prompt_id"])} for row in rows]
+
+
 def judge_quality(rows: list[dict]) -> dict:
     """How far the judge can be relied on; empty where no judge compared the answers."""
     asked = [row for row in rows if row.get("asked")]
     if not asked:
         return {}
     answered = [row for row in asked if row["answered"]]
-    ids = [row["prompt_id"] for row in answered]
+    ids = clusters(answered)
     return {
-        "judge_answers": stats.estimate([row["answered"] for row in asked], [row["prompt_id"] for row in asked]),
+        "judge_answers": stats.estimate([row["answered"] for row in asked], clusters(asked)),
         "judge_consistency": stats.estimate([not row["flip"] for row in answered], ids),
         "judge_position_gap": stats.ratio_of_sums([row["gap"] for row in answered], [1] * len(answered), ids),
-        "judge_ties": stats.estimate([row["tie"] for row in rows], [row["prompt_id"] for row in rows]),
+        "judge_ties": stats.estimate([row["tie"] for row in rows], clusters(rows)),
     }
 
 

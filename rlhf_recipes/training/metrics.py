@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from rlhf_recipes import stats
+from rlhf_recipes.data.formats import clusters
 from rlhf_recipes.data.load import shorter_wins
 
 
@@ -25,7 +26,7 @@ def preference_margins(logps: list[dict], reference: list[dict], reward: str) ->
 
 def preference_metrics(rows: list[dict], logps: list[dict], reference: list[dict], reward: str) -> dict:
     """Held-out metrics of a policy on preference pairs; `reference` are the log-probabilities before training."""
-    prompts = [row["prompt_id"] for row in rows]
+    prompts = clusters(rows)
     margins = preference_margins(logps, reference, reward)
     pairs = list(zip(logps, reference, strict=True))
     return {
@@ -48,7 +49,7 @@ def preference_metrics(rows: list[dict], logps: list[dict], reference: list[dict
 def reward_metrics(rows: list[dict], scores: list[dict], before: list[dict]) -> dict:
     """Held-out metrics of a reward model: accuracy on pairs, margin, mean and standard deviation of its rewards;
     `before` are the scores before training."""
-    prompts = [row["prompt_id"] for row in rows]
+    prompts = clusters(rows)
     margins, margins_before = ([s["chosen"] - s["rejected"] for s in each] for each in (scores, before))
     return {
         **accuracy_metrics(rows, margins, margins_before),
@@ -67,7 +68,7 @@ def label_metrics(rows: list[dict], logps: list[tuple[float, int]], reference: l
     characters. `reward_margin` is the good ones' mean of log pi/pi_ref less that of the bad ones, in nats. Where both
     halves of a pair are held out, the metrics of pairs follow.
     """
-    prompts, good = [row["prompt_id"] for row in rows], np.array([row["label"] for row in rows], dtype=bool)
+    prompts, good = clusters(rows), np.array([row["label"] for row in rows], dtype=bool)
     changes = np.array([p[0] - q[0] for p, q in zip(logps, reference, strict=True)])
     ranked, still = stats.area(changes, good), stats.area(np.zeros(len(rows)), good)
     found = {
@@ -85,7 +86,7 @@ def label_metrics(rows: list[dict], logps: list[tuple[float, int]], reference: l
     pairs, margins = _whole_pairs(rows, changes)
     if pairs:
         found |= accuracy_metrics(pairs, margins, [0.0] * len(pairs))
-        found["baseline_shorter_wins"] = stats.estimate(shorter_wins(pairs), [pair["prompt_id"] for pair in pairs])
+        found["baseline_shorter_wins"] = stats.estimate(shorter_wins(pairs), clusters(pairs))
     return found
 
 
@@ -95,9 +96,11 @@ def _whole_pairs(rows: list[dict], changes) -> tuple[list[dict], list[float]]:
     for i, row in enumerate(rows):
         if row["pair"] is not None:
             halves.setdefault(row["pair"], {})[row["label"]] = i
+    prompts = clusters(rows)
     whole = [(both[True], both[False]) for both in halves.values() if len(both) == 2]
     pairs = [
         {
+            "cluster": prompts[chosen],
             "prompt_id": rows[chosen]["prompt_id"],
             "chosen": rows[chosen]["completion"],
             "rejected": rows[rejected]["completion"],
@@ -109,7 +112,7 @@ def _whole_pairs(rows: list[dict], changes) -> tuple[list[dict], list[float]]:
 
 def demonstration_metrics(rows: list[dict], logps: list[tuple[float, int]]) -> dict:
     """Perplexity of held-out completions: exp of the mean negative log-probability per token."""
-    prompts = [row["prompt_id"] for row in rows]
+    prompts = clusters(rows)
     losses, tokens = [-logp for logp, _ in logps], [tokens for _, tokens in logps]
     return {"perplexity": stats.ratio_of_sums(losses, tokens, prompts, exponential=True)}
 
@@ -120,7 +123,7 @@ def episode_metrics(rows: list[dict], episodes: list[dict], before: list[dict]) 
     `before` are the answers before training; `reward_change` pairs the two answers to each prompt, so that its
     interval is free of how much prompts differ.
     """
-    prompts = [row["prompt_id"] for row in rows]
+    prompts = clusters(rows)
     names = {"reward": "reward", "kl": "kl", "kl_k3": "kl_k3", "completion_tokens": "completions/mean_length"}
     means = {k: _mean([e[key] for e in episodes], prompts) for k, key in names.items()}
     change = stats.difference([e["reward"] for e in episodes], [e["reward"] for e in before], prompts)
@@ -134,19 +137,18 @@ def episode_metrics(rows: list[dict], episodes: list[dict], before: list[dict]) 
 def accuracy_metrics(rows: list[dict], margins: list[float], before: list[float]) -> dict:
     """Share of the pairs whose margin is positive, how it changed (paired), and what length has to do with it.
 
-    `length_bias` is the accuracy where the chosen reply is the longer one, less that where it is the shorter: the
-    slope of being right, w, on z = 1 (longer) or -1 (shorter), twice; row by row 2 (w - mean w)(z - mean z) / var z.
+    `length_bias` is the accuracy where the chosen reply is the longer one, less that where it is the shorter; without
+    a value where one of the two never is.
     """
-    prompts, right = [row["prompt_id"] for row in rows], wins(margins)
-    longer = [1 - 2 * shorter for shorter in shorter_wins(rows)]
-    mean_right, mean_longer = (sum(values) / max(len(rows), 1) for values in (right, longer))
-    variance = sum((z - mean_longer) ** 2 for z in longer) / max(len(rows), 1)
-    slopes = [2 * (w - mean_right) * (z - mean_longer) / (variance or 1) for w, z in zip(right, longer, strict=True)]
+    prompts, right = clusters(rows), wins(margins)
+    shorter = np.array(shorter_wins(rows))
+    apart = np.flatnonzero(shorter != 0.5)
+    bias = _mean_difference(np.array(right)[apart], shorter[apart] == 0)
     return {
         "preference_accuracy": stats.estimate(right, prompts),
         # No share either: a difference that is the same for all pairs is no point on a scale from 0 to 1.
         "accuracy_change": stats.difference(right, wins(before), prompts),
-        "length_bias": _mean(slopes, prompts),
+        "length_bias": stats.resampled(bias, len(apart), [prompts[i] for i in apart]),
     }
 
 

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 from rlhf_recipes import inference, methods, models, stats
 from rlhf_recipes.data.account import told
+from rlhf_recipes.data.formats import clusters
 from rlhf_recipes.data.load import Splits, shorter_wins
 from rlhf_recipes.text_metrics import refuses
 
@@ -32,7 +33,7 @@ def examine(splits: Splits, sizes: list[int]) -> dict[str, Any]:
         sizes: tokens of each train row as it would be trained on.
     """
     report, train = splits.report, splits.train
-    prompts = [row["prompt_id"] for row in train]
+    prompts = clusters(train)
     left_out = report["dropped"]["over_length"]
     empty = sum(report["dropped"].get(reason, 0) for reason in ("no_answer_left", "same_tokens"))
     fate = " (left out)" if left_out else " (cut)" if report["over_length_truncated"] else ""
@@ -65,17 +66,10 @@ def _said(rows: Iterable[dict], side: str) -> Iterable[str]:
 
 
 def length_correlation(chosen: Iterable[str], rejected: Iterable[str], prompts: list[str]) -> stats.Estimate:
-    """Pearson's correlation of being the chosen reply (1 or 0) with the logarithm of its characters, over all replies.
-
-    Both labels are as frequent, so r = mean(l_chosen - l_rejected) / (2 s), with s the deviation of all l; the
-    interval resamples pairs and takes s as it is.
-    """
-    logs = [[math.log(max(len(text), 1)) for text in texts] for texts in (chosen, rejected)]
-    pooled = [*logs[0], *logs[1]]
-    mean = sum(pooled) / len(pooled)
-    deviation = math.sqrt(sum((length - mean) ** 2 for length in pooled) / len(pooled))
-    shares = [(c - r) / (2 * deviation or 1) for c, r in zip(*logs, strict=True)]
-    return stats.ratio_of_sums(shares, [1] * len(shares), prompts)
+    """Pearson's correlation of being the chosen reply (1 or 0) with the logarithm of its characters, over all replies;
+    without a value where all are equally long."""
+    logs = [math.log(max(len(text), 1)) for texts in (chosen, rejected) for text in texts]
+    return stats.pearson([1.0] * len(prompts) + [0.0] * len(prompts), logs, prompts * 2)
 
 
 def near_duplicates(train: Iterable[dict], test: Iterable[dict]) -> int:
