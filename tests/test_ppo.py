@@ -130,23 +130,24 @@ def test_what_the_log_says_of_a_rollout(build):
 
 
 def test_what_an_episode_earns(build):
-    """Rewards 1 and 3; the second completion lacks EOS and uses 7 of 8 tokens, 4 of which are for a soft landing."""
+    """Rewards 1 and 3, mean 2, deviation 1; the second completion lacks EOS and uses 7 of 8 tokens, 4 of which are for
+    a soft landing."""
     from rlhf_recipes.ppo.rollout import Completions
 
-    completions = Completions([[5, 2], [5] * 7], ["a", "b"], [], None, [True, False])
+    completions = Completions([[5, 2], [5] * 7], ["a", "b"], [], [True, False])
 
-    def earned(**given):
-        trainer = build(lambda **_: [1.0, 3.0], **given)
-        return trainer._scores(trainer._rewards(list(rows())[:2], completions), completions).tolist()
+    def earned(scale=1.0, **given):
+        trainer = build(lambda **_: [1.0 * scale, 3.0 * scale], **given)
+        parts = trainer.scores.rewards(list(rows())[:2], completions, trainer.state)
+        return trainer.scores.earned(parts, completions.finished, trainer._gather).tolist()
 
-    assert earned() == [1, 3]
-    assert earned(missing_eos_penalty=2.5) == [1, 0.5]
-    assert earned(soft_punish_cache=4) == [1, 2.25]  # (8 - 4 - 7) / 4 = -0.75
-    assert earned(reward_clip_range=(-2, 2)) == [1, 2]
-    assert earned(normalize_rewards=True) == pytest.approx([-1, 1])
-    assert earned(reward_weights=[0.5], missing_eos_penalty=1.0, reward_clip_range=(0.6, 9)) == pytest.approx(
-        [0.6, 0.6]
-    )
+    assert earned() == [-1, 1]
+    assert earned(missing_eos_penalty=2.5) == [-1, -1.5]
+    assert earned(soft_punish_cache=4) == [-1, 0.25]  # (8 - 4 - 7) / 4 = -0.75
+    assert earned(reward_clip_range=(-2, 0.5)) == [-1, 0.5]
+    assert earned(normalize_rewards=True, missing_eos_penalty=0.5) == pytest.approx([-1, 0.5])
+    for scale in (0.01, 100.0):  # a reward has no zero and no unit: half a deviation is half a deviation
+        assert earned(scale, missing_eos_penalty=0.5) == pytest.approx([-scale, scale / 2])
 
 
 def test_an_ensemble_is_put_on_one_scale(build, judge, tmp_path, capsys):
@@ -159,11 +160,11 @@ def test_an_ensemble_is_put_on_one_scale(build, judge, tmp_path, capsys):
         told = {"mean_reward": {"value": mean} | interval, "sd_reward": {"value": 2.0} | interval} if mean else {}
         (tmp_path / name / "result.json").write_text(json.dumps({"recipe": "reward", "metrics": told}))
     two = [{"role": "user", "content": text} for text in PROMPTS[:2]]
-    completions = Completions([[5, 2], [5] * 7], ["a", "b"], [], None, [True, False])
+    completions = Completions([[5, 2], [5] * 7], ["a", "b"], [], [True, False])
 
     def parts(*names, **given):
         trainer = build([str(tmp_path / name) for name in names], **given)
-        return trainer._rewards([{"prompt": [turn]} for turn in two], completions)
+        return trainer.scores.rewards([{"prompt": [turn]} for turn in two], completions, trainer.state)
 
     raw = parts("a")["reward"]
     worst = parts("a", "b", reward_ensemble="min")
@@ -386,8 +387,8 @@ def test_the_brake_restores_the_last_good_policy(build):
     good = []
     govern = trainer._govern
 
-    def watched(micro_batches):
-        govern(micro_batches)
+    def watched():
+        govern()
         good.append({n: p.detach().clone() for n, p in trainer.roles.policy_parameters.items()})
 
     trainer._govern = watched

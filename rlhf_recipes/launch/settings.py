@@ -97,7 +97,6 @@ RANGES = {
     "trainer.cliprange": POSITIVE,
     "trainer.cliprange_value": POSITIVE,
     "trainer.dual_clip": Range(above=1),
-    "trainer.vf_coef": NOT_NEGATIVE,
     "trainer.gamma": SHARE,
     "trainer.lam": SHARE,
     "trainer.kl_coef": NOT_NEGATIVE,
@@ -213,7 +212,7 @@ READ = {
     "trl.experimental.orpo.ORPOConfig": SHARED | NO_SMOOTHER | DECODER,
     "rlhf_recipes.ppo.PPOConfig": {key: SHARED[key] for key in ("warmup_steps", "eval_steps")} | NO_SMOOTHER | {
         "resume_from_checkpoint": SHARED["resume_from_checkpoint"],
-        "kl_horizon": Reads(10_000, "kl_controller", ("adaptive",)),
+        "kl_horizon": Reads(10, "kl_controller", ("adaptive",)),
         "uwo_coef": Reads(0.5, "reward_ensemble", ("uwo",)),
     },
 }  # fmt: skip
