@@ -186,6 +186,18 @@ class Roles:
             for layer in layers:
                 del layer.forward
 
+    @contextmanager
+    def beside(self):
+        layers = [m for m in self.causal.modules() if isinstance(m, LoraLayer) and _is_plain(m)]
+        for layer in layers:
+            base = layer.get_base_layer()
+            base.forward = partial(_linear, weight=dequantize_module_weight(base), bias=base.bias)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer.get_base_layer().forward
+
     def token_logps(self, role: str, hidden_NH: Tensor, tokens_N: Tensor, temperature: float, entropy: bool = False):
         """Log-probabilities of the tokens at `temperature`, and the entropies (nats) or None; (N,) each.
 
