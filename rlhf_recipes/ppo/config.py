@@ -40,8 +40,8 @@ class PPOConfig(BaseConfig):
     merge_to_sample: bool | None = field(
         default=None,
         metadata={
-            "help": "Sample from copies of the base weights with the LoRA added: faster, for two bytes a weight. "
-            "None: on a CPU."
+            "help": "Sample from unpacked copies of the base weights, in float32 with the LoRA added: faster, for two "
+            "(or four) bytes a weight. None: on a CPU."
         },
     )
 

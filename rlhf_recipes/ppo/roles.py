@@ -170,33 +170,27 @@ class Roles:
 
     @contextmanager
     def merged(self):
-        """The policy with its LoRA added into copies of the base weights, which are gone afterwards: at a token a time
-        a layer is one product instead of three, and a 4-bit weight is not unpacked for every token. The base itself,
-        which the other roles share, is never merged into: that would round it. Layers that are more than a linear one
-        and a plain LoRA stay as they are."""
-        layers = [m for m in self.causal.modules() if isinstance(m, LoraLayer) and _is_plain(m)]
-        for layer in layers:
+        """The policy on unpacked copies of the base weights, which are gone afterwards: a 4-bit weight is not unpacked
+        for every token. In float32 its LoRA is added into them, and a layer is one product instead of three; in 16
+        bits it stays beside them, since most of what it adds is under half a unit in a weight's last place: the
+        samples would be the base's. The base itself, which the other roles share, is never merged into. Layers that
+        are more than a linear one and a plain LoRA stay as they are."""
+        rounds = torch.is_autocast_enabled(self.head.weight.device.type)
+        changed = []
+        for layer in self.causal.modules():
+            if not (isinstance(layer, LoraLayer) and _is_plain(layer)):
+                continue
             base = layer.get_base_layer()
-            weight = dequantize_module_weight(base)
-            weight = weight + layer.get_delta_weight(POLICY).to(weight)
-            layer.forward = partial(_linear, weight=weight, bias=base.bias)
+            weight, module = dequantize_module_weight(base), base
+            if weight.dtype == torch.float32 and not rounds:
+                weight, module = weight + layer.get_delta_weight(POLICY).to(weight), layer
+            module.forward = partial(_linear, weight=weight, bias=base.bias)
+            changed.append(module)
         try:
             yield
         finally:
-            for layer in layers:
-                del layer.forward
-
-    @contextmanager
-    def beside(self):
-        layers = [m for m in self.causal.modules() if isinstance(m, LoraLayer) and _is_plain(m)]
-        for layer in layers:
-            base = layer.get_base_layer()
-            base.forward = partial(_linear, weight=dequantize_module_weight(base), bias=base.bias)
-        try:
-            yield
-        finally:
-            for layer in layers:
-                del layer.get_base_layer().forward
+            for module in changed:
+                del module.forward
 
     def token_logps(self, role: str, hidden_NH: Tensor, tokens_N: Tensor, temperature: float, entropy: bool = False):
         """Log-probabilities of the tokens at `temperature`, and the entropies (nats) or None; (N,) each.
