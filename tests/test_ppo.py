@@ -372,7 +372,7 @@ def test_a_sample_depends_on_its_seed_alone(build):
     assert together.ids != trainer._complete(data, list(range(1, 9)))[1].ids
 
 
-def test_what_is_penalised_is_the_policy_not_its_sampler(build):
+def test_what_is_penalised_is_the_policy_not_its_sampler(build, capsys):
     """A sampler that rounds elsewhere: neither the penalty nor the ratio of a second mini-batch knows it."""
     trainer = build(num_mini_batches=2, per_device_train_batch_size=1, kl_coef=1.0)
     complete = trainer._complete
@@ -389,6 +389,10 @@ def test_what_is_penalised_is_the_policy_not_its_sampler(build):
     assert trainer._rollout_log["kl"] == pytest.approx(0, abs=1e-5)
     assert trainer._rollout_log["sampling/logp_difference"] == pytest.approx(0.5, abs=1e-5)
     assert trainer._rollout_log["sampling/kl"] == pytest.approx(0.5 + math.exp(-0.5) - 1, abs=1e-5)  # k3 at -0.5
+    trainer.train()
+    assert "sampling: the last samples are 0.1 nats a token from the policy" in capsys.readouterr().out
+    build(max_steps=4).train()
+    assert "sampling:" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])

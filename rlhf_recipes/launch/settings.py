@@ -213,6 +213,8 @@ READ = {
     "rlhf_recipes.ppo.PPOConfig": {key: SHARED[key] for key in ("warmup_steps", "eval_steps")} | NO_SMOOTHER | {
         "resume_from_checkpoint": SHARED["resume_from_checkpoint"],
         "kl_horizon": Reads(10, "kl_controller", ("adaptive",)),
+        # Of TRL's PPOConfig.
+        "vf_coef": Reads(None, instead="The critic shares no weights: use trainer.value_learning_rate."),
         "uwo_coef": Reads(0.5, "reward_ensemble", ("uwo",)),
     },
 }  # fmt: skip

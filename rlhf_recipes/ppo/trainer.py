@@ -210,6 +210,18 @@ class PPOTrainer(BaseTrainer):
             self._tally.add("seconds/update", torch.tensor([time.monotonic() - self._started]))
         return loss * self.args.world_size  # the log takes the mean over processes
 
+    def train(self, *args, **kwargs):
+        output = super().train(*args, **kwargs)
+        log = self._rollout_log
+        moved = log.get("kl_k3", 0.0) / max(log.get("completions/mean_length", 1.0), 1.0)
+        if log.get("sampling/kl", 0.0) > moved and self.is_world_process_zero():
+            print(
+                f"sampling: the last samples are {log['sampling/kl']:.1g} nats a token from the policy, which is "
+                f"{moved:.1g} from its reference: rounding hides what it has learned. Take a higher "
+                "trainer.learning_rate, or model.dtype=float32."
+            )
+        return output
+
     def _micro_step(self) -> int:
         return self.state.global_step * self.args.gradient_accumulation_steps + self._accumulated
 

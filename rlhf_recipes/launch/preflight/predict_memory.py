@@ -235,7 +235,8 @@ def _step(base: Backbone, batch: Batch, where: str, args) -> dict[str, float]:
         predicted = batch.sequences * batch.completion if base.recipe == "ppo" else tokens
         buffer = TILE_ENTRIES_PPO if base.recipe == "ppo" else TILE_ENTRIES
         used = min(buffer, base.config.vocab_size)
-        logits = min(predicted, TILE_TOKENS) * (buffer * base.item + used * TILE_BYTES[where])
+        item = 4 if base.recipe == "ppo" else base.item  # its logits are float32
+        logits = min(predicted, TILE_TOKENS) * (buffer * item + used * TILE_BYTES[where])
     if not args.gradient_checkpointing:
         return {"activations": tokens * (layers + 0.5) * base.kept, "logits": logits}
     inputs = layers * base.config.hidden_size * base.item * (1 + base.wide)
@@ -266,6 +267,7 @@ def _rollout(base: Backbone, batch: Batch, where: str, args) -> dict[str, float]
     return {
         "KV cache": batch.prompts * batch.tokens * cached,
         "merged weights": base.linear * base.item * merged,
+        "float32 head": 4.0 * base.config.vocab_size * base.config.hidden_size * (where == "cpu" and base.item == 2),
         "activations": batch.prompts * (batch.tokens - batch.completion) * base.kept,
         "logits": batch.prompts * base.config.vocab_size * SAMPLED_BYTES,
     }
