@@ -369,6 +369,9 @@ def test_a_sample_depends_on_its_seed_alone(build):
     together = trainer._complete(data, list(range(8)))[1]
     alone = [trainer._complete([data[i]], [i])[1].ids[0] for i in range(8)]
     assert together.ids == alone
+    trainer.args.local_rollout_forward_batch_size = 3
+    in_turns = trainer._complete(data, list(range(8)))[1]
+    assert in_turns.ids == together.ids and in_turns.texts == together.texts and len(in_turns.logps) == 8
     assert together.ids != trainer._complete(data, list(range(1, 9)))[1].ids
 
 

@@ -94,6 +94,7 @@ RANGES = {
     "trainer.top_k": NATURAL,
     "trainer.num_ppo_epochs": COUNT,
     "trainer.num_mini_batches": COUNT,
+    "trainer.local_rollout_forward_batch_size": COUNT,
     "trainer.cliprange": POSITIVE,
     "trainer.cliprange_value": POSITIVE,
     "trainer.dual_clip": Range(above=1),

@@ -37,6 +37,10 @@ class PPOConfig(BaseConfig):
     top_p: float = field(default=1.0, metadata={"help": "1.0 and top_k=0 sample what the log-probabilities describe."})
     top_k: int = field(default=0, metadata={"help": "0: all tokens."})
 
+    local_rollout_forward_batch_size: int = field(
+        default=64,
+        metadata={"help": "Prompts that each process answers at a time: they share a cache of keys and values."},
+    )
     merge_to_sample: bool | None = field(
         default=None,
         metadata={
@@ -129,7 +133,10 @@ class PPOConfig(BaseConfig):
         ):  # fmt: skip
             if getattr(self, name) not in words:
                 raise Refusal(f"{name}={getattr(self, name)}: not one of {', '.join(words)}.")
-        for name in ("max_completion_length", "num_ppo_epochs", "num_mini_batches", "kl_horizon"):
+        for name in (
+            "max_completion_length", "num_ppo_epochs", "num_mini_batches", "kl_horizon",
+            "local_rollout_forward_batch_size",
+        ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise Refusal(f"{name}={getattr(self, name)}: must be at least 1.")
         for name in ("temperature", "kl_target", "cliprange", "cliprange_value"):

@@ -3,7 +3,7 @@
 Shapes: B episodes, K completion tokens, V vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -29,6 +29,10 @@ class Completions:
     texts: list[str]
     logps: list[Tensor]
     finished: list[bool]
+
+    @classmethod
+    def joined(cls, parts: list["Completions"]) -> "Completions":
+        return cls(*([each for part in parts for each in getattr(part, field.name)] for field in fields(cls)))
 
 
 class Sampler(LogitsProcessor):

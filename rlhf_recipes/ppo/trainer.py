@@ -345,9 +345,14 @@ class PPOTrainer(BaseTrainer):
         prompts = [self._prompt_ids(row["prompt"]) for row in rows]
         merge = self.args.merge_to_sample
         merge = self.args.device.type == "cpu" if merge is None else merge
+        size, parts = self.args.local_rollout_forward_batch_size, []
         with self.accelerator.autocast(), self.roles.merged() if merge else nullcontext():
-            completions = sample(self.roles, self.processing_class, prompts, seeds, self.eos_ids, self.args)
-        return prompts, completions
+            for start in range(0, len(prompts), size):
+                some = slice(start, start + size)
+                parts.append(
+                    sample(self.roles, self.processing_class, prompts[some], seeds[some], self.eos_ids, self.args)
+                )
+        return prompts, Completions.joined(parts)
 
     def _partition(self, lengths: list[int]) -> list[list[int]]:
         """Indices of each micro-batch: mini-batches in the order of the prompts, each cut by length, to pad little.
