@@ -7,7 +7,7 @@ A bad run has one fault, and the rule that should name it. Printed are a line fo
 the bad runs that it named among those made for it, and the good runs in which it said anything. Runs that are finished
 are kept: interrupted, the same command continues. A run takes one to three minutes on one thread (OMP_NUM_THREADS=1).
 
-`--ppo` reads finished PPO runs again from their logs, as good ones: those of ppo_learns.py take ten minutes each.
+`--ppo` reads finished PPO runs again from their logs, as good ones: those of ppo_learns.py take half an hour each.
 """
 
 import argparse
