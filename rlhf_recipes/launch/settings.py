@@ -327,7 +327,7 @@ def _refuse_ppo(trainer: dict) -> None:
                 "clipped. Leave it out, or raise trainer.num_ppo_epochs or trainer.num_mini_batches."
             )
     unread = trainer.get("kl_controller", "fixed") == "fixed" and trainer.get("kl_brake", 5.0) is None
-    if unread and trainer.get("kl_target", 6.0) != 6.0:
+    if unread and trainer.get("kl_target", 10.0) != 10.0:
         raise Refusal(
             f"trainer.kl_target={trainer['kl_target']}: is read by neither kl_controller=fixed nor kl_brake=null. "
             "Leave it out, or choose trainer.kl_controller=adaptive."

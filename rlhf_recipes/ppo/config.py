@@ -78,10 +78,10 @@ class PPOConfig(BaseConfig):
         default="fixed",
         metadata={"help": "`fixed`; `adaptive` steers the KL to `kl_target`; `limit` ends the run at `kl_target`."},
     )
-    kl_target: float = field(default=6.0, metadata={"help": "Nats per completion."})
+    kl_target: float = field(default=10.0, metadata={"help": "Nats per completion."})
     kl_horizon: int = field(
         default=10,
-        metadata={"help": "Rollouts in which `adaptive` works: the coefficient moves by up to 0.2 of it a rollout."},
+        metadata={"help": "Rollouts: each moves the coefficient of `adaptive` by up to a fifth of 1 / kl_horizon."},
     )
     kl_brake: float | None = field(
         default=5.0, metadata={"help": "End the run where the KL exceeds so many times `kl_target`. None: never."}
