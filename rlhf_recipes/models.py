@@ -362,11 +362,14 @@ def build_quantization(node: DictConfig, dtype):
 
 
 def compute_dtype(model: DictConfig):
-    """torch dtype of weights and computation; `auto` is bfloat16 where the hardware computes in it."""
+    """torch dtype of weights and computation; `auto` is bfloat16 where the hardware computes in it, else float16 on a
+    GPU, whose trainers scale their losses then, and float32 on a CPU."""
     import torch
 
     if model.dtype == "auto":
-        return torch.bfloat16 if computes_in_bf16() else torch.float32
+        if computes_in_bf16():
+            return torch.bfloat16
+        return torch.float16 if torch.cuda.is_available() else torch.float32
     dtype = getattr(torch, model.dtype, None)
     if not isinstance(dtype, torch.dtype):
         raise Refusal(f"model.dtype={model.dtype}: not a torch dtype. Use auto, bfloat16, float16 or float32.")

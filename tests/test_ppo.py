@@ -1,6 +1,7 @@
 """PPOTrainer on the tiny model: who moves and who does not, what a rollout holds, how a run is stopped."""
 
 import json
+import math
 import shutil
 import subprocess
 
@@ -52,17 +53,30 @@ def judge(train, tmp_path_factory):
 def build(tiny_model, tokenizer, compose, tiny_model_overrides, tmp_path):
     """build(reward_funcs=even, ..., **arguments of PPOConfig): a trainer on the tiny model in float32."""
 
-    def built(reward_funcs=even, quantization="none", lora=True, adapter=None, eval_dataset=None, data=None, **given):
+    def built(
+        reward_funcs=even,
+        quantization="none",
+        lora=True,
+        adapter=None,
+        eval_dataset=None,
+        data=None,
+        dtype="float32",
+        lora_dropout=0.0,
+        **given,
+    ):
         from rlhf_recipes import models
         from rlhf_recipes.ppo import PPOConfig, PPOTrainer
 
-        overrides = [*tiny_model_overrides, f"quantization={quantization}", "model.dtype=float32"]
-        cfg = compose("ppo", *overrides)
+        overrides = [*tiny_model_overrides, f"quantization={quantization}", f"model.dtype={dtype}"]
+        cfg = compose("ppo", *overrides, f"lora.lora_dropout={lora_dropout}")
         defaults = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none"}
         args = PPOConfig(str(tmp_path / "out"), **{**defaults, "save_strategy": "no", **STEPS, **given})
         torch.manual_seed(0)
         parent = adapter and references.find(str(adapter), "model.adapter")
         policy, peft_config = models.load_policy(cfg.model, cfg.quantization, cfg.lora, parent)
+        for module in policy.modules():
+            if lora_dropout and hasattr(module, "attention_dropout"):
+                module.attention_dropout = lora_dropout
         return PPOTrainer(
             policy,
             reward_funcs,
@@ -130,23 +144,24 @@ def test_what_the_log_says_of_a_rollout(build):
 
 
 def test_what_an_episode_earns(build):
-    """Rewards 1 and 3; the second completion lacks EOS and uses 7 of 8 tokens, 4 of which are for a soft landing."""
+    """Rewards 1 and 3, mean 2, deviation 1; the second completion lacks EOS and uses 7 of 8 tokens, 4 of which are for
+    a soft landing."""
     from rlhf_recipes.ppo.rollout import Completions
 
-    completions = Completions([[5, 2], [5] * 7], ["a", "b"], [], None, [True, False])
+    completions = Completions([[5, 2], [5] * 7], ["a", "b"], [], [True, False])
 
-    def earned(**given):
-        trainer = build(lambda **_: [1.0, 3.0], **given)
-        return trainer._scores(trainer._rewards(list(rows())[:2], completions), completions).tolist()
+    def earned(scale=1.0, **given):
+        trainer = build(lambda **_: [1.0 * scale, 3.0 * scale], **given)
+        parts = trainer.scores.rewards(list(rows())[:2], completions, trainer.state)
+        return trainer.scores.earned(parts, completions.finished, trainer._gather).tolist()
 
-    assert earned() == [1, 3]
-    assert earned(missing_eos_penalty=2.5) == [1, 0.5]
-    assert earned(soft_punish_cache=4) == [1, 2.25]  # (8 - 4 - 7) / 4 = -0.75
-    assert earned(reward_clip_range=(-2, 2)) == [1, 2]
-    assert earned(normalize_rewards=True) == pytest.approx([-1, 1])
-    assert earned(reward_weights=[0.5], missing_eos_penalty=1.0, reward_clip_range=(0.6, 9)) == pytest.approx(
-        [0.6, 0.6]
-    )
+    assert earned() == [-1, 1]
+    assert earned(missing_eos_penalty=2.5) == [-1, -1.5]
+    assert earned(soft_punish_cache=4) == [-1, 0.25]  # (8 - 4 - 7) / 4 = -0.75
+    assert earned(reward_clip_range=(-2, 0.5)) == [-1, 0.5]
+    assert earned(normalize_rewards=True, missing_eos_penalty=0.5) == pytest.approx([-1, 0.5])
+    for scale in (0.01, 100.0):  # a reward has no zero and no unit: half a deviation is half a deviation
+        assert earned(scale, missing_eos_penalty=0.5) == pytest.approx([-scale, scale / 2])
 
 
 def test_an_ensemble_is_put_on_one_scale(build, judge, tmp_path, capsys):
@@ -159,11 +174,11 @@ def test_an_ensemble_is_put_on_one_scale(build, judge, tmp_path, capsys):
         told = {"mean_reward": {"value": mean} | interval, "sd_reward": {"value": 2.0} | interval} if mean else {}
         (tmp_path / name / "result.json").write_text(json.dumps({"recipe": "reward", "metrics": told}))
     two = [{"role": "user", "content": text} for text in PROMPTS[:2]]
-    completions = Completions([[5, 2], [5] * 7], ["a", "b"], [], None, [True, False])
+    completions = Completions([[5, 2], [5] * 7], ["a", "b"], [], [True, False])
 
     def parts(*names, **given):
         trainer = build([str(tmp_path / name) for name in names], **given)
-        return trainer._rewards([{"prompt": [turn]} for turn in two], completions)
+        return trainer.scores.rewards([{"prompt": [turn]} for turn in two], completions, trainer.state)
 
     raw = parts("a")["reward"]
     worst = parts("a", "b", reward_ensemble="min")
@@ -187,6 +202,39 @@ def test_the_folder_of_an_ensemble_names_its_members(judge, tmp_path, monkeypatc
     (tmp_path / "ensemble" / "member_1" / "result.json").unlink()
     with pytest.raises(ValueError, match=r"^reward_funcs=ensemble: member_1 is not finished\."):
         references.find_rewards("ensemble")
+
+
+@pytest.mark.parametrize("value", ["separate", "head"])
+@pytest.mark.parametrize("given", [{}, {"missing_eos_penalty": 1.0}, {"reward_weights": [-5.0]}], ids=str)
+def test_the_critic_starts_no_worse_than_a_constant(build, judge, value, given):
+    trainer = build(str(judge), value=value, **given)
+    micro_batches = trainer._roll_out(list(rows())[:4])
+    assert trainer._rollout_log["explained_variance"] > -1e-6
+    again = trainer._act(micro_batches[0].batch)[2]
+    torch.testing.assert_close(again, micro_batches[0].batch.packed(micro_batches[0].old_values))
+
+
+def test_the_critics_clip_is_in_deviations_of_the_returns(build, monkeypatch):
+    from rlhf_recipes.ppo import algorithm
+
+    value_loss, cliprange = algorithm.value_loss, []
+    monkeypatch.setattr(algorithm, "value_loss", lambda *given: cliprange.append(given[3]) or value_loss(*given))
+
+    def found(scale, given):
+        build(lambda completion_ids, **_: [scale * r for r in even(completion_ids)], max_steps=1, **given).train()
+        return cliprange[-1]
+
+    given = {"kl_coef": 0.0, "cliprange_value": 0.2}
+    assert found(100.0, given) == pytest.approx(100 * found(1.0, given), rel=1e-4) != 0
+    assert found(1.0, given | {"cliprange_value": None}) is None
+
+
+def test_dropout_is_off_everywhere(build, judge):
+    """In the critic's and the reward model's adapters too, and in attention."""
+    trainer = build(str(judge), lora_dropout=0.1)
+    rates = [m.p for m in trainer.model.modules() if isinstance(m, torch.nn.Dropout)]
+    assert {"default", "critic", "reward_0"} == adapters(trainer) and rates and set(rates) == {0.0}
+    assert {m.attention_dropout for m in trainer.model.modules() if hasattr(m, "attention_dropout")} == {0.0}
 
 
 @pytest.mark.parametrize("value", ["separate", "head"])
@@ -321,7 +369,60 @@ def test_a_sample_depends_on_its_seed_alone(build):
     together = trainer._complete(data, list(range(8)))[1]
     alone = [trainer._complete([data[i]], [i])[1].ids[0] for i in range(8)]
     assert together.ids == alone
+    trainer.args.local_rollout_forward_batch_size = 3
+    in_turns = trainer._complete(data, list(range(8)))[1]
+    assert in_turns.ids == together.ids and in_turns.texts == together.texts and len(in_turns.logps) == 8
     assert together.ids != trainer._complete(data, list(range(1, 9)))[1].ids
+
+
+def test_what_is_penalised_is_the_policy_not_its_sampler(build, capsys):
+    """A sampler that rounds elsewhere: neither the penalty nor the ratio of a second mini-batch knows it."""
+    trainer = build(num_mini_batches=2, per_device_train_batch_size=1, kl_coef=1.0)
+    complete = trainer._complete
+
+    def rounded(*given):
+        prompts, completions = complete(*given)
+        completions.logps = [logps + 0.5 for logps in completions.logps]
+        return prompts, completions
+
+    trainer._complete = rounded
+    for m in trainer._roll_out(list(rows())[:4]):
+        torch.testing.assert_close(m.old_logps, m.reference_logps)
+        assert m.rewards[:, :-1].abs().max() < 1e-6 and m.rewards[:, -1].abs().max() > 0
+    assert trainer._rollout_log["kl"] == pytest.approx(0, abs=1e-5)
+    assert trainer._rollout_log["sampling/logp_difference"] == pytest.approx(0.5, abs=1e-5)
+    assert trainer._rollout_log["sampling/kl"] == pytest.approx(0.5 + math.exp(-0.5) - 1, abs=1e-5)  # k3 at -0.5
+    trainer.train()
+    assert "sampling: the last samples are 0.1 nats a token from the policy" in capsys.readouterr().out
+    build(max_steps=4).train()
+    assert "sampling:" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_in_bfloat16_the_sampler_is_the_policy(build, quantization):
+    """After steps of a small rate, which are lost where a LoRA is added to weights of 16 bits."""
+    trainer = build(quantization=quantization, dtype="bfloat16", bf16=True, merge_to_sample=True)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in trainer.roles.policy_parameters.items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=2e-4, generator=generator)
+    trainer._roll_out(list(rows())[:4])
+    log = trainer._rollout_log
+    assert log["kl_k3"] > 0
+    assert log["sampling/kl"] < 0.1 * log["kl_k3"] / log["completions/mean_length"]
+
+
+def test_logits_are_float32_whatever_the_precision(build):
+    trainer = build(dtype="bfloat16", bf16=True)
+    hidden = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    tokens, head = torch.arange(64), trainer.roles.head.weight
+    with torch.autocast("cpu", torch.bfloat16):
+        logps, _ = trainer.roles.token_logps("default", hidden, tokens, 1.0)
+        with trainer.roles.exact_head():
+            sampled = trainer.roles.head(hidden)
+    exact = torch.nn.functional.linear(hidden.double(), head.double()).log_softmax(-1)
+    for found in (logps, sampled.log_softmax(-1)[range(64), tokens]):
+        torch.testing.assert_close(found.double(), exact[range(64), tokens], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -386,8 +487,8 @@ def test_the_brake_restores_the_last_good_policy(build):
     good = []
     govern = trainer._govern
 
-    def watched(micro_batches):
-        govern(micro_batches)
+    def watched():
+        govern()
         good.append({n: p.detach().clone() for n, p in trainer.roles.policy_parameters.items()})
 
     trainer._govern = watched
@@ -428,6 +529,45 @@ def test_limit_keeps_what_was_reached(build):
     assert "reached kl_target=0.3" in trainer.stopped and trainer.state.global_step < 40
     episodes = trainer.measure(rows())
     assert sum(e["kl"] for e in episodes) / len(episodes) > 0
+
+
+def test_limit_asks_the_whole_rollout(build):
+    """8 nats in the first mini-batch and 0 in the second are 4, under a limit of 6."""
+    trainer = build(num_mini_batches=2, max_steps=2, kl_controller="limit", kl_target=6.0)
+    logps, seen = trainer._logps, []
+
+    def shifted(role, batch):
+        seen.append(role)
+        return logps(role, batch) - (seen.count("reference") <= 2) * (role == "reference")
+
+    trainer._logps = shifted
+    trainer.train()
+    assert trainer.stopped is None and logged(trainer, "kl")[0] == pytest.approx(4, abs=0.1)
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_float16_unscales_once(build, stops, monkeypatch):
+    """As on a GPU without bfloat16: a GradScaler, both norms, and a step that is dropped."""
+    trainer = build(max_steps=3, entropy_floor=9.0 if stops else None, learning_rate=1e-3)
+    accelerator = trainer.accelerator
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    accelerator.native_amp = trainer.args.fp16 = True
+    monkeypatch.setattr(type(accelerator), "mixed_precision", "fp16")
+    before = weights(trainer)
+    norms, clip = [], trainer._clip_grad_norm
+    trainer._clip_grad_norm = lambda model: norms.append(clip(model)) or norms[-1]
+    trainer.train()
+    after = weights(trainer)
+    if stops:
+        assert "under entropy_floor" in trainer.stopped
+        assert all(torch.equal(weight, after[name]) for name, weight in before.items())
+    else:
+        monkeypatch.undo()
+        plain = build(max_steps=3, entropy_floor=None, learning_rate=1e-3)
+        plain.train()
+        assert [float(norm) for norm in norms] == pytest.approx(logged(plain, "grad_norm"), rel=1e-3)
+        for name, weight in weights(plain).items():
+            torch.testing.assert_close(after[name], weight, atol=1e-5, rtol=1e-3)
 
 
 def test_evaluate_reports_and_leaves_the_run_alone(build):

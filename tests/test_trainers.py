@@ -2,6 +2,7 @@
 
 import importlib
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -226,3 +227,20 @@ def test_trainer_arguments_follow_the_hardware(compose, tmp_path):
     given = compose("sft", "trainer.bf16=false", "trainer.gradient_checkpointing=true", f"model.id={TINY_ID}")
     args = models.training_args(given.trainer, run)
     assert (args.bf16, args.gradient_checkpointing) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "bf16", "dtype"),
+    [(True, True, "bfloat16"), (True, False, "float16"), (False, True, "bfloat16"), (False, False, "float32")],
+)
+def test_the_base_has_the_precision_of_its_trainer(compose, tmp_path, monkeypatch, cuda, bf16, dtype):
+    """On a GPU without bfloat16 both are float16: a base in float32 would take twice the memory."""
+    from rlhf_recipes import models
+    from rlhf_recipes.run import Run
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(models, "computes_in_bf16", lambda: bf16)
+    assert models.compute_dtype(compose("ppo").model) == getattr(torch, dtype)
+    monkeypatch.setattr(models.config, "build", lambda node, where, **derived: SimpleNamespace(seed=0, **derived))
+    args = models.training_args(None, Run(tmp_path, "ppo", {}))
+    assert getattr(args, "fp16", False) == (dtype == "float16")

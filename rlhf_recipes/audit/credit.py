@@ -305,7 +305,8 @@ def _ppo_figures(ppo: dict) -> list[section.Figure]:
             unit="%",
             better="higher",
             baseline=("the mean return", 0.0),
-            says="1 - var(return - V) / var(return), mean over the rollouts of the second half of the PPO run.",
+            says="1 - var(return - V) / var(return), where the return of a token is what was earned from it to the "
+            "end (lam = 1); mean over the rollouts of the second half of the PPO run.",
         )
     ]
     for end in ("first", "last") if ppo.get("advantage") else ():

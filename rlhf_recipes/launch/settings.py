@@ -94,10 +94,10 @@ RANGES = {
     "trainer.top_k": NATURAL,
     "trainer.num_ppo_epochs": COUNT,
     "trainer.num_mini_batches": COUNT,
+    "trainer.local_rollout_forward_batch_size": COUNT,
     "trainer.cliprange": POSITIVE,
     "trainer.cliprange_value": POSITIVE,
     "trainer.dual_clip": Range(above=1),
-    "trainer.vf_coef": NOT_NEGATIVE,
     "trainer.gamma": SHARE,
     "trainer.lam": SHARE,
     "trainer.kl_coef": NOT_NEGATIVE,
@@ -240,7 +240,9 @@ READ = {
     "rlhf_recipes.ppo.PPOConfig": {key: SHARED[key] for key in ("warmup_steps", "eval_steps")} | NO_SMOOTHER | {
         "resume_from_checkpoint": SHARED["resume_from_checkpoint"],
         "chat_template_kwargs": Reads(None, instead="Use model.chat_template_kwargs, which every recipe reads."),
-        "kl_horizon": Reads(10_000, "kl_controller", ("adaptive",)),
+        "kl_horizon": Reads(10, "kl_controller", ("adaptive",)),
+        # Of TRL's PPOConfig.
+        "vf_coef": Reads(None, instead="The critic shares no weights: use trainer.value_learning_rate."),
         "uwo_coef": Reads(0.5, "reward_ensemble", ("uwo",)),
     },
 }  # fmt: skip
@@ -368,7 +370,7 @@ def _refuse_ppo(trainer: dict) -> None:
                 "clipped. Leave it out, or raise trainer.num_ppo_epochs or trainer.num_mini_batches."
             )
     unread = trainer.get("kl_controller", "fixed") == "fixed" and trainer.get("kl_brake", 5.0) is None
-    if unread and trainer.get("kl_target", 6.0) != 6.0:
+    if unread and trainer.get("kl_target", 10.0) != 10.0:
         raise Refusal(
             f"trainer.kl_target={trainer['kl_target']}: is read by neither kl_controller=fixed nor kl_brake=null. "
             "Leave it out, or choose trainer.kl_controller=adaptive."

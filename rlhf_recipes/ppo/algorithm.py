@@ -41,6 +41,12 @@ def gae(rewards_BK: Tensor, values_BK: Tensor, mask_BK: Tensor, gamma: float, la
     return advantages_BK, (advantages_BK + values_BK) * mask_BK
 
 
+def returns_to_end(rewards_BK: Tensor, mask_BK: Tensor, gamma: float) -> Tensor:
+    """What each token's episode still earned: sum over l >= 0 of gamma^l r_{t+l}. No value enters it, so that it can
+    judge them; GAE's returns lean on the values the more, the smaller lam."""
+    return gae(rewards_BK, torch.zeros_like(rewards_BK), mask_BK, gamma, lam=1.0)[1]
+
+
 def shares(advantages_BK: Tensor, mask_BK: Tensor, tokens: int = 10) -> Tensor:
     """Share of |A_t| on the first and on the last `tokens` tokens of each completion, and what it would be if all
     tokens were alike, (B, 3); before whitening, which would move the zero. NaN where a completion has no advantage."""
@@ -67,6 +73,18 @@ def whiten(values: Tensor, mask: Tensor, reduce: Callable[[Tensor], Tensor], shi
     return ((whitened if shift_mean else whitened + mean) * mask).to(values.dtype)
 
 
+def linear_fit(
+    values: Tensor, targets: Tensor, mask: Tensor, reduce: Callable[[Tensor], Tensor]
+) -> tuple[float, float]:
+    """Slope and offset of the least-squares line through the masked (value, target) of all processes; the slope is 0
+    where the values are all alike. What it predicts is never worse than the mean of the targets."""
+    (mean, deviation), (target_mean, _) = moments(values, mask, reduce), moments(targets, mask, reduce)
+    products = (values - mean) * (targets - target_mean) * mask
+    covariance, count = reduce(torch.stack([products.sum(), mask.sum()]).double())
+    slope = (covariance / count / deviation**2).item() if deviation > 1e-6 else 0.0
+    return slope, (target_mean - slope * mean).item()
+
+
 def policy_objective(
     logps: Tensor, old_logps: Tensor, advantages: Tensor, cliprange: float, dual_clip: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,9 +105,15 @@ def policy_objective(
     return objective, ratio, (clipped < free).float()
 
 
-def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, cliprange_value: float) -> tuple[Tensor, Tensor]:
-    """1/2 max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2), and 1 where the clip decided."""
-    clipped = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, cliprange: float | None) -> tuple[Tensor, Tensor]:
+    """1/2 max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2), and 1 where the clip decided.
+
+    Args:
+        cliprange: eps, in the unit of the values; None: no clip.
+    """
+    if cliprange is None:
+        return (values - returns).square() / 2, torch.zeros_like(values)
+    clipped = old_values + (values - old_values).clamp(-cliprange, cliprange)
     free_loss, clipped_loss = (values - returns).square(), (clipped - returns).square()
     return torch.maximum(free_loss, clipped_loss) / 2, (clipped_loss > free_loss).float()
 
@@ -120,9 +144,9 @@ def combine_rewards(rewards_BR: Tensor, weights_R: Tensor, how: str, uwo_coef: f
 class KLController:
     """The coefficient of the KL penalty.
 
-    `adaptive` (Ziegler et al., arXiv:1909.08593): after each batch
-    coef <- coef (1 + clip(KL / target - 1, -0.2, 0.2) episodes / horizon), KL in nats per episode. `fixed` and `limit`
-    leave it as it is.
+    `adaptive` (Ziegler et al., arXiv:1909.08593): after each rollout
+    coef <- coef (1 + clip(KL / target - 1, -0.2, 0.2) / horizon), KL in nats per episode, horizon in rollouts (their
+    K_beta is 1 / horizon = 0.1). `fixed` and `limit` leave it as it is.
     """
 
     controller: str
@@ -130,10 +154,10 @@ class KLController:
     target: float
     horizon: int
 
-    def update(self, kl: float, episodes: int) -> None:
+    def update(self, kl: float) -> None:
         if self.controller == "adaptive":
             error = min(max(max(kl, 0.0) / self.target - 1, -0.2), 0.2)
-            self.coef *= 1 + error * episodes / self.horizon
+            self.coef *= 1 + error / self.horizon
 
 
 @dataclass
@@ -151,5 +175,9 @@ class RunningMoments:
         self.mean += delta * n / total
         self.count = total
 
+    @property
+    def deviation(self) -> float:
+        return self.variance**0.5
+
     def normalise(self, values: Tensor) -> Tensor:
-        return (values - self.mean) / (self.variance**0.5 + 1e-8)
+        return (values - self.mean) / (self.deviation + 1e-8)

@@ -37,11 +37,15 @@ class PPOConfig(BaseConfig):
     top_p: float = field(default=1.0, metadata={"help": "1.0 and top_k=0 sample what the log-probabilities describe."})
     top_k: int = field(default=0, metadata={"help": "0: all tokens."})
 
+    local_rollout_forward_batch_size: int = field(
+        default=64,
+        metadata={"help": "Prompts that each process answers at a time: they share a cache of keys and values."},
+    )
     merge_to_sample: bool | None = field(
         default=None,
         metadata={
-            "help": "Sample from copies of the base weights with the LoRA added: faster, for two bytes a weight. "
-            "None: on a CPU."
+            "help": "Sample from unpacked copies of the base weights, in float32 with the LoRA added: faster, for two "
+            "(or four) bytes a weight. None: on a CPU."
         },
     )
 
@@ -58,8 +62,12 @@ class PPOConfig(BaseConfig):
     dual_clip: float | None = field(
         default=None, metadata={"help": "Bound of ratio * A where A < 0, e.g. 3. None: off."}
     )
-    cliprange_value: float = field(default=0.2, metadata={"help": "How far a value may move from the rollout's."})
-    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
+    cliprange_value: float | None = field(
+        default=0.2,
+        metadata={
+            "help": "How far a value may move from the rollout's, in standard deviations of the returns. None: off."
+        },
+    )
     entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus."})
     gamma: float = field(default=1.0, metadata={"help": "Discount."})
     lam: float = field(default=0.95, metadata={"help": "GAE's lambda."})
@@ -70,8 +78,11 @@ class PPOConfig(BaseConfig):
         default="fixed",
         metadata={"help": "`fixed`; `adaptive` steers the KL to `kl_target`; `limit` ends the run at `kl_target`."},
     )
-    kl_target: float = field(default=6.0, metadata={"help": "Nats per completion."})
-    kl_horizon: int = field(default=10_000, metadata={"help": "Episodes in which `adaptive` works."})
+    kl_target: float = field(default=10.0, metadata={"help": "Nats per completion."})
+    kl_horizon: int = field(
+        default=10,
+        metadata={"help": "Rollouts: each moves the coefficient of `adaptive` by up to a fifth of 1 / kl_horizon."},
+    )
     kl_brake: float | None = field(
         default=5.0, metadata={"help": "End the run where the KL exceeds so many times `kl_target`. None: never."}
     )
@@ -91,17 +102,27 @@ class PPOConfig(BaseConfig):
     )
     uwo_coef: float = field(default=0.5, metadata={"help": "`uwo` is the mean less this times the variance."})
     normalize_rewards: bool = field(
-        default=False, metadata={"help": "Subtract the mean of all rewards so far and divide by their deviation."}
+        default=False,
+        metadata={
+            "help": "Subtract the mean of all rewards so far and divide by their deviation. Without it that of the "
+            "first rollout is subtracted."
+        },
     )
-    reward_clip_range: tuple[float, float] | None = field(default=None, metadata={"help": "E.g. [-5, 5]. None: off."})
+    reward_clip_range: tuple[float, float] | None = field(
+        default=None, metadata={"help": "Of what an episode earns, its mean at the start 0; e.g. [-5, 5]. None: off."}
+    )
     missing_eos_penalty: float | None = field(
-        default=None, metadata={"help": "Taken from the score of a completion that does not end with EOS."}
+        default=None,
+        metadata={
+            "help": "Taken from what a completion earns that does not end with EOS, in standard deviations of the "
+            "rewards so far."
+        },
     )
     soft_punish_cache: int | None = field(
         default=None,
         metadata={
-            "help": "Soft overlong punishment (arXiv:2503.14476, equation 13): the score of a completion falls by up "
-            "to 1 over the last so many tokens of `max_completion_length`. None: off."
+            "help": "Soft overlong punishment (arXiv:2503.14476, equation 13): what a completion earns falls by up to "
+            "one standard deviation over the last so many tokens of `max_completion_length`. None: off."
         },
     )
 
@@ -112,11 +133,14 @@ class PPOConfig(BaseConfig):
         ):  # fmt: skip
             if getattr(self, name) not in words:
                 raise Refusal(f"{name}={getattr(self, name)}: not one of {', '.join(words)}.")
-        for name in ("max_completion_length", "num_ppo_epochs", "num_mini_batches", "kl_horizon"):
+        for name in (
+            "max_completion_length", "num_ppo_epochs", "num_mini_batches", "kl_horizon",
+            "local_rollout_forward_batch_size",
+        ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise Refusal(f"{name}={getattr(self, name)}: must be at least 1.")
         for name in ("temperature", "kl_target", "cliprange", "cliprange_value"):
-            if getattr(self, name) <= 0:
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise Refusal(f"{name}={getattr(self, name)}: must be above 0.")
 
     def check_prompts(self, count: int) -> None:

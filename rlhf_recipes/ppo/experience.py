@@ -12,6 +12,7 @@ from torch.utils.data import Sampler
 
 from rlhf_recipes.ppo import algorithm
 from rlhf_recipes.ppo.roles import Batch
+from rlhf_recipes.sampling import kl_estimates
 
 
 class RolloutSampler(Sampler):
@@ -36,17 +37,65 @@ class RolloutSampler(Sampler):
 class MicroBatch:
     """Episodes that are trained on together, with what the rollout knows of them; (B, K) each.
 
-    `old_logps` are the policy's before it moved: of the sampler, or, where the first step of a rollout uses the
-    episodes, of that step itself, whose ratio is then exactly 1.
+    `old_logps` are the policy's own before it moved, not the sampler's, which rounds elsewhere; where the first step
+    of a rollout uses the episodes, they are of that step itself, whose ratio is then exactly 1.
     """
 
     batch: Batch
+    sampler_logps: Tensor
     old_logps: Tensor
     reference_logps: Tensor
+    entropies: Tensor
     old_values: Tensor
     rewards: Tensor
     advantages: Tensor | None = None
     returns: Tensor | None = None
+
+
+def compare_policies(micro_batches: list[MicroBatch], reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    """How far the policy of a rollout is from its reference, and its sampler from it.
+
+    Args:
+        reduce: sums a tensor over the processes.
+
+    Returns:
+        For the log: `kl` and `kl_k3` to the reference in nats per completion, `entropy` in nats per token, and of the
+        sampler KL(sampler || policy) (k3) and the mean |difference| of the log-probabilities, in nats per token.
+    """
+    sums = []
+    for m in micro_batches:
+        k1, _, k3 = kl_estimates(m.old_logps, m.reference_logps)
+        _, _, away = kl_estimates(m.sampler_logps, m.old_logps)
+        columns = (m.batch.mask_BK, k1, k3, m.entropies, away, (m.old_logps - m.sampler_logps).abs())
+        sums.append(torch.stack([m.batch.mask_BK.new_tensor(len(k1)), *(column.sum() for column in columns)]).double())
+    episodes, tokens, kl, kl_k3, entropy, away, difference = reduce(sum(sums)).tolist()
+    return {
+        "kl": kl / episodes,
+        "kl_k3": kl_k3 / episodes,
+        "entropy": entropy / tokens,
+        "sampling/kl": away / tokens,
+        "sampling/logp_difference": difference / tokens,
+    }
+
+
+def fit_values(
+    micro_batches: list[MicroBatch], gamma: float, reduce: Callable[[Tensor], Tensor]
+) -> tuple[float, float]:
+    """Put the values of a rollout on the scale of its returns, by a line through them.
+
+    A critic that starts from zeros, or from a reward model on another scale, is worse than a constant: its error would
+    reach the policy as an advantage of early or of late tokens.
+
+    Returns:
+        Slope and offset, which the head needs as well.
+    """
+    masks = [m.batch.mask_BK for m in micro_batches]
+    returns = [algorithm.returns_to_end(m.rewards, m.batch.mask_BK, gamma) for m in micro_batches]
+    values = _joined([m.old_values for m in micro_batches])
+    slope, offset = algorithm.linear_fit(values, _joined(returns), _joined(masks), reduce)
+    for m in micro_batches:
+        m.old_values = (slope * m.old_values + offset) * m.batch.mask_BK
+    return slope, offset
 
 
 def compute_advantages(micro_batches: list[MicroBatch], args, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
@@ -56,15 +105,11 @@ def compute_advantages(micro_batches: list[MicroBatch], args, reduce: Callable[[
         reduce: sums a tensor over the processes.
 
     Returns:
-        For the log: moments of the advantages before whitening, where in the completions they lie, and how much of the
-        returns the values explain.
+        For the log: moments of the advantages before whitening, where in the completions they lie, the deviation of
+        what was earned from each token to the end, and how much of it the values explain.
     """
     masks = [m.batch.mask_BK for m in micro_batches]
     mask = _joined(masks)
-    if args.whiten_rewards:
-        token_rewards = algorithm.whiten(_joined([m.rewards for m in micro_batches]), mask, reduce, False)
-        for m, part in zip(micro_batches, _parted(token_rewards, masks), strict=True):
-            m.rewards = part
     for m in micro_batches:
         m.advantages, m.returns = algorithm.gae(m.rewards, m.old_values, m.batch.mask_BK, args.gamma, args.lam)
     shares_B3 = torch.cat([algorithm.shares(m.advantages, m.batch.mask_BK) for m in micro_batches])
@@ -74,16 +119,25 @@ def compute_advantages(micro_batches: list[MicroBatch], args, reduce: Callable[[
     mean, std = algorithm.moments(advantages, mask, reduce)
     for m, part in zip(micro_batches, _parted(algorithm.whiten(advantages, mask, reduce), masks), strict=True):
         m.advantages = part
-    returns, values = _joined([m.returns for m in micro_batches]), _joined([m.old_values for m in micro_batches])
-    unexplained, total = (algorithm.moments(x, mask, reduce)[1] ** 2 for x in (returns - values, returns))
-    explained = 1 - unexplained / (total + 1e-8)
+    returns = _joined([algorithm.returns_to_end(m.rewards, m.batch.mask_BK, args.gamma) for m in micro_batches])
+    errors = returns - _joined([m.old_values for m in micro_batches])
+    unexplained, deviation = (algorithm.moments(x, mask, reduce)[1] for x in (errors, returns))
     ends = zip(("first", "last", "uniform"), (shares / counts.clamp(min=1)).tolist(), strict=True)
     return {
         "advantage/mean": mean.item(),
         "advantage/std": std.item(),
         **{f"advantage/{end}_share": share for end, share in ends},
-        "explained_variance": explained.item(),
+        "return/std": deviation.item(),
+        "explained_variance": (1 - unexplained**2 / (deviation**2 + 1e-8)).item(),
     }
+
+
+def whiten_rewards(micro_batches: list[MicroBatch], reduce: Callable[[Tensor], Tensor]) -> None:
+    """Give the token rewards of a rollout a standard deviation of 1; their mean stays."""
+    masks = [m.batch.mask_BK for m in micro_batches]
+    whitened = algorithm.whiten(_joined([m.rewards for m in micro_batches]), _joined(masks), reduce, False)
+    for m, part in zip(micro_batches, _parted(whitened, masks), strict=True):
+        m.rewards = part
 
 
 @dataclass

@@ -22,7 +22,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from rlhf_recipes.errors import Refusal
-from rlhf_recipes.ppo.trl_private import ChunkedLogProbFunction
+from rlhf_recipes.ppo.trl_private import ChunkedLogProbFunction, disable_dropout_in_model
 
 POLICY, CRITIC, REFERENCE = "default", "critic", "reference"
 VOCABULARY_CHUNK = 8192
@@ -81,8 +81,10 @@ class Roles:
             raise Refusal("lora.target_modules: PPO computes log-probabilities from lm_head's weight. Leave it out.")
         self.separate = value == "separate"
         self.policy_parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.value_head = nn.Linear(config.hidden_size, 1, bias=False).to(self.head.weight.device)
+        self.value_head = nn.Linear(config.hidden_size, 1).to(self.head.weight.device)
         nn.init.zeros_(self.value_head.weight)
+        # Set by the first rollout, then left: at the mean of the returns its gradient is noise, which Adam scales up.
+        nn.init.zeros_(self.value_head.bias.requires_grad_(False))
         self.copies: dict[str, nn.Module] = {}
 
     def add_reference(self, starts_from_adapter: bool) -> None:
@@ -122,6 +124,18 @@ class Roles:
         head.weight.copy_(weight)
         return head
 
+    def disable_dropout(self) -> None:
+        """In every adapter and copy, and in attention, which takes its rate from an attribute."""
+        for model in (self.model, *self.copies.values()):
+            disable_dropout_in_model(model)
+            for module in model.modules():
+                if isinstance(getattr(module, "attention_dropout", None), float):
+                    module.attention_dropout = 0.0
+
+    def value_state(self) -> dict[str, nn.Parameter]:
+        """All that V is made of beside the backbone."""
+        return {**self.value_parameters, "value_head.bias": self.value_head.bias}
+
     def trained(self) -> dict[str, nn.Parameter]:
         """Everything that a step moves."""
         return {**self.policy_parameters, **self.value_parameters}
@@ -143,43 +157,70 @@ class Roles:
                 self.model.set_adapter(POLICY)
 
     @contextmanager
-    def merged(self):
-        """The policy with its LoRA added into copies of the base weights, which are gone afterwards: at a token a time
-        a layer is one product instead of three, and a 4-bit weight is not unpacked for every token. The base itself,
-        which the other roles share, is never merged into: that would round it. Layers that are more than a linear one
-        and a plain LoRA stay as they are."""
-        layers = [m for m in self.causal.modules() if isinstance(m, LoraLayer) and _is_plain(m)]
-        for layer in layers:
-            base = layer.get_base_layer()
-            weight = dequantize_module_weight(base)
-            weight = weight + layer.get_delta_weight(POLICY).to(weight)
-            layer.forward = partial(_linear, weight=weight, bias=base.bias)
+    def exact_head(self):
+        """Logits in float32: rounded to bfloat16 they are off by up to 0.1 nats a token."""
+        weight, bias = self.head.weight, self.head.bias
+        if not weight.is_cuda:  # where no product of 16-bit numbers leaves float32
+            weight, bias = weight.float(), None if bias is None else bias.float()
+        self.head.forward = partial(_float32_linear, weight=weight, bias=bias)
         try:
             yield
         finally:
-            for layer in layers:
-                del layer.forward
+            del self.head.forward
+
+    @contextmanager
+    def merged(self):
+        """The policy on unpacked copies of the base weights, which are gone afterwards: a 4-bit weight is not unpacked
+        for every token. In float32 its LoRA is added into them, and a layer is one product instead of three; in 16
+        bits it stays beside them, since most of what it adds is under half a unit in a weight's last place: the
+        samples would be the base's. The base itself, which the other roles share, is never merged into. Layers that
+        are more than a linear one and a plain LoRA stay as they are."""
+        rounds = torch.is_autocast_enabled(self.head.weight.device.type)
+        changed = []
+        for layer in self.causal.modules():
+            if not (isinstance(layer, LoraLayer) and _is_plain(layer)):
+                continue
+            base = layer.get_base_layer()
+            weight, module = dequantize_module_weight(base), base
+            if weight.dtype == torch.float32 and not rounds:
+                weight, module = weight + layer.get_delta_weight(POLICY).to(weight), layer
+            module.forward = partial(_linear, weight=weight, bias=base.bias)
+            changed.append(module)
+        try:
+            yield
+        finally:
+            for module in changed:
+                del module.forward
 
     def token_logps(self, role: str, hidden_NH: Tensor, tokens_N: Tensor, temperature: float, entropy: bool = False):
-        """Log-probabilities of the tokens at `temperature`, and the entropies (nats) or None; (N,) each."""
+        """Log-probabilities of the tokens at `temperature`, and the entropies (nats) or None; (N,) each.
+
+        From float32 logits, whatever the precision around."""
         head = self.head if self.shared else self._causal(role).get_output_embeddings()
-        logps_N, entropy_N, *_ = ChunkedLogProbFunction.apply(
-            hidden_NH,
-            head.weight,
-            head.bias,
-            tokens_N,
-            temperature,
-            VOCABULARY_CHUNK,
-            self.softcap,
-            1.0,
-            ("entropy",) if entropy else (),
-        )
+        with torch.autocast(hidden_NH.device.type, enabled=False):
+            logps_N, entropy_N, *_ = ChunkedLogProbFunction.apply(
+                hidden_NH.float(),
+                head.weight,
+                head.bias,
+                tokens_N,
+                temperature,
+                VOCABULARY_CHUNK,
+                self.softcap,
+                1.0,
+                ("entropy",) if entropy else (),
+            )
         return logps_N, entropy_N
 
     def values(self, hidden_NH: Tensor) -> Tensor:
         """V of the states whose hidden states these are, float32, whatever the precision around."""
         with torch.autocast(hidden_NH.device.type, enabled=False):
             return self.value_head(hidden_NH.float())[:, 0]
+
+    @torch.no_grad()
+    def rescale_values(self, slope: float, offset: float) -> None:
+        """From here on V is `slope` times what it was, plus `offset`."""
+        self.value_head.weight.mul_(slope)
+        self.value_head.bias.mul_(slope).add_(offset)
 
     def _causal(self, role: str) -> nn.Module:
         return self.copies[REFERENCE] if role == REFERENCE else self.causal
@@ -205,6 +246,15 @@ def _is_plain(layer: LoraLayer) -> bool:
 
 def _linear(x: Tensor, *, weight: Tensor, bias: Tensor | None, **_) -> Tensor:
     return nn.functional.linear(x, weight, bias)
+
+
+def _float32_linear(x: Tensor, *, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(..., H) -> (..., V) in float32, products of 16-bit numbers included."""
+    with torch.autocast(x.device.type, enabled=False):
+        if weight.dtype == torch.float32:
+            return nn.functional.linear(x.float(), weight, bias)
+        y = torch.mm(x.to(weight.dtype).flatten(0, -2), weight.T, out_dtype=torch.float32).unflatten(0, x.shape[:-1])
+        return y if bias is None else y + bias
 
 
 def hidden_states(decoder: nn.Module, batch: Batch) -> Tensor:

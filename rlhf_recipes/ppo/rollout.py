@@ -1,9 +1,9 @@
-"""Sampling: completions of the policy, with the log-probability of every token and, at no cost, its value.
+"""Sampling: completions of the policy, with the log-probability of every token.
 
 Shapes: B episodes, K completion tokens, V vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -22,15 +22,17 @@ class Completions:
         ids: tokens of each, EOS included.
         texts: the same without control tokens.
         logps: log-probabilities of these tokens when they were sampled, a tensor for each.
-        values: V before each token, where a head on the policy gives it, else None.
         finished: whether it ended with EOS.
     """
 
     ids: list[list[int]]
     texts: list[str]
     logps: list[Tensor]
-    values: list[Tensor] | None
     finished: list[bool]
+
+    @classmethod
+    def joined(cls, parts: list["Completions"]) -> "Completions":
+        return cls(*([each for part in parts for each in getattr(part, field.name)] for field in fields(cls)))
 
 
 class Sampler(LogitsProcessor):
@@ -60,7 +62,7 @@ class Sampler(LogitsProcessor):
 def sample(
     roles: Roles, tokenizer, prompts: list[list[int]], seeds: list[int], eos_ids: list[int], args
 ) -> Completions:
-    """One completion of each prompt under the policy, with V of every state where a head on the policy gives it.
+    """One completion of each prompt under the policy.
 
     Args:
         seeds: one for each episode.
@@ -69,27 +71,18 @@ def sample(
     device = roles.head.weight.device
     ids_BT, mask_BT, _ = left_pad(prompts, tokenizer.pad_token_id, device)
     sampler = Sampler(seeds, device, args.temperature, args.top_k, args.top_p)
-    seen: list[Tensor] = []
-    hook = roles.head.register_forward_pre_hook(lambda _, inputs: seen.append(roles.values(inputs[0][:, -1])))
-    if roles.separate:
-        hook.remove()
-    try:
+    with roles.exact_head():
         out_BT = complete(
             roles.causal, ids_BT, mask_BT, eos_ids, tokenizer.pad_token_id, args.max_completion_length,
             processors=LogitsProcessorList([sampler]),
         )  # fmt: skip
-    finally:
-        hook.remove()
     logps_BK = torch.stack(sampler.logps, 1)
-    values_BK = None if roles.separate else torch.stack(seen, 1)
-    completions = Completions([], [], [], None if roles.separate else [], [])
+    completions = Completions([], [], [], [])
     for row, tokens in enumerate(out_BT[:, ids_BT.shape[1] :].tolist()):
         end = next((n for n, token in enumerate(tokens) if token in eos_ids), None)
         length = len(tokens) if end is None else end + 1
         completions.ids.append(tokens[:length])
         completions.logps.append(logps_BK[row, :length])
         completions.finished.append(end is not None)
-        if values_BK is not None:
-            completions.values.append(values_BK[row, :length])
     completions.texts = tokenizer.batch_decode(completions.ids, skip_special_tokens=True)
     return completions

@@ -17,7 +17,7 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import load_peft_weights
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_utils import speed_metrics
@@ -28,16 +28,19 @@ from rlhf_recipes.errors import Refusal
 from rlhf_recipes.inference import stop_ids
 from rlhf_recipes.ppo import algorithm, rewards
 from rlhf_recipes.ppo.config import PPOConfig
-from rlhf_recipes.ppo.experience import MicroBatch, RolloutSampler, Tally, compute_advantages
+from rlhf_recipes.ppo.experience import (
+    MicroBatch,
+    RolloutSampler,
+    Tally,
+    compare_policies,
+    compute_advantages,
+    fit_values,
+    whiten_rewards,
+)
 from rlhf_recipes.ppo.roles import CRITIC, POLICY, REFERENCE, Batch, Roles, hidden_states
 from rlhf_recipes.ppo.rollout import Completions, sample
-from rlhf_recipes.ppo.trl_private import (
-    BaseTrainer,
-    create_model_from_path,
-    disable_dropout_in_model,
-    get_config_model_id,
-    get_soft_overlong_punishment,
-)
+from rlhf_recipes.ppo.scores import Scores
+from rlhf_recipes.ppo.trl_private import BaseTrainer, create_model_from_path, get_config_model_id
 from rlhf_recipes.sampling import kl_estimates
 from rlhf_recipes.text_metrics import distinct_2
 
@@ -109,36 +112,26 @@ class PPOTrainer(BaseTrainer):
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
         models.keep_gradients_on_cpu(model)
-        if args.disable_dropout:
-            disable_dropout_in_model(model)
 
         self.roles = Roles(model, args.value)
         self.roles.add_reference(starts_from_adapter)
         self.reward_funcs = self._load_rewards(reward_funcs, reward_processing_classes, processing_class, args)
         shared = next((f for f in self.reward_funcs if getattr(f, "adapter", None)), None)
         self.roles.add_critic(shared and shared.adapter, shared and shared.score)
+        if args.disable_dropout:
+            self.roles.disable_dropout()
         if args.bf16:
             models.compute_lora_in_bfloat16(model)
-        self.reward_weights = torch.tensor(args.reward_weights or [1.0] * len(self.reward_funcs))
-        if len(self.reward_weights) != len(self.reward_funcs):
-            raise Refusal(
-                f"reward_weights: {len(self.reward_weights)} for {len(self.reward_funcs)} reward_funcs. Give as many."
-            )
-        self.reward_scales = rewards.scales(self.reward_funcs, args.reward_ensemble)
-        self.overlong = args.soft_punish_cache and get_soft_overlong_punishment(
-            args.max_completion_length, args.soft_punish_cache
-        )
+        self.scores = Scores(self.reward_funcs, args)
         self.eos_ids = stop_ids(self.roles.causal.generation_config, processing_class)
 
         self.kl = algorithm.KLController(args.kl_controller, args.kl_coef, args.kl_target, args.kl_horizon)
-        self.reward_moments = algorithm.RunningMoments()
         self.stopped: str | None = None
         self.samples: list[dict] = []
         self._micro_batches: list[MicroBatch] = []
         self._tally = Tally()
         self._rollout_log: dict[str, float] = {}
         self._last_good: dict[str, Tensor] = {}
-        self._entropy = torch.zeros(())  # of the running step, this process's part
         self._accumulated = 0
         super().__init__(
             model=model,
@@ -199,7 +192,7 @@ class PPOTrainer(BaseTrainer):
             self._micro_batches = self._roll_out(inputs)
         if accumulated == 0:
             self._drop_gradients()
-            self._started, self._entropy = time.monotonic(), torch.zeros((), device=self.args.device)
+            self._started = time.monotonic()
         self._accumulated = (accumulated + 1) % self.args.gradient_accumulation_steps
         position = step % self.args.num_mini_batches * self.args.gradient_accumulation_steps
         micro_batches = self._micro_batches[position : position + self.args.gradient_accumulation_steps]
@@ -211,17 +204,32 @@ class PPOTrainer(BaseTrainer):
         if self._accumulated == 0:
             self._sum_gradients()
             if first and not self.stopped:
-                self._govern(micro_batches)
+                self._govern()
             self._tally.add("seconds/update", torch.tensor([time.monotonic() - self._started]))
         return loss * self.args.world_size  # the log takes the mean over processes
+
+    def train(self, *args, **kwargs):
+        output = super().train(*args, **kwargs)
+        log = self._rollout_log
+        moved = log.get("kl_k3", 0.0) / max(log.get("completions/mean_length", 1.0), 1.0)
+        if log.get("sampling/kl", 0.0) > moved and self.is_world_process_zero():
+            print(
+                f"sampling: the last samples are {log['sampling/kl']:.1g} nats a token from the policy, which is "
+                f"{moved:.1g} from its reference: rounding hides what it has learned. Take a higher "
+                "trainer.learning_rate, or model.dtype=float32."
+            )
+        return output
 
     def _micro_step(self) -> int:
         return self.state.global_step * self.args.gradient_accumulation_steps + self._accumulated
 
     def _clip_grad_norm(self, model):
-        """Policy and critic each by their own norm; the log shows the policy's."""
+        """Policy and critic each by their own norm; the log shows the policy's.
+
+        Accelerate's own clipping unscales all gradients each time, which a step in float16 allows once."""
+        self.accelerator.unscale_gradients()
         norms = [
-            self.accelerator.clip_grad_norm_(list(parameters.values()), self.args.max_grad_norm)
+            nn.utils.clip_grad_norm_(parameters.values(), self.args.max_grad_norm)
             for parameters in (self.roles.policy_parameters, self.roles.value_parameters)
         ]
         return norms[0]
@@ -239,14 +247,17 @@ class PPOTrainer(BaseTrainer):
         with self.roles.acting(POLICY) as decoder:
             with self.accelerator.autocast():
                 hidden_NH = hidden_states(decoder, batch)
-                logps_N, entropy_N = self.roles.token_logps(POLICY, hidden_NH, batch.tokens_N, args.temperature, True)
+                logps_N, entropy_N = self.roles.token_logps(
+                    POLICY, hidden_NH, batch.tokens_N, args.temperature, entropy=args.entropy_coef != 0
+                )
             if first:
-                self._tally.add("sampling/logp_difference", (logps_N - batch.packed(micro.old_logps)).abs())
                 micro.old_logps = batch.padded(logps_N.detach())
             objective_N, ratio_N, clipped_N = algorithm.policy_objective(
                 logps_N, batch.packed(micro.old_logps), batch.packed(micro.advantages), args.cliprange, args.dual_clip
             )
-            policy_loss = -(objective_N + args.entropy_coef * entropy_N).sum() / tokens
+            if entropy_N is not None:
+                objective_N = objective_N + args.entropy_coef * entropy_N
+            policy_loss = -objective_N.sum() / tokens
             self.accelerator.backward(policy_loss)
         if self.roles.separate:
             with self.roles.acting(CRITIC) as decoder:
@@ -256,8 +267,6 @@ class PPOTrainer(BaseTrainer):
         else:
             value_loss, values_clipped_N = self._backward_values(hidden_NH.detach(), micro, tokens)
         log_ratio_N = logps_N.detach() - batch.packed(micro.old_logps)
-        self._entropy += entropy_N.detach().sum() / tokens
-        self._tally.add("entropy", entropy_N)
         self._tally.add("approx_kl", log_ratio_N.square() / 2)
         self._tally.add("clip_fraction/policy", clipped_N)
         self._tally.add("clip_fraction/value", values_clipped_N)
@@ -267,10 +276,11 @@ class PPOTrainer(BaseTrainer):
 
     def _backward_values(self, hidden_NH: Tensor, micro: MicroBatch, tokens: float) -> tuple[Tensor, Tensor]:
         old_N, returns_N = micro.batch.packed(micro.old_values), micro.batch.packed(micro.returns)
-        losses_N, clipped_N = algorithm.value_loss(
-            self.roles.values(hidden_NH), old_N, returns_N, self.args.cliprange_value
-        )
-        loss = self.args.vf_coef * losses_N.sum() / tokens
+        cliprange = self.args.cliprange_value
+        if cliprange is not None:
+            cliprange *= self._rollout_log["return/std"]
+        losses_N, clipped_N = algorithm.value_loss(self.roles.values(hidden_NH), old_N, returns_N, cliprange)
+        loss = losses_N.sum() / tokens
         self.accelerator.backward(loss)
         self._tally.add("loss/value", losses_N)
         return loss, clipped_N
@@ -302,19 +312,28 @@ class PPOTrainer(BaseTrainer):
         seeds = [self._seed(TRAIN, rollout, first + i) for i in range(len(rows))]
         prompts, completions = self._complete(rows, seeds)
         sampled = time.monotonic()
-        parts = self._rewards(rows, completions)
-        scores_B = self._scores(parts, completions)
+        with self.accelerator.autocast():
+            parts = self.scores.rewards(rows, completions, self.state)
+        scores_B = self.scores.earned(parts, completions.finished, self._gather).to(args.device)
 
         micro_batches = []
-        for indices in self._partition(completions):
+        lengths = [len(prompt) + len(ids) for prompt, ids in zip(prompts, completions.ids, strict=True)]
+        for indices in self._partition(lengths):
             batch = Batch.of([prompts[i] for i in indices], [completions.ids[i] for i in indices], *self._padding())
-            old_logps = batch.padded(torch.cat([completions.logps[i] for i in indices]))
+            logps, entropies, values = map(batch.padded, self._act(batch))
+            sampler_logps = batch.padded(torch.cat([completions.logps[i] for i in indices]))
             reference_logps = batch.padded(self._logps(REFERENCE, batch))
-            old_values = self._values(batch, completions, indices)
-            k1, _, _ = kl_estimates(old_logps, reference_logps)
+            k1, _, _ = kl_estimates(logps, reference_logps)
             token_rewards = algorithm.token_rewards(scores_B[indices], k1, batch.mask_BK, self.kl.coef)
-            micro_batches.append(MicroBatch(batch, old_logps, reference_logps, old_values, token_rewards))
-        self._rollout_log = compute_advantages(micro_batches, args, self._sum)
+            micro_batches.append(
+                MicroBatch(batch, sampler_logps, logps, reference_logps, entropies, values, token_rewards)
+            )
+        if args.whiten_rewards:
+            whiten_rewards(micro_batches, self._sum)
+        if self.state.global_step == 0:
+            self.roles.rescale_values(*fit_values(micro_batches, args.gamma, self._sum))
+        self._rollout_log = compare_policies(micro_batches, self._sum)
+        self._rollout_log |= compute_advantages(micro_batches, args, self._sum)
         seconds = {"rollout": sampled - begin, "scoring": time.monotonic() - sampled}
         self._record(rows, completions, parts, seconds)
         return micro_batches
@@ -324,54 +343,25 @@ class PPOTrainer(BaseTrainer):
         prompts = [self._prompt_ids(row["prompt"]) for row in rows]
         merge = self.args.merge_to_sample
         merge = self.args.device.type == "cpu" if merge is None else merge
+        size, parts = self.args.local_rollout_forward_batch_size, []
         with self.accelerator.autocast(), self.roles.merged() if merge else nullcontext():
-            completions = sample(self.roles, self.processing_class, prompts, seeds, self.eos_ids, self.args)
-        return prompts, completions
+            for start in range(0, len(prompts), size):
+                some = slice(start, start + size)
+                parts.append(
+                    sample(self.roles, self.processing_class, prompts[some], seeds[some], self.eos_ids, self.args)
+                )
+        return prompts, Completions.joined(parts)
 
-    def _rewards(self, rows: list[dict], completions: Completions) -> dict[str, Tensor]:
-        """`reward` of each episode, and its parts, on the CPU."""
-        args = self.args
-        texts = completions.texts
-        if not isinstance(rows[0]["prompt"], str):
-            texts = [[{"role": "assistant", "content": text.strip()}] for text in texts]
-        with self.accelerator.autocast():
-            columns = [
-                rewards.call(f, rows, texts, completions.ids, self.state, args.per_device_train_batch_size)
-                for f in self.reward_funcs
-            ]
-        rewards_BR = torch.tensor([[torch.nan if r is None else float(r) for r in column] for column in columns]).T
-        mean_R, sd_R = self.reward_scales.T
-        scaled_BR = (rewards_BR - mean_R) / sd_R
-        parts = {
-            "reward": algorithm.combine_rewards(scaled_BR, self.reward_weights, args.reward_ensemble, args.uwo_coef)
-        }
-        if len(columns) > 1:
-            for name, rewards_B in zip(rewards.names(self.reward_funcs), rewards_BR.T, strict=True):
-                parts[f"rewards/{name}"] = rewards_B
-            parts["reward_disagreement"] = scaled_BR[:, self.reward_weights != 0].std(1, correction=0)
-        if self.overlong:
-            parts["overlong_penalty"] = torch.tensor(self.overlong(completion_ids=completions.ids))
-        return parts
+    def _partition(self, lengths: list[int]) -> list[list[int]]:
+        """Indices of each micro-batch: mini-batches in the order of the prompts, each cut by length, to pad little.
 
-    def _scores(self, parts: dict[str, Tensor], completions: Completions) -> Tensor:
-        """What each episode earns at its last token: its reward, penalised, normalised and clipped as asked."""
-        args, scores_B = self.args, parts["reward"] + parts.get("overlong_penalty", 0.0)
-        if args.missing_eos_penalty is not None:
-            scores_B = scores_B - args.missing_eos_penalty * ~torch.tensor(completions.finished)
-        if args.normalize_rewards:
-            self.reward_moments.update(self.accelerator.gather(scores_B.to(args.device)).cpu())
-            scores_B = self.reward_moments.normalise(scores_B)
-        if args.reward_clip_range is not None:
-            scores_B = scores_B.clamp(*args.reward_clip_range)
-        return scores_B.to(args.device)
-
-    def _partition(self, completions: Completions) -> list[list[int]]:
-        """Indices of each micro-batch: mini-batches in the order of the prompts, each cut by length, to pad little."""
-        size = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        parts = []
-        for start in range(0, len(completions.ids), size):
-            mini_batch = sorted(range(start, start + size), key=lambda i: len(completions.ids[i]))
-            micro = self.args.per_device_train_batch_size
+        Args:
+            lengths: tokens of each episode, prompt and completion.
+        """
+        micro = self.args.per_device_train_batch_size
+        size, parts = micro * self.args.gradient_accumulation_steps, []
+        for start in range(0, len(lengths), size):
+            mini_batch = sorted(range(start, start + size), key=lengths.__getitem__)
             parts += [mini_batch[i : i + micro] for i in range(0, size, micro)]
         return parts
 
@@ -380,12 +370,17 @@ class PPOTrainer(BaseTrainer):
             hidden_NH = hidden_states(decoder, batch)
             return self.roles.token_logps(role, hidden_NH, batch.tokens_N, self.args.temperature)[0]
 
-    def _values(self, batch: Batch, completions: Completions, indices: list[int]) -> Tensor:
-        if completions.values is not None:
-            return batch.padded(torch.cat([completions.values[i] for i in indices]))
-        with self.roles.acting(CRITIC) as decoder, self.accelerator.autocast():
+    def _act(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities and entropies of the policy, and V, as its update will compute them; (N,) each."""
+        with self.roles.acting(POLICY) as decoder, self.accelerator.autocast():
             hidden_NH = hidden_states(decoder, batch)
-        return batch.padded(self.roles.values(hidden_NH))
+            logps_N, entropy_N = self.roles.token_logps(
+                POLICY, hidden_NH, batch.tokens_N, self.args.temperature, entropy=True
+            )
+        if self.roles.separate:
+            with self.roles.acting(CRITIC) as decoder, self.accelerator.autocast():
+                hidden_NH = hidden_states(decoder, batch)
+        return logps_N, entropy_N, self.roles.values(hidden_NH)
 
     def _record(self, rows: list[dict], completions: Completions, parts: dict[str, Tensor], seconds: dict) -> None:
         """Log the rollout of all processes."""
@@ -416,17 +411,11 @@ class PPOTrainer(BaseTrainer):
             "completions/distinct_2": torch.tensor(distinct),
         }
 
-    def _govern(self, micro_batches: list[MicroBatch]) -> None:
+    def _govern(self) -> None:
         """After the forward passes of a rollout's first step, before its update: how far the policy is from its
-        reference. Steer the KL coefficient, brake where the policy has broken, else remember it as good."""
-        args, terms = self.args, []
-        for m in micro_batches:
-            k1, _, k3 = kl_estimates(m.old_logps, m.reference_logps)
-            terms.append(torch.stack([k1.sum(1), k3.sum(1)], 1))
-        terms_B2 = self.accelerator.gather(torch.cat(terms))
-        kl, kl_k3 = terms_B2.mean(0).tolist()
-        entropy = self._sum(self._entropy).item()
-        self._rollout_log |= {"kl": kl, "kl_k3": kl_k3}
+        reference over the whole rollout. Steer the KL coefficient, brake where the policy has broken, else remember it
+        as good."""
+        args, kl, entropy = self.args, self._rollout_log["kl"], self._rollout_log["entropy"]
         if args.kl_brake is not None and kl > args.kl_brake * args.kl_target:
             self._stop(f"KL {kl:.1f} nats, over {args.kl_brake:g} times kl_target={args.kl_target:g}", restore=True)
         elif args.entropy_floor is not None and entropy < args.entropy_floor:
@@ -437,13 +426,16 @@ class PPOTrainer(BaseTrainer):
             self._stop(f"KL {kl:.2f} nats reached kl_target={args.kl_target:g}", restore=False)
         else:
             self._last_good = {name: p.detach().cpu().clone() for name, p in self.roles.trained().items()}
-        self.kl.update(kl, self.args.prompts_per_rollout * args.world_size)
+        self.kl.update(kl)
 
     def _stop(self, why: str, restore: bool) -> None:
         """End the run after this step, which changes nothing; `restore`: with the weights of the last good rollout."""
         self.stopped = f"{why} at step {self.state.global_step}"
         self.control.should_training_stop = True
         self._drop_gradients()
+        if self.args.fp16:  # a scaler skips a step whose gradients are not finite, and fails at one that has none
+            for parameter in self.roles.trained().values():
+                parameter.grad = torch.full_like(parameter, torch.inf)
         if restore:
             for name, weights in self._last_good.items():
                 self.roles.trained()[name].data.copy_(weights)
@@ -482,7 +474,8 @@ class PPOTrainer(BaseTrainer):
             )
             rows = [data[i] for i in indices]
             prompts, completions = self._complete(rows, [self._seed(EVALUATE, 0, i) for i in indices])
-            parts = self._rewards(rows, completions)
+            with self.accelerator.autocast():
+                parts = self.scores.rewards(rows, completions, self.state)
             batch = Batch.of(prompts, completions.ids, *self._padding())
             logps_N, reference_N = self._logps(POLICY, batch), self._logps(REFERENCE, batch)
             k1, _, k3 = (batch.padded(k).sum(1).cpu() for k in kl_estimates(logps_N, reference_N))
@@ -506,10 +499,10 @@ class PPOTrainer(BaseTrainer):
         """Beside the generators: the critic, the rollout in use, the controller, the statistics of the rewards."""
         super()._save_rng_state(output_dir)
         state = {
-            "value": {name: p.detach() for name, p in self.roles.value_parameters.items()},
+            "value": {name: p.detach() for name, p in self.roles.value_state().items()},
             "micro_batches": [{**vars(m), "batch": asdict(m.batch)} for m in self._micro_batches],
             "kl_coef": self.kl.coef,
-            "reward_moments": asdict(self.reward_moments),
+            "scores": self.scores.state_dict(),
             "rollout_log": self._rollout_log,
             "last_good": self._last_good,
             "samples": self.samples,
@@ -523,11 +516,11 @@ class PPOTrainer(BaseTrainer):
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         state = torch.load(self._state_file(resume_from_checkpoint), map_location=self.args.device, weights_only=True)
-        for name, parameter in self.roles.value_parameters.items():
+        for name, parameter in self.roles.value_state().items():
             parameter.data.copy_(state["value"][name])
         self._micro_batches = [MicroBatch(**{**m, "batch": Batch(**m["batch"])}) for m in state["micro_batches"]]
         self.kl.coef = state["kl_coef"]
-        self.reward_moments = algorithm.RunningMoments(**state["reward_moments"])
+        self.scores.load_state_dict(state["scores"])
         self._rollout_log, self.samples = state["rollout_log"], state["samples"]
         self._last_good = {name: weights.cpu() for name, weights in state["last_good"].items()}
 
@@ -551,11 +544,12 @@ class PPOTrainer(BaseTrainer):
     def _sum(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, "sum")
 
+    def _gather(self, values: Tensor) -> Tensor:
+        return self.accelerator.gather(values.to(self.args.device)).cpu()
+
     def _gathered(self, columns: dict[str, Tensor]) -> Tensor:
         """Episodes of all processes, (B, columns)."""
-        return self.accelerator.gather(
-            torch.stack([c.float() for c in columns.values()], 1).to(self.args.device)
-        ).cpu()
+        return self._gather(torch.stack([c.float() for c in columns.values()], 1))
 
     def _load_rewards(self, reward_funcs, tokenizers, tokenizer, args: PPOConfig) -> list[Callable]:
         functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]

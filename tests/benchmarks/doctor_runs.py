@@ -7,7 +7,7 @@ A bad run has one fault, and the rule that should name it. Printed are a line fo
 the bad runs that it named among those made for it, and the good runs in which it said anything. Runs that are finished
 are kept: interrupted, the same command continues. A run takes one to three minutes on one thread (OMP_NUM_THREADS=1).
 
-`--ppo` reads finished PPO runs again from their logs, as good ones: those of ppo_learns.py take ten minutes each.
+`--ppo` reads finished PPO runs again from their logs, as good ones: those of ppo_learns.py take half an hour each.
 """
 
 import argparse
@@ -31,9 +31,9 @@ POLICY = [*PAIRS, "trainer.learning_rate=3e-4"]
 REWARD = [*PAIRS, "trainer.learning_rate=5e-4", "trainer.max_steps=36"]
 LONGER = ["trainer.max_length=160", "data.eval_size=54", "trainer.learning_rate=1e-3", "trainer.max_steps=24"]
 BRIEF = ["data.eval_size=8", "trainer.max_steps=6"]  # where the log says it all
-PPO = ["quantization=none", "trainer.value=head", "trainer.num_ppo_epochs=1", "trainer.per_device_train_batch_size=8",
+PPO = ["quantization=none", "trainer.num_mini_batches=1", "trainer.per_device_train_batch_size=8",
        "trainer.gradient_accumulation_steps=1", "trainer.max_completion_length=16", "trainer.max_steps=8",
-       "trainer.learning_rate=3e-3", "trainer.lr_scheduler_type=constant", "trainer.missing_eos_penalty=null",
+       "trainer.learning_rate=3e-3", "trainer.lam=0.95", "trainer.missing_eos_penalty=null",
        "trainer.kl_coef=0.0", "trainer.kl_brake=null", "trainer.entropy_floor=null", "trainer.save_strategy=no",
        "trainer.per_device_eval_batch_size=8", "data.eval_size=8"]  # fmt: skip
 

@@ -36,13 +36,12 @@ REWARD = [
     "data.eval_size=48",
 ]
 PPO = [
-    "trainer.value=head",
-    "trainer.num_ppo_epochs=1",
+    "trainer.num_mini_batches=1",
     "trainer.per_device_train_batch_size=8",
     "trainer.gradient_accumulation_steps=3",
     f"trainer.max_completion_length={TOKENS}",
     "trainer.learning_rate=1e-3",
-    "trainer.lam=1.0",
+    "trainer.lr_scheduler_type=linear",
     "trainer.value_learning_rate=2e-5",
     "trainer.missing_eos_penalty=null",
     "trainer.kl_coef=0",

@@ -162,6 +162,7 @@ def commands(trl: str, model: str, prompts: list, micro: int) -> dict[str, list[
     shared = {**TRAINING, "gradient_accumulation_steps": BATCH // micro}
     ours = {
         **shared,
+        "num_mini_batches": 1,
         "per_device_train_batch_size": micro,
         "max_steps": UPDATES * EPOCHS,
         "max_completion_length": TOKENS,
@@ -173,8 +174,8 @@ def commands(trl: str, model: str, prompts: list, micro: int) -> dict[str, list[
     ]  # fmt: skip
     theirs = {**shared, "response_length": TOKENS, "total_episodes": BATCH * UPDATES}
     return {
-        "value=separate": recipe,
-        "value=head": [*recipe, "trainer.value=head"],
+        "value=separate": [*recipe, "trainer.value=separate"],
+        "value=head": recipe,
         "TRL 1.12": [trl, "-c", TRL, json.dumps([model, "merged", prompts, micro, theirs])],
     }
 

@@ -76,7 +76,7 @@ def settings(recipe: str, size: str, folder: Path) -> list[str]:
         return [*found, f"data.train_size={STEPS * batch}", f"trainer.max_length={tokens}"]
     return [
         *found, f"max_prompt_length={tokens // 2}", f"trainer.max_completion_length={tokens // 4}",
-        "trainer.num_mini_batches=2", "trainer.num_ppo_epochs=1", "trainer.missing_eos_penalty=null",
+        "trainer.value=separate", "trainer.missing_eos_penalty=null",
         "reward_funcs=preflight_predicts:shortness",
     ]  # fmt: skip
 

@@ -238,7 +238,8 @@ def _step(base: Backbone, batch: Batch, where: str, args) -> dict[str, float]:
         predicted = batch.sequences * batch.completion if base.recipe == "ppo" else tokens
         buffer = TILE_ENTRIES_PPO if base.recipe == "ppo" else TILE_ENTRIES
         used = min(buffer, base.config.vocab_size)
-        logits = min(predicted, TILE_TOKENS) * (buffer * base.item + used * TILE_BYTES[where])
+        item = 4 if base.recipe == "ppo" else base.item  # its logits are float32
+        logits = min(predicted, TILE_TOKENS) * (buffer * item + used * TILE_BYTES[where])
     if not args.gradient_checkpointing:
         return {"activations": tokens * (layers + 0.5) * base.kept, "logits": logits}
     inputs = layers * base.config.hidden_size * base.item * (1 + base.wide)
@@ -264,13 +265,15 @@ def _held_out(base: Backbone, batch: Batch, where: str) -> dict[str, float]:
 
 def _rollout(base: Backbone, batch: Batch, where: str, args) -> dict[str, float]:
     """Sampling: the cache of keys and values, the weights merged for it, and the last position's logits."""
+    prompts = min(batch.prompts, args.local_rollout_forward_batch_size)
     merged = args.merge_to_sample if args.merge_to_sample is not None else where == "cpu"
     cached = 2 * base.config.num_hidden_layers * base.keys * base.item
     return {
-        "KV cache": batch.prompts * batch.tokens * cached,
+        "KV cache": prompts * batch.tokens * cached,
         "merged weights": base.linear * base.item * merged,
-        "activations": batch.prompts * (batch.tokens - batch.completion) * base.kept,
-        "logits": batch.prompts * base.config.vocab_size * SAMPLED_BYTES,
+        "float32 head": 4.0 * base.config.vocab_size * base.config.hidden_size * (where == "cpu" and base.item == 2),
+        "activations": prompts * (batch.tokens - batch.completion) * base.kept,
+        "logits": prompts * base.config.vocab_size * SAMPLED_BYTES,
     }
 
 
