@@ -125,9 +125,10 @@ def load_tokenizer(model: DictConfig) -> "PreTrainedTokenizerBase":
     tokenizer = _from_hub(model, AutoTokenizer.from_pretrained, model_path(model), revision=model.revision)
     if model.pad_token and model.pad_token not in tokenizer.get_vocab():
         own = tokenizer.pad_token or tokenizer.eos_token
+        where = f"{'judge' if 'kind' in model else 'model'}.pad_token"
         raise Refusal(
-            f"model.pad_token={model.pad_token}: is no token of {model.path or model.id}, which pads with {own}. Add "
-            "model.pad_token=null."
+            f"{where}={model.pad_token}: is no token of {model.path or model.id}, which pads with {own}. Add "
+            f"{where}=null."
         )
     if model.pad_token:
         tokenizer.pad_token = model.pad_token

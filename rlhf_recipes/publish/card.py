@@ -160,8 +160,11 @@ def snippet(source: Source, facts: Facts) -> str:
         options += ["quantization_config=quantization"] if quantization else []
         lines += [f"base = {auto}.from_pretrained(", f"    {json.dumps(base['id'])},"]
         lines += [*(f"    {option}," for option in options), ")", f"{name} = PeftModel.from_pretrained(base, {here})"]
-    lines += [f"tokenizer = AutoTokenizer.from_pretrained({here})", ""]
-    return "\n".join(lines + (_scoring(facts) if reward else _answering())) + "\n"
+    lines += [f"tokenizer = AutoTokenizer.from_pretrained({here})"]
+    if reward and not facts.merged:  # merged weights come with a config that says it
+        lines += ["# A score is read at the last token that is not padding."]
+        lines += ["reward_model.config.get_text_config().pad_token_id = tokenizer.pad_token_id"]
+    return "\n".join([*lines, "", *(_scoring() if reward else _answering())]) + "\n"
 
 
 def _quantization(node: dict[str, Any], dtype: str) -> list[str]:
@@ -190,11 +193,8 @@ def _answering() -> list[str]:
     ]
 
 
-def _scoring(facts: Facts) -> list[str]:
-    # Merged weights come with a config that says it.
-    own = "reward_model.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # where a score is read"
+def _scoring() -> list[str]:
     return [
-        *([] if facts.merged else [own]),
         "messages = [",
         '    {"role": "user", "content": "Can I move my appointment to Friday?"},',
         '    {"role": "assistant", "content": "Yes. Which time on Friday suits you?"},',
