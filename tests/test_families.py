@@ -14,7 +14,6 @@ import pytest
 import quick
 import warm
 from families import FAMILIES, family
-from peft import LoraConfig, get_peft_model
 
 from rlhf_recipes.errors import Refusal
 
@@ -334,6 +333,7 @@ def test_a_reward_model_scores_alike_wherever_it_is_read(ran, models, spoken, co
     """As transformers pools the padded rows that it was trained on: by evaluate and audit, and by PPO, which may pad
     with another token (`other`)."""
     import torch
+    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     from rlhf_recipes import inference
