@@ -144,13 +144,14 @@ def pad_id_beside(adapter: Path, otherwise: int | None) -> int | None:
     model does not read.
 
     Args:
-        otherwise: that of the base, where no tokenizer lies there.
+        otherwise: that of the base, where none lies there.
     """
     from transformers import AutoTokenizer
 
     if not (Path(adapter) / "tokenizer_config.json").is_file():
         return otherwise
-    return AutoTokenizer.from_pretrained(str(adapter), trust_remote_code=False).pad_token_id
+    own = AutoTokenizer.from_pretrained(str(adapter), trust_remote_code=False).pad_token_id
+    return otherwise if own is None else own
 
 
 def load_generation_config(model: DictConfig) -> "GenerationConfig":

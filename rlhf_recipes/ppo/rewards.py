@@ -55,7 +55,8 @@ class LearnedReward:
         for start in range(0, len(order), micro_batch):
             indices = order[start : start + micro_batch]
             rows, T = [encoded[i] for i in indices], max(len(encoded[i]) for i in indices)
-            ids_BT = torch.tensor([row + [self.pad_id or 0] * (T - len(row)) for row in rows], device=self.device)
+            fill = max(self.pad_id or 0, 0)  # some configs say -1
+            ids_BT = torch.tensor([row + [fill] * (T - len(row)) for row in rows], device=self.device)
             mask_BT = torch.tensor([[1] * len(row) + [0] * (T - len(row)) for row in rows], device=self.device)
             for i, score in zip(indices, self.read(ids_BT, mask_BT).tolist(), strict=True):
                 scores[i] = score
