@@ -169,9 +169,10 @@ def load_tokenizer(model: DictConfig) -> "PreTrainedTokenizerBase":
     tokenizer = _from_hub(model, AutoTokenizer.from_pretrained, model_path(model), revision=model.revision)
     if model.pad_token and model.pad_token not in tokenizer.get_vocab():
         own = tokenizer.pad_token or tokenizer.eos_token
+        where = f"{'judge' if 'kind' in model else 'model'}.pad_token"
         raise Refusal(
-            f"model.pad_token={model.pad_token}: is no token of {model.path or model.id}, which pads with {own}. Add "
-            "model.pad_token=null."
+            f"{where}={model.pad_token}: is no token of {model.path or model.id}, which pads with {own}. Add "
+            f"{where}=null."
         )
     if model.pad_token:
         tokenizer.pad_token = model.pad_token
@@ -206,13 +207,14 @@ def pad_id_beside(adapter: Path, otherwise: int | None) -> int | None:
     model does not read.
 
     Args:
-        otherwise: that of the base, where no tokenizer lies there.
+        otherwise: that of the base, where none lies there.
     """
     from transformers import AutoTokenizer
 
     if not (Path(adapter) / "tokenizer_config.json").is_file():
         return otherwise
-    return AutoTokenizer.from_pretrained(str(adapter), trust_remote_code=False).pad_token_id
+    own = AutoTokenizer.from_pretrained(str(adapter), trust_remote_code=False).pad_token_id
+    return otherwise if own is None else own
 
 
 def load_generation_config(model: DictConfig) -> "GenerationConfig":

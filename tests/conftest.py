@@ -30,10 +30,11 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # as Run.start does
 os.environ["OMP_NUM_THREADS"] = "1"  # matrices of 64 rows: threads would wait for each other
 # What takes longest starts first, so that no core idles at the end.
 LONGEST = (
-    "test_resume.py", "test_sweep.py", "test_recipes.py", "test_stages.py", "test_ppo.py", "test_hub_faults.py",
-    "test_conf.py", "test_run_folder.py", "test_audit.py", "test_doctor.py", "test_trainers.py", "test_preflight.py",
-    "test_bad_input.py", "test_kept_runs.py", "test_publish.py", "test_cai.py", "test_docs.py", "test_measure.py",
-    "test_hub.py", "test_code.py", "test_limits.py", "test_data.py", "test_planted_secrets.py",
+    "test_resume.py", "test_sweep.py", "test_recipes.py", "test_stages.py", "test_ppo.py", "test_families.py",
+    "test_hub_faults.py", "test_conf.py", "test_run_folder.py", "test_audit.py", "test_doctor.py",
+    "test_trainers.py", "test_preflight.py", "test_bad_input.py", "test_kept_runs.py", "test_publish.py",
+    "test_cai.py", "test_docs.py", "test_measure.py", "test_hub.py", "test_code.py", "test_limits.py",
+    "test_data.py", "test_planted_secrets.py",
 )  # fmt: skip
 # Files that simulate, serve or parse for long, most of their tests.
 SLOW = (

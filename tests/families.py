@@ -75,7 +75,7 @@ FAMILIES = {
         eos="<|eot_id|>",
         stops=("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"),
         begins=True,
-        settings={"tie_word_embeddings": True},
+        settings={"tie_word_embeddings": True, "eos_token_id": [1, 5, 6]},
         generation={"do_sample": True, "temperature": 0.6, "top_p": 0.9},
     ),
     # The last answer opens with a block of thoughts, empty where there are none; the prompt does so where thinking is
@@ -119,7 +119,12 @@ FAMILIES = {
         pad="<pad>",
         stops=("<eos>", "<end_of_turn>"),
         begins=True,
-        settings={"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64, "head_dim": 8},
+        settings={
+            "layer_types": ["sliding_attention", "full_attention"],
+            "sliding_window": 64,
+            "head_dim": 8,
+            "eos_token_id": [1, 5],
+        },
         generation={"do_sample": True, "top_k": 64, "top_p": 0.95},
     ),
     # User and assistant take turns, and no system does; no generation prompt; an answer ends with EOS, which is also
@@ -190,8 +195,7 @@ def family(name, folder):
         num_key_value_heads=1,
         max_position_embeddings=2048,
         initializer_range=0.2,  # as initialised by default, so narrow a model repeats its last token
-        **{"bos_token_id": None, "pad_token_id": None, **{f"{key}_token_id": number for key, number in ids.items()}},
-        **own.settings,
+        **{f"{key}_token_id": ids.get(key) for key in ("bos", "eos", "pad")} | own.settings,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -4,14 +4,18 @@ token by token.
 
 import contextlib
 import json
+import shutil
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import quick
 import warm
 from families import FAMILIES, family
+
+from rlhf_recipes.errors import Refusal
 
 # The last three are held out, one of them a longer conversation.
 PROMPTS = [[{"role": "user", "content": f"May I come on day {n}?"}] for n in range(7)]
@@ -39,11 +43,10 @@ RECIPES = {
     "publish": ["run=dpo", "folder=published", "license=apache-2.0", "force=true"],
 }  # fmt: skip
 NEEDS = {"ppo": ["reward"], "evaluate": ["dpo", "reward"], "publish": ["dpo"]}
-# What the template is given besides the conversation.
-KWARGS = {"qwen3": {"enable_thinking": False}}
-THINKS = "prompts are rendered with thinking on, and what is trained begins with an empty block of thoughts"
+# What the template is told beside the conversation, as in the family's files in conf/model.
+KWARGS = {"llama3": {"date_string": "26 Jul 2024"}, "qwen3": {"enable_thinking": False}}
 XFAIL = {
-    **{("qwen3", recipe): THINKS for recipe in RECIPES if recipe != "reward"},
+    **{(name, recipe): "no setting tells its template anything" for name in KWARGS for recipe in RECIPES},
     ("mistral", "cai"): "its template refuses the system turn that cai writes",
 }
 
@@ -106,7 +109,8 @@ def ran(models, compose):
 
 
 def overrides(name):
-    return ["model.path=model", f"model.id=tests/{name}", "model.dtype=float32", "quantization=none"]
+    told = [f"model.chat_template_kwargs.{key}={json.dumps(value)}" for key, value in KWARGS.get(name, {}).items()]
+    return ["model.path=model", f"model.id=tests/{name}", "model.dtype=float32", "quantization=none", *told]
 
 
 @contextlib.contextmanager
@@ -308,3 +312,187 @@ def test_trained_measured_and_sampled_alike(ran, spoken, name, recipe):
         check(seen, own)
     else:
         check_policy(seen, own, ("chosen",) if recipe == "sft" else SIDES)
+
+
+CONVERSATIONS = [row["prompt"] + row[side] for row in ROWS for side in SIDES]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("gemma3", "<eos>"),
+        ("mistral", None),
+        ("mistral", "<unk>"),
+        ("phi3", None),
+        ("phi3", "<unk>"),
+        ("smollm2", None),
+    ],
+)
+def test_a_reward_model_scores_alike_wherever_it_is_read(ran, models, spoken, compose, name, other):
+    """As transformers pools the padded rows that it was trained on: by evaluate and audit, and by PPO, which may pad
+    with another token (`other`)."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from rlhf_recipes import inference
+    from rlhf_recipes import models as loading
+    from rlhf_recipes.adapters import RewardModels
+    from rlhf_recipes.ppo import PPOConfig, rewards
+    from rlhf_recipes.ppo.roles import Roles
+
+    ran(name, "reward")
+    cfg = compose("evaluate", *overrides(name), *([f"model.pad_token='{other}'"] if other else []))
+    with contextlib.chdir(models(name)):
+        readers = RewardModels(cfg.model, cfg.quantization, [Path("reward/adapter")])
+        tokenizer, model = loading.load_tokenizer(cfg.model), readers.using(Path("reward/adapter"))
+        found = inference.rewards_and_features(model, tokenizer, CONVERSATIONS, "test")
+        head = model.get_base_model().score.modules_to_save["member0"].weight[0].detach()
+        policy = loading.load_base(cfg.model, cfg.quantization, AutoModelForCausalLM)
+        policy = get_peft_model(policy, LoraConfig(r=1, target_modules="all-linear", task_type="CAUSAL_LM"))
+        args = PPOConfig("ppo_args", use_cpu=True, bf16=False, report_to="none")
+        reward = rewards.load("reward", Roles(policy, "head"), tokenizer, None, args)
+    own = spoken(name)
+    rows = [own.whole(row, side)[0] for row in ROWS for side in SIDES]
+    T = max(map(len, rows))
+    ids_BT = torch.tensor([[*ids, *[own.pad_id] * (T - len(ids))] for ids in rows])
+    mask_BT = torch.tensor([[1] * len(ids) + [0] * (T - len(ids)) for ids in rows])
+    model.get_base_model().config.pad_token_id = own.pad_id
+    with torch.inference_mode():
+        trained = model(input_ids=ids_BT, attention_mask=mask_BT).logits[:, 0].tolist()
+    assert [score for score, _ in found] == pytest.approx(trained, abs=1e-5)
+    assert [float(features @ head.numpy()) for _, features in found] == pytest.approx(trained, abs=1e-5)
+    prompts, replies = ([row["prompt"] for row in ROWS for _ in SIDES], [row[side] for row in ROWS for side in SIDES])
+    assert reward(prompts, replies, 3) == pytest.approx(trained, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pad", ["</s>", "<unk>", None])
+def test_a_classifier_of_others_is_read_where_its_config_says(models, spoken, pad):
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    from rlhf_recipes.ppo import rewards
+
+    own = spoken("mistral")
+    model = AutoModelForSequenceClassification.from_pretrained(models("mistral") / "model", num_labels=1).eval()
+    model.config.pad_token_id = own.tokenizer.convert_tokens_to_ids(pad) if pad else None
+    with torch.inference_mode():
+        expected = [model(torch.tensor([own.whole(row)[0]])).logits.item() for row in ROWS]
+    reward = rewards.load(model, None, None, own.tokenizer, None)
+    found = reward([row["prompt"] for row in ROWS], [row["chosen"] for row in ROWS], 3)
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": 1.3},
+        {"no_repeat_ngram_size": 1},
+        {"min_new_tokens": 6},
+        {"suppress_tokens": list(range(100, 600))},
+        {"begin_suppress_tokens": list(range(100, 600))},
+        {"forced_eos_token_id": 7},
+        {"bad_words_ids": [[n] for n in range(100, 600)]},
+        {"do_sample": True, "temperature": 0.1, "min_p": 0.9, "typical_p": 0.1, "top_k": 1, "top_p": 0.1},
+        {"num_beams": 3},
+        {"max_length": 9},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_a_models_generation_config_bends_no_sample(models, spoken, settings):
+    """Greedy, drawn, and drawn by PPO, answers are those of the bare distribution; afterwards the config is there."""
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    from rlhf_recipes import inference
+    from rlhf_recipes.ppo import rollout
+    from rlhf_recipes.ppo.roles import Roles
+
+    own = spoken("gemma3")
+    model = AutoModelForCausalLM.from_pretrained(models("gemma3") / "model").eval()
+    args = SimpleNamespace(max_completion_length=8, temperature=1.0, top_k=0, top_p=1.0)
+    prompts = [row["prompt"] for row in ROWS]
+
+    def answers(**settings):
+        model.generation_config = GenerationConfig(eos_token_id=[1, 5], **settings)
+        kept = model.generation_config.to_dict()
+        found = [
+            [each["ids"] for each in inference.generate(model, own.tokenizer, prompts, how, "test")]
+            for how in (inference.Sampling(8, 0.0, 1), inference.Sampling(8, 1.0, 1))
+        ]
+        ids = [list(own.prompt(turns)) for turns in prompts]
+        with torch.inference_mode():
+            drawn = rollout.sample(Roles(model, "separate"), own.tokenizer, ids, list(range(len(ids))), [1, 5], args)
+        assert model.generation_config.to_dict() == kept
+        return [*found, drawn.ids, [logps.tolist() for logps in drawn.logps]]
+
+    assert answers(**settings) == answers()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("written", [True, False])
+@pytest.mark.parametrize("name", ["gemma3", "phi3", "smollm2", "mistral"])
+def test_every_look_at_the_end_of_a_reply_knows_what_generation_stops_at(
+    models, spoken, compose, tmp_path, name, written
+):
+    """The preflight, which loads no model, and whoever has one; also where only config.json says it."""
+    from transformers import AutoModelForCausalLM
+
+    from rlhf_recipes import inference
+    from rlhf_recipes import models as loading
+    from rlhf_recipes.data.fit import fit
+    from rlhf_recipes.data.load import load_pairs
+    from rlhf_recipes.launch.preflight import rows
+    from rlhf_recipes.run import Run
+
+    folder = shutil.copytree(models(name) / "model", tmp_path / "model")
+    if not written:
+        (folder / "generation_config.json").unlink()
+    path = models(name).parent / "pairs.jsonl"
+    cfg = compose("reward", f"model.path={folder}", f"model.id=tests/{name}", "data=local", f"data.path={path}")
+    tokenizer = loading.load_tokenizer(cfg.model)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    stops = inference.stop_ids(model.generation_config, tokenizer)
+    assert inference.stop_ids(loading.load_generation_config(cfg.model), tokenizer) == stops
+    if written:
+        assert set(stops) == spoken(name).stops
+    args = loading.training_args(cfg.trainer, Run(Path("x"), "reward", {}))
+    splits = fit(load_pairs(cfg.data), tokenizer, None)
+    found = rows.example("reward", args, splits, tokenizer, cfg.model)
+    assert found["eos"] == tokenizer.convert_ids_to_tokens(stops) and found["ends"].value == 1.0
+    ids, _ = spoken(name).whole(ROWS[0])
+    read = found["text"].partition("⟦")[2].partition("⟧")[0]
+    assert read == tokenizer.decode([ids[last_but(ids, spoken(name).pad_id)]])
+
+
+def test_what_is_one_models_own_is_not_carried_to_another(compose):
+    cfg = compose("dpo")
+    assert (cfg.model.path, cfg.model.pad_token) == ("embedded", "<|endoftext|>")
+    cfg = compose("dpo", "model.id=org/other")
+    assert (cfg.model.path, cfg.model.pad_token) == (None, None)
+    cfg = compose("dpo", "model.id=org/other", "model.path=there", "model.pad_token='<pad>'")
+    assert (cfg.model.path, cfg.model.pad_token) == ("there", "<pad>")
+
+    given = ["model.path=there", "model.revision=main", "model.pad_token='<pad>'", "model.trust_remote_code=true"]
+    judge = compose("cai", *given).judge
+    assert [judge.path, judge.revision, judge.pad_token, judge.trust_remote_code] == ["there", "main", "<pad>", True]
+    judge = compose("cai", *given, "judge.id=org/other").judge
+    assert [judge.path, judge.revision, judge.pad_token, judge.trust_remote_code] == [None, None, None, False]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_another_family_pads_with_its_own_token(models, compose, name):
+    from rlhf_recipes import models as loading
+
+    folder, own = models(name) / "model", FAMILIES[name]
+    tokenizer = loading.load_tokenizer(compose("dpo", f"model.path={folder}", f"model.id=tests/{name}").model)
+    assert tokenizer.pad_token == (own.pad or own.eos) and len(tokenizer) == 600
+    given = compose("dpo", f"model.path={folder}", "model.pad_token='<|none|>'").model
+    with pytest.raises(
+        Refusal, match=r"^model.pad_token=<\|none\|>: is no token of .*, which pads with .* Add model.pad"
+    ):
+        loading.load_tokenizer(given)

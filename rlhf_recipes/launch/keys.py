@@ -164,6 +164,7 @@ def _refuse_unknown(keys: list[str], recipe: str | None) -> None:
     known = [*(key for key, _ in flatten(node)), *(f"model.{key}" for key in ModelConfig.__dataclass_fields__)]
     for key in keys:
         open_group = key.partition(".")[0] in groups - {"model"}  # checked against the class, or by rlhf_recipes.data
+        open_group |= key.startswith("model.chat_template_kwargs.")  # checked against the chat template
         if not open_group and not any(f"{name}.".startswith(f"{key}.") for name in known):
             raise Refusal(f"{key}: recipes/{recipe}.py has no such key{nearest(key, [*known, *groups])}")
 

@@ -33,20 +33,20 @@ class LearnedReward:
         name: for the log.
         tokenizer: its own; conversations reach it as text.
         read: (ids_BT, mask_BT) -> scores_B, float32.
-        pad_id: what it takes for padding; None where nothing says it.
         adapter: the adapter's name where it shares the policy's backbone, else None.
         score: the head where it shares the policy's backbone, else None.
         scale: mean and standard deviation of its rewards of held-out replies, as its run reports them, else None.
+        pad_id: what it takes for padding; None where nothing says it.
     """
 
     name: str
     tokenizer: object
     read: Callable[[Tensor, Tensor], Tensor]
-    pad_id: int | None
     device: torch.device
     adapter: str | None = None
     score: nn.Module | None = None
     scale: tuple[float, float] | None = None
+    pad_id: int | None = None
 
     def __call__(self, prompts: list, completions: list, micro_batch: int) -> list[float]:
         encoded = [self._encode(p, c) for p, c in zip(prompts, completions, strict=True)]
@@ -55,7 +55,8 @@ class LearnedReward:
         for start in range(0, len(order), micro_batch):
             indices = order[start : start + micro_batch]
             rows, T = [encoded[i] for i in indices], max(len(encoded[i]) for i in indices)
-            ids_BT = torch.tensor([row + [self.pad_id or 0] * (T - len(row)) for row in rows], device=self.device)
+            fill = max(self.pad_id or 0, 0)  # some configs say -1
+            ids_BT = torch.tensor([row + [fill] * (T - len(row)) for row in rows], device=self.device)
             mask_BT = torch.tensor([[1] * len(row) + [0] * (T - len(row)) for row in rows], device=self.device)
             for i, score in zip(indices, self.read(ids_BT, mask_BT).tolist(), strict=True):
                 scores[i] = score
@@ -184,7 +185,7 @@ def _on_backbone(
             hidden_BTH = decoder(input_ids=ids_BT, use_cache=False).last_hidden_state
         return _score(score, hidden_BTH, inference.read_positions(ids_BT, mask_BT, pad_id))
 
-    return LearnedReward(name, tokenizer, read, pad_id, roles.head.weight.device, adapter, score)
+    return LearnedReward(name, tokenizer, read, roles.head.weight.device, adapter, score, pad_id=pad_id)
 
 
 def _own_model(model, path: str, tokenizer, name: str | None = None) -> LearnedReward:
@@ -201,7 +202,7 @@ def _own_model(model, path: str, tokenizer, name: str | None = None) -> LearnedR
         hidden_BTH = decoder(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state
         return _score(score, hidden_BTH, inference.read_positions(ids_BT, mask_BT, pad_id))
 
-    return LearnedReward(name or path.rsplit("/", 1)[-1], tokenizer, read, pad_id, model.device)
+    return LearnedReward(name or path.rsplit("/", 1)[-1], tokenizer, read, model.device, pad_id=pad_id)
 
 
 def _score(score: nn.Module, hidden_BTH: Tensor, at_B: Tensor) -> Tensor:

@@ -160,10 +160,13 @@ def snippet(source: Source, facts: Facts) -> str:
         options += ["quantization_config=quantization"] if quantization else []
         lines += [f"base = {auto}.from_pretrained(", f"    {json.dumps(base['id'])},"]
         lines += [*(f"    {option}," for option in options), ")", f"{name} = PeftModel.from_pretrained(base, {here})"]
-    lines += [f"tokenizer = AutoTokenizer.from_pretrained({here})", ""]
+    lines += [f"tokenizer = AutoTokenizer.from_pretrained({here})"]
+    if reward and not facts.merged:  # merged weights come with a config that says it
+        lines += ["# A score is read at the last token that is not padding."]
+        lines += ["reward_model.config.get_text_config().pad_token_id = tokenizer.pad_token_id"]
     told = source.config["model"].get("chat_template_kwargs") or {}
     options = "".join(f", {key}={value!r}" for key, value in told.items() if value is not None)
-    return "\n".join(lines + (_scoring(facts, options) if reward else _answering(options))) + "\n"
+    return "\n".join([*lines, "", *(_scoring(options) if reward else _answering(options))]) + "\n"
 
 
 def _quantization(node: dict[str, Any], dtype: str) -> list[str]:
@@ -193,12 +196,9 @@ def _answering(options: str) -> list[str]:
     ]
 
 
-def _scoring(facts: Facts, options: str) -> list[str]:
+def _scoring(options: str) -> list[str]:
     """Lines that score a conversation."""
-    # Merged weights come with a config that says it.
-    own = "reward_model.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # where a score is read"
     return [
-        *([] if facts.merged else [own]),
         "messages = [",
         '    {"role": "user", "content": "Can I move my appointment to Friday?"},',
         '    {"role": "assistant", "content": "Yes. Which time on Friday suits you?"},',

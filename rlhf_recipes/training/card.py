@@ -13,7 +13,9 @@ from rlhf_recipes.text import code, line, markdown
 
 LOAD = {
     "reward": """model = AutoModelForSequenceClassification.from_pretrained({base!r}, num_labels=1)
-reward_model = PeftModel.from_pretrained(model, {adapter!r})""",
+reward_model = PeftModel.from_pretrained(model, {adapter!r})
+# A score is read at the last token that is not padding.
+model.config.get_text_config().pad_token_id = AutoTokenizer.from_pretrained({adapter!r}).pad_token_id""",
     "policy": """model = AutoModelForCausalLM.from_pretrained({base!r})
 policy = PeftModel.from_pretrained(model, {adapter!r})""",
 }
@@ -48,7 +50,7 @@ def write(result: dict, config: dict) -> str:
 
 ```python
 from peft import PeftModel
-from transformers import {auto}
+from transformers import {auto}{", AutoTokenizer" if recipe == "reward" else ""}
 
 {snippet}
 ```
