@@ -140,11 +140,10 @@ def _told_otherwise(model: DictConfig, adapter: str | Path, reward: bool = False
     theirs, ours = trained_with(adapter), template_kwargs(model)
     if theirs is None or theirs == ours:
         return ""
-    tokenizer = load_tokenizer(model)
-    if template.alike(tokenizer, template.bind(tokenizer, theirs), prompts=not reward):
+    tokenizer, theirs = load_tokenizer(model), {**dict.fromkeys(ours), **theirs}
+    if template.alike(tokenizer, template.bind(tokenizer, theirs, _where(model)), prompts=not reward):
         return ""
-    both = {**dict.fromkeys(ours), **theirs}
-    other = {key: value for key, value in both.items() if value != ours.get(key)}
+    other = {key: value for key, value in theirs.items() if value != ours.get(key)}
     return " ".join(f"{_where(model)}.{key}={json.dumps(value)}" for key, value in other.items())
 
 

@@ -477,6 +477,15 @@ def test_a_reward_that_is_none_is_refused(build, answer, message):
         build(lambda **_: answer).train()
 
 
+def test_the_arguments_tell_the_chat_template(build, judge, tokenizer):
+    """Of prompts, and of what a reward model on the policy's backbone reads."""
+    tokenizer.chat_template = "{{ mood }}" + tokenizer.chat_template
+    trainer = build(str(judge), chat_template_kwargs={"mood": "calm"})
+    prompt, answer = [{"role": "user", "content": "hello"}], [{"role": "assistant", "content": "there"}]
+    for ids in (trainer._prompt_ids(prompt), trainer.reward_funcs[0]._encode(prompt, answer)):
+        assert tokenizer.decode(ids).startswith("calm<|im_start|>")
+
+
 def test_too_few_prompts_are_refused(build):
     with pytest.raises(ValueError, match="8 prompts, but a rollout takes 12"):
         build(gradient_accumulation_steps=6)

@@ -2,6 +2,7 @@
 
 import ast
 import json
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, TINY_ID
@@ -12,6 +13,7 @@ from rlhf_recipes.data.load import LOADERS
 from rlhf_recipes.data.template import as_taken, bind, dated, folded, keep
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.inference import encode
+from rlhf_recipes.publish import card
 
 TURNS = "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + '<eot>' }}{% endfor %}"
 BEGIN = "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
@@ -197,6 +199,21 @@ def test_a_run_that_tells_nothing_computes_what_it_did(compose):
     del (before := json.loads(json.dumps(config)))["model"]["chat_template_kwargs"]
     told = run.resolved(compose("dpo", "model.chat_template_kwargs.enable_thinking=false"))
     assert run.config_sha256(config) == run.config_sha256(before) != run.config_sha256(told)
+
+
+@pytest.mark.parametrize("recipe", ["dpo", "reward"])
+def test_the_snippet_of_a_card_tells_it_too(recipe):
+    told = {"enable_thinking": False, "date_string": None, "a=exit()": "b"}
+    config = {"model": {"chat_template_kwargs": told}, "quantization": {}}
+    base = {"id": "org/base", "revision": None}
+    facts = SimpleNamespace(repo_id="me/mine", dtype="float32", merged=False, base=base)
+    calls = [
+        {option.arg: ast.unparse(option.value) for option in node.keywords}
+        for node in ast.walk(ast.parse(card.snippet(SimpleNamespace(recipe=recipe, config=config), facts)))
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "apply_chat_template"
+    ]
+    assert [call.get("enable_thinking") for call in calls] == ["False"]
+    assert set(calls[0]) <= {"enable_thinking", "add_generation_prompt", "return_tensors", "return_dict"}
 
 
 # ---- runs that were told otherwise

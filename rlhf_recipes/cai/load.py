@@ -4,6 +4,7 @@ from omegaconf import DictConfig
 
 from rlhf_recipes import references
 from rlhf_recipes.cai.backend import Backend
+from rlhf_recipes.models import template_kwargs
 from rlhf_recipes.references import ModelRef
 
 
@@ -37,8 +38,8 @@ def load_one(node: DictConfig, cfg: DictConfig, adapter: ModelRef | None) -> Bac
     if node.get("kind") == "server":
         from rlhf_recipes.cai.server import Server
 
-        names = ("base_url", "model", "chat_template_kwargs", "api_key_env", "concurrency", "timeout", "max_attempts")
-        return Server(**{name: node[name] for name in names})
+        names = ("base_url", "model", "api_key_env", "concurrency", "timeout", "max_attempts")
+        return Server(chat_template_kwargs=template_kwargs(node), **{name: node[name] for name in names})
     from rlhf_recipes.cai import local
 
     return local.load(node, cfg.quantization, adapter)

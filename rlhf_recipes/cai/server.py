@@ -52,7 +52,7 @@ class Server:
     Args:
         base_url: the endpoint's, which mostly ends in /v1.
         model: as the endpoint calls it.
-        chat_template_kwargs: what its template reads, sent with every request where there is any.
+        chat_template_kwargs: what its template reads, sent with every request where there is any; None: not sent.
         api_key_env: environment variable that holds the key; None: the endpoint wants none.
         concurrency: requests in flight, at most 1,000.
         timeout: seconds that a request waits for the endpoint to answer.
@@ -91,7 +91,8 @@ class Server:
         self._connections = _Connections(base_url, self._key, timeout)
         self._lock, self._unsaid = threading.Lock(), threading.Lock()
         self._top_logprobs, self._repeats = TOP_LOGPROBS[0], 0
-        self._template_kwargs, self._folds = dict(chat_template_kwargs or {}), False
+        told = (chat_template_kwargs or {}).items()
+        self._template_kwargs, self._folds = {key: value for key, value in told if value is not None}, False
 
     def answer(
         self, requests: list[Request], known: Container[str], what: str
@@ -160,16 +161,14 @@ class Server:
 
     def _taken(self, connections: "_Connections", request: Request) -> Answer:
         """An answer; to the system text in the first user turn, where the endpoint takes no system turn."""
-        folds, refused = self._folds, None
-        if not folds:
+        if not self._folds:
             try:
                 return self._answered(connections, request)
-            except _Rejected as error:
+            except _Rejected:
                 if request.messages[0]["role"] != "system":
                     raise
-                refused = error
         answer = self._answered(connections, replace(request, messages=folded(request.messages)))
-        self._folds = self._folds or refused is not None
+        self._folds = True
         return answer
 
     def _answered(self, connections: "_Connections", request: Request) -> Answer:

@@ -53,10 +53,9 @@ def bind(tokenizer, kwargs: dict[str, Any], where: str = "model.chat_template_kw
             f"{where}: the template lets the model think aloud before it answers, and is not told whether to. Add "
             f"{where}.enable_thinking=false; true, where the answers in the data have thoughts."
         )
-    bound = tokenizer if "date_string" in given else dated(tokenizer)
-    bound = copy.copy(bound)
-    bound.apply_chat_template = functools.partial(type(tokenizer).apply_chat_template, bound, **given)
-    return bound
+    told = copy.copy(tokenizer if "date_string" in given else dated(tokenizer))
+    told.apply_chat_template = functools.partial(type(tokenizer).apply_chat_template, told, **given)
+    return told
 
 
 def dated(tokenizer):

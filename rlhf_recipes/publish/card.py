@@ -165,7 +165,9 @@ def snippet(source: Source, facts: Facts) -> str:
         lines += ["# A score is read at the last token that is not padding."]
         lines += ["reward_model.config.get_text_config().pad_token_id = tokenizer.pad_token_id"]
     told = source.config["model"].get("chat_template_kwargs") or {}
-    options = "".join(f", {key}={value!r}" for key, value in told.items() if value is not None)
+    # What is no name stands in a config that somebody made up: it would be code here.
+    named = {key: value for key, value in told.items() if str(key).isidentifier() and value is not None}
+    options = "".join(f", {key}={value!r}" for key, value in named.items())
     return "\n".join([*lines, "", *(_scoring(options) if reward else _answering(options))]) + "\n"
 
 
