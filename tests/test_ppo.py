@@ -1,5 +1,6 @@
 """PPOTrainer on the tiny model: who moves and who does not, what a rollout holds, how a run is stopped."""
 
+import contextlib
 import json
 import math
 import shutil
@@ -561,6 +562,7 @@ def test_float16_unscales_once(build, stops, monkeypatch):
     accelerator = trainer.accelerator
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     accelerator.native_amp = trainer.args.fp16 = True
+    accelerator.autocast = contextlib.nullcontext
     monkeypatch.setattr(type(accelerator), "mixed_precision", "fp16")
     before = weights(trainer)
     norms, clip = [], trainer._clip_grad_norm
@@ -574,9 +576,8 @@ def test_float16_unscales_once(build, stops, monkeypatch):
         monkeypatch.undo()
         plain = build(max_steps=3, entropy_floor=None, learning_rate=1e-3)
         plain.train()
-        assert [float(norm) for norm in norms] == pytest.approx(logged(plain, "grad_norm"), rel=1e-3)
-        for name, weight in weights(plain).items():
-            torch.testing.assert_close(after[name], weight, atol=1e-5, rtol=1e-3)
+        assert [float(norm) for norm in norms] == pytest.approx(logged(plain, "grad_norm"))
+        assert all(torch.equal(weight, after[name]) for name, weight in weights(plain).items())
 
 
 def test_evaluate_reports_and_leaves_the_run_alone(build):
