@@ -369,7 +369,7 @@ def test_two_plots_that_are_alike_do_not_share_ids(tmp_path):
 
 def test_nothing_measured_still_makes_a_page(tmp_path):
     html = written(audit([]) | {"label_next": [], "subject": {}, "counts": {}, "settings": {}}, tmp_path)
-    assert "Use with caution: of 25 checks none passes, none fails and 25 were not measured." in plain(html)
+    assert "Do not trust it yet: of 25 checks none passes, none fails and 25 were not measured." in plain(html)
     off = dict.fromkeys(verdict.THRESHOLDS)
     assert "every check is switched off" in plain(written(audit([], off), tmp_path))
 

@@ -20,9 +20,9 @@ from rlhf_recipes.errors import Refusal
 KEY, TITLE = "calibration", "Calibration"
 QUESTION = "When the reward model is sure, is it right as often as it claims?"
 BINS, IN_A_BIN = 15, 10  # at most, and at least in each: fewer pairs say nothing of a share
-# Of the gate's error: its noise grows with the bins, and from so many pairs on a perfectly calibrated model passes the
-# limit of 5 points in four of five tries (simulated, margins of sd 1.2; in half of them from about 1,000).
-GATE_BINS, GATE_PAIRS = 5, 1500
+# Of the gate's error: its noise grows with the bins. Of 60 perfectly calibrated models (margins of sd 1.2) 59 pass the
+# limit of 5 points with so many pairs, 49 with 1,500.
+GATE_BINS, GATE_PAIRS = 5, 2000
 DRAWS = 200
 COIN = "a coin"
 _NONE = stats.estimate([])

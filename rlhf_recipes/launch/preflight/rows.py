@@ -68,8 +68,10 @@ def _said(rows: Iterable[dict], side: str) -> Iterable[str]:
 
 def length_correlation(chosen: Iterable[str], rejected: Iterable[str], prompts: list[str]) -> stats.Estimate:
     """Pearson's correlation of being the chosen reply (1 or 0) with the logarithm of its characters, over all replies;
-    without a value where all are equally long."""
+    0 where all are equally long."""
     logs = [math.log(max(len(text), 1)) for texts in (chosen, rejected) for text in texts]
+    if len(set(logs)) == 1:
+        return stats.ratio_of_sums([0.0] * len(prompts), [1.0] * len(prompts), prompts)
     return stats.pearson([1.0] * len(prompts) + [0.0] * len(prompts), logs, prompts * 2)
 
 
