@@ -76,7 +76,7 @@ def sections() -> list[dict]:
             "calibration", "Calibration", "When it says 80 %, is it right in 80 % of cases?",
             figures=[
                 figure("ece", "Calibration error", number(0.061, 0.02), unit="%", better="lower", says="15 bins."),
-                figure("ece_after", "Calibration error, tempered", number(0.021, 0.015), unit="%", better="lower"),
+                figure("error_after", "Calibration error, tempered", number(0.021, 0.015), unit="%", better="lower"),
                 figure("brier", "Brier score", number(0.193, 0.011), better="lower", baseline=("a coin", 0.25)),
                 figure("slope", "Calibration slope", number(0.74, 0.12)),
             ],

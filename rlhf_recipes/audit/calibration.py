@@ -67,11 +67,11 @@ def squared_error(bins_N, gaps_N, weights_N=None, noise: float = 1.0) -> float:
     return float((n @ (means**2 - noise * (squares / n - means**2) / (n - 1))) / n.sum())
 
 
-def debiased_error(confidences, correct, ids, bins: int = GATE_BINS, pairs: int = GATE_PAIRS) -> stats.Estimate:
-    """Root of `squared_error`, 0 where that is below 0, with its percentile interval; no value under `pairs`."""
-    if len(correct) < pairs:
+def debiased_error(confidences, correct, ids) -> stats.Estimate:
+    """Root of `squared_error`, 0 where that is below 0, with its percentile interval; no value under `GATE_PAIRS`."""
+    if len(correct) < GATE_PAIRS:
         return _NONE
-    codes, gaps = stats.equal_mass_bins(confidences, bins), np.asarray(correct, float) - confidences
+    codes, gaps = stats.equal_mass_bins(confidences, GATE_BINS), np.asarray(correct, float) - confidences
     found = stats.resampled(lambda weights: squared_error(codes, gaps, weights, noise=2.0), len(gaps), ids)
     found = replace(found, value=squared_error(codes, gaps))
     return found.mapped(lambda square: math.sqrt(max(0.0, square)))

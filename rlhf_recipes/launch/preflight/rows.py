@@ -115,7 +115,9 @@ def example(recipe: str, args, splits: Splits, tokenizer, model_path: str) -> di
         # A template may close a turn with a line break.
         replies = [[*row.get("prompt_ids", []), *row[key]][: args.max_length] for row in rows]
         ended = [float(not set(stops).isdisjoint(ids[-3:])) for ids in replies]
-        ids = rows["prompt_id"] if "prompt_id" in rows.column_names else range(len(rows))
+        first = splits.train[: max(LOOKED_AT, len(rows))]
+        cluster = dict(zip((row["prompt_id"] for row in first), clusters(first), strict=True))
+        ids = [cluster[each] for each in rows["prompt_id"]] if "prompt_id" in rows.column_names else range(len(rows))
         ends = stats.estimate(ended, list(map(str, ids)))
     return {"text": text, "eos": tokenizer.convert_ids_to_tokens(stops), "ends": ends}
 
