@@ -307,13 +307,14 @@ def trained_on(found: ModelRef) -> frozenset[tuple[str | None, str]]:
     What no result says, of a checkpoint among others, is looked up in the run's config, as far as what that names is
     still there.
     """
-    node, pairs = {**found.lineage, "rewards": found.rewards}, set()
-    while node:
+    node, pairs, seen = {**found.lineage, "rewards": found.rewards}, set(), set()
+    while node and node.get("run") not in seen:
+        seen.add(node.get("run"))
         rewards, config = _names(node.get("rewards")), _config_beside(node.get("run"))
         if rewards is None:
             rewards = [_identity(each) for each in rewarding(config)]
         pairs |= {(node["adapter_sha256"], each) for each in rewards}
-        start = (config.get("model") or {}).get("adapter")
+        start = config["model"].get("adapter") if isinstance(config.get("model"), dict) else None
         node = node["parent"] or (find(start, "model.adapter").lineage if start and is_adapter(start) else None)
     return frozenset(pairs)
 
@@ -329,10 +330,10 @@ def _config_beside(reference: str | None) -> dict:
 
 def rewarding(config: dict) -> list[str]:
     """What `reward_funcs` of a run's config names, each member of an ensemble; without what weighs nothing."""
-    given = config.get("reward_funcs") or []
-    given = [given] if isinstance(given, str) else given
+    given, trainer = config.get("reward_funcs"), config.get("trainer")
+    given = [given] if isinstance(given, str) else _names(given) or []
     named = [str(member) for each in given for member in jobs_of(each) or [each]]
-    weights = config.get("trainer", {}).get("reward_weights") or [1.0] * len(named)
+    weights = (trainer.get("reward_weights") if isinstance(trainer, dict) else None) or [1.0] * len(named)
     return [each for each, weight in zip(named, weights, strict=False) if weight]
 
 
