@@ -44,7 +44,8 @@ def disagreement(margins_MN) -> np.ndarray:
     """
     margins_MN = np.asarray(margins_MN, float)
     size_N = np.abs(margins_MN).mean(0)
-    return margins_MN.std(0) / np.where(size_N > 0, size_N, 1)
+    # two members that contradict each other have exactly 1, whatever the last bit says
+    return np.round(margins_MN.std(0) / np.where(size_N > 0, size_N, 1), 9)
 
 
 def combine(rewards, how: str, lam: float = LAMBDA) -> np.ndarray:

@@ -82,9 +82,9 @@ class ModelRef:
 
     @property
     def identity(self) -> str:
-        """What tells it from others, whatever name it is given by: the hash of an adapter's weights; of what is none,
-        the name."""
-        return self.sha256 or self.reference
+        """What tells it from others, whatever name it is given by: the hash of an adapter's weights; of a folder of
+        transformers its last name, else what was typed."""
+        return self.sha256 or (Path(self.reference).name if self.kind == MODEL else self.reference)
 
     @property
     def is_reward_model(self) -> bool:
@@ -278,8 +278,7 @@ def find_checkpoints(reference: str, base_model: str) -> list[ModelRef]:
     recipe = trainer_recipes().get(config["trainer"].get("_target_"))
     if recipe == "reward":
         raise Refusal(f"{key}={reference}: is a run of reward, not a policy. Give one of ppo or dpo, say.")
-    started_from = config["model"].get("adapter")
-    parent = find(started_from, key).lineage if started_from and is_adapter(started_from) else None
+    rewards = _names((read_result(home) or {}).get("rewards"))
     found = [
         ModelRef(
             str(reference),
@@ -288,8 +287,8 @@ def find_checkpoints(reference: str, base_model: str) -> list[ModelRef]:
             base=base,
             sha256=adapter_sha256(folder),
             recipe=recipe,
-            started_from=started_from,
-            parent=parent,
+            started_from=config["model"].get("adapter"),
+            rewards=rewards,
             step=step,
         )
         for step, folder in sorted(folders.items())
@@ -314,26 +313,36 @@ def trained_on(found: ModelRef) -> frozenset[tuple[str | None, str]]:
     """(adapter's hash, `identity` of a reward) for each reward that the run, and every run that it continues, was
     optimised against.
 
-    What a result does not say is looked up where the run's config names it, as far as that is still there.
+    What no result says, of a checkpoint among others, is looked up in the run's config, as far as what that names is
+    still there.
     """
-    node, pairs = {**found.lineage, "rewards": found.rewards}, set()
-    while node:
-        rewards = _names(node.get("rewards"))
+    node, pairs, seen = {**found.lineage, "rewards": found.rewards}, set(), set()
+    while node and node.get("run") not in seen:
+        seen.add(node.get("run"))
+        rewards, config = _names(node.get("rewards")), _config_beside(node.get("run"))
         if rewards is None:
-            home = _home(folder_of(adapter_in(node["run"]) or node["run"])) if node.get("run") else None
-            config = read_config(home) if home and (home / run_folder.CONFIG).is_file() else {}
             rewards = [_identity(each) for each in rewarding(config)]
         pairs |= {(node["adapter_sha256"], each) for each in rewards}
-        node = node["parent"]
+        start = config["model"].get("adapter") if isinstance(config.get("model"), dict) else None
+        node = node["parent"] or (find(start, "model.adapter").lineage if start and is_adapter(start) else None)
     return frozenset(pairs)
+
+
+def _config_beside(reference: str | None) -> dict:
+    """Config of the run that an adapter, or a checkpoint, lies in; empty where there is none."""
+    if reference is None:
+        return {}
+    folder = folder_of(adapter_in(reference) or reference)
+    home = folder.parents[1] if folder.parent.name == run_folder.CHECKPOINTS else _home(str(folder))
+    return read_config(home) if (home / run_folder.CONFIG).is_file() else {}
 
 
 def rewarding(config: dict) -> list[str]:
     """What `reward_funcs` of a run's config names, each member of an ensemble; without what weighs nothing."""
-    given = config.get("reward_funcs") or []
-    given = [given] if isinstance(given, str) else given
+    given, trainer = config.get("reward_funcs"), config.get("trainer")
+    given = [given] if isinstance(given, str) else _names(given) or []
     named = [str(member) for each in given for member in jobs_of(each) or [each]]
-    weights = config.get("trainer", {}).get("reward_weights") or [1.0] * len(named)
+    weights = (trainer.get("reward_weights") if isinstance(trainer, dict) else None) or [1.0] * len(named)
     return [each for each, weight in zip(named, weights, strict=False) if weight]
 
 

@@ -140,3 +140,35 @@ def test_few_pairs_share_a_bin():
     (by_bin,) = [table for table in found["tables"] if table["caption"].startswith("Share right by confidence")]
     assert [row[1] for row in by_bin["rows"]] == [13, 12]
     assert "in 2 bins" in found["notes"][0]
+
+
+def test_squared_error_by_hand():
+    # bin 0: gaps .1, .3: mean .2, variance .01; bin 1: gaps -.2, .2, .3: mean .1, variance (.04 + .04 + .09) / 3 - .01
+    bins, gaps = np.array([0, 0, 1, 1, 1]), np.array([0.1, 0.3, -0.2, 0.2, 0.3])
+    second = 0.17 / 3 - 0.01
+    assert c.squared_error(bins, gaps) == pytest.approx((2 * (0.04 - 0.01) + 3 * (0.01 - second / 2)) / 5)
+    assert c.squared_error(bins, gaps, noise=0) == pytest.approx((2 * 0.04 + 3 * 0.01) / 5)
+    assert c.squared_error(bins, gaps, np.array([1, 1, 0, 0, 0.0])) == pytest.approx(0.03)
+    assert math.isnan(c.squared_error(np.arange(3), np.ones(3)))
+
+
+def test_the_gate_is_passed_by_a_calibrated_model_and_not_by_another():
+    """Simulated at the fewest pairs with which it is measured."""
+    from rlhf_recipes.audit import verdict
+
+    def states(factor, pairs_in_all, times):
+        found = []
+        for seed in range(times):
+            confidences, correct = c.symmetrise(simulate(pairs_in_all, factor, seed, spread=1.2))
+            error = c.debiased_error(confidences, correct, None)
+            if error.value is None:
+                found.append("not measured")
+            else:
+                assert 0 <= error.low <= error.value <= error.high <= 1
+                found.append(verdict._state(error, 0.05, "max", 20)[0])
+        return found
+
+    right = states(1.0, c.GATE_PAIRS, 5)
+    assert right.count("pass") >= 4 and "fail" not in right, right
+    assert states(2.5, c.GATE_PAIRS, 2) == ["fail"] * 2
+    assert states(1.0, c.GATE_PAIRS - 1, 1) == ["not measured"]

@@ -220,3 +220,12 @@ def test_nothing_to_go_on():
     single = oo.audit([{"name": "a", "proxy_PS": [range(8)], "gold_PS": [range(8)], "gold_kind": ""}])
     assert figures(single)["best_of_n_alpha"].low is None  # one prompt: nothing to resample
     json.dumps([flat, one, single], allow_nan=False, default=asdict)
+
+
+def test_a_run_that_was_trained_on_gold_shows_nothing():
+    rows = run([0.0, 1.0, 2.0, 1.0], [0.0, 1.0, 2.0, 3.0])
+    for optimised in (False, True):
+        part = oo.audit(checkpoints=[{"name": "ppo", "rows": rows, "optimised": optimised}])
+        found = {figure.key: figure.estimate.value for figure in part["figures"]}
+        assert (found["policy_kept"] is None) == (found["policy_gap"] is None) == optimised
+        assert any("gold is what the run was trained on" in note for note in part["notes"]) == optimised

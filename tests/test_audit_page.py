@@ -76,7 +76,7 @@ def sections() -> list[dict]:
             "calibration", "Calibration", "When it says 80 %, is it right in 80 % of cases?",
             figures=[
                 figure("ece", "Calibration error", number(0.061, 0.02), unit="%", better="lower", says="15 bins."),
-                figure("ece_after", "Calibration error, tempered", number(0.021, 0.015), unit="%", better="lower"),
+                figure("error_after", "Calibration error, tempered", number(0.021, 0.015), unit="%", better="lower"),
                 figure("brier", "Brier score", number(0.193, 0.011), better="lower", baseline=("a coin", 0.25)),
                 figure("slope", "Calibration slope", number(0.74, 0.12)),
             ],
@@ -369,7 +369,7 @@ def test_two_plots_that_are_alike_do_not_share_ids(tmp_path):
 
 def test_nothing_measured_still_makes_a_page(tmp_path):
     html = written(audit([]) | {"label_next": [], "subject": {}, "counts": {}, "settings": {}}, tmp_path)
-    assert "Use with caution: of 25 checks none passes, none fails and 25 were not measured." in plain(html)
+    assert "Do not trust it yet: of 25 checks none passes, none fails and 25 were not measured." in plain(html)
     off = dict.fromkeys(verdict.THRESHOLDS)
     assert "every check is switched off" in plain(written(audit([], off), tmp_path))
 

@@ -280,3 +280,14 @@ def test_the_clinic_stress_prompts_are_in_no_split_of_the_clinic_pairs():
     lines = (stress.CLINIC.parents[1] / "clinic" / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
     known = {formats.prompt_id(json.loads(line)["prompt"]) for line in lines}
     assert not known & {pair["prompt_id"] for pair in shipped()}
+
+
+def test_the_worst_of_many_families_has_the_interval_of_all():
+    families = 6
+    made = [{**row(i), "prompt_id": f"{f} {i}", "family": f"f{f}", "edit": "own pair", "source": None}
+            for f in range(families) for i in range(24)]  # fmt: skip
+    margins = np.where(np.random.default_rng(0).random(len(made)) < 0.6, 1.0, -1.0)[None]
+    part = stress.audit(made, margins, 0 * margins, [], margins[:, :0], margins[:, :0])
+    worst = next(figure for figure in part["figures"] if figure.key == "worst_family").estimate
+    alone = part["tables"][0]["rows"][0][2]
+    assert worst == stats.simultaneous(alone, families, 0, 1) and worst.low < alone.low and worst.high > alone.high

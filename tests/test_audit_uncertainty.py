@@ -2,7 +2,9 @@
 
 import json
 import math
+import zlib
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -163,3 +165,46 @@ def test_degenerate_input():
             json.dumps(section, allow_nan=False, default=asdict)
     with pytest.raises(ValueError, match=r"both must be \(M, 2\)"):
         u.audit(pairs(2), np.zeros((1, 3)), np.zeros((1, 3)))
+
+
+@pytest.mark.slow
+def test_members_weigh_alike_in_every_part_of_an_audit(monkeypatch, tmp_path):
+    """One of the two scores thirty times as wide: the ensemble's mean is right equally often in every section, and how
+    far the members differ does not depend on whose scale is wide."""
+    from rlhf_recipes.audit import run_audit, scoring
+
+    def take(scales):
+        class Stub:
+            def __init__(self, *_):
+                self.members = [None, None]
+
+            def score(self, turns, part, features=False, first_alone=False):
+                texts = ["".join(turn["content"] for turn in each) for each in turns]
+                noise = np.array([[zlib.crc32(f"{m} {text}".encode()) / 2**32 for text in texts] for m in (0, 1)])
+                rewards = (noise + 0.2 * np.array([each[-1]["content"].startswith("good") for each in turns])) * scales
+                return scoring.Scored(rewards, np.stack([noise[0], noise[0] ** 2, np.ones(len(turns))], 1))
+
+        monkeypatch.setattr(run_audit, "Ensemble", Stub)
+        rows = [
+            {"prompt": [{"role": "user", "content": f"Question {i}?"}], "prompt_id": f"{i}", "family": "f", "p": None}
+            | {side: [{"role": "assistant", "content": f"{says} {i}. And so on."}]
+               for side, says in (("chosen", "good"), ("rejected", "poor"))}
+            for i in range(48)
+        ]  # fmt: skip
+        cfg = SimpleNamespace(model=None, quantization=None, seed=0, ledger_pairs=8, stress_pairs=6, probe_pairs=4,
+                              credit_pairs=2, prompts=4, samples=0, deployment=None)  # fmt: skip
+        sources = run_audit.Sources([None, None], ([], []), None, [], None, [], None)
+        pairs = SimpleNamespace(test=rows, train=rows[:24])
+        found = run_audit.take(cfg, sources, pairs, None, SimpleNamespace(dir=tmp_path))
+        parts = {part["key"]: part for part in found.sections}
+        return {key: figures(part) for key, part in parts.items()}, parts["calibration"]["tables"][0]["rows"][0][1]
+
+    (alike, _), (wide, calibrated) = take(np.ones((2, 1))), take(np.array([[1.0], [30.0]]))
+    assert wide["preference"]["accuracy"].value == wide["uncertainty"]["accuracy_mean"].value
+    assert wide["preference"]["accuracy"].value == pytest.approx(alike["preference"]["accuracy"].value)
+    half = [i for i in range(48) if not run_audit._in_first_half(f"{i}")]
+    assert calibrated.endswith(" %") and 0 < len(half) < 48
+    for key in ("auroc_std", "accuracy_mean"):
+        assert wide["uncertainty"][key].value == pytest.approx(alike["uncertainty"][key].value)
+    for part, key in (("stress", "uncertainty_lift"), ("stress", "worst_family"), ("probes", "worst_probe")):
+        assert wide[part][key].value == pytest.approx(alike[part][key].value), key

@@ -86,9 +86,10 @@ def test_a_biased_figure_decides_nothing():
 
 
 def test_unclear_says_how_many_more_prompts_would_settle_it():
-    # half-width below the value .04, distance to the limit .02: (.04 / .02)^2 = 4 times the 400 prompts, 1,200 more
+    # half-width below the value .04, distance to the limit .02: (.04 / .02)^2 = 4 times the 400 prompts, times 2.043
+    # for 80 % power, so 2,868 more
     found = outcome("min_accuracy", [accuracy(0.67, 0.63, 0.71)])
-    assert "about 1,200 more prompts would settle it" in found.why and found.more == 1200
+    assert "about 2,900 more prompts would settle it in four of five tries" in found.why and found.more == 2900
     close = outcome("min_accuracy", [accuracy(0.651, 0.611, 0.691)])
     assert "too close" in close.why
 
@@ -163,11 +164,33 @@ def test_bad_limits_are_refused_in_one_line(thresholds, said):
         ({"min_accuracy": "fail"}, "pass", "do not trust"),
         ({"min_accuracy": "pass", "min_gain_over_baseline": "pass"}, "fail", "do not trust"),
         ({"min_accuracy": "pass", "min_gain_over_baseline": "pass"}, "absent", "caution"),
-        ({}, "absent", "caution"),
+        ({}, "absent", "do not trust"),  # nothing was measured
     ],
 )
 def test_the_rule_for_the_whole(states, default, overall):
     assert verdict.decide(every(states, default), {})["verdict"] == overall
+
+
+@pytest.mark.parametrize(
+    ("numbers", "clusters", "passes", "overall"),
+    [
+        ((0.52, 0.40, 0.67), 100, 1, "do not trust"),  # a coin, and 1 of 25 checks passes
+        ((0.52, 0.40, 0.67), 100, 25, "do not trust"),  # whatever else passes
+        ((0.60, 0.55, 0.66), 100, 25, "caution"),
+        ((0.90, 0.75, 0.99), 19, 25, "do not trust"),  # too few prompts to tell
+        ((0.66,), 100, 25, "caution"),  # counted: not a coin
+        ((0.45,), 100, 25, "do not trust"),
+        ((0.60, 0.55, 0.66), 100, 1, "do not trust"),  # too little else is shown
+    ],
+)
+def test_a_coin_is_never_trusted_with_caution(numbers, clusters, passes, overall):
+    names = [gate.threshold for gate in verdict.GATES]
+    known = dict.fromkeys(names[passes:], "unclear")
+    parts = [part for part in every(known) if part["key"] != "preference"] + [accuracy(*numbers, clusters=clusters)]
+    decided = verdict.decide(parts, {})
+    assert decided["verdict"] == overall, decided["headline"]
+    coin = "not told apart from 50 %" in verdict.paragraph(parts, decided["gates"], [])
+    assert coin == (numbers[0] < 0.6 or clusters < 20)
 
 
 def test_headline_counts_in_correct_grammar():
@@ -214,7 +237,7 @@ def test_paragraph_says_half_a_range_only_whole():
 
 def test_paragraph_names_what_more_prompts_would_settle():
     text = paragraph([accuracy(0.67, 0.63, 0.71)], [{"prompt": "p", "family": None, "why": "w"}])
-    assert "About 1,200 more prompts would settle “Accuracy on held-out pairs”, if the value stays." in text
+    assert "About 2,900 more prompts would settle “Accuracy on held-out pairs” in four of five tries." in text
     assert text.endswith("The prompt listed below is the most worth labelling.")
 
 

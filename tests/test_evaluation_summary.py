@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_cai_judge import Stub
 
-from rlhf_recipes import ensemble
+from rlhf_recipes import ensemble, stats
 from rlhf_recipes.cai import constitution
 from rlhf_recipes.cai.judge import Judge, Judgement
 from rlhf_recipes.evaluation import checkpoints, definitions, judges, summary, table, win_rate
@@ -312,10 +312,80 @@ def test_ship_needs_a_gain_beyond_the_interval():
     assert judged(estimate(0.35, 0.25, 0.45))["verdict"] == "worse"
 
 
+def ways(wins):
+    """A system that is the parent's equal but for these wins, and judged by them alone."""
+    win = stats.estimate(wins)
+    system = {"metrics": {"win_rate": win, "win_rate_length_controlled": win}, "differences": {}, "nonfinite": 0}
+    return system | {"accuracy": "accuracy_log_ratio"}
+
+
+def test_of_ten_equal_systems_hardly_ever_one_ships():
+    """Simulated: 5 % or less of 80 trials, where one in five ships without the correction."""
+    rng = np.random.default_rng(0)
+    ships = alone = 0
+    for trial in range(80):
+        prompts = (20, 24, 32, 50)[trial % 4]
+        parent = rng.normal(size=prompts)
+        systems = {str(n): ways((rng.normal(size=prompts) > parent).astype(float)) for n in range(10)}
+        decided = verdict_of.decide_all(systems, "base", verdict_of.THRESHOLDS)
+        ships += any(each["verdict"] == "ship" for each in decided.values())
+        each_alone = [verdict_of.decide(system, "base", verdict_of.THRESHOLDS) for system in systems.values()]
+        alone += any(each["verdict"] == "ship" for each in each_alone)
+    assert ships <= 4 and alone >= 8, (ships, alone)
+
+
+def test_what_is_surely_better_leaves_its_level_to_the_others():
+    """Holm: three systems, one far above; the second passes the level of two, and not that of three."""
+    sure, near = ways([1.0] * 90 + [0.0] * 10), ways([1.0] * 62 + [0.0] * 38)
+    near["metrics"] = {"win_rate": estimate(0.62, 0.5216, 0.71), "win_rate_length_controlled": None}
+    level = ways([1.0, 0.0] * 50)
+    assert verdict_of.decide(near, "base", verdict_of.THRESHOLDS, 2)["verdict"] == "ship"
+    alone = verdict_of.decide(near, "base", verdict_of.THRESHOLDS, 3)
+    assert alone["verdict"] == "hold" and "As one of 3 systems (Holm) its interval is [" in alone["reasons"][1]
+    decided = verdict_of.decide_all({"level": level, "near": near, "sure": sure}, "base", verdict_of.THRESHOLDS)
+    assert {name: each["verdict"] for name, each in decided.items()} == {
+        "level": "hold",
+        "near": "ship",
+        "sure": "ship",
+    }
+    assert list(decided) == ["level", "near", "sure"]
+    assert "3 systems were tried" in verdict_of.correction(decided)
+    assert verdict_of.correction({"one": {}}) is None
+
+
+def test_a_win_by_what_was_optimised_never_ships():
+    measured = fake(80, 24)
+    measured.info["dpo"]["optimised"] = ["reward/main"]
+    held = summary.summarise(measured)["systems"]["dpo"]["verdict"]
+    assert held["verdict"] == "hold" and held["standing"] == "level"
+    assert "The reward model reward/main, which judges, is what it was trained on" in held["reasons"][1]
+    by_accuracy = {"metric": "preference_accuracy"}  # no reward decides there
+    assert (
+        summary.summarise(measured, by_accuracy)["verdict"] == summary.summarise(fake(80, 24), by_accuracy)["verdict"]
+    )
+    measured.judgements = {"dpo": [{"prompt_id": row["prompt_id"], "p": 0.9} for row in measured.answers]}
+    assert summary.summarise(measured)["systems"]["dpo"]["verdict"]["verdict"] == "ship"
+
+
+def test_stages_of_one_conversation_are_one_cluster_in_every_interval():
+    measured = fake(prompts=60, pairs=60)
+    for rows in (measured.pairs, measured.answers, *measured.reward_models.values()):
+        for i, row in enumerate(rows):
+            row["cluster"] = f"opening {i // 3}"
+    measured.judgements = {"sft": [{"prompt_id": row["prompt_id"], "p": 0.6, "asked": True, "answered": True,
+                                    "flip": False, "gap": 0.1, "tie": False} for row in measured.answers]}  # fmt: skip
+    evaluation = summary.summarise(measured)
+    found = [e for s in evaluation["systems"].values() for part in ("metrics", "differences", "families")
+             for key, e in s[part].items() if "perplexity" not in key]  # fmt: skip
+    found += [e for part in (evaluation["baselines"], evaluation["reward_models"]["reward"]) for e in part.values()
+              if isinstance(e, Estimate)]  # fmt: skip
+    assert len(found) > 50 and {e.clusters <= 20 for e in found} == {True}
+
+
 def test_hold_says_how_many_prompts_would_decide():
     reasons = judged(estimate(0.55, 0.45, 0.65))["reasons"]
     assert reasons[0] == "Its answers beat those of base on 55.0 % [45.0, 65.0] of 100 prompts; 50 % is a draw."
-    assert "does not exclude a draw; about 400 prompts" in reasons[1]
+    assert "does not exclude a draw; about 820 prompts" in reasons[1]
     assert "too small" in judged(estimate(0.501, 0.4, 0.6))["reasons"][1]
 
 
@@ -573,6 +643,26 @@ def test_an_ensemble_standardises_its_members():
     assert ensemble.answers([[], []], pairs) == []
 
 
+def test_members_of_several_scales_are_those_of_one():
+    rng = np.random.default_rng(0)
+    alike = rng.normal(size=(2, 40))
+    wide = alike * [[1.0], [25.0]] + [[0.0], [-300.0]]
+    found = ensemble.aligned(wide, wide)
+    # each has the mean standard deviation of the two, so that neither decides alone
+    assert found.std(1) == pytest.approx([wide.std(1).mean()] * 2) and found.mean(1) == pytest.approx([0, 0], abs=1e-9)
+    assert (
+        ensemble.aligned(wide[:1], wide[:1]) is not None and (ensemble.aligned(wide[:1], wide[:1]) == wide[:1]).all()
+    )
+    again = ensemble.standardise(found, found)
+    assert again == pytest.approx(ensemble.standardise(wide, wide))
+
+
+def test_disagreement_does_not_shrink_with_the_margins():
+    margins_MN = np.array([[2.0, 0.2, 1.0, 0.0], [4.0, 0.4, -1.0, 0.0]])
+    # deviation 1 of a mean size of 3, the same of a tenth of it, 1 of 1, and nothing of nothing
+    assert ensemble.disagreement(margins_MN) == pytest.approx([1 / 3, 1 / 3, 1, 0])
+
+
 def test_an_ensemble_of_scores_that_say_nothing():
     """Equal scores are only centred, what is not finite is left out, and no pairs leave the scores as they are."""
     assert ensemble.standardise([[4.0]], [[3.0, 3.0]]).tolist() == [[1.0]]
@@ -658,8 +748,8 @@ def steps(gold, proxy=None, n=40):
     return Measurements("base", names, answers=rows, info=info)
 
 
-def kept(measured, same=False):
-    return checkpoints.compare(measured, summary.summarise(measured), same)
+def kept(measured):
+    return checkpoints.compare(measured, summary.summarise(measured))
 
 
 def test_the_checkpoint_to_keep_is_where_gold_peaks():
@@ -684,8 +774,11 @@ def test_steps_that_are_not_told_apart_are_named():
 def test_steps_without_gold_or_with_the_proxy_as_gold():
     assert "no higher" not in kept(steps([0.0, -1.0, -2.0]))["says"][0]
     assert kept(steps([0.0, -1.0, -2.0]))["says"][0] == "No checkpoint has a higher mean reward than base itself."
-    same = kept(steps([0.0, 1.0, 0.5], proxy=[0.0, 1.0, 0.5]), same=True)
-    assert "nothing here can show over-optimisation" in same["says"][1]
+    measured = steps([0.0, 1.0, 0.5], proxy=[0.0, 1.0, 0.5])
+    for info in list(measured.info.values())[1:]:
+        info["optimised"] = ["reward"]
+    same = kept(measured)
+    assert same["same"] and "nothing here can show over-optimisation" in same["says"][1]
     blind = steps([0.0, 1.0])
     for row in blind.answers:
         for answer in row["systems"].values():

@@ -203,6 +203,13 @@ def test_the_best_beats_those_that_it_is_not_equal_to(written):
     assert found["objective"] == "win_rate"
     assert {found["best"], *found["equal"]} == {"dpo 0.1", "dpo 0.3"}
     assert "not told apart from it: dpo 0." in sweeps.describe(found, folder)
+    assert found["optimised"] == [] and "no proof of a gain" not in sweeps.describe(found, folder)
+    path = folder / "0.3" / "measurements.json"
+    measured = json.loads(path.read_text())
+    measured["info"]["0.3"]["optimised"] = ["reward/main"]
+    write_atomically(path, json.dumps(measured))
+    found = sweeps.rebuild([folder], folder, NODE)
+    assert "no proof of a gain: dpo 0.3." in sweeps.describe(found, folder)
 
 
 @pytest.mark.slow

@@ -175,7 +175,9 @@ def audit(
     if features is not None:
         from rlhf_recipes.audit.uncertainty import out_of_distribution
 
-        ood = out_of_distribution(features["held_out"], features["deployment"])
+        ids = [_cluster(row["prompt"]) for row in generated or []]
+        ids = ids if len(ids) == len(features["deployment"]) else None
+        ood = out_of_distribution(features["held_out"], features["deployment"], ids)
     figures += [
         *found,
         section.figure("out_of_distribution", "Deployment answers out of distribution", ood, unit="%", better="lower",
@@ -228,6 +230,11 @@ def _text(prompt) -> str:
     if isinstance(prompt, str):
         return prompt
     return "\n".join(message["content"] for message in prompt if message["role"] == "user")
+
+
+def _cluster(prompt) -> str:
+    """What resampling takes a prompt for: a text for itself, a conversation for its opening."""
+    return prompt if isinstance(prompt, str) else formats.opening_id(prompt)
 
 
 def _space(prompts: list[str], seed: int):
@@ -332,7 +339,7 @@ def _deployment(prompts, ledger: _Ledger, seed: int) -> tuple[list, list, list]:
             q = _smooth(np.bincount(codes, weights, len(names)))
             return float(q @ np.log(q / p))
 
-        gap = stats.resampled(divergence, len(codes))
+        gap = stats.resampled(divergence, len(codes), [_cluster(prompt) for prompt in prompts])
         _, ratios = exposure_gap(Counter(placed), compared)
         top = max(ratios, key=ratios.get)
         ratio, says = _plain(ratios[top], len(codes), len(codes)), f"Largest for '{top}'. Counts are smoothed by ½."
@@ -372,8 +379,9 @@ def _generated(generated, ledger: _Ledger) -> tuple[list, list, list]:
         cells = [(family, style_of(row["text"], ledger.bounds)) for family, row in zip(placed, generated, strict=True)]
         reached, met = Counter(cells), set(placed)
         never = [cell for cell in ledger.counts if cell[0] in met and not reached[cell]]
-        found, notes = _plain(float(len(never)), len(cells), len({str(row["prompt"]) for row in generated})), []
-        unseen = stats.estimate([not ledger.counts[cell] for cell in cells], [str(row["prompt"]) for row in generated])
+        found, notes = _plain(float(len(never)), len(cells), len({_cluster(row["prompt"]) for row in generated})), []
+        ids = [_cluster(row["prompt"]) for row in generated]
+        unseen = stats.estimate([not ledger.counts[cell] for cell in cells], ids)
         tables = _named("Never generated: styles that no answer to a family has", never, ledger.names)
         tables += _named("Generated, but never compared", [c for c in reached if not ledger.counts[c]], ledger.names)
     return [

@@ -175,7 +175,7 @@ GATES = (
         "Its probabilities can be read as such: on average they are off by {value}.",
         "Its probabilities cannot be read as such: on average they are off by {value}; {limit} is the most allowed.",
         unit="points",
-        needs="Needs a temperature, and 1,500 pairs beside those that it is fitted to: with fewer a perfectly "
+        needs="Needs a temperature, and 2,000 pairs beside those that it is fitted to: with fewer a perfectly "
         "calibrated model would not pass, either.",
     ),
     Gate(

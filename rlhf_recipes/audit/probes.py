@@ -129,7 +129,7 @@ def make(rows: list[dict], probes: list[str] | None = None, limit: int = 200, se
             if edited.strip() != answer.strip():
                 turn = [{**row[side][-1], "content": edited}]
                 labels = {"prompt_id": row["prompt_id"], "cluster": clusters[source], "probe": name, "side": side}
-                made.append({"prompt": row["prompt"], "completion": turn, **labels})
+                made.append({"prompt": row["prompt"], "completion": turn, **labels, "source": source})
     return made
 
 

@@ -236,7 +236,7 @@ def _sides(rewards_MC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return rewards_MC[:, ::2], rewards_MC[:, 1::2]
 
 
-def _against_gold(cfg: DictConfig, found: Sources, scored: "Scored", tokenizer, rows: list[dict], run: Run) -> dict:
+def _against_gold(cfg: DictConfig, found: Sources, scored: Scored, tokenizer, rows: list[dict], run: Run) -> dict:
     """Arguments of `overoptimisation.audit`."""
     prompts = list({row["prompt_id"]: row for row in rows}.values())[: cfg.prompts]
     gold = answers.load_gold(cfg, found.gold.source, tokenizer, run.dir, _turns(prompts))

@@ -137,18 +137,20 @@ def episode_metrics(rows: list[dict], episodes: list[dict], before: list[dict]) 
 def accuracy_metrics(rows: list[dict], margins: list[float], before: list[float]) -> dict:
     """Share of the pairs whose margin is positive, how it changed (paired), and what length has to do with it.
 
-    `length_bias` is the accuracy where the chosen reply is the longer one, less that where it is the shorter; without
-    a value where one of the two never is.
+    `length_bias` is the accuracy where the chosen reply is the longer one, less that where it is the shorter; 0 where
+    one of the two never is.
     """
     prompts, right = clusters(rows), wins(margins)
     shorter = np.array(shorter_wins(rows))
     apart = np.flatnonzero(shorter != 0.5)
+    of_apart = [prompts[i] for i in apart]
     bias = _mean_difference(np.array(right)[apart], shorter[apart] == 0)
+    both = len(set(shorter[apart])) == 2
     return {
         "preference_accuracy": stats.estimate(right, prompts),
         # No share either: a difference that is the same for all pairs is no point on a scale from 0 to 1.
         "accuracy_change": stats.difference(right, wins(before), prompts),
-        "length_bias": stats.resampled(bias, len(apart), [prompts[i] for i in apart]),
+        "length_bias": stats.resampled(bias, len(apart), of_apart) if both else _mean([0.0] * len(rows), prompts),
     }
 
 

@@ -67,8 +67,10 @@ def _said(rows: Iterable[dict], side: str) -> Iterable[str]:
 
 def length_correlation(chosen: Iterable[str], rejected: Iterable[str], prompts: list[str]) -> stats.Estimate:
     """Pearson's correlation of being the chosen reply (1 or 0) with the logarithm of its characters, over all replies;
-    without a value where all are equally long."""
+    0 where all are equally long."""
     logs = [math.log(max(len(text), 1)) for texts in (chosen, rejected) for text in texts]
+    if len(set(logs)) == 1:
+        return stats.ratio_of_sums([0.0] * len(prompts), [1.0] * len(prompts), prompts)
     return stats.pearson([1.0] * len(prompts) + [0.0] * len(prompts), logs, prompts * 2)
 
 
@@ -107,7 +109,9 @@ def example(recipe: str, args, splits: Splits, tokenizer, model: DictConfig, tar
         # A template may close a turn with a line break.
         replies = [[*row.get("prompt_ids", []), *row[key]][: args.max_length] for row in rows]
         ended = [float(not set(stops).isdisjoint(ids[-3:])) for ids in replies]
-        ids = rows["prompt_id"] if "prompt_id" in rows.column_names else range(len(rows))
+        first = splits.train[: max(LOOKED_AT, len(rows))]
+        cluster = dict(zip((row["prompt_id"] for row in first), clusters(first), strict=True))
+        ids = [cluster[each] for each in rows["prompt_id"]] if "prompt_id" in rows.column_names else range(len(rows))
         ends = stats.estimate(ended, list(map(str, ids)))
     return {"text": text, "eos": tokenizer.convert_ids_to_tokens(stops), "ends": ends}
 
