@@ -45,8 +45,8 @@ What becomes of what is found (`Splits.report` has the counts, with up to three 
 
 `p` of a pair is the probability that its chosen answer is the better one. In every recipe the likelier answer is the
 chosen one: where pairs are read, where they are taken apart, and where the better answer alone is imitated. `reward`
-learns the probability, every other recipe the order alone; and all that is called accuracy counts a pair as right where
-the chosen answer comes first, whatever its p.
+learns the probability, every other recipe the order alone; and all that is called accuracy counts a pair as right
+where the chosen answer comes first, whatever its p.
 
 `candidates` (one a row; more for ratings reduced to all pairs, two for a pair taken apart into labelled answers) = all
 dropped and capped + train - repeated + test.
