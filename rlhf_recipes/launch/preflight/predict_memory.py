@@ -23,8 +23,8 @@ from rlhf_recipes import config, methods, models, references
 from rlhf_recipes.errors import Refusal
 
 GIB = 2**30
-# TRL's tile of logits (trl.kernels.chunked_logprob): tokens, and entries of the vocabulary in dpo, sft and kto; of ours
-# with smaller ones.
+# TRL's tile of logits (trl.kernels.chunked_logprob): tokens, and entries of the vocabulary in dpo, sft and kto; in the
+# others.
 TILE_TOKENS, TILE_ENTRIES, SMALL_TILE_ENTRIES = 4096, 32768, 8192
 # Bytes for a number of the tile beside its buffer: a GPU's kernel works in place; elsewhere seven float32 copies and a
 # mask come and go.
@@ -239,7 +239,8 @@ def _step(base: Backbone, batch: Batch, where: str, args) -> dict[str, float]:
         predicted = batch.sequences * batch.completion if base.recipe == "ppo" else tokens
         buffer = SMALL_TILE_ENTRIES if base.recipe in ("ppo", "orpo", "simpo") else TILE_ENTRIES
         used = min(buffer, base.config.vocab_size)
-        buffer = used if base.recipe in ("orpo", "simpo") else buffer
+        if base.recipe in ("orpo", "simpo"):  # whose tile is no wider than the vocabulary
+            buffer = used
         logits = min(predicted, TILE_TOKENS) * (buffer * base.item + used * TILE_BYTES[where])
     if not args.gradient_checkpointing:
         return {"activations": tokens * (layers + 0.5) * base.kept, "logits": logits}
