@@ -237,3 +237,14 @@ def test_trls_own_of_another_method_is_refused(compose, recipe):
     other = next(name for name in OWN if name != recipe)
     with pytest.raises(Refusal, match=f"is not for {recipe}, which takes rlhf_recipes.preference"):
         Run.start(compose(recipe, f"trainer._target_={OWN[other]}"), recipe)
+
+
+@pytest.mark.parametrize("recipe", OWN)
+def test_runs_of_trls_own_are_read_with_and_without_them(monkeypatch, recipe):
+    from rlhf_recipes.publish import card
+
+    assert config.trainer_recipes()[OWN[recipe]] == recipe
+    skip_without(OWN[recipe])
+    assert card._defaults("trainer", {"_target_": OWN[recipe]})["beta"] == 0.1
+    monkeypatch.setitem(sys.modules, OWN[recipe].rpartition(".")[0], None)
+    assert card._defaults("trainer", {"_target_": OWN[recipe]}) == {}
