@@ -63,9 +63,14 @@ def _sums(logps: list) -> list[tuple[float, int]]:
 
 
 def pair_logps(model, tokenizer, rows: list[dict], what: str = "Held-out pairs") -> list[dict]:
-    """`chosen_logp`, `rejected_logp` (sums, nats), `chosen_tokens`, `rejected_tokens` for each preference pair."""
-    both = [(row["prompt"], row[side]) for row in rows for side in ("chosen", "rejected")]
-    logps = completion_logps(model, tokenizer, both, what)
+    """`chosen_logp`, `rejected_logp` (sums, nats), `chosen_tokens`, `rejected_tokens` for each preference pair.
+
+    Both answers start where the first of them and the prompt part, as TRL's DPOTrainer trains them.
+    """
+    both = [encode(tokenizer, row["prompt"], row[side]) for row in rows for side in ("chosen", "rejected")]
+    starts = [min(chosen, rejected) for (_, chosen), (_, rejected) in zip(both[::2], both[1::2], strict=True)]
+    encoded = [(ids, starts[number // 2]) for number, (ids, _) in enumerate(both)]
+    logps = _sums(token_logps(model, tokenizer.pad_token_id, encoded, what))
     return [
         {"chosen_logp": c[0], "chosen_tokens": c[1], "rejected_logp": r[0], "rejected_tokens": r[1]}
         for c, r in zip(logps[::2], logps[1::2], strict=True)

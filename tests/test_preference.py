@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import skip_without, stir
+from conftest import CHATML, skip_without, stir
 
 from rlhf_recipes import config, inference, methods, models
 from rlhf_recipes.errors import Refusal
@@ -22,6 +22,7 @@ PAIRS = [
     for n in range(1, 5)
 ]
 OWN = {recipe: target for target, (recipe, _) in methods.TRLS_OWN.items()}
+SIDES = ("chosen", "rejected")
 ALIKE = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
          "logps/rejected", "nll_loss", "log_odds_ratio", "log_odds_chosen")  # fmt: skip
 
@@ -67,13 +68,14 @@ def made(compose, tiny_model_overrides, tiny_model, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("made")
 
-    def make(recipe, *overrides, own=False, trainer=None, continued=False):
+    def make(recipe, *overrides, own=False, trainer=None, continued=False, pairs=PAIRS, template=CHATML):
         plain = ["quantization=none", "trainer.bf16=false", "trainer.per_device_train_batch_size=4",
                  "trainer.train_sampling_strategy=sequential", "trainer.report_to=none"]  # fmt: skip
         target = [f"trainer._target_={OWN[recipe]}"] if own else []
         cfg = compose(recipe, *tiny_model_overrides, *plain, *target, *overrides)
         trainer = trainer or methods.trainer_class(recipe, cfg.trainer._target_)
-        rows = Dataset.from_list(PAIRS)
+        rows, tokenizer = Dataset.from_list(pairs), models.load_tokenizer(cfg.model)
+        tokenizer.chat_template = template
         model = stir(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32))
         lora = config.build(cfg.lora, "lora", task_type="CAUSAL_LM")
         made = trainer(
@@ -81,7 +83,7 @@ def made(compose, tiny_model_overrides, tiny_model, tmp_path_factory):
             args=models.training_args(cfg.trainer, Run(folder, recipe, {})),
             train_dataset=rows,
             eval_dataset=rows,
-            processing_class=models.load_tokenizer(cfg.model),
+            processing_class=tokenizer,
             peft_config=None if continued else lora,
         )
         torch.manual_seed(0)
@@ -107,9 +109,7 @@ def step(trainer):
 def expected(recipe, trainer):
     """The loss of PAIRS from what a run's result.json is made of."""
     args, found = trainer.args, inference.pair_logps(trainer.model, trainer.processing_class, PAIRS)
-    averages = [
-        torch.tensor([row[f"{side}_logp"] / row[f"{side}_tokens"] for row in found]) for side in ("chosen", "rejected")
-    ]
+    averages = [torch.tensor([row[f"{side}_logp"] / row[f"{side}_tokens"] for row in found]) for side in SIDES]
     nll = -sum(row["chosen_logp"] for row in found) / sum(row["chosen_tokens"] for row in found)
     if recipe == "orpo":
         return nll - args.beta * torch.nn.functional.logsigmoid(losses.log_odds_ratio(*averages)).mean().item()
@@ -128,6 +128,22 @@ def expected(recipe, trainer):
 def test_what_is_trained_is_what_is_measured(made, recipe, overrides):
     trainer = made(recipe, *overrides)
     assert step(trainer)[0] == pytest.approx(expected(recipe, trainer), rel=1e-5)
+
+
+@pytest.mark.parametrize("recipe", ["dpo", *OWN])
+def test_a_pair_starts_where_the_first_of_its_answers_does(made, recipe):
+    """The blank that the prompt ends with is one token with "Yes", and one of its own before what no merge knows."""
+    pairs = [{**PAIRS[0], "rejected": [{"role": "assistant", "content": "不"}]}]
+    ends_in_a_blank = (
+        "{% for m in messages %}{{ '\n' + m['role'] + ': ' + m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '\nassistant: ' }}{% endif %}"
+    )
+    trainer = made(recipe, pairs=pairs, template=ends_in_a_blank)
+    (row,) = trainer.train_dataset
+    (found,) = inference.pair_logps(trainer.model, trainer.processing_class, pairs)
+    starts = [inference.encode(trainer.processing_class, pairs[0]["prompt"], pairs[0][side])[1] for side in SIDES]
+    assert len(row["prompt_ids"]) == starts[0] == starts[1] - 1
+    assert [found[f"{side}_tokens"] for side in SIDES] == [len(row[f"{side}_ids"]) for side in SIDES]
 
 
 @pytest.mark.parametrize(
@@ -161,7 +177,7 @@ def test_where_trls_own_differ(made, recipe):
     theirs, ours = made(recipe, own=True, trainer=getattr(importlib.import_module(module), name)), made(recipe)
     eos = theirs.processing_class.eos_token_id
     for row, measured in zip(theirs.train_dataset, ours.train_dataset, strict=True):
-        for side in ("chosen", "rejected"):
+        for side in SIDES:
             assert row[f"{side}_input_ids"] == [*measured["prompt_ids"], *measured[f"{side}_ids"], eos]
     truth = expected(recipe, ours)
     differences = [step(trainer)[0] / truth - 1 for trainer in (theirs, ours)]
@@ -221,3 +237,14 @@ def test_trls_own_of_another_method_is_refused(compose, recipe):
     other = next(name for name in OWN if name != recipe)
     with pytest.raises(Refusal, match=f"is not for {recipe}, which takes rlhf_recipes.preference"):
         Run.start(compose(recipe, f"trainer._target_={OWN[other]}"), recipe)
+
+
+@pytest.mark.parametrize("recipe", OWN)
+def test_runs_of_trls_own_are_read_with_and_without_them(monkeypatch, recipe):
+    from rlhf_recipes.publish import card
+
+    assert config.trainer_recipes()[OWN[recipe]] == recipe
+    skip_without(OWN[recipe])
+    assert card._defaults("trainer", {"_target_": OWN[recipe]})["beta"] == 0.1
+    monkeypatch.setitem(sys.modules, OWN[recipe].rpartition(".")[0], None)
+    assert card._defaults("trainer", {"_target_": OWN[recipe]}) == {}

@@ -5,8 +5,6 @@ EOS behind an answer that do not begin and end with one: behind the line break t
 second EOS, and before a prompt a context that no other pass has seen. So their rows are tokens before they see them.
 """
 
-from trl.experimental import cpo, orpo
-
 from rlhf_recipes import inference
 
 SIDES = ("chosen", "rejected")
@@ -37,12 +35,15 @@ class _OfTemplate:
         return {}  # nothing to add
 
 
-class ORPOTrainer(_OfTemplate, orpo.ORPOTrainer):
-    pass
-
-
-class CPOTrainer(_OfTemplate, cpo.CPOTrainer):
-    pass
+def __getattr__(name: str):
+    # each when it is asked for: TRL may lose either
+    if name == "ORPOTrainer":
+        from trl.experimental.orpo import ORPOTrainer as trls_own
+    elif name == "CPOTrainer":
+        from trl.experimental.cpo import CPOTrainer as trls_own
+    else:
+        raise AttributeError(name)
+    return type(name, (_OfTemplate, trls_own), {})
 
 
 def _tokenised(row: dict, tokenizer, max_length: int | None) -> dict:

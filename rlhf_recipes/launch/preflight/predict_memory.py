@@ -23,8 +23,9 @@ from rlhf_recipes import config, methods, models, references
 from rlhf_recipes.errors import Refusal
 
 GIB = 2**30
-# TRL's tile of logits (trl.kernels.chunked_logprob): tokens, and entries of the vocabulary in dpo and sft; PPO's.
-TILE_TOKENS, TILE_ENTRIES, TILE_ENTRIES_PPO = 4096, 32768, 8192
+# TRL's tile of logits (trl.kernels.chunked_logprob): tokens, and entries of the vocabulary in dpo, sft and kto; in the
+# others.
+TILE_TOKENS, TILE_ENTRIES, SMALL_TILE_ENTRIES = 4096, 32768, 8192
 # Bytes for a number of the tile beside its buffer: a GPU's kernel works in place; elsewhere seven float32 copies and a
 # mask come and go.
 TILE_BYTES = {"cuda": 0, "cpu": 29}
@@ -236,8 +237,10 @@ def _step(base: Backbone, batch: Batch, where: str, args) -> dict[str, float]:
         logits = 0.0
     else:
         predicted = batch.sequences * batch.completion if base.recipe == "ppo" else tokens
-        buffer = TILE_ENTRIES_PPO if base.recipe == "ppo" else TILE_ENTRIES
+        buffer = SMALL_TILE_ENTRIES if base.recipe in ("ppo", "orpo", "simpo") else TILE_ENTRIES
         used = min(buffer, base.config.vocab_size)
+        if base.recipe in ("orpo", "simpo"):  # whose tile is no wider than the vocabulary
+            buffer = used
         item = 4 if base.recipe == "ppo" else base.item  # its logits are float32
         logits = min(predicted, TILE_TOKENS) * (buffer * item + used * TILE_BYTES[where])
     if not args.gradient_checkpointing:
