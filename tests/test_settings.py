@@ -101,7 +101,7 @@ def refusal(check):
          "trainer.eval_steps=10: is read with trainer.eval_strategy=steps alone: it would change nothing."),
         ("dpo", "trainer.model_init_kwargs.a=1", "trainer.model_init_kwargs={'a': 1}: is read by nothing here. The"),
         ("ppo", "trainer.kl_horizon=100", "trainer.kl_horizon=100: is read with trainer.kl_controller=adaptive alone"),
-        ("ppo", "trainer.vf_coef=0.5", "trainer.vf_coef=0.5: is read by nothing here. The critic shares no weights"),
+        ("ppo", "trainer.vf_coef=0.5", "trainer.vf_coef: the critic shares no weights with the policy. Use"),
         ("ppo", "trainer.num_mini_batches=1 trainer.cliprange=0.1", "trainer.cliprange=0.1: a rollout is used for"),
         ("ppo", "trainer.kl_brake=null trainer.kl_target=3.0", "trainer.kl_target=3.0: is read by neither"),
         # what TRL and PEFT refuse when the model is loaded

@@ -241,8 +241,6 @@ READ = {
         "resume_from_checkpoint": SHARED["resume_from_checkpoint"],
         "chat_template_kwargs": Reads(None, instead="Use model.chat_template_kwargs, which every recipe reads."),
         "kl_horizon": Reads(10, "kl_controller", ("adaptive",)),
-        # Of TRL's PPOConfig.
-        "vf_coef": Reads(None, instead="The critic shares no weights: use trainer.value_learning_rate."),
         "uwo_coef": Reads(0.5, "reward_ensemble", ("uwo",)),
     },
 }  # fmt: skip
@@ -362,6 +360,10 @@ def _refuse_clashes(trainer: dict) -> None:
 
 
 def _refuse_ppo(trainer: dict) -> None:
+    if "vf_coef" in trainer:  # TRL's, whose critic had it: Adam takes no notice of the scale of a loss
+        raise Refusal(
+            "trainer.vf_coef: the critic shares no weights with the policy. Use trainer.value_learning_rate."
+        )
     one_step = (trainer.get("num_ppo_epochs", 4), trainer.get("num_mini_batches", 1)) == (1, 1)
     for key, default in {"cliprange": 0.2, "dual_clip": None}.items():
         if one_step and trainer.get(key, default) != default:
