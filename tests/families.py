@@ -197,9 +197,11 @@ def family(name, folder):
         initializer_range=0.2,  # as initialised by default, so narrow a model repeats its last token
         **{f"{key}_token_id": ids.get(key) for key in ("bos", "eos", "pad")} | own.settings,
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config)
+        for token in own.tags:  # of logit 0: it does not think aloud
+            model.get_output_embeddings().weight[tokenizer.convert_tokens_to_ids(token)] = 0
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     written = {"eos_token_id": tokenizer.convert_tokens_to_ids(list(own.stops)), **own.generation}

@@ -37,7 +37,7 @@ RECIPES = {
     **dict.fromkeys(("sft", "reward", "dpo", "orpo", "simpo", "kto"), TRAINED),
     "ppo": [*TRAINED, "reward_funcs=reward", "trainer.max_completion_length=4", "trainer.num_ppo_epochs=1"],
     "cai": [*DATA, "constitution=clinic", "gate.pairs=2", "gate.fails=contrastive", "generate.max_new_tokens=4",
-            "revise.max_new_tokens=4", "filters.min_words=1", "filters.max_length_ratio=9",
+            "generate.temperature=0.0", "revise.max_new_tokens=4", "filters.min_words=1", "filters.max_length_ratio=9",
             "judging.principles_per_pair=2"],
     "evaluate": [*DATA, "runs=[dpo]", "reward_model=reward", "prompts=3", "max_new_tokens=4", "exit_codes.worse=0"],
     "publish": ["run=dpo", "folder=published", "license=apache-2.0", "force=true"],
@@ -210,9 +210,12 @@ class Spoken:
         own = FAMILIES[name]
         self.tokenizer, self.kwargs = AutoTokenizer.from_pretrained(folder), KWARGS.get(name, {})
         self.pad_id = self.tokenizer.convert_tokens_to_ids(own.pad or own.eos)
+        self.folds = name == "mistral"  # whose template has no system turn: its text opens the first of the user
         self.stops = set(self.tokenizer.convert_tokens_to_ids([*own.stops, own.eos]))
 
     def prompt(self, turns):
+        if self.folds and turns[0]["role"] == "system":
+            turns = [{**turns[1], "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}, *turns[2:]]
         return tuple(self._render(turns, add_generation_prompt=True))
 
     def whole(self, row, side="chosen"):
@@ -279,8 +282,7 @@ def check_evaluate(seen, spoken):
 
 def check_cai(seen, spoken):
     """What is asked of the model is what it is trained on: the generation prompt, and what an answer begins with."""
-    folded = any("system" in [turn["role"] for turn in turns] for turns, _, _ in seen.asked)
-    assert folded or FAMILIES["mistral"].template == spoken.tokenizer.chat_template
+    assert any(turns[0]["role"] == "system" for turns, _, _ in seen.asked)
     for turns, prefix, ids in seen.asked:
         behind = spoken.tokenizer(prefix, add_special_tokens=False)["input_ids"]
         assert ids[: len(ids) - len(behind)] == spoken.prompt(turns)
