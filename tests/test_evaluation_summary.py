@@ -312,6 +312,70 @@ def test_ship_needs_a_gain_beyond_the_interval():
     assert judged(estimate(0.35, 0.25, 0.45))["verdict"] == "worse"
 
 
+def ways(wins):
+    """A system that is the parent's equal but for these wins, and judged by them alone."""
+    win = stats.estimate(wins)
+    system = {"metrics": {"win_rate": win, "win_rate_length_controlled": win}, "differences": {}, "nonfinite": 0}
+    return system | {"accuracy": "accuracy_log_ratio"}
+
+
+@pytest.mark.parametrize("prompts", [20, 24, 32])
+def test_of_ten_equal_systems_hardly_ever_one_ships(prompts):
+    """Simulated: 5 % or less of 60 trials, where one in five ships without the correction."""
+    rng = np.random.default_rng(prompts)
+    ships = alone = 0
+    for _ in range(60):
+        parent = rng.normal(size=prompts)
+        systems = {str(n): ways((rng.normal(size=prompts) > parent).astype(float)) for n in range(10)}
+        decided = verdict_of.decide_all(systems, "base", verdict_of.THRESHOLDS)
+        ships += any(each["verdict"] == "ship" for each in decided.values())
+        each_alone = [verdict_of.decide(system, "base", verdict_of.THRESHOLDS) for system in systems.values()]
+        alone += any(each["verdict"] == "ship" for each in each_alone)
+    assert ships <= 3 < alone, (ships, alone)
+
+
+def test_what_is_surely_better_leaves_its_level_to_the_others():
+    """Holm: three systems, one far above; the second passes the level of two, and not that of three."""
+    sure, near = ways([1.0] * 90 + [0.0] * 10), ways([1.0] * 62 + [0.0] * 38)
+    near["metrics"] = {"win_rate": estimate(0.62, 0.5170, 0.72), "win_rate_length_controlled": None}
+    level = ways([1.0, 0.0] * 50)
+    assert verdict_of.decide(near, "base", verdict_of.THRESHOLDS, 2)["verdict"] == "ship"
+    alone = verdict_of.decide(near, "base", verdict_of.THRESHOLDS, 3)
+    assert alone["verdict"] == "hold" and "As one of 3 systems (Holm) its interval is [" in alone["reasons"][1]
+    decided = verdict_of.decide_all({"level": level, "near": near, "sure": sure}, "base", verdict_of.THRESHOLDS)
+    assert {name: each["verdict"] for name, each in decided.items()} == {"level": "hold", "near": "ship", "sure": "ship"}
+    assert list(decided) == ["level", "near", "sure"]
+    assert "3 systems were tried" in verdict_of.correction(decided)
+    assert verdict_of.correction({"one": {}}) is None
+
+
+def test_a_win_by_what_was_optimised_never_ships():
+    measured = fake()
+    measured.info["dpo"]["optimised"] = ["reward/main"]
+    held = summary.summarise(measured)["systems"]["dpo"]["verdict"]
+    assert held["verdict"] == "hold" and held["standing"] == "level"
+    assert "The reward model reward/main, which judges, is what it was trained on" in held["reasons"][1]
+    by_accuracy = summary.summarise(measured, {"metric": "preference_accuracy"})["systems"]["dpo"]["verdict"]
+    assert by_accuracy["verdict"] == "ship"  # no reward decides there
+    measured.judgements = {"dpo": [{"prompt_id": row["prompt_id"], "p": 0.9} for row in measured.answers]}
+    assert summary.summarise(measured)["systems"]["dpo"]["verdict"]["verdict"] == "ship"
+
+
+def test_stages_of_one_conversation_are_one_cluster_in_every_interval():
+    measured = fake(prompts=60, pairs=60)
+    for rows in (measured.pairs, measured.answers, *measured.reward_models.values()):
+        for i, row in enumerate(rows):
+            row["cluster"] = f"opening {i // 3}"
+    measured.judgements = {"sft": [{"prompt_id": row["prompt_id"], "p": 0.6, "asked": True, "answered": True,
+                                    "flip": False, "gap": 0.1, "tie": False} for row in measured.answers]}  # fmt: skip
+    evaluation = summary.summarise(measured)
+    found = [e for s in evaluation["systems"].values() for part in ("metrics", "differences", "families")
+             for key, e in s[part].items() if "perplexity" not in key]  # fmt: skip
+    found += [e for part in (evaluation["baselines"], evaluation["reward_models"]["reward"]) for e in part.values()
+              if isinstance(e, Estimate)]  # fmt: skip
+    assert len(found) > 50 and {e.clusters <= 20 for e in found} == {True}
+
+
 def test_hold_says_how_many_prompts_would_decide():
     reasons = judged(estimate(0.55, 0.45, 0.65))["reasons"]
     assert reasons[0] == "Its answers beat those of base on 55.0 % [45.0, 65.0] of 100 prompts; 50 % is a draw."

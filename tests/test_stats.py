@@ -141,6 +141,92 @@ def test_needed_by_hand():
     assert stats.needed(replace(e, low=None), 0.5) is None
 
 
+@pytest.mark.parametrize(
+    ("share", "n", "target", "comparisons"), [(0.6, 60, 0.5, 1), (0.62, 40, 0.5, 1), (0.7, 80, 0.65, 1), (0.6, 60, 0.5, 6)]
+)
+def test_so_many_prompts_settle_it_in_four_of_five_tries(share, n, target, comparisons):
+    """Simulated, where the value seen is the true one; half of the tries would be a coin."""
+
+    def found(wins, size):
+        """Of so many wins; the interval is Wald's, whose percentile bootstrap it is on average."""
+        p = wins / size
+        half = stats.Z95 * math.sqrt(p * (1 - p) / size)
+        return stats.simultaneous(Estimate(p, p - half, p + half, size, size), comparisons, 0, 1)
+
+    seen = found(share * n, n)
+    size = stats.needed(seen, target, comparisons)
+    wins = np.random.default_rng(0).binomial(size, share, 2000)
+    settled = np.mean([found(each, size).low > target for each in wins])
+    assert 0.74 < settled < 0.88, (size, settled)
+
+
+def test_an_interval_of_several_at_once():
+    e = Estimate(0.9, 0.7, 0.98, 40, 40)
+    wide = stats.simultaneous(e, 10, 0, 1)
+    assert stats.simultaneous(e, 1, 0, 1) is e and 0 < wide.low < 0.7 and 0.98 < wide.high < 1
+    # 2.807 standard errors for 10, of 40 clusters 2.807 / sqrt(1 - 2.807^2 / 40) = 3.133
+    line = stats.simultaneous(Estimate(2.0, 1.0, 3.0, 40, 40), 10)
+    assert (line.low, line.high) == (pytest.approx(2 - 3.133 / 1.96, abs=1e-3), pytest.approx(2 + 3.133 / 1.96, abs=1e-3))
+    alike = stats.simultaneous(stats.estimate([1] * 20), 10, 0, 1)
+    assert (alike.low, alike.high) == (pytest.approx(1 / (1 + 2.807**2 / 20), abs=1e-3), 1.0)
+    assert stats.simultaneous(stats.estimate([0.3]), 10).low is None
+    ends = stats.simultaneous(Estimate(0.95, 0.8, 1.0, 20, 20), 5, 0, 1)
+    assert ends.high == 1.0 and 0 < ends.low < 0.8
+    assert stats.simultaneous(Estimate(0.9, 0.5, 1.0, 7, 7), 10, 0, 1).low == 0  # so few clusters bound nothing
+
+
+def test_the_true_best_is_among_those_not_told_apart_from_the_best():
+    """Ten checkpoints of one mean: a given one is told apart from whatever looks best in at most 5 % of 200 trials."""
+    rng = np.random.default_rng(0)
+    lost = once = 0
+    for _ in range(200):
+        rewards = rng.normal(size=(10, 40)) + rng.normal(size=40)
+        best = int(rewards.mean(1).argmax())
+        gap = stats.difference(rewards[best], rewards[0], resamples=200)
+        lost += best != 0 and stats.ahead(gap, 9)
+        once += best != 0 and gap.low > 0  # without a correction
+    assert lost <= 10 < once, (lost, once)
+
+
+def _nearly_all(n=40, seed=0):
+    """Values that follow x but for a hair."""
+    x = np.random.default_rng(seed).exponential(size=n)
+    return x, x + 0.1 * np.random.default_rng(seed + 1).normal(size=n)
+
+
+RANGES = {
+    "correlation": (lambda x, y: stats.pearson(x, y), -1, 1),
+    "AUROC": (lambda x, y: stats.auroc(x, y > np.median(y)), 0, 1),
+    "share": (lambda x, y: stats.estimate(x < x.max()), 0, 1),
+    "ratio": (lambda x, y: stats.ratio_of_sums(x, x + 1e-3), 0, 1),
+    "length controlled": (lambda x, y: stats.length_controlled_win_rate(x < x.max(), y), 0, 1),
+    "of all at once": (lambda x, y: stats.simultaneous(stats.estimate(x < x.max()), 50, 0, 1), 0, 1),
+    "difference of all at once": (
+        lambda x, y: stats.simultaneous(stats.difference(x < x.max(), x > 9), 50, -1, 1), -1, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_no_interval_leaves_its_range(name):
+    measure, low, high = RANGES[name]
+    for seed in range(10):
+        e = measure(*_nearly_all(seed=seed))
+        assert low <= e.low <= e.value <= e.high <= high, (seed, e)
+
+
+def test_pearson_is_the_resampled_correlation():
+    x, y = _nearly_all()
+    clusters = [i // 2 for i in range(40)]
+    fast, slow = stats.pearson(x, y, clusters), stats.resampled(lambda w: stats.correlation(x, y, w), 40, clusters)
+    assert (fast.value, fast.low, fast.high) == pytest.approx((slow.value, slow.low, slow.high))
+    assert stats.pearson(x, np.ones(40)).value is None and stats.pearson([], []).value is None
+    assert stats.pearson([1.0, 2.0], [1.0, 2.0], ["a", "a"]).low is None
+    # of two clusters most resamples hold one alone
+    assert stats.pearson([1.0, 2.0], [3.0, 4.0]).high <= 1
+    with pytest.raises(ValueError, match="must be paired"):
+        stats.pearson([1.0], [1.0, 2.0])
+
+
 def test_format():
     e = Estimate(0.643, 0.6118, 0.6712, 992)
     assert stats.format_estimate(e, percent=True) == "64.3 % [61.2, 67.1]"
