@@ -112,58 +112,6 @@ def test_the_proxy_of_a_run_is_its_reward_model_or_none(here):
         assert measure.find_proxy("ppo", TINY_ID) is None
 
 
-@pytest.mark.parametrize(
-    ("policy", "scorer", "parent", "optimised"),
-    [
-        ("ppo", "reward", None, True),
-        ("ppo/adapter", "reward/adapter", None, True),  # by the folder of the adapter
-        ("ppo", "copied", None, True),  # the same weights under another name
-        ("ppo", "ensemble", None, True),  # which contains it
-        ("ppo", "other", None, False),
-        ("later", "reward", None, True),  # what continues the run
-        ("later", "reward", "ppo", False),  # and of the two the earlier one is the parent: nothing was optimised since
-        ("recorded", "gone", None, True),  # the result says so, whatever its config names
-        ("sft", "reward", None, False),
-        ("checkpoints", "reward", None, True),
-    ],
-)
-def test_who_was_trained_on_the_reward_that_judges(here, policy, scorer, parent, optimised):
-    def weigh(folder, weights):
-        (here / folder / "adapter" / "adapter_model.safetensors").write_bytes(weights)
-
-    for name in ("copied", "other", "gone"):
-        write_adapter(here / name, recipe="reward", parent=None)
-    of_ppo = {"run": "ppo", "recipe": "ppo", "adapter_sha256": "of ppo", "parent": OF_SFT}
-    write_adapter(here / "later", recipe="dpo", parent=of_ppo)
-    write_adapter(here / "recorded", recipe="ppo", parent=OF_SFT, rewards=[hashlib.sha256(b"gone").hexdigest()])
-    weigh("gone", b"gone")
-    weigh("other", b"other")
-    for folder in ("reward", "copied", "ensemble/a"):
-        weigh(folder, b"a reward")
-    weigh("ensemble/b", b"b")
-    if parent:
-        result = json.loads((here / "later" / "result.json").read_text())
-        result["parent"]["adapter_sha256"] = references.adapter_sha256(Path("ppo/adapter"))
-        (here / "later" / "result.json").write_text(json.dumps(result))
-    if policy == "checkpoints":
-        systems = measure.find([], "base", TINY_ID, "ppo")
-    else:
-        systems = measure.find([policy], parent or "base", TINY_ID)
-    scorers = measure.find_scorer(scorer, TINY_ID)
-    found = measure._optimised(systems[-1], systems[0], scorers)
-    assert found == ({"optimised": ["ensemble/a"] if scorer == "ensemble" else [scorers[0].name]} if optimised else {})
-
-
-def test_gold_that_a_run_was_trained_on_is_known(here):
-    from rlhf_recipes.audit import answers
-
-    assert answers.find_run("ppo", TINY_ID).rewards == {SHA}
-    config = OmegaConf.load("ppo/config.yaml")
-    config.reward_funcs, config.trainer.reward_weights = ["json:loads", "reward"], [1.0, 0.0]
-    OmegaConf.save(config, here / "ppo" / "config.yaml")
-    assert answers.find_run("ppo", TINY_ID).rewards == {"json:loads"}
-
-
 RUN = "Give a run folder such as outputs/sft/main."
 REFUSED = {
     "nothing there": (
