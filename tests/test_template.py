@@ -13,6 +13,7 @@ from rlhf_recipes.data.load import LOADERS
 from rlhf_recipes.data.template import as_taken, bind, dated, folded, keep
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.inference import encode
+from rlhf_recipes.launch import keys
 from rlhf_recipes.publish import card
 
 TURNS = "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + '<eot>' }}{% endfor %}"
@@ -191,6 +192,7 @@ TOLD |= {"qwen3_8b": {"enable_thinking": False}, "llama3_1_8b": {"date_string": 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf" / "model").glob("*.yaml")))
 def test_the_files_of_models_say_what_their_template_is_told(name, compose):
     cfg = compose("cai", f"model={name}")
+    keys.check(cfg, "cai")
     assert models.template_kwargs(cfg.model) == models.template_kwargs(cfg.judge) == TOLD.get(name, {})
 
 

@@ -86,6 +86,8 @@ OPTIMIZERS = {
 }
 # Groups whose keys are ours; base.yaml has all of them.
 OURS = {"preflight", "sweep"}
+# A mapping of which something else knows the keys: the chat template.
+MAPPING = "model.chat_template_kwargs."
 
 
 def check(cfg: DictConfig, recipe: str | None = None) -> None:
@@ -164,8 +166,7 @@ def _refuse_unknown(keys: list[str], recipe: str | None) -> None:
     known = [*(key for key, _ in flatten(node)), *(f"model.{key}" for key in ModelConfig.__dataclass_fields__)]
     for key in keys:
         open_group = key.partition(".")[0] in groups - {"model"}  # checked against the class, or by rlhf_recipes.data
-        open_group |= key.startswith("model.chat_template_kwargs.")  # checked against the chat template
-        if not open_group and not any(f"{name}.".startswith(f"{key}.") for name in known):
+        if not (open_group or key.startswith(MAPPING)) and not any(f"{name}.".startswith(f"{key}.") for name in known):
             raise Refusal(f"{key}: recipes/{recipe}.py has no such key{nearest(key, [*known, *groups])}")
 
 
