@@ -87,11 +87,11 @@ def decide(system: dict, parent: str, thresholds: dict, comparisons: int = 1) ->
     judge that changes its mind with the order, of an ensemble whose worst case sees none, or of a reward model that
     the system was trained on, holds too.
 
-    Args:
-        comparisons: systems of which each may ship; see `decide_all`.
-
     `main` is the metric that decides, `value` its estimate's, `standing` above | level | below the parent, and
     `unchecked` the limits whose metric was not measured.
+
+    Args:
+        comparisons: systems of which each may ship; see `decide_all`.
     """
     if system["nonfinite"]:
         text = f"{system['nonfinite']} of its numbers are not finite: the model has diverged."
