@@ -359,6 +359,8 @@ def test_a_win_by_what_was_optimised_never_ships():
     held = summary.summarise(measured)["systems"]["dpo"]["verdict"]
     assert held["verdict"] == "hold" and held["standing"] == "level"
     assert "The reward model reward/main, which judges, is what it was trained on" in held["reasons"][1]
+    few = summary.summarise(measured, {"min_prompts": 100})["systems"]["dpo"]["verdict"]["reasons"]
+    assert "too few" in few[1] and "is what it was trained on" in few[2]  # said whatever else holds it
     by_accuracy = {"metric": "preference_accuracy"}  # no reward decides there
     assert (
         summary.summarise(measured, by_accuracy)["verdict"] == summary.summarise(fake(80, 24), by_accuracy)["verdict"]

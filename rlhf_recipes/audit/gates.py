@@ -95,7 +95,7 @@ GATES = (
         "True quality that the last checkpoint keeps of the best",
         "Training against it does not overshoot: the last checkpoint keeps {value} of the best gain in true quality.",
         "Training against it overshoots: the last checkpoint keeps only {value} of the best gain in true quality.",
-        needs="Needs checkpoints=<a run that was trained on it>.",
+        needs="Needs checkpoints=<a run that was trained on it>, and gold that the run was not trained on.",
     ),
     Gate(
         "probes", "length_matched_gap", "min_length_matched_change", -0.03, "min",

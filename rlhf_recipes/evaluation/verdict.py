@@ -87,11 +87,11 @@ def decide(system: dict, parent: str, thresholds: dict, comparisons: int = 1) ->
     judge that changes its mind with the order, of an ensemble whose worst case sees none, or of a reward model that
     the system was trained on, holds too.
 
-    Args:
-        comparisons: systems of which each may ship; see `decide_all`.
-
     `main` is the metric that decides, `value` its estimate's, `standing` above | level | below the parent, and
     `unchecked` the limits whose metric was not measured.
+
+    Args:
+        comparisons: systems of which each may ship; see `decide_all`.
     """
     if system["nonfinite"]:
         text = f"{system['nonfinite']} of its numbers are not finite: the model has diverged."
@@ -104,6 +104,9 @@ def decide(system: dict, parent: str, thresholds: dict, comparisons: int = 1) ->
             "value": None,
         }
     key, estimate, standing, reasons = _main(system, parent, thresholds, comparisons)
+    if key == "win_rate" and estimate and system.get("optimised"):
+        standing = "level" if standing == "above" else standing
+        reasons.append(_optimised(system["optimised"]))
     crossed, unchecked = [], []
     checks = [
         (guard, where == "differences", *METRICS[metric][:2], system[where].get(metric), side, sign)
@@ -180,8 +183,6 @@ def _main(
     among_all = stats.simultaneous(estimate, comparisons, least, 1)
     if among_all.low is None or among_all.low <= target:
         return key, estimate, "level", [said, _undecided(estimate, among_all, target, draw, comparisons)]
-    if key == "win_rate" and system.get("optimised"):
-        return key, estimate, "level", [said, _optimised(system["optimised"])]
     doubts = {
         "win_rate_length_controlled": (
             "length_controlled",
