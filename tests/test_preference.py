@@ -132,8 +132,9 @@ def test_what_is_trained_is_what_is_measured(made, recipe, overrides):
 
 @pytest.mark.parametrize("recipe", ["dpo", *OWN])
 def test_a_pair_starts_where_the_first_of_its_answers_does(made, recipe):
-    """The blank that the prompt ends with is one token with "Yes", and one of its own before what no merge knows."""
-    pairs = [{**PAIRS[0], "rejected": [{"role": "assistant", "content": "不"}]}]
+    """The blank that the prompt ends with is one token with "of", and one of its own before what no merge knows."""
+    said = {"chosen": "of course", "rejected": "不"}
+    pairs = [{**PAIRS[0], **{side: [{"role": "assistant", "content": text}] for side, text in said.items()}}]
     ends_in_a_blank = (
         "{% for m in messages %}{{ '\n' + m['role'] + ': ' + m['content'] }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '\nassistant: ' }}{% endif %}"

@@ -179,7 +179,8 @@ def test_a_step_allocates_what_is_predicted(recipe, checkpointing, train, tmp_pa
     trained = train(recipe, tmp_path / "run", *settings)
     base = predict_memory.backbone(trained.cfg, recipe)
     longest = trained.result["counts"]["tokens"]["max"]
-    batch = predict_memory.Batch(2 if recipe == "kto" else 4, longest)
+    answers = [len(row["chosen_ids"]) for row in trained.trainer.train_dataset] if recipe == "simpo" else [0]
+    batch = predict_memory.Batch(2 if recipe == "kto" else 4, longest, completion=max(answers))
     parts = predict_memory._step(base, batch, "cpu", trained.trainer.args)
     assert sum(parts.values()) == pytest.approx(count.peak, rel=0.2)
 

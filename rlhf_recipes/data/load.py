@@ -341,7 +341,8 @@ def _read(
     layout, reading = table.layout, table.reading
     held, own = secrets.in_environment(), Tally()
     for where, values in table.rows:
-        row, p = _likelier_first(Row(where, values, layout.columns, tally.unread_keys, data["ignore"]), layout, sides)
+        row = Row(where, values, layout.columns, tally.unread_keys, data["ignore"])
+        row, p = _likelier_first(row, layout, sides)
         own.rows += 1
         family, split = row.label("family"), row.label("split")
         tally.compare(layout.scores, values)
@@ -355,13 +356,13 @@ def _read(
                 continue
             tally.turned_round += row.columns["chosen"] != layout.columns["chosen"]
             labels = {"family": family, "prompt_id": formats.prompt_id(candidate["prompt"])}
-            p = candidate.pop("p", p)
+            soft = candidate.pop("p", p)
             if "rejected" in sides and not labelled:
-                labels["p"] = p
+                labels["p"] = soft
                 if layout.columns["margin"]:
                     labels["margin"] = row.number("margin", "must be a number")
             else:
-                tally.soft["p"] += p is not None
+                tally.soft["p"] += soft is not None
                 tally.soft["margin"] += row.optional("margin") not in (None, "")
             if any(secrets.find(said, held) for said in (family or "", *_texts(candidate))):
                 own.drop(Drop("secret"), where)  # a model would learn it, and samples and pages would show it

@@ -114,7 +114,11 @@ def _look(job: Job, looked_at: Cache, found: JobReport) -> None:
     found.watch += _remarks(found.rows, found.example, recipe)
     steps = real_steps.total_steps(recipe, args, len(splits.train))
     found.settings["steps"] = steps
-    _memory(found, job, args, _largest(recipe, args, sizes, steps), predict, looked_at.elsewhere)
+    largest = _largest(recipe, args, sizes, steps)
+    if recipe in ("orpo", "simpo") and getattr(args, "disable_prompt_loss", True):
+        answers = splits.sizes["train"].cut(args.max_length).trained
+        largest = replace(largest, completion=int(answers.max()))
+    _memory(found, job, args, largest, predict, looked_at.elsewhere)
     if looked_at.measure and not found.stops and not later:
         shape = _shape(cfg, recipe)
         if shape not in looked_at.measured:

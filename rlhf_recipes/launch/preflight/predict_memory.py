@@ -85,7 +85,8 @@ class Batch:
 
     Attributes:
         shapes: lengths to which the micro-batches of the run are padded, how many different ones.
-        completion: of PPO, how many of the tokens are sampled.
+        completion: of PPO, how many of the tokens are sampled; of ORPO and SimPO, which score answers alone, how many
+            the longest has; 0: not known.
         prompts: of PPO, in a rollout.
     """
 
@@ -236,7 +237,7 @@ def _step(base: Backbone, batch: Batch, where: str, args) -> dict[str, float]:
     elif base.recipe == "reward":
         logits = 0.0
     else:
-        predicted = batch.sequences * batch.completion if base.recipe == "ppo" else tokens
+        predicted = batch.sequences * (min(batch.completion, batch.tokens) or batch.tokens)
         buffer = SMALL_TILE_ENTRIES if base.recipe in ("ppo", "orpo", "simpo") else TILE_ENTRIES
         used = min(buffer, base.config.vocab_size)
         if base.recipe in ("orpo", "simpo"):  # whose tile is no wider than the vocabulary
