@@ -46,11 +46,6 @@ RECIPES = {
 NEEDS = {"ppo": ["reward"], "evaluate": ["dpo", "reward"], "publish": ["dpo"]}
 # What the template is told beside the conversation, as in the family's files in conf/model.
 KWARGS = {"llama3": {"date_string": "26 Jul 2024"}, "qwen3": {"enable_thinking": False}}
-XFAIL = {}
-_XFAIL = {
-    **{(name, recipe): "no setting tells its template anything" for name in KWARGS for recipe in RECIPES},
-    ("mistral", "cai"): "its template refuses the system turn that cai writes",
-}
 
 
 @dataclass
@@ -296,16 +291,8 @@ def check_publish(seen, spoken):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "recipe"),
-    [
-        pytest.param(name, recipe, marks=pytest.mark.xfail(strict=True, reason=XFAIL[name, recipe]))
-        if (name, recipe) in XFAIL
-        else (name, recipe)
-        for name in FAMILIES
-        for recipe in RECIPES
-    ],
-)
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_trained_measured_and_sampled_alike(ran, spoken, name, recipe):
     check = {"reward": check_reward, "ppo": check_ppo, "cai": check_cai, "evaluate": check_evaluate,
              "publish": check_publish}.get(recipe)  # fmt: skip
