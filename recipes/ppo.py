@@ -58,7 +58,7 @@ def main(cfg):
         metrics=metrics.episode_metrics(prompts.test, after, before),
         counts=prompts.report,
         stopped=trainer.stopped,
-        rewards=[each.identity for each, weight in zip(rewards, trainer.reward_weights, strict=True) if weight],
+        rewards=[each.identity for each, weight in zip(rewards, trainer.scores.weights_R, strict=True) if weight],
         samples=trainer.samples[-4:],
     )
 
