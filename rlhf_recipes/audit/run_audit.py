@@ -59,7 +59,7 @@ def find(cfg: DictConfig) -> Sources:
     if compared and not gold:
         raise Refusal("checkpoints: need gold=<another reward model, module:function or labels.jsonl>. Give it.")
     kept = [answers.find_run(each, cfg.model.id) for each in compared]
-    scorers = [*reward_models, *(gold[1] if gold and isinstance(gold[1], list) else [])]
+    scorers = [*reward_models, *(gold.source if gold and isinstance(gold.source, list) else [])]
     models.check_templates(cfg.model, [each.adapter for each in scorers], reward=True)
     models.check_templates(cfg.model, [adapter for run in kept for _, adapter in run.steps])
     return Sources(
