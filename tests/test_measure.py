@@ -458,6 +458,7 @@ def test_evaluate_checkpoints_with_an_ensemble(more, compose, tiny_model_overrid
     assert list(evaluation["systems"]) == ["base", "step 1", "step 2"]
     assert evaluation["systems"]["step 2"]["info"] == {
         "recipe": "ppo", "path": "kept/checkpoints/checkpoint-2", "method_reward": "log_ratio", "step": 2,
+        "optimised": ["reward/a"],
     }  # fmt: skip
     assert list(evaluation["reward_models"]) == ["reward/a", "reward/b", "mean of 2"]
     found = evaluation["checkpoints"]
