@@ -194,7 +194,7 @@ def config_of(said="said"):
     return {
         "data": {"path": said, "columns": {said: said}, "train_split": said, "test_split": said},
         "trainer": {"run_name": said, "lr_scheduler_kwargs": {said: [said]}}, "lora": {}, "quantization": {},
-        "reward_funcs": said,
+        "reward_funcs": said, "model": {"chat_template_kwargs": {said: said}},
     }  # fmt: skip
 
 
@@ -352,8 +352,10 @@ def test_preflight():
 
 def test_an_example_of_preflight_keeps_its_lines():
     from rlhf_recipes.launch.preflight import printed as preflight_report
+    from rlhf_recipes.launch.preflight.report import JobReport
 
-    rows = preflight_report._example({"text": "one\r\ntwo\x1b[2J\n  STOP     three", "ends": None, "eos": []}, "dpo")
+    example = {"text": "one\r\ntwo\x1b[2J\n  STOP     three", "ends": None, "eos": []}
+    rows = preflight_report._example(JobReport("job", "dpo", example=example))
     assert rows[1:] == ["           │ one", "           │ two␛[2J", "           │   STOP     three"]
 
 
@@ -423,7 +425,8 @@ def test_the_summary_of_a_sweep(tmp_path):
     from rlhf_recipes.evaluation import sweeps
 
     def make(said):
-        table = {"rows": [sweep_row(said), sweep_row("b")], "objective": "reward", "best": said, "equal": [said]}
+        table = {"rows": [sweep_row(said), sweep_row("b")], "objective": "reward", "best": said, "equal": [said],
+                 "optimised": [said]}  # fmt: skip
         return sweeps.describe(table | {"drawn": True}, tmp_path)
 
     assert_printed(make)
