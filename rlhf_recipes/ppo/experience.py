@@ -33,6 +33,19 @@ class RolloutSampler(Sampler):
         return len(self.data) // self.rollout * self.rollout * self.repeats
 
 
+def partition(lengths: list[int], mini_batch: int, micro_batch: int) -> list[list[int]]:
+    """Indices of each micro-batch: mini-batches in the order of the prompts, each cut by length, to pad little.
+
+    Args:
+        lengths: tokens of each episode, prompt and completion.
+    """
+    parts = []
+    for start in range(0, len(lengths), mini_batch):
+        order = sorted(range(start, start + mini_batch), key=lengths.__getitem__)
+        parts += [order[i : i + micro_batch] for i in range(0, mini_batch, micro_batch)]
+    return parts
+
+
 @dataclass
 class MicroBatch:
     """Episodes that are trained on together, with what the rollout knows of them; (B, K) each.
@@ -76,6 +89,21 @@ def compare_policies(micro_batches: list[MicroBatch], reduce: Callable[[Tensor],
         "sampling/kl": away / tokens,
         "sampling/logp_difference": difference / tokens,
     }
+
+
+def warn_of_sampler(log: dict[str, float]) -> None:
+    """Say so where, in the last rollout, the sampler was further from the policy than the policy from its reference.
+
+    Args:
+        log: what `compare_policies` and the lengths of the completions gave; empty where there was no rollout.
+    """
+    moved = log.get("kl_k3", 0.0) / max(log.get("completions/mean_length", 1.0), 1.0)
+    if log.get("sampling/kl", 0.0) > moved:
+        print(
+            f"sampling: the last samples are {log['sampling/kl']:.1g} nats a token from the policy, which is "
+            f"{moved:.1g} from its reference: rounding hides what it has learned. Take a higher "
+            "trainer.learning_rate, or model.dtype=float32."
+        )
 
 
 def fit_values(

@@ -3,7 +3,7 @@
 Shapes: B episodes, K completion tokens, V vocabulary.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,10 +29,6 @@ class Completions:
     texts: list[str]
     logps: list[Tensor]
     finished: list[bool]
-
-    @classmethod
-    def joined(cls, parts: list["Completions"]) -> "Completions":
-        return cls(*([each for part in parts for each in getattr(part, field.name)] for field in fields(cls)))
 
 
 class Sampler(LogitsProcessor):
@@ -66,8 +62,17 @@ def sample(
 
     Args:
         seeds: one for each episode.
-        args: `max_completion_length`, `temperature`, `top_k`, `top_p`.
+        args: `max_completion_length`, `temperature`, `top_k`, `top_p`, `local_rollout_forward_batch_size`.
     """
+    found, size = Completions([], [], [], []), args.local_rollout_forward_batch_size
+    for start in range(0, len(prompts), size):
+        some = slice(start, start + size)
+        for field, each in vars(_sample_together(roles, tokenizer, prompts[some], seeds[some], eos_ids, args)).items():
+            getattr(found, field).extend(each)
+    return found
+
+
+def _sample_together(roles: Roles, tokenizer, prompts, seeds, eos_ids, args) -> Completions:
     device = roles.head.weight.device
     ids_BT, mask_BT, _ = left_pad(prompts, tokenizer.pad_token_id, device)
     sampler = Sampler(seeds, device, args.temperature, args.top_k, args.top_p)

@@ -35,6 +35,8 @@ from rlhf_recipes.ppo.experience import (
     compare_policies,
     compute_advantages,
     fit_values,
+    partition,
+    warn_of_sampler,
     whiten_rewards,
 )
 from rlhf_recipes.ppo.roles import CRITIC, POLICY, REFERENCE, Batch, Roles, hidden_states
@@ -210,14 +212,8 @@ class PPOTrainer(BaseTrainer):
 
     def train(self, *args, **kwargs):
         output = super().train(*args, **kwargs)
-        log = self._rollout_log
-        moved = log.get("kl_k3", 0.0) / max(log.get("completions/mean_length", 1.0), 1.0)
-        if log.get("sampling/kl", 0.0) > moved and self.is_world_process_zero():
-            print(
-                f"sampling: the last samples are {log['sampling/kl']:.1g} nats a token from the policy, which is "
-                f"{moved:.1g} from its reference: rounding hides what it has learned. Take a higher "
-                "trainer.learning_rate, or model.dtype=float32."
-            )
+        if self.is_world_process_zero():
+            warn_of_sampler(self._rollout_log)
         return output
 
     def _micro_step(self) -> int:
@@ -316,9 +312,9 @@ class PPOTrainer(BaseTrainer):
             parts = self.scores.rewards(rows, completions, self.state)
         scores_B = self.scores.earned(parts, completions.finished, self._gather).to(args.device)
 
-        micro_batches = []
+        micro_batches, micro = [], args.per_device_train_batch_size
         lengths = [len(prompt) + len(ids) for prompt, ids in zip(prompts, completions.ids, strict=True)]
-        for indices in self._partition(lengths):
+        for indices in partition(lengths, micro * args.gradient_accumulation_steps, micro):
             batch = Batch.of([prompts[i] for i in indices], [completions.ids[i] for i in indices], *self._padding())
             logps, entropies, values = map(batch.padded, self._act(batch))
             sampler_logps = batch.padded(torch.cat([completions.logps[i] for i in indices]))
@@ -343,27 +339,9 @@ class PPOTrainer(BaseTrainer):
         prompts = [self._prompt_ids(row["prompt"]) for row in rows]
         merge = self.args.merge_to_sample
         merge = self.args.device.type == "cpu" if merge is None else merge
-        size, parts = self.args.local_rollout_forward_batch_size, []
         with self.accelerator.autocast(), self.roles.merged() if merge else nullcontext():
-            for start in range(0, len(prompts), size):
-                some = slice(start, start + size)
-                parts.append(
-                    sample(self.roles, self.processing_class, prompts[some], seeds[some], self.eos_ids, self.args)
-                )
-        return prompts, Completions.joined(parts)
-
-    def _partition(self, lengths: list[int]) -> list[list[int]]:
-        """Indices of each micro-batch: mini-batches in the order of the prompts, each cut by length, to pad little.
-
-        Args:
-            lengths: tokens of each episode, prompt and completion.
-        """
-        micro = self.args.per_device_train_batch_size
-        size, parts = micro * self.args.gradient_accumulation_steps, []
-        for start in range(0, len(lengths), size):
-            mini_batch = sorted(range(start, start + size), key=lengths.__getitem__)
-            parts += [mini_batch[i : i + micro] for i in range(0, size, micro)]
-        return parts
+            completions = sample(self.roles, self.processing_class, prompts, seeds, self.eos_ids, self.args)
+        return prompts, completions
 
     def _logps(self, role: str, batch: Batch) -> Tensor:
         with self.roles.acting(role) as decoder, self.accelerator.autocast():

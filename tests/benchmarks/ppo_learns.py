@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-STEPS = 12  # two for each rollout
+STEPS = 16  # two for each rollout
 REWARD_MODEL = ["trainer.learning_rate=5e-4", "trainer.per_device_train_batch_size=2", "data.eval_size=40"]
 
 
