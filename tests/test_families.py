@@ -402,7 +402,9 @@ def test_a_models_generation_config_bends_no_sample(models, spoken, settings):
 
     own = spoken("gemma3")
     model = AutoModelForCausalLM.from_pretrained(models("gemma3") / "model").eval()
-    args = SimpleNamespace(max_completion_length=8, temperature=1.0, top_k=0, top_p=1.0)
+    args = SimpleNamespace(
+        max_completion_length=8, temperature=1.0, top_k=0, top_p=1.0, local_rollout_forward_batch_size=64
+    )
     prompts = [row["prompt"] for row in ROWS]
 
     def answers(**settings):
