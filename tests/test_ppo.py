@@ -16,6 +16,7 @@ from rlhf_recipes import references
 
 PROMPTS = [f"Can I come on day {n}{' please' * (n % 3)}?" for n in range(8)]
 STEPS = {
+    "value": "separate",
     "max_steps": 4,
     "num_ppo_epochs": 2,
     "per_device_train_batch_size": 2,

@@ -6,7 +6,7 @@ from rlhf_recipes.errors import Refusal
 from rlhf_recipes.ppo.algorithm import CONTROLLERS, ENSEMBLES
 from rlhf_recipes.ppo.trl_private import BaseConfig
 
-VALUES = ("separate", "head")
+VALUES = ("head", "separate")
 
 
 @dataclass
@@ -50,10 +50,10 @@ class PPOConfig(BaseConfig):
     )
 
     value: str = field(
-        default="separate",
+        default="head",
         metadata={
-            "help": "`separate`: an adapter of its own, started from the first reward model that is an adapter on the "
-            "same base. `head`: a head on the policy's hidden states, detached: no second forward and backward."
+            "help": "`head`: on the policy's hidden states, detached: no second forward and backward. `separate`: an "
+            "adapter of its own, started from the first reward model that is an adapter on the same base."
         },
     )
     num_ppo_epochs: int = field(default=4, metadata={"help": "Passes over a rollout."})
