@@ -272,7 +272,7 @@ def _attempt(
         "repeated": repeated,
         **_account(data, first, second, tally),
     }
-    unheard = [each for each in data["ignore"] if each in first.unheard & second.unheard]
+    unheard = [each for each in data["ignore"] if each in first.later.unheard & second.later.unheard]
     report |= {"ignored_nothing": unheard} if unheard else {}
     examples = writer.rows()
     train_rows, test_rows = examples.select(train), examples.select(test)

@@ -78,11 +78,6 @@ class Table:
             self.layout = replace(layout, unread=(*layout.unread, *self.later.beyond))
         return True
 
-    @property
-    def unheard(self) -> set[str]:
-        """What of `data.ignore` no row has."""
-        return self.later.unheard
-
     def _watched(self, rows: Iterator[Placed]) -> Iterator[Placed]:
         for where, row in rows:
             self.later.look(where, row)
