@@ -60,7 +60,8 @@ def check(model: DictConfig, quantization: DictConfig, lora: DictConfig) -> None
 
     Raises:
         Refusal: an unknown key, a wrong type, `model.dtype` is none, `model.attn_implementation` is code of the Hub,
-            `lora` names a module or a layer that is not in the model, or `model.adapter` does not fit the model.
+            `model.path` is another model than `model.id`, `lora` names a module or a layer that is not in the model,
+            or `model.adapter` does not fit the model.
     """
     if "/" in (model.attn_implementation or "") and not model.get("trust_remote_code"):
         raise Refusal(
@@ -68,6 +69,7 @@ def check(model: DictConfig, quantization: DictConfig, lora: DictConfig) -> None
             "here. Choose sdpa, eager or another of the library's own, or, if you know it, add "
             "model.trust_remote_code=true."
         )
+    modules.refuse_other_model(model)
     build_quantization(quantization, compute_dtype(model))
     built = config.build(lora, "lora")
     if model.get("adapter"):

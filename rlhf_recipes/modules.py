@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from rlhf_recipes import same_weights
+from rlhf_recipes import embedded, same_weights
 from rlhf_recipes.errors import Refusal, first_line, nearest
 from rlhf_recipes.references import ADAPTER_CONFIG, WEIGHTS
 from rlhf_recipes.run_folder import read_json
@@ -76,6 +76,26 @@ def check(model: DictConfig, lora: "PeftConfig", network: "PreTrainedModel") -> 
                 raise Refusal(
                     f"{where}: {word} is no layer that LoRA can be put on. Choose from {', '.join(endings)}."
                 )
+
+
+def refuse_other_model(model: DictConfig) -> None:
+    """Refuse a folder that holds another model than `model.id`, the name that adapters and cards would bear.
+
+    Raises:
+        Refusal: its config and that of the id, where that is at hand, differ.
+    """
+    folder = _at_hand(model.path) if model.path not in (None, "embedded") else None
+    if folder is None:
+        return
+    known = _at_hand(model.id)
+    theirs = embedded.SHAPE if model.id == embedded.PUBLIC_ID else _config(known) if known else {}
+    ours = _config(folder)
+    for key in COMPARED:
+        if key in theirs and key in ours and theirs[key] != ours[key]:
+            raise Refusal(
+                f"model.path={model.path}: has {key} {ours[key]}, and model.id={model.id} has {theirs[key]}. Say "
+                "which model it is, for what is trained on it bears that name: model.id=<its public name>."
+            )
 
 
 def other_bases(model: DictConfig, adapters: Iterable[str | Path]) -> dict[str, str | None]:

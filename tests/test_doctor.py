@@ -338,6 +338,12 @@ def test_every_rule_has_a_case():
     assert {rule.__name__ for rule in doctor.RULES} == {case[0] for case in CASES.values()}
 
 
+def test_rows_that_change_alike_have_no_interval():
+    alike = record(accuracy_change=(estimate(0.0, 0.0), estimate(0.5, 0.0, n=2)))
+    (found,) = doctor.examine(alike)["findings"]
+    assert found["means"] == "2 rows are too few for an interval"
+
+
 def test_the_worst_decides_and_comes_first():
     report = doctor.examine(record(accuracy_change=(0.0, 0.0), chosen_logp_change_per_token=(0.0, -0.9)))
     assert report["verdict"] == "broken"

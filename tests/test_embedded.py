@@ -158,4 +158,5 @@ def test_its_weights(embedded_model):
             count += size
     assert count == 134_515_008
     settings = json.loads((embedded_model / "config.json").read_text())
+    assert embedded.SHAPE.items() <= settings.items()
     assert (settings["pad_token_id"], settings["eos_token_id"]) == (0, 2) and "quantization_config" not in settings

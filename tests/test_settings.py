@@ -114,6 +114,9 @@ def refusal(check):
         ("dpo", "trainer.f_divergence_type=forward", "trainer.f_divergence_type=forward: not one of reverse_kl, "),
         ("dpo", "trainer.loss_type=aot trainer.use_weighting=true", "trainer.use_weighting=true: the losses aot and"),
         ("dpo", "trainer.sync_ref_model=true", "trainer.sync_ref_model=true: TRL cannot move the reference of a LoRA"),
+        ("sft", "trainer.chat_template_path=t.jinja", "trainer.chat_template_path=t.jinja: rows are counted"),
+        ("reward", "trainer.chat_template_path=org/model", "trainer.chat_template_path=org/model: rows are counted"),
+        ("sft", "trainer.packing=true trainer.truncation_mode=keep_end", "trainer.truncation_mode=keep_end: packing"),
         # what would move the base
         ("dpo", "lora.init_lora_weights=pissa_niter_4", "lora.init_lora_weights=pissa_niter_4: takes its start out o"),
         ("sft", "lora.init_lora_weights=olora", "lora.init_lora_weights=olora: takes its start out of the base's"),
@@ -370,6 +373,18 @@ def test_modules_that_the_model_does_not_have(compose, tiny_model_overrides, ove
     with pytest.raises(Refusal) as caught:
         models.check(cfg.model, cfg.quantization, cfg.lora)
     assert str(caught.value).startswith(says.format(cfg.model.id))
+
+
+def test_a_folder_is_the_model_of_its_id(compose, tiny_model):
+    from rlhf_recipes import models
+
+    cfg = compose("dpo", f"model.path={tiny_model}", "quantization=none")
+    with pytest.raises(Refusal) as caught:
+        models.check(cfg.model, cfg.quantization, cfg.lora)
+    assert str(caught.value) == (
+        f"model.path={tiny_model}: has hidden_size 64, and model.id={cfg.model.id} has 576. Say which "
+        "model it is, for what is trained on it bears that name: model.id=<its public name>."
+    )
 
 
 CLASSIFIER = {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "LABEL_0"}}

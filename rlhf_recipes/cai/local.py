@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import TopPLogitsWarper
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from rlhf_recipes import memory, models, progress
+from rlhf_recipes import memory, models, modules, progress
 from rlhf_recipes.cai.backend import THOUGHT, Answer, Message, Request
 from rlhf_recipes.data.template import as_taken, render
 from rlhf_recipes.data.tokens import neutralise
@@ -52,6 +52,7 @@ def load(model: "DictConfig", quantization: "DictConfig", adapter: ModelRef | No
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
+    modules.refuse_other_model(model)
     if adapter:
         models.check_named_bases(model, [adapter.adapter])
         models.check_templates(model, [adapter.adapter])

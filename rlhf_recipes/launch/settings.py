@@ -324,6 +324,13 @@ def _refuse_clashes(trainer: dict) -> None:
     target, given = trainer.get("_target_"), trainer.get
     if target in ("trl.DPOConfig", "trl.KTOConfig") and given("sync_ref_model"):
         raise Refusal("trainer.sync_ref_model=true: TRL cannot move the reference of a LoRA. Leave it out.")
+    if given("chat_template_path"):
+        raise Refusal(
+            f"trainer.chat_template_path={given('chat_template_path')}: rows are counted and shown with the model's "
+            "own template. Put that file into a folder with the model, as chat_template.jinja, and give model.path."
+        )
+    if given("packing") and given("truncation_mode") == "keep_end":
+        raise Refusal("trainer.truncation_mode=keep_end: packing keeps the start of what is too long. Choose one.")
     theirs, keys = ONLY_TRLS.get(target, ("", ()))
     for key in keys:
         if key in trainer:

@@ -469,6 +469,8 @@ def too_little_data(record: Record) -> Finding | None:
         return None
     unit, scale = ("", 1) if record.recipe == "ppo" else (" points", 100)
     means = f"{gain.n} rows cannot show an effect below {scale * width(gain) / 2:.2g}{unit}"
+    if not width(gain):  # all changed alike
+        means = f"{gain.n} rows are too few for an interval"
     wanted = max(stats.needed(gain, 0.0) or 0, MIN_PROMPTS)
     more = f" (about {wanted:,} would show this one)" if wanted and wanted < 100_000 else ""
     change = f"more held-out rows{more}: data.eval_size, data.test_size; or more to train on: data.train_size"
