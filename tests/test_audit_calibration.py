@@ -52,6 +52,27 @@ def test_scores_by_hand():
     assert np.isfinite(c.nll([-1e6, 1e6])).all()
 
 
+def test_scores_of_probabilities_by_hand():
+    margins, p_N = [math.log(3), -math.log(3)], [0.75, 0.5]  # P = .75, .25
+    assert c.brier(margins, 1.0, p_N) == pytest.approx([0.75 * 0.0625 + 0.25 * 0.5625, 0.5 * (0.5625 + 0.0625)])
+    log = [-0.75 * math.log(0.75) - 0.25 * math.log(0.25), -0.5 * math.log(0.25 * 0.75)]
+    assert c.nll(margins, 1.0, p_N) == pytest.approx(log)
+    assert list(c.symmetrise(margins, 1.0, p_N)[1]) == [0.75, 0.5]
+    assert c.temperature([2 * math.log(3)] * 2, p_N=[0.75, 0.75]) == pytest.approx(2)
+
+
+def test_a_model_that_has_learned_the_probabilities_is_calibrated():
+    p_N = np.random.default_rng(0).uniform(0.5, 0.99, 600)
+    margins = np.log(p_N / (1 - p_N))
+    rows = [{**pair, "p": p} for pair, p in zip(pairs(600), p_N, strict=True)]
+    found = figures(c.audit(margins[:300], margins[300:], rows[300:], validation_p=p_N[:300]))
+    assert found["ece"].value < 1e-9 and found["temperature"].value == pytest.approx(1)
+    assert found["slope"].value == pytest.approx(1, abs=1e-6) and found["brier_gain"].value == pytest.approx(
+        0, abs=1e-9
+    )
+    assert figures(c.audit([], margins[300:], pairs(300)))["ece"].value > 0.2  # were every label certain
+
+
 def test_a_calibrated_model_has_a_small_ece():
     margins = simulate()
     assert c.ece(*c.symmetrise(margins)) <= 0.02

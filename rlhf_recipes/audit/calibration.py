@@ -1,9 +1,10 @@
 """Calibration: whether a reward model that is 80 % sure is right 80 % of the time.
 
 P(chosen better) = sigmoid(margin / T). The label is always "chosen", so what is checked is symmetrised: confidence
-max(P, 1 - P) in [0.5, 1], correct where margin > 0, a tie one half.
+max(P, 1 - P) in [0.5, 1], correct where margin > 0, a tie one half. Where the label is a probability p, "chosen" is
+the better answer in a share p of the outcomes, and the rejected one in the rest.
 
-Shapes: N pairs.
+Shapes: N pairs; p_N is 1 where a label is certain.
 """
 
 import math
@@ -33,10 +34,10 @@ def probability(margins, temperature: float = 1.0) -> np.ndarray:
     return stats.sigmoid(np.asarray(margins, float) / temperature)
 
 
-def symmetrise(margins, temperature: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-    """Confidence in [0.5, 1] and correct (1, 0, or 0.5 for a tie), each shape (N,)."""
+def symmetrise(margins, temperature: float = 1.0, p_N=1.0) -> tuple[np.ndarray, np.ndarray]:
+    """Confidence in [0.5, 1] and correct (1, 0, or 0.5 for a tie; p and 1 - p of a probability), each shape (N,)."""
     margins = np.asarray(margins, float)
-    return probability(np.abs(margins), temperature), 0.5 * (1 + np.sign(margins))
+    return probability(np.abs(margins), temperature), 0.5 * (1 + np.sign(margins) * (2 * np.asarray(p_N, float) - 1))
 
 
 def bins_for(size: int) -> int:
@@ -89,28 +90,41 @@ def chance_ece(confidences, bins: int = BINS, draws: int = DRAWS, seed: int = 0)
     return float(np.mean(found)), float(np.quantile(found, 0.95))
 
 
-def brier(margins, temperature: float = 1.0) -> np.ndarray:
-    """(1 - P)^2 of each pair, shape (N,); a coin has 0.25."""
-    return (1 - probability(margins, temperature)) ** 2
+def brier(margins, temperature: float = 1.0, p_N=1.0) -> np.ndarray:
+    """p (1 - P)^2 + (1 - p) P^2 of each pair, shape (N,); a coin has 0.25."""
+    found_N, p_N = probability(margins, temperature), np.asarray(p_N, float)
+    return p_N * (1 - found_N) ** 2 + (1 - p_N) * found_N**2
 
 
-def nll(margins, temperature: float = 1.0) -> np.ndarray:
-    """-ln P of each pair in nats, shape (N,); a coin has ln 2."""
-    return np.logaddexp(0, -np.asarray(margins, float) / temperature)
+def nll(margins, temperature: float = 1.0, p_N=1.0) -> np.ndarray:
+    """-p ln P - (1 - p) ln(1 - P) of each pair in nats, shape (N,); a coin has ln 2."""
+    scaled_N = np.asarray(margins, float) / temperature
+    return np.logaddexp(0, -scaled_N) + (1 - np.asarray(p_N, float)) * scaled_N
 
 
-def temperature(margins, weights=None) -> float | None:
+def temperature(margins, weights=None, p_N=1.0) -> float | None:
     """`stats.temperature`; None where no T is best: no pair is wrong, or a coin is better than any."""
+    margins, p_N = np.asarray(margins, float), np.broadcast_to(np.asarray(p_N, float), len(margins))
+    if (p_N < 1).any():  # both outcomes, each by its share
+        weights = np.ones(len(margins)) if weights is None else weights
+        margins, weights = np.concatenate([margins, -margins]), np.concatenate([weights * p_N, weights * (1 - p_N)])
     found = stats.temperature(margins, weights)
     return found if 0 < found < math.inf else None
 
 
-def logistic(x, y, weights=None) -> tuple[float, float]:
-    """Intercept a and slope b of P(y = 1) = sigmoid(a + b x), by likelihood; nan, nan where x separates y."""
+def logistic(x, y, weights=None, shares=None) -> tuple[float, float]:
+    """Intercept a and slope b of P(y = 1) = sigmoid(a + b x), by likelihood; nan, nan where x separates y.
+
+    Args:
+        shares: of the outcomes in which y is as it stands; in the others it is the opposite. None: all.
+    """
     from sklearn.linear_model import LogisticRegression
 
     x, y = np.asarray(x, float), np.asarray(y, float)
     weights = np.ones(len(x)) if weights is None else weights
+    if shares is not None:
+        x, y = np.concatenate([x, x]), np.concatenate([y, 1 - y])
+        weights = np.concatenate([weights * shares, weights * (1 - shares)])
     drawn = weights > 0
     if _separated(x[drawn], y[drawn]):
         return math.nan, math.nan
@@ -121,7 +135,13 @@ def logistic(x, y, weights=None) -> tuple[float, float]:
 
 
 def audit(
-    validation_margins, margins, rows: list[dict], validation_ids=None, bins: int | None = None, seed: int = 0
+    validation_margins,
+    margins,
+    rows: list[dict],
+    validation_ids=None,
+    bins: int | None = None,
+    seed: int = 0,
+    validation_p=1.0,
 ) -> dict:
     """Calibration of one reward model (of an ensemble: of its mean), before and after a temperature.
 
@@ -131,6 +151,7 @@ def audit(
         margins: chosen minus rejected of the N pairs of `rows`.
         validation_ids: clusters of the validation pairs, for the temperature's interval.
         bins: by default `bins_for` the N pairs.
+        validation_p: of the validation pairs; that of `rows` stands in them.
     """
     validation, margins = _finite(validation_margins, "validation_margins"), _finite(margins, "margins")
     if len(margins) != len(rows):
@@ -138,37 +159,43 @@ def audit(
     if not len(margins):
         return section.skipped(KEY, TITLE, QUESTION, "Give test pairs and their margins.")
     ids, bins = clusters(rows), bins or bins_for(len(rows))
-    fitted = temperature(validation)
+    p_N = np.array([1.0 if row.get("p") is None else row["p"] for row in rows])
+    fitted = temperature(validation, p_N=validation_p)
     figures, tables, curves = [], [], []
     chances = [t and chance_ece(symmetrise(margins, t)[0], bins, seed=seed) for t in (1.0, fitted)]
-    rate = float(np.mean(symmetrise(validation)[1])) if len(validation) else None
+    rate = float(np.mean(symmetrise(validation, 1.0, validation_p)[1])) if len(validation) else None
     for t, chance, after in zip((1.0, fitted), chances, (False, True), strict=True):
-        figures += _errors(margins, t, ids, bins, chance, after)
+        figures += _errors(margins, p_N, t, ids, bins, chance, after)
         if t is not None:
-            curves.append(_reliability(margins, t, ids, f"T = {t:.2f}", bins))
-    exact = _NONE if fitted is None else debiased_error(*symmetrise(margins, fitted), ids)
+            curves.append(_reliability(margins, p_N, t, ids, f"T = {t:.2f}", bins))
+    exact = _NONE if fitted is None else debiased_error(*symmetrise(margins, fitted, p_N), ids)
     figures.append(section.figure(
         "error_after", "Calibration error less chance, after the temperature", exact, unit="%", better="lower",
         baseline=("a perfectly calibrated model", 0.0), says="√Σ_b n_b/N ((share right − mean confidence)² − its "
         f"variance by chance), {GATE_BINS} bins of equal mass (arXiv:1909.10155); from {GATE_PAIRS:,} pairs on.",
     ))  # fmt: skip
-    figures += _slopes(margins, ids, fitted, seed)
+    figures += _slopes(margins, p_N, ids, fitted, seed)
     figures.append(section.figure(
-        "temperature", "Temperature", _temperature(validation, validation_ids, fitted), baseline=("as trained", 1.0),
+        "temperature", "Temperature", _temperature(validation, validation_p, validation_ids, fitted),
+        baseline=("as trained", 1.0),
         says="T that margins are to be divided by, of the least NLL on the validation pairs (arXiv:1706.04599).",
     ))  # fmt: skip
     if fitted is not None:
-        gain = stats.difference(brier(margins), brier(margins, fitted), ids)
+        gain = stats.difference(brier(margins, 1.0, p_N), brier(margins, fitted, p_N), ids)
         figures.append(section.figure("brier_gain", "Brier score saved by the temperature", gain, better="higher",
                                       baseline=("no temperature", 0.0), says="Paired by pair."))  # fmt: skip
     t = fitted or 1.0
-    tables = [_summary(margins, fitted, rate), _by_bin(margins, t, ids, bins)]
-    if families := _by_family(margins, t, rows, ids, seed):
+    tables = [_summary(margins, p_N, fitted, rate), _by_bin(margins, p_N, t, ids, bins)]
+    if families := _by_family(margins, p_N, t, rows, ids, seed):
         tables.append(families)
     diagonal = section.curve("perfect", [0.5, 1.0], [0.5, 1.0], points=False)
     plot = section.lines("Reliability: how often it is right, by how sure it is (with 95 % intervals)",
                          "confidence", "share right", [*curves, diagonal])  # fmt: skip
     notes = _notes(validation, margins, fitted, chances[0], bins)
+    if (p_N < 1).any():
+        notes.append(
+            "Labels are probabilities p: of a pair p or 1 − p is right. Errors by chance are of certain labels."
+        )
     return section.section(KEY, TITLE, QUESTION, figures=figures, tables=tables, plots=[plot], notes=notes)
 
 
@@ -190,17 +217,17 @@ def _separated(x, y) -> bool:
     return ones.min() >= zeros.max() or ones.max() <= zeros.min()
 
 
-def _errors(margins, t, ids, bins: int, chance: tuple[float, float] | None, after: bool) -> list[section.Figure]:
+def _errors(margins, p_N, t, ids, bins: int, chance: tuple[float, float] | None, after: bool) -> list[section.Figure]:
     """ECE, beside `chance_ece`, Brier and NLL at temperature t; without a value where there is no t."""
     found = {"ece": _NONE, "brier": _NONE, "nll": _NONE}
     if t is not None:
-        confidences, correct = symmetrise(margins, t)
+        confidences, correct = symmetrise(margins, t, p_N)
         codes, gaps = stats.equal_mass_bins(confidences, bins), correct - confidences
         error = stats.resampled(lambda weights: stats.calibration_error(codes, gaps, weights), len(gaps), ids)
         found = {
             "ece": _reflected(error),
-            "brier": stats.estimate(brier(margins, t), ids),
-            "nll": stats.estimate(nll(margins, t), ids),
+            "brier": stats.estimate(brier(margins, t, p_N), ids),
+            "nll": stats.estimate(nll(margins, t, p_N), ids),
         }
     by_chance = chance and ("a perfectly calibrated model by chance", chance[0])
     suffix, when = ("_after", " after the temperature") if after else ("", "")
@@ -216,14 +243,15 @@ def _errors(margins, t, ids, bins: int, chance: tuple[float, float] | None, afte
     ]
 
 
-def _slopes(margins, ids, fitted, seed: int) -> list[section.Figure]:
+def _slopes(margins, p_N, ids, fitted, seed: int) -> list[section.Figure]:
     """Slope and intercept; dividing margins by T multiplies the slope by T and leaves the intercept."""
     y = np.random.default_rng(seed).integers(0, 2, len(margins))
     x = np.where(y == 1, margins, -margins)
+    shares = p_N if (p_N < 1).any() else None
 
     @cache  # slope and intercept ask for the same resamples
     def fit(weights: bytes) -> tuple[float, float]:
-        return logistic(x, y, np.frombuffer(weights))
+        return logistic(x, y, np.frombuffer(weights), shares)
 
     def estimate(which: int) -> stats.Estimate:
         return stats.resampled(lambda weights: fit(weights.tobytes())[which], len(x), ids, resamples=300)
@@ -242,19 +270,19 @@ def _slopes(margins, ids, fitted, seed: int) -> list[section.Figure]:
     ]
 
 
-def _temperature(validation, ids, fitted) -> stats.Estimate:
+def _temperature(validation, p_N, ids, fitted) -> stats.Estimate:
     if fitted is None:
         return _NONE
 
     def statistic(weights) -> float:
-        found = temperature(validation, weights)
+        found = temperature(validation, weights, p_N)
         return math.nan if found is None else found
 
     return stats.resampled(statistic, len(validation), ids, resamples=300)
 
 
-def _reliability(margins, t: float, ids, name: str, bins: int) -> dict:
-    confidences, correct = symmetrise(margins, t)
+def _reliability(margins, p_N, t: float, ids, name: str, bins: int) -> dict:
+    confidences, correct = symmetrise(margins, t, p_N)
     groups = _groups(stats.equal_mass_bins(confidences, bins))
     at = [stats.estimate(correct[group], [ids[i] for i in group]) for group in groups]
     low = [e.value if e.low is None else e.low for e in at]
@@ -268,8 +296,8 @@ def _groups(codes) -> list[np.ndarray]:
     return [np.flatnonzero(codes == code) for code in np.unique(codes)]
 
 
-def _by_bin(margins, t: float, ids, bins: int) -> dict:
-    confidences, correct = symmetrise(margins, t)
+def _by_bin(margins, p_N, t: float, ids, bins: int) -> dict:
+    confidences, correct = symmetrise(margins, t, p_N)
     rows = []
     for group in _groups(stats.equal_mass_bins(confidences, bins)):
         low, high, mean = (100 * f(confidences[group]) for f in (np.min, np.max, np.mean))
@@ -280,13 +308,13 @@ def _by_bin(margins, t: float, ids, bins: int) -> dict:
     )
 
 
-def _summary(margins, fitted, rate) -> dict:
+def _summary(margins, p_N, fitted, rate) -> dict:
     """Scores beside what needs no margin's size: a coin, and one confidence for all, the accuracy on validation."""
-    _, correct = symmetrise(margins)
+    _, correct = symmetrise(margins, 1.0, p_N)
     accuracy = float(correct.mean())
-    rows = [["as trained (T = 1)", accuracy, *(round(float(f(margins).mean()), 4) for f in (brier, nll))]]
+    rows = [["as trained (T = 1)", accuracy, *(round(float(f(margins, 1.0, p_N).mean()), 4) for f in (brier, nll))]]
     if fitted is not None:
-        scores = (round(float(f(margins, fitted).mean()), 4) for f in (brier, nll))
+        scores = (round(float(f(margins, fitted, p_N).mean()), 4) for f in (brier, nll))
         rows.append([f"with T = {fitted:.2f}", accuracy, *scores])
     if rate is not None and 0 < rate < 1:
         loss = -accuracy * math.log(rate) - (1 - accuracy) * math.log(1 - rate)
@@ -297,8 +325,8 @@ def _summary(margins, fitted, rate) -> dict:
     return section.table("Against what needs no margin", ["", "accuracy", "Brier", "NLL (nats)"], rows)
 
 
-def _by_family(margins, t: float, rows: list[dict], clusters_N: list[str], seed: int) -> dict | None:
-    confidences, correct = symmetrise(margins, t)
+def _by_family(margins, p_N, t: float, rows: list[dict], clusters_N: list[str], seed: int) -> dict | None:
+    confidences, correct = symmetrise(margins, t, p_N)
     lines = []
     for family in sorted({row["family"] for row in rows if row["family"] is not None}):
         at = [i for i, row in enumerate(rows) if row["family"] == family]

@@ -141,6 +141,7 @@ def take(cfg: DictConfig, found: Sources, pairs: Splits, tokenizer, run: Run) ->
         "calibration": partial(
             calibration.audit, margins_N[validation], margins_N[~validation], test,
             [each for each, first in zip(ids, validation, strict=True) if first],
+            validation_p=np.array([1.0 if row["p"] is None else row["p"] for row in rows])[validation],
         ),
         "uncertainty": partial(uncertainty.audit, rows, chosen_MN, rejected_MN, novelty_N2),
         "stress": partial(stress.audit, made["stress"], *stressed, rows, chosen_MN, rejected_MN),
