@@ -23,6 +23,7 @@ def main(cfg):
     from trl import KTOTrainer
 
     from rlhf_recipes import inference, models
+    from rlhf_recipes.preference import forward
     from rlhf_recipes.training import account, callbacks, metrics
 
     args = models.training_args(cfg.trainer, run)
@@ -44,6 +45,7 @@ def main(cfg):
         peft_config=lora,
     )
     models.keep_adapter_in_float32(trainer, run.parent)
+    forward.speed_up(trainer, cfg.fast_forward)
     account.check(trainer, answers)
     callbacks.watch(trainer, run)
     run.create()

@@ -20,6 +20,7 @@ def main(cfg):
     pairs = load_pairs(cfg.data)
 
     from rlhf_recipes import inference, models
+    from rlhf_recipes.preference import forward
     from rlhf_recipes.training import account, callbacks, metrics
 
     args = models.training_args(cfg.trainer, run)
@@ -38,6 +39,7 @@ def main(cfg):
         peft_config=lora,
     )
     models.keep_adapter_in_float32(trainer, run.parent)
+    forward.speed_up(trainer, cfg.fast_forward)
     account.check(trainer, pairs)
     callbacks.watch(trainer, run)
     run.create()

@@ -238,6 +238,7 @@ def config_sha256(config: dict) -> str:
 
 # Keys that earlier runs lack, at the values with which these compute the same.
 _ADDED = {
+    "fast_forward": True,
     "model.adapter_base": None,
     "judge.adapter_base": None,
     "model.chat_template_kwargs": {},

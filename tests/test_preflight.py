@@ -146,7 +146,7 @@ def test_a_step_allocates_what_is_predicted(recipe, checkpointing, train, tmp_pa
     from torch.profiler import ProfilerActivity, profile
     from transformers import TrainerCallback
 
-    from rlhf_recipes.training import callbacks
+    from rlhf_recipes.training import account, callbacks
 
     class Count(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
@@ -174,13 +174,18 @@ def test_a_step_allocates_what_is_predicted(recipe, checkpointing, train, tmp_pa
             json.dumps({"prompt": f"q {i}", "chosen": reply, "rejected": reply[:-2] + "x"}) + "\n" for i in range(12)
         )
     )
+    sizes = []
+    check = account.check
+    monkeypatch.setattr(
+        account, "check", lambda trainer, rows: (check(trainer, rows), sizes.append(rows.sizes["train"]))
+    )
     settings = ["data=local", f"data.path={pairs}", "data.test_size=4", "trainer.gradient_accumulation_steps=1",
                 "doctor=none", f"trainer.gradient_checkpointing={str(checkpointing).lower()}"]  # fmt: skip
     trained = train(recipe, tmp_path / "run", *settings)
     base = predict_memory.backbone(trained.cfg, recipe)
     longest = trained.result["counts"]["tokens"]["max"]
-    answers = [len(row["chosen_ids"]) for row in trained.trainer.train_dataset] if recipe == "simpo" else [0]
-    batch = predict_memory.Batch(2 if recipe == "kto" else 4, longest, completion=max(answers))
+    batch = predict_memory.Batch(2 if recipe == "kto" else 4, longest)
+    batch = examination._fast(batch, trained.trainer.args, sizes[0])
     parts = predict_memory._step(base, batch, "cpu", trained.trainer.args)
     assert sum(parts.values()) == pytest.approx(count.peak, rel=0.2)
 
@@ -203,7 +208,7 @@ def test_peaks_by_hand(compose, tiny_model_overrides):
         "optimizer": 8 * base.lora,
         "gradients": 4 * base.lora,
         "activations": 1.45 * 64000 * 2.5 * kept,
-        "logits": 1.45 * 4096 * (32768 * base.item + 29 * 1000),
+        "logits": 1.45 * 4096 * (1000 * base.item + 29 * 1000),
     }
     expected = {role: size for role, size in expected.items() if size}
     assert seen["when"] == "step" and seen["where"] == "cpu"

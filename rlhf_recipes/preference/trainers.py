@@ -3,20 +3,16 @@
 Shapes: P pairs, B = 2 P sequences, the chosen ones first, T tokens. Log-probabilities are in nats.
 """
 
-from contextlib import contextmanager
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 from trl import DPOTrainer
-from trl.trainer import utils
 from trl.trainer.utils import FusedCausalLMOutput
 
 from rlhf_recipes.methods import METHODS
 from rlhf_recipes.preference.losses import average_logps, log_odds_ratio, nll_loss, simpo_loss
-
-TILE = 8192  # words of the vocabulary
 
 
 class ORPOTrainer(DPOTrainer):
@@ -102,34 +98,8 @@ def forward(trainer: DPOTrainer, model, inputs: dict[str, Tensor], scored_BT: Te
     kwargs = {key: value for key, value in inputs.items() if key != "completion_mask"}
     if trainer.aux_loss_enabled:
         kwargs["output_router_logits"] = True
-    scored_BT = scored_BT[:, 1:].bool()
-    tokens_1N = inputs["input_ids"][:, 1:][scored_BT][None]
-    with small_head(trainer.model.get_base_model(), scored_BT):
-        outputs = model(**kwargs, shift_labels=tokens_1N, use_cache=False, fused_lm_head=True)
-    for name in ("log_probs", "entropy", "mean_logits", "is_top1"):
-        values_1N = outputs[name]
-        outputs[name] = values_1N.new_zeros(scored_BT.shape).masked_scatter(scored_BT, values_1N)
-    return outputs
-
-
-@contextmanager
-def small_head(causal, scored_BT: Tensor):
-    """TRL's fused head on the positions alone that are scored, in tiles of `TILE` words of the vocabulary.
-
-    Off a GPU it takes all positions, for the sake of compilers, and makes seven copies of tiles of 32,768 words.
-    """
-
-    def leave_scored(module, args, output):
-        output.last_hidden_state = output.last_hidden_state[:, :-1][scored_BT][None]
-        return output
-
-    hook, tile = causal.base_model.register_forward_hook(leave_scored), utils._CHUNKED_LOGPROB_CHUNK_SIZE
-    utils._CHUNKED_LOGPROB_CHUNK_SIZE = min(TILE, causal.config.get_text_config().vocab_size)
-    try:
-        yield
-    finally:
-        utils._CHUNKED_LOGPROB_CHUNK_SIZE = tile
-        hook.remove()
+    labels_BT = inputs["input_ids"].masked_fill(scored_BT == 0, -100)
+    return model(**kwargs, labels=labels_BT, use_cache=False, fused_lm_head=True)
 
 
 def with_balance(trainer: DPOTrainer, loss: Tensor, outputs, return_outputs: bool):

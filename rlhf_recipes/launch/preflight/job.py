@@ -17,6 +17,7 @@ from rlhf_recipes import memory, methods, models, references, run
 from rlhf_recipes.data.fit import fit
 from rlhf_recipes.data.labelled import micro_batches
 from rlhf_recipes.data.load import LOADERS, load_labelled
+from rlhf_recipes.data.tokens import Sizes
 from rlhf_recipes.errors import Refusal, first_line
 from rlhf_recipes.launch.preflight import predict_memory, real_steps, rows
 from rlhf_recipes.launch.preflight.report import JobReport
@@ -115,9 +116,8 @@ def _look(job: Job, looked_at: Cache, found: JobReport) -> None:
     steps = real_steps.total_steps(recipe, args, len(splits.train))
     found.settings["steps"] = steps
     largest = _largest(recipe, args, sizes, steps)
-    if recipe in ("orpo", "simpo") and getattr(args, "disable_prompt_loss", True):
-        answers = splits.sizes["train"].cut(args.max_length).trained
-        largest = replace(largest, completion=int(answers.max()))
+    if cfg.get("fast_forward") and not methods.of(recipe, cfg.trainer._target_).logit_bytes:
+        largest = _fast(largest, args, splits.sizes["train"])
     _memory(found, job, args, largest, predict, looked_at.elsewhere)
     if looked_at.measure and not found.stops and not later:
         shape = _shape(cfg, recipe)
@@ -226,6 +226,20 @@ def _largest(recipe: str, args, sizes: list[int], steps: int) -> predict_memory.
     padded = list(itertools.islice(real_steps.padded_lengths(sizes, batch), count))
     longest = args.max_length if getattr(args, "packing", False) else max(sizes)
     return predict_memory.Batch(2 * batch if methods.of(recipe).rows == "pairs" else batch, longest, len(set(padded)))
+
+
+def _fast(largest: predict_memory.Batch, args, sizes: Sizes) -> predict_memory.Batch:
+    """With `fast_forward`: the answers alone that are scored, and the longest pair as one row."""
+    from rlhf_recipes.preference.shared_prefix import SPAN
+
+    kept = sizes.cut(args.max_length, getattr(args, "truncation_mode", "keep_start"))
+    more = not getattr(args, "disable_prompt_loss", True) or getattr(args, "completion_only_loss", None) is False
+    if not (more or getattr(args, "packing", False)):  # else other tokens count too
+        largest = replace(largest, completion=int(kept.trained.max()))
+    if kept.whole.shape[1] == 2:
+        longest = int((kept.whole[:, 0] + kept.trained[:, 1]).max())
+        largest = replace(largest, packed=min(-(-longest // SPAN) * SPAN, 2 * largest.tokens))
+    return largest
 
 
 def _memory(

@@ -23,8 +23,8 @@ from rlhf_recipes import config, methods, models, references
 from rlhf_recipes.errors import Refusal
 
 GIB = 2**30
-# TRL's tile of logits (trl.kernels.chunked_logprob): tokens, and entries of the vocabulary in dpo, sft and kto; in the
-# others.
+# TRL's tile of logits (trl.kernels.chunked_logprob): tokens, and entries of the vocabulary; those with `fast_forward`,
+# and in ppo.
 TILE_TOKENS, TILE_ENTRIES, SMALL_TILE_ENTRIES = 4096, 32768, 8192
 # Bytes for a number of the tile beside its buffer: a GPU's kernel works in place; elsewhere seven float32 copies and a
 # mask come and go.
@@ -57,6 +57,7 @@ class Backbone:
         item: bytes of a number in the compute dtype.
         logit_bytes: of its method.
         wide: whether the residual stream is float32.
+        fast: whether `fast_forward` is on.
     """
 
     recipe: str
@@ -70,6 +71,7 @@ class Backbone:
     item: int
     logit_bytes: int
     wide: bool
+    fast: bool
 
     @property
     def keys(self) -> int:
@@ -85,9 +87,11 @@ class Batch:
 
     Attributes:
         shapes: lengths to which the micro-batches of the run are padded, how many different ones.
-        completion: of PPO, how many of the tokens are sampled; of ORPO and SimPO, which score answers alone, how many
-            the longest has; 0: not known.
+        completion: of PPO, how many of the tokens are sampled; where answers alone are scored, how many the longest
+            has; 0: not known.
         prompts: of PPO, in a rollout.
+        packed: of pairs that go through the model as one row each, how many tokens the longest of these has; 0: they
+            do not.
     """
 
     sequences: int
@@ -95,6 +99,12 @@ class Batch:
     shapes: int = 1
     completion: int = 0
     prompts: int = 0
+    packed: int = 0
+
+    @property
+    def forward_tokens(self) -> int:
+        """What goes through the model at once, padding included."""
+        return self.sequences // 2 * self.packed if self.packed else self.sequences * self.tokens
 
 
 def backbone(cfg: DictConfig, recipe: str) -> Backbone:
@@ -133,6 +143,7 @@ def backbone(cfg: DictConfig, recipe: str) -> Backbone:
         item=dtype.itemsize,
         logit_bytes=logit_bytes,
         wide=logit_bytes > 0 and quantization is not None,
+        fast=bool(cfg.get("fast_forward")) and not logit_bytes,
     )
     each = len(layers) / shape.num_hidden_layers
     kept = half * (10 * d + 8 * f + 4 * found.keys + 2 * each * rank) + 8 * d + 4 * shape.num_attention_heads
@@ -231,16 +242,16 @@ def predict(cfg: DictConfig, args, base: Backbone, batch: Batch, libraries: floa
 
 def _step(base: Backbone, batch: Batch, where: str, args) -> dict[str, float]:
     """A forward and backward pass over the largest micro-batch."""
-    tokens, layers = batch.sequences * batch.tokens, base.config.num_hidden_layers
+    tokens, layers = batch.forward_tokens, base.config.num_hidden_layers
     if base.logit_bytes:
         logits = base.logit_bytes * tokens * base.config.vocab_size
     elif base.recipe == "reward":
         logits = 0.0
     else:
         predicted = batch.sequences * (min(batch.completion, batch.tokens) or batch.tokens)
-        buffer = SMALL_TILE_ENTRIES if base.recipe in ("ppo", "orpo", "simpo") else TILE_ENTRIES
+        buffer = SMALL_TILE_ENTRIES if base.fast or base.recipe == "ppo" else TILE_ENTRIES
         used = min(buffer, base.config.vocab_size)
-        if base.recipe in ("orpo", "simpo"):  # whose tile is no wider than the vocabulary
+        if base.fast:  # its tile is no wider than the vocabulary
             buffer = used
         item = 4 if base.recipe == "ppo" else base.item  # its logits are float32
         logits = min(predicted, TILE_TOKENS) * (buffer * item + used * TILE_BYTES[where])

@@ -1,0 +1,114 @@
+"""Answers alone through the head, what a pair shares once: the same losses and gradients as TRL's own forward."""
+
+import pytest
+import torch
+from families import FAMILIES, family
+
+from rlhf_recipes.preference.shared_prefix import SharedPrefixes, pack
+
+WINDOWED = ("mistral", "phi3")  # whose window is that of all layers
+
+
+def test_a_pair_is_packed_by_hand():
+    """1 2 | 3 and 1 2 | 4 5; then 6 against 7 8; then one answer that begins with the whole other."""
+    ids_BT = torch.tensor([[1, 2, 3, 0], [6, 0, 0, 0], [1, 2, 0, 0], [1, 2, 4, 5], [7, 8, 0, 0], [1, 2, 9, 0]])
+    mask_BT = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]])
+    packed = pack(ids_BT, mask_BT)
+    assert packed.ids_PL[:, :6].tolist() == [[1, 2, 3, 4, 5, 0], [6, 7, 8, 0, 0, 0], [1, 2, 9, 0, 0, 0]]
+    assert packed.positions_PL[:, :5].tolist() == [[0, 1, 2, 2, 3], [0, 0, 1, 0, 0], [0, 1, 2, 0, 0]]
+    assert packed.part_PL[:, :6].tolist() == [[0, 0, 1, 2, 2, 3], [1, 2, 2, 3, 3, 3], [0, 0, 2, 3, 3, 3]]
+    L = packed.ids_PL.shape[1]
+    assert packed.index_BT.tolist() == [
+        [0, 1, 2, 0], [L, 0, 0, 0], [2 * L, 2 * L + 1, 0, 0],
+        [0, 1, 3, 4], [L + 1, L + 2, 0, 0], [2 * L, 2 * L + 1, 2 * L + 2, 0],
+    ]  # fmt: skip
+    seen = [set(row.nonzero().flatten().tolist()) for row in packed.visible()[0, 0, :5]]
+    assert seen == [{0}, {0, 1}, {0, 1, 2}, {0, 1, 3}, {0, 1, 3, 4}]
+    near = [set(row.nonzero().flatten().tolist()) for row in packed.visible(2)[0, 0, :5]]
+    assert near == [{0}, {0, 1}, {1, 2}, {1, 3}, {3, 4}]
+
+
+def batch(P=5, T=150):
+    """Random pairs that share nothing, some, all of one answer, and all."""
+    drawn = torch.Generator().manual_seed(0)
+    ids_BT = torch.randint(10, 500, (2 * P, T), generator=drawn)
+    mask_BT = torch.ones_like(ids_BT)
+    for row, (same, n, m) in enumerate(
+        [(0, 150, 100), (70, 120, 150), (149, 149, 150), (100, 140, 110), (130, 130, 130)]
+    ):
+        ids_BT[row + P, :same] = ids_BT[row, :same]
+        mask_BT[row, n:], mask_BT[row + P, m:] = 0, 0
+    return {"input_ids": ids_BT, "attention_mask": mask_BT, "labels": ids_BT.masked_fill(mask_BT == 0, -100)}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", [*FAMILIES, *(f"{name} windowed" for name in WINDOWED)])
+def test_states_and_gradients_are_those_of_two_rows(tmp_path, name, attention):
+    from transformers import AutoModelForCausalLM
+
+    folder = family(name.partition(" ")[0], tmp_path / "model")
+    settings = {"sliding_window": 40} if "windowed" in name else {}
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation=attention, **settings
+    )
+    logits, gradients = one_pass(model)
+    prefixes = SharedPrefixes(model.base_model)
+    packed_logits, packed_gradients = one_pass(model)
+    assert prefixes.batches == {"packed": 1, "whole": 0}
+    torch.testing.assert_close(packed_logits, logits, atol=1e-5, rtol=1e-4)
+    assert (packed_gradients - gradients).norm() < 1e-5 * gradients.norm()
+
+
+def one_pass(model):
+    """(logits of the tokens, gradients in one row)"""
+    model.zero_grad()
+    outputs = model(**batch())
+    outputs.loss.backward()
+    tokens = batch()["attention_mask"].bool()
+    return outputs.logits[tokens].detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def test_what_is_no_attention_is_found_by_running_it(tmp_path):
+    """A backbone that mixes each token with the one before it, whichever that is."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(family("smollm2", tmp_path / "model"), dtype=torch.float32)
+    model.model.layers[0].register_forward_hook(lambda module, args, states_BTH: states_BTH + states_BTH.roll(1, 1))
+    logits, _ = one_pass(model)
+    prefixes = SharedPrefixes(model.base_model)
+    assert torch.equal(one_pass(model)[0], logits)
+    assert prefixes.batches == {"packed": 0, "whole": 1}
+    assert prefixes.refused.startswith("its hidden states are others when packed (by ")
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"attn_implementation": "flash_attention_2"}, "attention by flash_attention_2 takes no mask of pairs"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "its layers mix tokens by linear_attention"),
+        ({"attention_dropout": 0.1}, "dropout would fall on both answers alike"),
+    ],
+)
+def test_what_cannot_be_packed_goes_through_whole(settings, reason):
+    from transformers import LlamaConfig, LlamaModel
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=600, **sizes)
+    backbone = LlamaModel(config)
+    for key, value in settings.items():
+        setattr(config, "_attn_implementation_internal" if key.startswith("attn") else key, value)
+    assert SharedPrefixes(backbone).refused == reason
+
+
+@pytest.mark.parametrize("recipe", ["sft", "reward", "dpo", "kto", "orpo", "simpo"])
+def test_a_recipe_learns_the_same(train, tmp_path, capsys, recipe):
+    """Losses, gradients and held-out figures of two steps in float32."""
+    exact = ["quantization=none", "trainer.bf16=false", "trainer.logging_steps=1", "trainer.learning_rate=1e-3"]
+    found = []
+    for fast in ("true", "false"):
+        done = train(recipe, tmp_path / fast, *exact, f"fast_forward={fast}")
+        logged = [row for row in done.trainer.state.log_history if "grad_norm" in row]
+        steps = [row[key] for row in logged for key in ("loss", "grad_norm")]
+        found.append([*steps, done.result["main"]["after"].value])
+    assert len(found[0]) == 5 and found[0] == pytest.approx(found[1], rel=1e-5)
+    assert "went through whole" not in capsys.readouterr().out
