@@ -1,0 +1,209 @@
+"""Which of the processes of one run this is, and how they speak to each other.
+
+A launcher starts the same command several times, side by side: `torchrun`, `accelerate launch` and submitit say who
+each process is in torchrun's variables, a bare `srun` in Slurm's. Rank 0 decides, writes and prints; the others
+compute. With one process nothing here imports torch or does anything.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from rlhf_recipes.errors import Refusal
+
+# What a launcher sets, beginnings of names: a child process that inherits it would take itself for a rank.
+LAUNCHERS = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_"),
+    *("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_", "TORCH_NCCL_", "ACCELERATE_", "FSDP_", "FORK_LAUNCHED"),
+    *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_"),
+)
+# Of messages between processes: one may work alone for long, and the end of a process is seen without it.
+PATIENCE = timedelta(days=7)
+
+_group = None  # for messages; it works on the CPU, whatever the model is trained on
+
+
+@dataclass(frozen=True)
+class Place:
+    """Of one process among those of its run.
+
+    Attributes:
+        rank: among all, from 0.
+        world_size: number of all.
+        local_rank: among those of its machine, from 0.
+        local_world_size: number of those of its machine.
+        nodes: number of machines.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    nodes: int = 1
+
+
+def place() -> Place:
+    """As the launcher says it in the environment; the only process where there is no launcher.
+
+    `srun` says it in the variables of its step: those of the job (SLURM_NTASKS) hold in a batch script, too, which is
+    one process.
+
+    Raises:
+        Refusal: a variable is missing beside the others, or is no number that can be.
+    """
+    if os.environ.get("RANK") or os.environ.get("WORLD_SIZE"):
+        rank, size = _number("RANK"), _number("WORLD_SIZE", least=1)
+        local, beside = _number("LOCAL_RANK"), _number("LOCAL_WORLD_SIZE", size, least=1)
+        found = Place(rank, size, local, beside, _number("GROUP_WORLD_SIZE", -(-size // beside), least=1))
+    elif os.environ.get("SLURM_STEP_NUM_TASKS"):
+        size = _number("SLURM_STEP_NUM_TASKS", least=1)
+        tasks = _tasks_of_nodes(os.environ.get("SLURM_STEP_TASKS_PER_NODE") or str(size))
+        beside = tasks[min(_number("SLURM_NODEID", 0), len(tasks) - 1)]
+        found = Place(_number("SLURM_PROCID"), size, _number("SLURM_LOCALID"), beside, len(tasks))
+    else:
+        return Place()
+    if found.rank >= found.world_size or found.local_rank >= found.local_world_size:
+        raise Refusal(
+            f"RANK={found.rank}: of {found.world_size} processes, as LOCAL_RANK={found.local_rank} of "
+            f"{found.local_world_size}, cannot be. Start the command with one launcher, or unset these variables."
+        )
+    return found
+
+
+def rank() -> int:
+    return place().rank
+
+
+def world_size() -> int:
+    return place().world_size
+
+
+def local_rank() -> int:
+    return place().local_rank
+
+
+def local_world_size() -> int:
+    return place().local_world_size
+
+
+def nodes() -> int:
+    return place().nodes
+
+
+def is_first() -> bool:
+    """Whether this process is the one that decides, writes and prints."""
+    return rank() == 0
+
+
+def join() -> None:
+    """Meet the other processes: torch's process group, on gloo without an accelerator, and one of gloo for messages.
+
+    It waits until all are there. What must be set before torch is imported must be set before.
+    """
+    global _group
+    if world_size() == 1 or _group:
+        return
+    import torch
+    from accelerate import PartialState
+
+    on_cuda = torch.cuda.is_available()
+    if not torch.distributed.is_initialized():
+        _export()
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
+    PartialState(cpu=not on_cuda)
+    _group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+
+
+def leave() -> None:
+    """Part from the other processes, at the end of all work."""
+    global _group
+    if _group:
+        import torch
+
+        _group = None
+        torch.distributed.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    gather([])
+
+
+def from_first(value: Any) -> Any:
+    """Rank 0's value on every rank.
+
+    Args:
+        value: can be pickled; that of the other ranks is not looked at.
+    """
+    if world_size() == 1:
+        return value
+    import torch
+
+    join()
+    held = [value if is_first() else None]
+    torch.distributed.broadcast_object_list(held, src=0, group=_group)
+    return held[0]
+
+
+def gather(items: list) -> list:
+    """The items of every rank, in the order of ranks, on every rank.
+
+    Args:
+        items: can be pickled.
+    """
+    if world_size() == 1:
+        return items
+    import torch
+
+    join()
+    found = [None] * world_size()
+    torch.distributed.all_gather_object(found, items, group=_group)
+    return [item for part in found for item in part]
+
+
+def share(items: list) -> list[tuple[int, Any]]:
+    """This rank's part, each item with its place: `sorted(gather(...))` over (place, result) restores the order.
+
+    Every so-many-th item is a rank's: where they lie by their length, each has some of every length.
+    """
+    return list(enumerate(items))[rank() :: world_size()]
+
+
+def alone_env() -> dict[str, str]:
+    """The environment without what a launcher says, for a child process that is no rank."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
+
+
+def _number(name: str, default: int | None = None, least: int = 0) -> int:
+    text = os.environ.get(name) or ("" if default is None else str(default))
+    if not re.fullmatch(r"\d+", text) or int(text) < least:
+        said = "is not set, though other variables of a launcher are" if not text else f"is no number from {least}"
+        raise Refusal(f"{name}={text}: {said}. Start the command with torchrun, accelerate launch or srun alone.")
+    return int(text)
+
+
+def _tasks_of_nodes(text: str) -> list[int]:
+    """Slurm's `8(x2),4` as 8, 8, 4."""
+    if not re.fullmatch(r"[1-9]\d*(\(x\d+\))?(,[1-9]\d*(\(x\d+\))?)*", text):
+        raise Refusal(f"SLURM_STEP_TASKS_PER_NODE={text}: is no list of numbers. Start the command with srun.")
+    found = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
+    return [int(tasks) for tasks, times in found for _ in range(int(times or 1))]
+
+
+def _export() -> None:
+    """Say in torchrun's variables, which torch and accelerate read, what Slurm says in its own."""
+    here = place()
+    os.environ |= {
+        "RANK": str(here.rank),
+        "WORLD_SIZE": str(here.world_size),
+        "LOCAL_RANK": str(here.local_rank),
+        "LOCAL_WORLD_SIZE": str(here.local_world_size),
+        "GROUP_WORLD_SIZE": str(here.nodes),
+    }
+    # The first machine of the step, `gpu[03-07],gpu12`; a port that other steps on it do not take.
+    first = re.match(r"([^,\[]+)(?:\[(\d+))?", os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1"))
+    step = int(os.environ.get("SLURM_JOB_ID", 0)) + int(os.environ.get("SLURM_STEP_ID", 0))
+    os.environ.setdefault("MASTER_ADDR", first[1] + (first[2] or "") if here.nodes > 1 else "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", str(20000 + step % 20000))
