@@ -160,12 +160,25 @@ def from_first(value: Any) -> Any:
 
 
 def by_first(function: Callable, *args, **kwargs) -> Any:
-    """What rank 0's call gives, on every rank; the others call nothing and wait for it.
+    """What rank 0's call gives, on every rank; the others call nothing and wait for it. What it refuses, all do.
 
     Args:
         function: its value can be pickled.
     """
-    return from_first(function(*args, **kwargs) if is_first() else None)
+    if world_size() == 1:
+        return function(*args, **kwargs)
+    value, refused = from_first(_outcome(function, *args, **kwargs) if is_first() else None)
+    if refused:
+        raise Refusal(refused)
+    return value
+
+
+def _outcome(function: Callable, *args, **kwargs) -> tuple[Any, str | None]:
+    """What a call gives, or why it is refused."""
+    try:
+        return function(*args, **kwargs), None
+    except Refusal as error:
+        return None, str(error)
 
 
 def gather(items: list) -> list:
@@ -202,11 +215,15 @@ def once_a_machine(function: Callable) -> Callable:
     def called(*args, **kwargs):
         if world_size() == 1:
             return function(*args, **kwargs)
-        machine, own = socket.gethostname(), function(*args, **kwargs) if local_rank() == 0 else None
-        said = dict(gather([(machine, pickle.dumps(own))] if local_rank() == 0 else []))
-        given = own if local_rank() == 0 else pickle.loads(said[machine])
+        machine, own = socket.gethostname(), None
+        if local_rank() == 0:
+            own = _outcome(function, *args, **kwargs)
+        found = dict(gather([(machine, pickle.dumps(own))] if own else []))
+        value, refused = own or pickle.loads(found[machine])
         barrier()  # all have opened what the first may remove next
-        return given
+        if refused:
+            raise Refusal(refused)
+        return value
 
     return called
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import snapshot, write_adapter, write_pairs
 
-from rlhf_recipes import references, run_folder
+from rlhf_recipes import ranks, references, run_folder
 from rlhf_recipes.config import flatten
 from rlhf_recipes.run import Run
 
@@ -438,7 +438,10 @@ def test_a_pickled_adapter_is_refused(tmp_path):
 def test_the_second_of_several_processes_creates_nothing(started, monkeypatch):
     old = finished(Path("outputs/dpo/main"))
     before = snapshot(old)
-    monkeypatch.setenv("RANK", "1")
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ranks, "join", lambda *_: None)
+    monkeypatch.setattr(ranks, "from_first", lambda _: None)
     run = started("overwrite=true")
     run.create()
     assert run.lock is None and snapshot(old) == before
