@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,7 +27,7 @@ LAUNCHERS = (
 # Of messages between processes: one may work alone for long, and the end of a process is seen without it.
 PATIENCE = timedelta(days=7)
 SECONDS = 1800  # of what the processes compute together: `ddp_timeout` of transformers
-ENDED = "rlhf_recipes/ended"
+ENDED, LAST_SECONDS = "rlhf_recipes/ended", 10  # that the first waits until all know why it ends
 
 _group = None  # for messages; it works on the CPU, whatever the model is trained on
 
@@ -246,6 +247,12 @@ def end(code: int) -> int | None:
         join()
         store = torch.distributed.distributed_c10d._get_default_store()
         first, by = store.compare_set(ENDED, "", f"{code} {rank()}").split()
+        store.add(f"{ENDED}/asked", 1)
+        if is_first() and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:  # the store goes with this process
+            torch.distributed.destroy_process_group()  # whoever waits for it looks why
+            begin = time.monotonic()
+            while store.add(f"{ENDED}/asked", 0) < world_size() and time.monotonic() < begin + LAST_SECONDS:
+                time.sleep(0.05)
     except (
         RuntimeError,
         ValueError,

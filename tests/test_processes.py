@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import re
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -49,14 +51,14 @@ def jobs(model, processes):
 
 @pytest.fixture(scope="module")
 def start(warm_python, clean_env):
-    """start(processes, arguments of python, cwd): a process that starts so many, or is the one."""
+    """start(processes, arguments of python, cwd, env=None): a process that starts so many, or is the one."""
 
-    def started(processes, *arguments, cwd):
+    def started(processes, *arguments, cwd, env=None):
         if processes > 1:
             launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
             arguments = ["-m", *launcher, *arguments]
         return subprocess.Popen(
-            [warm_python, *arguments], cwd=cwd, env=merged(clean_env, {"PYTHONPATH": str(TESTS)}),
+            [warm_python, *arguments], cwd=cwd, env=merged(clean_env, {"PYTHONPATH": str(TESTS), **(env or {})}),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
@@ -200,3 +202,30 @@ def test_what_a_kill_of_one_rank_left_goes_on(recipe, tmp_path):
         result = json.loads((tmp_path / "outputs" / "ppo" / name / "result.json").read_text())
         adapters.append(result["adapter_sha256"])
     assert adapters[0] == adapters[1]
+
+
+def test_ctrl_c_is_said_once(start, tiny_overrides, tmp_path):
+    overrides = [*tiny_overrides, "trainer.max_steps=5000", "quantization=none"]
+    process = start(2, "-m", "rlhf_recipes.recipes.dpo", *overrides, cwd=tmp_path)
+    folder, begin = tmp_path / "outputs" / "dpo", time.monotonic()
+    while not (folder / "main" / "metrics.jsonl").exists():
+        assert process.poll() is None and time.monotonic() < begin + 60
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert err.count("Interrupted. The same command continues from the last checkpoint.") == 1, err
+    assert "error: " not in err and [path.name for path in folder.iterdir()] == ["main"]
+
+
+@pytest.mark.parametrize(("overrides", "code"), [([], 0), (["data.path=nowhere.jsonl"], 2)])
+def test_bare_srun(start, tiny_overrides, tmp_path, overrides, code):
+    """Slurm's own variables, and nothing that keeps what the processes tell each other when the first is gone."""
+    job = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_JOB_ID": str(os.getpid())}
+    arguments = ["-m", "rlhf_recipes.recipes.dpo", *tiny_overrides, "quantization=none", *overrides]
+    processes = [
+        start(1, *arguments, cwd=tmp_path, env={**job, "SLURM_PROCID": rank, "SLURM_LOCALID": rank}) for rank in "01"
+    ]
+    (out, err), (other_out, other_err) = (process.communicate(timeout=120) for process in processes)
+    assert [process.returncode for process in processes] == [code, code], err + other_err
+    assert other_out == "" and out.count("dpo finished in") == (code == 0)
+    assert (err + other_err).count("error: data.path=nowhere.jsonl") == (code == 2)

@@ -43,6 +43,7 @@ def write(result: dict, config: dict) -> str:
         for key, value in flatten(shown)
         if value is not None and not key.endswith(("_target_", ".report_to"))
     ]
+    place = device(result)
     body = f"""# LoRA adapter: {recipe} on {markdown(base)}
 
 {methods.of(recipe).cited}, trained with TRL by rlhf-recipes.
@@ -68,7 +69,7 @@ from transformers import {auto}{", AutoTokenizer" if recipe == "reward" else ""}
 | --- | --- |
 {chr(10).join(settings)}
 
-Seed {markdown(result["seed"])}, {markdown(result["steps"])} steps, {result["seconds"]:.0f} s on {device(result)}. Versions:
+Seed {markdown(result["seed"])}, {markdown(result["steps"])} steps, {result["seconds"]:.0f} s on {place}. Versions:
 {", ".join(markdown(f"{name} {version}") for name, version in result["versions"].items())}.
 """
     return str(ModelCard(f"---\n{head.to_yaml()}\n---\n\n{body}"))
