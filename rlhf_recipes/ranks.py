@@ -199,11 +199,14 @@ def gather(items: list) -> list:
 
 
 def share(items: list) -> list[tuple[int, Any]]:
-    """This rank's part, each item with its place: `sorted(gather(...))` over (place, result) restores the order.
+    """This rank's part, each item with its place: `dict(gather(...))` of (place, result) has them all.
 
-    Every so-many-th item is a rank's: where they lie by their length, each has some of every length.
+    Items are taken in rounds, side by side: where they lie by their length, those of a round take as long. In each
+    round every rank has one, in the last that of rank 0 where there are too few: a sharded model works with all.
     """
-    return list(enumerate(items))[rank() :: world_size()]
+    size = world_size()
+    places = [start + rank() if start + rank() < len(items) else start for start in range(0, len(items), size)]
+    return [(place, items[place]) for place in places]
 
 
 def once_a_machine(function: Callable) -> Callable:
