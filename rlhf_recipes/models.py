@@ -332,9 +332,8 @@ def _load_base(model: DictConfig, quantization: DictConfig, auto_class: type, **
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     if torch.cuda.is_available():
-        kwargs["device_map"] = {
-            "": ranks.local_rank() % torch.cuda.device_count()
-        }  # a task of Slurm's may see its own alone
+        # A task of Slurm's may see its own device alone.
+        kwargs["device_map"] = {"": ranks.local_rank() % torch.cuda.device_count()}
     if model.attn_implementation:
         kwargs["attn_implementation"] = model.attn_implementation
     dtype = compute_dtype(model)

@@ -5,9 +5,9 @@
 
 Counted are starts (Run.start and create: all four processes at once, over what is there) and ends (an adapter is
 saved, read again by all, and result.json written) that do not come to their end, and whole trainings of two processes
-on the tiny model of the tests, by torchrun. Timed is DPO on the embedded model with a global batch of 8, by one
-process with one thread and by two with one thread each: seconds of the training loop and of the held-out work. Run it
-alone on the machine, which needs two cores.
+on the tiny model of the tests, by torchrun. Timed are a step on 200,000 rows by one process and by two, and DPO on the
+embedded model with a global batch of 8, by one process with one thread and by two with one thread each: seconds of the
+training loop and of the held-out work. Run it alone on the machine, which needs two cores.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import datetime
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,13 +22,14 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-STARTS, ENDS, TRAININGS = 100, 60, 10
+STARTS, ENDS, TRAININGS, ROWS = 100, 60, 10, 200_000
+WORDS = "Can I move my appointment to another day without paying for the one that I will miss? " * 3
 PAIRS = ["data.train_size=32", "data.eval_size=32", "trainer.max_steps=4", "trainer.max_length=256"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="three whole trainings instead of ten")
+    parser.add_argument("--quick", action="store_true", help="three whole trainings and 10,000 rows")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)  # what one of the processes does
     options = parser.parse_args()
@@ -40,8 +40,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as room:
         figures = {"folders": started(4, "folders", room)}
         print(f"four processes: {figures['folders']}", flush=True)
-        figures["trainings"] = trainings(3 if options.quick else TRAININGS, Path(room))
-        print(f"trainings of two processes: {figures['trainings']}", flush=True)
+        asked = (3, 10_000) if options.quick else (TRAININGS, ROWS)
+        figures["command line"] = by_command_line(*asked, Path(room))
+        print(f"by the command line: {figures['command line']}", flush=True)
         one, two = (started(n, "dpo", room) for n in (1, 2))
         figures |= {"one": one, "two": two, "faster": {key: round(one[key] / two[key], 2) for key in one}}
         print(*(f"{name}: {figures[name]}" for name in ("one", "two", "faster")), sep="\n", flush=True)
@@ -105,8 +106,8 @@ def folders(room: Path) -> None:
     ranks.leave()
 
 
-def trainings(number: int, room: Path) -> dict:
-    """Whole ones by the command line, each in a folder of its own."""
+def by_command_line(number: int, rows: int, room: Path) -> dict:
+    """Whole trainings of two processes, each in a folder of its own; and one step on many rows, by one and by two."""
     sys.path.insert(0, str(ROOT / "tests"))
     import conftest
     import warm
@@ -114,22 +115,36 @@ def trainings(number: int, room: Path) -> dict:
     class Folder:
         mktemp = staticmethod(lambda _: room)
 
-    model = conftest.tiny_model.__wrapped__(Folder)
-    overrides = [f"model.path={model}", "model.id=tests/tiny", "data.train_size=8", "data.eval_size=4",
-                 "trainer.max_steps=2", "trainer.per_device_train_batch_size=2"]  # fmt: skip
-    env, died, seconds = {**os.environ, "OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}, 0, []
+    tiny = [f"model.path={conftest.tiny_model.__wrapped__(Folder)}", "model.id=tests/tiny",
+            "trainer.per_device_train_batch_size=2", "data.eval_size=4"]  # fmt: skip
+    env, found = {**os.environ, "OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}, []
     (room / "warm").mkdir()
     with warm.start(room / "warm", env) as python:
-        for n in range(number):
-            begin = time.monotonic()
-            launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-            command = [python, "-m", *launcher, "-m", "rlhf_recipes.recipes.dpo", *overrides, f"run_name={n}"]
+
+        def trained(processes: int, name: str, *overrides: str) -> dict:
+            launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
+            command = [python, "-m", *launcher, "rlhf_recipes.recipes.dpo", *tiny, *overrides, f"run_name={name}"]
             done = subprocess.run(command, cwd=room, env=env, capture_output=True, text=True)
-            seconds.append(round(time.monotonic() - begin, 1))
-            died += done.returncode != 0
             print(done.stderr if done.returncode else "", end="", flush=True)
-    shutil.rmtree(room / "outputs")
-    return {"trainings": number, "died": died, "seconds": seconds}
+            result = room / "outputs" / "dpo" / name / "result.json"
+            return json.loads(result.read_text()) if done.returncode == 0 else {}
+
+        for n in range(number):
+            found.append(trained(2, str(n), "data.train_size=8", "trainer.max_steps=2"))
+        with (room / "rows.jsonl").open("w") as file:
+            for n in range(rows):
+                row = {"prompt": f"{n}: {WORDS}", "chosen": f"{WORDS} {n}", "rejected": f"No, {n} {WORDS}"}
+                file.write(json.dumps(row) + "\n")
+        many = ["data=local", f"data.path={room}/rows.jsonl", "data.test_size=4", "trainer.max_steps=1"]
+        results = {f"{n} of them": trained(n, f"rows{n}", *many) for n in (1, 2)}
+    return {
+        "trainings": number,
+        "died": found.count({}),
+        f"{rows} rows": {
+            name: {"seconds": each["seconds"], "GiB": each["peak_memory_gib"]["process"]}
+            for name, each in results.items()
+        },
+    }
 
 
 def dpo(room: Path) -> None:
