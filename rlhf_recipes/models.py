@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import config, embedded, modules, places
+from rlhf_recipes import config, embedded, modules, places, ranks
 from rlhf_recipes.data import template
 from rlhf_recipes.errors import Refusal, first_line
 from rlhf_recipes.references import ModelRef, adapter_in, folder_of, trained_with
@@ -335,7 +334,8 @@ def _load_base(model: DictConfig, quantization: DictConfig, auto_class: type, **
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     if torch.cuda.is_available():
-        kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
+        # A task of Slurm's may see its own device alone.
+        kwargs["device_map"] = {"": ranks.local_rank() % torch.cuda.device_count()}
     if model.attn_implementation:
         kwargs["attn_implementation"] = model.attn_implementation
     dtype = compute_dtype(model)
@@ -444,7 +444,14 @@ def read_adapter(model: "PeftModel", parent: ModelRef) -> None:
 
 
 def save_adapter(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", folder: Path, base: DictConfig) -> None:
-    """Write the trained adapter alone, under the base model's public name, so that it loads on any machine."""
+    """Write the trained adapter alone, under the base model's public name, so that it loads on any machine.
+
+    Of several processes the first writes, and all wait for it.
+    """
+    ranks.by_first(_save_adapter, model, tokenizer, folder, base)
+
+
+def _save_adapter(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", folder: Path, base: DictConfig) -> None:
     model.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; the run folder has the real one
     path = folder / "adapter_config.json"
