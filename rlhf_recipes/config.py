@@ -11,6 +11,7 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.plugins.config_source import ConfigSource
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from rlhf_recipes import guard
@@ -56,6 +57,17 @@ OmegaConf.set_struct(_model.chat_template_kwargs, False)
 _store.store(name="model_schema", node=_model)
 _store.store(name="open", node=OmegaConf.create({}, flags={"struct": False}))
 
+
+# What lies in conf/accelerate/ is for Accelerate's launcher, no group: neither --help nor a completion lists it.
+_list_group = ConfigSource._list_add_result
+
+
+def _list_our_group(self, files: list[str], file_path: str, file_name: str, results_filter: Any) -> None:
+    if file_path.lstrip("/").split("/")[0] != "accelerate":
+        _list_group(self, files, file_path, file_name, results_filter)
+
+
+ConfigSource._list_add_result = _list_our_group
 
 CONF = Path(__file__).with_name("conf")  # in a wheel; in a checkout it lies beside the package
 if not CONF.is_dir():

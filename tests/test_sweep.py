@@ -15,7 +15,6 @@ from omegaconf import OmegaConf
 from test_evaluation_summary import fake
 
 from rlhf_recipes.evaluation import frontier, measure, sweeps
-from rlhf_recipes.launch import sweep
 from rlhf_recipes.run import write_atomically
 
 NODE = OmegaConf.create({"objective": "auto", "max_kl": None, "max_length_ratio": None})
@@ -290,20 +289,3 @@ def test_shipped_sweeps_compose_and_name_their_jobs(name, compose):
     assert compose(recipe, f"sweep={name}", *(["reward_funcs=x"] if recipe == "ppo" else [])).run_name == name
     for key in text.hydra.sweeper.params:
         assert f"${{{key}}}" in OmegaConf.to_container(text)["hydra"]["sweep"]["subdir"]
-
-
-def test_jobs_side_by_side_have_a_gpu_each(monkeypatch):
-    """Counted, not run: there is no GPU here."""
-    import torch
-
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    for numbers, shown, expected in (((5, 6), None, "1"), ((1,), "3,7", "7"), ((2, 0), "GPU-a,GPU-b", "GPU-a")):
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-        if shown:
-            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
-        for number in numbers:  # a worker keeps the GPU of its first job
-            sweep.take_gpu(2, number)
-        assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    sweep.take_gpu(1, 3)
-    assert "CUDA_VISIBLE_DEVICES" not in os.environ, "one job at a time has all of them"

@@ -47,6 +47,7 @@ KEYS = {
     "sweep.max_kl": int | float | None,
     "sweep.max_length_ratio": int | float | None,
     "stages": list,
+    "launch": str | None,
     "run": str | None,
     "pairs": str | None,
     "repo_id": str | None,

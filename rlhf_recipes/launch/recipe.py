@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from rlhf_recipes import commands, overrides
 from rlhf_recipes.config import in_sweep
 from rlhf_recipes.errors import Refusal
+from rlhf_recipes.launch import cards
 from rlhf_recipes.launch.keys import check
 from rlhf_recipes.launch.refusals import OneLine, print_bug
 
@@ -34,6 +35,8 @@ def recipe(name: str):
                 return sweep.run_job(main, cfg)
             with OneLine(), _no_empty_folder():  # inside Hydra, which would announce the failure on a line of its own
                 check(cfg)
+                if name != "publish":
+                    cards.take_one(name, list(HydraConfig.get().overrides.task))
                 if "trainer" in cfg and cfg.preflight.only:
                     from rlhf_recipes.launch.preflight import look
 

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from rlhf_recipes import config, memory, run, run_folder
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.evaluation.sweeps import ROWS, check, describe, may_be_best, read_measurements, rebuild
-from rlhf_recipes.launch import keys
+from rlhf_recipes.launch import cards, keys
 from rlhf_recipes.launch.preflight import look
 from rlhf_recipes.launch.refusals import as_refusal, print_error
 from rlhf_recipes.secrets import redact
@@ -34,8 +34,8 @@ def run_job(main, cfg: DictConfig) -> float:
     folder, own = run.relative(Path(hydra.sweep.dir).absolute()), hydra.sweep.subdir
     row: dict[str, Any] = {"job": own, "overrides": list(hydra.overrides.task), "status": "failed"}
     begin, os.environ["RLHF_RECIPES_STAGE"] = time.monotonic(), own  # before every progress line
+    cards.take_for_job(hydra.job.num)
     memory.forget_peak()
-    take_gpu(hydra.launcher.get("n_jobs", 1), hydra.job.num)
     try:
         keys.check(cfg)
         check(cfg.sweep)
@@ -63,24 +63,6 @@ def run_job(main, cfg: DictConfig) -> float:
     return next((r["value"] for r in table["rows"] if r["job"] == own and may_be_best(r)), -math.inf)
 
 
-def take_gpu(jobs_at_a_time: int, number: int) -> None:
-    """Give a worker of a launcher that runs several jobs on one machine a GPU of its own: that of its first job, which
-    it keeps.
-
-    Args:
-        jobs_at_a_time: joblib's `n_jobs`.
-        number: of the job in the sweep.
-    """
-    import torch
-
-    if jobs_at_a_time == 1 or torch.cuda.is_initialized():
-        return
-    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = shown.split(",") if shown else [str(each) for each in range(torch.cuda.device_count())]
-    if len(gpus) > 1:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
-
-
 class Summary(Callback):
     """Refuses a sweep before its first job, and says what it came to; it fails where a job did.
 
@@ -92,6 +74,8 @@ class Summary(Callback):
         try:
             run_folder.refuse_foreign(here, only="sweep")
             self.lock = run_folder.Lock(here)
+            if "slurm" not in config.hydra.launcher._target_.lower():  # whose jobs run elsewhere
+                cards.take_one(config.hydra.job.config_name)
             if "trainer" in config:
                 check(config.sweep)
                 look.before_sweep(config)
