@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_recipes import memory, progress
+from rlhf_recipes import memory, progress, sharding
 from rlhf_recipes.data.template import render
 from rlhf_recipes.data.tokens import common_prefix
 
@@ -251,7 +251,9 @@ def measuring(model):
     was_training, trainers_forward = model.training, vars(model).pop("forward", None)
     model.eval()
     try:
-        with torch.inference_mode(), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+        # FSDP keeps the buffers of its first forward, and training could not use those of inference mode.
+        without_gradients = torch.no_grad() if sharding.is_on() else torch.inference_mode()
+        with without_gradients, torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
             yield
     finally:
         model.train(was_training)

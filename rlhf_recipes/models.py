@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import config, embedded, modules, places
+from rlhf_recipes import config, embedded, modules, places, ranks, sharding
 from rlhf_recipes.data import template
 from rlhf_recipes.errors import Refusal, first_line
 from rlhf_recipes.references import ModelRef, adapter_in, folder_of, trained_with
@@ -332,8 +331,12 @@ def _load_base(model: DictConfig, quantization: DictConfig, auto_class: type, **
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    if torch.cuda.is_available():
-        kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
+    if sharding.is_on():
+        kwargs["device_map"] = {"": "cpu"}
+    elif torch.cuda.is_available():
+        kwargs["device_map"] = {
+            "": ranks.local_rank() % torch.cuda.device_count()
+        }  # Slurm may show each its own alone
     if model.attn_implementation:
         kwargs["attn_implementation"] = model.attn_implementation
     dtype = compute_dtype(model)
@@ -443,7 +446,10 @@ def read_adapter(model: "PeftModel", parent: ModelRef) -> None:
 
 def save_adapter(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", folder: Path, base: DictConfig) -> None:
     """Write the trained adapter alone, under the base model's public name, so that it loads on any machine."""
-    model.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
+    state = sharding.trained_state(model)
+    if not ranks.is_first():
+        return ranks.barrier()
+    model.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False, state_dict=state)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; the run folder has the real one
     path = folder / "adapter_config.json"
     adapter_config = json.loads(path.read_text())
@@ -451,6 +457,7 @@ def save_adapter(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", folde
     path.write_text(json.dumps(adapter_config, indent=2, sort_keys=True) + "\n")
     tokenizer.save_pretrained(folder)
     template.keep(tokenizer, folder)
+    ranks.barrier()
 
 
 def prove_reload(model: "PeftModel", folder: Path, score) -> None:

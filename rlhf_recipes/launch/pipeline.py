@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import textwrap
@@ -15,7 +14,7 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import config, ranks, run, run_folder
+from rlhf_recipes import config, ranks, run, run_folder, signals
 from rlhf_recipes.commands import as_typed, command
 from rlhf_recipes.data.load import check
 from rlhf_recipes.errors import Refusal, nearest
@@ -27,7 +26,8 @@ WIDTH = 110
 SHOWN_ANSWERS = 4
 SUMMARY = "summary.json"
 NAME = r"\w[\w.-]*"  # no path
-INTERRUPTED = (130, -2)  # by Ctrl-C: exit status of a recipe, of a process that could not catch it
+# By Ctrl-C, exit status of a recipe, of a process that could not catch it; told to end.
+INTERRUPTED = (130, -2, signals.EXIT)
 
 
 @dataclass
@@ -127,6 +127,8 @@ def execute(plan: Plan) -> int:
         stage.status = "finished" if stage.result() else "interrupted" if code in INTERRUPTED else "failed"
         plan.write()
         status = status or code
+        if code == signals.EXIT:
+            signals.end(f"{stage.name} was interrupted.")
         if code in INTERRUPTED:
             raise KeyboardInterrupt
         if stage.status != "finished":
@@ -162,13 +164,14 @@ def _run(stage: Stage, label: str, launch: str | None) -> tuple[int, float]:
         environment = cards.give_back(environment)
     if not WANTS_TRACEBACK:
         environment.pop("HYDRA_FULL_ERROR", None)  # set by this process for itself
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the child does not outlive this process
     process = subprocess.Popen([*command, f"hydra.run.dir={stage.dir}"], env=environment)
     try:
         code = process.wait()
-    except KeyboardInterrupt:  # the child got it too: let it finish its line
-        code = process.wait()
-        code = code or 130
+    except KeyboardInterrupt as error:  # the child got it too: let it finish its line
+        if isinstance(error, signals.TakenBack):  # or did not
+            process.terminate()
+        process.wait()
+        code = signals.exit_status(error)
     finally:
         if process.poll() is None:
             process.terminate()

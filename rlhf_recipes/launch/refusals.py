@@ -10,7 +10,7 @@ from typing import NoReturn
 import hydra
 from omegaconf import OmegaConf
 
-from rlhf_recipes import secrets, text
+from rlhf_recipes import secrets, signals, text
 from rlhf_recipes.config import CONF, flatten
 from rlhf_recipes.errors import Refusal, first_line, nearest
 
@@ -54,7 +54,7 @@ class OneLine:
             below = "\n" if sys.stderr.isatty() else ""  # the progress line is still being written
             said = str(error) or "Interrupted. The same command continues from the last checkpoint."
             print(f"{below}{text.line(secrets.redact(said))}", file=sys.stderr)
-            sys.exit(130)
+            sys.exit(signals.exit_status(error))
         print_error(error, self.config_name)
 
 
