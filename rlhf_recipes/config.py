@@ -44,6 +44,8 @@ def _own(id: str, value: Any, otherwise: Any = None, *, _parent_: DictConfig) ->
 # `${own:<id>,<value>}` beside an `id`: the value belongs to the model of that id; with another the key is null, or the
 # third argument.
 OmegaConf.register_new_resolver("own", _own)
+# `${part:3/8}`: what the folder of a part of a run has behind the run's name, .3-of-8; of null, nothing.
+OmegaConf.register_new_resolver("part", lambda shards: f".{str(shards).replace('/', '-of-')}" if shards else "")
 guard.look_at_what_hydra_composes()
 _store = ConfigStore.instance()
 # Hydra copies its sources, and this with them, for each composition and for each group that --help lists; what it

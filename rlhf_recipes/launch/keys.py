@@ -32,6 +32,7 @@ KEYS = {
     "judging.min_calibration_pairs": int | None,
     "gate.fails": ("contrastive", "stop", "ignore"),
     "filters.*": int | float,
+    "shards": str | None,
     "generator.kind": ("local", "server"),
     "judge.kind": ("local", "server"),
     "thresholds.metric": ("auto", "win_rate", "preference_accuracy"),

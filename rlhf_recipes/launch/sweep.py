@@ -14,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import config, memory, run, run_folder
+from rlhf_recipes import config, memory, ranks, run, run_folder
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.evaluation.sweeps import ROWS, check, describe, may_be_best, read_measurements, rebuild
 from rlhf_recipes.launch import cards, keys
@@ -30,6 +30,7 @@ def run_job(main, cfg: DictConfig) -> float:
     Returns:
         The objective, which is better when it is higher; minus infinity where the job failed.
     """
+    _say_which_task()
     hydra = HydraConfig.get()
     folder, own = run.relative(Path(hydra.sweep.dir).absolute()), hydra.sweep.subdir
     row: dict[str, Any] = {"job": own, "overrides": list(hydra.overrides.task), "status": "failed"}
@@ -52,15 +53,32 @@ def run_job(main, cfg: DictConfig) -> float:
     except Exception as error:
         refusal = as_refusal(error)
         row["reason"] = line(redact(refusal or f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"))
-        print(f"error: {own}: {row['reason']}", file=sys.stderr, flush=True)
+        if ranks.is_first():
+            print(f"error: {own}: {row['reason']}", file=sys.stderr, flush=True)
         if not refusal:
             print(shown(redact(traceback.format_exc())), file=sys.stderr, flush=True)
     row["seconds_in_all"] = round(time.monotonic() - begin, 1)
+    if not ranks.is_first() and row["status"] == "finished":
+        ranks.barrier()
+        return math.nan  # the first task's value is the job's
     (folder / ROWS).mkdir(parents=True, exist_ok=True)
     text = json.dumps(row, indent=2, ensure_ascii=False, default=asdict)
     run_folder.write_atomically(folder / ROWS / f"{own}.json", text + "\n")
     table = rebuild([folder], folder, cfg.sweep)
+    if row["status"] == "finished":  # else the others wait elsewhere
+        ranks.barrier()  # submitit may end all tasks with the first that ends
     return next((r["value"] for r in table["rows"] if r["job"] == own and may_be_best(r)), -math.inf)
+
+
+def _say_which_task() -> None:
+    """A job of several tasks (`hydra.launcher.tasks_per_node`) is one run of several processes: say so in the
+    variables that a launcher sets."""
+    if "SUBMITIT_EXECUTOR" in os.environ:
+        from submitit import JobEnvironment
+        from submitit.helpers import TorchDistributedEnvironment
+
+        if JobEnvironment().num_tasks > 1:
+            TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
 
 
 class Summary(Callback):
@@ -120,11 +138,12 @@ def _measure(folder: Path, sweep: Path, cfg: DictConfig) -> str | None:
     parent = (result["parent"] or {}).get("run") or BASE
     found = measure.find([str(folder)], parent, cfg.model.id, adapter_base=cfg.model.adapter_base)
     fingerprint = {"adapter": result["adapter_sha256"], "parent": parent, "asked": OmegaConf.to_container(settings)}
-    known = read_measurements(folder)
+    known = ranks.from_first(read_measurements(folder))
     if known is None or _measured_as(known.fingerprint) != _measured_as(fingerprint):
         others = (read_measurements(path.parent) for path in sorted(sweep.glob("*/measurements.json")))
         alike = {**_measured_as(fingerprint), "adapter": None}
         before = next((m for m in others if {**_measured_as(m.fingerprint), "adapter": None} == alike), None)
+        before = ranks.from_first(before)
         scorer = measure.find_scorer(settings.reward_model, cfg.model.id, adapter_base=cfg.model.adapter_base)
         models.check_templates(cfg.model, [each.adapter for each in scorer], reward=True)
         try:
@@ -134,7 +153,8 @@ def _measure(folder: Path, sweep: Path, cfg: DictConfig) -> str | None:
             return None
         known = measure.measure(settings, found, measure.Scorers(scorer), pairs, before)
         known.fingerprint = fingerprint
-        run_folder.write_atomically(folder / "measurements.json", json.dumps(asdict(known), ensure_ascii=False))
+        if ranks.is_first():
+            run_folder.write_atomically(folder / "measurements.json", json.dumps(asdict(known), ensure_ascii=False))
     return found[1].name
 
 
