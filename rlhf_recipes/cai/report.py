@@ -159,9 +159,8 @@ def finish(run: Run, result: dict[str, Any]) -> float:
         run.write_result(result)
         print(f"  result    {line(run.dir / 'result.json')}", flush=True)
         if "shards" in result:
-            print(
-                f"  next      when all of {result['shards'].partition('/')[2]} are done, the command without shards="
-            )
+            jobs = result["shards"].partition("/")[2]
+            print(f"  next      the command without shards=, when all {jobs} are done", flush=True)
         return result["main"]["after"].value
     draw_funnel(result["funnel"], run.dir / "funnel.png")
     write_atomically(run.dir / "README.md", card(result))
