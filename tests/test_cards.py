@@ -159,7 +159,7 @@ def test_the_files_are_accelerates(file, monkeypatch):
         assert args.multi_gpu and not args.use_fsdp and not sharded
     else:
         assert sharded["FSDP_VERSION"] == "2" and sharded["FSDP_STATE_DICT_TYPE"] == "FULL_STATE_DICT"
-        assert sharded["FSDP_RESHARD_AFTER_FORWARD"] == "True"
+        assert sharded["FSDP_RESHARD_AFTER_FORWARD"] == "true"
 
 
 def test_hydra_takes_them_for_no_group(compose):
