@@ -267,9 +267,7 @@ LARGE = {  # as Qwen2.5-32B and Llama-3.1-70B are
 @pytest.mark.parametrize(
     ("model", "free", "cards"), [("32b", 24, 1), ("70b", 48, 2), ("70b", 32, 2), ("70b", 24, 4), ("70b", 80, 1)]
 )
-def test_it_says_on_how_many_cards_a_large_model_fits(
-    compose, tiny_overrides, tmp_path, monkeypatch, model, free, cards
-):
+def test_it_says_on_how_many_cards_a_large_model_fits(compose, tmp_path, monkeypatch, model, free, cards):
     """In NF4, one pair of 1,024 tokens a micro-batch, with checkpointing: counted, no card is here."""
     import torch
     from transformers import LlamaConfig
@@ -288,10 +286,8 @@ def test_it_says_on_how_many_cards_a_large_model_fits(
     if cards == 1:
         assert found.stops == []
     else:
-        wanted = (
-            f" Or in parts, on {cards} such cards: accelerate launch --config_file conf/accelerate/fsdp2_qlora.yaml"
-        )
-        assert f"{wanted} recipes/dpo.py quantization=nf4_fsdp" in found.stops[0]
+        launch = "accelerate launch --config_file conf/accelerate/fsdp2_qlora.yaml recipes/dpo.py"
+        assert f" Or in parts, on {cards} such cards: {launch} quantization=nf4_fsdp" in found.stops[0]
 
 
 def test_a_model_that_the_counts_are_not_of_is_no_reason_to_stop(compose, tiny_overrides, tmp_path, monkeypatch):
