@@ -333,10 +333,8 @@ def _load_base(model: DictConfig, quantization: DictConfig, auto_class: type, **
         logging.disable_progress_bar()
     if sharding.is_on():
         kwargs["device_map"] = {"": "cpu"}
-    elif torch.cuda.is_available():
-        kwargs["device_map"] = {
-            "": ranks.local_rank() % torch.cuda.device_count()
-        }  # Slurm may show each its own alone
+    elif torch.cuda.is_available():  # where Slurm shows each process one card, that is the first
+        kwargs["device_map"] = {"": ranks.local_rank() % torch.cuda.device_count()}
     if model.attn_implementation:
         kwargs["attn_implementation"] = model.attn_implementation
     dtype = compute_dtype(model)
@@ -445,10 +443,15 @@ def read_adapter(model: "PeftModel", parent: ModelRef) -> None:
 
 
 def save_adapter(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", folder: Path, base: DictConfig) -> None:
-    """Write the trained adapter alone, under the base model's public name, so that it loads on any machine."""
-    state = sharding.trained_state(model)
-    if not ranks.is_first():
-        return ranks.barrier()
+    """Write the trained adapter alone, under the base model's public name, so that it loads on any machine.
+
+    Of several processes the first writes, and all wait for it.
+    """
+    state = sharding.trained_state(model)  # of all
+    ranks.by_first(_save_adapter, model, state, tokenizer, folder, base)
+
+
+def _save_adapter(model: "PeftModel", state: dict | None, tokenizer, folder: Path, base: DictConfig) -> None:
     model.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False, state_dict=state)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; the run folder has the real one
     path = folder / "adapter_config.json"
@@ -457,7 +460,6 @@ def save_adapter(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", folde
     path.write_text(json.dumps(adapter_config, indent=2, sort_keys=True) + "\n")
     tokenizer.save_pretrained(folder)
     template.keep(tokenizer, folder)
-    ranks.barrier()
 
 
 def prove_reload(model: "PeftModel", folder: Path, score) -> None:

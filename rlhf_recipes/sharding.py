@@ -5,12 +5,11 @@ tensor, and no card ever holds more of it than its part and a layer.
 """
 
 import os
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from rlhf_recipes import methods
+from rlhf_recipes import methods, ranks
 from rlhf_recipes.errors import Refusal
 
 if TYPE_CHECKING:
@@ -113,12 +112,9 @@ def _whole(tensor: "torch.Tensor") -> "torch.Tensor":
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def level(mine: list, all_of_them: list, world_size: int) -> Iterable:
-    """Batches of this rank, as many as any other has: each forward is a step of all ranks together.
-
-    Args:
-        mine: its share of `all_of_them`, (number, batch).
-    """
-    if is_on() and len(mine) * world_size < len(all_of_them):
-        return [*mine, (len(all_of_them) - 1, all_of_them[-1])]  # the shortest once more
+def level(mine: list, batches: list) -> list:
+    """This rank's share of `batches`, (number, batch) each, made as many as any other rank has, where a forward pass
+    is a step of all ranks together: the last batch, the shortest, comes once more."""
+    if is_on() and len(mine) * ranks.world_size() < len(batches):
+        return [*mine, (len(batches) - 1, batches[-1])]
     return mine

@@ -115,7 +115,7 @@ class PairMaker:
         count = -(-len(prompts) // size)
         for n in range(first, count, parts):
             done = folder / f"{n:05d}" / "records.jsonl"
-            if done.exists():
+            if ranks.by_first(done.exists):
                 self._same_prompts(done, prompts[n * size : (n + 1) * size])
             else:
                 what = f"shard {n + 1}/{count}: " if count > 1 else ""
@@ -307,7 +307,11 @@ def adopt(run: Run) -> None:
     Raises:
         Refusal: one of them was made with other settings.
     """
-    for part in sorted(run.dir.parent.glob(f"{glob.escape(run.dir.name)}.*-of-*")) if ranks.is_first() else ():
+    ranks.by_first(_adopt, run)
+
+
+def _adopt(run: Run) -> None:
+    for part in sorted(run.dir.parent.glob(f"{glob.escape(run.dir.name)}.*-of-*")):
         if computed(read_config(part)) != computed(run.config):
             raise Refusal(f"{part}: was made with other settings than {run.dir}. Remove it, or give its settings.")
         gate = part / GATE
@@ -319,7 +323,6 @@ def adopt(run: Run) -> None:
                 own.mkdir(parents=True, exist_ok=True)
                 for name in ("answers.jsonl", done.name):  # a shard with the second is a finished one
                     write_atomically(own / name, (done.parent / name).read_text(encoding="utf-8"))
-    ranks.barrier()
 
 
 def read(path: Path) -> Iterator[Record]:

@@ -4,6 +4,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from rlhf_recipes import ranks
 from rlhf_recipes.commands import command
 from rlhf_recipes.data import folders
 from rlhf_recipes.overrides import written
@@ -162,7 +163,8 @@ def finish(run: Run, result: dict[str, Any]) -> float:
             jobs = result["shards"].partition("/")[2]
             print(f"  next      the command without shards=, when all {jobs} are done", flush=True)
         return result["main"]["after"].value
-    draw_funnel(result["funnel"], run.dir / "funnel.png")
+    if ranks.is_first():
+        draw_funnel(result["funnel"], run.dir / "funnel.png")
     write_atomically(run.dir / "README.md", card(result))
     run.write_result(result)
     _print_summary(result, run.dir)

@@ -48,25 +48,21 @@ def run_job(main, cfg: DictConfig) -> float:
             result = run_folder.read_result(folder / own)
         row |= {"recipe": result["recipe"], "main": result["main"], "seconds": result["seconds"]}
         row |= {"peak_memory_gib": max(result["peak_memory_gib"].values()), "stopped": result.get("stopped")}
+        row |= {key: result[key] for key in ("world_size", "nodes", "global_batch") if key in result}
         row |= {"doctor": (result.get("doctor") or {}).get("verdict"), "adapter_sha256": result["adapter_sha256"]}
         row |= {"system": _measure(folder / own, folder, cfg), "status": "finished"}
     except Exception as error:
         refusal = as_refusal(error)
         row["reason"] = line(redact(refusal or f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"))
-        if ranks.is_first():
-            print(f"error: {own}: {row['reason']}", file=sys.stderr, flush=True)
+        print(f"error: {own}: {row['reason']}", file=sys.stderr, flush=True)
         if not refusal:
             print(shown(redact(traceback.format_exc())), file=sys.stderr, flush=True)
     row["seconds_in_all"] = round(time.monotonic() - begin, 1)
-    if not ranks.is_first() and row["status"] == "finished":
-        ranks.barrier()
-        return math.nan  # the first task's value is the job's
-    (folder / ROWS).mkdir(parents=True, exist_ok=True)
+    ranks.by_first((folder / ROWS).mkdir, parents=True, exist_ok=True)
     text = json.dumps(row, indent=2, ensure_ascii=False, default=asdict)
     run_folder.write_atomically(folder / ROWS / f"{own}.json", text + "\n")
     table = rebuild([folder], folder, cfg.sweep)
-    if row["status"] == "finished":  # else the others wait elsewhere
-        ranks.barrier()  # submitit may end all tasks with the first that ends
+    ranks.barrier()  # submitit may end all tasks with the first that ends
     return next((r["value"] for r in table["rows"] if r["job"] == own and may_be_best(r)), -math.inf)
 
 
@@ -90,6 +86,12 @@ class Summary(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         here = run.relative(Path(config.hydra.sweep.dir).absolute())
         try:
+            if ranks.world_size() > 1:
+                raise Refusal(
+                    f"WORLD_SIZE={ranks.world_size()}: a sweep is one process, which starts its jobs. Start it with "
+                    "python; a launcher of Hydra's gives each job several processes (hydra/launcher=submitit_slurm "
+                    "hydra.launcher.tasks_per_node=2)."
+                )
             run_folder.refuse_foreign(here, only="sweep")
             self.lock = run_folder.Lock(here)
             if "slurm" not in config.hydra.launcher._target_.lower():  # whose jobs run elsewhere
@@ -138,7 +140,7 @@ def _measure(folder: Path, sweep: Path, cfg: DictConfig) -> str | None:
     parent = (result["parent"] or {}).get("run") or BASE
     found = measure.find([str(folder)], parent, cfg.model.id, adapter_base=cfg.model.adapter_base)
     fingerprint = {"adapter": result["adapter_sha256"], "parent": parent, "asked": OmegaConf.to_container(settings)}
-    known = ranks.from_first(read_measurements(folder))
+    known = read_measurements(folder)
     if known is None or _measured_as(known.fingerprint) != _measured_as(fingerprint):
         others = (read_measurements(path.parent) for path in sorted(sweep.glob("*/measurements.json")))
         alike = {**_measured_as(fingerprint), "adapter": None}
@@ -153,8 +155,7 @@ def _measure(folder: Path, sweep: Path, cfg: DictConfig) -> str | None:
             return None
         known = measure.measure(settings, found, measure.Scorers(scorer), pairs, before)
         known.fingerprint = fingerprint
-        if ranks.is_first():
-            run_folder.write_atomically(folder / "measurements.json", json.dumps(asdict(known), ensure_ascii=False))
+        run_folder.write_atomically(folder / "measurements.json", json.dumps(asdict(known), ensure_ascii=False))
     return found[1].name
 
 

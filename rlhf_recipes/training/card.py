@@ -44,6 +44,9 @@ def write(result: dict, config: dict) -> str:
         if value is not None and not key.endswith(("_target_", ".report_to"))
     ]
     device = markdown(result["device"])
+    if (processes := result.get("world_size", 1)) > 1:
+        shared = f"{processes} processes on {result['nodes']} machines, {result['global_batch']} rows a step"
+        device += f" ({markdown(shared)})"
     body = f"""# LoRA adapter: {recipe} on {markdown(base)}
 
 {methods.of(recipe).cited}, trained with TRL by rlhf-recipes.
