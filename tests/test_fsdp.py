@@ -1,13 +1,19 @@
 """A model in parts on two processes (FSDP2), by accelerate's own prepare: it trains like one that is whole."""
 
+import contextlib
 import json
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 from omegaconf import OmegaConf
+
+from rlhf_recipes import ranks, sharding
+from rlhf_recipes.errors import Refusal
 
 FILE = ROOT / "conf/accelerate/fsdp2_qlora.yaml"
 EXACT = ("model.dtype=float32", "trainer.bf16=false")
@@ -119,3 +125,111 @@ def test_one_process_reads_the_adapter(trained, compose, name):
         assert each == pytest.approx(expected, abs=1e-5)
     moved = max(abs(a["chosen_logp"] - b["chosen_logp"]) for a, b in zip(after["found"], before["found"], strict=True))
     assert moved > 1e-3
+
+
+def test_the_base_is_read_tensor_by_tensor_on_the_cpu(tiny_model, compose, monkeypatch, tmp_path):
+    """Of 201 MB in bfloat16, 53 in NF4, no more than 100 are in memory at a time."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    from rlhf_recipes import models
+
+    shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6, "vocab_size": 1000}
+    whole = LlamaForCausalLM(LlamaConfig(**shape)).bfloat16()
+    size = sum(parameter.nbytes for parameter in whole.parameters())
+    whole.save_pretrained(tmp_path)
+    for file in tiny_model.glob("tokenizer*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    del whole
+    for key, value in launcher_environment().items():
+        monkeypatch.setenv(key, value)
+    cfg = compose("dpo", "quantization=nf4_fsdp", f"model.path={tmp_path}", "model.id=tests/tiny")
+    load, given = AutoModelForCausalLM.from_pretrained, {}
+
+    def loaded(*args, **kwargs):
+        given.update(kwargs)
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded)
+    with peak_of_memory() as peak:
+        base = models.load_base(cfg.model, cfg.quantization, AutoModelForCausalLM)
+    assert given["device_map"] == {"": "cpu"}, "on a machine with a card, too"
+    packed = base.model.layers[0].mlp.up_proj.weight
+    assert packed.dtype == torch.bfloat16 and packed.nbytes == 1024 * 4096 / 2
+    assert peak["bytes"] < size / 2
+
+
+@contextlib.contextmanager
+def peak_of_memory():
+    """{"bytes": by how much this process's own memory (no mapped file) grew at most}."""
+    import gc
+
+    from rlhf_recipes import memory
+
+    def own():
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+        return 1024 * int(line.split()[1])
+
+    def look():
+        while not over.is_set():
+            peak["bytes"] = max(peak["bytes"], own() - before)
+            time.sleep(0.001)
+
+    gc.collect()
+    memory.return_freed_memory()
+    before, peak, over = own(), {"bytes": 0}, threading.Event()
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        yield peak
+    finally:
+        over.set()
+        looking.join()
+
+
+REFUSED = [
+    ("dpo", {}, ["quantization=nf4"], "quantization=nf4: packs integers.*quantization=nf4_fsdp"),
+    ("dpo", {}, ["quantization=int8"], "quantization=int8: FSDP shards no integers.*nf4_fsdp"),
+    ("dpo", {}, ["quantization=nf4_fsdp", "doctor=strict"], "doctor=strict: .*Use doctor=warn"),
+    (
+        "dpo",
+        {},
+        ["quantization=none", "trainer.precompute_ref_log_probs=true"],
+        "precompute_ref_log_probs=true: .*Leave",
+    ),
+    ("ppo", {}, ["quantization=nf4_fsdp", "reward_funcs=x"], "PPO samples token by token.*conf/accelerate/ddp.yaml"),
+    ("evaluate", {}, [], "recipes/evaluate.py does not train.*conf/accelerate/ddp.yaml"),
+    ("dpo", {"FSDP_VERSION": "1"}, [], "fsdp_version=1: .*Set fsdp_version: 2"),
+    ("dpo", {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}, [], "fsdp_state_dict_type: .*Set FULL_STATE_DICT"),
+    ("dpo", {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, [], "fsdp_cpu_ram_efficient_loading=true: .*Set false"),
+    ("dpo", {"ACCELERATE_USE_DEEPSPEED": "true"}, [], "distributed_type=DEEPSPEED: .*fsdp2_qlora.yaml, or ddp.yaml"),
+]
+
+
+@pytest.mark.parametrize(("recipe", "environment", "overrides", "says"), REFUSED)
+def test_what_cannot_run_in_parts_is_refused(compose, monkeypatch, recipe, environment, overrides, says):
+    cfg = compose(recipe, *overrides)
+    sharding.check(cfg, recipe)  # nobody asks for parts
+    for key, value in {**launcher_environment(), **environment}.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(Refusal, match=says) as refused:
+        sharding.check(cfg, recipe)
+    assert "\n" not in str(refused.value)
+
+
+def test_every_rank_takes_as_many_batches(monkeypatch):
+    """A rank with one batch less would wait for the others in their last forward pass for ever."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    for count in range(1, 8):
+        shares = []
+        for rank in range(3):
+            monkeypatch.setenv("RANK", str(rank))
+            monkeypatch.setenv("LOCAL_RANK", str(rank))
+            batches = [[number] for number in range(count)]
+            shares.append(sharding.level(ranks.share(batches), batches))
+        assert len({len(share) for share in shares}) == 1
+        assert {number for share in shares for number, _ in share} == set(range(count))
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    assert sharding.level([(0, [0])], [[0], [1], [2], [3]]) == [(0, [0])]

@@ -103,6 +103,24 @@ def test_another_grid_does_not_overwrite(swept, command, run_recipe, tmp_path):
     assert (copied / "0/result.json").read_text() == (folder / "0/result.json").read_text()
 
 
+def test_a_job_of_several_tasks_is_one_run(swept, command, run_recipe, tmp_path):
+    """submitit starts the tasks, each with half of every batch; the sweep has one row of them."""
+    _, folder, _ = swept
+    tasks = ["hydra/launcher=submitit_local", "hydra.launcher.tasks_per_node=2"]
+    halves = "trainer.per_device_train_batch_size=1"
+    done = run_recipe("dpo", *command, "trainer.beta=0.1", halves, *tasks, cwd=tmp_path, timeout=200)
+    assert done.returncode == 0, done
+    together = tmp_path / "outputs/dpo/betas"
+    assert [row["status"] for row in table(together)] == ["finished"]
+    results = [json.loads((each / "0/result.json").read_text()) for each in (together, folder)]
+    assert results[0]["world_size"] == 2 and results[0]["global_batch"] == results[1]["global_batch"]
+    losses = [
+        [json.loads(row)["loss"] for row in (each / "0/metrics.jsonl").read_text().splitlines() if '"loss"' in row]
+        for each in (together, folder)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
 @pytest.mark.parametrize("launcher", ["basic", "joblib", "submitit_local"])
 def test_a_killed_sweep_goes_on_to_the_same_table(swept, command, start_recipe, run_recipe, tmp_path, launcher):
     _, folder, _ = swept
