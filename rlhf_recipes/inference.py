@@ -271,6 +271,7 @@ def measuring(model):
         with without_gradients, torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
             yield
     finally:
+        sharding.take_apart(model)
         model.train(was_training)
         if trainers_forward:
             model.forward = trainers_forward

@@ -108,6 +108,16 @@ def trained_state(model: "PeftModel") -> "dict[str, torch.Tensor] | None":
     return {name: _whole(parameter.detach()).cpu() for name, parameter in trained}
 
 
+def take_apart(model: "PeftModel") -> None:
+    """Give back what a forward pass leaves whole for the backward pass that does not follow: embeddings and head."""
+    if is_on():
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
 def _whole(tensor: "torch.Tensor") -> "torch.Tensor":
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
