@@ -341,9 +341,9 @@ def _load_base(model: DictConfig, quantization: DictConfig, auto_class: type, **
     quantization_config = build_quantization(quantization, dtype)
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
-    base = _from_hub(
-        model, auto_class.from_pretrained, model_path(model), revision=model.revision, dtype=dtype, **kwargs
-    )
+    kwargs |= {"revision": model.revision, "dtype": dtype}
+    with sharding.quantized_on_card():
+        base = _from_hub(model, auto_class.from_pretrained, model_path(model), **kwargs)
     base.config.get_text_config().pad_token_id = load_tokenizer(model).pad_token_id
     if kwargs.get("num_labels") == 1 and base.score.weight.dtype != torch.float32:
         base.score.float()  # trained in full: rounded to bfloat16 it would not move at a usual learning rate
@@ -465,22 +465,37 @@ def _save_adapter(model: "PeftModel", state: dict | None, tokenizer, folder: Pat
 def prove_reload(model: "PeftModel", folder: Path, score) -> None:
     """Load the saved adapter, score head included, beside the trained one: both must score alike, bit for bit.
 
+    Beside a model in parts nothing can be loaded: there every tensor must be alike.
+
     Args:
         score: returns scores of a held-out batch under the active adapter.
 
     Raises:
         RuntimeError: they differ, so what was saved is not what was trained.
     """
-    trained = score()
-    model.load_adapter(str(folder), adapter_name="reloaded")
-    model.set_adapter("reloaded")
-    reloaded = score()
-    model.set_adapter("default")
-    model.delete_adapter("reloaded")
-    if reloaded != trained:
+    if state := sharding.trained_state(model):
+        same = ranks.by_first(_holds, folder, model, state)
+    else:
+        trained = score()
+        model.load_adapter(str(folder), adapter_name="reloaded")
+        model.set_adapter("reloaded")
+        same = score() == trained
+        model.set_adapter("default")
+        model.delete_adapter("reloaded")
+    if not same:
         raise RuntimeError(
             f"{folder}: the saved reward model scores a held-out batch differently from the trained one."
         )
+
+
+def _holds(folder: Path, model: "PeftModel", state: dict) -> bool:
+    """Whether a saved adapter is the trained weights, and nothing else."""
+    from peft import get_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    trained = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+    saved = load_peft_weights(str(folder), device="cpu")
+    return saved.keys() == trained.keys() and all(saved[name].equal(trained[name]) for name in saved)
 
 
 def model_path(model: DictConfig) -> str:

@@ -5,6 +5,7 @@ tensor, and no card ever holds more of it than its part and a layer.
 """
 
 import os
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
@@ -73,6 +74,31 @@ def check(cfg: DictConfig, recipe: str) -> None:
         )
     if cfg.doctor == "strict":
         raise Refusal("doctor=strict: keeps the last good weights whole, and here they lie in parts. Use doctor=warn.")
+
+
+@contextmanager
+def quantized_on_card():
+    """Quantize on this process's card, a tensor at a time, what lies on the CPU before and after: there bitsandbytes
+    takes seconds for a large tensor, and 64 bytes for each of its numbers."""
+    import torch
+
+    if not (is_on() and torch.cuda.is_available()):
+        yield
+        return
+    from bitsandbytes import functional
+
+    quantize = functional.quantize_4bit
+
+    def on_card(tensor, *args, **kwargs):
+        packed, state = quantize(tensor.cuda(), *args, **kwargs)
+        state.to("cpu")
+        return packed.cpu(), state
+
+    functional.quantize_4bit = on_card
+    try:
+        yield
+    finally:
+        functional.quantize_4bit = quantize
 
 
 def prepare(trainer) -> None:

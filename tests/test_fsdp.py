@@ -3,7 +3,6 @@
 import contextlib
 import json
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ STEPS = (
     "trainer.max_steps=2",
     "trainer.gradient_accumulation_steps=1",
     "trainer.learning_rate=1e-2",
+    "trainer.warmup_steps=0",
     "trainer.logging_steps=1",
     "trainer.save_steps=1",
 )
@@ -44,7 +44,7 @@ def launcher_environment():
 
 
 @pytest.fixture(scope="module")
-def trained(clean_env, tiny_model_overrides, tmp_path_factory):
+def trained(clean_env, warm_python, tiny_model_overrides, tmp_path_factory):
     """{name: (run in parts, run of one process)}, folders: a batch has the same four rows, two on a process or all."""
     here = tmp_path_factory.mktemp("fsdp")
     runs = {
@@ -62,7 +62,7 @@ def trained(clean_env, tiny_model_overrides, tmp_path_factory):
         (here / folder).mkdir()
         for number, environment in enumerate(environments):
             log = (here / folder / f"{number}.log").open("w")
-            words = [sys.executable, "-m", "sharded", json.dumps(given)]
+            words = [warm_python, "-m", "sharded", json.dumps(given)]
             processes.append(subprocess.Popen(words, cwd=here / folder, env=environment, stdout=log, stderr=log))
     codes = [process.wait(timeout=240) for process in processes]
     logs = "\n".join(f"--- {log}\n{log.read_text()}" for log in sorted(here.glob("*/*.log")))
@@ -128,14 +128,14 @@ def test_one_process_reads_the_adapter(trained, compose, name):
 
 
 def test_the_base_is_read_tensor_by_tensor_on_the_cpu(tiny_model, compose, monkeypatch, tmp_path):
-    """Of 201 MB in bfloat16, 53 in NF4, no more than 100 are in memory at a time."""
+    """Of 84 MB in bfloat16, 22 in NF4, no more than half are in memory at a time."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
     from rlhf_recipes import models
 
-    shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6, "vocab_size": 1000}
-    whole = LlamaForCausalLM(LlamaConfig(**shape)).bfloat16()
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 64, "num_attention_heads": 8}
+    whole = LlamaForCausalLM(LlamaConfig(vocab_size=1000, **shape)).bfloat16()
     size = sum(parameter.nbytes for parameter in whole.parameters())
     whole.save_pretrained(tmp_path)
     for file in (*tiny_model.glob("tokenizer*"), *tiny_model.glob("chat_template*")):
@@ -155,8 +155,26 @@ def test_the_base_is_read_tensor_by_tensor_on_the_cpu(tiny_model, compose, monke
         base = models.load_base(cfg.model, cfg.quantization, AutoModelForCausalLM)
     assert given["device_map"] == {"": "cpu"}, "on a machine with a card, too"
     packed = base.model.layers[0].mlp.up_proj.weight
-    assert packed.dtype == torch.bfloat16 and packed.nbytes == 1024 * 4096 / 2
+    assert packed.dtype == torch.bfloat16 and packed.nbytes == 256 * 512 / 2
     assert peak["bytes"] < size / 2
+
+
+def test_a_card_quantizes_what_stays_on_the_cpu(monkeypatch):
+    """No card is here: the CPU passes for it."""
+    import torch
+    from bitsandbytes import functional
+
+    weight, sent = torch.randn(64, 64), []
+    packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    for key, value in launcher_environment().items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: sent.append(tensor) or tensor)
+    with sharding.quantized_on_card():
+        again, its_state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    functional.quantize_4bit(weight, quant_type="nf4")
+    assert len(sent) == 1 and sent[0] is weight
+    assert again.equal(packed) and its_state == state
 
 
 @contextlib.contextmanager
