@@ -67,7 +67,8 @@ def check(model: DictConfig, quantization: DictConfig, lora: DictConfig) -> None
             "here. Choose sdpa, eager or another of the library's own, or, if you know it, add "
             "model.trust_remote_code=true."
         )
-    build_quantization(quantization, compute_dtype(model))
+    dtype = compute_dtype(model)
+    sharding.check_packed(build_quantization(quantization, dtype), dtype)
     built = config.build(lora, "lora")
     if model.get("adapter"):
         adapters = list(filter(None, [adapter_in(model.adapter)]))  # a stage before may have yet to make it

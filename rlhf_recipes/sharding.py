@@ -76,6 +76,25 @@ def check(cfg: DictConfig, recipe: str) -> None:
         raise Refusal("doctor=strict: keeps the last good weights whole, and here they lie in parts. Use doctor=warn.")
 
 
+def check_packed(quantization, dtype: "torch.dtype") -> None:
+    """Refuse weights that FSDP would convert as if they were numbers.
+
+    Args:
+        quantization: transformers.BitsAndBytesConfig, or None.
+        dtype: that the run computes in.
+
+    Raises:
+        Refusal: `quantization` packs them in another 16-bit dtype.
+    """
+    packed = getattr(quantization, "bnb_4bit_quant_storage", dtype)
+    if is_on() and packed != dtype and packed.itemsize == dtype.itemsize == 2:
+        names = [str(each).removeprefix("torch.") for each in (packed, dtype)]
+        raise Refusal(
+            f"quantization.bnb_4bit_quant_storage={names[0]}: the run computes in {names[1]}, to which FSDP would "
+            f"convert the packed weights. Give quantization.bnb_4bit_quant_storage={names[1]}."
+        )
+
+
 @contextmanager
 def quantized_on_card():
     """Quantize on this process's card, a tensor at a time, what lies on the CPU before and after: there bitsandbytes
@@ -109,7 +128,17 @@ def prepare(trainer) -> None:
     """
     if not is_on():
         return
-    accelerator = trainer.accelerator
+    import torch
+    from accelerate.utils import convert_outputs_to_fp32
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    accelerator, plugin = trainer.accelerator, trainer.accelerator.state.fsdp_plugin
+    if (
+        policy := plugin.mixed_precision_policy
+    ):  # accelerate would round gradients, and losses that a forward pass sums
+        dtype = policy.param_dtype
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        trainer.model.forward = convert_outputs_to_fp32(trainer.model.forward)  # as without FSDP
     trainer.create_optimizer()
     prepared = accelerator.prepare(trainer.model, trainer.optimizer)
     trainer.model, trainer.optimizer = prepared

@@ -1,4 +1,4 @@
-"""Recipes on two gloo processes under FSDP2: `python -m sharded RUNS`, a JSON list with the arguments of each.
+"""Recipes on gloo processes under FSDP2: `python -m sharded ASKED`, JSON: what a launcher says, arguments of each run.
 
 Accelerate shards on accelerators alone: here a process group on the CPU passes for one of cards. Everything else is
 its own: the plugin from the launcher's environment, `prepare`, the saving of checkpoints. Beside a run lies what rank
@@ -6,6 +6,7 @@ its own: the plugin from the launcher's environment, `prepare`, the saving of ch
 """
 
 import json
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -70,7 +71,8 @@ def stop_after(step):
     return add
 
 
-def main(runs):
+def main(environment, runs):
+    os.environ |= environment
     pass_for_cards()
     from rlhf_recipes import ranks
     from rlhf_recipes.training import callbacks
@@ -94,4 +96,4 @@ def main(runs):
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    main(*json.loads(sys.argv[1]))
