@@ -31,6 +31,7 @@ def main(cfg):
         prompts = fit(prompts, tokenizer, cfg.max_prompt_length, cfg.data.too_long)
     print(describe(prompts.report), flush=True)
     run.create()
+    make_pairs.adopt(run)
 
     judge = Judge(asked, principles, cfg.judging, cfg.seed)
     worth = gate.examine(judge, gold, cfg, backend.Journal(run.dir / GATE))
@@ -42,7 +43,7 @@ def main(cfg):
         gate.confirm(gate.estimate(cfg, sources, rows, generator, judged=judge is not None))
         maker = make_pairs.PairMaker(generator, judge, principles, sources, cfg)
         shards = list(maker.shards(rows, run.dir / "shards"))
-        made = dataset.write(shards, run.dir, maker.provenance())
+        made = {"shards": cfg.shards} if cfg.shards else dataset.write(shards, run.dir, maker.provenance())
         result |= {"generator": generator.name, "labelled_by": "judge" if judge else "construction", **made}
         result |= {"spent": maker.spent(run.dir / GATE, shards), "counts": prompts.report}
     return report.finish(run, result)

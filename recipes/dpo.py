@@ -21,7 +21,7 @@ def main(cfg):
 
     from trl import DPOTrainer
 
-    from rlhf_recipes import inference, models
+    from rlhf_recipes import inference, models, sharding
     from rlhf_recipes.preference import forward
     from rlhf_recipes.training import account, callbacks, metrics
 
@@ -47,6 +47,7 @@ def main(cfg):
     account.check(trainer, pairs)
     callbacks.watch(trainer, run)
     run.create()
+    sharding.prepare(trainer)
 
     before = run.cached(
         pairs.test, lambda: inference.pair_logps(trainer.model, tokenizer, pairs.test, "Held out, before")

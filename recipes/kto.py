@@ -22,7 +22,7 @@ def main(cfg):
 
     from trl import KTOTrainer
 
-    from rlhf_recipes import inference, models
+    from rlhf_recipes import inference, models, sharding
     from rlhf_recipes.preference import forward
     from rlhf_recipes.training import account, callbacks, metrics
 
@@ -49,6 +49,7 @@ def main(cfg):
     account.check(trainer, answers)
     callbacks.watch(trainer, run)
     run.create()
+    sharding.prepare(trainer)
 
     before = run.cached(
         answers.test,

@@ -19,7 +19,7 @@ def main(cfg):
     run = Run.start(cfg, "orpo")
     pairs = load_pairs(cfg.data)
 
-    from rlhf_recipes import inference, models
+    from rlhf_recipes import inference, models, sharding
     from rlhf_recipes.preference import forward
     from rlhf_recipes.training import account, callbacks, metrics
 
@@ -43,6 +43,7 @@ def main(cfg):
     account.check(trainer, pairs)
     callbacks.watch(trainer, run)
     run.create()
+    sharding.prepare(trainer)
 
     before = run.cached(
         pairs.test, lambda: inference.pair_logps(trainer.model, tokenizer, pairs.test, "Held out, before")

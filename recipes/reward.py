@@ -18,7 +18,7 @@ def main(cfg):
     run = Run.start(cfg, "reward")
     pairs = load_pairs(cfg.data)
 
-    from rlhf_recipes import inference, models
+    from rlhf_recipes import inference, models, sharding
     from rlhf_recipes.preference import forward
     from rlhf_recipes.training import account, callbacks, metrics
     from rlhf_recipes.training.reward_trainer import SoftLabelRewardTrainer
@@ -43,6 +43,7 @@ def main(cfg):
     account.check(trainer, pairs)
     callbacks.watch(trainer, run)
     run.create()
+    sharding.prepare(trainer)
 
     before = inference.pair_rewards(trainer.model, tokenizer, pairs.test, "Held out, before")
     trainer.train(resume_from_checkpoint=run.checkpoint)

@@ -20,7 +20,7 @@ def main(cfg):
 
     from trl import SFTTrainer
 
-    from rlhf_recipes import inference, models
+    from rlhf_recipes import inference, models, sharding
     from rlhf_recipes.preference import forward
     from rlhf_recipes.training import account, callbacks, metrics
 
@@ -44,6 +44,7 @@ def main(cfg):
     account.check(trainer, demonstrations)
     callbacks.watch(trainer, run)
     run.create()
+    sharding.prepare(trainer)
 
     before = inference.demonstration_logps(trainer.model, tokenizer, demonstrations.test, "Held out, before")
     trainer.train(resume_from_checkpoint=run.checkpoint)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -30,6 +31,17 @@ def remember(program: str) -> None:
 def command(recipe: str) -> str:
     """How the user who started this process would start `recipe`."""
     return os.environ.get(TYPED, "python recipes/{}.py").replace("{}", recipe)
+
+
+def launched(recipe: str, config_file: str | Path) -> str:
+    """How that user would start `recipe` in several processes.
+
+    Args:
+        config_file: of Accelerate's launcher.
+    """
+    program = re.match(r"python (\S+\.py)$", command(recipe))
+    started = program.group(1) if program else f"-m rlhf_recipes.recipes.{recipe}"
+    return f"accelerate launch --config_file {shlex.quote(str(config_file))} {started}"
 
 
 def as_typed(shown: str) -> str:

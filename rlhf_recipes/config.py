@@ -11,6 +11,7 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.plugins.config_source import ConfigSource
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from rlhf_recipes import guard
@@ -43,6 +44,8 @@ def _own(id: str, value: Any, otherwise: Any = None, *, _parent_: DictConfig) ->
 # `${own:<id>,<value>}` beside an `id`: the value belongs to the model of that id; with another the key is null, or the
 # third argument.
 OmegaConf.register_new_resolver("own", _own)
+# `${part:3/8}`: what the folder of a part of a run has behind the run's name, .3-of-8; of null, nothing.
+OmegaConf.register_new_resolver("part", lambda shards: f".{str(shards).replace('/', '-of-')}" if shards else "")
 guard.look_at_what_hydra_composes()
 _store = ConfigStore.instance()
 # Hydra copies its sources, and this with them, for each composition and for each group that --help lists; what it
@@ -56,6 +59,17 @@ OmegaConf.set_struct(_model.chat_template_kwargs, False)
 _store.store(name="model_schema", node=_model)
 _store.store(name="open", node=OmegaConf.create({}, flags={"struct": False}))
 
+
+# What lies in conf/accelerate/ is for Accelerate's launcher, no group: neither --help nor a completion lists it.
+_list_group = ConfigSource._list_add_result
+
+
+def _list_our_group(self, files: list[str], file_path: str, file_name: str, results_filter: Any) -> None:
+    if file_path.lstrip("/").split("/")[0] != "accelerate":
+        _list_group(self, files, file_path, file_name, results_filter)
+
+
+ConfigSource._list_add_result = _list_our_group
 
 CONF = Path(__file__).with_name("conf")  # in a wheel; in a checkout it lies beside the package
 if not CONF.is_dir():

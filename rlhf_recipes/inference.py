@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_recipes import memory, progress, ranks
+from rlhf_recipes import memory, progress, ranks, sharding
 from rlhf_recipes.data.template import render
 from rlhf_recipes.data.tokens import common_prefix
 
@@ -217,7 +217,7 @@ def _batches(
         groups.append(rest[:size])
         rest = rest[size:]
     line, done = progress.Line(what, len(order)), 0
-    for number, group in ranks.share(groups):
+    for number, group in sharding.level(ranks.share(groups), groups):
         yield number, group
         memory.return_freed_memory()
         first = number - number % ranks.world_size()
@@ -267,9 +267,12 @@ def measuring(model):
     was_training, trainers_forward = model.training, vars(model).pop("forward", None)
     model.eval()
     try:
-        with torch.inference_mode(), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+        # FSDP keeps the buffers of its first forward, and training could not use those of inference mode.
+        without_gradients = torch.no_grad() if sharding.is_on() else torch.inference_mode()
+        with without_gradients, torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
             yield
     finally:
+        sharding.take_apart(model)
         model.train(was_training)
         if trainers_forward:
             model.forward = trainers_forward

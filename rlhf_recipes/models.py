@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import config, embedded, modules, places, ranks
+from rlhf_recipes import config, embedded, modules, places, ranks, sharding
 from rlhf_recipes.data import template
 from rlhf_recipes.errors import Refusal, first_line
 from rlhf_recipes.references import ModelRef, adapter_in, folder_of, trained_with
@@ -69,7 +69,8 @@ def check(model: DictConfig, quantization: DictConfig, lora: DictConfig) -> None
             "model.trust_remote_code=true."
         )
     modules.refuse_other_model(model)
-    build_quantization(quantization, compute_dtype(model))
+    dtype = compute_dtype(model)
+    sharding.check_packed(build_quantization(quantization, dtype), dtype)
     built = config.build(lora, "lora")
     if model.get("adapter"):
         adapters = list(filter(None, [adapter_in(model.adapter)]))  # a stage before may have yet to make it
@@ -333,8 +334,9 @@ def _load_base(model: DictConfig, quantization: DictConfig, auto_class: type, **
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    if torch.cuda.is_available():
-        # A task of Slurm's may see its own device alone.
+    if sharding.is_on():
+        kwargs["device_map"] = {"": "cpu"}
+    elif torch.cuda.is_available():  # where Slurm shows each process one card, that is the first
         kwargs["device_map"] = {"": ranks.local_rank() % torch.cuda.device_count()}
     if model.attn_implementation:
         kwargs["attn_implementation"] = model.attn_implementation
@@ -342,9 +344,9 @@ def _load_base(model: DictConfig, quantization: DictConfig, auto_class: type, **
     quantization_config = build_quantization(quantization, dtype)
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
-    base = _from_hub(
-        model, auto_class.from_pretrained, model_path(model), revision=model.revision, dtype=dtype, **kwargs
-    )
+    kwargs |= {"revision": model.revision, "dtype": dtype}
+    with sharding.quantized_on_card():
+        base = _from_hub(model, auto_class.from_pretrained, model_path(model), **kwargs)
     base.config.get_text_config().pad_token_id = load_tokenizer(model).pad_token_id
     if kwargs.get("num_labels") == 1 and base.score.weight.dtype != torch.float32:
         base.score.float()  # trained in full: rounded to bfloat16 it would not move at a usual learning rate
@@ -448,11 +450,12 @@ def save_adapter(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", folde
 
     Of several processes the first writes, and all wait for it.
     """
-    ranks.by_first(_save_adapter, model, tokenizer, folder, base)
+    state = sharding.trained_state(model)  # of all
+    ranks.by_first(_save_adapter, model, state, tokenizer, folder, base)
 
 
-def _save_adapter(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", folder: Path, base: DictConfig) -> None:
-    model.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
+def _save_adapter(model: "PeftModel", state: dict | None, tokenizer, folder: Path, base: DictConfig) -> None:
+    model.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False, state_dict=state)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; the run folder has the real one
     path = folder / "adapter_config.json"
     adapter_config = json.loads(path.read_text())
@@ -465,22 +468,37 @@ def _save_adapter(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", fold
 def prove_reload(model: "PeftModel", folder: Path, score) -> None:
     """Load the saved adapter, score head included, beside the trained one: both must score alike, bit for bit.
 
+    Beside a model in parts nothing can be loaded: there every tensor must be alike.
+
     Args:
         score: returns scores of a held-out batch under the active adapter.
 
     Raises:
         RuntimeError: they differ, so what was saved is not what was trained.
     """
-    trained = score()
-    model.load_adapter(str(folder), adapter_name="reloaded")
-    model.set_adapter("reloaded")
-    reloaded = score()
-    model.set_adapter("default")
-    model.delete_adapter("reloaded")
-    if reloaded != trained:
+    if state := sharding.trained_state(model):
+        same = ranks.by_first(_holds, folder, model, state)
+    else:
+        trained = score()
+        model.load_adapter(str(folder), adapter_name="reloaded")
+        model.set_adapter("reloaded")
+        same = score() == trained
+        model.set_adapter("default")
+        model.delete_adapter("reloaded")
+    if not same:
         raise RuntimeError(
             f"{folder}: the saved reward model scores a held-out batch differently from the trained one."
         )
+
+
+def _holds(folder: Path, model: "PeftModel", state: dict) -> bool:
+    """Whether a saved adapter is the trained weights, and nothing else."""
+    from peft import get_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    trained = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+    saved = load_peft_weights(str(folder), device="cpu")
+    return saved.keys() == trained.keys() and all(saved[name].equal(trained[name]) for name in saved)
 
 
 def model_path(model: DictConfig) -> str:

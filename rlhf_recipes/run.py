@@ -37,7 +37,7 @@ LIBRARIES = (
     "huggingface_hub",
 )
 # Where a run lies and whether it may continue say nothing about what it computes.
-_NOT_COMPUTED = ("run_name", "resume", "overwrite", "sweep", "preflight", "allow_target")
+_NOT_COMPUTED = ("run_name", "resume", "overwrite", "sweep", "preflight", "allow_target", "shards")
 # What an interrupted cai or audit goes on from: the first file or folder of many that it keeps.
 GATE, SCORES = "gate.jsonl", "scores"
 KEPT = {GATE: "what was answered", SCORES: "what was scored"}

@@ -1,4 +1,6 @@
-"""A recipe with a death sentence: `python -m killed "step 5" dpo trainer.max_steps=9` ends by SIGKILL in step 5."""
+"""A recipe with a death sentence: `python -m killed "step 5" dpo trainer.max_steps=9` ends by SIGKILL in step 5.
+
+"told in 5" sends it SIGUSR1, which it can hear."""
 
 import os
 import runpy
@@ -16,9 +18,10 @@ def arm(what, moment=None):
     def die(*_args, **_kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
 
-    if what == "step":
+    if what in ("step", "told in"):
+        sentence = die if what == "step" else lambda: os.kill(os.getpid(), signal.SIGUSR1)
         callbacks.Progress.on_step_end = lambda self, args, state, *_, **__: (
-            die() if state.global_step == int(moment) else None
+            sentence() if state.global_step == int(moment) else None
         )
     elif what == "weights of":
         save = Trainer._save_optimizer_and_scheduler

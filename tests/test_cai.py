@@ -9,6 +9,9 @@ import time
 import pytest
 from conftest import TINY_ID
 
+from rlhf_recipes.cai import make_pairs
+from rlhf_recipes.errors import Refusal
+
 SMALL = (
     "constitution=clinic",
     "data.train_size=6",
@@ -70,6 +73,31 @@ def test_a_run_says_what_became_of_every_pair(finished):
     assert len({entry["key"] for entry in asked}) == len(asked)
     assert result["spent"]["calls"] == len(asked)
     assert result["spent"]["completion_tokens"] == sum(entry["answer"]["tokens"] for entry in asked)
+
+
+def test_jobs_with_shards_of_their_own_are_joined_to_the_same(finished, run_recipe, terse, tmp_path):
+    """Two jobs as of an array, then the command without `shards`: it makes nothing itself."""
+    for part in ("1/2", "2/2"):
+        done = run_recipe("cai", *SMALL, *terse, f"shards={part}", cwd=tmp_path)
+        assert done.returncode == 0 and "when all 2 are done" in done.stdout, done
+    here, whole = tmp_path / "outputs/cai", finished[0] / "outputs/cai/main"
+    made = [sorted(path.name for path in (here / f"main.{k}-of-2/shards").iterdir()) for k in (1, 2)]
+    assert made == [["00000", "00002"], ["00001"]]
+    done = run_recipe("cai", *SMALL, *terse, cwd=tmp_path)
+    assert done.returncode == 0 and "shard 1/3" not in done.stdout + done.stderr, done
+    for file in ("funnel.json", "ledger.json", "README.md", "train_prefs.parquet", "train_sft.parquet"):
+        assert (here / "main" / file).read_bytes() == (whole / file).read_bytes(), file
+    assert json.loads((here / "main/result.json").read_text())["spent"]["calls"] == len(answers(whole)) + len(
+        [entry for line in (whole / "gate.jsonl").read_text().splitlines() for entry in json.loads(line)]
+    )
+    done = run_recipe("cai", *SMALL, *terse, "seed=7", "overwrite=true", cwd=tmp_path)
+    assert done.returncode == 2 and "main.1-of-2: was made with other settings" in done.stderr
+
+
+@pytest.mark.parametrize("shards", ["3/2", "0/2", "2", "a/b"])
+def test_parts_that_cannot_be_are_refused(compose, shards):
+    with pytest.raises(Refusal, match=f"^shards={shards}: must be k/n"):
+        make_pairs.check(compose("cai", f"shards={shards}"))
 
 
 def test_critique_and_revision_follow_one_principle(finished):

@@ -21,7 +21,7 @@ RECIPES = (*TRAINING, "cai", "evaluate", "audit", "publish", "pipeline")
 GROUPS = {
     folder.name: sorted(file.stem for file in folder.glob("*.yaml") if file.stem not in PARTS)
     for folder in CONF.iterdir()
-    if folder.is_dir() and folder.name not in ("experiment", "__pycache__")
+    if folder.is_dir() and folder.name not in ("accelerate", "experiment", "__pycache__")
 }
 EXPERIMENTS = sorted(
     str(file.relative_to(CONF / "experiment").with_suffix("")) for file in CONF.rglob("experiment/**/*.yaml")

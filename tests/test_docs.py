@@ -19,7 +19,8 @@ from rlhf_recipes.launch import keys
 from rlhf_recipes.launch.recipe import spelled_out
 
 COMMAND = re.compile(
-    r"(?:(?:\.venv/bin/)?python recipes/(\w+)\.py|python -m rlhf_recipes\.recipes\.(\w+)|rlhf-(\w+))(?: |$)"
+    r"(?:srun )?(?:(?:\.venv/bin/)?python|(?:accelerate launch|torchrun)(?: \S+)*?)"
+    r" (?:recipes/(\w+)\.py|-m rlhf_recipes\.recipes\.(\w+))(?: |$)|rlhf-(\w+)(?: |$)"
 )
 BENCHMARK = re.compile(r"python (tests/benchmarks/\w+\.py)(?: |$)")
 EXTRAS = re.compile(r'pip install -e "\.\[(\w+)\]"$')
@@ -75,6 +76,11 @@ def parsed(command):
 def check(compose, command):
     recipe, overrides, sweep = parsed(command)
     assert recipe in RECIPES, f"there is no recipe {recipe}"
+    if command.startswith("accelerate launch "):
+        from accelerate.commands.launch import launch_command_parser
+
+        file = launch_command_parser().parse_args(shlex.split(COMMAND.match(command)[0])[2:]).config_file
+        assert file is None or (ROOT / file).is_file(), f"there is no file {file}"
     composes(compose, recipe, tuple(overrides), sweep, " --help" in command or " --cfg" in command)
 
 
@@ -123,6 +129,7 @@ def test_a_shown_command_composes(compose, monkeypatch, command):
         "python recipes/unheard_of.py",
         "rlhf-dpo data.seed=x",
         "python recipes/dpo.py outputs/sft/main",
+        "accelerate launch --config_file conf/accelerate/dpp.yaml recipes/dpo.py",
     ],
 )
 def test_a_wrong_command_would_be_seen(compose, wrong):

@@ -2,18 +2,20 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
 
-from rlhf_recipes import memory, models, references
+from rlhf_recipes import config, memory, models, references
 from rlhf_recipes.data.fit import fit
 from rlhf_recipes.data.load import load_pairs
 from rlhf_recipes.launch.preflight import job as examination
 from rlhf_recipes.launch.preflight import look as preflight
 from rlhf_recipes.launch.preflight import predict_memory, real_steps, rows
+from rlhf_recipes.launch.preflight.report import JobReport
 from rlhf_recipes.launch.recipe import spelled_out
 from rlhf_recipes.run import Run
 
@@ -257,6 +259,37 @@ def test_what_does_not_fit_is_named_with_what_would(compose, tiny_overrides, tmp
     monkeypatch.setattr(memory, "free", lambda: 1)
     with pytest.raises(ValueError, match="Choose a smaller model"):
         look(compose, tmp_path / "f", *settings)
+
+
+LARGE = {  # as Qwen2.5-32B and Llama-3.1-70B are
+    "32b": {"hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64, "num_attention_heads": 40,
+            "num_key_value_heads": 8, "vocab_size": 152064},
+    "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+            "num_key_value_heads": 8, "vocab_size": 128256},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "free", "cards"), [("32b", 24, 1), ("70b", 48, 2), ("70b", 32, 2), ("70b", 24, 4)])
+def test_it_says_on_how_many_cards_a_large_model_fits(compose, tmp_path, monkeypatch, model, free, cards):
+    """In NF4, one pair of 1,024 tokens a micro-batch, with checkpointing: counted, no card is here."""
+    import torch
+    from transformers import LlamaConfig
+
+    LlamaConfig(**LARGE[model], tie_word_embeddings=False).save_pretrained(tmp_path)
+    small = ("trainer.per_device_train_batch_size=1", "trainer.gradient_checkpointing=true")
+    cfg = compose("dpo", f"model.path={tmp_path}", "model.id=tests/large", *small)
+    args = config.build(cfg.trainer, "trainer", use_cpu=True, bf16=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(memory, "free", lambda: free * GIB)
+    found, job = JobReport("", "dpo"), examination.Job("", "dpo", cfg, [])
+    predict = partial(predict_memory.predict, cfg, libraries=0)
+    examination._memory(found, job, args, predict_memory.Batch(2, 1024), predict, elsewhere=False)
+    if cards == 1:
+        assert max(gib for phase, gib in found.memory["phases"].items() if phase != "loading") < free
+    else:
+        launch = "accelerate launch --config_file conf/accelerate/fsdp2_qlora.yaml recipes/dpo.py"
+        assert f" Or in parts, on {cards} such cards: {launch} quantization=nf4_fsdp" in found.stops[0]
 
 
 def test_a_model_that_the_counts_are_not_of_is_no_reason_to_stop(compose, tiny_overrides, tmp_path, monkeypatch):

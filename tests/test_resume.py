@@ -48,10 +48,11 @@ KILLS = (
     ("step 5", 3),
     ("weights of 6", 3),  # the checkpoint's folder is there, without optimizer and trainer_state.json
     ("half the state of 9", 6),  # trainer_state.json is cut off
+    ("told in 10", 10),  # by a signal that it can hear: it saves that step, and ends
     ("adapter", 12),  # trained, but nothing saved: not even the 14th step of 14 is done twice
 )
 EVERYWHERE = "dpo"
-FEW = (KILLS[1], *KILLS[3:])
+FEW = (KILLS[1], KILLS[3], KILLS[-1])
 TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "tokens_per_second")
 
 
@@ -107,7 +108,10 @@ def test_killed_run_ends_with_the_same_adapter(launch, room, tiny_model_override
     continued = None
     for kill, next_start in KILLS if case == EVERYWHERE else FEW:
         done = launch(recipe, [*arguments, f"hydra.run.dir={killed.name}"], room, kill)
-        assert done.returncode == -signal.SIGKILL, done.stdout
+        assert done.returncode == (75 if "told" in kill else -signal.SIGKILL), done.stdout
+        if "told" in kill:
+            said = "Ended by SIGUSR1. Step 10 of 14 is saved. The same command goes on."
+            assert done.stdout.splitlines()[-1] == said and "Traceback" not in done.stdout
         assert ("Continuing" in done.stdout) == (continued is not None)
         assert continued is None or f"from step {continued}." in done.stdout
         assert not (killed / "result.json").exists()

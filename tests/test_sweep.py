@@ -15,7 +15,6 @@ from omegaconf import OmegaConf
 from test_evaluation_summary import fake
 
 from rlhf_recipes.evaluation import frontier, measure, sweeps
-from rlhf_recipes.launch import sweep
 from rlhf_recipes.run import write_atomically
 
 NODE = OmegaConf.create({"objective": "auto", "max_kl": None, "max_length_ratio": None})
@@ -102,6 +101,24 @@ def test_another_grid_does_not_overwrite(swept, command, run_recipe, tmp_path):
     other = run_recipe("dpo", *command, "trainer.beta=0.2,0.5", cwd=tmp_path)
     assert other.returncode == 1 and "holds a finished run" in other.stderr
     assert (copied / "0/result.json").read_text() == (folder / "0/result.json").read_text()
+
+
+def test_a_job_of_several_tasks_is_one_run(swept, command, run_recipe, tmp_path):
+    """submitit starts the tasks, each with half of every batch; the sweep has one row of them."""
+    _, folder, _ = swept
+    tasks = ["hydra/launcher=submitit_local", "hydra.launcher.tasks_per_node=2"]
+    halves = "trainer.per_device_train_batch_size=1"
+    done = run_recipe("dpo", *command, "trainer.beta=0.1", halves, *tasks, cwd=tmp_path, timeout=200)
+    assert done.returncode == 0, done
+    together = tmp_path / "outputs/dpo/betas"
+    assert [row["status"] for row in table(together)] == ["finished"]
+    results = [json.loads((each / "0/result.json").read_text()) for each in (together, folder)]
+    assert results[0]["world_size"] == 2 and results[0]["global_batch"] == results[1]["global_batch"]
+    losses = [
+        [json.loads(row)["loss"] for row in (each / "0/metrics.jsonl").read_text().splitlines() if '"loss"' in row]
+        for each in (together, folder)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("launcher", ["basic", "joblib", "submitit_local"])
@@ -290,20 +307,3 @@ def test_shipped_sweeps_compose_and_name_their_jobs(name, compose):
     assert compose(recipe, f"sweep={name}", *(["reward_funcs=x"] if recipe == "ppo" else [])).run_name == name
     for key in text.hydra.sweeper.params:
         assert f"${{{key}}}" in OmegaConf.to_container(text)["hydra"]["sweep"]["subdir"]
-
-
-def test_jobs_side_by_side_have_a_gpu_each(monkeypatch):
-    """Counted, not run: there is no GPU here."""
-    import torch
-
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    for numbers, shown, expected in (((5, 6), None, "1"), ((1,), "3,7", "7"), ((2, 0), "GPU-a,GPU-b", "GPU-a")):
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-        if shown:
-            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
-        for number in numbers:  # a worker keeps the GPU of its first job
-            sweep.take_gpu(2, number)
-        assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    sweep.take_gpu(1, 3)
-    assert "CUDA_VISIBLE_DEVICES" not in os.environ, "one job at a time has all of them"

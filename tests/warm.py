@@ -47,7 +47,8 @@ LIGHT = (
 )  # fmt: skip
 COMPOSED = ("dpo", "evaluate", "pipeline")  # what Hydra's parsers have seen, they know
 DRAWN = "RLHF_TEST_DRAWN"
-STARTED = ("rlhf_recipes.", "submitit.core._submit", "torch.distributed.run", "killed", "test_cai_data", "warm_")
+STARTED = ("rlhf_recipes.", "submitit.core._submit", "torch.distributed.run", "killed", "sharded", "test_cai_data",
+           "warm_")  # fmt: skip
 # Variables that the libraries read when they are imported; not those that `_become` sees to.
 READ = ("ACCELERATE_", "BNB_", "CUDA_", "HUGGINGFACE_", "LD_", "MALLOC_", "MKL_", "MPL", "OMP_", "OPENBLAS_",
         "PYTHON", "PYTORCH_", "TOKENIZERS_", "TORCH", "TRANSFORMERS_", "TRL_")  # fmt: skip

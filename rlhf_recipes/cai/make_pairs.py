@@ -4,9 +4,11 @@ A shard is a folder with `answers.jsonl` (what models answered, as it came) and,
 one record a prompt, with everything that was said about it. Nothing of a shard stays in memory.
 """
 
+import glob
 import hashlib
 import itertools
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -24,7 +26,8 @@ from rlhf_recipes.cai.judge import Judge, Judgement, Pair
 from rlhf_recipes.cai.load import find_judge_adapter
 from rlhf_recipes.errors import Refusal, nearest
 from rlhf_recipes.references import ModelRef
-from rlhf_recipes.run_folder import write_atomically
+from rlhf_recipes.run import GATE, Run, computed
+from rlhf_recipes.run_folder import read_config, write_atomically
 
 # Of one prompt: `prompt_id`, `family`, `split`, `prompt`, `draft`, `steps`, `pairs`; see `Maker.records`.
 Record = dict[str, Any]
@@ -49,6 +52,7 @@ def check(cfg: DictConfig) -> ModelRef | None:
         given = OmegaConf.select(cfg, key)
         if given < value:
             raise Refusal(f"{key}={given}: must be at least {value}. Change it.")
+    _part(cfg.shards)
     if not cfg.sources:
         raise Refusal(f"sources=[]: makes no pairs. Choose from {', '.join(SOURCES)}.")
     return find_judge_adapter(cfg.judge)
@@ -106,10 +110,10 @@ class PairMaker:
         }
 
     def shards(self, prompts: list[dict], folder: Path) -> Iterator[Path]:
-        """`records.jsonl` of each shard, in order, made or found."""
-        size = self.settings.shard_size
+        """`records.jsonl` of each shard, in order, made or found; of a part of the run, of its own shards alone."""
+        size, (first, parts) = self.settings.shard_size, _part(self.settings.shards)
         count = -(-len(prompts) // size)
-        for n in range(count):
+        for n in range(first, count, parts):
             done = folder / f"{n:05d}" / "records.jsonl"
             if ranks.by_first(done.exists):
                 self._same_prompts(done, prompts[n * size : (n + 1) * size])
@@ -287,6 +291,38 @@ class PairMaker:
         if pair["source"] == "revision" and verdict.p < 0.5:
             return "not_better"
         return "accepted"
+
+
+def _part(shards: str | None) -> tuple[int, int]:
+    """(number of the first shard, from 0; every how-manyth is made) of `shards`, k/n."""
+    found = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", shards or "1/1")
+    if not found or int(found[1]) > int(found[2]):
+        raise Refusal(f"shards={shards}: must be k/n, the k-th of n jobs, as in 3/8. Change it.")
+    return int(found[1]) - 1, int(found[2])
+
+
+def adopt(run: Run) -> None:
+    """Take over what the jobs `shards=k/n` of this run have made, each in a folder beside it.
+
+    Raises:
+        Refusal: one of them was made with other settings.
+    """
+    ranks.by_first(_adopt, run)
+
+
+def _adopt(run: Run) -> None:
+    for part in sorted(run.dir.parent.glob(f"{glob.escape(run.dir.name)}.*-of-*")):
+        if computed(read_config(part)) != computed(run.config):
+            raise Refusal(f"{part}: was made with other settings than {run.dir}. Remove it, or give its settings.")
+        gate = part / GATE
+        if gate.exists() and not (run.dir / GATE).exists():
+            write_atomically(run.dir / GATE, gate.read_text(encoding="utf-8"))
+        for done in sorted(part.glob("shards/*/records.jsonl")):
+            own = run.dir / "shards" / done.parent.name
+            if not (own / done.name).exists():
+                own.mkdir(parents=True, exist_ok=True)
+                for name in ("answers.jsonl", done.name):  # a shard with the second is a finished one
+                    write_atomically(own / name, (done.parent / name).read_text(encoding="utf-8"))
 
 
 def read(path: Path) -> Iterator[Record]:

@@ -159,6 +159,9 @@ def finish(run: Run, result: dict[str, Any]) -> float:
     if "funnel" not in result:
         run.write_result(result)
         print(f"  result    {line(run.dir / 'result.json')}", flush=True)
+        if "shards" in result:
+            jobs = result["shards"].partition("/")[2]
+            print(f"  next      the command without shards=, when all {jobs} are done", flush=True)
         return result["main"]["after"].value
     if ranks.is_first():
         draw_funnel(result["funnel"], run.dir / "funnel.png")

@@ -1,10 +1,8 @@
 """A pipeline's stages: check all of them first, run what is missing in processes of their own, summarise."""
 
 import json
-import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import textwrap
@@ -16,11 +14,11 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import config, run, run_folder
+from rlhf_recipes import config, ranks, run, run_folder, signals
 from rlhf_recipes.commands import as_typed, command
 from rlhf_recipes.data.load import check
 from rlhf_recipes.errors import Refusal, nearest
-from rlhf_recipes.launch import keys
+from rlhf_recipes.launch import cards, keys
 from rlhf_recipes.launch.refusals import WANTS_TRACEBACK, as_refusal
 from rlhf_recipes.overrides import quoted
 
@@ -28,7 +26,8 @@ WIDTH = 110
 SHOWN_ANSWERS = 4
 SUMMARY = "summary.json"
 NAME = r"\w[\w.-]*"  # no path
-INTERRUPTED = (130, -2)  # by Ctrl-C: exit status of a recipe, of a process that could not catch it
+# By Ctrl-C, exit status of a recipe, of a process that could not catch it; told to end.
+INTERRUPTED = (130, -2, signals.EXIT)
 
 
 @dataclass
@@ -51,11 +50,16 @@ class Stage:
 
 @dataclass
 class Plan:
-    """The stages of a pipeline and the folder they share."""
+    """The stages of a pipeline and the folder they share.
+
+    Attributes:
+        launch: file of Accelerate's launcher, by which the stages start; None: each is one process.
+    """
 
     dir: Path
     stages: list[Stage]
     lock: run_folder.Lock
+    launch: str | None = None
     started: float = field(default_factory=time.monotonic)
 
     def write(self) -> None:
@@ -78,6 +82,8 @@ def plan(cfg: DictConfig) -> Plan:
         Refusal: a stage has an unknown recipe or override, or was made with other settings before; the folder, or
             with `overwrite` that of a stage, holds foreign files; another process writes it.
     """
+    if cfg.launch and not Path(cfg.launch).is_file():
+        raise Refusal(f"launch={cfg.launch}: no such file. Give one of Accelerate's, conf/accelerate/ddp.yaml say.")
     here = run.relative(Path(cfg.output_dir))
     run_folder.refuse_foreign(here, only="pipeline")
     lock = run_folder.Lock(here)
@@ -102,7 +108,7 @@ def plan(cfg: DictConfig) -> Plan:
         if cfg.overwrite and entry.recipe != "publish":  # it replaces what its manifest lists
             run_folder.refuse_to_replace(stage.dir, config.flatten(run.resolved(own)))
         stages.append(stage)
-    return Plan(here, stages, lock)
+    return Plan(here, stages, lock, cfg.launch)
 
 
 def execute(plan: Plan) -> int:
@@ -115,12 +121,14 @@ def execute(plan: Plan) -> int:
             print(f"[{label}] finished before, kept: {stage.dir}", flush=True)
             continue
         print(f"\n[{label}] {command(stage.recipe)} {shlex.join(stage.overrides)}", flush=True)
-        code, stage.seconds = _run(stage, label)
+        code, stage.seconds = _run(stage, label, plan.launch)
         stage.ran = True
         # A verdict has an exit status of its own: what makes a stage finished is its result.
         stage.status = "finished" if stage.result() else "interrupted" if code in INTERRUPTED else "failed"
         plan.write()
         status = status or code
+        if code == signals.EXIT:
+            signals.end(f"{stage.name} was interrupted.")
         if code in INTERRUPTED:
             raise KeyboardInterrupt
         if stage.status != "finished":
@@ -147,19 +155,23 @@ def print_summary(plan: Plan, next_commands: list[str]) -> None:
     sys.stdout.flush()
 
 
-def _run(stage: Stage, label: str) -> tuple[int, float]:
+def _run(stage: Stage, label: str, launch: str | None) -> tuple[int, float]:
     begin = time.monotonic()
     command = [sys.executable, "-P", "-m", f"rlhf_recipes.recipes.{stage.recipe}", *stage.overrides]
-    environment = {**os.environ, "RLHF_RECIPES_STAGE": label}
+    environment = {**ranks.alone_env(), "RLHF_RECIPES_STAGE": label}
+    if launch and stage.recipe != "publish":
+        command[3:3] = ["accelerate.commands.launch", "--config_file", launch, "-m"]
+        environment = cards.give_back(environment)
     if not WANTS_TRACEBACK:
         environment.pop("HYDRA_FULL_ERROR", None)  # set by this process for itself
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the child does not outlive this process
     process = subprocess.Popen([*command, f"hydra.run.dir={stage.dir}"], env=environment)
     try:
         code = process.wait()
-    except KeyboardInterrupt:  # the child got it too: let it finish its line
-        code = process.wait()
-        code = code or 130
+    except KeyboardInterrupt as error:  # the child got it too: let it finish its line
+        if isinstance(error, signals.TakenBack):  # or did not
+            process.terminate()
+        process.wait()
+        code = signals.exit_status(error)
     finally:
         if process.poll() is None:
             process.terminate()

@@ -11,9 +11,10 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from rlhf_recipes import commands, overrides, ranks
+from rlhf_recipes import commands, overrides, ranks, sharding, signals
 from rlhf_recipes.config import in_sweep
 from rlhf_recipes.errors import Refusal
+from rlhf_recipes.launch import cards
 from rlhf_recipes.launch.keys import check
 from rlhf_recipes.launch.refusals import OneLine, print_bug
 
@@ -24,19 +25,23 @@ ALONE = ("pipeline", "publish")
 def recipe(name: str):
     """Decorate `main(cfg)` of recipes/<name>.py: Hydra over conf/<name>.yaml, errors of use on one line.
 
-    A refusal exits with 2, an interruption with 130. Whatever is no refusal keeps its traceback;
-    HYDRA_FULL_ERROR=1 shows it for refusals too.
+    A refusal exits with 2, an interruption with 130, the end of a machine (`signals`) with 75. Whatever is no refusal
+    keeps its traceback; HYDRA_FULL_ERROR=1 shows it for refusals too.
     """
 
     def decorate(main):
         @functools.wraps(main)
         def run_job(cfg: DictConfig):
+            signals.listen()
             if in_sweep() and "trainer" in cfg:
                 from rlhf_recipes.launch import sweep
 
                 return sweep.run_job(main, cfg)
             with OneLine(), _no_empty_folder():  # inside Hydra, which would announce the failure on a line of its own
                 check(cfg)
+                if name != "publish":
+                    cards.take_one(name, list(HydraConfig.get().overrides.task))
+                sharding.check(cfg, name)
                 if "trainer" in cfg and cfg.preflight.only:
                     from rlhf_recipes.launch.preflight import look
 

@@ -10,7 +10,7 @@ from typing import NoReturn
 import hydra
 from omegaconf import OmegaConf
 
-from rlhf_recipes import ranks, secrets, text
+from rlhf_recipes import ranks, secrets, signals, text
 from rlhf_recipes.config import CONF, flatten
 from rlhf_recipes.errors import Refusal, first_line, nearest
 
@@ -52,11 +52,12 @@ class OneLine:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)  # 128 + SIGPIPE
         if isinstance(error, KeyboardInterrupt):
-            _leave_the_word_to_the_first(130)
+            code = signals.exit_status(error)
+            _leave_the_word_to_the_first(code)
             below = "\n" if sys.stderr.isatty() else ""  # the progress line is still being written
             said = str(error) or "Interrupted. The same command continues from the last checkpoint."
             print(f"{below}{text.line(secrets.redact(said))}", file=sys.stderr)
-            sys.exit(130)
+            sys.exit(code)
         print_error(error, self.config_name)
 
 

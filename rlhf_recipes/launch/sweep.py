@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from rlhf_recipes import config, memory, ranks, run, run_folder
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.evaluation.sweeps import ROWS, check, describe, may_be_best, read_measurements, rebuild
-from rlhf_recipes.launch import keys
+from rlhf_recipes.launch import cards, keys
 from rlhf_recipes.launch.preflight import look
 from rlhf_recipes.launch.refusals import as_refusal, print_error
 from rlhf_recipes.secrets import redact
@@ -30,12 +30,13 @@ def run_job(main, cfg: DictConfig) -> float:
     Returns:
         The objective, which is better when it is higher; minus infinity where the job failed.
     """
+    _say_which_task()
     hydra = HydraConfig.get()
     folder, own = run.relative(Path(hydra.sweep.dir).absolute()), hydra.sweep.subdir
     row: dict[str, Any] = {"job": own, "overrides": list(hydra.overrides.task), "status": "failed"}
     begin, os.environ["RLHF_RECIPES_STAGE"] = time.monotonic(), own  # before every progress line
+    cards.take_for_job(hydra.job.num)
     memory.forget_peak()
-    take_gpu(hydra.launcher.get("n_jobs", 1), hydra.job.num)
     try:
         keys.check(cfg)
         check(cfg.sweep)
@@ -62,25 +63,19 @@ def run_job(main, cfg: DictConfig) -> float:
     text = json.dumps(row, indent=2, ensure_ascii=False, default=asdict)
     run_folder.write_atomically(folder / ROWS / f"{own}.json", text + "\n")
     table = rebuild([folder], folder, cfg.sweep)
+    ranks.barrier()  # submitit may end all tasks with the first that ends
     return next((r["value"] for r in table["rows"] if r["job"] == own and may_be_best(r)), -math.inf)
 
 
-def take_gpu(jobs_at_a_time: int, number: int) -> None:
-    """Give a worker of a launcher that runs several jobs on one machine a GPU of its own: that of its first job, which
-    it keeps.
+def _say_which_task() -> None:
+    """A job of several tasks (`hydra.launcher.tasks_per_node`) is one run of several processes: say so in the
+    variables that a launcher sets."""
+    if "SUBMITIT_EXECUTOR" in os.environ:
+        from submitit import JobEnvironment
+        from submitit.helpers import TorchDistributedEnvironment
 
-    Args:
-        jobs_at_a_time: joblib's `n_jobs`.
-        number: of the job in the sweep.
-    """
-    import torch
-
-    if jobs_at_a_time == 1 or torch.cuda.is_initialized():
-        return
-    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = shown.split(",") if shown else [str(each) for each in range(torch.cuda.device_count())]
-    if len(gpus) > 1:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
+        if JobEnvironment().num_tasks > 1:
+            TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
 
 
 class Summary(Callback):
@@ -100,6 +95,8 @@ class Summary(Callback):
                 )
             run_folder.refuse_foreign(here, only="sweep")
             self.lock = run_folder.Lock(here)
+            if "slurm" not in config.hydra.launcher._target_.lower():  # whose jobs run elsewhere
+                cards.take_one(config.hydra.job.config_name)
             if "trainer" in config:
                 check(config.sweep)
                 look.before_sweep(config)
@@ -149,6 +146,7 @@ def _measure(folder: Path, sweep: Path, cfg: DictConfig) -> str | None:
         others = (read_measurements(path.parent) for path in sorted(sweep.glob("*/measurements.json")))
         alike = {**_measured_as(fingerprint), "adapter": None}
         before = next((m for m in others if {**_measured_as(m.fingerprint), "adapter": None} == alike), None)
+        before = ranks.from_first(before)
         scorer = measure.find_scorer(settings.reward_model, cfg.model.id, adapter_base=cfg.model.adapter_base)
         models.check_templates(cfg.model, [each.adapter for each in scorer], reward=True)
         try:

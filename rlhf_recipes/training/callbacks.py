@@ -8,7 +8,7 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
-from rlhf_recipes import memory, methods, progress, ranks, text
+from rlhf_recipes import memory, methods, progress, ranks, signals, text
 from rlhf_recipes.errors import Refusal, first_line
 from rlhf_recipes.run_folder import write_atomically
 from rlhf_recipes.secrets import redact
@@ -31,6 +31,7 @@ def watch(trainer, run) -> None:
         trainer.add_callback(Doctor(run, trainer, strict=run.config["doctor"] == "strict"))
     trainer.add_callback(MetricsFile(run.dir / "metrics.jsonl"))
     trainer.add_callback(ReturnFreedMemory())
+    trainer.add_callback(EndWhenTold())
     if trainer.args.report_to:
         trainer.add_callback(Tracker(trainer))
     if hasattr(trainer, "samples"):
@@ -55,6 +56,26 @@ class Progress(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.line.update(state.global_step, self.metrics)
+
+
+class EndWhenTold(TrainerCallback):
+    """A machine that is taken back: the step at hand is the last, and a checkpoint is written of it."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.told = False
+        signals.train(True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.told = signals.told()
+        if self.told:
+            control.should_save = True
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.told:
+            signals.end(f"Step {state.global_step} of {state.max_steps} is saved.")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        signals.train(False)
 
 
 class MetricsFile(TrainerCallback):

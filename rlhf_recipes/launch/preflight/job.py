@@ -13,7 +13,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import memory, methods, models, ranks, references, run
+from rlhf_recipes import config, memory, methods, models, ranks, references, run, sharding
+from rlhf_recipes.commands import launched
 from rlhf_recipes.data.fit import fit
 from rlhf_recipes.data.labelled import micro_batches
 from rlhf_recipes.data.load import LOADERS, load_labelled
@@ -27,6 +28,7 @@ GIB = predict_memory.GIB
 # Runs over many lengths took up to so much more than predicted: within it a job is warned of, not stopped.
 MARGIN = 0.5
 SHORTEST = 128  # tokens that a proposal leaves
+CARDS = (2, 4, 8)  # over which a model may be sharded
 FEW_ENDS, MANY_CUT, SOME_REFUSALS = 0.9, 0.05, 0.01
 
 
@@ -122,7 +124,7 @@ def _look(job: Job, looked_at: Cache, found: JobReport) -> None:
     if cfg.get("fast_forward") and not methods.of(recipe, cfg.trainer._target_).logit_bytes:
         largest = _fast(largest, args, splits.sizes["train"])
     _memory(found, job, args, largest, predict, looked_at.elsewhere)
-    if looked_at.measure and not found.stops and not later:
+    if looked_at.measure and not found.stops and not later and not sharding.is_on():  # a step is of one process
         shape = _shape(cfg, recipe)
         if shape not in looked_at.measured:
             print(f"  steps    real ones of {job.name or recipe}, in a process of their own ...", flush=True)
@@ -256,6 +258,7 @@ def _memory(
         found.watch.append(str(error))
         return
     found.lora = {"numbers": base.lora, "bytes": base.lora * (4 + 4 + predict_memory.state_bytes(args.optim))}
+    predict = partial(predict, cards=ranks.world_size() if sharding.is_on() else 1)
     found.memory = predict(args, base, batch) | {"free_gib": None}
     if elsewhere:
         return
@@ -265,9 +268,28 @@ def _memory(
     if peak > free:
         fitting = proposal(job.recipe, args, batch, lambda args, batch: predict(args, base, batch)["peak_gib"] <= free)
         advice = f"It fits with {' '.join(fitting)}" if fitting else "Choose a smaller model or another machine"
-        found.stops.append(f"{needs} {advice}.")
+        found.stops.append(f"{needs} {advice}.{_in_parts(job, args, base, batch, predict, free)}")
     elif peak * (1 + MARGIN) > free:
         found.watch.append(f"memory is tight: {needs}")
+
+
+def _in_parts(job: Job, args, base, batch: predict_memory.Batch, predict: Callable[..., dict], free: float) -> str:
+    """The command that shards it over the fewest cards like this one that have room for it; "" where none does."""
+    if job.recipe == "ppo" or job.cfg.quantization.get("load_in_8bit") or sharding.is_on():
+        return ""
+    for cards in CARDS:
+        needs = partial(predict, cards=cards)
+
+        def fits(args, batch, needs=needs) -> bool:
+            return needs(args, base, batch)["peak_gib"] <= free
+
+        changes = proposal(job.recipe, args, batch, fits)
+        if changes or fits(args, batch):
+            file = run.relative(config.CONF / "accelerate" / "fsdp2_qlora.yaml")
+            packed = ["quantization=nf4_fsdp"] if job.cfg.quantization.get("load_in_4bit") else []
+            words = " ".join([launched(job.recipe, file), *packed, *changes])
+            return f" Or in parts, on {cards} such cards: {words}"
+    return ""
 
 
 def proposal(

@@ -185,7 +185,9 @@ def _adapted(model, cfg: DictConfig, task_type: str) -> tuple[list, int, int]:
     return layers, sum(p.numel() for p in adapted.parameters() if p.requires_grad), lora.r
 
 
-def predict(cfg: DictConfig, args, base: Backbone, batch: Batch, libraries: float, rewards: int = 0) -> dict:
+def predict(
+    cfg: DictConfig, args, base: Backbone, batch: Batch, libraries: float, rewards: int = 0, cards: int = 1
+) -> dict:
     """The peak and what it is made of.
 
     Args:
@@ -193,6 +195,7 @@ def predict(cfg: DictConfig, args, base: Backbone, batch: Batch, libraries: floa
         batch: the largest micro-batch that the data have.
         libraries: bytes of the process before it loads a model.
         rewards: PPO's reward models that are adapters on the policy's base.
+        cards: on how many GPUs the base and what is trained lie in parts (FSDP2); the peak is that of each.
 
     Returns:
         `peak_gib`; `where`, cpu or cuda; `when`, the phase of the peak; `roles`, role -> GiB at the peak; `phases`,
@@ -205,19 +208,19 @@ def predict(cfg: DictConfig, args, base: Backbone, batch: Batch, libraries: floa
     always = (
         {"libraries": libraries + STARTED, "base": base.stored + base.packed}
         if where == "cpu"
-        else {"base": base.weights}
+        else {"base": _part(base, cards)}
     )
     if where == "cpu" and base.item == 2:
         always["kernels"] = KERNEL_BYTES * min(batch.shapes, KERNELS_KEPT)
-    trained = base.lora * (1 + (recipe == "ppo" and args.value == "separate"))
+    trained = base.lora * (1 + (recipe == "ppo" and args.value == "separate")) / cards
     always["LoRA"] = 4.0 * trained
     always["optimizer"] = state_bytes(args.optim) * trained
     if cfg.model.adapter and methods.of(recipe).reference:
-        always["reference"] = 4.0 * base.lora
+        always["reference"] = 4.0 * base.lora / cards
     if recipe == "ppo":
         always["reward"] = 4.0 * base.lora * rewards
     phases = {
-        "loading": {"base": base.stored if where == "cuda" else 0.0},
+        "loading": {"base": base.stored if where == "cuda" and cards == 1 else 0.0},
         "held-out": _held_out(base, batch, where),
         "step": {"gradients": 4.0 * trained, **_step(base, batch, where, args)},
     }
@@ -238,6 +241,16 @@ def predict(cfg: DictConfig, args, base: Backbone, batch: Batch, libraries: floa
         "roles": {role: size / GIB for role, size in roles.items() if size},
         "phases": {phase: size / GIB for phase, size in totals.items()},
     }
+
+
+def _part(base: Backbone, cards: int) -> float:
+    """Bytes of the base on one of the cards that share it: its part, two layers that are put together at a time, and
+    embeddings and head, which are whole at the end of a forward pass."""
+    if cards == 1:
+        return base.weights
+    shape = base.config
+    ends = shape.vocab_size * shape.hidden_size * base.item * (1 if shape.tie_word_embeddings else 2)
+    return base.weights / cards + 2 * (base.weights - ends) / shape.num_hidden_layers + ends
 
 
 def _step(base: Backbone, batch: Batch, where: str, args) -> dict[str, float]:

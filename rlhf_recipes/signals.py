@@ -1,0 +1,79 @@
+"""SIGTERM and SIGUSR1, by which Slurm, a spot machine or a container's host takes a machine back.
+
+A training ends after the step at hand, with a checkpoint; anything else at once. The exit status is 75, and the same
+command goes on: a batch script requeues by it.
+"""
+
+import signal
+import sys
+
+from rlhf_recipes import ranks
+
+EXIT = 75  # EX_TEMPFAIL of <sysexits.h>: the same command, later
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class TakenBack(KeyboardInterrupt):
+    """The process was told to end; it says so in one line, with the exit status `EXIT`."""
+
+
+_training = False
+_told: signal.Signals | None = None
+# Of submitit, which puts the job into the queue again.
+_requeue = None
+
+
+def listen() -> None:
+    """End by these signals as this module says, from here on.
+
+    In a job of submitit its own signal is one of them: its handler comes after ours, and puts the job into the queue
+    again. SIGTERM is nothing there, since its own follows.
+    """
+    global _requeue
+    for number in (*SIGNALS, signal.SIGUSR2):
+        before = signal.getsignal(number)
+        if getattr(before, "__name__", "") == "checkpoint_and_try_requeue":
+            _requeue = before
+        elif before is not signal.SIG_DFL or number not in SIGNALS:
+            continue
+        signal.signal(number, _hear)
+
+
+def train(yes: bool) -> None:
+    """Say that a training begins, which ends between two steps alone, or has ended."""
+    global _training
+    _training = yes
+    if not yes and _told:
+        end("The training was over.")
+
+
+def told() -> bool:
+    """Whether any of the processes of this run was told to end; each of them asks after the same step."""
+    return any(ranks.gather([_told is not None]))
+
+
+def end(state: str) -> None:
+    """End this process.
+
+    Raises:
+        TakenBack: says `state`.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # the end is under way
+    said = f"Ended by {_told.name}. {state}" if _told else f"Ended. {state}"
+    if _requeue:
+        print(said, file=sys.stderr, flush=True)
+        _requeue(signal.SIGUSR2, None)  # the first process ends here
+        signal.pause()  # the others must not end the job before it is in the queue
+    raise TakenBack(f"{said} The same command goes on.")
+
+
+def _hear(number: int, frame) -> None:
+    global _told
+    _told = signal.Signals(number)
+    if not _training:
+        end("What was done before is kept.")
+
+
+def exit_status(error: KeyboardInterrupt) -> int:
+    return EXIT if isinstance(error, TakenBack) else 130

@@ -1,0 +1,267 @@
+"""A model in parts on two processes (FSDP2), by accelerate's own prepare: it trains like one that is whole."""
+
+import contextlib
+import json
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from omegaconf import OmegaConf
+
+from rlhf_recipes import ranks, sharding
+from rlhf_recipes.errors import Refusal
+
+FILE = ROOT / "conf/accelerate/fsdp2_qlora.yaml"
+EXACT = ("model.dtype=float32", "trainer.bf16=false")
+STEPS = (
+    "data.train_size=8",
+    "data.eval_size=6",
+    "trainer.max_steps=2",
+    "trainer.gradient_accumulation_steps=1",
+    "trainer.learning_rate=1e-2",
+    "trainer.warmup_steps=0",
+    "trainer.logging_steps=1",
+    "trainer.save_steps=1",
+)
+# Recipe, overrides, and how near its numbers must come; the last computes in bfloat16 where the processor does.
+RUNS = {
+    "none": ("dpo", ("quantization=none", *EXACT), 1e-5),
+    "nf4": ("dpo", ("quantization=nf4_fsdp", *EXACT), 1e-5),
+    "reward": ("reward", ("quantization=nf4_fsdp",), 3e-2),
+}
+
+
+def launcher_environment():
+    """What `accelerate launch --config_file conf/accelerate/fsdp2_qlora.yaml` says to its processes."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    args = launch_command_parser().parse_args(["--config_file", str(FILE), "recipes/dpo.py"])
+    environment = prepare_multi_gpu_env(_validate_launch_command(args)[0])
+    return {key: value for key, value in environment.items() if key.startswith(("ACCELERATE_", "FSDP_"))}
+
+
+@pytest.fixture(scope="module")
+def trained(clean_env, warm_python, tiny_model_overrides, tmp_path_factory):
+    """{name: (run in parts, run of one process)}, folders: a batch has the same four rows, two on a process or all."""
+    here = tmp_path_factory.mktemp("fsdp")
+    runs = {
+        name: [recipe, *tiny_model_overrides, *own, *STEPS, f"run_name={name}"]
+        for name, (recipe, own, _) in RUNS.items()
+    }
+    parts = [[*run, "trainer.per_device_train_batch_size=2"] for run in runs.values()]
+    parts.insert(1, [parts[1][0], "stop=1", *parts[1][1:]])  # what is interrupted is continued
+    parts[0].append("trainer.save_strategy=no")
+    whole = [[*run, "trainer.per_device_train_batch_size=4"] for run in runs.values()]
+    env = {**clean_env, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    processes = []
+    for folder, environments, given in (("one", [env], whole), ("parts", _ranks(env), parts)):
+        (here / folder).mkdir()
+        for number, environment in enumerate(environments):
+            log = (here / folder / f"{number}.log").open("w")
+            asked = [launcher_environment() if "RANK" in environment else {}, given]
+            words = [warm_python, "-m", "sharded", json.dumps(asked)]
+            processes.append(subprocess.Popen(words, cwd=here / folder, env=environment, stdout=log, stderr=log))
+    codes = [process.wait(timeout=240) for process in processes]
+    logs = "\n".join(f"--- {log}\n{log.read_text()}" for log in sorted(here.glob("*/*.log")))
+    assert codes == [0, 0, 0], logs
+    return {
+        name: [here / folder / "outputs" / recipe / name for folder in ("parts", "one")]
+        for name, (recipe, *_) in RUNS.items()
+    }
+
+
+def _ranks(environment):
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    return [{**environment, **own, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+
+
+def rows_of(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows if "grad_norm" in row]
+
+
+def seen(folder):
+    return json.loads((folder / "seen.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_it_trains_like_one_that_is_whole(trained, name):
+    (parts, one), near = trained[name], RUNS[name][2]
+    assert [row[0] for row in rows_of(parts)] == [1, 2]
+    for (_, *found), (_, *expected) in zip(rows_of(parts), rows_of(one), strict=True):
+        assert found == pytest.approx(expected, rel=near)
+    before, after = seen(parts)["bytes"]
+    assert 0.45 * before < after < 0.55 * before, "a rank has half of the base"
+    for found, expected in zip(seen(parts)["measured"], seen(one)["measured"], strict=False):  # before and after
+        for row, its in zip(found["found"], expected["found"], strict=True):
+            assert row == pytest.approx(its, rel=near, abs=near)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["none", "nf4"])
+def test_one_process_reads_the_adapter(trained, compose, name):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from rlhf_recipes import inference, models
+
+    parts = trained[name][0]
+    node = OmegaConf.load(parts / "config.yaml")
+    base = models.load_base(node.model, node.quantization, AutoModelForCausalLM)
+    model, tokenizer = PeftModel.from_pretrained(base, str(parts / "adapter")), models.load_tokenizer(node.model)
+    before, after = seen(parts)["measured"]
+    found = inference.pair_logps(model, tokenizer, after["rows"])
+    for each, expected in zip(found, after["found"], strict=True):
+        assert each == pytest.approx(expected, abs=1e-5)
+    moved = max(abs(a["chosen_logp"] - b["chosen_logp"]) for a, b in zip(after["found"], before["found"], strict=True))
+    assert moved > 1e-3
+
+
+def test_the_base_is_read_tensor_by_tensor_on_the_cpu(tiny_model, compose, monkeypatch, tmp_path):
+    """Of 84 MB in bfloat16, 22 in NF4, no more than half are in memory at a time."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    from rlhf_recipes import models
+
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 64, "num_attention_heads": 8}
+    whole = LlamaForCausalLM(LlamaConfig(vocab_size=1000, **shape)).bfloat16()
+    size = sum(parameter.nbytes for parameter in whole.parameters())
+    whole.save_pretrained(tmp_path)
+    for file in (*tiny_model.glob("tokenizer*"), *tiny_model.glob("chat_template*")):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    del whole
+    for key, value in launcher_environment().items():
+        monkeypatch.setenv(key, value)
+    cfg = compose("dpo", "quantization=nf4_fsdp", f"model.path={tmp_path}", "model.id=tests/tiny")
+    load, given = AutoModelForCausalLM.from_pretrained, {}
+
+    def loaded(*args, **kwargs):
+        given.update(kwargs)
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded)
+    with peak_of_memory() as peak:
+        base = models.load_base(cfg.model, cfg.quantization, AutoModelForCausalLM)
+    assert given["device_map"] == {"": "cpu"}, "on a machine with a card, too"
+    packed = base.model.layers[0].mlp.up_proj.weight
+    assert packed.dtype == torch.bfloat16 and packed.nbytes == 256 * 512 / 2
+    assert peak["bytes"] < size / 2
+
+
+def test_a_card_quantizes_what_stays_on_the_cpu(monkeypatch):
+    """No card is here: the CPU passes for it."""
+    import torch
+    from bitsandbytes import functional
+
+    weight, sent = torch.randn(64, 64), []
+    packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    for key, value in launcher_environment().items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: sent.append(tensor) or tensor)
+    with sharding.quantized_on_card():
+        again, its_state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    functional.quantize_4bit(weight, quant_type="nf4")
+    assert len(sent) == 1 and sent[0] is weight
+    assert again.equal(packed) and its_state == state
+
+
+@contextlib.contextmanager
+def peak_of_memory():
+    """{"bytes": by how much this process's own memory (no mapped file) grew at most}."""
+    import gc
+
+    from rlhf_recipes import memory
+
+    def own():
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+        return 1024 * int(line.split()[1])
+
+    def look():
+        while not over.is_set():
+            peak["bytes"] = max(peak["bytes"], own() - before)
+            time.sleep(0.001)
+
+    gc.collect()
+    memory.return_freed_memory()
+    before, peak, over = own(), {"bytes": 0}, threading.Event()
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        yield peak
+    finally:
+        over.set()
+        looking.join()
+
+
+REFUSED = [
+    ("dpo", {}, ["quantization=nf4"], "quantization=nf4: packs integers.*quantization=nf4_fsdp"),
+    ("dpo", {}, ["quantization=int8"], "quantization=int8: FSDP shards no integers.*nf4_fsdp"),
+    ("dpo", {}, ["quantization=nf4_fsdp", "doctor=strict"], "doctor=strict: .*Use doctor=warn"),
+    (
+        "dpo",
+        {},
+        ["quantization=none", "trainer.precompute_ref_log_probs=true"],
+        "precompute_ref_log_probs=true: .*Leave",
+    ),
+    ("ppo", {}, ["quantization=nf4_fsdp", "reward_funcs=x"], "PPO samples token by token.*conf/accelerate/ddp.yaml"),
+    ("evaluate", {}, [], "recipes/evaluate.py does not train.*conf/accelerate/ddp.yaml"),
+    ("dpo", {"FSDP_VERSION": "1"}, [], "fsdp_version=1: .*Set fsdp_version: 2"),
+    ("dpo", {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}, [], "fsdp_state_dict_type: .*Set FULL_STATE_DICT"),
+    ("dpo", {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, [], "fsdp_cpu_ram_efficient_loading=true: .*Set false"),
+    ("dpo", {"ACCELERATE_USE_DEEPSPEED": "true"}, [], "distributed_type=DEEPSPEED: .*fsdp2_qlora.yaml, or ddp.yaml"),
+]
+
+
+@pytest.mark.parametrize(("recipe", "environment", "overrides", "says"), REFUSED)
+def test_what_cannot_run_in_parts_is_refused(compose, monkeypatch, recipe, environment, overrides, says):
+    cfg = compose(recipe, *overrides)
+    sharding.check(cfg, recipe)  # nobody asks for parts
+    for key, value in {**launcher_environment(), **environment}.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(Refusal, match=says) as refused:
+        sharding.check(cfg, recipe)
+    assert "\n" not in str(refused.value)
+
+
+def test_packed_weights_are_never_converted(monkeypatch):
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    packed = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_storage="bfloat16")
+    sharding.check_packed(packed, torch.float16)  # nobody asks for parts
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for dtype in (torch.bfloat16, torch.float32):
+        sharding.check_packed(packed, dtype)
+    sharding.check_packed(None, torch.float16)
+    with pytest.raises(Refusal, match=r"_storage=bfloat16: the run computes in float16.*_storage=float16"):
+        sharding.check_packed(packed, torch.float16)
+
+
+def test_every_rank_takes_as_many_batches(monkeypatch):
+    """A rank with one batch less would wait for the others in their last forward pass for ever."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    for count in range(1, 8):
+        shares = []
+        for rank in range(3):
+            monkeypatch.setenv("RANK", str(rank))
+            monkeypatch.setenv("LOCAL_RANK", str(rank))
+            batches = [[number] for number in range(count)]
+            shares.append(sharding.level(ranks.share(batches), batches))
+        assert len({len(share) for share in shares}) == 1
+        assert {number for share in shares for number, _ in share} == set(range(count))
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    assert sharding.level([(0, [0])], [[0], [1], [2], [3]]) == [(0, [0])]
