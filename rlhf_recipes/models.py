@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import config, embedded, modules, places
+from rlhf_recipes import config, embedded, memory, modules, places, ranks
 from rlhf_recipes.data import template
 from rlhf_recipes.errors import Refusal, first_line
 from rlhf_recipes.references import ModelRef, adapter_in, folder_of, trained_with
@@ -332,8 +331,6 @@ def _load_base(model: DictConfig, quantization: DictConfig, auto_class: type, **
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    if torch.cuda.is_available():
-        kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0))}
     if model.attn_implementation:
         kwargs["attn_implementation"] = model.attn_implementation
     dtype = compute_dtype(model)
@@ -341,14 +338,26 @@ def _load_base(model: DictConfig, quantization: DictConfig, auto_class: type, **
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
     base = _from_hub(
-        model, auto_class.from_pretrained, model_path(model), revision=model.revision, dtype=dtype, **kwargs
-    )
+        model, auto_class.from_pretrained, model_path(model), revision=model.revision, dtype=dtype,
+        **placed(), **kwargs,
+    )  # fmt: skip
     base.config.get_text_config().pad_token_id = load_tokenizer(model).pad_token_id
     if kwargs.get("num_labels") == 1 and base.score.weight.dtype != torch.float32:
         base.score.float()  # trained in full: rounded to bfloat16 it would not move at a usual learning rate
     keep_gradients_on_cpu(base)
     base.public_id = model.id  # what adapters say they belong to, wherever these weights were read from
     return base
+
+
+def placed() -> dict:
+    """What `from_pretrained` is told of the device: the GPU of this process, or nothing, which is the CPU; whose
+    allocator is then told that it computes."""
+    import torch
+
+    if torch.cuda.is_available():
+        return {"device_map": {"": ranks.local_rank()}}
+    memory.keep_freed_memory()
+    return {}
 
 
 def build_quantization(node: DictConfig, dtype):
@@ -384,6 +393,8 @@ def keep_gradients_on_cpu(model) -> None:
     for a kernel that has no backward: the LoRA of the layers before it (q, k, v, gate, up) gets no gradient, the
     rest gets the residual stream's alone, and the loss stays plausible (bitsandbytes 0.50).
     """
+    if model.device.type != "cpu":
+        return
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False

@@ -57,7 +57,7 @@ def compare(quantization: str, options: argparse.Namespace) -> dict:
     backend.tokenizer.decode = lambda ids, **_: " ".join(map(str, ids))  # the tokens themselves are compared
     model = models.load_base(cfg.model, cfg.quantization, AutoModelForCausalLM).eval()
     rows = [backend._encode(request, request.messages) for request in requests]
-    sizes = [len(batch) for batch in local._batches(rows)]
+    sizes = [len(batch) for batch in local._batches(rows, 1)]
     sides = {
         "model.generate": lambda count: plain_loop(model, backend, [row.ids for row in rows[:count]], sizes),
         "local": lambda count: answers(backend, requests[:count]),
