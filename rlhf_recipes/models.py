@@ -331,6 +331,9 @@ def _load_base(model: DictConfig, quantization: DictConfig, auto_class: type, **
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+    memory.keep_freed_memory()
+    if torch.cuda.is_available():
+        kwargs["device_map"] = {"": ranks.local_rank()}
     if model.attn_implementation:
         kwargs["attn_implementation"] = model.attn_implementation
     dtype = compute_dtype(model)
@@ -338,26 +341,14 @@ def _load_base(model: DictConfig, quantization: DictConfig, auto_class: type, **
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
     base = _from_hub(
-        model, auto_class.from_pretrained, model_path(model), revision=model.revision, dtype=dtype,
-        **placed(), **kwargs,
-    )  # fmt: skip
+        model, auto_class.from_pretrained, model_path(model), revision=model.revision, dtype=dtype, **kwargs
+    )
     base.config.get_text_config().pad_token_id = load_tokenizer(model).pad_token_id
     if kwargs.get("num_labels") == 1 and base.score.weight.dtype != torch.float32:
         base.score.float()  # trained in full: rounded to bfloat16 it would not move at a usual learning rate
     keep_gradients_on_cpu(base)
     base.public_id = model.id  # what adapters say they belong to, wherever these weights were read from
     return base
-
-
-def placed() -> dict:
-    """What `from_pretrained` is told of the device: the GPU of this process, or nothing, which is the CPU; whose
-    allocator is then told that it computes."""
-    import torch
-
-    if torch.cuda.is_available():
-        return {"device_map": {"": ranks.local_rank()}}
-    memory.keep_freed_memory()
-    return {}
 
 
 def build_quantization(node: DictConfig, dtype):

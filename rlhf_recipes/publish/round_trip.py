@@ -73,6 +73,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         absolute deviation of the scores (None for merged weights); `dtype`, `quantization`, `probes` (their hash),
         `machine`.
     """
+    import torch
     from omegaconf import OmegaConf
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -87,7 +88,8 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         auto, options = AutoModelForSequenceClassification, {"num_labels": 1}
     dtype = models.compute_dtype(node)
     if task["merged"]:
-        model = auto.from_pretrained(task["folder"], dtype=dtype, trust_remote_code=False, **models.placed())
+        where = {"": 0} if torch.cuda.is_available() else None
+        model = auto.from_pretrained(task["folder"], dtype=dtype, trust_remote_code=False, device_map=where)
     else:
         base = models.load_base(node, OmegaConf.create(task["quantization"]), auto, **options)
         model = PeftModel.from_pretrained(base, task["folder"])
