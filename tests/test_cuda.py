@@ -240,7 +240,8 @@ def test_an_8b_is_loaded_weight_by_weight_onto_a_gpu(gpu, compose, tmp_path):
     from transformers import LlamaConfig
 
     LlamaConfig(**LLAMA_8B, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
-    asked = {q: compose("dpo", f"model.path={tmp_path}", "model.id=x", f"quantization={q}") for q in ("nf4", "none")}
+    model = [f"model.path={tmp_path}", "model.id=x"]
+    asked = {q: compose("dpo", *model, f"quantization={q}") for q in ("nf4", "none")}
     args = models.training_args(asked["nf4"].trainer, Run(tmp_path, "dpo", {}))
     args.gradient_checkpointing = True
     gpu(15.9)
@@ -248,6 +249,8 @@ def test_an_8b_is_loaded_weight_by_weight_onto_a_gpu(gpu, compose, tmp_path):
     for quantization, cfg in asked.items():
         base = predict_memory.backbone(cfg, "dpo")
         predicted[quantization] = predict_memory.predict(cfg, args, base, predict_memory.Batch(2, 1024), 0)
+    trls_own = compose("orpo", *model, "trainer._target_=trl.experimental.orpo.ORPOConfig")
+    theirs = predict_memory.backbone(trls_own, "orpo")
     nf4, none = predicted["nf4"], predicted["none"]
     scales = (1 + 4 / 256) / 64  # bytes for a number
     head_and_embeddings, largest = 2 * 2 * 128256 * 4096, 2 * 14336 * 4096
@@ -255,6 +258,7 @@ def test_an_8b_is_loaded_weight_by_weight_onto_a_gpu(gpu, compose, tmp_path):
     loaded = beside + base.linear * (1 / 2 + scales) + head_and_embeddings + 2 * largest
     assert nf4["phases"]["loading"] == pytest.approx(loaded / GIB, rel=0.001)
     assert nf4["peak_gib"] < 12
+    assert theirs.weights == pytest.approx(base.linear * (1 / 2 + scales) + 2 * head_and_embeddings, rel=0.001)
     assert none["phases"]["loading"] == pytest.approx((beside + base.stored) / GIB)
 
 

@@ -125,12 +125,15 @@ def backbone(cfg: DictConfig, recipe: str) -> Backbone:
     packed, unpacked, largest = _quantized(model, quantization)
     layers, lora, rank = _adapted(model, cfg, "SEQ_CLS" if scores else "CAUSAL_LM")
     logit_bytes = methods.of(recipe, cfg.trainer._target_).logit_bytes
+    wide = logit_bytes > 0 and quantization is not None
+    # TRL's own ORPO and CPO keep in float32 what is not quantized: embeddings, head, norms.
+    unquantized = (stored - unpacked) * (4 / dtype.itemsize if wide else 1)
     d, f, half = shape.hidden_size, shape.intermediate_size, dtype.itemsize // 2
     found = Backbone(
         recipe=recipe,
         config=shape,
         stored=stored,
-        weights=stored - unpacked + packed,
+        weights=unquantized + packed,
         packed=packed,
         largest=largest,
         linear=sum(layer.weight.numel() for layer in layers),
@@ -138,11 +141,11 @@ def backbone(cfg: DictConfig, recipe: str) -> Backbone:
         kept=0,
         item=dtype.itemsize,
         logit_bytes=logit_bytes,
-        wide=logit_bytes > 0 and quantization is not None,
+        wide=wide,
     )
     each = len(layers) / shape.num_hidden_layers
     kept = half * (10 * d + 8 * f + 4 * found.keys + 2 * each * rank) + 8 * d + 4 * shape.num_attention_heads
-    return replace(found, kept=kept + 20 * d * found.wide)
+    return replace(found, kept=kept + 20 * d * wide)
 
 
 def _quantized(model, quantization) -> tuple[float, int, int]:
