@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
-    run.environment()  # as for a recipe: threads, allocator
+    run.environment()  # as for a recipe: threads
     machine = f"{platform.machine()}, {os.environ['OMP_NUM_THREADS']} threads"
     print(f"{datetime.date.today()}, {machine}, {options.requests} requests, model.dtype={options.dtype}", flush=True)
     figures = {name: compare(name, options) for name in ("nf4", "none")}
