@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench gpu-wheels clean
 
 demo: $(VENV)/demo
 	@$(BIN)/python recipes/pipeline.py experiment=pipeline/demo
@@ -17,6 +17,10 @@ lint: $(VENV)/dev
 bench: $(VENV)/dev
 	@$(BIN)/python tests/benchmarks/dpo_versus_trl.py
 	@$(BIN)/python tests/benchmarks/ppo_vs_trl.py
+
+# What tests/gpu/run.sh installs on a machine with a card and no network.
+gpu-wheels:
+	@bash tests/gpu/wheels.sh
 
 # The file appears when the installation is complete: an interrupted one starts again.
 $(VENV)/demo: WHAT := .[audit]

@@ -26,7 +26,7 @@ class ModelConfig:
     id: str = MISSING  # public name, written into adapters and cards
     path: str | None = None  # what is loaded: null = id, "embedded", or a local folder
     revision: str | None = None
-    dtype: str = "auto"  # auto: bfloat16 where the hardware computes in it, else float32
+    dtype: str = "auto"  # auto: bfloat16 where the hardware computes in it, else float16 (GPU), float32 (CPU)
     attn_implementation: str | None = None  # null: the library's choice for this hardware
     lora_targets: Any = "all-linear"
     pad_token: str | None = None  # null: the tokenizer's own

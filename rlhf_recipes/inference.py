@@ -20,6 +20,9 @@ Message = dict[str, str]
 LOGITS_BYTES, LOGITS_BYTES_ON_CPU = 2**29, 2**27
 # Padded tokens of one batch of a forward without logits.
 BATCH_TOKENS = 8192
+# Of a GPU's memory beside the weights, for each batch of these sizes: an 8B takes 1.3 GB for the logits, counting what
+# is computed of them, and 2.6 GB for activations, keys and values of that many tokens; a 70B takes 6 GB.
+BATCH_ROOM = 8 * 2**30
 
 
 def completion_logps(model, tokenizer, conversations: list[tuple[list[Message], list[Message]]], what: str):
@@ -42,7 +45,7 @@ def token_logps(model, pad_id: int, encoded: list[tuple[list[int], int]], what: 
     vocabulary = model.get_output_embeddings().weight.shape[0]
     results: list[Any] = [None] * len(encoded)
     with measuring(model):
-        for _, indices in _batches(encoded, what, model.device, vocabulary):
+        for _, indices in _batches(encoded, what, model, vocabulary):
             ids_BT, mask_BT, positions_BT = left_pad([encoded[i][0] for i in indices], pad_id, model.device)
             counts = [len(encoded[i][0]) - encoded[i][1] for i in indices]
             K = max(counts)
@@ -98,7 +101,7 @@ def rewards_and_features(model, tokenizer, conversations: list[list[Message]], w
     hook = base.score.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
     try:
         with measuring(model):
-            for _, indices in _batches(encoded, what, model.device):
+            for _, indices in _batches(encoded, what, model):
                 ids_BT, mask_BT, positions_BT = left_pad(
                     [encoded[i][0] for i in indices], tokenizer.pad_token_id, model.device
                 )
@@ -156,7 +159,7 @@ def generate(model, tokenizer, prompts: list[list[Message]], how: Sampling, what
     results: list[Any] = [None] * len(encoded)
     with measuring(model):
         longest = [(ids + [0] * how.max_new_tokens, 0) for ids, _ in encoded]
-        for number, indices in _batches(longest, what, model.device):
+        for number, indices in _batches(longest, what, model):
             torch.manual_seed(how.seed + number)  # what is drawn depends on the batch, not on whose it is
             ids_BT, mask_BT, _ = left_pad([encoded[i][0] for i in indices], tokenizer.pad_token_id, model.device)
             out_BT = complete(
@@ -193,8 +196,26 @@ def encode(tokenizer, prompt: list[Message], completion: list[Message] | None) -
     return ids, common_prefix(prompt_ids, ids)
 
 
+def batches_in_one(model) -> int:
+    """How many batches of the sizes above a GPU takes as one; 1 on a CPU."""
+    if model.device.type != "cuda":
+        return 1
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    # Adapters come and go between measurements that are compared.
+    weights = sum(p.nbytes for name, p in base.named_parameters() if "lora_" not in name)
+    return batches_beside(weights, model.device)
+
+
+def batches_beside(weights: float, device=None) -> int:
+    """The same for so many bytes of weights. What the GPU has, not what is free at the moment: measured again, or
+    continued, the same rows make the same batches, and round alike."""
+    import torch
+
+    return max(1, int((torch.cuda.get_device_properties(device).total_memory - weights) // BATCH_ROOM))
+
+
 def _batches(
-    encoded: list[tuple[list[int], int]], what: str, device, vocabulary: int = 0
+    encoded: list[tuple[list[int], int]], what: str, model, vocabulary: int = 0
 ) -> Iterator[tuple[int, list[int]]]:
     """This process's batches with their numbers: indices grouped by length, the longest first: an out-of-memory shows
     at once.
@@ -202,7 +223,9 @@ def _batches(
     Args:
         vocabulary: V where the forward pass makes logits of completions, 0 where it makes none that count.
     """
-    logits_bytes = LOGITS_BYTES_ON_CPU if device.type == "cpu" else LOGITS_BYTES
+    times = batches_in_one(model)
+    tokens = times * BATCH_TOKENS
+    logits_bytes = LOGITS_BYTES_ON_CPU if model.device.type == "cpu" else times * LOGITS_BYTES
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i][0]))
 
     groups, rest = [], order
@@ -211,7 +234,7 @@ def _batches(
         for i in rest:
             K = max(K, len(encoded[i][0]) - encoded[i][1] + 1)
             B = size + 1
-            if size and (B * T > BATCH_TOKENS or 4 * B * K * vocabulary > logits_bytes):
+            if size and (tokens < B * T or logits_bytes < 4 * B * K * vocabulary):
                 break
             size = B
         groups.append(rest[:size])
@@ -263,13 +286,14 @@ def measuring(model):
     """
     import torch
 
-    bf16 = model.config.dtype == torch.bfloat16
+    dtype = model.config.dtype
+    rounds = dtype in (torch.bfloat16, torch.float16)
     was_training, trainers_forward = model.training, vars(model).pop("forward", None)
     model.eval()
     try:
         # FSDP keeps the buffers of its first forward, and training could not use those of inference mode.
         without_gradients = torch.no_grad() if sharding.is_on() else torch.inference_mode()
-        with without_gradients, torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+        with without_gradients, torch.autocast(model.device.type, dtype, enabled=rounds):
             yield
     finally:
         sharding.take_apart(model)

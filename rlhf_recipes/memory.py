@@ -2,7 +2,8 @@
 
 By default glibc maps every buffer over 32 MiB from the kernel and hands it back when it is freed, page faults and all:
 on a CPU, where logits are that large, a third of a training step. Kept for the next step instead, the heap grows with
-the variety of shapes. Keeping inside a step and returning between steps is fast and small.
+the variety of shapes. Keeping inside a step and returning between steps is fast and small. Where a GPU computes, its
+own allocator does this, and glibc's is left as it is.
 """
 
 import ctypes
@@ -22,9 +23,15 @@ CGROUP = (
 )
 
 
+def on_gpu() -> bool:
+    """Whether what this process computes is computed on a GPU."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.cuda.is_available()
+
+
 def keep_freed_memory() -> None:
     """Reuse the buffers of a step within the step. `MALLOC_MMAP_MAX_` in the environment leaves glibc as it is."""
-    libc = _glibc()
+    libc = None if on_gpu() else _glibc()
     if libc and "MALLOC_MMAP_MAX_" not in os.environ:
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
@@ -32,7 +39,7 @@ def keep_freed_memory() -> None:
 
 def return_freed_memory() -> None:
     """Give the kernel back what no buffer uses."""
-    libc = _glibc()
+    libc = None if on_gpu() else _glibc()
     if libc:
         libc.malloc_trim(0)
 
@@ -72,17 +79,22 @@ def free() -> int:
     return min(left) // ranks.local_world_size()
 
 
-def forget_peak() -> None:
-    """Free what nothing refers to any more, and count the peak from here, as the next job of a sweep needs it. Where
-    the system cannot forget a peak (it is no Linux), the process's stays that of all jobs so far."""
+def make_room() -> None:
+    """Free what nothing refers to any more; on a GPU, what this process keeps for itself, too."""
     gc.collect()
     return_freed_memory()
+    if on_gpu():
+        sys.modules["torch"].cuda.empty_cache()
+
+
+def forget_peak() -> None:
+    """Make room, and count the peak from here, as the next job of a sweep needs it. Where the system cannot forget a
+    peak (it is no Linux), the process's stays that of all jobs so far."""
+    make_room()
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # man 5 proc: resets the peak resident set size
-    torch = sys.modules.get("torch")
-    if torch and torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    if on_gpu():
+        sys.modules["torch"].cuda.reset_peak_memory_stats()
 
 
 def _glibc():

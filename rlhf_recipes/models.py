@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import config, embedded, modules, places, ranks, sharding
+from rlhf_recipes import config, embedded, memory, modules, places, ranks, sharding
 from rlhf_recipes.data import template
 from rlhf_recipes.errors import Refusal, first_line
 from rlhf_recipes.references import ModelRef, adapter_in, folder_of, trained_with
@@ -334,6 +334,7 @@ def _load_base(model: DictConfig, quantization: DictConfig, auto_class: type, **
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+    memory.keep_freed_memory()
     if sharding.is_on():
         kwargs["device_map"] = {"": "cpu"}
     elif torch.cuda.is_available():  # where Slurm shows each process one card, that is the first
@@ -388,6 +389,8 @@ def keep_gradients_on_cpu(model) -> None:
     for a kernel that has no backward: the LoRA of the layers before it (q, k, v, gate, up) gets no gradient, the
     rest gets the residual stream's alone, and the loss stays plausible (bitsandbytes 0.50).
     """
+    if model.device.type != "cpu":
+        return
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False

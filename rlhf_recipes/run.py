@@ -88,6 +88,7 @@ class Run:
                 `model.adapter` names no adapter, or one that was trained on another base model; or `trainer` belongs
                 to another recipe.
         """
+        hide_gpus([cfg])
         environment()
         config = resolved(cfg)
         ranks.join((config.get("trainer") or {}).get("ddp_timeout") or ranks.SECONDS)
@@ -306,6 +307,23 @@ def device_name() -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
+def hide_gpus(configs: list[DictConfig]) -> None:
+    """Where every config has `trainer.use_cpu=true`, this process sees no GPU: libraries put a model on one that they
+    see, and precision and memory would be the GPU's.
+
+    Raises:
+        Refusal: it has looked at one already; CUDA does not look again.
+    """
+    if not all("trainer" in cfg and cfg.trainer.get("use_cpu") for cfg in configs):
+        return
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if memory.on_gpu():
+        raise Refusal(
+            "trainer.use_cpu=true: an earlier job of this process has used a GPU. Give jobs on a CPU a command of "
+            "their own."
+        )
+
+
 def environment() -> None:
     """Set what must be set before torch and trl are imported; what the user has set stays."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -319,7 +337,6 @@ def environment() -> None:
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.simplefilter("ignore", FutureWarning)  # libraries talking among themselves
-    memory.keep_freed_memory()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # names a kernel that training must not use
 
 

@@ -1,26 +1,90 @@
 """Drawing the next token, and completions of nothing but the model's own distribution.
 
-Shapes: B sequences, T tokens, K completion tokens, V vocabulary.
+Shapes: B sequences, T tokens, K completion tokens, H hidden size, V vocabulary.
 """
 
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import partial
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList
 
 
-def draw(logits_BV: Tensor, generators: list[torch.Generator]) -> Tensor:
-    """A token for each row from softmax(logits), shape (B, 1).
+class Draws:
+    """Tokens from softmax(logits), for each row by random numbers of its own seed: what a row draws depends on that
+    alone, not on batch, process or what ran before.
 
-    argmax(logits - log E) with E ~ Exp(1) is such a draw (Gumbel-max). Each row has a generator of its own, so that
-    what it draws depends on its seed alone, not on batch, process or what ran before.
+    On a CPU the token is argmax(logits - log E) with E ~ Exp(1) (Gumbel-max), row by row. On a GPU, where a launch for
+    each row takes as long as a layer, all rows are drawn at once: a row has one uniform number for each of its tokens,
+    and the token is where the cumulative distribution passes it. So the same seed draws other tokens on the two.
+
+    Args:
+        tokens: how many a row draws at most.
     """
-    noise_BV = torch.stack(
-        [
-            torch.empty_like(row_V).exponential_(generator=generator)
-            for row_V, generator in zip(logits_BV, generators, strict=True)
-        ]
-    )
-    return (logits_BV - noise_BV.log()).argmax(1, keepdim=True)
+
+    def __init__(self, seeds: list[int], device: torch.device, tokens: int):
+        self.drawn = 0
+        if device.type == "cuda":
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            drawn = [torch.rand(tokens, generator=generator, dtype=torch.float64) for generator in generators]
+            self.uniform_BK = torch.stack(drawn).to(device)
+        else:
+            self.uniform_BK = None
+            self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def draw(self, logits_BV: Tensor, rows: list[int]) -> Tensor:
+        """The next token of these of the rows, shape (B, 1)."""
+        k, self.drawn = self.drawn, self.drawn + 1
+        if self.uniform_BK is not None:
+            return quantile(logits_BV, self.uniform_BK[rows, k])
+        noise_BV = torch.stack(
+            [
+                torch.empty_like(row_V).exponential_(generator=self.generators[i])
+                for row_V, i in zip(logits_BV, rows, strict=True)
+            ]
+        )
+        return (logits_BV - noise_BV.log()).argmax(1, keepdim=True)
+
+
+def quantile(logits_BV: Tensor, at_B: Tensor) -> Tensor:
+    """The first token at which the cumulative distribution of each row exceeds `at`, in [0, 1); shape (B, 1).
+
+    In float64: of float32's 24 bits a vocabulary of 128,000 would leave the rare tokens few."""
+    cumulative_BV = logits_BV.softmax(1).cumsum(1, dtype=torch.float64)
+    at_B1 = at_B[:, None] * cumulative_BV[:, -1:]
+    return torch.searchsorted(cumulative_BV, at_B1, right=True).clamp(max=logits_BV.shape[1] - 1)
+
+
+def float32_head(head: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A language-model head whose logits, (..., H) -> (..., V), are float32 whatever the precision around: bfloat16
+    knows 8.0 and 8.0625 and nothing between, up to 0.1 nats a token.
+
+    A GPU multiplies 16-bit numbers into 32; a CPU does not, and its copy of the weights lives as long as what is
+    returned."""
+    weight, bias = head.weight, head.bias
+    if weight.device.type != "cuda":
+        weight, bias = weight.float(), None if bias is None else bias.float()
+    return partial(_float32_linear, weight=weight, bias=bias)
+
+
+@contextmanager
+def in_place_of(head: nn.Module, forward: Callable[[Tensor], Tensor]):
+    """The head computes `forward` meanwhile."""
+    head.forward = forward
+    try:
+        yield
+    finally:
+        del head.forward
+
+
+def _float32_linear(x: Tensor, *, weight: Tensor, bias: Tensor | None) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        if weight.dtype == torch.float32:
+            return nn.functional.linear(x.float(), weight, bias)
+        y = torch.mm(x.to(weight.dtype).flatten(0, -2), weight.T, out_dtype=torch.float32).unflatten(0, x.shape[:-1])
+        return y if bias is None else y + bias
 
 
 def complete(

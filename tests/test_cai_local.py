@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import random
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -482,6 +483,17 @@ def test_the_head_of_a_bfloat16_model_is_exact(model, tokenizer, options):
         hook.remove()
     assert worst > 1e-2  # what a bfloat16 head is off by
     assert "forward" not in vars(rounded.lm_head)
+
+
+def test_the_head_is_copied_once_for_many_batches(backend, monkeypatch):
+    from rlhf_recipes.cai import local
+
+    copied, to_float = [], torch.Tensor.float
+    monkeypatch.setattr(local, "BATCH_ROWS", 4)
+    monkeypatch.setattr(torch.nn.Parameter, "float", lambda own: copied.append(own) or to_float(own), raising=False)
+    answers(backend, choices(5, "A", "B", variants=2))
+    assert len([own for own in copied if own is backend.model.lm_head.weight]) == 1
+    assert not any(isinstance(held, partial) for held in vars(backend).values()), "a copy is kept"
 
 
 def test_the_head_is_restored_after_an_error(backend, monkeypatch):

@@ -4,14 +4,14 @@ Shapes: B requests of a batch, T tokens, V vocabulary.
 
 Few-shot examples stand at the start of every request of a step, a pair's conversation and replies before each of its
 questions: such a beginning ("stem") goes through the model once, and its keys and values are copied to what continues
-it, which may be a longer stem. Batches depend on the requests of a step alone, not on which of them are answered
-already, so that a continued run rounds as an uninterrupted one, nor on the processes that share them.
+it, which may be a longer stem. Batches depend on the requests of a step and on the device alone, not on which of them
+are answered already, so that a continued run rounds as an uninterrupted one, nor on the processes that share them.
 """
 
 import math
-from collections.abc import Container, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING
 
@@ -25,15 +25,16 @@ from rlhf_recipes.cai.backend import THOUGHT, Answer, Message, Request
 from rlhf_recipes.data.template import as_taken, render
 from rlhf_recipes.data.tokens import neutralise
 from rlhf_recipes.errors import Refusal
-from rlhf_recipes.inference import left_pad, stop_ids
+from rlhf_recipes.inference import batches_in_one, left_pad, stop_ids
 from rlhf_recipes.references import ModelRef
-from rlhf_recipes.sampling import draw
+from rlhf_recipes.sampling import Draws, float32_head, in_place_of
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Tokens of one batch, completions and padding included: keys and values of so many are in memory at a time.
+# Tokens of one batch, completions and padding included: keys and values of so many are in memory at a time. On a GPU
+# both are for each of `inference.batches_in_one`.
 BATCH_TOKENS = 16_384
 BATCH_ROWS = 64
 # A stem is worth a forward pass of its own where so many tokens are shared, and saved.
@@ -103,13 +104,18 @@ class Local:
         rows = [self._encode(r, each["prompt"]) for r, each in zip(requests, asked, strict=True)]
         line = progress.Line(what, len(rows), sum(request.key in known for request in requests))
         done = line.first
-        todo = [batch for batch in _batches(rows) if any(row.request.key not in known for row in batch)]
+        todo = [
+            batch
+            for batch in _batches(rows, batches_in_one(self.model))
+            if any(row.request.key not in known for row in batch)
+        ]
         for number, own in ranks.share(todo):
             for place, answers in sorted(dict(ranks.gather([(number, self._answers(own))])).items()):
                 yield [(row.request, answer) for row, answer in zip(todo[place], answers, strict=True)]
                 done += sum(row.request.key not in known for row in todo[place])
             line.update(done)
             memory.return_freed_memory()
+        vars(self).pop("_exact", None)  # a CPU's copy of the weights
 
     def _answers(self, batch: list["_Row"]) -> list[Answer]:
         with torch.inference_mode(), torch.autocast(self.model.device.type, enabled=False):
@@ -142,7 +148,7 @@ class Local:
             for tail in row.tails:
                 for k in range(len(tail)):
                     places.setdefault((*row.ids, *tail[:k]), len(places))
-        with self._exact_head():
+        with in_place_of(self._head, self._exact):
             logps_BV = self._start([list(ids) for ids in places], 0).logits.log_softmax(-1)
 
         def logp(ids: list[int], tail: list[int]) -> float:
@@ -157,14 +163,14 @@ class Local:
         """A token for every row at a time; a row that has ended leaves the batch."""
         first = batch[0].request
         state = self._start([row.ids for row in batch], first.max_new_tokens)
-        generators = [torch.Generator(self.model.device).manual_seed(row.request.seed) for row in batch]
+        draws = Draws([row.request.seed for row in batch], self.model.device, first.max_new_tokens)
         nucleus = TopPLogitsWarper(first.top_p) if first.top_p < 1 else lambda _, logits_BV: logits_BV  # it sorts V
         tokens: list[list[int]] = [[] for _ in batch]
         active = list(range(len(batch)))
         while True:
             if first.temperature:
                 logits_BV = nucleus(None, state.logits / first.temperature)
-                chosen_B1 = draw(logits_BV, [generators[i] for i in active])
+                chosen_B1 = draws.draw(logits_BV, active)
             else:
                 chosen_B1 = state.logits.argmax(1, keepdim=True)
             going = []
@@ -191,17 +197,15 @@ class Local:
             for row, ids in zip(batch, tokens, strict=True)
         ]
 
-    @contextmanager
-    def _exact_head(self):
-        """Logits in float32: bfloat16 knows 8.0 and 8.0625 and nothing between, which is more than many judgements."""
+    @property
+    def _head(self) -> torch.nn.Module:
         head = self.model.get_output_embeddings()
-        head = getattr(head, "base_layer", head)  # a LoRA beside it keeps what it adds
-        weight, bias = head.weight.float(), None if head.bias is None else head.bias.float()
-        head.forward = lambda x: torch.nn.functional.linear(x.float(), weight, bias)
-        try:
-            yield
-        finally:
-            del head.forward
+        return getattr(head, "base_layer", head)  # a LoRA beside it keeps what it adds
+
+    @cached_property
+    def _exact(self) -> Callable[[Tensor], Tensor]:
+        """The head for many choices: the difference of two judgements is often less than bfloat16 tells apart."""
+        return float32_head(self._head)
 
     def _start(self, sequences: list[list[int]], room: int) -> "_State":
         """Stems, then what follows them, with logits of the last position of each sequence; `room` tokens are to
@@ -278,7 +282,7 @@ class _Layer(DynamicLayer):
         self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
 
 
-def _batches(rows: list[_Row]) -> Iterator[list[_Row]]:
+def _batches(rows: list[_Row], times: int) -> Iterator[list[_Row]]:
     """Rows that are generated alike, of like length, the longest first (an out-of-memory shows at once); of choices,
     those of one stem side by side."""
 
@@ -295,9 +299,9 @@ def _batches(rows: list[_Row]) -> Iterator[list[_Row]]:
         order = [row for group in by_length for row in group]
         while order:
             length, size = 0, 0
-            for row in order[:BATCH_ROWS]:
+            for row in order[: times * BATCH_ROWS]:
                 length = max(length, len(row.ids) + row.request.max_new_tokens)
-                if size and (size + 1) * length > BATCH_TOKENS:
+                if size and (size + 1) * length > times * BATCH_TOKENS:
                     break
                 size += 1
             yield order[:size]

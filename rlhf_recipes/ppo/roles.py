@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.ppo.trl_private import ChunkedLogProbFunction, disable_dropout_in_model
+from rlhf_recipes.sampling import float32_head, in_place_of
 
 POLICY, CRITIC, REFERENCE = "default", "critic", "reference"
 VOCABULARY_CHUNK = 8192
@@ -156,17 +157,9 @@ class Roles:
             finally:
                 self.model.set_adapter(POLICY)
 
-    @contextmanager
     def exact_head(self):
-        """Logits in float32: rounded to bfloat16 they are off by up to 0.1 nats a token."""
-        weight, bias = self.head.weight, self.head.bias
-        if not weight.is_cuda:  # where no product of 16-bit numbers leaves float32
-            weight, bias = weight.float(), None if bias is None else bias.float()
-        self.head.forward = partial(_float32_linear, weight=weight, bias=bias)
-        try:
-            yield
-        finally:
-            del self.head.forward
+        """Logits in float32 meanwhile."""
+        return in_place_of(self.head, float32_head(self.head))
 
     @contextmanager
     def merged(self):
@@ -246,15 +239,6 @@ def _is_plain(layer: LoraLayer) -> bool:
 
 def _linear(x: Tensor, *, weight: Tensor, bias: Tensor | None, **_) -> Tensor:
     return nn.functional.linear(x, weight, bias)
-
-
-def _float32_linear(x: Tensor, *, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(..., H) -> (..., V) in float32, products of 16-bit numbers included."""
-    with torch.autocast(x.device.type, enabled=False):
-        if weight.dtype == torch.float32:
-            return nn.functional.linear(x.float(), weight, bias)
-        y = torch.mm(x.to(weight.dtype).flatten(0, -2), weight.T, out_dtype=torch.float32).unflatten(0, x.shape[:-1])
-        return y if bias is None else y + bias
 
 
 def hidden_states(decoder: nn.Module, batch: Batch) -> Tensor:

@@ -11,7 +11,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, TopKLogitsWarper,
 
 from rlhf_recipes.inference import left_pad
 from rlhf_recipes.ppo.roles import Roles
-from rlhf_recipes.sampling import complete, draw
+from rlhf_recipes.sampling import Draws, complete
 
 
 @dataclass
@@ -34,12 +34,12 @@ class Completions:
 class Sampler(LogitsProcessor):
     """Draws every next token and remembers its log-probability.
 
-    Each episode has a generator of its own: that makes a resumed run, and a run on two processes, draw the same.
+    Each episode has a seed of its own: that makes a resumed run, and a run on two processes, draw the same.
     Log-probabilities are those of the whole distribution at temperature T, before top-k and top-p.
     """
 
-    def __init__(self, seeds: list[int], device, temperature: float, top_k: int, top_p: float):
-        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    def __init__(self, seeds: list[int], device, tokens: int, temperature: float, top_k: int, top_p: float):
+        self.draws, self.rows = Draws(seeds, device, tokens), list(range(len(seeds)))
         self.temperature = temperature
         self.filters = LogitsProcessorList()
         if top_k > 0:
@@ -50,7 +50,7 @@ class Sampler(LogitsProcessor):
 
     def __call__(self, input_ids, scores):
         logits_BV = scores.float() / self.temperature
-        choice_B1 = draw(self.filters(input_ids, logits_BV), self.generators)
+        choice_B1 = self.draws.draw(self.filters(input_ids, logits_BV), self.rows)
         self.logps.append((logits_BV.gather(1, choice_B1) - logits_BV.logsumexp(1, keepdim=True))[:, 0])
         return torch.full_like(logits_BV, -torch.inf).scatter(1, choice_B1, 0.0)
 
@@ -75,7 +75,7 @@ def sample(
 def _sample_together(roles: Roles, tokenizer, prompts, seeds, eos_ids, args) -> Completions:
     device = roles.head.weight.device
     ids_BT, mask_BT, _ = left_pad(prompts, tokenizer.pad_token_id, device)
-    sampler = Sampler(seeds, device, args.temperature, args.top_k, args.top_p)
+    sampler = Sampler(seeds, device, args.max_completion_length, args.temperature, args.top_k, args.top_p)
     with roles.exact_head():
         out_BT = complete(
             roles.causal, ids_BT, mask_BT, eos_ids, tokenizer.pad_token_id, args.max_completion_length,

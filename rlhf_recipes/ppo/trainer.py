@@ -8,9 +8,10 @@ Shapes: B episodes, K completion tokens, N completion tokens of a batch, R rewar
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
+from itertools import groupby
 from types import MappingProxyType
 
 import torch
@@ -48,6 +49,7 @@ from rlhf_recipes.text_metrics import distinct_2
 
 TRAIN, EVALUATE = 0, 1  # streams of random numbers
 SAMPLES = 4  # completions of each rollout to show
+BUCKET = 2**25  # bytes of gradients that are summed over processes in one call: an adapter has hundreds of small ones
 
 
 class PPOTrainer(BaseTrainer):
@@ -286,9 +288,13 @@ class PPOTrainer(BaseTrainer):
         parameters = self.roles.trained().values()
         if self.args.world_size > 1:
             for parameter in parameters:
-                parameter.grad = self.accelerator.reduce(
-                    parameter.grad if parameter.grad is not None else torch.zeros_like(parameter), "sum"
-                )
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            for bucket in buckets([parameter.grad for parameter in parameters], BUCKET):
+                summed = self._sum(torch.cat([gradient.flatten() for gradient in bucket]))
+                parts = summed.split([gradient.numel() for gradient in bucket])
+                for gradient, part in zip(bucket, parts, strict=True):
+                    gradient.copy_(part.view_as(gradient))
         if not all(p.grad is None or p.grad.isfinite().all() for p in parameters) and not self.args.fp16:
             self._stop("the gradient is not finite", restore=True)
 
@@ -535,3 +541,15 @@ class PPOTrainer(BaseTrainer):
         if not functions or len(tokenizers) != len(functions):
             raise Refusal("reward_funcs: at least one, and as many reward_processing_classes if these are given.")
         return [rewards.load(f, self.roles, tokenizer, t, args) for f, t in zip(functions, tokenizers, strict=True)]
+
+
+def buckets(tensors: list[Tensor], size: int) -> Iterator[list[Tensor]]:
+    """Tensors of one dtype that follow each other, up to `size` bytes together, a larger one alone."""
+    for _, alike in groupby(tensors, key=lambda tensor: tensor.dtype):
+        bucket: list[Tensor] = []
+        for tensor in alike:
+            if bucket and sum(each.nbytes for each in bucket) + tensor.nbytes > size:
+                yield bucket
+                bucket = []
+            bucket.append(tensor)
+        yield bucket

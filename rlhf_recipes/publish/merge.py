@@ -13,7 +13,8 @@ def write(source: contents.Source, folder: Path) -> None:
     """Merge the run's adapter into its base and save whole weights in safetensors.
 
     A 4-bit base is de-quantized first, so that the adapter meets the weights that it was trained on, not those from
-    before their rounding. The sum is taken in float32 and rounded once, to the dtype of the computation.
+    before their rounding. The sum is taken in float32 and rounded once, to the dtype of the computation; on the CPU,
+    since a GPU that trains a model in 4 bits may have no room for it in 32.
     """
     import torch
     from peft import PeftModel
@@ -28,7 +29,7 @@ def write(source: contents.Source, folder: Path) -> None:
     base = models.load_base(node, OmegaConf.create(source.config["quantization"]), auto, **options)
     if getattr(base, "is_quantized", False):
         base = base.dequantize()
-    merged = PeftModel.from_pretrained(base.to(torch.float32), str(source.adapter)).merge_and_unload()
+    merged = PeftModel.from_pretrained(base.to("cpu", torch.float32), str(source.adapter)).merge_and_unload()
     merged.to(models.compute_dtype(node)).save_pretrained(folder)
     for name in (contents.WEIGHTS, contents.ADAPTER_CONFIG):
         (folder / name).unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes import ranks, secrets
+from rlhf_recipes import memory, ranks, secrets
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.text import line
 
@@ -72,6 +72,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         absolute deviation of the scores (None for merged weights); `dtype`, `quantization`, `probes` (their hash),
         `machine`.
     """
+    import torch
     from omegaconf import OmegaConf
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -86,7 +87,8 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         auto, options = AutoModelForSequenceClassification, {"num_labels": 1}
     dtype = models.compute_dtype(node)
     if task["merged"]:
-        model = auto.from_pretrained(task["folder"], dtype=dtype, trust_remote_code=False)
+        where = {"": 0} if torch.cuda.is_available() else None
+        model = auto.from_pretrained(task["folder"], dtype=dtype, trust_remote_code=False, device_map=where)
     else:
         base = models.load_base(node, OmegaConf.create(task["quantization"]), auto, **options)
         model = PeftModel.from_pretrained(base, task["folder"])
@@ -169,7 +171,8 @@ def _rows_sha256(rows: list[dict]) -> str:
 
 
 def in_fresh_process(task: dict[str, Any]) -> dict[str, Any]:
-    """What a process of its own finds: without network, without secrets, with as many threads as this one.
+    """What a process of its own finds: without network, without secrets, with as many threads as this one, on the
+    same GPU, of which this one lets go what it has loaded.
 
     Raises:
         Refusal: it fails; says with what.
@@ -185,6 +188,7 @@ def in_fresh_process(task: dict[str, Any]) -> dict[str, Any]:
             environment["OMP_NUM_THREADS"] = str(task["threads"])
         # -P: a module of the current folder, which may be one of data, is none of ours.
         command = [sys.executable, "-P", "-m", "rlhf_recipes.publish.round_trip", str(asked), str(answer)]
+        memory.make_room()
         done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         if done.returncode:
             said = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]

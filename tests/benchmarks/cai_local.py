@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
-    run.environment()  # as for a recipe: threads, allocator
+    run.environment()  # as for a recipe: threads
     machine = f"{platform.machine()}, {os.environ['OMP_NUM_THREADS']} threads"
     print(f"{datetime.date.today()}, {machine}, {options.requests} requests, model.dtype={options.dtype}", flush=True)
     figures = {name: compare(name, options) for name in ("nf4", "none")}
@@ -57,7 +57,7 @@ def compare(quantization: str, options: argparse.Namespace) -> dict:
     backend.tokenizer.decode = lambda ids, **_: " ".join(map(str, ids))  # the tokens themselves are compared
     model = models.load_base(cfg.model, cfg.quantization, AutoModelForCausalLM).eval()
     rows = [backend._encode(request, request.messages) for request in requests]
-    sizes = [len(batch) for batch in local._batches(rows)]
+    sizes = [len(batch) for batch in local._batches(rows, 1)]
     sides = {
         "model.generate": lambda count: plain_loop(model, backend, [row.ids for row in rows[:count]], sizes),
         "local": lambda count: answers(backend, requests[:count]),

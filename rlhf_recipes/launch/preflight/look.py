@@ -90,6 +90,7 @@ def look(jobs: list, folder: Path, settings: DictConfig, elsewhere: bool = False
     Raises:
         Refusal: a job could not run, unless `settings.fails` is warn.
     """
+    run.hide_gpus([job.cfg for job in jobs])
     run.environment()
     from rlhf_recipes.launch.preflight import job as examination
     from rlhf_recipes.launch.preflight import printed

@@ -37,6 +37,9 @@ STATE_BYTES = {"8bit": 2.0, "sgd": 0.0, "adafactor": 0.1, "lion": 4.0}
 STARTED = 0.13 * GIB
 # oneDNN compiles bfloat16 products for every shape of a batch and keeps 1,024 of them: bytes for a shape, shapes kept.
 KERNEL_BYTES, KERNELS_KEPT = 0.02 * GIB, 50
+# What a process takes of a GPU beside its tensors: CUDA's context with the kernels of torch and bitsandbytes, and the
+# workspaces of cuBLAS.
+CONTEXT = 0.6 * GIB
 # What the heap takes for a byte of activations and logits: a buffer rarely fits the hole that another one left. The
 # peak of a GPU counts allocated bytes alone.
 HEAP = {"cuda": 1.0, "cpu": 1.45}
@@ -51,6 +54,7 @@ class Backbone:
         stored: bytes of the weights as they lie in their file.
         weights: bytes of the frozen base in memory.
         packed: those of them that are quantized.
+        largest: bytes of the largest weight that is quantized, as it was; 0 where none is.
         linear: numbers in the layers that carry LoRA.
         lora: numbers in one adapter, score head included.
         kept: bytes that a decoder layer keeps for each token.
@@ -65,6 +69,7 @@ class Backbone:
     stored: float
     weights: float
     packed: float
+    largest: int
     linear: int
     lora: int
     kept: float
@@ -127,35 +132,39 @@ def backbone(cfg: DictConfig, recipe: str) -> Backbone:
         model = auto.from_config(shape, dtype=dtype, trust_remote_code=cfg.model.trust_remote_code)
     stored = sum(p.numel() for p in model.parameters()) * dtype.itemsize
     quantization = models.build_quantization(cfg.quantization, dtype)
-    packed, unpacked = _quantized(model, quantization)
+    packed, unpacked, largest = _quantized(model, quantization)
     layers, lora, rank = _adapted(model, cfg, "SEQ_CLS" if scores else "CAUSAL_LM")
     logit_bytes = methods.of(recipe, cfg.trainer._target_).logit_bytes
+    wide = logit_bytes > 0 and quantization is not None
+    # TRL's own ORPO and CPO keep in float32 what is not quantized: embeddings, head, norms.
+    unquantized = (stored - unpacked) * (4 / dtype.itemsize if wide else 1)
     d, f, half = shape.hidden_size, shape.intermediate_size, dtype.itemsize // 2
     found = Backbone(
         recipe=recipe,
         config=shape,
         stored=stored,
-        weights=stored - unpacked + packed,
+        weights=unquantized + packed,
         packed=packed,
+        largest=largest,
         linear=sum(layer.weight.numel() for layer in layers),
         lora=lora,
         kept=0,
         item=dtype.itemsize,
         logit_bytes=logit_bytes,
-        wide=logit_bytes > 0 and quantization is not None,
+        wide=wide,
         fast=bool(cfg.get("fast_forward")) and not logit_bytes,
     )
     each = len(layers) / shape.num_hidden_layers
     kept = half * (10 * d + 8 * f + 4 * found.keys + 2 * each * rank) + 8 * d + 4 * shape.num_attention_heads
-    return replace(found, kept=kept + 20 * d * found.wide)
+    return replace(found, kept=kept + 20 * d * wide)
 
 
-def _quantized(model, quantization) -> tuple[float, int]:
-    """Bytes of the weights that are quantized, as they then are and as they were."""
+def _quantized(model, quantization) -> tuple[float, int, int]:
+    """Bytes of the weights that are quantized, as they then are and as they were, and of the largest as it was."""
     import torch
 
     if quantization is None:
-        return 0.0, 0
+        return 0.0, 0, 0
     skipped = set(quantization.llm_int8_skip_modules)
     layers = [
         m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and not skipped & {*name.split(".")}
@@ -165,7 +174,8 @@ def _quantized(model, quantization) -> tuple[float, int]:
         packed = numbers + 4 * sum(layer.out_features for layer in layers)  # a float32 scale for each row
     else:  # a scale for 64 numbers: float32, or 8 bits and a float32 for 256 of them (arXiv:2305.14314, section 3)
         packed = numbers / 2 + numbers / 64 * (1 + 4 / 256 if quantization.bnb_4bit_use_double_quant else 4)
-    return packed, sum(layer.weight.nbytes for layer in layers)
+    before = [layer.weight.nbytes for layer in layers]
+    return packed, sum(before), max(before, default=0)
 
 
 def _adapted(model, cfg: DictConfig, task_type: str) -> tuple[list, int, int]:
@@ -208,7 +218,7 @@ def predict(
     always = (
         {"libraries": libraries + STARTED, "base": base.stored + base.packed}
         if where == "cpu"
-        else {"base": _part(base, cards)}
+        else {"context": CONTEXT, "base": _part(base, cards)}
     )
     if where == "cpu" and base.item == 2:
         always["kernels"] = KERNEL_BYTES * min(batch.shapes, KERNELS_KEPT)
@@ -220,7 +230,8 @@ def predict(
     if recipe == "ppo":
         always["reward"] = 4.0 * base.lora * rewards
     phases = {
-        "loading": {"base": base.stored if where == "cuda" and cards == 1 else 0.0},
+        # On a GPU weights are quantized one by one: the largest, and what the quantization makes of it.
+        "loading": {"base": 2.0 * base.largest if where == "cuda" and cards == 1 else 0.0},
         "held-out": _held_out(base, batch, where),
         "step": {"gradients": 4.0 * trained, **_step(base, batch, where, args)},
     }
@@ -281,13 +292,14 @@ def _held_out(base: Backbone, batch: Batch, where: str) -> dict[str, float]:
     """A forward pass without gradients: one layer's activations, and logits up to what evaluation.measure allows."""
     from rlhf_recipes import inference
 
+    times = inference.batches_beside(base.weights) if where == "cuda" else 1
     if base.recipe == "reward":
-        return {"activations": inference.BATCH_TOKENS * base.kept}
+        return {"activations": times * inference.BATCH_TOKENS * base.kept}
     if base.recipe == "ppo":  # it answers, as in a rollout
         return {"activations": batch.sequences * batch.tokens * base.kept}
     row = 4 * batch.tokens * base.config.vocab_size
-    limit = inference.LOGITS_BYTES_ON_CPU if where == "cpu" else inference.LOGITS_BYTES
-    rows = max(1, limit // row)
+    limit = inference.LOGITS_BYTES_ON_CPU if where == "cpu" else times * inference.LOGITS_BYTES
+    rows = max(1, min(limit // row, times * inference.BATCH_TOKENS // batch.tokens))
     return {"activations": rows * batch.tokens * base.kept, "logits": rows * row / 4 * MEASURED_BYTES}
 
 
