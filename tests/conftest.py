@@ -239,7 +239,7 @@ def compose():
 
     import rlhf_recipes.config  # noqa: F401  registers the nodes that the groups start from
 
-    quick.parse_yaml_once()
+    quick.compose_once()
 
     def composed(name, *overrides):
         GlobalHydra.instance().clear()

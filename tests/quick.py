@@ -1,5 +1,7 @@
 """What a test process does once, or less of, because no test sees the difference."""
 
+import copy
+import functools
 import gc
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +27,48 @@ def parse_yaml_once() -> None:
         return parsed[text]  # of which OmegaConf makes nodes of its own
 
     yaml.load, _utils.get_yaml_loader = load_once, lambda: loader
+
+
+def compose_once() -> None:
+    """Hydra lists the same defaults and merges the same files anew, whichever single keys are set afterwards.
+
+    What is kept depends on the recipe and its groups alone; where a config is from elsewhere, Hydra does all of it.
+    """
+    from hydra._internal import config_loader_impl
+    from hydra._internal.defaults_list import DefaultsList
+    from omegaconf import _utils, base
+
+    from rlhf_recipes.config import CONF
+
+    loader = config_loader_impl.ConfigLoaderImpl
+    if loader._compose_config_from_defaults_list.__module__ == __name__:
+        return
+    parse_yaml_once()
+    list_defaults, merge = config_loader_impl.create_defaults_list, loader._compose_config_from_defaults_list
+    listed, merged = {}, {}
+
+    def list_once(repo, config_name, overrides_list, **options):
+        new = functools.partial(list_defaults, repo, config_name, overrides_list, **options)
+        if any(source.scheme() == "file" and Path(source.path) != CONF for source in repo.get_sources()):
+            return new()
+        given = [override for override in overrides_list if not override.is_sweep_override()]
+        groups = [each for each in given if repo.group_exists(each.key_or_group) and type(each.value()) is not dict]
+        key = (config_name, *(each.input_line for each in groups), *options.items())
+        if key not in listed:
+            listed[key] = new()
+        keys = [override for override in given if override not in groups]
+        return DefaultsList(listed[key].defaults, listed[key].defaults_tree, keys, listed[key].overrides)
+
+    def merge_once(self, defaults, repo):
+        key = next((key for key, each in listed.items() if each.defaults is defaults), None)
+        if key is None:
+            return merge(self, defaults, repo)
+        if key not in merged:
+            merged[key] = merge(self, defaults, repo)
+        return copy.deepcopy(merged[key])
+
+    config_loader_impl.create_defaults_list, loader._compose_config_from_defaults_list = list_once, merge_once
+    base.parse = _utils.parse = functools.cache(base.parse)  # of interpolations
 
 
 def collect_less() -> None:

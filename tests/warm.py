@@ -253,7 +253,7 @@ def _main(descriptor: str, program: str, kind: str) -> None:
     run.environment()
     for name in PRELOADED if kind == "warm" else LIGHT:
         importlib.import_module(name)
-    quick.parse_yaml_once()
+    quick.compose_once()
     with hydra.initialize_config_module("rlhf_recipes.conf", version_base="1.3"):
         for name in COMPOSED:
             hydra.compose(name)
