@@ -43,18 +43,21 @@ def groups_of(recipe):
 
 
 def choices(recipe):
-    """Each option of each group of a recipe; of sweep/ its own alone, and of trainer/, as `Run.start` insists."""
+    """One option of each group at a time, until each has had its turn: what one sets, no other refers to. Of sweep/
+    its own alone, and of trainer/, as `Run.start` insists."""
     own = {"trainer": [recipe], "sweep": [name for name in GROUPS["sweep"] if name.partition("_")[0] == recipe]}
-    return [(recipe, group, option) for group in groups_of(recipe) for option in own.get(group, GROUPS[group])]
+    options = {group: own.get(group, GROUPS[group]) for group in groups_of(recipe)}
+    turns = max(map(len, options.values()), default=0)
+    return [(recipe, {group: each[n % len(each)] for group, each in options.items() if each}) for n in range(turns)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("recipe", "group", "option"), [choice for r in RECIPES for choice in choices(r)])
-def test_every_option_composes_and_fits_its_class(compose, monkeypatch, recipe, group, option):
+@pytest.mark.parametrize(("recipe", "chosen"), [choice for r in RECIPES for choice in choices(r)])
+def test_every_option_composes_and_fits_its_class(compose, monkeypatch, recipe, chosen):
     monkeypatch.setattr(keys, "_installed", lambda package: True)  # trackers that few have
-    cfg = compose(recipe, f"{group}={option}")
+    cfg = compose(recipe, *(f"{group}={option}" for group, option in chosen.items()))
     missing = OmegaConf.missing_keys(cfg)
-    assert missing == OPEN.get(recipe, set()) | OPEN_OPTIONS.get((group, option), set())
+    assert missing == OPEN.get(recipe, set()).union(*(OPEN_OPTIONS.get(each, set()) for each in chosen.items()))
     for key in missing:
         OmegaConf.update(cfg, key, ["a"] if key in ("runs", "stages") else "a")
     keys.check(cfg, recipe)
