@@ -3,7 +3,6 @@
 import difflib
 import os
 import subprocess
-import sys
 
 import pytest
 from conftest import ROOT
@@ -227,19 +226,31 @@ def test_thresholds_in_the_file_are_those_of_the_code(compose):
 # ---- the recipes themselves
 
 
+@pytest.fixture(scope="module")
+def helper(light_python, clean_env, tmp_path_factory):
+    """helper(recipe, cwd): its `--help`, by a Python that has imported no large library, and must not do so."""
+    folder = tmp_path_factory.mktemp("helper")
+    (folder / "warm_help.py").write_text("""
+import runpy, sys
+try:
+    runpy.run_module(f"rlhf_recipes.recipes.{sys.argv.pop(1)}", run_name="__main__", alter_sys=True)
+finally:
+    loaded = {"torch", "trl", "transformers", "datasets"} & set(sys.modules)
+    assert not loaded, loaded
+""")
+
+    def helped(recipe, cwd):
+        command = [light_python, "-m", "warm_help", recipe, "--help"]
+        env = {**clean_env, "PYTHONPATH": str(folder)}
+        return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+
+    return helped
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_help_has_examples_and_imports_no_torch(clean_env, recipe, tmp_path):
-    code = f"""
-import runpy, sys
-sys.argv = ["{recipe}", "--help"]
-try:
-    runpy.run_module("rlhf_recipes.recipes.{recipe}", run_name="__main__")
-finally:
-    loaded = {{"torch", "trl", "transformers", "datasets"}} & set(sys.modules)
-    assert not loaded, loaded
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=clean_env, capture_output=True, text=True)
+def test_help_has_examples_and_imports_no_torch(helper, recipe, tmp_path):
+    done = helper(recipe, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(f"python recipes/{recipe}.py") >= 2
     for group in groups_of(recipe):

@@ -45,7 +45,15 @@ LIGHT = (
     "numpy", "rlhf_recipes.evaluation.sweeps", "rlhf_recipes.launch.preflight.look",
     "rlhf_recipes.launch.publish_after", "rlhf_recipes.launch.sweep",
 )  # fmt: skip
-COMPOSED = ("dpo", "evaluate", "pipeline")  # what Hydra's parsers have seen, they know
+# What Hydra's parsers have seen, they know; so do forks the most frequent choices of groups.
+COMPOSED = (
+    ("dpo",),
+    ("dpo", "quantization=none"),
+    ("sft", "quantization=none"),
+    ("evaluate",),
+    ("pipeline",),
+    ("cai",),
+)
 DRAWN = "RLHF_TEST_DRAWN"
 STARTED = ("rlhf_recipes.", "submitit.core._submit", "torch.distributed.run", "killed", "test_cai_data", "warm_")
 # Variables that the libraries read when they are imported; not those that `_become` sees to.
@@ -255,8 +263,8 @@ def _main(descriptor: str, program: str, kind: str) -> None:
         importlib.import_module(name)
     quick.compose_once()
     with hydra.initialize_config_module("rlhf_recipes.conf", version_base="1.3"):
-        for name in COMPOSED:
-            hydra.compose(name)
+        for name, *groups in COMPOSED:
+            hydra.compose(name, groups)
     sys.stdout.flush()
     quick.collect_less()
     _become(_serve(socket.socket(fileno=int(descriptor)), known), known, program)
