@@ -288,7 +288,7 @@ def train(compose, tiny_overrides):
 
     for name in warm.PRELOADED:
         import_module(name)
-    quick.collect_less()
+    quick.settle()
 
     def trained(recipe, folder, *overrides, drawn=False):
         module = import_module(f"rlhf_recipes.recipes.{recipe}")

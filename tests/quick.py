@@ -3,6 +3,7 @@
 import copy
 import functools
 import gc
+import sys
 from base64 import b64decode
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,8 +76,19 @@ def compose_once() -> None:
     base.parse = _utils.parse = functools.cache(base.parse)  # of interpolations
 
 
-def collect_less() -> None:
-    """What is imported stays; a full collection that looks at all of it takes half a second, and TRL asks for some."""
+def settle() -> None:
+    """Once the libraries are imported: what they do again for every run, or for a cache that no test has."""
+    if "datasets" in sys.modules:
+        from datasets import arrow_dataset, fingerprint
+
+        for module in (arrow_dataset, fingerprint):  # of pickled functions; of rows in memory nothing is found by it
+            module.update_fingerprint = lambda *_: fingerprint.generate_random_fingerprint()
+    if "jinja2" in sys.modules:
+        from jinja2 import Environment
+
+        if not hasattr(Environment.compile, "cache_info"):  # for the cards of TRL and PEFT in each checkpoint
+            Environment.compile = functools.cache(Environment.compile)
+    # What is imported stays; a full collection that looks at all of it takes half a second, and TRL asks for some.
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000)

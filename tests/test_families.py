@@ -87,7 +87,7 @@ def ran(models, compose):
     """ran(name, recipe): what was seen of the recipe's run on the family's model; what it needs is run before."""
     for module in warm.PRELOADED:
         import_module(module)
-    quick.collect_less()
+    quick.settle()
     known = {}
 
     def once(name, recipe):

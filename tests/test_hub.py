@@ -453,9 +453,10 @@ def test_the_constitution_of_its_pairs(server, run, publish):
     assert f"constitution *mine \\| &lt;b&gt;* (version 2, `constitution.yaml`, SHA-256 `{'c' * 64}`)" in card
 
 
-def test_what_cannot_be_loaded(run, tmp_path):
+def test_what_cannot_be_loaded(run, tmp_path, monkeypatch, warm_python):
     from rlhf_recipes.publish import publish as publishing
 
+    monkeypatch.setattr("sys.executable", warm_python)
     shutil.copytree(run / "adapter", tmp_path / "broken")
     (tmp_path / "broken" / "adapter_config.json").write_text("{}")
     config = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))

@@ -266,7 +266,7 @@ def _main(descriptor: str, program: str, kind: str) -> None:
         for name, *groups in COMPOSED:
             hydra.compose(name, groups)
     sys.stdout.flush()
-    quick.collect_less()
+    quick.settle()
     _become(_serve(socket.socket(fileno=int(descriptor)), known), known, program)
 
 
