@@ -52,15 +52,14 @@ def compose_once() -> None:
     list_defaults, merge = config_loader_impl.create_defaults_list, loader._compose_config_from_defaults_list
     listed, merged = {}, {}
 
-    def list_once(repo, config_name, overrides_list, **options):
-        new = functools.partial(list_defaults, repo, config_name, overrides_list, **options)
+    def list_once(repo, config_name, overrides_list, prepend_hydra, skip_missing):
         if any(source.scheme() == "file" and Path(source.path) != CONF for source in repo.get_sources()):
-            return new()
+            return list_defaults(repo, config_name, overrides_list, prepend_hydra, skip_missing)
         given = [override for override in overrides_list if not override.is_sweep_override()]
         groups = [each for each in given if repo.group_exists(each.key_or_group) and type(each.value()) is not dict]
-        key = (config_name, *(each.input_line for each in groups), *options.items())
-        if key not in listed:
-            listed[key] = new()
+        key = (config_name, *(each.input_line for each in groups))
+        if key not in listed:  # no default of ours is missing: there is none to skip
+            listed[key] = list_defaults(repo, config_name, overrides_list, prepend_hydra, skip_missing=False)
         keys = [override for override in given if override not in groups]
         return DefaultsList(listed[key].defaults, listed[key].defaults_tree, keys, listed[key].overrides)
 

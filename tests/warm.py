@@ -42,8 +42,9 @@ PRELOADED = (
     "rlhf_recipes.training.doctor_plot",
 )  # fmt: skip
 LIGHT = (
-    "numpy", "rlhf_recipes.evaluation.sweeps", "rlhf_recipes.launch.preflight.look",
-    "rlhf_recipes.launch.publish_after", "rlhf_recipes.launch.sweep",
+    "numpy", "rlhf_recipes.cai.make_pairs", "rlhf_recipes.data.fit", "rlhf_recipes.data.load",
+    "rlhf_recipes.evaluation.sweeps", "rlhf_recipes.launch.preflight.look", "rlhf_recipes.launch.publish_after",
+    "rlhf_recipes.launch.sweep", "rlhf_recipes.training.finish",
 )  # fmt: skip
 # What Hydra's parsers have seen, they know; so do forks the most frequent choices of groups.
 COMPOSED = (
