@@ -416,9 +416,7 @@ def _weights(groups: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
         yield _draw(rng, groups, min(rows, resamples - start))
 
 
-@functools.lru_cache(
-    maxsize=4
-)  # the figures of a report are of the same clusters, and a draw takes most of their time
+@functools.lru_cache(maxsize=4)  # a report's figures are of the same clusters, and to draw takes most of their time
 def _few_weights(groups: int, resamples: int, seed: int) -> np.ndarray:
     weights_RG = _draw(np.random.default_rng(seed), groups, resamples)
     weights_RG.flags.writeable = False
