@@ -231,6 +231,11 @@ def shared_data():
     return SHARED
 
 
+@pytest.fixture(scope="session", autouse=True)
+def composing():
+    quick.compose_once()
+
+
 @pytest.fixture(scope="session")
 def compose():
     """compose(recipe, *overrides): the config that the command line `<recipe> <overrides>` gives."""
@@ -238,8 +243,6 @@ def compose():
     from hydra.core.global_hydra import GlobalHydra
 
     import rlhf_recipes.config  # noqa: F401  registers the nodes that the groups start from
-
-    quick.compose_once()
 
     def composed(name, *overrides):
         GlobalHydra.instance().clear()
