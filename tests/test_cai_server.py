@@ -122,7 +122,7 @@ def endpoint(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.setattr(server, "BACKOFF_SECONDS", 0.01)
     started = Endpoint()
-    thread = threading.Thread(target=started.serve_forever, args=(0.05,), daemon=True)
+    thread = threading.Thread(target=started.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     yield started
     started.open.set()

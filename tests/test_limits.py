@@ -45,7 +45,7 @@ def start_endpoint():
     endpoint.daemon_threads, endpoint.paths, endpoint.sent = True, [], 0
     endpoint.handle_error = lambda *args: None  # a client that hangs up is part of the tests
     endpoint.url = f"http://127.0.0.1:{endpoint.server_port}/v1"
-    threading.Thread(target=endpoint.serve_forever, args=(0.05,), daemon=True).start()
+    threading.Thread(target=endpoint.serve_forever, args=(0.01,), daemon=True).start()
     return endpoint
 
 
