@@ -3,9 +3,9 @@
 import copy
 import functools
 import gc
-import sys
 from base64 import b64decode
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from unittest.mock import patch
 
@@ -34,6 +34,7 @@ def parse_yaml_once() -> None:
     yaml.load, _utils.get_yaml_loader = load_once, lambda: loader
 
 
+@functools.cache
 def compose_once() -> None:
     """Hydra lists the same defaults and merges the same files anew, whichever single keys are set afterwards.
 
@@ -45,10 +46,8 @@ def compose_once() -> None:
 
     from rlhf_recipes.config import CONF
 
-    loader = config_loader_impl.ConfigLoaderImpl
-    if loader._compose_config_from_defaults_list.__module__ == __name__:
-        return
     parse_yaml_once()
+    loader = config_loader_impl.ConfigLoaderImpl
     list_defaults, merge = config_loader_impl.create_defaults_list, loader._compose_config_from_defaults_list
     listed, merged = {}, {}
 
@@ -75,19 +74,23 @@ def compose_once() -> None:
     base.parse = _utils.parse = functools.cache(base.parse)  # of interpolations
 
 
+@functools.cache
 def settle() -> None:
     """Once the libraries are imported: what they do again for every run, or for a cache that no test has."""
-    if "datasets" in sys.modules:
-        from datasets import arrow_dataset, fingerprint
+    from datasets import arrow_dataset, fingerprint
+    from jinja2 import Environment
 
-        for module in (arrow_dataset, fingerprint):  # of pickled functions; of rows in memory nothing is found by it
-            module.update_fingerprint = lambda *_: fingerprint.generate_random_fingerprint()
-    if "jinja2" in sys.modules:
-        from jinja2 import Environment
+    for module in (arrow_dataset, fingerprint):  # of pickled functions; of rows in memory nothing is found by it
+        module.update_fingerprint = lambda *_: fingerprint.generate_random_fingerprint()
+    Environment.compile = functools.cache(Environment.compile)  # for the cards of TRL and PEFT in each checkpoint
+    installed = metadata.Distribution  # whose files TRL and `run.versions` parse
+    installed.from_name = functools.cache(installed.from_name)
+    installed.metadata = property(functools.cache(installed.metadata.fget))
+    collect_less()
 
-        if not hasattr(Environment.compile, "cache_info"):  # for the cards of TRL and PEFT in each checkpoint
-            Environment.compile = functools.cache(Environment.compile)
-    # What is imported stays; a full collection that looks at all of it takes half a second, and TRL asks for some.
+
+def collect_less() -> None:
+    """What is imported stays; a full collection that looks at all of it takes half a second, and TRL asks for some."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000)

@@ -267,7 +267,7 @@ def _main(descriptor: str, program: str, kind: str) -> None:
         for name, *groups in COMPOSED:
             hydra.compose(name, groups)
     sys.stdout.flush()
-    quick.settle()
+    (quick.settle if kind == "warm" else quick.collect_less)()
     _become(_serve(socket.socket(fileno=int(descriptor)), known), known, program)
 
 
