@@ -12,7 +12,8 @@ KEY = re.compile(
     re.IGNORECASE,
 )
 # No letter or digit stands before them: `task-specific-fine-tuning` is no token. What follows the prefix is long, and
-# holds a digit where words could stand. Looks ahead are short, or a long run of the prefix would take hours.
+# holds a digit where words could stand. Looks ahead, and what must stand before another part, are short, or a long run
+# of the prefix would take hours.
 SHAPES = {
     "Hugging Face": r"hf_(?:oauth_|jwt_)?[A-Za-z0-9]{20,}|api_org_[A-Za-z0-9]{30,}",
     "OpenAI, Anthropic, OpenRouter": r"sk-(?:proj|svcacct|admin|ant|or)-(?=[\w-]{0,99}[0-9])[\w-]{20,}",
@@ -30,7 +31,7 @@ SHAPES = {
     "NVIDIA, xAI, Together, Perplexity": r"(?:nvapi-|xai-|tgp_v1_|pplx-)(?=[\w-]{0,99}[0-9])[\w-]{30,}",
     "Groq, Replicate, Fireworks, RunPod": r"(?:gsk|r8|fw|rpa)_(?=[A-Za-z]{0,99}[0-9])[A-Za-z0-9]{22,}",
     "LangSmith, SendGrid": r"lsv2_[a-z]{2}_[0-9a-f]{32}|SG\.[\w-]{20,24}\.[\w-]{40,}",
-    "JSON Web Token": r"eyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]*",
+    "JSON Web Token": r"eyJ[A-Za-z0-9_-]{10,1000}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]*",
 }
 # Secrets by what stands around them.
 AROUND = {
@@ -75,10 +76,14 @@ def search(text: str) -> re.Match | None:
     """The first match of VALUE, by way of the places where one may be."""
     if len(max(text.split(), key=len, default="")) < WORD and not any(sign in text for sign in SIGNS):
         return None
+    begin = end = 0  # of candidates so near to each other that they are searched at once
     for found in CANDIDATE.finditer(text):
-        if match := VALUE.search(text, max(0, found.start() - BEFORE), found.end() + BEHIND):
-            return match
-    return None
+        if found.start() - BEFORE > end:
+            if match := VALUE.search(text, begin, end):
+                return match
+            begin = found.start() - BEFORE
+        end = found.end() + BEHIND
+    return VALUE.search(text, begin, end)
 
 
 def find(text: str, held: dict[str, str] | None = None) -> str | None:

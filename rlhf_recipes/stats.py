@@ -9,6 +9,7 @@ On disk an estimate is an object of its five numbers: `json.dumps(..., default=d
 `json.loads(..., object_hook=Estimate.of)` reads it back.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -149,8 +150,7 @@ def resampled(statistic: Callable, n: int, clusters=None, resamples: int = 1000,
         return _result(None, None, None, n, groups)
     if groups < 2:
         return _result(value, None, None, n, groups)
-    rng = np.random.default_rng(seed)
-    draws = (rng.multinomial(groups, np.full(groups, 1 / groups)).astype(float) for _ in range(resamples))
+    draws = (weights_G for weights_RG in _weights(groups, resamples, seed) for weights_G in weights_RG)
     found = [x for x in (statistic(weights_G[ids]) for weights_G in draws) if not math.isnan(x)]
     return _result(value, *np.quantile(found, (0.025, 0.975)), n, groups)
 
@@ -408,9 +408,23 @@ def _resampled_sums(columns, ids_N: np.ndarray, resamples: int, seed: int) -> np
 def _weights(groups: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
     """How often each cluster is drawn in each resample, shape (R, G), in blocks of some: many clusters take no more
     memory than few."""
-    rng, shares, rows = np.random.default_rng(seed), np.full(groups, 1 / groups), max(1, BLOCK // groups)
+    if groups * resamples <= BLOCK:
+        yield _few_weights(groups, resamples, seed)
+        return
+    rng, rows = np.random.default_rng(seed), max(1, BLOCK // groups)
     for start in range(0, resamples, rows):
-        yield rng.multinomial(groups, shares, size=min(rows, resamples - start)).astype(float)
+        yield _draw(rng, groups, min(rows, resamples - start))
+
+
+@functools.lru_cache(maxsize=4)  # a report's figures are of the same clusters, and to draw takes most of their time
+def _few_weights(groups: int, resamples: int, seed: int) -> np.ndarray:
+    weights_RG = _draw(np.random.default_rng(seed), groups, resamples)
+    weights_RG.flags.writeable = False
+    return weights_RG
+
+
+def _draw(rng: np.random.Generator, groups: int, resamples: int) -> np.ndarray:
+    return rng.multinomial(groups, np.full(groups, 1 / groups), size=resamples).astype(float)
 
 
 def _logistic(weights_RN, x_N, y_N, start_R2, steps: int) -> np.ndarray:

@@ -231,6 +231,11 @@ def shared_data():
     return SHARED
 
 
+@pytest.fixture(scope="session", autouse=True)
+def composing():
+    quick.compose_once()
+
+
 @pytest.fixture(scope="session")
 def compose():
     """compose(recipe, *overrides): the config that the command line `<recipe> <overrides>` gives."""
@@ -238,8 +243,6 @@ def compose():
     from hydra.core.global_hydra import GlobalHydra
 
     import rlhf_recipes.config  # noqa: F401  registers the nodes that the groups start from
-
-    quick.parse_yaml_once()
 
     def composed(name, *overrides):
         GlobalHydra.instance().clear()
@@ -288,7 +291,7 @@ def train(compose, tiny_overrides):
 
     for name in warm.PRELOADED:
         import_module(name)
-    quick.collect_less()
+    quick.settle()
 
     def trained(recipe, folder, *overrides, drawn=False):
         module = import_module(f"rlhf_recipes.recipes.{recipe}")

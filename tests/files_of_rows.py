@@ -252,13 +252,13 @@ def check(changes: dict, path, rows: list, are_whole: bool, sample: int) -> int:
     Returns:
         The rows that were read.
     """
-    read = 0
+    read, node = 0, OmegaConf.create({**NODE, **changes, "path": str(path)})
     held = "\n".join(_texts(rows)) if are_whole and changes["text"] == "plain" else None
     for loader in LOADERS:
         began = time.monotonic()
         try:
             with mock.patch.object(recognise, "SAMPLE", sample):
-                splits = loader(OmegaConf.create({**NODE, **changes, "path": str(path)}))
+                splits = loader(node)
         except Refusal as refusal:
             assert "\n" not in str(refusal), refusal
         else:

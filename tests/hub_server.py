@@ -466,5 +466,5 @@ def git_sha1(data: bytes) -> str:
 def start() -> Hub:
     """A running Hub; `shutdown()` and `server_close()` end it."""
     hub = Hub()
-    threading.Thread(target=hub.serve_forever, args=(0.05,), daemon=True).start()
+    threading.Thread(target=hub.serve_forever, args=(0.01,), daemon=True).start()
     return hub

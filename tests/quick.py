@@ -1,10 +1,17 @@
 """What a test process does once, or less of, because no test sees the difference."""
 
+import copy
+import functools
 import gc
+from base64 import b64decode
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
+from unittest.mock import patch
 
-PICTURES = ("curves.png", "doctor.png")
+EMPTY = b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
+)  # a PNG of one pixel
 
 
 def parse_yaml_once() -> None:
@@ -27,6 +34,61 @@ def parse_yaml_once() -> None:
     yaml.load, _utils.get_yaml_loader = load_once, lambda: loader
 
 
+@functools.cache
+def compose_once() -> None:
+    """Hydra lists the same defaults and merges the same files anew, whichever single keys are set afterwards.
+
+    What is kept depends on the recipe and its groups alone; where a config is from elsewhere, Hydra does all of it.
+    """
+    from hydra._internal import config_loader_impl
+    from hydra._internal.defaults_list import DefaultsList
+    from omegaconf import _utils, base
+
+    from rlhf_recipes.config import CONF
+
+    parse_yaml_once()
+    loader = config_loader_impl.ConfigLoaderImpl
+    list_defaults, merge = config_loader_impl.create_defaults_list, loader._compose_config_from_defaults_list
+    listed, merged = {}, {}
+
+    def list_once(repo, config_name, overrides_list, prepend_hydra, skip_missing):
+        if any(source.scheme() == "file" and Path(source.path) != CONF for source in repo.get_sources()):
+            return list_defaults(repo, config_name, overrides_list, prepend_hydra, skip_missing)
+        given = [override for override in overrides_list if not override.is_sweep_override()]
+        groups = [each for each in given if repo.group_exists(each.key_or_group) and type(each.value()) is not dict]
+        key = (config_name, *(each.input_line for each in groups))
+        if key not in listed:  # no default of ours is missing: there is none to skip
+            listed[key] = list_defaults(repo, config_name, overrides_list, prepend_hydra, skip_missing=False)
+        keys = [override for override in given if override not in groups]
+        return DefaultsList(listed[key].defaults, listed[key].defaults_tree, keys, listed[key].overrides)
+
+    def merge_once(self, defaults, repo):
+        key = next((key for key, each in listed.items() if each.defaults is defaults), None)
+        if key is None:
+            return merge(self, defaults, repo)
+        if key not in merged:
+            merged[key] = merge(self, defaults, repo)
+        return copy.deepcopy(merged[key])
+
+    config_loader_impl.create_defaults_list, loader._compose_config_from_defaults_list = list_once, merge_once
+    base.parse = _utils.parse = functools.cache(base.parse)  # of interpolations
+
+
+@functools.cache
+def settle() -> None:
+    """Once the libraries are imported: what they do again for every run, or for a cache that no test has."""
+    from datasets import arrow_dataset, fingerprint
+    from jinja2 import Environment
+
+    for module in (arrow_dataset, fingerprint):  # of pickled functions; of rows in memory nothing is found by it
+        module.update_fingerprint = lambda *_: fingerprint.generate_random_fingerprint()
+    Environment.compile = functools.cache(Environment.compile)  # for the cards of TRL and PEFT in each checkpoint
+    installed = metadata.Distribution  # whose files TRL and `run.versions` parse
+    installed.from_name = functools.cache(installed.from_name)
+    installed.metadata = property(functools.cache(installed.metadata.fget))
+    collect_less()
+
+
 def collect_less() -> None:
     """What is imported stays; a full collection that looks at all of it takes half a second, and TRL asks for some."""
     gc.collect()
@@ -36,17 +98,11 @@ def collect_less() -> None:
 
 @contextmanager
 def pictures_sketched():
-    """A run's own pictures are built, and an empty one is saved: their layout takes longer than two steps."""
-    from matplotlib.figure import Figure
+    """A run's own pictures are an empty one: to lay them out takes longer than two steps."""
+    from rlhf_recipes.training import curves, doctor_plot
 
-    draw = Figure.savefig
+    def sketch(*given):
+        next(each for each in given if isinstance(each, Path)).write_bytes(EMPTY)
 
-    def save(figure, path, **options):
-        own = isinstance(path, str | Path) and Path(path).name in PICTURES
-        draw(Figure(figsize=(1, 1)) if own else figure, path, **options)
-
-    Figure.savefig = save
-    try:
+    with patch.object(curves, "plot_curves", sketch), patch.object(doctor_plot, "plot", sketch):
         yield
-    finally:
-        Figure.savefig = draw

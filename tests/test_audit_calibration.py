@@ -130,8 +130,11 @@ def test_the_audit_of_a_model_that_is_too_sure():
         "Calibration by family",
     ]
     assert sum(row[1] for row in section["tables"][1]["rows"]) == 2000
-    again = c.audit(simulate(2000, 2.5, 1), simulate(2000, 2.5, 2), pairs(2000))
-    assert json.dumps(section, default=asdict) == json.dumps(again, default=asdict)
+
+
+def test_the_same_audit_is_the_same_bit_for_bit():
+    once, again = (c.audit(simulate(200, 2.5, 1), simulate(200, 2.5, 2), pairs(200)) for _ in range(2))
+    assert json.dumps(once, default=asdict) == json.dumps(again, default=asdict)
 
 
 def test_degenerate_input():

@@ -130,7 +130,7 @@ def test_killed_at_any_step_it_ends_with_the_same_records(finished, start_recipe
         assert process.poll() is None, process.communicate()
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-    done = run_recipe("cai", *SMALL, *terse, cwd=tmp_path, cold=True)
+    done = run_recipe("cai", *SMALL, *terse, cwd=tmp_path)
     assert done.returncode == 0 and "Continuing outputs/cai/main from what was answered." in done.stdout, done
     expected = finished[0] / "outputs" / "cai" / "main"
     for path in sorted(expected.glob("shards/*/records.jsonl")):

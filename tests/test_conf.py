@@ -3,7 +3,6 @@
 import difflib
 import os
 import subprocess
-import sys
 
 import pytest
 from conftest import ROOT
@@ -43,18 +42,21 @@ def groups_of(recipe):
 
 
 def choices(recipe):
-    """Each option of each group of a recipe; of sweep/ its own alone, and of trainer/, as `Run.start` insists."""
+    """One option of each group at a time, until each has had its turn: what one sets, no other refers to. Of sweep/
+    its own alone, and of trainer/, as `Run.start` insists."""
     own = {"trainer": [recipe], "sweep": [name for name in GROUPS["sweep"] if name.partition("_")[0] == recipe]}
-    return [(recipe, group, option) for group in groups_of(recipe) for option in own.get(group, GROUPS[group])]
+    options = {group: own.get(group, GROUPS[group]) for group in groups_of(recipe)}
+    turns = max(map(len, options.values()), default=0)
+    return [(recipe, {group: each[n % len(each)] for group, each in options.items() if each}) for n in range(turns)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("recipe", "group", "option"), [choice for r in RECIPES for choice in choices(r)])
-def test_every_option_composes_and_fits_its_class(compose, monkeypatch, recipe, group, option):
+@pytest.mark.parametrize(("recipe", "chosen"), [choice for r in RECIPES for choice in choices(r)])
+def test_every_option_composes_and_fits_its_class(compose, monkeypatch, recipe, chosen):
     monkeypatch.setattr(keys, "_installed", lambda package: True)  # trackers that few have
-    cfg = compose(recipe, f"{group}={option}")
+    cfg = compose(recipe, *(f"{group}={option}" for group, option in chosen.items()))
     missing = OmegaConf.missing_keys(cfg)
-    assert missing == OPEN.get(recipe, set()) | OPEN_OPTIONS.get((group, option), set())
+    assert missing == OPEN.get(recipe, set()).union(*(OPEN_OPTIONS.get(each, set()) for each in chosen.items()))
     for key in missing:
         OmegaConf.update(cfg, key, ["a"] if key in ("runs", "stages") else "a")
     keys.check(cfg, recipe)
@@ -224,19 +226,31 @@ def test_thresholds_in_the_file_are_those_of_the_code(compose):
 # ---- the recipes themselves
 
 
+@pytest.fixture(scope="module")
+def helper(light_python, clean_env, tmp_path_factory):
+    """helper(recipe, cwd): its `--help`, by a Python that has imported no large library, and must not do so."""
+    folder = tmp_path_factory.mktemp("helper")
+    (folder / "warm_help.py").write_text("""
+import runpy, sys
+try:
+    runpy.run_module(f"rlhf_recipes.recipes.{sys.argv.pop(1)}", run_name="__main__", alter_sys=True)
+finally:
+    loaded = {"torch", "trl", "transformers", "datasets"} & set(sys.modules)
+    assert not loaded, loaded
+""")
+
+    def helped(recipe, cwd):
+        command = [light_python, "-m", "warm_help", recipe, "--help"]
+        env = {**clean_env, "PYTHONPATH": str(folder)}
+        return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+
+    return helped
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_help_has_examples_and_imports_no_torch(clean_env, recipe, tmp_path):
-    code = f"""
-import runpy, sys
-sys.argv = ["{recipe}", "--help"]
-try:
-    runpy.run_module("rlhf_recipes.recipes.{recipe}", run_name="__main__")
-finally:
-    loaded = {{"torch", "trl", "transformers", "datasets"}} & set(sys.modules)
-    assert not loaded, loaded
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=clean_env, capture_output=True, text=True)
+def test_help_has_examples_and_imports_no_torch(helper, recipe, tmp_path):
+    done = helper(recipe, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(f"python recipes/{recipe}.py") >= 2
     for group in groups_of(recipe):

@@ -44,6 +44,8 @@ RECIPES = {
     "publish": ["run=dpo", "folder=published", "license=apache-2.0", "force=true"],
 }  # fmt: skip
 NEEDS = {"ppo": ["reward"], "evaluate": ["dpo", "reward"], "publish": ["dpo"]}
+# The trainers of orpo and simpo are DPO's but for the loss: one family shows that their tokens are, too.
+RUNS = [(n, r) for n in FAMILIES for r in RECIPES if r not in ("orpo", "simpo") or n == next(iter(FAMILIES))]
 # What the template is told beside the conversation, as in the family's files in conf/model.
 KWARGS = {"llama3": {"date_string": "26 Jul 2024"}, "qwen3": {"enable_thinking": False}}
 
@@ -85,7 +87,7 @@ def ran(models, compose):
     """ran(name, recipe): what was seen of the recipe's run on the family's model; what it needs is run before."""
     for module in warm.PRELOADED:
         import_module(module)
-    quick.collect_less()
+    quick.settle()
     known = {}
 
     def once(name, recipe):
@@ -117,7 +119,6 @@ def watched(module):
     from rlhf_recipes.ppo import rollout
     from rlhf_recipes.ppo.roles import Batch
     from rlhf_recipes.publish import round_trip
-    from rlhf_recipes.training import curves, doctor_plot
 
     seen = Seen()
 
@@ -165,9 +166,6 @@ def watched(module):
         patch.setattr(Batch, "of", classmethod(batch))
         patch.setattr(module, "finish", finish, raising=False)
         patch.setattr(round_trip, "in_fresh_process", round_trip.measure)
-        # Two steps make no picture.
-        patch.setattr(curves, "plot_curves", lambda *_: None)
-        patch.setattr(doctor_plot, "plot", lambda *_: None)
         with quick.pictures_sketched():
             yield seen
 
@@ -291,8 +289,7 @@ def check_publish(seen, spoken):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "recipe"), RUNS)
 def test_trained_measured_and_sampled_alike(ran, spoken, name, recipe):
     check = {"reward": check_reward, "ppo": check_ppo, "cai": check_cai, "evaluate": check_evaluate,
              "publish": check_publish}.get(recipe)  # fmt: skip

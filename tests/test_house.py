@@ -1,6 +1,7 @@
 """How the house stands: nothing imports upward, no circle, and a package's face is its docstring."""
 
 import ast
+import functools
 from graphlib import CycleError, TopologicalSorter
 
 import pytest
@@ -37,6 +38,7 @@ def imports(module, tree):
         yield from ((name, node.lineno) for name in found if name in FILES and name != module)
 
 
+@functools.cache
 def graph():
     return {
         module: list(imports(module, ast.parse(path.read_text(encoding="utf-8")))) for module, path in FILES.items()

@@ -565,7 +565,7 @@ def test_evaluate_with_a_server_as_judge(runs, compose, tiny_model_overrides, mo
         lambda self, system, *given: [a | {"text": system.name} for a in answers(self, system, *given)],
     )
     server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
         evaluate(
             compose, "by_server", *tiny_model_overrides, "judge=server", "judge.model=big", "constitution=clinic",

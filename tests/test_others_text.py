@@ -507,7 +507,7 @@ def test_a_server_s_refusal():
             pass
 
     endpoint = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
-    threading.Thread(target=endpoint.serve_forever, daemon=True).start()
+    threading.Thread(target=endpoint.serve_forever, args=(0.01,), daemon=True).start()
     url = f"http://127.0.0.1:{endpoint.server_port}/v1"
     backend = Server(base_url=url, model="m", api_key_env=None, concurrency=1, timeout=5.0, max_attempts=1)
     try:

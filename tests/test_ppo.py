@@ -50,6 +50,12 @@ def judge(train, tmp_path_factory):
     return train("reward", tmp_path_factory.mktemp("judge") / "run", "trainer.learning_rate=0.01").dir
 
 
+@pytest.fixture(scope="module")
+def parent(train, tmp_path_factory):
+    """A run to continue."""
+    return train("sft", tmp_path_factory.mktemp("parent") / "run").dir
+
+
 @pytest.fixture
 def build(tiny_model, tokenizer, compose, tiny_model_overrides, tmp_path):
     """build(reward_funcs=even, ..., **arguments of PPOConfig): a trainer on the tiny model in float32."""
@@ -107,8 +113,7 @@ def adapters(trainer):
 
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
 @pytest.mark.parametrize("value", ["separate", "head"])
-def test_policy_and_critic_move_and_nobody_else(build, judge, train, tmp_path, quantization, value):
-    parent = train("sft", tmp_path / "sft").dir
+def test_policy_and_critic_move_and_nobody_else(build, judge, parent, quantization, value):
     trainer = build(str(judge), quantization, adapter=parent, value=value)
     before = weights(trainer)
     trainer.train()

@@ -406,6 +406,7 @@ CASES = [
     case("feedback", {**DEMO, "feedback": each("thumbs_down", "thumbs_up")}, "u: Open at 1? | Yes, from 1 on.", "sft",
          format="labelled",
          dropped={"labelled_bad": 2}),
+    case("labels of one kind", {**DEMO, "label": True}, ONE, "sft", format="labelled"),
     case("labels beside messages", {**TURNS, "label": each(True, False)}, ONE, "sft", format="labelled",
          dropped={"labelled_bad": 2}),
     case("labels of three kinds", {**DEMO, "label": each("great", "poor", "fine")},
@@ -510,7 +511,6 @@ NAMED = {**RATED, "completions": [{**rated, "model": "x"} for rated in RATED["co
         ("dpo", SIDES, {**SIDES, "passage": "Some long text"}, "!column 'passage' holds a part of the prompt"),
         ("dpo", {**SIDES, "passage": ""}, {**SIDES, "passage": "Some text"}, "!column 'passage' holds a part"),
         ("dpo", {**SIDES, "better": "chosen"}, {**SIDES, "better": "rejected"}, "!column 'better' may say which"),
-        ("sft", {**DEMO, "label": True}, {**DEMO, "label": False}, "dropped 30 labelled_bad"),
         ("sft", DEMO, {**DEMO, "label": False}, "!label: missing"),
     ],
 )  # fmt: skip

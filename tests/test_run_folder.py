@@ -5,6 +5,7 @@ import errno
 import json
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import time
@@ -221,23 +222,26 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_the_same_command_twice(start_recipe, run_recipe, tiny_overrides, tmp_path):
-    """The first one goes on to its end, undisturbed; the second changes nothing."""
-    command = [*tiny_overrides, "quantization=none", "trainer.max_steps=60", "trainer.logging_steps=1"]
-    first = start_recipe("dpo", *command, cwd=tmp_path, cold=True)
+    """The first one goes on to its end, undisturbed; the second, while it lasts, changes nothing."""
+    command = [*tiny_overrides, "quantization=none", "trainer.max_steps=3", "trainer.logging_steps=1"]
+    first = start_recipe("dpo", *command, cwd=tmp_path)
     folder = tmp_path / "outputs" / "dpo" / "main"
     lock = tmp_path / "outputs" / "dpo" / ".main.lock"
     begin = time.monotonic()
-    while not (folder / "metrics.jsonl").exists():
+    while not (folder / "config.yaml").exists():
         assert first.poll() is None and time.monotonic() - begin < 90
-        time.sleep(0.05)
-    assert str(first.pid) in lock.read_text()
+        time.sleep(0.01)
+    holder = int(re.match(r"process (\d+) on", lock.read_text())[1])
+    os.kill(holder, signal.SIGSTOP)
     for more in ([], ["overwrite=true"]):
         second = run_recipe("dpo", *command, *more, cwd=tmp_path)
-        assert second.returncode == 2 and f"is being written by process {first.pid} on" in second.stderr, second
+        assert second.returncode == 2 and f"is being written by process {holder} on" in second.stderr, second
         assert len(second.stderr.splitlines()) == 1
+    assert first.poll() is None and not (folder / "result.json").exists()
+    os.kill(holder, signal.SIGCONT)
     assert first.wait(120) == 0
     steps = [json.loads(line).get("step") for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert sorted(set(steps)) == [*range(1, 61)] and (folder / "result.json").exists() and not lock.exists()
+    assert sorted(set(steps)) == [1, 2, 3] and (folder / "result.json").exists() and not lock.exists()
 
 
 # ---- one's own run

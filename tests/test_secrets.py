@@ -99,8 +99,8 @@ def test_nothing_of_the_clinic_is_a_secret(no_secrets_here):
 @pytest.mark.parametrize(
     "piece",
     [
-        "sk-", "-sk-proj-", "-xai-", "secret=", "://a:", "eyJ", "-----BEGIN ", "machine a login ", "bearer ", "~.",
-        "9.", "a", "0f", "secret:\t", "-sk-proj-aaaaa", "github_pat_", "SG.", "glpat-",
+        "sk-", "-sk-proj-", "-xai-", "secret=", "://a:", "eyJ", "-eyJ", "-----BEGIN ", "machine a login ", "bearer ",
+        "~.", "9.", "a", "0f", "secret:\t", "-sk-proj-aaaaa", "github_pat_", "SG.", "glpat-",
     ],
 )  # fmt: skip
 def test_adversarial_text_takes_no_longer_than_any_other(piece):

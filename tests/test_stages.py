@@ -37,7 +37,7 @@ def times(folder):
 def finished(run_recipe, tiny_overrides, tmp_path_factory):
     """(working folder, run folder, what the run printed) of a pipeline that ran to its end."""
     here = tmp_path_factory.mktemp("pipeline")
-    done = run_recipe("pipeline", *command(tiny_overrides, SFT, DPO), cwd=here, cold=True)
+    done = run_recipe("pipeline", *command(tiny_overrides, SFT, DPO), cwd=here)
     assert done.returncode == 0, done
     return here, here / RUN.format("main"), done
 

@@ -42,10 +42,19 @@ PRELOADED = (
     "rlhf_recipes.training.doctor_plot",
 )  # fmt: skip
 LIGHT = (
-    "numpy", "rlhf_recipes.evaluation.sweeps", "rlhf_recipes.launch.preflight.look",
-    "rlhf_recipes.launch.publish_after", "rlhf_recipes.launch.sweep",
+    "numpy", "rlhf_recipes.cai.make_pairs", "rlhf_recipes.data.fit", "rlhf_recipes.data.load",
+    "rlhf_recipes.evaluation.sweeps", "rlhf_recipes.launch.preflight.look", "rlhf_recipes.launch.publish_after",
+    "rlhf_recipes.launch.sweep", "rlhf_recipes.training.finish",
 )  # fmt: skip
-COMPOSED = ("dpo", "evaluate", "pipeline")  # what Hydra's parsers have seen, they know
+# What Hydra's parsers have seen, they know; so do forks the most frequent choices of groups.
+COMPOSED = (
+    ("dpo",),
+    ("dpo", "quantization=none"),
+    ("sft", "quantization=none"),
+    ("evaluate",),
+    ("pipeline",),
+    ("cai",),
+)
 DRAWN = "RLHF_TEST_DRAWN"
 STARTED = ("rlhf_recipes.", "submitit.core._submit", "torch.distributed.run", "killed", "sharded", "test_cai_data",
            "warm_")  # fmt: skip
@@ -254,12 +263,12 @@ def _main(descriptor: str, program: str, kind: str) -> None:
     run.environment()
     for name in PRELOADED if kind == "warm" else LIGHT:
         importlib.import_module(name)
-    quick.parse_yaml_once()
+    quick.compose_once()
     with hydra.initialize_config_module("rlhf_recipes.conf", version_base="1.3"):
-        for name in COMPOSED:
-            hydra.compose(name)
+        for name, *groups in COMPOSED:
+            hydra.compose(name, groups)
     sys.stdout.flush()
-    quick.collect_less()
+    (quick.settle if kind == "warm" else quick.collect_less)()
     _become(_serve(socket.socket(fileno=int(descriptor)), known), known, program)
 
 

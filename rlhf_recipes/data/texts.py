@@ -216,8 +216,9 @@ def _after_blank_line(text: str, start: int) -> bool:
 def _without_begins(text: str) -> str:
     text = text.lstrip()
     for _ in range(MOST_TOKENS):
-        if text.startswith(BEGINS):
-            text = text[len(next(token for token in BEGINS if text.startswith(token))) :].lstrip()
+        if not text.startswith(BEGINS):
+            break
+        text = text[len(next(token for token in BEGINS if text.startswith(token))) :].lstrip()
     return text
 
 
@@ -225,10 +226,11 @@ def _without_ends(text: str) -> tuple[str, str]:
     """The text without the tokens that end a turn, and the last one taken off ('' for none)."""
     taken, bare = "", text.rstrip()
     for _ in range(MOST_TOKENS):
-        if bare.endswith(ENDS):
-            taken = next(token for token in ENDS if bare.endswith(token))
-            text = bare[: -len(taken)]
-            bare = text.rstrip()
+        if not bare.endswith(ENDS):
+            break
+        taken = next(token for token in ENDS if bare.endswith(token))
+        text = bare[: -len(taken)]
+        bare = text.rstrip()
     return text, taken
 
 

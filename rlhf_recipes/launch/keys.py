@@ -1,5 +1,6 @@
 """What the command line takes: keys, types and words, checked before anything is loaded."""
 
+import functools
 import re
 from typing import Any
 
@@ -140,8 +141,8 @@ def check(cfg: DictConfig, recipe: str | None = None) -> None:
 def defaults(recipe: str) -> dict[str, Any]:
     """Our own keys of a recipe, dotted, and their defaults."""
     node, groups = _primary(recipe)
-    node |= {group: OmegaConf.to_container(OmegaConf.load(CONF / group / "base.yaml")) for group in groups & OURS}
-    return dict(flatten(node))
+    ours = {group: OmegaConf.to_container(OmegaConf.load(CONF / group / "base.yaml")) for group in groups & OURS}
+    return dict(flatten(node | ours))
 
 
 def rule(key: str, default: Any) -> Any:
@@ -153,6 +154,7 @@ def rule(key: str, default: Any) -> Any:
     return int | float if isinstance(default, float) else type(default)
 
 
+@functools.cache
 def _primary(recipe: str) -> tuple[dict, set[str]]:
     """The primary config of a recipe as it is written, without Hydra's node, and its groups."""
     shared, own = (OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml")) for name in ("run", recipe))
