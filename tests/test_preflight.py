@@ -172,9 +172,7 @@ def test_a_step_allocates_what_is_predicted(recipe, checkpointing, train, tmp_pa
     pairs = tmp_path / "pairs.jsonl"
     reply = "a good answer of some length, and then more of it, and more. " * 6
     pairs.write_text(
-        "".join(
-            json.dumps({"prompt": f"q {i}", "chosen": reply, "rejected": reply[:-2] + "x"}) + "\n" for i in range(12)
-        )
+        "".join(json.dumps({"prompt": f"q {i}", "chosen": reply, "rejected": "x" + reply}) + "\n" for i in range(12))
     )
     sizes = []
     check = account.check
