@@ -220,7 +220,8 @@ def _batches(
     for number, group in sharding.level(ranks.share(groups), groups):
         yield number, group
         memory.return_freed_memory()
-        done += sum(map(len, groups[number : number + ranks.world_size()]))  # the others have come as far
+        first = number - number % ranks.world_size()
+        done += sum(map(len, groups[first : first + ranks.world_size()]))  # the others have come as far
         line.update(done)
 
 

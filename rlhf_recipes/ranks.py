@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,7 +27,7 @@ LAUNCHERS = (
 # Of messages between processes: one may work alone for long, and the end of a process is seen without it.
 PATIENCE = timedelta(days=7)
 SECONDS = 1800  # of what the processes compute together: `ddp_timeout` of transformers
-ENDED = "rlhf_recipes/ended"
+ENDED, LAST_SECONDS = "rlhf_recipes/ended", 10  # that the first waits until all know why it ends
 
 _group = None  # for messages; it works on the CPU, whatever the model is trained on
 
@@ -160,12 +161,25 @@ def from_first(value: Any) -> Any:
 
 
 def by_first(function: Callable, *args, **kwargs) -> Any:
-    """What rank 0's call gives, on every rank; the others call nothing and wait for it.
+    """What rank 0's call gives, on every rank; the others call nothing and wait for it. What it refuses, all do.
 
     Args:
         function: its value can be pickled.
     """
-    return from_first(function(*args, **kwargs) if is_first() else None)
+    if world_size() == 1:
+        return function(*args, **kwargs)
+    value, refused = from_first(_outcome(function, *args, **kwargs) if is_first() else None)
+    if refused:
+        raise Refusal(refused)
+    return value
+
+
+def _outcome(function: Callable, *args, **kwargs) -> tuple[Any, str | None]:
+    """What a call gives, or why it is refused."""
+    try:
+        return function(*args, **kwargs), None
+    except Refusal as error:
+        return None, str(error)
 
 
 def gather(items: list) -> list:
@@ -185,11 +199,14 @@ def gather(items: list) -> list:
 
 
 def share(items: list) -> list[tuple[int, Any]]:
-    """This rank's part, each item with its place: `sorted(gather(...))` over (place, result) restores the order.
+    """This rank's part, each item with its place: `dict(gather(...))` of (place, result) has them all.
 
-    Every so-many-th item is a rank's: where they lie by their length, each has some of every length.
+    Items are taken in rounds, side by side: where they lie by their length, those of a round take as long. In each
+    round every rank has one, in the last that of rank 0 where there are too few: a sharded model works with all.
     """
-    return list(enumerate(items))[rank() :: world_size()]
+    size = world_size()
+    places = [start + rank() if start + rank() < len(items) else start for start in range(0, len(items), size)]
+    return [(place, items[place]) for place in places]
 
 
 def once_a_machine(function: Callable) -> Callable:
@@ -202,11 +219,15 @@ def once_a_machine(function: Callable) -> Callable:
     def called(*args, **kwargs):
         if world_size() == 1:
             return function(*args, **kwargs)
-        machine, own = socket.gethostname(), function(*args, **kwargs) if local_rank() == 0 else None
-        said = dict(gather([(machine, pickle.dumps(own))] if local_rank() == 0 else []))
-        given = own if local_rank() == 0 else pickle.loads(said[machine])
+        machine, own = socket.gethostname(), None
+        if local_rank() == 0:
+            own = _outcome(function, *args, **kwargs)
+        found = dict(gather([(machine, pickle.dumps(own))] if own else []))
+        value, refused = own or pickle.loads(found[machine])
         barrier()  # all have opened what the first may remove next
-        return given
+        if refused:
+            raise Refusal(refused)
+        return value
 
     return called
 
@@ -229,6 +250,12 @@ def end(code: int) -> int | None:
         join()
         store = torch.distributed.distributed_c10d._get_default_store()
         first, by = store.compare_set(ENDED, "", f"{code} {rank()}").split()
+        store.add(f"{ENDED}/asked", 1)
+        if is_first() and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:  # the store goes with this process
+            torch.distributed.destroy_process_group()  # whoever waits for it looks why
+            begin = time.monotonic()
+            while store.add(f"{ENDED}/asked", 0) < world_size() and time.monotonic() < begin + LAST_SECONDS:
+                time.sleep(0.05)
     except (
         RuntimeError,
         ValueError,

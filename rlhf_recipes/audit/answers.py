@@ -250,8 +250,12 @@ def _conversations(rows: list[dict], texts: list[str]) -> list[list[dict]]:
 
 def _call(function: Callable, name: str, rows: list[dict], texts: list[str]) -> np.ndarray:
     completions = [[{"role": "assistant", "content": text}] for text in texts]
-    with users_function(f"gold={name}"):
-        found = ranks.by_first(lambda: [*function(prompts=[row["prompt"] for row in rows], completions=completions)])
+
+    def ask() -> list:
+        with users_function(f"gold={name}"):
+            return [*function(prompts=[row["prompt"] for row in rows], completions=completions)]
+
+    found = ranks.by_first(ask)
     scores = np.array([np.nan if score is None else score for score in found], dtype=float)
     if scores.shape != (len(rows),) or not np.isfinite(scores).all():
         raise Refusal(f"gold={name}: gave {len(scores)} scores for {len(rows)} answers, or one that is not finite.")

@@ -103,12 +103,10 @@ class Local:
         line = progress.Line(what, len(rows), sum(request.key in known for request in requests))
         done = line.first
         todo = [batch for batch in _batches(rows) if any(row.request.key not in known for row in batch)]
-        for start in range(0, len(todo), ranks.world_size()):
-            batches = todo[start : start + ranks.world_size()]  # side by side, one for each process
-            own = [self._answers(batch) for batch in batches[ranks.rank() :][:1]]
-            for batch, answers in zip(batches, ranks.gather(own), strict=True):
-                yield [(row.request, answer) for row, answer in zip(batch, answers, strict=True)]
-                done += sum(row.request.key not in known for row in batch)
+        for number, own in ranks.share(todo):
+            for place, answers in sorted(dict(ranks.gather([(number, self._answers(own))])).items()):
+                yield [(row.request, answer) for row, answer in zip(todo[place], answers, strict=True)]
+                done += sum(row.request.key not in known for row in todo[place])
             line.update(done)
             memory.return_freed_memory()
 

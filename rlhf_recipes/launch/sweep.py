@@ -58,7 +58,8 @@ def run_job(main, cfg: DictConfig) -> float:
         if not refusal:
             print(shown(redact(traceback.format_exc())), file=sys.stderr, flush=True)
     row["seconds_in_all"] = round(time.monotonic() - begin, 1)
-    ranks.by_first((folder / ROWS).mkdir, parents=True, exist_ok=True)
+    if ranks.is_first():  # the others may be gone
+        (folder / ROWS).mkdir(parents=True, exist_ok=True)
     text = json.dumps(row, indent=2, ensure_ascii=False, default=asdict)
     run_folder.write_atomically(folder / ROWS / f"{own}.json", text + "\n")
     table = rebuild([folder], folder, cfg.sweep)

@@ -62,7 +62,7 @@ class Cache:
     measured: dict[str, dict]
     measure: bool
     elsewhere: bool
-    processes: int
+    processes: int = 1
     rows: dict[str, tuple] = field(default_factory=dict)
     examples: dict[tuple[str, str, str], dict] = field(default_factory=dict)
 
