@@ -1,7 +1,7 @@
 """A model that lies in parts, one on each card (FSDP2): what may train so, and what its ranks do together.
 
-A launcher asks for it (conf/accelerate/fsdp2_qlora.yaml). The base is then read and quantized tensor by tensor and kept
-in main memory, and no card holds more of it than its part, the layer at hand, the embeddings and the head.
+A launcher asks for it (conf/accelerate/fsdp2_qlora.yaml). The base is then read and quantized tensor by tensor and
+kept in main memory, and no card holds more of it than its part, the layer at hand, the embeddings and the head.
 """
 
 import os
