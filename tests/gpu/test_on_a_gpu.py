@@ -70,7 +70,8 @@ def limited(name: str, seconds: float):
 
 @pytest.fixture(autouse=True)
 def in_time(request):
-    with limited(request.node.name, request.node.get_closest_marker("gpu").kwargs["limit"]):
+    limit = request.node.get_closest_marker("gpu").kwargs["limit"]  # seconds of an H100
+    with limited(request.node.name, 5 * limit if SMALL else limit):
         yield
 
 
@@ -171,9 +172,12 @@ def of(recipe: str, *overrides: str) -> list:
 
 
 @pytest.fixture(scope="session")
-def make_model(tiny_model):
+def make_model(tiny_model, work):
     """make_model(folder, **shape): a Llama with random weights in bfloat16, and the tiny model's tokenizer."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    write_rows(work, tokenizer)
 
     def made(folder: Path, auto=LlamaForCausalLM, **shape) -> Path:
         tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -186,7 +190,7 @@ def make_model(tiny_model):
         finally:
             torch.set_default_dtype(torch.float32)
         model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
         del model
         torch.cuda.empty_cache()
         return folder
@@ -218,20 +222,20 @@ def tiny(tiny_model_overrides):
 
 @pytest.fixture(scope="session")
 def large(make_model, work):
-    """An 8B shape as overrides, with pairs of LONG tokens and prompts of ANSWER in its tokenizer."""
+    """An 8B shape as overrides."""
     begin = time.monotonic()
     folder = make_model(work / "8b", **LLAMA_8B)
     files = [file.stat().st_size for file in folder.glob("*.safetensors")]
     note("8B made", seconds=round(time.monotonic() - begin, 1), gib=round(sum(files) / GIB, 2))
-    write_rows(work, LONG, ANSWER)
     return [f"model.path={folder}", "model.id=tests/8b"]
 
 
-def write_rows(folder: Path, pair_tokens: int, prompt_tokens: int) -> None:
-    """long.jsonl, pairs whose halves are prompt and answer, and prompts.jsonl: the tokenizer makes about one token of
-    2.4 characters."""
+def write_rows(folder: Path, tokenizer) -> None:
+    """long.jsonl, pairs of up to LONG tokens, half of them prompt; prompts.jsonl, prompts of about ANSWER. A template
+    takes some sixty."""
     text = "The front desk answers, asks what is urgent, and books the visit that the caller needs. " * 60
-    half, prompt = text[: int(pair_tokens * 2.1 / 2)], text[: int(prompt_tokens * 2.1)]
+    ids = tokenizer(text)["input_ids"]
+    half, prompt = (tokenizer.decode(ids[:count]) for count in (LONG // 2 - 40, max(8, ANSWER - 60)))
     pairs = [
         {"prompt": f"{i}. {half}", "chosen": f"Yes, {i}. {half}", "rejected": f"No, {i}. {half}"} for i in range(24)
     ]
@@ -372,7 +376,7 @@ def test_a_killed_run_goes_on(ran, command, tiny, cases):
     assert far < 1e-5
 
 
-@pytest.mark.gpu(limit=30)
+@pytest.mark.gpu(limit=60)
 @pytest.mark.parametrize("cases", [("reward nf4",), ("reward int8",)], ids=" ".join)
 def test_a_reload_scores_alike_twenty_times(ran, cases):
     """Bit for bit: else a run of hours ends in an error of ours."""
@@ -505,7 +509,6 @@ def test_ppo_against_trl(command, make_model, work, monkeypatch):
     if not wheel:
         pytest.skip("make gpu-wheels fetches TRL 1.12")
     ZipFile(wheel).extractall(work / "anchor")
-    write_rows(work, LONG, ANSWER)
     policy = make_model(work / "1b", **LLAMA_1B)
     classifier = make_model(work / "1b_reward", LlamaForSequenceClassification, **LLAMA_1B, num_labels=1)
     model = [f"model.path={policy}", "model.id=tests/1b", "quantization=none", "model.dtype=bfloat16"]
