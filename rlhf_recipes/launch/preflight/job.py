@@ -289,7 +289,7 @@ def proposal(
     if not fits(args, batch) and recipe == "ppo" and args.value == "separate":
         change("value", "head")
     while not fits(args, batch) and recipe != "ppo" and batch.tokens // 2 >= SHORTEST:
-        batch = replace(batch, tokens=batch.tokens // 2)
+        batch = replace(batch, tokens=batch.tokens // 2, packed=batch.packed // 2)
         change("max_length", batch.tokens)
     return [f"{key}={value}" for key, value in changes.items()] if fits(args, batch) else []
 
