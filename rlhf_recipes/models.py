@@ -337,7 +337,8 @@ def _load_base(model: DictConfig, quantization: DictConfig, auto_class: type, **
     memory.keep_freed_memory()
     if sharding.is_on():
         kwargs["device_map"] = {"": "cpu"}
-    elif torch.cuda.is_available():  # where Slurm shows each process one card, that is the first
+    elif torch.cuda.is_available():
+        # A task of Slurm's may see its own device alone.
         kwargs["device_map"] = {"": ranks.local_rank() % torch.cuda.device_count()}
     if model.attn_implementation:
         kwargs["attn_implementation"] = model.attn_implementation

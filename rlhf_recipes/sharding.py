@@ -1,7 +1,7 @@
 """A model that lies in parts, one on each card (FSDP2): what may train so, and what its ranks do together.
 
-A launcher asks for it (conf/accelerate/fsdp2_qlora.yaml). The base is then read and quantized on the CPU, tensor by
-tensor, and no card ever holds more of it than its part and a layer.
+A launcher asks for it (conf/accelerate/fsdp2_qlora.yaml). The base is then read and quantized tensor by tensor and
+kept in main memory, and no card holds more of it than its part, the layer at hand, the embeddings and the head.
 """
 
 import os
@@ -133,11 +133,9 @@ def prepare(trainer) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     accelerator, plugin = trainer.accelerator, trainer.accelerator.state.fsdp_plugin
-    if (
-        policy := plugin.mixed_precision_policy
-    ):  # accelerate would round gradients, and losses that a forward pass sums
-        dtype = policy.param_dtype
-        plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    policy = plugin.mixed_precision_policy
+    if policy:  # that of accelerate would round gradients, and losses that are sums of a forward pass
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(policy.param_dtype, reduce_dtype=torch.float32)
         trainer.model.forward = convert_outputs_to_fp32(trainer.model.forward)  # as without FSDP
     trainer.create_optimizer()
     prepared = accelerator.prepare(trainer.model, trainer.optimizer)

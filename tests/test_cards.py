@@ -67,6 +67,7 @@ def test_every_recipe_takes_it_before_its_libraries_look(machine, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["recipes/orpo.py", "run_name=two"])
     monkeypatch.setattr(recipe, "_leave_script_folder", lambda: None)
+    monkeypatch.setattr(recipe.signals, "listen", lambda: None)  # of this process, too
     seen = []
     recipe.recipe("orpo")(lambda cfg: seen.append(os.environ[cards.VISIBLE]))()
     assert seen == ["0"] and f"{DDP} recipes/orpo.py run_name=two\n" in capsys.readouterr().out

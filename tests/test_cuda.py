@@ -43,6 +43,10 @@ class Operations(TorchDispatchMode):
         return made
 
 
+class Asked(Exception):
+    """With what it was."""
+
+
 class OnCuda(torch.Tensor):
     """A tensor that says that it lies on a GPU."""
 
@@ -60,18 +64,20 @@ class OnCuda(torch.Tensor):
         ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "3"}, 3),
     ],
 )
-def test_a_process_loads_onto_its_own_gpu(gpu, monkeypatch, launcher, device):
+def test_a_process_loads_onto_its_own_gpu(gpu, compose, monkeypatch, launcher, device):
     for name in [name for name in os.environ if name.startswith(("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_"))]:
         monkeypatch.delenv(name)
     for name, value in launcher.items():
         monkeypatch.setenv(name, value)
     gpu(80)
-    loaded = {}
-    auto = SimpleNamespace(from_pretrained=lambda path, **kwargs: loaded.update(kwargs))
-    monkeypatch.setattr(models, "_from_hub", lambda model, load, path, **kwargs: load(path, **kwargs))
-    with pytest.raises(AttributeError):  # nothing was loaded
-        models._load_base(models.config.OmegaConf.structured(models.config.ModelConfig(id="x")), {}, auto)
-    assert loaded["device_map"] == {"": device}
+
+    def from_hub(model, load, path, device_map, **kwargs):
+        raise Asked(device_map)
+
+    monkeypatch.setattr(models, "_from_hub", from_hub)
+    with pytest.raises(Asked) as asked:
+        models._load_base(compose("dpo", "model.path=here").model, {}, SimpleNamespace(from_pretrained=None))
+    assert asked.value.args == ({"": device},)
 
 
 @pytest.mark.parametrize("use_cpu", [True, False])
@@ -125,17 +131,14 @@ def test_a_gpu_is_left_to_the_process_that_proves(monkeypatch):
 def test_merged_weights_are_computed_in_main_memory(compose, monkeypatch, tmp_path):
     from rlhf_recipes.publish import merge
 
-    class Moved(Exception):
-        pass
-
     def to(*args):
-        raise Moved(*args)
+        raise Asked(*args)
 
     monkeypatch.setattr(models, "load_base", lambda *_, **__: SimpleNamespace(is_quantized=False, to=to))
     config = {key: dict(compose("dpo")[key]) for key in ("model", "quantization")}
-    with pytest.raises(Moved) as moved:
+    with pytest.raises(Asked) as asked:
         merge.write(SimpleNamespace(config=config, recipe="dpo"), tmp_path)
-    assert moved.value.args == ("cpu", torch.float32)
+    assert asked.value.args == ("cpu", torch.float32)
 
 
 @pytest.mark.slow

@@ -61,6 +61,7 @@ def test_states_and_gradients_are_those_of_two_rows(tmp_path, name, attention):
 
 def one_pass(model):
     """(logits of the tokens, gradients in one row)"""
+    model.train()
     model.zero_grad()
     outputs = model(**batch())
     outputs.loss.backward()

@@ -75,12 +75,10 @@ def trained(clean_env, warm_python, tiny_model_overrides, tmp_path_factory):
 
 
 def _ranks(environment):
-    import socket
+    from accelerate.utils.other import get_free_port
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(get_free_port())}
+    own |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     return [{**environment, **own, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
 
 

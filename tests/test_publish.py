@@ -16,6 +16,12 @@ from hub_server import TOKEN
 from test_cai import SMALL, terse  # noqa: F401  a fixture
 
 LEARNS = ("trainer.learning_rate=0.01", "trainer.warmup_steps=0", "data.eval_size=24")
+WITHOUT_US = """
+import sys
+for name in [name for name in sys.modules if name.startswith("rlhf_recipes")]:
+    del sys.modules[name]
+sys.modules["rlhf_recipes"] = None
+"""
 BASE = {"README.md": b"---\nlicense: apache-2.0\n---\n# Tiny\n"}
 
 
@@ -51,13 +57,14 @@ def publish(run_recipe, hub, here, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def plain(hub, clean_env, tmp_path_factory):
-    """plain(code): what Python prints in an empty folder with an empty cache, without this package."""
+def plain(hub, clean_env, warm_python, tmp_path_factory):
+    """plain(code, cold=False): what Python prints in an empty folder with an empty cache, without this package."""
 
-    def run(code):
-        folder = tmp_path_factory.mktemp("empty")
-        env = merged(clean_env, {**hub.environment(folder / "home"), "PYTHONPATH": None})
-        command = [sys.executable, "-c", f"import sys\nsys.modules['rlhf_recipes'] = None\n{code}"]
+    def run(code, cold=False):
+        folder, module = tmp_path_factory.mktemp("empty"), tmp_path_factory.mktemp("module")
+        (module / "warm_plain.py").write_text(f"{WITHOUT_US}{code}")
+        env = merged(clean_env, {**hub.environment(folder / "home"), "PYTHONPATH": module})
+        command = [sys.executable if cold else warm_python, "-m", "warm_plain"]
         done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -129,7 +136,8 @@ def test_an_sft_dpo_adapter(hub, here, publish, plain):
     code = snippet_of(text)
     assert f'revision="{sha}"' in code and "load_in_4bit=True" in code
 
-    found = plain(code + PROBES.format(pairs=str(CLINIC / "pairs.jsonl")) + LOGPS).splitlines()[-4:]
+    printed = plain(code + PROBES.format(pairs=str(CLINIC / "pairs.jsonl")) + LOGPS, cold=True)
+    found = printed.splitlines()[-4:]
     probe = probe_of(hub, "ada/desk")
     stored = [value / scale for value, scale in zip(probe["values"], probe["scale"], strict=True)]
     assert [float(line) for line in found] == pytest.approx(stored[:4], abs=0.02)

@@ -233,14 +233,15 @@ def test_chain_reference_is_the_frozen_parent(chain):
     assert first["rewards/margins"] == 0 and first["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_chain_reloads_in_a_fresh_process(chain, tiny_model_overrides, clean_env):
+def test_chain_reloads_in_a_fresh_process(chain, tiny_model_overrides, clean_env, warm_python, tmp_path):
     from rlhf_recipes import models
 
     _, dpo = chain
     tokenizer = models.load_tokenizer(dpo.cfg.model)
     rows = list(held_out(dpo.cfg, tokenizer))
     job = json.dumps([tiny_model_overrides, str(dpo.dir / "adapter"), rows])
-    done = subprocess.run([sys.executable, "-c", FRESH_PROCESS], input=job, capture_output=True, text=True,
+    (tmp_path / "warm_fresh.py").write_text(FRESH_PROCESS)
+    done = subprocess.run([warm_python, "-m", "warm_fresh"], input=job, capture_output=True, text=True, cwd=tmp_path,
                           env=clean_env, timeout=120)  # fmt: skip
     assert done.returncode == 0, done.stderr
     fresh = torch.tensor([list(row.values()) for row in json.loads(done.stdout)], dtype=torch.float64)

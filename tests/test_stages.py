@@ -90,7 +90,7 @@ def test_other_settings_are_refused(finished, run_recipe, tiny_overrides):
 
 def test_after_ctrl_c_it_continues(after_sft, start_recipe, run_recipe, tiny_overrides):
     here, folder = after_sft("stopped")
-    line = command(tiny_overrides, SFT, (*DPO, "trainer.max_steps=24", "trainer.save_steps=2"), run_name="stopped")
+    line = command(tiny_overrides, SFT, (*DPO, "trainer.max_steps=14", "trainer.save_steps=2"), run_name="stopped")
     process = start_recipe("pipeline", *line, cwd=here)
     begin = time.monotonic()
     while not (folder / "dpo" / "checkpoints" / "checkpoint-2" / "trainer_state.json").exists():
@@ -106,7 +106,7 @@ def test_after_ctrl_c_it_continues(after_sft, start_recipe, run_recipe, tiny_ove
     assert f"Continuing {RUN.format('stopped')}/dpo from step " in done.stdout
     assert summary(folder) == [("sft", "finished", False), ("dpo", "finished", True)]
     result = json.loads((folder / "dpo" / "result.json").read_text())
-    assert result["steps"] == 24 and int(result["resumed_from"].rpartition("-")[2]) >= 2
+    assert result["steps"] == 14 and int(result["resumed_from"].rpartition("-")[2]) >= 2
 
 
 def test_a_stage_does_not_outlive_the_pipeline(after_sft, start_recipe, tiny_overrides):

@@ -53,6 +53,8 @@ def check(cfg: DictConfig) -> ModelRef | None:
         if given < value:
             raise Refusal(f"{key}={given}: must be at least {value}. Change it.")
     _part(cfg.shards)
+    if cfg.shards and cfg.publish:
+        raise Refusal(f"publish=true: not with shards={cfg.shards}, a part. Give it to the command without shards.")
     if not cfg.sources:
         raise Refusal(f"sources=[]: makes no pairs. Choose from {', '.join(SOURCES)}.")
     return find_judge_adapter(cfg.judge)
@@ -294,7 +296,11 @@ class PairMaker:
 
 
 def _part(shards: str | None) -> tuple[int, int]:
-    """(number of the first shard, from 0; every how-manyth is made) of `shards`, k/n."""
+    """(number of the first shard, from 0; every how-manyth is made) of `shards`, k/n.
+
+    Raises:
+        Refusal: it is no such part.
+    """
     found = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", shards or "1/1")
     if not found or int(found[1]) > int(found[2]):
         raise Refusal(f"shards={shards}: must be k/n, the k-th of n jobs, as in 3/8. Change it.")

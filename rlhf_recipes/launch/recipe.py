@@ -9,7 +9,7 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import commands, overrides, ranks, sharding, signals
 from rlhf_recipes.config import in_sweep
@@ -39,7 +39,7 @@ def recipe(name: str):
                 return sweep.run_job(main, cfg)
             with OneLine(), _no_empty_folder():  # inside Hydra, which would announce the failure on a line of its own
                 check(cfg)
-                if name != "publish":
+                if name != "publish" and not OmegaConf.select(cfg, "trainer.use_cpu"):
                     cards.take_one(name, list(HydraConfig.get().overrides.task))
                 sharding.check(cfg, name)
                 if "trainer" in cfg and cfg.preflight.only:

@@ -63,7 +63,8 @@ def run_job(main, cfg: DictConfig) -> float:
     text = json.dumps(row, indent=2, ensure_ascii=False, default=asdict)
     run_folder.write_atomically(folder / ROWS / f"{own}.json", text + "\n")
     table = rebuild([folder], folder, cfg.sweep)
-    ranks.barrier()  # submitit may end all tasks with the first that ends
+    if row["status"] == "finished":
+        ranks.barrier()  # submitit may end all tasks with the first that ends
     return next((r["value"] for r in table["rows"] if r["job"] == own and may_be_best(r)), -math.inf)
 
 
@@ -74,8 +75,11 @@ def _say_which_task() -> None:
         from submitit import JobEnvironment
         from submitit.helpers import TorchDistributedEnvironment
 
-        if JobEnvironment().num_tasks > 1:
+        job = JobEnvironment()
+        if job.num_tasks > 1:
             TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+            if job.num_nodes == 1:  # which need not know its own name
+                os.environ["MASTER_ADDR"] = "127.0.0.1"
 
 
 class Summary(Callback):

@@ -38,7 +38,7 @@ def score_answers_alone(causal: nn.Module) -> None:
         with _states_alone(causal, scored_BT):
             outputs = fused(*args, shift_labels=labels_BT[scored_BT][None], fused_lm_head=True, **kwargs)
         for name in PER_TOKEN:
-            if (values_1N := outputs[name]) is not None:
+            if (values_1N := outputs.get(name)) is not None:
                 outputs[name] = values_1N.new_zeros(scored_BT.shape).masked_scatter(scored_BT, values_1N)
         return outputs
 

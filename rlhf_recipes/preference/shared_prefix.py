@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_recipes.errors import first_line
+
 # Lengths are rounded up to it, so that shapes are few: oneDNN keeps memory for each.
 SPAN = 32
 # Of the states of a pair computed in both ways, relative to their norm: far above what bfloat16 rounds, far below what
@@ -90,7 +92,7 @@ class SharedPrefixes:
     in both ways: a model that answers otherwise when packed gets its batches whole.
 
     Attributes:
-        batches: how many were `packed`, and how many went through `whole`.
+        batches: of training, how many were `packed`, and how many went through `whole`.
         refused: why none is packed, or "".
     """
 
@@ -123,11 +125,12 @@ class SharedPrefixes:
             self._prove(backbone, given)
             packed = None if self.refused else packed
         self._packed.append(packed)
-        self.batches["packed" if packed else "whole"] += 1
+        if backbone.training:
+            self.batches["packed" if packed else "whole"] += 1
         if not packed:
             return None
         given["input_ids"], given["position_ids"] = packed.ids_PL, packed.positions_PL
-        given["attention_mask"] = self._mask(packed, backbone.dtype)
+        given["attention_mask"] = self._mask(packed, _computed_in(backbone))
         return (), given
 
     def _after(self, backbone: nn.Module, args: tuple, output):
@@ -151,23 +154,13 @@ class SharedPrefixes:
         return packed if packed.ids_PL.numel() < ids_BT.numel() else None
 
     def _mask(self, packed: Packed, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
-        kinds, window = (
-            set(getattr(self.config, "layer_types", None) or ()),
-            getattr(self.config, "sliding_window", None),
-        )
-        if kinds == {"full_attention"}:
-            window = None
-        if len(kinds) < 2:
-            return self._of_kernel(packed.visible(window), dtype)
+        """What is added to the scores of attention, for each kind of layer where there are several."""
+        kinds = set(getattr(self.config, "layer_types", None) or ())
+        window = getattr(self.config, "sliding_window", None)
         windows = {"full_attention": None, "sliding_attention": window}
-        return {kind: self._of_kernel(packed.visible(windows[kind]), dtype) for kind in kinds}
-
-    def _of_kernel(self, visible: Tensor, dtype: torch.dtype) -> Tensor:
-        if self.config._attn_implementation == "sdpa":
-            return visible
-        return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
-            ~visible, torch.finfo(dtype).min
-        )
+        if len(kinds) > 1:
+            return {kind: _added(packed.visible(windows[kind]), dtype) for kind in kinds}
+        return _added(packed.visible(windows[kinds.pop()] if kinds else window), dtype)
 
     @torch.no_grad()
     def _prove(self, backbone: nn.Module, given: dict[str, Any]) -> None:
@@ -179,12 +172,15 @@ class SharedPrefixes:
         pair = {**given, "input_ids": ids_BT[rows], "attention_mask": mask_BT[rows]}
         packed = pack(pair["input_ids"], pair["attention_mask"])
         together = {"input_ids": packed.ids_PL, "position_ids": packed.positions_PL,
-                    "attention_mask": self._mask(packed, backbone.dtype)}  # fmt: skip
+                    "attention_mask": self._mask(packed, _computed_in(backbone))}  # fmt: skip
         training, self._proven = backbone.training, True
         backbone.eval()
         try:  # without the hooks of the module itself
             whole_2TH = backbone.forward(**pair).last_hidden_state
             packed_LH = backbone.forward(**{**pair, **together}).last_hidden_state[0]
+        except RuntimeError as error:  # of a kernel that takes no such mask
+            self.refused = first_line(error)
+            return
         finally:
             backbone.train(training)
         kept = pair["attention_mask"].bool()
@@ -192,3 +188,14 @@ class SharedPrefixes:
         difference = ((packed_NH - whole_NH).norm(dim=1) / whole_NH.norm(dim=1)).max().item()
         if not difference < CLOSE:
             self.refused = f"its hidden states are others when packed (by {difference:.1%})"
+
+
+def _computed_in(backbone: nn.Module) -> torch.dtype:
+    device = backbone.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else backbone.dtype
+
+
+def _added(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where a key is seen. SDPA would make it of a mask of booleans, and keep it, once for each layer."""
+    hidden = torch.finfo(dtype).min
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, hidden)

@@ -68,8 +68,8 @@ def state_in_errors(target: Target):
     """What goes wrong between the client and the Hub as one line that says what state the repo is in."""
     try:
         yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"Interrupted. {target.state} The same command goes on from there.") from None
+    except KeyboardInterrupt as error:
+        raise type(error)(f"Interrupted. {target.state} The same command goes on from there.") from None
     except Exception as error:
         if not _came_through_the_client(error):
             raise

@@ -6,6 +6,7 @@
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -70,7 +71,8 @@ def limited(name: str, seconds: float):
 
 @pytest.fixture(autouse=True)
 def in_time(request):
-    with limited(request.node.name, request.node.get_closest_marker("gpu").kwargs["limit"]):
+    limit = request.node.get_closest_marker("gpu").kwargs["limit"]  # seconds of an H100
+    with limited(request.node.name, 5 * limit if SMALL else limit):
         yield
 
 
@@ -171,9 +173,12 @@ def of(recipe: str, *overrides: str) -> list:
 
 
 @pytest.fixture(scope="session")
-def make_model(tiny_model):
+def make_model(tiny_model, work):
     """make_model(folder, **shape): a Llama with random weights in bfloat16, and the tiny model's tokenizer."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    write_rows(work, tokenizer)
 
     def made(folder: Path, auto=LlamaForCausalLM, **shape) -> Path:
         tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -186,7 +191,7 @@ def make_model(tiny_model):
         finally:
             torch.set_default_dtype(torch.float32)
         model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
         del model
         torch.cuda.empty_cache()
         return folder
@@ -218,20 +223,20 @@ def tiny(tiny_model_overrides):
 
 @pytest.fixture(scope="session")
 def large(make_model, work):
-    """An 8B shape as overrides, with pairs of LONG tokens and prompts of ANSWER in its tokenizer."""
+    """An 8B shape as overrides."""
     begin = time.monotonic()
     folder = make_model(work / "8b", **LLAMA_8B)
     files = [file.stat().st_size for file in folder.glob("*.safetensors")]
     note("8B made", seconds=round(time.monotonic() - begin, 1), gib=round(sum(files) / GIB, 2))
-    write_rows(work, LONG, ANSWER)
     return [f"model.path={folder}", "model.id=tests/8b"]
 
 
-def write_rows(folder: Path, pair_tokens: int, prompt_tokens: int) -> None:
-    """long.jsonl, pairs whose halves are prompt and answer, and prompts.jsonl: the tokenizer makes about one token of
-    2.4 characters."""
+def write_rows(folder: Path, tokenizer) -> None:
+    """long.jsonl, pairs of up to LONG tokens, half of them prompt; prompts.jsonl, prompts of about ANSWER. A template
+    takes some sixty."""
     text = "The front desk answers, asks what is urgent, and books the visit that the caller needs. " * 60
-    half, prompt = text[: int(pair_tokens * 2.1 / 2)], text[: int(prompt_tokens * 2.1)]
+    ids = tokenizer(text)["input_ids"]
+    half, prompt = (tokenizer.decode(ids[:count]) for count in (LONG // 2 - 40, max(8, ANSWER - 60)))
     pairs = [
         {"prompt": f"{i}. {half}", "chosen": f"Yes, {i}. {half}", "rejected": f"No, {i}. {half}"} for i in range(24)
     ]
@@ -372,7 +377,7 @@ def test_a_killed_run_goes_on(ran, command, tiny, cases):
     assert far < 1e-5
 
 
-@pytest.mark.gpu(limit=30)
+@pytest.mark.gpu(limit=60)
 @pytest.mark.parametrize("cases", [("reward nf4",), ("reward int8",)], ids=" ".join)
 def test_a_reload_scores_alike_twenty_times(ran, cases):
     """Bit for bit: else a run of hours ends in an error of ours."""
@@ -383,17 +388,22 @@ def test_a_reload_scores_alike_twenty_times(ran, cases):
 
 @pytest.mark.gpu(limit=120)
 @pytest.mark.parametrize("cases", [("dpo nf4", "reward nf4")], ids=" ".join)
-def test_what_was_trained_is_published(ran, command, tiny, cases):
+def test_what_was_trained_is_published(ran, command, cases):
     """A round trip on the GPU, one with merged weights, and one where only a CPU is left."""
-    hidden, found = {} if SMALL else {"CUDA_VISIBLE_DEVICES": ""}, {}
-    for case in cases:
-        run = ran(case).folder
-        for label, more, env in (("adapter", [], {}), ("merged", ["merged=true"], {}), ("on a CPU", [], hidden)):
-            name = f"published {case} {label}"
-            asked = [f"run={run}", "folder={folder}_files", "license=apache-2.0", *more]
-            found[name] = command(name, *of("publish", *asked), **env, FACTS=None)
-            note(name, exit=found[name].code, seconds=found[name].seconds, said=found[name].said[-400:])
-    assert {name: each.code for name, each in found.items()} == dict.fromkeys(found, 0)
+    ways = {"adapter": ([], {}), "merged": (["merged=true"], {}), "on a CPU": ([], {"CUDA_VISIBLE_DEVICES": ""})}
+
+    def published(case: str) -> list[Ran]:
+        run, chosen = ran(case).folder, ways if case == cases[0] else ("adapter", "on a CPU")
+        asked = of("publish", f"run={run}", "folder={folder}_files", "license=apache-2.0")
+        return [
+            command(f"published {case} {way}", *asked, *ways[way][0], **ways[way][1], FACTS=None) for way in chosen
+        ]
+
+    with ThreadPoolExecutor(1 if SMALL else 2) as pool:
+        found = [each for some in pool.map(published, cases) for each in some]
+    for each in found:
+        note(each.folder.parent.name, exit=each.code, seconds=each.seconds, said=each.said[-600:])
+    assert [each.code for each in found] == [0] * 5
 
 
 # ---- 4 Several cards, one process
@@ -505,7 +515,6 @@ def test_ppo_against_trl(command, make_model, work, monkeypatch):
     if not wheel:
         pytest.skip("make gpu-wheels fetches TRL 1.12")
     ZipFile(wheel).extractall(work / "anchor")
-    write_rows(work, LONG, ANSWER)
     policy = make_model(work / "1b", **LLAMA_1B)
     classifier = make_model(work / "1b_reward", LlamaForSequenceClassification, **LLAMA_1B, num_labels=1)
     model = [f"model.path={policy}", "model.id=tests/1b", "quantization=none", "model.dtype=bfloat16"]
@@ -519,10 +528,10 @@ def test_ppo_against_trl(command, make_model, work, monkeypatch):
     script = TRL if SMALL else TRL.replace("use_cpu=True, ", "")
     search = os.pathsep.join(filter(None, [str(work / "anchor"), os.environ.get("PYTHONPATH")]))
     theirs = command("1B TRL", "-c", script, given, PYTHONPATH=search, TRL_EXPERIMENTAL_SILENCE="1")
-    clock = [float(line.split()[1]) for line in theirs.said.splitlines() if line.startswith("CLOCK")]
+    clock = [float(moment) for moment in re.findall(r"CLOCK ([\d.]+)", theirs.said)]
     updates = [round(after - before, 2) for before, after in itertools.pairwise(clock)]
     note("1B TRL", exit=theirs.code, seconds_of_updates=updates, said=theirs.said[-800:] if theirs.code else "")
-    assert theirs.code == 0, theirs.said[-3000:]
+    assert theirs.code == 0 and updates, theirs.said[-3000:]
 
 
 @contextmanager

@@ -124,7 +124,9 @@ def _look(job: Job, looked_at: Cache, found: JobReport) -> None:
     if cfg.get("fast_forward") and not methods.of(recipe, cfg.trainer._target_).logit_bytes:
         largest = _fast(largest, args, splits.sizes["train"])
     _memory(found, job, args, largest, predict, looked_at.elsewhere)
-    if looked_at.measure and not found.stops and not later and not sharding.is_on():  # a step is of one process
+    if looked_at.measure and sharding.is_on():
+        found.watch.append("no step is taken: it would be of one process, with the whole model")
+    elif looked_at.measure and not found.stops and not later:
         shape = _shape(cfg, recipe)
         if shape not in looked_at.measured:
             print(f"  steps    real ones of {job.name or recipe}, in a process of their own ...", flush=True)
@@ -268,7 +270,8 @@ def _memory(
     if peak > free:
         fitting = proposal(job.recipe, args, batch, lambda args, batch: predict(args, base, batch)["peak_gib"] <= free)
         advice = f"It fits with {' '.join(fitting)}" if fitting else "Choose a smaller model or another machine"
-        found.stops.append(f"{needs} {advice}.{_in_parts(job, args, base, batch, predict, free)}")
+        parts = _in_parts(job, args, base, batch, predict, free) if found.memory["where"] == "cuda" else ""
+        found.stops.append(f"{needs} {advice}.{parts}")
     elif peak * (1 + MARGIN) > free:
         found.watch.append(f"memory is tight: {needs}")
 
@@ -288,7 +291,7 @@ def _in_parts(job: Job, args, base, batch: predict_memory.Batch, predict: Callab
             file = run.relative(config.CONF / "accelerate" / "fsdp2_qlora.yaml")
             packed = ["quantization=nf4_fsdp"] if job.cfg.quantization.get("load_in_4bit") else []
             words = " ".join([launched(job.recipe, file), *packed, *changes])
-            return f" Or in parts, on {cards} such cards: {words}"
+            return f" Or in parts, on {cards} such cards: {words}."
     return ""
 
 
@@ -315,7 +318,7 @@ def proposal(
     if not fits(args, batch) and recipe == "ppo" and args.value == "separate":
         change("value", "head")
     while not fits(args, batch) and recipe != "ppo" and batch.tokens // 2 >= SHORTEST:
-        batch = replace(batch, tokens=batch.tokens // 2)
+        batch = replace(batch, tokens=batch.tokens // 2, packed=batch.packed // 2)
         change("max_length", batch.tokens)
     return [f"{key}={value}" for key, value in changes.items()] if fits(args, batch) else []
 

@@ -279,13 +279,14 @@ def _step(base: Backbone, batch: Batch, where: str, args) -> dict[str, float]:
             buffer = used
         item = 4 if base.recipe == "ppo" else base.item  # its logits are float32
         logits = min(predicted, TILE_TOKENS) * (buffer * item + used * TILE_BYTES[where])
+    mask = batch.sequences // 2 * batch.packed**2 * base.item
     if not args.gradient_checkpointing:
-        return {"activations": tokens * (layers + 0.5) * base.kept, "logits": logits}
+        return {"activations": tokens * (layers + 0.5) * base.kept + mask, "logits": logits}
     inputs = layers * base.config.hidden_size * base.item * (1 + base.wide)
     again = 1.2 * base.kept  # a layer is computed again when the logits are gone
     if tokens * again > logits:
-        return {"activations": tokens * (inputs + again)}
-    return {"activations": tokens * inputs, "logits": logits}
+        return {"activations": tokens * (inputs + again) + mask}
+    return {"activations": tokens * inputs + mask, "logits": logits}
 
 
 def _held_out(base: Backbone, batch: Batch, where: str) -> dict[str, float]:

@@ -1,0 +1,78 @@
+"""The end of a machine: who hears of it, when a process ends, with which exit status."""
+
+import os
+import signal
+
+import pytest
+
+from rlhf_recipes import signals
+from rlhf_recipes.launch.refusals import OneLine
+
+
+@pytest.fixture(autouse=True)
+def listening(monkeypatch):
+    """This process as it was, afterwards."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    for name, value in {"_told": None, "_training": False, "_requeue": None}.items():
+        monkeypatch.setattr(signals, name, value)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", signals.SIGNALS)
+def test_it_ends_at_once_in_one_line(number, capsys):
+    signals.listen()
+    with pytest.raises(SystemExit) as end, OneLine():
+        os.kill(os.getpid(), number)
+    said = f"Ended by {number.name}. What was done before is kept. The same command goes on.\n"
+    assert end.value.code == 75 and capsys.readouterr().err == said
+    os.kill(os.getpid(), number)  # the end is under way: a second one changes nothing
+
+
+def test_a_training_ends_between_two_steps():
+    signals.listen()
+    signals.train(True)
+    assert not signals.told()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert signals.told()
+    with pytest.raises(signals.TakenBack, match=r"^Ended by SIGTERM. Step 3 is saved. The same command goes on.$"):
+        signals.end("Step 3 is saved.")
+
+
+def test_one_that_comes_after_the_last_step_is_heard_too():
+    signals.listen()
+    signals.train(True)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    with pytest.raises(signals.TakenBack, match="The training was over"):
+        signals.train(False)
+
+
+def test_submitit_puts_its_job_into_the_queue_when_the_checkpoint_is_there():
+    calls = []
+
+    def checkpoint_and_try_requeue(number, frame):
+        calls.append(number)
+        raise SystemExit(255)
+
+    def bypass(number, frame):
+        calls.append("bypass")
+
+    signal.signal(signal.SIGTERM, bypass)
+    signal.signal(signal.SIGUSR2, checkpoint_and_try_requeue)
+    signals.listen()
+    signals.train(True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert calls == ["bypass"] and not signals.told()
+    os.kill(os.getpid(), signal.SIGUSR2)
+    assert calls == ["bypass"] and signals.told(), "not before there is a checkpoint"
+    with pytest.raises(SystemExit):
+        signals.end("Step 3 is saved.")
+    assert calls == ["bypass", signal.SIGUSR2]
+
+
+def test_submitit_calls_its_handler_so():
+    from submitit.core.job_environment import SignalHandler
+
+    assert SignalHandler.checkpoint_and_try_requeue.__name__ == "checkpoint_and_try_requeue"
