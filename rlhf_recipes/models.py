@@ -334,7 +334,6 @@ def _load_base(model: DictConfig, quantization: DictConfig, auto_class: type, **
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    memory.keep_freed_memory()
     if sharding.is_on():
         kwargs["device_map"] = {"": "cpu"}
     elif torch.cuda.is_available():
@@ -349,6 +348,7 @@ def _load_base(model: DictConfig, quantization: DictConfig, auto_class: type, **
     kwargs |= {"revision": model.revision, "dtype": dtype}
     with sharding.quantized_on_card():
         base = _from_hub(model, auto_class.from_pretrained, model_path(model), **kwargs)
+    memory.keep_freed_memory()  # of steps; what the loading has freed goes back
     base.config.get_text_config().pad_token_id = load_tokenizer(model).pad_token_id
     if kwargs.get("num_labels") == 1 and base.score.weight.dtype != torch.float32:
         base.score.float()  # trained in full: rounded to bfloat16 it would not move at a usual learning rate
