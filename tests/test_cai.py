@@ -85,7 +85,7 @@ def test_jobs_with_shards_of_their_own_are_joined_to_the_same(finished, run_reci
     assert made == [["00000", "00002"], ["00001"]]
     done = run_recipe("cai", *SMALL, *terse, cwd=tmp_path)
     assert done.returncode == 0 and "shard 1/3" not in done.stdout + done.stderr, done
-    for file in ("funnel.json", "ledger.json", "README.md", "train_prefs.parquet", "train_sft.parquet"):
+    for file in ("funnel.json", "ledger.json", "train_prefs.parquet", "test_prefs.parquet", "train_sft.parquet"):
         assert (here / "main" / file).read_bytes() == (whole / file).read_bytes(), file
     assert json.loads((here / "main/result.json").read_text())["spent"]["calls"] == len(answers(whole)) + len(
         [entry for line in (whole / "gate.jsonl").read_text().splitlines() for entry in json.loads(line)]

@@ -163,10 +163,12 @@ def test_the_files_are_accelerates(file, monkeypatch):
         assert sharded["FSDP_RESHARD_AFTER_FORWARD"] == "true"
 
 
-def test_hydra_takes_them_for_no_group(compose):
+def test_hydra_takes_them_for_no_group():
+    import hydra
     from hydra.core.global_hydra import GlobalHydra
 
-    compose("dpo")
-    loader = GlobalHydra.instance().config_loader()
-    assert "accelerate" not in loader.list_groups("") and "quantization" in loader.list_groups("")
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_module("rlhf_recipes.conf", version_base="1.3"):
+        groups = GlobalHydra.instance().config_loader().list_groups("")
+    assert "accelerate" not in groups and "quantization" in groups
     assert [file.stem for file in FILES] == ["ddp", "fsdp2_qlora"]
