@@ -7,6 +7,7 @@ series differs in its marker as well as in its colour.
 import re
 from pathlib import Path
 
+from rlhf_recipes import ranks
 from rlhf_recipes.stats import Estimate, format_number
 from rlhf_recipes.text import line, shown
 
@@ -19,7 +20,9 @@ TITLE = 100  # characters of a picture's
 
 def write(template: Path, path: str | Path, **values) -> None:
     """Render a Jinja template, which may include `style.css`, to an HTML file; every value is escaped, and control
-    characters in it are shown as what they are."""
+    characters in it are shown as what they are. Of several processes the first writes."""
+    if not ranks.is_first():
+        return
     import jinja2
     from markupsafe import Markup
 

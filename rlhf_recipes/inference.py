@@ -1,5 +1,7 @@
 """Forward passes: log-probabilities of answers, scores of a reward model, sampled answers and their KL.
 
+Several processes share the batches, which are those of one process, and each has all results.
+
 Shapes: B sequences in a batch, T tokens, K completion tokens, V vocabulary. Log-probabilities are in nats.
 """
 
@@ -8,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_recipes import memory, progress
+from rlhf_recipes import memory, progress, ranks
 from rlhf_recipes.data.template import render
 from rlhf_recipes.data.tokens import common_prefix
 
@@ -43,7 +45,7 @@ def token_logps(model, pad_id: int, encoded: list[tuple[list[int], int]], what: 
     vocabulary = model.get_output_embeddings().weight.shape[0]
     results: list[Any] = [None] * len(encoded)
     with measuring(model):
-        for indices in _batches(encoded, what, model, vocabulary):
+        for _, indices in _batches(encoded, what, model, vocabulary):
             ids_BT, mask_BT, positions_BT = left_pad([encoded[i][0] for i in indices], pad_id, model.device)
             counts = [len(encoded[i][0]) - encoded[i][1] for i in indices]
             K = max(counts)
@@ -58,7 +60,7 @@ def token_logps(model, pad_id: int, encoded: list[tuple[list[int], int]], what: 
             logps_BK = logits_BKV.gather(2, ids_BT[:, -K:, None])[..., 0] - logits_BKV.logsumexp(2)
             for row, (i, count) in enumerate(zip(indices, counts, strict=True)):
                 results[i] = logps_BK[row, K - count :].double().cpu()
-    return results
+    return _everyones(results)
 
 
 def _sums(logps: list) -> list[tuple[float, int]]:
@@ -99,7 +101,7 @@ def rewards_and_features(model, tokenizer, conversations: list[list[Message]], w
     hook = base.score.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
     try:
         with measuring(model):
-            for indices in _batches(encoded, what, model):
+            for _, indices in _batches(encoded, what, model):
                 ids_BT, mask_BT, positions_BT = left_pad(
                     [encoded[i][0] for i in indices], tokenizer.pad_token_id, model.device
                 )
@@ -110,7 +112,7 @@ def rewards_and_features(model, tokenizer, conversations: list[list[Message]], w
                     results[i] = score, features
     finally:
         hook.remove()
-    return results
+    return _everyones(results)
 
 
 def read_positions(ids_BT, mask_BT, pad_id: int | None):
@@ -155,9 +157,10 @@ def generate(model, tokenizer, prompts: list[list[Message]], how: Sampling, what
     encoded = [(encode(tokenizer, p, None)[0], 0) for p in prompts]
     stops = stop_ids(model.generation_config, tokenizer)
     results: list[Any] = [None] * len(encoded)
-    torch.manual_seed(how.seed)
     with measuring(model):
-        for indices in _batches([(ids + [0] * how.max_new_tokens, 0) for ids, _ in encoded], what, model):
+        longest = [(ids + [0] * how.max_new_tokens, 0) for ids, _ in encoded]
+        for number, indices in _batches(longest, what, model):
+            torch.manual_seed(how.seed + number)  # what is drawn depends on the batch, not on whose it is
             ids_BT, mask_BT, _ = left_pad([encoded[i][0] for i in indices], tokenizer.pad_token_id, model.device)
             out_BT = complete(
                 model, ids_BT, mask_BT, stops, tokenizer.pad_token_id, how.max_new_tokens, how.temperature
@@ -173,7 +176,7 @@ def generate(model, tokenizer, prompts: list[list[Message]], how: Sampling, what
                     "tokens": len(answer),
                     "finished": end is not None,
                 }
-    return results
+    return _everyones(results)
 
 
 def kl_terms(policy_logps_K, reference_logps_K) -> tuple[float, float]:
@@ -200,7 +203,7 @@ def batches_in_one(model) -> int:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     # Adapters come and go between measurements that are compared.
     weights = sum(p.nbytes for name, p in base.named_parameters() if "lora_" not in name)
-    return batches_beside(weights, model.device)
+    return ranks.from_first(batches_beside(weights, model.device))
 
 
 def batches_beside(weights: float, device=None) -> int:
@@ -211,8 +214,11 @@ def batches_beside(weights: float, device=None) -> int:
     return max(1, int((torch.cuda.get_device_properties(device).total_memory - weights) // BATCH_ROOM))
 
 
-def _batches(encoded: list[tuple[list[int], int]], what: str, model, vocabulary: int = 0) -> Iterator[list[int]]:
-    """Indices grouped by length, the longest first: an out-of-memory shows at once.
+def _batches(
+    encoded: list[tuple[list[int], int]], what: str, model, vocabulary: int = 0
+) -> Iterator[tuple[int, list[int]]]:
+    """This process's batches with their numbers: indices grouped by length, the longest first: an out-of-memory shows
+    at once.
 
     Args:
         vocabulary: V where the forward pass makes logits of completions, 0 where it makes none that count.
@@ -222,22 +228,32 @@ def _batches(encoded: list[tuple[list[int], int]], what: str, model, vocabulary:
     logits_bytes = LOGITS_BYTES_ON_CPU if model.device.type == "cpu" else times * LOGITS_BYTES
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i][0]))
 
-    def groups():
-        rest = order
-        while rest:
-            size, K, T = 0, 0, len(encoded[rest[0]][0])
-            for i in rest:
-                K = max(K, len(encoded[i][0]) - encoded[i][1] + 1)
-                B = size + 1
-                if size and (tokens < B * T or logits_bytes < 4 * B * K * vocabulary):
-                    break
-                size = B
-            yield rest[:size]
-            rest = rest[size:]
-
-    for group in progress.batches(what, len(order), groups()):
-        yield group
+    groups, rest = [], order
+    while rest:
+        size, K, T = 0, 0, len(encoded[rest[0]][0])
+        for i in rest:
+            K = max(K, len(encoded[i][0]) - encoded[i][1] + 1)
+            B = size + 1
+            if size and (tokens < B * T or logits_bytes < 4 * B * K * vocabulary):
+                break
+            size = B
+        groups.append(rest[:size])
+        rest = rest[size:]
+    line, done = progress.Line(what, len(order)), 0
+    for number, group in ranks.share(groups):
+        yield number, group
         memory.return_freed_memory()
+        first = number - number % ranks.world_size()
+        done += sum(map(len, groups[first : first + ranks.world_size()]))  # the others have come as far
+        line.update(done)
+
+
+def _everyones(results: list) -> list:
+    """With what the other processes have found in the places that are None here."""
+    if ranks.world_size() == 1:
+        return results
+    found = dict(ranks.gather([(place, each) for place, each in enumerate(results) if each is not None]))
+    return [found[place] for place in range(len(results))]
 
 
 def left_pad(sequences: list[list[int]], pad_id: int, device):

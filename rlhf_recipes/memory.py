@@ -13,6 +13,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from rlhf_recipes import ranks
+
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of <malloc.h>
 # Where a container says how much memory it may have, and has: version 2, version 1.
 CGROUP = (
@@ -63,8 +65,8 @@ def resident() -> int:
 
 
 def free() -> int:
-    """Bytes that a training could take: of the GPU where there is one, else of main memory, within the container's
-    limit."""
+    """Bytes that a process of a training could take: of its GPU where there is one, else its share of main memory,
+    within the container's limit."""
     import psutil
     import torch
 
@@ -74,7 +76,7 @@ def free() -> int:
     for limit, used in CGROUP:
         with suppress(OSError, ValueError):  # no such version of cgroups, or the word "max"
             left.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
-    return min(left)
+    return min(left) // ranks.local_world_size()
 
 
 def make_room() -> None:

@@ -333,7 +333,8 @@ def _load_base(model: DictConfig, quantization: DictConfig, auto_class: type, **
         logging.disable_progress_bar()
     memory.keep_freed_memory()
     if torch.cuda.is_available():
-        kwargs["device_map"] = {"": ranks.local_rank()}
+        # A task of Slurm's may see its own device alone.
+        kwargs["device_map"] = {"": ranks.local_rank() % torch.cuda.device_count()}
     if model.attn_implementation:
         kwargs["attn_implementation"] = model.attn_implementation
     dtype = compute_dtype(model)
@@ -444,7 +445,14 @@ def read_adapter(model: "PeftModel", parent: ModelRef) -> None:
 
 
 def save_adapter(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", folder: Path, base: DictConfig) -> None:
-    """Write the trained adapter alone, under the base model's public name, so that it loads on any machine."""
+    """Write the trained adapter alone, under the base model's public name, so that it loads on any machine.
+
+    Of several processes the first writes, and all wait for it.
+    """
+    ranks.by_first(_save_adapter, model, tokenizer, folder, base)
+
+
+def _save_adapter(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", folder: Path, base: DictConfig) -> None:
     model.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card; the run folder has the real one
     path = folder / "adapter_config.json"

@@ -5,13 +5,13 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 
-from rlhf_recipes import text
+from rlhf_recipes import ranks, text
 
 LOG_SECONDS = 10
 
 
 class Line:
-    """One line about `total` steps of a stage.
+    """One line about `total` steps of a stage; of several processes the first says it.
 
     Args:
         what: the stage; behind the pipeline's own stage where one is running.
@@ -23,13 +23,13 @@ class Line:
         stage = os.environ.get("RLHF_RECIPES_STAGE", "")
         self.prefix = " ".join(part for part in (f"[{stage}]" if stage else "", what) if part)
         self.total, self.first, self.begin = total, done, time.monotonic()
-        self.terminal = sys.stderr.isatty()
+        self.terminal, self.silent = sys.stderr.isatty(), not ranks.is_first()
         self.printed = self.begin
 
     def update(self, done: int, note: str = "") -> None:
         """Show that `done` steps are done."""
         moment, last = time.monotonic(), done >= self.total
-        if not self.terminal and not last and moment - self.printed < LOG_SECONDS:
+        if self.silent or (not self.terminal and not last and moment - self.printed < LOG_SECONDS):
             return
         self.printed = moment
         pace = (moment - self.begin) / max(done - self.first, 1)

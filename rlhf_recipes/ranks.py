@@ -5,8 +5,13 @@ each process is in torchrun's variables, a bare `srun` in Slurm's. Rank 0 decide
 compute. With one process nothing here imports torch or does anything.
 """
 
+import functools
 import os
+import pickle
 import re
+import socket
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -21,6 +26,8 @@ LAUNCHERS = (
 )
 # Of messages between processes: one may work alone for long, and the end of a process is seen without it.
 PATIENCE = timedelta(days=7)
+SECONDS = 1800  # of what the processes compute together: `ddp_timeout` of transformers
+ENDED, LAST_SECONDS = "rlhf_recipes/ended", 10  # that the first waits until all know why it ends
 
 _group = None  # for messages; it works on the CPU, whatever the model is trained on
 
@@ -97,10 +104,13 @@ def is_first() -> bool:
     return rank() == 0
 
 
-def join() -> None:
+def join(seconds: float = SECONDS) -> None:
     """Meet the other processes: torch's process group, on gloo without an accelerator, and one of gloo for messages.
 
     It waits until all are there. What must be set before torch is imported must be set before.
+
+    Args:
+        seconds: how long one waits for the others in what they compute together.
     """
     global _group
     if world_size() == 1 or _group:
@@ -111,19 +121,22 @@ def join() -> None:
     on_cuda = torch.cuda.is_available()
     if not torch.distributed.is_initialized():
         _export()
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+        torch.distributed.init_process_group(backend, timeout=timedelta(seconds=seconds))
     PartialState(cpu=not on_cuda)
     _group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def leave() -> None:
-    """Part from the other processes, at the end of all work."""
+    """Part from the other processes, at the end of what they do together: this one is alone from here on."""
     global _group
     if _group:
         import torch
 
         _group = None
         torch.distributed.destroy_process_group()
+    for name in os.environ.keys() - alone_env().keys():
+        del os.environ[name]
 
 
 def barrier() -> None:
@@ -147,6 +160,28 @@ def from_first(value: Any) -> Any:
     return held[0]
 
 
+def by_first(function: Callable, *args, **kwargs) -> Any:
+    """What rank 0's call gives, on every rank; the others call nothing and wait for it. What it refuses, all do.
+
+    Args:
+        function: its value can be pickled.
+    """
+    if world_size() == 1:
+        return function(*args, **kwargs)
+    value, refused = from_first(_outcome(function, *args, **kwargs) if is_first() else None)
+    if refused:
+        raise Refusal(refused)
+    return value
+
+
+def _outcome(function: Callable, *args, **kwargs) -> tuple[Any, str | None]:
+    """What a call gives, or why it is refused."""
+    try:
+        return function(*args, **kwargs), None
+    except Refusal as error:
+        return None, str(error)
+
+
 def gather(items: list) -> list:
     """The items of every rank, in the order of ranks, on every rank.
 
@@ -164,16 +199,94 @@ def gather(items: list) -> list:
 
 
 def share(items: list) -> list[tuple[int, Any]]:
-    """This rank's part, each item with its place: `sorted(gather(...))` over (place, result) restores the order.
+    """This rank's part, each item with its place: `dict(gather(...))` of (place, result) has them all.
 
-    Every so-many-th item is a rank's: where they lie by their length, each has some of every length.
+    Items are taken in rounds, side by side: where they lie by their length, those of a round take as long. In each
+    round every rank has one, in the last that of rank 0 where there are too few: a sharded model works with all.
     """
-    return list(enumerate(items))[rank() :: world_size()]
+    size = world_size()
+    places = [start + rank() if start + rank() < len(items) else start for start in range(0, len(items), size)]
+    return [(place, items[place]) for place in places]
+
+
+def once_a_machine(function: Callable) -> Callable:
+    """Decorate a function that the first process of every machine calls, for all processes of that machine.
+
+    What it gives can be pickled, and what lies in files is there for as long as the first process has it.
+    """
+
+    @functools.wraps(function)
+    def called(*args, **kwargs):
+        if world_size() == 1:
+            return function(*args, **kwargs)
+        machine, own = socket.gethostname(), None
+        if local_rank() == 0:
+            own = _outcome(function, *args, **kwargs)
+        found = dict(gather([(machine, pickle.dumps(own))] if own else []))
+        value, refused = own or pickle.loads(found[machine])
+        barrier()  # all have opened what the first may remove next
+        if refused:
+            raise Refusal(refused)
+        return value
+
+    return called
+
+
+def end(code: int) -> int | None:
+    """Say that this process ends before all is done.
+
+    Args:
+        code: its exit status.
+
+    Returns:
+        None where it is the first of all to say so: it tells why. Else the exit status of the first, and the others'
+        reasons follow from its.
+    """
+    try:
+        if world_size() == 1:
+            return None
+        import torch
+
+        join()
+        store = torch.distributed.distributed_c10d._get_default_store()
+        first, by = store.compare_set(ENDED, "", f"{code} {rank()}").split()
+        store.add(f"{ENDED}/asked", 1)
+        if is_first() and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:  # the store goes with this process
+            torch.distributed.destroy_process_group()  # whoever waits for it looks why
+            begin = time.monotonic()
+            while store.add(f"{ENDED}/asked", 0) < world_size() and time.monotonic() < begin + LAST_SECONDS:
+                time.sleep(0.05)
+    except (
+        RuntimeError,
+        ValueError,
+    ):  # the store went with the process that held it; or there is no telling who is who
+        return None
+    return None if int(by) == rank() else int(first)
+
+
+def is_parted(error: BaseException) -> bool:
+    """Whether an error says that another of the processes has ended."""
+    return "gloo/transport" in str(error) or type(error).__name__ in ("DistBackendError", "DistNetworkError")
 
 
 def alone_env() -> dict[str, str]:
     """The environment without what a launcher says, for a child process that is no rank."""
     return {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
+
+
+def launcher_set(name: str) -> bool:
+    """Whether a variable is the launcher's own word: it is none that the launcher was started with.
+
+    Both torchrun and accelerate set OMP_NUM_THREADS=1 where the user says nothing.
+    """
+    if not os.environ.get("LOCAL_WORLD_SIZE"):
+        return False
+    import psutil
+
+    try:
+        return name not in psutil.Process(os.getppid()).environ()
+    except psutil.Error:
+        return False
 
 
 def _number(name: str, default: int | None = None, least: int = 0) -> int:

@@ -20,7 +20,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import memory, run_folder
+from rlhf_recipes import memory, ranks, run_folder
 from rlhf_recipes.config import flatten, in_sweep, trainer_recipes
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.references import ADAPTER_CONFIG, WEIGHTS, ModelRef, find
@@ -79,7 +79,8 @@ class Run:
     @classmethod
     def start(cls, cfg: DictConfig, recipe: str) -> "Run":
         """Find what is there of this run, or refuse. It writes and removes nothing but the lock: what may still be
-        refused after it costs nobody a file; `create` follows when all is loaded.
+        refused after it costs nobody a file; `create` follows when all is loaded. Of several processes the first
+        decides for all.
 
         Raises:
             Refusal: the folder holds a finished run, an interrupted one with another config, or foreign files; another
@@ -90,6 +91,7 @@ class Run:
         hide_gpus([cfg])
         environment()
         config = resolved(cfg)
+        ranks.join((config.get("trainer") or {}).get("ddp_timeout") or ranks.SECONDS)
         _refuse_other_trainer(config, recipe)
         folder, model = relative(Path(cfg.output_dir)), config["model"]
         run = cls(
@@ -99,27 +101,33 @@ class Run:
             parent=_parent(model) if model.get("adapter") else None,
             shared=folder.parent / SHARED if in_sweep() else None,
         )
-        run.hold()
-        finished = (run.dir / run_folder.RESULT).exists()
+        run.checkpoint = ranks.by_first(run._found, cfg)
+        return run
+
+    def _found(self, cfg: DictConfig) -> str | None:
+        """The checkpoint to continue from; the folder is this process's from here on."""
+        self.hold()
+        finished = (self.dir / run_folder.RESULT).exists()
         if finished and not cfg.overwrite:
             raise Refusal(
-                f"run_name={cfg.run_name}: {run.dir} holds a finished run. Choose another run_name, or replace it "
+                f"run_name={cfg.run_name}: {self.dir} holds a finished run. Choose another run_name, or replace it "
                 "with overwrite=true."
             )
+        found = None
         # What has begun to replace another run is continued like any other.
-        if cfg.resume == "auto" and not finished and (not cfg.overwrite or run_folder.replaced(run.dir).is_dir()):
-            kept = [run.dir / name for name in KEPT if (run.dir / name).exists()]
-            run.checkpoint = str(kept[0]) if kept else run_folder.last_checkpoint(run.dir)
-        if run.checkpoint and (other := _other_config(run)):
+        if cfg.resume == "auto" and not finished and (not cfg.overwrite or run_folder.replaced(self.dir).is_dir()):
+            kept = [self.dir / name for name in KEPT if (self.dir / name).exists()]
+            found = str(kept[0]) if kept else run_folder.last_checkpoint(self.dir)
+        if found and (other := _other_config(self) or _other_world(self.dir, found)):
             if not cfg.overwrite:
                 raise Refusal(other)
-            run.checkpoint = None
-        if run.checkpoint:
-            where = KEPT.get(Path(run.checkpoint).name) or f"step {run.checkpoint.rpartition('-')[2]}"
-            print(f"Continuing {run.dir} from {where}.", flush=True)
+            found = None
+        if found:
+            where = KEPT.get(Path(found).name) or f"step {found.rpartition('-')[2]}"
+            print(f"Continuing {self.dir} from {where}.", flush=True)
         else:
-            run_folder.refuse_to_replace(run.dir, flatten(config))
-        return run
+            run_folder.refuse_to_replace(self.dir, flatten(self.config))
+        return found
 
     def hold(self, only: str | None = None) -> None:
         """Refuse a folder that is not this run's to write, and keep others from writing it.
@@ -131,8 +139,7 @@ class Run:
             Refusal: it holds foreign files, or another process writes it.
         """
         run_folder.refuse_foreign(self.dir, only)
-        if is_first_process():
-            self.lock = run_folder.Lock(self.dir)
+        self.lock = run_folder.Lock(self.dir)
 
     def create(self) -> None:
         """Make the folder this run's: what it does not continue is set aside, and config.yaml is written.
@@ -140,8 +147,9 @@ class Run:
         Raises:
             Refusal: as `start`, for what has come into the folder meanwhile.
         """
-        if not is_first_process():
-            return
+        ranks.by_first(self._create)
+
+    def _create(self) -> None:
         if not self.checkpoint:
             run_folder.refuse_to_replace(self.dir, flatten(self.config))
             run_folder.clear(self.dir)
@@ -165,10 +173,11 @@ class Run:
         for row in rows:
             digest.update(json.dumps(row, sort_keys=True).encode())
         path = self.shared / f"before-{digest.hexdigest()[:16]}.json"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, json.dumps(measure()))
-        return read_json(path, list)
+        if not ranks.by_first(path.exists):
+            measured = measure()
+            ranks.by_first(path.parent.mkdir, parents=True, exist_ok=True)
+            write_atomically(path, json.dumps(measured))
+        return ranks.by_first(read_json, path, list)
 
     def record(self, **entries) -> dict:
         """What result.json says of every recipe, and `entries`."""
@@ -178,8 +187,10 @@ class Run:
             "base_model": self.config.get("model", {}).get("id"),
             **entries,
             "seconds": self.seconds(),
-            "peak_memory_gib": memory.peak_gib(),
+            "peak_memory_gib": _largest(ranks.gather([memory.peak_gib()])),
             "device": device_name(),
+            "world_size": ranks.world_size(),
+            "nodes": ranks.nodes(),
             "config_sha256": config_sha256(self.config),
             "versions": versions(),
         }
@@ -190,6 +201,9 @@ class Run:
 
     def write_result(self, result: dict) -> None:
         """The last file that a recipe writes: a run with it is a finished run, and takes the place of another."""
+        ranks.by_first(self._write_result, result)
+
+    def _write_result(self, result: dict) -> None:
         text = json.dumps(result, indent=2, ensure_ascii=False, default=asdict)
         write_atomically(self.dir / run_folder.RESULT, text + "\n")
         if "trainer" in self.config:
@@ -200,11 +214,6 @@ class Run:
 
     def seconds(self) -> float:
         return round(time.monotonic() - self.started, 1)
-
-
-def is_first_process() -> bool:
-    """Of the processes that a launcher such as torchrun starts side by side for one run."""
-    return os.environ.get("RANK") in (None, "", "0")
 
 
 def resolved(cfg: DictConfig) -> dict:
@@ -317,7 +326,8 @@ def hide_gpus(configs: list[DictConfig]) -> None:
 def environment() -> None:
     """Set what must be set before torch and trl are imported; what the user has set stays."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(_threads(cores)))  # accelerate would set 1
+    if "OMP_NUM_THREADS" not in os.environ or ranks.launcher_set("OMP_NUM_THREADS"):
+        os.environ["OMP_NUM_THREADS"] = str(_threads(cores))  # accelerate would set 1
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizer is used before and after forks
@@ -330,10 +340,11 @@ def environment() -> None:
 
 
 def _threads(cores: int) -> int:
-    """Of one job: all cores, unless a sweep's launcher runs several jobs on them."""
+    """Of one process: all cores, unless several jobs of a sweep, or several processes of a job, share them."""
     launcher = HydraConfig.get().launcher if in_sweep() else {}
     jobs = launcher.get("n_jobs", 1)  # joblib's; -1: as many as there are cores
-    return launcher.get("cpus_per_task") or max(1, cores // (cores if jobs < 0 else jobs))
+    jobs = (cores if jobs < 0 else jobs) * ranks.local_world_size()
+    return launcher.get("cpus_per_task") or max(1, cores // jobs)
 
 
 def _parent(model: dict) -> ModelRef:
@@ -350,6 +361,22 @@ def _other_config(run: Run) -> str | None:
                 "value to continue it, choose another run_name, or start afresh with overwrite=true."
             )
     return None
+
+
+def _other_world(folder: Path, checkpoint: str) -> str | None:
+    """Why a checkpoint of another number of processes is not continued: each has its share of every batch, and its
+    own generators; None where it is not one."""
+    saved, given = run_folder.processes_of(Path(checkpoint)), ranks.world_size()
+    if saved in (None, given):
+        return None
+    return (
+        f"WORLD_SIZE={given}: {folder} holds an interrupted run of {saved} processes, whose batches were others. "
+        f"Start it with {saved}, choose another run_name, or start afresh with overwrite=true."
+    )
+
+
+def _largest(peaks: list[dict[str, float]]) -> dict[str, float]:
+    return {key: max(each[key] for each in peaks) for key in peaks[0]}
 
 
 def _refuse_other_trainer(config: dict, recipe: str) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from rlhf_recipes import ranks
 from rlhf_recipes.errors import Refusal, first_line
 
 MARK = "rlhf_recipes"
@@ -101,7 +102,10 @@ def _release(lock, path: Path, made: list[Path]) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """The file has the old text or the whole of the given one, never a part of it."""
+    """The file has the old text or the whole of the given one, never a part of it. Of several processes the first
+    writes."""
+    if not ranks.is_first():
+        return
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # jobs of a sweep may write side by side
     scratch.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a surrogate pair is no UTF-8
     os.replace(scratch, path)
@@ -279,6 +283,12 @@ def last_checkpoint(folder: Path) -> str | None:
             continue
         print(f"{checkpoint}: is skipped, {reason}.", file=sys.stderr, flush=True)
     return None
+
+
+def processes_of(checkpoint: Path) -> int | None:
+    """How many processes wrote a checkpoint: each leaves the state of its generators; None where there is none."""
+    found = [path for path in _children(checkpoint) if _is_named(path, ("rng_state.pth", "rng_state_*.pth"))]
+    return len(found) or None
 
 
 def strip(checkpoint: Path, kept: tuple[str, ...]) -> None:

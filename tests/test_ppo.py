@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import shutil
-import subprocess
 
 import pytest
 import torch
@@ -610,60 +609,6 @@ def test_it_learns(build, value):
     after = trainer.evaluate(held_out)
     assert trainer.stopped is None
     assert before < 0.2 and after["eval_reward"] > 0.9 and after["eval_kl"] < 6
-
-
-TWO_PROCESSES = """
-import json, sys
-import torch
-from datasets import Dataset
-from peft import LoraConfig
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from rlhf_recipes.ppo import PPOConfig, PPOTrainer
-
-model, out, size, value, prompts = json.loads(sys.argv[1])
-
-def even(completion_ids, **_):
-    return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
-
-args = PPOConfig(out, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", save_strategy="no",
-    max_steps=4, num_ppo_epochs=2, per_device_train_batch_size=size, gradient_accumulation_steps=1,
-    max_completion_length=8, learning_rate=1e-3, lr_scheduler_type="constant", normalize_rewards=True, value=value,
-    kl_controller="adaptive", disable_tqdm=True)
-trainer = PPOTrainer(AutoModelForCausalLM.from_pretrained(model), even, args,
-    Dataset.from_list([{"prompt": p} for p in prompts]), processing_class=AutoTokenizer.from_pretrained(model),
-    peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-trainer.train()
-if trainer.args.process_index == 0:
-    trained = {**trainer.roles.policy_parameters, **trainer.roles.value_parameters}
-    save_file({name: p.detach().contiguous() for name, p in trained.items()}, out + ".safetensors")
-    json.dump(trainer.state.log_history, open(out + ".json", "w"))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("value", ["separate", "head"])
-def test_two_processes_update_as_one(tiny_model, tmp_path, warm_python, clean_env, value):
-    from safetensors.torch import load_file
-
-    (tmp_path / "warm_script.py").write_text(TWO_PROCESSES)
-    for processes in (1, 2):
-        argument = json.dumps([str(tiny_model), str(tmp_path / str(processes)), 4 // processes, value, PROMPTS])
-        # `accelerate launch --cpu --num_processes 2` starts one process (Accelerate 1.15).
-        launcher = ["torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
-        done = subprocess.run(
-            [warm_python, "-m", *launcher, "-m", "warm_script", argument],
-            cwd=tmp_path, env=clean_env, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-    one, two = (load_file(tmp_path / f"{n}.safetensors") for n in (1, 2))
-    assert any("lora_B" in name and weight.abs().max() > 1e-4 for name, weight in one.items())
-    for name, weight in one.items():
-        torch.testing.assert_close(two[name], weight, atol=1e-4, rtol=1e-2)
-    logs = [json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2)]
-    logs = [row[2] for row in logs]
-    for key in ("loss", "reward", "reward_std", "kl", "kl_coef", "entropy", "ratio/max", "explained_variance"):
-        assert logs[1][key] == pytest.approx(logs[0][key], rel=1e-2, abs=1e-4), key
 
 
 def test_recipe(run_recipe, judge, tiny_overrides, tmp_path):

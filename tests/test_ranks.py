@@ -3,11 +3,15 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
-from rlhf_recipes import ranks
+from rlhf_recipes import ranks, run
 from rlhf_recipes.errors import Refusal
+from rlhf_recipes.launch.preflight import real_steps
+from rlhf_recipes.training import doctor
 
 TORCHRUN = {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "2"}
 SRUN = {
@@ -92,7 +96,28 @@ def test_shares_are_all_of_it_in_its_order():
     for rank in range(3):
         os.environ |= {**TORCHRUN, "WORLD_SIZE": "3", "RANK": str(rank), "LOCAL_RANK": "0"}
         parts += ranks.share(items)
-    assert [item for _, item in sorted(parts)] == items and len(parts) == 7
+    assert [item for _, item in sorted(dict(parts).items())] == items and len(parts) == 9  # three rounds of three
+
+
+@pytest.mark.parametrize(("launcher", "threads"), [({}, "4"), ({"OMP_NUM_THREADS": "1"}, "1")])
+def test_the_processes_of_a_machine_share_its_cores(monkeypatch, launcher, threads):
+    """torchrun sets one thread where its own environment says nothing; what the user says stays."""
+    monkeypatch.setattr(psutil.Process, "environ", lambda _: launcher)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
+    os.environ |= {**TORCHRUN, "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    run.environment()
+    assert os.environ["OMP_NUM_THREADS"] == threads
+
+
+def test_what_counts_steps_and_rows_counts_processes():
+    args = SimpleNamespace(
+        max_steps=-1, num_train_epochs=1, per_device_train_batch_size=2, gradient_accumulation_steps=2
+    )
+    assert [real_steps.total_steps("dpo", args, 64, processes) for processes in (1, 16)] == [16, 1]
+    record = doctor.Record("dpo", [], args, 16, {}, {}, {})
+    assert doctor._pairs_a_step(record) == 4
+    os.environ |= TORCHRUN
+    assert doctor._pairs_a_step(record) == 64
 
 
 def test_one_process_needs_no_torch():

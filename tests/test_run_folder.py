@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import snapshot, write_adapter, write_pairs
 
-from rlhf_recipes import references, run_folder
+from rlhf_recipes import ranks, references, run_folder
 from rlhf_recipes.config import flatten
 from rlhf_recipes.run import Run
 
@@ -298,6 +298,24 @@ def test_a_checkpoint_without_its_end_is_skipped(started, state, capsys):
     assert "checkpoint-6: is skipped" in capsys.readouterr().err
 
 
+def test_a_checkpoint_of_more_processes_is_not_continued_by_one(started):
+    """Each process has left the state of its generators."""
+    run = started()
+    run.create()
+    kept = checkpoint(run.dir, 3)
+    (kept / "rng_state.pth").touch()
+    del run
+    run = started()
+    assert run.checkpoint == str(kept)
+    del run
+    (kept / "rng_state.pth").rename(kept / "rng_state_0.pth")
+    (kept / "rng_state_1.pth").touch()
+    refusal = r"^WORLD_SIZE=1: outputs/dpo/main holds an interrupted run of 2 processes, .* Start it with 2, choose"
+    with pytest.raises(ValueError, match=refusal):
+        started()
+    assert started("overwrite=true").checkpoint is None
+
+
 def test_weights_without_a_result_are_set_aside(started, tmp_path, capsys):
     """The adapters that `save_total_limit=null` keeps have no trainer_state.json, and result.json was lost."""
     run = started()
@@ -438,7 +456,10 @@ def test_a_pickled_adapter_is_refused(tmp_path):
 def test_the_second_of_several_processes_creates_nothing(started, monkeypatch):
     old = finished(Path("outputs/dpo/main"))
     before = snapshot(old)
-    monkeypatch.setenv("RANK", "1")
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ranks, "join", lambda *_: None)
+    monkeypatch.setattr(ranks, "from_first", lambda _: (None, None))
     run = started("overwrite=true")
     run.create()
     assert run.lock is None and snapshot(old) == before

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
-from rlhf_recipes import config, ensemble, references
+from rlhf_recipes import config, ensemble, ranks, references
 from rlhf_recipes.audit.scoring import Ensemble
 from rlhf_recipes.data import formats
 from rlhf_recipes.errors import Refusal, users_function
@@ -178,7 +178,8 @@ class Sampler:
         hashes = [folder and adapter_sha256(folder) for folder in (used, self.parent)]
         key = hashlib.sha256(json.dumps([asked, settings, hashes]).encode()).hexdigest()
         path = self.keep / f"{part}.answers.json"
-        if path.is_file() and (known := read_json(path)).get("key") == key and "answers" in known:
+        known = ranks.by_first(lambda: read_json(path) if path.is_file() else {})
+        if known.get("key") == key and "answers" in known:
             return known["answers"]
         with self._loaded().using(used and str(used)) as model:
             how = inference.Sampling(self.cfg.max_new_tokens, temperature=1.0, seed=self.cfg.seed)
@@ -189,7 +190,7 @@ class Sampler:
             for answer, p, q in zip(answers, own, reference, strict=True):
                 answer["k1"] = inference.kl_terms(p, q)[0]
         kept = [{key: answer[key] for key in ("text", "k1") if key in answer} for answer in answers]
-        self.keep.mkdir(parents=True, exist_ok=True)
+        ranks.by_first(self.keep.mkdir, parents=True, exist_ok=True)
         write_atomically(path, json.dumps({"key": key, "answers": kept}, ensure_ascii=False))
         return kept
 
@@ -249,8 +250,12 @@ def _conversations(rows: list[dict], texts: list[str]) -> list[list[dict]]:
 
 def _call(function: Callable, name: str, rows: list[dict], texts: list[str]) -> np.ndarray:
     completions = [[{"role": "assistant", "content": text}] for text in texts]
-    with users_function(f"gold={name}"):
-        found = function(prompts=[row["prompt"] for row in rows], completions=completions)
+
+    def ask() -> list:
+        with users_function(f"gold={name}"):
+            return [*function(prompts=[row["prompt"] for row in rows], completions=completions)]
+
+    found = ranks.by_first(ask)
     scores = np.array([np.nan if score is None else score for score in found], dtype=float)
     if scores.shape != (len(rows),) or not np.isfinite(scores).all():
         raise Refusal(f"gold={name}: gave {len(scores)} scores for {len(rows)} answers, or one that is not finite.")
@@ -280,13 +285,17 @@ def _look_up(labels: dict, rows: list[dict], texts: list[str], path: Path) -> np
     missing = [i for i, key in enumerate(wanted) if key not in labels]
     if missing:
         asked = {wanted[i]: {"prompt": rows[i]["prompt"], "answer": texts[i], "gold": None} for i in missing}
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in asked.values())
+        ranks.by_first(_append, path, [json.dumps(row, ensure_ascii=False) + "\n" for row in asked.values()])
         raise Refusal(
             f"gold: {len(asked)} answers have no label. They are in {path}: put a number into `gold` of each and give "
             "that file."
         )
     return np.array([labels[key] for key in wanted])
+
+
+def _append(path: Path, lines: list[str]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(lines)
 
 
 def _slug(folder: str) -> str:

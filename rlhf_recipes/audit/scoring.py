@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from omegaconf import DictConfig
 
+from rlhf_recipes import ranks
 from rlhf_recipes.adapters import RewardModels
 from rlhf_recipes.data.tokens import neutralise
 from rlhf_recipes.errors import Refusal, first_line
@@ -67,25 +68,28 @@ class Ensemble:
         from rlhf_recipes import inference
 
         path, key = self.keep / f"{part.replace(' ', '_')}.{m}.npz", f"{self.members[m].sha256} {asked}"
-        if path.is_file():
-            known = _read(path)
-            if str(known["key"]) == key and (not features or "features" in known):
-                return known
+        known = ranks.by_first(lambda: _read(path) if path.is_file() else {})
+        if str(known.get("key")) == key and (not features or "features" in known):
+            return known
         what = f"{part}, reward model {m + 1}/{len(self.members)}" if len(self.members) > 1 else part
         scored = inference.rewards_and_features(self._model(m), self.tokenizer, turns, what)
         found = {"key": np.array(key), "rewards": np.array([score for score, _ in scored], dtype=np.float64)}
         if features:
             found["features"] = np.array([each for _, each in scored], dtype=np.float32)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(f".{path.name}")
-        np.savez(scratch, **found)
-        scratch.replace(path)
+        ranks.by_first(_write, path, found)
         return found
 
     def _model(self, m: int):
         if self._models is None:
             self._models = RewardModels(*self.settings, [member.adapter for member in self.members])
         return self._models.using(self.members[m].adapter)
+
+
+def _write(path: Path, found: dict[str, np.ndarray]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}")
+    np.savez(scratch, **found)
+    scratch.replace(path)
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:

@@ -2,7 +2,8 @@
 
 A backend has a `name` (model and adapter, for provenance) and `answer(requests, known)`, which yields groups of
 answered requests: `local.Local` computes a batch at a time, `server.Server` asks an endpoint for one at a time. A
-group is written as one line before the next is waited for, so that a killed run asks nothing twice.
+group is written as one line before the next is waited for, so that a killed run asks nothing twice. Each of several
+processes is given every group.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+from rlhf_recipes import ranks
 from rlhf_recipes.errors import Refusal
 
 MOST_TOKENS = 2**40  # of one answer; a larger count is none
@@ -88,19 +90,29 @@ class Journal:
     """
 
     def __init__(self, path: Path):
-        self.path = path
-        self.answers: dict[str, Answer] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._whole = 0
-        if path.exists():
-            for self._whole, group in groups(path):
-                self.answers |= {entry["key"]: counted(entry["answer"]) for entry in group if sound(entry["answer"])}
-        self._cut_short = path.exists() and path.stat().st_size > self._whole
+        self.path, self._whole, self._cut_short = path, 0, False
+        self.answers: dict[str, Answer] = ranks.by_first(self._read)
+
+    def _read(self) -> dict[str, Answer]:
+        answers: dict[str, Answer] = {}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            for end, group in groups(self.path):
+                self._whole = end
+                answers |= {entry["key"]: counted(entry["answer"]) for entry in group if sound(entry["answer"])}
+            self._cut_short = self.path.stat().st_size > self._whole
+        return answers
 
     def write(self, group: list[tuple[Request, Answer]]) -> None:
+        """Keep what was answered; of several processes, each of which was given it, the first writes."""
         entries = [{"prompt_id": r.prompt_id, "step": r.step, "key": r.key, "answer": answer} for r, answer in group]
         # Half a surrogate pair, which a cut-off emoji leaves, is no UTF-8. What is remembered is what was written.
         line = json.dumps(entries, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+        if ranks.is_first():
+            self._append(line)
+        self.answers |= {entry["key"]: entry["answer"] for entry in json.loads(line)}
+
+    def _append(self, line: bytes) -> None:
         if self._cut_short:
             os.truncate(self.path, self._whole)
             self._cut_short = False
@@ -108,7 +120,6 @@ class Journal:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
-        self.answers |= {entry["key"]: entry["answer"] for entry in json.loads(line)}
 
 
 def groups(path: Path) -> Iterator[tuple[int, list[dict[str, Any]]]]:

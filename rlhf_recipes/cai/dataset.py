@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from rlhf_recipes import stats
+from rlhf_recipes import ranks, stats
 from rlhf_recipes.cai import filters, make_pairs, prompt_templates
 from rlhf_recipes.cai.prompt_templates import assistant
 from rlhf_recipes.data.formats import opening_id
@@ -90,6 +90,10 @@ def write(shards: list[Path], folder: Path, provenance: dict[str, Any]) -> dict[
     Returns:
         `funnel` (counts, and estimates of what was kept) and `ledger` (counts by family and source).
     """
+    return ranks.by_first(_write, shards, folder, provenance)
+
+
+def _write(shards: list[Path], folder: Path, provenance: dict[str, Any]) -> dict[str, dict]:
     repeated_N = _repeated(shards)
     tally = _Tally()
     writer = Writer(folder)

@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from rlhf_recipes import ranks
 from rlhf_recipes.cai.backend import Backend, Journal, Request
 from rlhf_recipes.cai.judge import Judge, Pair, validate_judge
 from rlhf_recipes.cai.make_pairs import price
@@ -143,8 +144,12 @@ def confirm(spend: dict) -> None:
         flush=True,
     )
     expensive = spend["minutes"] > ASK_MINUTES or (spend["usd"] or 0) > ASK_USD
-    if expensive and sys.stdin.isatty() and input("Go on? [y/N] ").strip().lower() not in ("y", "yes"):
+    if ranks.by_first(lambda: expensive and sys.stdin.isatty() and not _is_yes(input("Go on? [y/N] "))):
         raise KeyboardInterrupt
+
+
+def _is_yes(said: str) -> bool:
+    return said.strip().lower() in ("y", "yes")
 
 
 def _pace(backend: Backend, prompts: list[dict]) -> tuple[float, float]:

@@ -5,7 +5,7 @@ Shapes: B requests of a batch, T tokens, V vocabulary.
 Few-shot examples stand at the start of every request of a step, a pair's conversation and replies before each of its
 questions: such a beginning ("stem") goes through the model once, and its keys and values are copied to what continues
 it, which may be a longer stem. Batches depend on the requests of a step and on the device alone, not on which of them
-are answered already, so that a continued run rounds as an uninterrupted one.
+are answered already, so that a continued run rounds as an uninterrupted one, nor on the processes that share them.
 """
 
 import math
@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import TopPLogitsWarper
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from rlhf_recipes import memory, models, progress
+from rlhf_recipes import memory, models, progress, ranks
 from rlhf_recipes.cai.backend import THOUGHT, Answer, Message, Request
 from rlhf_recipes.data.template import as_taken, render
 from rlhf_recipes.data.tokens import neutralise
@@ -103,22 +103,29 @@ class Local:
         rows = [self._encode(r, each["prompt"]) for r, each in zip(requests, asked, strict=True)]
         line = progress.Line(what, len(rows), sum(request.key in known for request in requests))
         done = line.first
-        for batch in _batches(rows, batches_in_one(self.model)):
-            if all(row.request.key in known for row in batch):
-                continue
-            with torch.inference_mode(), torch.autocast(self.model.device.type, enabled=False):
-                answers = self._choose(batch) if batch[0].tails else self._generate(batch)
-            if any(THOUGHT.search(answer.get("text", "")) for answer in answers):
-                raise Refusal(
-                    f"{self.name}: thinks aloud before it answers (<think>). Set model.chat_template_kwargs."
-                    "enable_thinking=false (of a judge that is another model: judge.chat_template_kwargs), or choose "
-                    "a model that does not."
-                )
-            yield [(row.request, answer) for row, answer in zip(batch, answers, strict=True)]
-            done += sum(row.request.key not in known for row in batch)
+        todo = [
+            batch
+            for batch in _batches(rows, batches_in_one(self.model))
+            if any(row.request.key not in known for row in batch)
+        ]
+        for number, own in ranks.share(todo):
+            for place, answers in sorted(dict(ranks.gather([(number, self._answers(own))])).items()):
+                yield [(row.request, answer) for row, answer in zip(todo[place], answers, strict=True)]
+                done += sum(row.request.key not in known for row in todo[place])
             line.update(done)
             memory.return_freed_memory()
         vars(self).pop("_exact", None)  # a CPU's copy of the weights
+
+    def _answers(self, batch: list["_Row"]) -> list[Answer]:
+        with torch.inference_mode(), torch.autocast(self.model.device.type, enabled=False):
+            answers = self._choose(batch) if batch[0].tails else self._generate(batch)
+        if any(THOUGHT.search(answer.get("text", "")) for answer in answers):
+            raise Refusal(
+                f"{self.name}: thinks aloud before it answers (<think>). Set model.chat_template_kwargs."
+                "enable_thinking=false (of a judge that is another model: judge.chat_template_kwargs), or choose "
+                "a model that does not."
+            )
+        return answers
 
     def _encode(self, request: Request, messages: list[Message]) -> _Row:
         messages = as_taken(self.tokenizer, messages)

@@ -16,6 +16,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from rlhf_recipes import ranks
 from rlhf_recipes.cai import filters, prompt_templates
 from rlhf_recipes.cai.backend import Answer, Backend, Journal, Message, Request, ask, groups, token_count
 from rlhf_recipes.cai.constitution import Constitution
@@ -110,7 +111,7 @@ class PairMaker:
         count = -(-len(prompts) // size)
         for n in range(count):
             done = folder / f"{n:05d}" / "records.jsonl"
-            if done.exists():
+            if ranks.by_first(done.exists):
                 self._same_prompts(done, prompts[n * size : (n + 1) * size])
             else:
                 what = f"shard {n + 1}/{count}: " if count > 1 else ""

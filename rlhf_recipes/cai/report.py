@@ -4,6 +4,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from rlhf_recipes import ranks
 from rlhf_recipes.commands import command
 from rlhf_recipes.data import folders
 from rlhf_recipes.overrides import written
@@ -159,7 +160,8 @@ def finish(run: Run, result: dict[str, Any]) -> float:
         run.write_result(result)
         print(f"  result    {line(run.dir / 'result.json')}", flush=True)
         return result["main"]["after"].value
-    draw_funnel(result["funnel"], run.dir / "funnel.png")
+    if ranks.is_first():
+        draw_funnel(result["funnel"], run.dir / "funnel.png")
     write_atomically(run.dir / "README.md", card(result))
     run.write_result(result)
     _print_summary(result, run.dir)

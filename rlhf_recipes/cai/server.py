@@ -22,7 +22,7 @@ from functools import partial
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
-from rlhf_recipes import text
+from rlhf_recipes import ranks, text
 from rlhf_recipes.cai.backend import THOUGHT, Answer, Request, token_count
 from rlhf_recipes.data.template import folded
 from rlhf_recipes.errors import Refusal
@@ -97,7 +97,8 @@ class Server:
     def answer(
         self, requests: list[Request], known: Container[str], what: str
     ) -> Iterator[list[tuple[Request, Answer]]]:
-        """Answers as they come; those that are ready together are a group.
+        """Answers as they come; those that are ready together are a group. Of several processes the first asks, and
+        the others are given what it was answered when all is.
 
         A generation has `text`, `finished`, and `prompt_tokens` and `tokens` (0 where the endpoint does not count). A
         choice has `logps` and the counts: log-probabilities in nats of the first token that names an option, summed
@@ -108,6 +109,18 @@ class Server:
         Raises:
             Refusal: refused, or `max_attempts` times without an answer; after what was answered is yielded.
         """
+        if not ranks.is_first():
+            yield from ranks.from_first(None)
+            return
+        told = []
+        for group in self._groups(requests, known, what):
+            yield group
+            told += [group] if ranks.world_size() > 1 else []
+        ranks.from_first(told)
+
+    def _groups(
+        self, requests: list[Request], known: Container[str], what: str
+    ) -> Iterator[list[tuple[Request, Answer]]]:
         todo = [request for request in requests if request.key not in known]
         if any(request.prefix and not request.options for request in todo):
             raise Refusal("The server backend cannot begin a model's answer for it: a generation has no prefix.")

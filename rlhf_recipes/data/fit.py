@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_recipes import ranks
 from rlhf_recipes.data.account import told
 from rlhf_recipes.data.load import KEYS, Splits, check_keys, finished
 from rlhf_recipes.data.rows import Example, Rows, Writer, written
@@ -18,6 +19,7 @@ from rlhf_recipes.text import line
 MOST = 0.5  # share of the rows beyond which what the template changes is no matter of single rows
 
 
+@ranks.once_a_machine
 def fit(
     splits: Splits, tokenizer, max_length: int | None, too_long: str = "drop", truncation_mode: str = "keep_start"
 ) -> Splits:

@@ -64,7 +64,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import secrets
+from rlhf_recipes import ranks, secrets
 from rlhf_recipes.config import check_value
 from rlhf_recipes.data import formats, preference, recognise, sources
 from rlhf_recipes.data.columns import COLUMNS
@@ -142,14 +142,19 @@ class Splits:
         for each in splits:
             dataset = each.to_dataset()
             dataset = dataset.remove_columns([key for key in unsaid if key in dataset.column_names])
-            place = folder and folder / each.digest(dataset.column_names)
-            if place and not place.exists():
-                scratch = place.with_name(f".{place.name}.{os.getpid()}")  # jobs of a sweep may write side by side
-                dataset.save_to_disk(scratch)
-                with suppress(OSError):  # another job was faster
-                    scratch.rename(place)
-            datasets.append(load_from_disk(place) if place else dataset)
+            if folder:
+                dataset = load_from_disk(ranks.by_first(_saved, dataset, folder / each.digest(dataset.column_names)))
+            datasets.append(dataset)
         return datasets[0], datasets[1]
+
+
+def _saved(dataset, place: Path) -> Path:
+    if not place.exists():
+        scratch = place.with_name(f".{place.name}.{os.getpid()}")  # jobs of a sweep may write side by side
+        dataset.save_to_disk(scratch)
+        with suppress(OSError):  # another job was faster
+            scratch.rename(place)
+    return place
 
 
 def load_pairs(node: DictConfig) -> Splits:
@@ -206,6 +211,7 @@ def check(node: DictConfig) -> None:
     _settings(node)
 
 
+@ranks.once_a_machine
 def _load(node: DictConfig, sides: tuple[str, ...], labelled: bool = False) -> Splits:
     data = _settings(node)
     taken = ("auto", *recognise.PREFERENCES, *(["labelled"] if labelled else []))

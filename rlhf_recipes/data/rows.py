@@ -211,16 +211,20 @@ def select(rows: Sequence[Example], numbers: Sequence[int]) -> Sequence[Example]
 
 
 class _File:
-    """A written file, which is mapped into memory, and is deleted when nobody holds it."""
+    """A written file, which is mapped into memory, and is deleted when nobody in the process that wrote it holds it.
+    Pickled, it is that file."""
 
-    def __init__(self, path: Path, schema: pyarrow.Schema):
-        self.path, self.schema = path, schema
+    def __init__(self, path: Path, schema: pyarrow.Schema, owner: int | None = None):
+        self.path, self.schema, self.owner = path, schema, owner or os.getpid()
         with open(path, "rb") as stream:
             self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         self.parts = list(pyarrow.ipc.open_stream(pyarrow.py_buffer(self._map)))
         self.starts = np.cumsum([0, *(part.num_rows for part in self.parts)])
         self.count = int(self.starts[-1])
-        weakref.finalize(self, _unlink, path, os.getpid())
+        weakref.finalize(self, _unlink, path, self.owner)
+
+    def __reduce__(self):
+        return _File, (self.path, self.schema, self.owner)
 
     def take(self, index: np.ndarray) -> list[Example]:
         """The rows of these numbers, which ascend."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from rlhf_recipes import ranks
 from rlhf_recipes.cai import constitution, prompt_templates
 from rlhf_recipes.cai.backend import Journal
 from rlhf_recipes.cai.judge import Judge, Judgement, Pair
@@ -126,8 +127,12 @@ def _asked(judge: Callable, prompts: list, first: list[str], second: list[str]) 
         Refusal: not as many probabilities as there are pairs.
     """
     where = f"judge_function={getattr(judge, '__name__', judge)}"
-    with users_function(where):
-        said = list(judge(prompts, first, second))
+
+    def ask() -> list[float]:
+        with users_function(where):
+            return list(judge(prompts, first, second))
+
+    said = ranks.by_first(ask)
     if len(said) != len(prompts):
         raise Refusal(f"{where}: gave {len(said)} probabilities for {len(prompts)} pairs. Give one for each.")
     for p in said:

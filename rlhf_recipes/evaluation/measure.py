@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from rlhf_recipes import ensemble, methods, models, references
+from rlhf_recipes import ensemble, methods, models, ranks, references
 from rlhf_recipes import inference as m
 from rlhf_recipes.adapters import BASE, Policies, RewardModels, System
 from rlhf_recipes.data.fit import fit
@@ -114,7 +114,7 @@ def measure(
     scored = {}
     for s in fresh if scorers.tasks else []:
         with policies.using(s.adapter) as model, m.measuring(model):
-            scored[s.name] = harness.score(model, tokenizer, scorers.tasks, cfg.lm_eval, s.name)
+            scored[s.name] = ranks.by_first(harness.score, model, tokenizer, scorers.tasks, cfg.lm_eval, s.name)
     del policies  # its memory is the reward models'
     given = {s.name: answers[s.name] for s in fresh}
     reward_models = _reward(cfg, scorers, tokenizer, rows, given, before.reward_models if before else {})

@@ -18,7 +18,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from rlhf_recipes import config
+from rlhf_recipes import config, ranks
 from rlhf_recipes.commands import command
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.evaluation.measurements import Measurements
@@ -115,7 +115,8 @@ def rebuild(folders: list[Path], out: Path, node: DictConfig) -> dict:
     write_atomically(out / "sweep.csv", _csv(rows))
     if merged:
         page.write_page(evaluation, out / "report.html")
-        frontier.plot(rows, objective, table["best"], out / "frontier.png")
+        if ranks.is_first():
+            frontier.plot(rows, objective, table["best"], out / "frontier.png")
     return table
 
 

@@ -11,11 +11,14 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from rlhf_recipes import commands, overrides
+from rlhf_recipes import commands, overrides, ranks
 from rlhf_recipes.config import in_sweep
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.launch.keys import check
 from rlhf_recipes.launch.refusals import OneLine, print_bug
+
+# What many processes cannot share.
+ALONE = ("pipeline", "publish")
 
 
 def recipe(name: str):
@@ -47,9 +50,17 @@ def recipe(name: str):
             sys.excepthook = print_bug
             sys.argv[1:] = spelled_out(sys.argv[1:])
             with OneLine(name):
+                if name in ALONE and ranks.world_size() > 1:
+                    raise Refusal(
+                        f"WORLD_SIZE={ranks.world_size()}: {name} is one process, which starts others where it needs "
+                        "them. Start it with python, not with a launcher."
+                    )
+                if not ranks.is_first():  # the first process says what all would say
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 if any(argument.startswith("--exp") for argument in sys.argv[1:]):
                     raise Refusal("--experimental-rerun: reads a pickle, which can run code. Give the overrides.")
                 hydra.main(version_base="1.3", config_path="../conf", config_name=name)(run_job)()
+                ranks.leave()
 
         return launch
 
@@ -67,12 +78,16 @@ def spelled_out(arguments: list[str]) -> list[str]:
 
 def _published(main, cfg: DictConfig, recipe: str):
     """`publish=true`: look whether it may be published, run the recipe, publish what it made."""
-    from rlhf_recipes import memory
+    from rlhf_recipes import memory, run
     from rlhf_recipes.launch import publish_after
     from rlhf_recipes.publish import publish
 
-    publish_after.check_ready(cfg, recipe)
+    run.environment()
+    ranks.by_first(publish_after.check_ready, cfg, recipe)
     value = main(cfg)
+    if not ranks.is_first():
+        return value
+    ranks.leave()
     memory.forget_peak()  # the model, too: it is loaded again
     asked = publish_after.options(cfg, recipe)
     publish.print_outcome(asked, publish.publish(asked))

@@ -10,7 +10,7 @@ from typing import NoReturn
 import hydra
 from omegaconf import OmegaConf
 
-from rlhf_recipes import secrets, text
+from rlhf_recipes import ranks, secrets, text
 from rlhf_recipes.config import CONF, flatten
 from rlhf_recipes.errors import Refusal, first_line, nearest
 
@@ -29,7 +29,8 @@ UNWRITTEN = ("No space left on device", "Read-only file system", "iostream error
 
 
 class OneLine:
-    """Errors of use become one line on stderr and an exit code; every other exception its traceback.
+    """Errors of use become one line on stderr and an exit code; every other exception its traceback. Of several
+    processes the first that ends speaks, and the others end with its exit code.
 
     Args:
         config_name: the primary config, while Hydra composes it: what Hydra and OmegaConf say is then of the command.
@@ -51,6 +52,7 @@ class OneLine:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)  # 128 + SIGPIPE
         if isinstance(error, KeyboardInterrupt):
+            _leave_the_word_to_the_first(130)
             below = "\n" if sys.stderr.isatty() else ""  # the progress line is still being written
             said = str(error) or "Interrupted. The same command continues from the last checkpoint."
             print(f"{below}{text.line(secrets.redact(said))}", file=sys.stderr)
@@ -61,11 +63,18 @@ class OneLine:
 def print_error(error: Exception, config_name: str | None = None) -> NoReturn:
     """Print a refusal on one line and exit with 2, a bug with its traceback and exit with 1."""
     line = as_refusal(error, config_name)
+    _leave_the_word_to_the_first(1 if line is None else 2)
     if line is None:
         print_bug(type(error), error, error.__traceback__)
         sys.exit(1)
     print(f"error: {line}", file=sys.stderr)
     sys.exit(2)
+
+
+def _leave_the_word_to_the_first(code: int) -> None:
+    earlier = ranks.end(code)
+    if earlier is not None:
+        sys.exit(earlier)
 
 
 def print_bug(kind, error, trace) -> None:
@@ -106,6 +115,11 @@ def _refusal(error: BaseException, config_name: str | None) -> str | None:
         return _unknown_option(error)
     if config_name and isinstance(error, HydraException | OmegaConfBaseException):
         return _unknown_key(error, config_name) or _not_taken(error) or str(error)
+    if ranks.is_parted(error):
+        return (
+            f"rank {ranks.rank()}: another of the {ranks.world_size()} processes has ended, killed or out of memory. "
+            "What was saved is untouched; the same command continues from the last checkpoint."
+        )
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}. What was saved before is untouched."
     if any(sign in str(error) for sign in UNWRITTEN):

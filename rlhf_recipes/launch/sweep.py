@@ -14,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import config, memory, run, run_folder
+from rlhf_recipes import config, memory, ranks, run, run_folder
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.evaluation.sweeps import ROWS, check, describe, may_be_best, read_measurements, rebuild
 from rlhf_recipes.launch import keys
@@ -47,6 +47,7 @@ def run_job(main, cfg: DictConfig) -> float:
             result = run_folder.read_result(folder / own)
         row |= {"recipe": result["recipe"], "main": result["main"], "seconds": result["seconds"]}
         row |= {"peak_memory_gib": max(result["peak_memory_gib"].values()), "stopped": result.get("stopped")}
+        row |= {key: result[key] for key in ("world_size", "nodes", "global_batch") if key in result}
         row |= {"doctor": (result.get("doctor") or {}).get("verdict"), "adapter_sha256": result["adapter_sha256"]}
         row |= {"system": _measure(folder / own, folder, cfg), "status": "finished"}
     except Exception as error:
@@ -56,7 +57,8 @@ def run_job(main, cfg: DictConfig) -> float:
         if not refusal:
             print(shown(redact(traceback.format_exc())), file=sys.stderr, flush=True)
     row["seconds_in_all"] = round(time.monotonic() - begin, 1)
-    (folder / ROWS).mkdir(parents=True, exist_ok=True)
+    if ranks.is_first():  # the others may be gone
+        (folder / ROWS).mkdir(parents=True, exist_ok=True)
     text = json.dumps(row, indent=2, ensure_ascii=False, default=asdict)
     run_folder.write_atomically(folder / ROWS / f"{own}.json", text + "\n")
     table = rebuild([folder], folder, cfg.sweep)
@@ -90,6 +92,12 @@ class Summary(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         here = run.relative(Path(config.hydra.sweep.dir).absolute())
         try:
+            if ranks.world_size() > 1:
+                raise Refusal(
+                    f"WORLD_SIZE={ranks.world_size()}: a sweep is one process, which starts its jobs. Start it with "
+                    "python; a launcher of Hydra's gives each job several processes (hydra/launcher=submitit_slurm "
+                    "hydra.launcher.tasks_per_node=2)."
+                )
             run_folder.refuse_foreign(here, only="sweep")
             self.lock = run_folder.Lock(here)
             if "trainer" in config:

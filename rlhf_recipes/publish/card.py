@@ -22,7 +22,7 @@ from rlhf_recipes.publish.contents import PAGE, Source, targets
 from rlhf_recipes.publish.upload import MARK
 from rlhf_recipes.stats import Estimate, format_estimate
 from rlhf_recipes.text import code, line, markdown
-from rlhf_recipes.training.card import chain, examined, measured, recipe_of, without_folder
+from rlhf_recipes.training.card import chain, device, examined, measured, recipe_of, without_folder
 
 PROVEN = "Proven by a round trip"
 
@@ -336,7 +336,7 @@ def _hardware(result: dict) -> str:
     versions = ", ".join(markdown(f"{name} {version}") for name, version in result["versions"].items())
     return (
         f"Seed {markdown(result['seed'])}, {markdown(result['steps'])} steps, {result['seconds']:.0f} s on "
-        f"{markdown(result['device'])}, peak {peak}. Versions: {versions}."
+        f"{device(result)}, peak {peak}. Versions: {versions}."
     )
 
 

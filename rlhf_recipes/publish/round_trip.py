@@ -9,7 +9,6 @@ clinic set, which is in the package, so that no row of anybody's data is publish
 import hashlib
 import json
 import math
-import os
 import subprocess
 import sys
 import tempfile
@@ -17,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes import memory, secrets
+from rlhf_recipes import memory, ranks, secrets
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.text import line
 
@@ -181,7 +180,7 @@ def in_fresh_process(task: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         asked, answer = Path(scratch) / "task.json", Path(scratch) / "answer.json"
         asked.write_text(json.dumps(task))
-        environment = _without_secrets(os.environ)
+        environment = _without_secrets(ranks.alone_env())
         # The client's own token lies in a file.
         environment |= {"HF_TOKEN_PATH": f"{scratch}/none", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
         environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": f"{scratch}/datasets"}

@@ -8,7 +8,7 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
-from rlhf_recipes import memory, methods, progress, text
+from rlhf_recipes import memory, methods, progress, ranks, text
 from rlhf_recipes.errors import Refusal, first_line
 from rlhf_recipes.run_folder import write_atomically
 from rlhf_recipes.secrets import redact
@@ -20,7 +20,10 @@ SHOWN = ("reward", "kl", "loss", "eval_loss", "rewards/accuracies", "accuracy", 
 
 
 def watch(trainer, run) -> None:
-    """Replace the trainer's own printing by `Progress`, and keep metrics.jsonl in step with the training."""
+    """Replace the trainer's own printing by `Progress`, and keep metrics.jsonl in step with the training.
+
+    Of several processes all have saved their part of a checkpoint before the first writes its last file.
+    """
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Progress(run.recipe))
     if run.config["doctor"] != "none":
@@ -32,6 +35,9 @@ def watch(trainer, run) -> None:
         trainer.add_callback(Tracker(trainer))
     if hasattr(trainer, "samples"):
         trainer.add_callback(SamplesFile(run.dir / "samples.jsonl", trainer))
+    if ranks.world_size() > 1:
+        save_own = trainer._save_rng_state
+        trainer._save_rng_state = lambda folder: (save_own(folder), ranks.barrier())
 
 
 class Progress(TrainerCallback):

@@ -43,7 +43,7 @@ def write(result: dict, config: dict) -> str:
         for key, value in flatten(shown)
         if value is not None and not key.endswith(("_target_", ".report_to"))
     ]
-    device = markdown(result["device"])
+    place = device(result)
     body = f"""# LoRA adapter: {recipe} on {markdown(base)}
 
 {methods.of(recipe).cited}, trained with TRL by rlhf-recipes.
@@ -69,10 +69,19 @@ from transformers import {auto}{", AutoTokenizer" if recipe == "reward" else ""}
 | --- | --- |
 {chr(10).join(settings)}
 
-Seed {markdown(result["seed"])}, {markdown(result["steps"])} steps, {result["seconds"]:.0f} s on {device}. Versions:
+Seed {markdown(result["seed"])}, {markdown(result["steps"])} steps, {result["seconds"]:.0f} s on {place}. Versions:
 {", ".join(markdown(f"{name} {version}") for name, version in result["versions"].items())}.
 """
     return str(ModelCard(f"---\n{head.to_yaml()}\n---\n\n{body}"))
+
+
+def device(result: dict) -> str:
+    """What a run was trained on, and how many processes had a share in it where it was not one."""
+    said, processes = markdown(result["device"]), result.get("world_size", 1)
+    if processes == 1:
+        return said
+    nodes, batch = (markdown(result.get(key)) for key in ("nodes", "global_batch"))
+    return f"{said} ({markdown(processes)} processes, machines: {nodes}, rows a step: {batch})"
 
 
 def measured(result: dict) -> str:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf_recipes import methods, stats, text
+from rlhf_recipes import methods, ranks, stats, text
 from rlhf_recipes.stats import Estimate
 
 HEALTHY, WATCH, BROKEN = LEVELS = ("healthy", "watch", "broken")
@@ -152,7 +152,8 @@ def margin_key(record: Record) -> str:
 
 
 def _pairs_a_step(record: Record) -> int:
-    return record.args.per_device_train_batch_size * record.args.gradient_accumulation_steps
+    args = record.args
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks.world_size()
 
 
 def _lower_rate(record: Record) -> str:

@@ -5,6 +5,7 @@ import textwrap
 from contextlib import contextmanager
 from pathlib import Path
 
+from rlhf_recipes import ranks
 from rlhf_recipes.commands import command
 from rlhf_recipes.errors import first_line
 from rlhf_recipes.overrides import written
@@ -49,11 +50,14 @@ def finish(run: Run, trainer, *, main: str, before: dict, metrics: dict, counts:
         seed=trainer.args.seed,
         steps=trainer.state.global_step,
         resumed_from=run.checkpoint and Path(run.checkpoint).name,
+        global_batch=trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * ranks.world_size(),
         adapter_sha256=adapter_sha256(run.adapter),
         parent=run.parent and run.parent.lineage,
         **entries,
     )
     run.write_result(result)
+    if not ranks.is_first():
+        return metrics[main].value
     with _spared("README.md"):
         write_atomically(run.dir / "README.md", card.write(result, run.config))
     with _spared("curves.png"):

@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import memory, methods, models, references, run
+from rlhf_recipes import memory, methods, models, ranks, references, run
 from rlhf_recipes.data.fit import fit
 from rlhf_recipes.data.labelled import micro_batches
 from rlhf_recipes.data.load import LOADERS, load_labelled
@@ -54,11 +54,13 @@ class Cache:
         measured: what real steps came to, by the job's shape.
         measure: whether to run any.
         elsewhere: the jobs run on another machine.
+        processes: of each job.
     """
 
     measured: dict[str, dict]
     measure: bool
     elsewhere: bool
+    processes: int = 1
     rows: dict[str, tuple] = field(default_factory=dict)
     examples: dict[tuple[str, str, str], dict] = field(default_factory=dict)
 
@@ -112,7 +114,8 @@ def _look(job: Job, looked_at: Cache, found: JobReport) -> None:
         found.stops.append(f"{job.name or recipe}: its trainer cannot be made: {first_line(error)}")
         return
     found.watch += _remarks(found.rows, found.example, recipe)
-    steps = real_steps.total_steps(recipe, args, len(splits.train))
+    steps = real_steps.total_steps(recipe, args, len(splits.train), looked_at.processes)
+    found.settings |= {"processes": looked_at.processes} if looked_at.processes > 1 else {}
     found.settings["steps"] = steps
     largest = _largest(recipe, args, sizes, steps)
     if recipe in ("orpo", "simpo") and getattr(args, "disable_prompt_loss", True):
@@ -123,7 +126,8 @@ def _look(job: Job, looked_at: Cache, found: JobReport) -> None:
         shape = _shape(cfg, recipe)
         if shape not in looked_at.measured:
             print(f"  steps    real ones of {job.name or recipe}, in a process of their own ...", flush=True)
-            looked_at.measured[shape] = real_steps.measure(recipe, job.overrides, args, splits, sizes)
+            took = ranks.by_first(real_steps.measure, recipe, job.overrides, args, splits, sizes)
+            looked_at.measured[shape] = took
         found.step = looked_at.measured[shape]
         if "error" in found.step:
             found.stops.append(f"{job.name or recipe}: its first step fails: {found.step['error']}")

@@ -21,7 +21,7 @@ from pathlib import Path
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import methods, run, run_folder
+from rlhf_recipes import methods, ranks, run, run_folder
 from rlhf_recipes.commands import command
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.launch import keys, publish_after
@@ -41,8 +41,8 @@ def instead_of_run(cfg: DictConfig, recipe: str, overrides: list[str]) -> None:
 
     started = run.Run.start(cfg, recipe)
     if cfg.publish:
-        publish_after.check_ready(cfg, recipe)
-    look([Job("", recipe, cfg, overrides)], started.dir, cfg.preflight)
+        ranks.by_first(publish_after.check_ready, cfg, recipe)
+    look([Job("", recipe, cfg, overrides)], started.dir, cfg.preflight, processes=ranks.world_size())
     print(f"next      {command(recipe)} {shlex.join(_without_preflight(overrides))}".rstrip(), flush=True)
 
 
@@ -62,7 +62,9 @@ def before_sweep(cfg: DictConfig) -> None:
         jobs = [Job(*each) for each in sweep_jobs(cfg)]
         jobs = [job for job in jobs if not (folder / job.name / "result.json").is_file()]
         if jobs:
-            look(jobs, folder, cfg.preflight, elsewhere="slurm" in cfg.hydra.launcher._target_.lower())
+            launcher = cfg.hydra.launcher
+            each = launcher.get("nodes", 1) * launcher.get("tasks_per_node", 1)  # submitit's
+            look(jobs, folder, cfg.preflight, elsewhere="slurm" in launcher._target_.lower(), processes=each)
 
 
 def before_pipeline(stages: list, folder: Path, settings: DictConfig) -> None:
@@ -78,11 +80,12 @@ def before_pipeline(stages: list, folder: Path, settings: DictConfig) -> None:
         look([Job(s.name, s.recipe, s.cfg, s.overrides, folder) for s in todo], folder, settings)
 
 
-def look(jobs: list, folder: Path, settings: DictConfig, elsewhere: bool = False) -> None:
+def look(jobs: list, folder: Path, settings: DictConfig, elsewhere: bool = False, processes: int = 1) -> None:
     """Examine the jobs, print what is seen, and keep it in `folder`.
 
     Args:
         elsewhere: the jobs run on other machines, whose memory is not this one's.
+        processes: of each job; where this is one of them, the first runs the steps and writes.
 
     Raises:
         Refusal: a job could not run, unless `settings.fails` is warn.
@@ -93,16 +96,16 @@ def look(jobs: list, folder: Path, settings: DictConfig, elsewhere: bool = False
     from rlhf_recipes.launch.preflight import printed
 
     kept = folder / FILE
-    measured = json.loads(kept.read_text())["measured"] if kept.is_file() else {}
+    measured = ranks.by_first(lambda: json.loads(kept.read_text())["measured"] if kept.is_file() else {})
     measured = {shape: took for shape, took in measured.items() if "error" not in took}  # it may have been mended
-    looked_at = examination.Cache(measured, settings.measure and not elsewhere, elsewhere)
+    looked_at = examination.Cache(measured, settings.measure and not elsewhere, elsewhere, processes)
     found: list[JobReport] = []
     print(printed.head(jobs), flush=True)
     for each in jobs:
         found.append(examination.examine(each, looked_at))
         print(printed.describe(found[-1], found[:-1]), flush=True)
     report = {"jobs": found, "disk": examination.disk(found, folder), "measured": looked_at.measured}
-    folder.mkdir(parents=True, exist_ok=True)
+    ranks.by_first(folder.mkdir, parents=True, exist_ok=True)
     run_folder.write_atomically(kept, json.dumps(report, indent=2, ensure_ascii=False, default=asdict) + "\n")
     print(printed.summary(report), flush=True)
     reasons = [*(reason for seen in found for reason in seen.stops), *report["disk"]["stops"]]

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from rlhf_recipes import methods
+from rlhf_recipes import methods, ranks
 from rlhf_recipes.data.load import Splits
 from rlhf_recipes.launch.refusals import NOTE
 
@@ -48,7 +48,7 @@ def measure(recipe: str, overrides: list[str], args, splits: Splits, sizes: list
             f"rlhf_recipes.recipes.{recipe}",
             *_overrides(recipe, overrides, args, folder),
         ]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, env=ranks.alone_env())
         if done.returncode:
             said = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith(NOTE)]
             refusal = next((line.removeprefix("error: ") for line in said if line.startswith("error: ")), said[-1:])
@@ -106,12 +106,12 @@ def padded_lengths(sizes: list[int], batch: int) -> Iterator[int]:
         yield from (max(order[start : start + batch]) for start in range(0, len(order), batch))
 
 
-def total_steps(recipe: str, args, rows: int) -> int:
-    """Optimizer steps of a run over `rows` train rows."""
+def total_steps(recipe: str, args, rows: int, processes: int = 1) -> int:
+    """Optimizer steps of a run over `rows` train rows, by so many processes."""
     if args.max_steps > 0:
         return args.max_steps
     if recipe == "ppo":
-        rollouts = rows // (args.prompts_per_rollout * args.world_size)
+        rollouts = rows // (args.prompts_per_rollout * processes)
         return math.ceil(args.num_train_epochs * rollouts * args.steps_per_rollout)
-    micro_batches = math.ceil(rows / (args.per_device_train_batch_size * args.world_size))
+    micro_batches = math.ceil(rows / (args.per_device_train_batch_size * processes))
     return math.ceil(args.num_train_epochs * max(1, math.ceil(micro_batches / args.gradient_accumulation_steps)))
