@@ -203,7 +203,7 @@ def batches_in_one(model) -> int:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     # Adapters come and go between measurements that are compared.
     weights = sum(p.nbytes for name, p in base.named_parameters() if "lora_" not in name)
-    return batches_beside(weights, model.device)
+    return ranks.from_first(batches_beside(weights, model.device))
 
 
 def batches_beside(weights: float, device=None) -> int:
