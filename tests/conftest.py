@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -281,17 +282,20 @@ class Trained:
 
 
 @pytest.fixture(scope="session")
-def train(compose, tiny_overrides):
+def libraries():
+    """The large ones are imported, and do less."""
+    for name in warm.PRELOADED:
+        import_module(name)
+    quick.settle()
+
+
+@pytest.fixture(scope="session")
+def train(compose, tiny_overrides, libraries):
     """train(recipe, folder, *overrides, drawn=False): a training recipe in this process, two steps on the tiny model.
 
     It runs in the parent of `folder`, so that a chain is named by relative paths as on a command line. `drawn`: with
     its pictures.
     """
-    from importlib import import_module
-
-    for name in warm.PRELOADED:
-        import_module(name)
-    quick.settle()
 
     def trained(recipe, folder, *overrides, drawn=False):
         module = import_module(f"rlhf_recipes.recipes.{recipe}")
