@@ -6,6 +6,7 @@ first renamed to `.replaced/<run>` beside it, and goes when the other one has it
 damaged is refused by the name of the file.
 """
 
+import atexit
 import errno
 import fnmatch
 import json
@@ -89,6 +90,7 @@ class Lock:
             print(f"{folder}: {said}. Start no second command that writes it.", flush=True)
             return
         self.release = weakref.finalize(self, _release, lock, path, made)
+        atexit.register(self.release)  # before filelock's own, which lets go of locks and leaves their files
         path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
 
 

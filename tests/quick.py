@@ -76,12 +76,9 @@ def compose_once() -> None:
 
 @functools.cache
 def settle() -> None:
-    """Once the libraries are imported: what they do again for every run, or for a cache that no test has."""
-    from datasets import arrow_dataset, fingerprint
+    """Once the libraries are imported: what they do again for every run."""
     from jinja2 import Environment
 
-    for module in (arrow_dataset, fingerprint):  # of pickled functions; of rows in memory nothing is found by it
-        module.update_fingerprint = lambda *_: fingerprint.generate_random_fingerprint()
     Environment.compile = functools.cache(Environment.compile)  # for the cards of TRL and PEFT in each checkpoint
     installed = metadata.Distribution  # whose files TRL and `run.versions` parse
     installed.from_name = functools.cache(installed.from_name)

@@ -51,7 +51,7 @@ def pairs(tmp_path_factory):
 
 
 @pytest.fixture
-def made(compose, tiny_model_overrides, pairs, tmp_path):
+def made(compose, libraries, tiny_model_overrides, pairs, tmp_path):
     """made(recipe, template, *overrides): (the trainer as preflight makes it, the fitted rows, the tokenizer)."""
 
     def make(recipe, template, *overrides):

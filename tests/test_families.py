@@ -13,7 +13,6 @@ from types import SimpleNamespace
 
 import pytest
 import quick
-import warm
 from families import FAMILIES, family
 
 from rlhf_recipes.errors import Refusal
@@ -83,11 +82,8 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def ran(models, compose):
+def ran(models, compose, libraries):
     """ran(name, recipe): what was seen of the recipe's run on the family's model; what it needs is run before."""
-    for module in warm.PRELOADED:
-        import_module(module)
-    quick.settle()
     known = {}
 
     def once(name, recipe):

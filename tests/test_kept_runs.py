@@ -15,6 +15,7 @@ from importlib import import_module, metadata
 from pathlib import Path
 
 import pytest
+import quick
 import yaml
 from conftest import snapshot
 
@@ -84,14 +85,15 @@ def room(model, tmp_path):
 
 
 @pytest.fixture
-def again(compose, room):
+def again(compose, room, libraries, warm_python, monkeypatch):
     """again(folder): the command that has left this folder, in this process."""
+    monkeypatch.setattr("sys.executable", warm_python)  # of the fresh process that loads what is published
 
     def ran(folder):
         recipe, *overrides = COMMANDS[folder]
         cfg = compose(recipe, *overrides)
         cfg.output_dir = folder
-        with contextlib.chdir(room):
+        with contextlib.chdir(room), quick.pictures_sketched():
             import_module(f"rlhf_recipes.recipes.{recipe}").main.__wrapped__(cfg)
 
     return ran

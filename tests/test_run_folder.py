@@ -8,6 +8,8 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -207,6 +209,20 @@ def test_who_has_ended_leaves_no_lock(holder, tmp_path):
     process.join(60)
     assert list(tmp_path.iterdir()) == []
     run_folder.Lock(tmp_path / "main")
+
+
+HOLDS = """
+import pathlib, weakref
+weakref.finalize(weakref.WeakSet, print)
+from rlhf_recipes import run_folder
+held = run_folder.Lock(pathlib.Path("main"))
+"""
+
+
+def test_what_is_held_at_the_end_is_let_go(tmp_path):
+    """By a process in which somebody wanted to be told of the end before, as torch does."""
+    subprocess.run([sys.executable, "-c", HOLDS], cwd=tmp_path, check=True, capture_output=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):

@@ -13,7 +13,6 @@ or about the imports of more than the large libraries, needs a cold one.
 """
 
 import atexit
-import gc
 import importlib
 import json
 import os
@@ -205,8 +204,6 @@ def _run(module: str) -> NoReturn:
         code = 1
     threading._shutdown()
     atexit._run_exitfuncs()
-    if code:
-        gc.collect()  # what the traceback held, a lock for one, ends as it does with Python
     for stream in (sys.stdout, sys.stderr):
         with suppress(BrokenPipeError):
             stream.flush()
