@@ -36,8 +36,8 @@ LIBRARIES = (
     "accelerate",
     "huggingface_hub",
 )
-# Where a run lies and whether it may continue say nothing about what it computes.
-_NOT_COMPUTED = ("run_name", "resume", "overwrite", "sweep", "preflight", "allow_target")
+# Where a run lies, whether it may continue and by which forward say nothing about what it computes.
+_NOT_COMPUTED = ("run_name", "resume", "overwrite", "sweep", "preflight", "allow_target", "fast_forward")
 # What an interrupted cai or audit goes on from: the first file or folder of many that it keeps.
 GATE, SCORES = "gate.jsonl", "scores"
 KEPT = {GATE: "what was answered", SCORES: "what was scored"}
@@ -238,7 +238,6 @@ def config_sha256(config: dict) -> str:
 
 # Keys that earlier runs lack, at the values with which these compute the same.
 _ADDED = {
-    "fast_forward": True,
     "model.adapter_base": None,
     "judge.adapter_base": None,
     "model.chat_template_kwargs": {},
