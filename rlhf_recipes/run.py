@@ -36,8 +36,11 @@ LIBRARIES = (
     "accelerate",
     "huggingface_hub",
 )
-# Where a run lies and whether it may continue say nothing about what it computes.
-_NOT_COMPUTED = ("run_name", "resume", "overwrite", "sweep", "preflight", "allow_target", "shards")
+# Where a run lies, whether it may continue, by which forward and in which parts say nothing about what it computes.
+_NOT_COMPUTED = (
+    *("run_name", "resume", "overwrite", "sweep", "preflight", "allow_target"),
+    *("fast_forward", "shards"),
+)
 # What an interrupted cai or audit goes on from: the first file or folder of many that it keeps.
 GATE, SCORES = "gate.jsonl", "scores"
 KEPT = {GATE: "what was answered", SCORES: "what was scored"}
@@ -248,7 +251,6 @@ def config_sha256(config: dict) -> str:
 
 # Keys that earlier runs lack, at the values with which these compute the same.
 _ADDED = {
-    "fast_forward": True,
     "model.adapter_base": None,
     "judge.adapter_base": None,
     "model.chat_template_kwargs": {},

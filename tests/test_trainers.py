@@ -140,15 +140,16 @@ def ends_with_eos(tiny_model, tmp_path_factory):
 @pytest.mark.parametrize("quantization", ("nf4", "none"))
 @pytest.mark.parametrize("recipe", TRAINERS)
 def test_parity_with_trl(train, tiny_model, ends_with_eos, tmp_path, recipe, quantization):
-    """Loss and gradient norm of the first step are TRL's, of orpo and simpo those of TRL's own trainers, which are one
-    switch away; tests/test_preference.py holds ours against them.
+    """With TRL's own forward, loss and gradient norm of the first step are TRL's, of orpo and simpo those of TRL's own
+    trainers, which are one switch away; tests/test_preference.py holds ours against them, and tests/test_forward.py
+    our forward.
 
     The loss is equal to the last bit. So is the norm, but where TRL keeps a QLoRA adapter in bfloat16 and we in
     float32: its gradients are rounded to 8 bits, each by up to 2^-9 and again with every accumulated batch.
     """
     skip_what_trl_cannot_do(recipe, quantization)
     model = ends_with_eos if recipe in ("orpo", "simpo") else tiny_model
-    overrides = [f"quantization={quantization}", f"model.path={model}"]
+    overrides = [f"quantization={quantization}", f"model.path={model}", "fast_forward=false"]
     if ARGUMENTS[recipe][0] in TRLS_OWN:
         overrides += [f"trainer._target_={ARGUMENTS[recipe][0]}"]
     ours = train(recipe, tmp_path / "ours", *overrides)
@@ -171,7 +172,7 @@ def test_parity_is_exact_without_our_float32(train, tiny_model, tmp_path, monkey
 
     skip_what_trl_cannot_do(recipe, "nf4")
     monkeypatch.setattr(models, "keep_adapter_in_float32", lambda model, parent: None)
-    ours = train(recipe, tmp_path / "ours")
+    ours = train(recipe, tmp_path / "ours", "fast_forward=false")
     theirs = by_hand(recipe, "nf4", tiny_model, ours.cfg, tmp_path / "theirs")
     for row, reference in zip(ours.log[:2], theirs.state.log_history[:2], strict=True):
         assert (row["loss"], row["grad_norm"]) == (reference["loss"], reference["grad_norm"])
