@@ -459,7 +459,7 @@ def test_the_second_of_several_processes_creates_nothing(started, monkeypatch):
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(ranks, "join", lambda *_: None)
-    monkeypatch.setattr(ranks, "from_first", lambda _: None)
+    monkeypatch.setattr(ranks, "from_first", lambda _: (None, None))
     run = started("overwrite=true")
     run.create()
     assert run.lock is None and snapshot(old) == before
