@@ -185,7 +185,7 @@ def ended(err):
         ("dpo", ["data.path=nowhere.jsonl"], "nowhere.jsonl: no such file."),
         ("dpo", ["run_name=foreign"], "hydra.run.dir=outputs/dpo/foreign: holds mine.txt"),
         ("ppo", [*PPO, "reward_funcs=warm_processes:refuses_on_rank_1"],
-         "reward_funcs=warm_processes:refuses_on_rank_1: raised ValueError: not on this rank"),
+         "reward_funcs=refuses_on_rank_1: raised ValueError: not on this rank"),
         ("pipeline", ["experiment=pipeline/demo"], "WORLD_SIZE=2: pipeline is one process"),
         ("dpo", ["hydra.mode=MULTIRUN", "trainer.beta=0.1,0.2"], "WORLD_SIZE=2: a sweep is one process"),
     ],
@@ -231,7 +231,7 @@ def test_ctrl_c_is_said_once(start, tiny_overrides, tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert err.count("Interrupted. The same command continues from the last checkpoint.") == 1, err
-    assert "error: " not in err and [path.name for path in folder.iterdir()] == ["main"]
+    assert "\nerror: " not in err and [path.name for path in folder.iterdir()] == ["main"], err
 
 
 @pytest.mark.parametrize(("overrides", "code"), [([], 0), (["data.path=nowhere.jsonl"], 2)])

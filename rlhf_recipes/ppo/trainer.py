@@ -499,7 +499,8 @@ class PPOTrainer(BaseTrainer):
             set_peft_model_state_dict(self.model, weights, adapter_name=POLICY)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        state = torch.load(self._state_file(resume_from_checkpoint), map_location=self.args.device, weights_only=True)
+        place = "cpu" if self.args.device.type == "cpu" else self.args.device  # torch knows no cpu:0 here
+        state = torch.load(self._state_file(resume_from_checkpoint), map_location=place, weights_only=True)
         for name, parameter in self.roles.value_state().items():
             parameter.data.copy_(state["value"][name])
         self._micro_batches = [MicroBatch(**{**m, "batch": Batch(**m["batch"])}) for m in state["micro_batches"]]
