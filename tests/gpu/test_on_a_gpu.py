@@ -16,6 +16,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -287,20 +289,11 @@ def episodes(recipe: str) -> list[str]:
 
 @pytest.mark.gpu(limit=60)
 def test_versions():
-    import accelerate
-    import bitsandbytes
-    import peft
-    import transformers
-    import trl
-
-    import rlhf_recipes
-
     card = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
-    note(
-        "versions", card=card and card.name, gib=card and round(card.total_memory / GIB, 1), cuda=torch.version.cuda,
-        cores=os.cpu_count(), package=str(Path(rlhf_recipes.__file__).parent),
-        **{m.__name__: m.__version__ for m in (torch, transformers, trl, peft, accelerate, bitsandbytes)},
-    )  # fmt: skip
+    libraries = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "pyarrow")
+    package = find_spec("rlhf_recipes").origin
+    note("versions", card=card and card.name, gib=card and round(card.total_memory / GIB, 1), cuda=torch.version.cuda,
+         cores=os.cpu_count(), package=package, **{name: version(name) for name in libraries})  # fmt: skip
     assert SMALL or card
 
 
