@@ -89,7 +89,18 @@ class Lock:
             print(f"{folder}: {said}. Start no second command that writes it.", flush=True)
             return
         self.release = weakref.finalize(self, _release, lock, path, made)
+        _locks.add(self)
         path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+
+
+_locks: weakref.WeakSet[Lock] = weakref.WeakSet()  # of this process
+
+
+def release_locks() -> None:
+    """Let go of every folder, before libraries end what they began: that may end the process at once, where another
+    one of its run is gone."""
+    for lock in list(_locks):
+        lock.release()
 
 
 def _release(lock, path: Path, made: list[Path]) -> None:

@@ -11,7 +11,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import commands, overrides, ranks, sharding, signals
+from rlhf_recipes import commands, overrides, ranks, run_folder, sharding, signals
 from rlhf_recipes.config import in_sweep
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.launch import cards
@@ -101,10 +101,12 @@ def _published(main, cfg: DictConfig, recipe: str):
 
 @contextmanager
 def _no_empty_folder():
-    """Hydra makes the run's folder before the recipe starts: where the recipe leaves nothing in it, it goes."""
+    """Hydra makes the run's folder before the recipe starts: where the recipe leaves nothing in it, it goes. Nobody
+    holds it then."""
     try:
         yield
     finally:
+        run_folder.release_locks()
         with suppress(OSError):  # not empty
             Path(HydraConfig.get().runtime.output_dir).rmdir()
 

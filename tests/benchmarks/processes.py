@@ -130,7 +130,7 @@ def by_command_line(number: int, rows: int, room: Path) -> dict:
             return json.loads(result.read_text()) if done.returncode == 0 else {}
 
         for n in range(number):
-            found.append(trained(2, str(n), "data.train_size=8", "trainer.max_steps=2"))
+            found.append(trained(2, f"run{n}", "data.train_size=8", "trainer.max_steps=2"))
         with (room / "rows.jsonl").open("w") as file:
             for n in range(rows):
                 row = {"prompt": f"{n}: {WORDS}", "chosen": f"{WORDS} {n}", "rejected": f"No, {n} {WORDS}"}
