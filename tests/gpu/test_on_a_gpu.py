@@ -27,7 +27,7 @@ import torch
 ROOT, HERE = Path(__file__).parents[2], Path(__file__).parent
 SMALL = os.environ.get("SMALL") == "1"
 OUT = Path(os.environ.get("OUT") or ROOT / "gpu-out")
-LIMIT, BEGIN = float(os.environ.get("LIMIT", 480)), time.monotonic()
+LIMIT, BEGIN = float(os.environ.get("LIMIT", 2400 if SMALL else 480)), time.monotonic()
 GIB = 2**30
 CARD_GIB = 24  # on which an 8B is said to train
 
