@@ -31,7 +31,7 @@ SHAPES = {
     "NVIDIA, xAI, Together, Perplexity": r"(?:nvapi-|xai-|tgp_v1_|pplx-)(?=[\w-]{0,99}[0-9])[\w-]{30,}",
     "Groq, Replicate, Fireworks, RunPod": r"(?:gsk|r8|fw|rpa)_(?=[A-Za-z]{0,99}[0-9])[A-Za-z0-9]{22,}",
     "LangSmith, SendGrid": r"lsv2_[a-z]{2}_[0-9a-f]{32}|SG\.[\w-]{20,24}\.[\w-]{40,}",
-    "JSON Web Token": r"eyJ[A-Za-z0-9_-]{10,1000}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]*",
+    "JSON Web Token": r"eyJ[A-Za-z0-9_-]{10,4000}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]*",
 }
 # Secrets by what stands around them.
 AROUND = {
