@@ -240,7 +240,7 @@ def _batches(
         groups.append(rest[:size])
         rest = rest[size:]
     line, done = progress.Line(what, len(order)), 0
-    for number, group in sharding.level(ranks.share(groups), groups):
+    for number, group in ranks.share(groups):
         yield number, group
         memory.return_freed_memory()
         first = number - number % ranks.world_size()

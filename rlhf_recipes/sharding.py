@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from rlhf_recipes import methods, ranks
+from rlhf_recipes import methods
 from rlhf_recipes.errors import Refusal
 
 if TYPE_CHECKING:
@@ -173,11 +173,3 @@ def take_apart(model: "PeftModel") -> None:
 
 def _whole(tensor: "torch.Tensor") -> "torch.Tensor":
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def level(mine: list, batches: list) -> list:
-    """This rank's share of `batches`, (number, batch) each, made as many as any other rank has, where a forward pass
-    is a step of all ranks together: the last batch, the shortest, comes once more."""
-    if is_on() and len(mine) * ranks.world_size() < len(batches):
-        return [*mine, (len(batches) - 1, batches[-1])]
-    return mine
