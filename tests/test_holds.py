@@ -90,7 +90,7 @@ def test_pickles_of_ppo_and_of_the_doctor_are_not_run(tmp_path, ran, monkeypatch
     ppo = SimpleNamespace(
         roles=SimpleNamespace(shared=True),
         model=None,
-        args=SimpleNamespace(device="cpu"),
+        args=SimpleNamespace(device=torch.device("cpu")),
         _state_file=lambda _: str(plant(tmp_path / "ppo_0.pt", ran)),
     )
     loading(lambda: trainer.PPOTrainer._load_from_checkpoint(ppo, str(tmp_path)))

@@ -49,7 +49,7 @@ def test_a_card_or_picture_that_fails_costs_a_warning(train, tmp_path, monkeypat
 
     for module, name in ((card, "write"), (curves, "plot_curves"), (doctor_plot, "plot")):
         monkeypatch.setattr(module, name, fail)
-    done = train("dpo", tmp_path / "run", "quantization=none")
+    done = train("dpo", tmp_path / "run", "quantization=none", drawn=True)
     said = capsys.readouterr().err
     assert done.result["status"] == "finished" and (done.dir / "adapter").is_dir()
     for file in ("README.md", "curves.png", "doctor.png"):

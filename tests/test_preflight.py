@@ -267,7 +267,7 @@ LARGE = {  # as Qwen2.5-32B and Llama-3.1-70B are
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("model", "free", "cards"), [("32b", 24, 1), ("70b", 48, 2), ("70b", 32, 2), ("70b", 24, 4)])
+@pytest.mark.parametrize(("model", "free", "cards"), [("32b", 24, 1), ("70b", 48, 1), ("70b", 32, 2), ("70b", 24, 4)])
 def test_it_says_on_how_many_cards_a_large_model_fits(compose, tmp_path, monkeypatch, model, free, cards):
     """In NF4, one pair of 1,024 tokens a micro-batch, with checkpointing: counted, no card is here."""
     import torch
@@ -279,12 +279,14 @@ def test_it_says_on_how_many_cards_a_large_model_fits(compose, tmp_path, monkeyp
     args = config.build(cfg.trainer, "trainer", use_cpu=True, bf16=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    card = SimpleNamespace(total_memory=free * GIB)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: card)
     monkeypatch.setattr(memory, "free", lambda: free * GIB)
     found, job = JobReport("", "dpo"), examination.Job("", "dpo", cfg, [])
     predict = partial(predict_memory.predict, cfg, libraries=0)
     examination._memory(found, job, args, predict_memory.Batch(2, 1024), predict, elsewhere=False)
     if cards == 1:
-        assert max(gib for phase, gib in found.memory["phases"].items() if phase != "loading") < free
+        assert found.memory["peak_gib"] < free and not found.stops
     else:
         launch = "accelerate launch --config_file conf/accelerate/fsdp2_qlora.yaml recipes/dpo.py"
         assert f" Or in parts, on {cards} such cards: {launch} quantization=nf4_fsdp" in found.stops[0]
