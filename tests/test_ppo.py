@@ -436,7 +436,7 @@ def test_samples_follow_the_distribution():
     from rlhf_recipes.ppo.rollout import Sampler
 
     logits, draws = torch.tensor([0.0, 1.0, 2.0, 3.0]), 20_000
-    sampler = Sampler(list(range(draws)), "cpu", 1, temperature=0.5, top_k=3, top_p=1.0)
+    sampler = Sampler(list(range(draws)), torch.device("cpu"), 1, temperature=0.5, top_k=3, top_p=1.0)
     chosen = sampler(None, logits.expand(draws, -1)).argmax(1)
     kept = torch.tensor([-torch.inf, 1, 2, 3]) / 0.5
     torch.testing.assert_close(torch.bincount(chosen, minlength=4) / draws, kept.softmax(0), atol=0.01, rtol=0)
