@@ -10,7 +10,7 @@ Shapes: P pairs, B = 2 P sequences of T tokens, L tokens of a row that holds a p
 """
 
 from dataclasses import dataclass
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -118,8 +118,7 @@ class SharedPrefixes:
         return ""
 
     def _before(self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any]):
-        given = signature(backbone.forward).bind_partial(*args, **kwargs).arguments
-        given |= given.pop("kwargs", {})
+        given = _named(backbone, args, kwargs)
         packed = None if self.refused else self._pack(given)
         if packed and not self._proven:
             self._prove(backbone, given)
@@ -188,6 +187,16 @@ class SharedPrefixes:
         difference = ((packed_NH - whole_NH).norm(dim=1) / whole_NH.norm(dim=1)).max().item()
         if not difference < CLOSE:
             self.refused = f"its hidden states are others when packed (by {difference:.1%})"
+
+
+def _named(backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What its forward is given, by names alone."""
+    of_forward = signature(backbone.forward)
+    given = of_forward.bind_partial(*args, **kwargs).arguments
+    for name, parameter in of_forward.parameters.items():
+        if parameter.kind is Parameter.VAR_KEYWORD:
+            given |= given.pop(name, {})
+    return given
 
 
 def _computed_in(backbone: nn.Module) -> torch.dtype:
