@@ -1,17 +1,15 @@
 """A model in parts on two processes (FSDP2), by accelerate's own prepare: it trains like one that is whole."""
 
-import contextlib
 import json
 import subprocess
-import threading
-import time
+import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 from omegaconf import OmegaConf
 
-from rlhf_recipes import memory, ranks, sharding
+from rlhf_recipes import ranks, sharding
 from rlhf_recipes.errors import Refusal
 
 FILE = ROOT / "conf/accelerate/fsdp2_qlora.yaml"
@@ -132,12 +130,9 @@ def test_one_process_reads_the_adapter(trained, compose, name):
     assert moved > 1e-3
 
 
-def test_the_base_is_read_tensor_by_tensor_on_the_cpu(tiny_model, compose, monkeypatch, tmp_path):
+def test_the_base_is_read_tensor_by_tensor_on_the_cpu(tiny_model, clean_env, tmp_path):
     """The 85 MB that it has in bfloat16 are never there at a time, whatever else a process takes (22 are in NF4)."""
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-
-    from rlhf_recipes import models
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 64, "num_attention_heads": 8}
     whole = LlamaForCausalLM(LlamaConfig(vocab_size=1000, **shape)).bfloat16()
@@ -146,27 +141,13 @@ def test_the_base_is_read_tensor_by_tensor_on_the_cpu(tiny_model, compose, monke
     for file in (*tiny_model.glob("tokenizer*"), *tiny_model.glob("chat_template*")):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     del whole
-    for key, value in launcher_environment().items():
-        monkeypatch.setenv(key, value)
-    cfg = compose("dpo", "quantization=nf4_fsdp", f"model.path={tmp_path}", "model.id=tests/tiny")
-    models.load_base(OmegaConf.merge(cfg.model, {"path": str(tiny_model)}), cfg.quantization, AutoModelForCausalLM)
-    load, given = AutoModelForCausalLM.from_pretrained, {}
-
-    def loaded(*args, **kwargs):
-        given.update(kwargs)
-        return load(*args, **kwargs)
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded)
-    if libc := memory._glibc():  # a model that was loaded here before has told it to keep what is freed
-        libc.mallopt(memory.M_MMAP_MAX, 65536)
-        libc.mallopt(memory.M_TRIM_THRESHOLD, 2**17)
-        libc.malloc_trim(0)
-    with peak_of_memory() as peak:
-        base = models.load_base(cfg.model, cfg.quantization, AutoModelForCausalLM)
-    assert given["device_map"] == {"": "cpu"}, "on a machine with a card, too"
-    packed = base.model.layers[0].mlp.up_proj.weight
-    assert packed.dtype == torch.bfloat16 and packed.nbytes == 256 * 512 / 2
-    assert peak["bytes"] < size
+    env = {**clean_env, **launcher_environment(), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", LOADS, str(tmp_path), str(tiny_model)]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=True)
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["device_map"] == {"": "cpu"}, "on a machine with a card, too"
+    assert seen["dtype"] == "torch.bfloat16" and seen["nbytes"] == 256 * 512 / 2
+    assert seen["peak"] < size
 
 
 def test_a_card_quantizes_what_stays_on_the_cpu(monkeypatch):
@@ -187,32 +168,49 @@ def test_a_card_quantizes_what_stays_on_the_cpu(monkeypatch):
     assert again.equal(packed) and its_state == state
 
 
-@contextlib.contextmanager
-def peak_of_memory():
-    """{"bytes": by how much this process's own memory (no mapped file) grew at most}."""
-    import gc
+# By how much a process's own memory (no mapped file) grows at most while a base is read, the second of its life.
+LOADS = """
+import gc, json, sys, threading, time
+from pathlib import Path
 
-    from rlhf_recipes import memory
+from hydra import compose, initialize_config_dir
+from rlhf_recipes import memory, models
+from rlhf_recipes.config import CONF
+from transformers import AutoModelForCausalLM
 
-    def own():
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
-        return 1024 * int(line.split()[1])
+def own():
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return 1024 * int(line.split()[1])
 
-    def look():
-        while not over.is_set():
-            peak["bytes"] = max(peak["bytes"], own() - before)
-            time.sleep(0.001)
+def look():
+    while not over.is_set():
+        peak[0] = max(peak[0], own() - before)
+        time.sleep(0.001)
 
-    gc.collect()
-    memory.return_freed_memory()
-    before, peak, over = own(), {"bytes": 0}, threading.Event()
-    looking = threading.Thread(target=look)
-    looking.start()
-    try:
-        yield peak
-    finally:
-        over.set()
-        looking.join()
+def loaded(*args, **kwargs):
+    given.update(kwargs)
+    return load(*args, **kwargs)
+
+def read(folder):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("dpo", ["quantization=nf4_fsdp", f"model.path={folder}", "model.id=tests/tiny"])
+    return models.load_base(cfg.model, cfg.quantization, AutoModelForCausalLM)
+
+memory.keep_freed_memory = lambda: None
+load, given = AutoModelForCausalLM.from_pretrained, {}
+AutoModelForCausalLM.from_pretrained = loaded
+read(sys.argv[2])
+gc.collect()
+memory.return_freed_memory()
+before, peak, over = own(), [0], threading.Event()
+looking = threading.Thread(target=look)
+looking.start()
+packed = read(sys.argv[1]).model.layers[0].mlp.up_proj.weight
+over.set()
+looking.join()
+seen = {"device_map": given["device_map"], "dtype": str(packed.dtype), "nbytes": packed.nbytes, "peak": peak[0]}
+print(json.dumps(seen))
+"""
 
 
 REFUSED = [
