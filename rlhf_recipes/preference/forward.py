@@ -60,7 +60,7 @@ def _states_alone(causal: nn.Module, scored_BT: Tensor):
         hook.remove()
 
 
-def speed_up(trainer, wanted: bool = True) -> None:
+def speed_up(trainer, wanted: bool) -> None:
     """Let a trainer score the answers alone and, where its rows are pairs, compute what they share once.
 
     Args:
@@ -85,6 +85,6 @@ class _Say(TrainerCallback):
 
     def on_train_end(self, args, state, control, **_):
         packed, whole = self.prefixes.batches["packed"], self.prefixes.batches["whole"]
-        if whole and state.is_world_process_zero:
+        if whole:
             reason = self.prefixes.refused or "the answers of their pairs share too little, or nothing"
             print(f"fast_forward: {whole:,} of {packed + whole:,} batches went through whole: {reason}.", flush=True)
