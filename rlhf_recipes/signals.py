@@ -47,6 +47,13 @@ def train(yes: bool) -> None:
         end("The training was over.")
 
 
+def ignore() -> None:
+    """The end of this process is under way: a second signal, such as a launcher sends to all when one has ended,
+    changes nothing about what it says and its exit status."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def told() -> bool:
     """Whether any of the processes of this run was told to end; each of them asks after the same step."""
     return any(ranks.gather([_told is not None]))
@@ -58,8 +65,7 @@ def end(state: str) -> None:
     Raises:
         TakenBack: says `state`.
     """
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # the end is under way
+    ignore()
     said = f"Ended by {_told.name}. {state}" if _told else f"Ended. {state}"
     if _requeue:
         print(said, file=sys.stderr, flush=True)

@@ -240,6 +240,15 @@ def composing():
     quick.compose_once()
 
 
+@pytest.fixture(autouse=True)
+def signals_heard_as_before():
+    """A child process inherits what its parent ignores."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="session")
 def compose():
     """compose(recipe, *overrides): the config that the command line `<recipe> <overrides>` gives."""

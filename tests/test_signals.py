@@ -2,23 +2,24 @@
 
 import os
 import signal
+import sys
 
+import hydra
 import pytest
 
 from rlhf_recipes import signals
+from rlhf_recipes.errors import Refusal
+from rlhf_recipes.launch.recipe import recipe
 from rlhf_recipes.launch.refusals import OneLine
 
 
 @pytest.fixture(autouse=True)
 def listening(monkeypatch):
-    """This process as it was, afterwards."""
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    """This process as it was at its start."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_DFL)
     for name, value in {"_told": None, "_training": False, "_requeue": None}.items():
         monkeypatch.setattr(signals, name, value)
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", signals.SIGNALS)
@@ -29,6 +30,24 @@ def test_it_ends_at_once_in_one_line(number, capsys):
     said = f"Ended by {number.name}. What was done before is kept. The same command goes on.\n"
     assert end.value.code == 75 and capsys.readouterr().err == said
     os.kill(os.getpid(), number)  # the end is under way: a second one changes nothing
+
+
+@pytest.mark.parametrize(("error", "code"), [(Refusal("data.path=x: no."), 2), (ZeroDivisionError(), 1)])
+def test_a_launcher_that_ends_all_changes_nothing_about_why(error, code, capsys):
+    """torchrun sends SIGTERM to the others when one has ended, which may have said why, too."""
+    signals.listen()
+    with pytest.raises(SystemExit) as end, OneLine():
+        raise error
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert end.value.code == code and "SIGTERM" not in capsys.readouterr().err
+
+
+def test_what_is_finished_was_not_taken_back(monkeypatch):
+    monkeypatch.setattr(hydra, "main", lambda **asked: lambda job: signals.listen)
+    for name, value in {"argv": ["rlhf-cai"], "path": [*sys.path], "excepthook": sys.excepthook}.items():
+        monkeypatch.setattr(sys, name, value)
+    recipe("cai")(print)()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_a_training_ends_between_two_steps():

@@ -66,6 +66,7 @@ def recipe(name: str):
                     raise Refusal("--experimental-rerun: reads a pickle, which can run code. Give the overrides.")
                 hydra.main(version_base="1.3", config_path="../conf", config_name=name)(run_job)()
                 ranks.leave()
+                signals.ignore()
 
         return launch
 

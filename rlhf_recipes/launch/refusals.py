@@ -73,6 +73,7 @@ def print_error(error: Exception, config_name: str | None = None) -> NoReturn:
 
 
 def _leave_the_word_to_the_first(code: int) -> None:
+    signals.ignore()
     earlier = ranks.end(code)
     if earlier is not None:
         sys.exit(earlier)
