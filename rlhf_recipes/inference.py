@@ -42,6 +42,8 @@ def text_logps(model, tokenizer, texts: list[str], what: str):
 
 def token_logps(model, pad_id: int, encoded: list[tuple[list[int], int]], what: str) -> list:
     """Log-probabilities of the tokens from `start` on, a float64 tensor of K values for each (token ids, start)."""
+    from rlhf_recipes.decoding import left_pad
+
     vocabulary = model.get_output_embeddings().weight.shape[0]
     results: list[Any] = [None] * len(encoded)
     with measuring(model):
@@ -94,6 +96,8 @@ def rewards(model, tokenizer, conversations: list[list[Message]], what: str = "R
 
 def rewards_and_features(model, tokenizer, conversations: list[list[Message]], what: str) -> list[tuple]:
     """(r(x, y), what its score head read, a float32 array of F features) for each conversation."""
+    from rlhf_recipes.decoding import left_pad
+
     encoded = [(render(tokenizer, c, return_dict=False), 0) for c in conversations]
     results: list[Any] = [None] * len(encoded)
     read: list[Any] = []
@@ -150,31 +154,30 @@ class Sampling:
 
 def generate(model, tokenizer, prompts: list[list[Message]], how: Sampling, what: str) -> list[dict]:
     """For each prompt `ids`, `start` (of the answer in `ids`), its `text`, `tokens` and `finished` (by its EOS)."""
-    import torch
-
-    from rlhf_recipes.sampling import complete
+    from rlhf_recipes.decoding import Decoder
+    from rlhf_recipes.sampling import Draws
 
     encoded = [(encode(tokenizer, p, None)[0], 0) for p in prompts]
     stops = stop_ids(model.generation_config, tokenizer)
+    decoder = Decoder(model, tokenizer.pad_token_id)
     results: list[Any] = [None] * len(encoded)
     with measuring(model):
         longest = [(ids + [0] * how.max_new_tokens, 0) for ids, _ in encoded]
-        for number, indices in _batches(longest, what, model):
-            torch.manual_seed(how.seed + number)  # what is drawn depends on the batch, not on whose it is
-            ids_BT, mask_BT, _ = left_pad([encoded[i][0] for i in indices], tokenizer.pad_token_id, model.device)
-            out_BT = complete(
-                model, ids_BT, mask_BT, stops, tokenizer.pad_token_id, how.max_new_tokens, how.temperature
-            )
-            for row, i in enumerate(indices):
-                answer = out_BT[row, ids_BT.shape[1] :].tolist()
-                end = next((n for n, token in enumerate(answer) if token in stops), None)
-                answer = answer if end is None else answer[: end + 1]
+        for _, indices in _batches(longest, what, model):
+            # What is drawn depends on the prompt's place, not on batch or process.
+            draws = Draws([hash((how.seed, i)) % 2**63 for i in indices], model.device, how.max_new_tokens)
+
+            def choose(logits_BV, rows, draws=draws):
+                return draws.draw(logits_BV / how.temperature, rows) if how.temperature else logits_BV.argmax(1)
+
+            answers = decoder.decode([encoded[i][0] for i in indices], stops, how.max_new_tokens, choose)
+            for i, answer in zip(indices, answers, strict=True):
                 results[i] = {
                     "ids": encoded[i][0] + answer,
                     "start": len(encoded[i][0]),
                     "text": tokenizer.decode(answer, skip_special_tokens=True).strip(),
                     "tokens": len(answer),
-                    "finished": end is not None,
+                    "finished": answer[-1] in stops,
                 }
     return _everyones(results)
 
@@ -254,16 +257,6 @@ def _everyones(results: list) -> list:
         return results
     found = dict(ranks.gather([(place, each) for place, each in enumerate(results) if each is not None]))
     return [found[place] for place in range(len(results))]
-
-
-def left_pad(sequences: list[list[int]], pad_id: int, device):
-    """Ids, mask and positions; padding on the left aligns the completions at the end."""
-    import torch
-
-    T = max(map(len, sequences))
-    ids_BT = torch.tensor([[pad_id] * (T - len(s)) + s for s in sequences], device=device)
-    mask_BT = torch.tensor([[0] * (T - len(s)) + [1] * len(s) for s in sequences], device=device)
-    return ids_BT, mask_BT, (mask_BT.cumsum(1) - 1).clamp(min=0)
 
 
 def stop_ids(generation_config, tokenizer) -> list[int]:

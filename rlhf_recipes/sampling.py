@@ -1,6 +1,6 @@
-"""Drawing the next token, and completions of nothing but the model's own distribution.
+"""Drawing the next token, logits exact enough for it, and the KL that samples estimate.
 
-Shapes: B sequences, T tokens, K completion tokens, H hidden size, V vocabulary.
+Shapes: B sequences, K completion tokens, H hidden size, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -9,16 +9,13 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessorList
 
 
 class Draws:
     """Tokens from softmax(logits), for each row by random numbers of its own seed: what a row draws depends on that
     alone, not on batch, process or what ran before.
 
-    On a CPU the token is argmax(logits - log E) with E ~ Exp(1) (Gumbel-max), row by row. On a GPU, where a launch for
-    each row takes as long as a layer, all rows are drawn at once: a row has one uniform number for each of its tokens,
-    and the token is where the cumulative distribution passes it. So the same seed draws other tokens on the two.
+    A row has one uniform number for each of its tokens, and the token is where the cumulative distribution passes it.
 
     Args:
         tokens: how many a row draws at most.
@@ -26,35 +23,23 @@ class Draws:
 
     def __init__(self, seeds: list[int], device: torch.device, tokens: int):
         self.drawn = 0
-        if device.type == "cuda":
-            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-            drawn = [torch.rand(tokens, generator=generator, dtype=torch.float64) for generator in generators]
-            self.uniform_BK = torch.stack(drawn).to(device)
-        else:
-            self.uniform_BK = None
-            self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        drawn = [torch.rand(tokens, generator=generator, dtype=torch.float64) for generator in generators]
+        self.uniform_BK = torch.stack(drawn).to(device)
 
     def draw(self, logits_BV: Tensor, rows: list[int]) -> Tensor:
-        """The next token of these of the rows, shape (B, 1)."""
+        """The next token of these of the rows, (B,); the others have ended."""
         k, self.drawn = self.drawn, self.drawn + 1
-        if self.uniform_BK is not None:
-            return quantile(logits_BV, self.uniform_BK[rows, k])
-        noise_BV = torch.stack(
-            [
-                torch.empty_like(row_V).exponential_(generator=self.generators[i])
-                for row_V, i in zip(logits_BV, rows, strict=True)
-            ]
-        )
-        return (logits_BV - noise_BV.log()).argmax(1, keepdim=True)
+        return quantile(logits_BV, self.uniform_BK[rows, k])
 
 
 def quantile(logits_BV: Tensor, at_B: Tensor) -> Tensor:
-    """The first token at which the cumulative distribution of each row exceeds `at`, in [0, 1); shape (B, 1).
+    """The first token at which the cumulative distribution of each row exceeds `at`, in [0, 1); (B,).
 
     In float64: of float32's 24 bits a vocabulary of 128,000 would leave the rare tokens few."""
     cumulative_BV = logits_BV.softmax(1).cumsum(1, dtype=torch.float64)
     at_B1 = at_B[:, None] * cumulative_BV[:, -1:]
-    return torch.searchsorted(cumulative_BV, at_B1, right=True).clamp(max=logits_BV.shape[1] - 1)
+    return torch.searchsorted(cumulative_BV, at_B1, right=True)[:, 0].clamp(max=logits_BV.shape[1] - 1)
 
 
 def float32_head(head: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -85,36 +70,6 @@ def _float32_linear(x: Tensor, *, weight: Tensor, bias: Tensor | None) -> Tensor
             return nn.functional.linear(x.float(), weight, bias)
         y = torch.mm(x.to(weight.dtype).flatten(0, -2), weight.T, out_dtype=torch.float32).unflatten(0, x.shape[:-1])
         return y if bias is None else y + bias
-
-
-def complete(
-    model, ids_BT: Tensor, mask_BT: Tensor, stops: list[int], pad_id: int, max_new_tokens: int,
-    temperature: float = 0.0, processors: LogitsProcessorList | None = None,
-) -> Tensor:  # fmt: skip
-    """Prompts, padded on the left, and their completions, (B, T + K).
-
-    `generate` fills what it is not given from the model's generation_config.json: penalties of repetition (Qwen2.5),
-    min_p, suppressed and forced tokens, a least length. Samples of such a distribution would not estimate a KL of the
-    model's, nor its greedy answers be its own, so a bare config stands in its place meanwhile.
-
-    Args:
-        stops: every token that ends a completion.
-        temperature: 0 is greedy; otherwise the full distribution is sampled (no top-p, no top-k).
-        processors: what they make of the logits is chosen from, greedily or by drawing.
-    """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    asked = GenerationConfig(
-        max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad_id, use_cache=True,
-        do_sample=temperature > 0, temperature=temperature or None, top_k=0 if temperature else None,
-        top_p=1.0 if temperature else None,
-    )  # fmt: skip
-    models_own, base.generation_config = base.generation_config, GenerationConfig()
-    try:
-        return base.generate(
-            input_ids=ids_BT, attention_mask=mask_BT, generation_config=asked, logits_processor=processors
-        )
-    finally:
-        base.generation_config = models_own
 
 
 def kl_estimates(logps: Tensor, reference_logps: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -110,9 +110,9 @@ def overrides(name):
 @contextlib.contextmanager
 def watched(module):
     """What goes through the functions by which recipes train, measure, sample and read."""
-    from rlhf_recipes import inference, sampling
+    from rlhf_recipes import inference
     from rlhf_recipes.cai.local import Local
-    from rlhf_recipes.ppo import rollout
+    from rlhf_recipes.decoding import Decoder
     from rlhf_recipes.ppo.roles import Batch
     from rlhf_recipes.publish import round_trip
 
@@ -122,11 +122,10 @@ def watched(module):
         seen.measured += [(tuple(ids), start) for ids, start in encoded]
         return originals.token_logps(model, pad_id, encoded, what)
 
-    def complete(model, ids_BT, mask_BT, *args, **kwargs):
-        out_BT = originals.complete(model, ids_BT, mask_BT, *args, **kwargs)
-        for ids, mask, out in zip(ids_BT, mask_BT, out_BT, strict=True):
-            seen.sampled.append((tuple(ids[mask == 1].tolist()), tuple(out[len(ids) :].tolist())))
-        return out_BT
+    def decode(decoder, prompts, *args):
+        answers = originals.decode(decoder, prompts, *args)
+        seen.sampled += [(tuple(prompt), tuple(answer)) for prompt, answer in zip(prompts, answers, strict=True)]
+        return answers
 
     def read_positions(ids_BT, mask_BT, pad_id):
         at_B = originals.read_positions(ids_BT, mask_BT, pad_id)
@@ -150,14 +149,13 @@ def watched(module):
         return originals.batch(prompts, completions, *args)
 
     originals = SimpleNamespace(
-        token_logps=inference.token_logps, complete=sampling.complete, read_positions=inference.read_positions,
+        token_logps=inference.token_logps, decode=Decoder.decode, read_positions=inference.read_positions,
         encode=Local._encode, finish=getattr(module, "finish", None), batch=Batch.of,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inference, "token_logps", token_logps)
         patch.setattr(inference, "read_positions", read_positions)
-        patch.setattr(sampling, "complete", complete)
-        patch.setattr(rollout, "complete", complete)
+        patch.setattr(Decoder, "decode", decode)
         patch.setattr(Local, "_encode", encode)
         patch.setattr(Batch, "of", classmethod(batch))
         patch.setattr(module, "finish", finish, raising=False)

@@ -437,10 +437,11 @@ def test_samples_follow_the_distribution():
 
     logits, draws = torch.tensor([0.0, 1.0, 2.0, 3.0]), 20_000
     sampler = Sampler(list(range(draws)), torch.device("cpu"), 1, temperature=0.5, top_k=3, top_p=1.0)
-    chosen = sampler(None, logits.expand(draws, -1)).argmax(1)
+    chosen = sampler.choose(logits.expand(draws, -1), range(draws))
     kept = torch.tensor([-torch.inf, 1, 2, 3]) / 0.5
     torch.testing.assert_close(torch.bincount(chosen, minlength=4) / draws, kept.softmax(0), atol=0.01, rtol=0)
-    torch.testing.assert_close(sampler.logps[0], (logits / 0.5).log_softmax(0)[chosen])  # of the whole distribution
+    logps = torch.tensor(sampler.logps)[:, 0]  # of the whole distribution
+    torch.testing.assert_close(logps, (logits / 0.5).log_softmax(0)[chosen])
 
 
 def test_pad_equal_to_eos_is_no_trouble(build):

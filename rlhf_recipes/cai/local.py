@@ -8,24 +8,23 @@ it, which may be a longer stem. Batches depend on the requests of a step and on 
 are answered already, so that a continued run rounds as an uninterrupted one, nor on the processes that share them.
 """
 
-import math
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby, pairwise
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import TopPLogitsWarper
-from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from rlhf_recipes import memory, models, modules, progress, ranks
 from rlhf_recipes.cai.backend import THOUGHT, Answer, Message, Request
 from rlhf_recipes.data.template import as_taken, render
 from rlhf_recipes.data.tokens import neutralise
+from rlhf_recipes.decoding import Decoder, find_stems, shared_length
 from rlhf_recipes.errors import Refusal
-from rlhf_recipes.inference import batches_in_one, left_pad, stop_ids
+from rlhf_recipes.inference import batches_in_one, stop_ids
 from rlhf_recipes.references import ModelRef
 from rlhf_recipes.sampling import Draws, float32_head, in_place_of
 
@@ -37,10 +36,6 @@ if TYPE_CHECKING:
 # both are for each of `inference.batches_in_one`.
 BATCH_TOKENS = 16_384
 BATCH_ROWS = 64
-# A stem is worth a forward pass of its own where so many tokens are shared, and saved.
-STEM_TOKENS = 16
-# Keys and values are moved to a larger buffer once in so many tokens.
-ROOM = 64
 
 
 def load(model: "DictConfig", quantization: "DictConfig", adapter: ModelRef | None) -> "Local":
@@ -90,12 +85,7 @@ class Local:
     def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", name: str):
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.stops = stop_ids(model.generation_config, tokenizer)
-        # Padding behind a stem takes places of a sliding window, so stems are for what fits into it, padding included.
-        # A layer without attention (a recurrent state) cannot mask padding: its window of 0 allows no stem.
-        self.window = min(
-            math.inf if type(layer) is DynamicLayer else getattr(layer, "sliding_window", 0)
-            for layer in DynamicCache(config=model.config).layers
-        )
+        self.decoder = Decoder(model, tokenizer.pad_token_id)
 
     def answer(
         self, requests: list[Request], known: Container[str], what: str
@@ -135,7 +125,7 @@ class Local:
         if not whole:
             return _Row(request, self._ids(text + request.prefix), [])
         # First tokens that all options share tell nothing: they belong to the question. One token at least is left.
-        shared = min(_shared(whole), *(len(ids) - 1 for ids in whole))
+        shared = min(shared_length(whole), *(len(ids) - 1 for ids in whole))
         return _Row(request, whole[0][:shared], [ids[shared:] for ids in whole])
 
     def _ids(self, text: str) -> list[int]:
@@ -149,7 +139,7 @@ class Local:
                 for k in range(len(tail)):
                     places.setdefault((*row.ids, *tail[:k]), len(places))
         with in_place_of(self._head, self._exact):
-            logps_BV = self._start([list(ids) for ids in places], 0).logits.log_softmax(-1)
+            logps_BV = self.decoder.start([list(ids) for ids in places]).logits.log_softmax(-1)
 
         def logp(ids: list[int], tail: list[int]) -> float:
             return sum(logps_BV[places[(*ids, *tail[:k])], token].item() for k, token in enumerate(tail))
@@ -160,33 +150,16 @@ class Local:
         ]
 
     def _generate(self, batch: list[_Row]) -> list[Answer]:
-        """A token for every row at a time; a row that has ended leaves the batch."""
         first = batch[0].request
-        state = self._start([row.ids for row in batch], first.max_new_tokens)
         draws = Draws([row.request.seed for row in batch], self.model.device, first.max_new_tokens)
         nucleus = TopPLogitsWarper(first.top_p) if first.top_p < 1 else lambda _, logits_BV: logits_BV  # it sorts V
-        tokens: list[list[int]] = [[] for _ in batch]
-        active = list(range(len(batch)))
-        while True:
-            if first.temperature:
-                logits_BV = nucleus(None, state.logits / first.temperature)
-                chosen_B1 = draws.draw(logits_BV, active)
-            else:
-                chosen_B1 = state.logits.argmax(1, keepdim=True)
-            going = []
-            for place, (i, token) in enumerate(zip(active, chosen_B1[:, 0].tolist(), strict=True)):
-                tokens[i].append(token)
-                if token not in self.stops and len(tokens[i]) < first.max_new_tokens:
-                    going.append(place)
-            if not going:
-                break
-            if len(going) < len(active):
-                # The last rows take the places of those that leave; all others stay where they are.
-                last = [place for place in going if place >= len(going)]
-                going = [place if place in going else last.pop() for place in range(len(going))]
-                state.keep(going)
-                active, chosen_B1 = [active[place] for place in going], chosen_B1[going]
-            self._step(state, chosen_B1, torch.ones_like(chosen_B1))
+
+        def choose(logits_BV: Tensor, rows: list[int]) -> Tensor:
+            if not first.temperature:
+                return logits_BV.argmax(1)
+            return draws.draw(nucleus(None, logits_BV / first.temperature), rows)
+
+        tokens = self.decoder.decode([row.ids for row in batch], self.stops, first.max_new_tokens, choose)
         return [
             {
                 "text": self.tokenizer.decode(ids, skip_special_tokens=True).strip(),
@@ -207,80 +180,6 @@ class Local:
         """The head for many choices: the difference of two judgements is often less than bfloat16 tells apart."""
         return float32_head(self._head)
 
-    def _start(self, sequences: list[list[int]], room: int) -> "_State":
-        """Stems, then what follows them, with logits of the last position of each sequence; `room` tokens are to
-        come."""
-        passes = _passes(sequences)
-        if sum(max(map(len, parts)) for parts, _ in passes) + room > self.window:
-            passes = [(sequences, [])]
-        state = _State(self.model.config, len(passes[0][0]), self.model.device)
-        for parts, member in passes:
-            if member:
-                state.keep(member)
-            self._step(state, *left_pad(parts, self.tokenizer.pad_token_id, self.model.device)[:2])
-        return state
-
-    def _step(self, state: "_State", ids_BT: Tensor, mask_BT: Tensor) -> None:
-        state.mask_BT = torch.cat([state.mask_BT, mask_BT], 1)
-        output = self.model(
-            input_ids=ids_BT,
-            attention_mask=state.mask_BT,
-            position_ids=(state.mask_BT.cumsum(1) - 1).clamp(min=0)[:, -ids_BT.shape[1] :],
-            past_key_values=state.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        state.logits = output.logits[:, -1].float()
-
-
-class _State:
-    """What a batch has computed: keys and values, which of their places count (mask_BT), the last logits (B, V)."""
-
-    def __init__(self, config, rows: int, device):
-        self.cache = DynamicCache(config=config)
-        self.cache.layers = [_Layer() if type(layer) is DynamicLayer else layer for layer in self.cache.layers]
-        self.mask_BT = torch.zeros(rows, 0, dtype=torch.long, device=device)
-        self.logits = None
-
-    def keep(self, rows: list[int]) -> None:
-        """Rows in this order; one may be named several times, which copies it."""
-        index = torch.tensor(rows, device=self.mask_BT.device)
-        self.cache.batch_select_indices(index)
-        self.mask_BT = self.mask_BT[index]
-
-
-class _Layer(DynamicLayer):
-    """Keys and values, (B, heads, T, width) each, are the start of buffers with room for more tokens, and a row that
-    leaves makes room for another: for a token nothing is copied that was there before it."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        start = self.get_seq_length()
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.buffers = [key_states[:, :, :0], value_states[:, :, :0]]
-        end = start + key_states.shape[2]
-        for i, new in enumerate((key_states, value_states)):
-            if end > self.buffers[i].shape[2]:
-                grown = new.new_empty(*new.shape[:2], end + ROOM, new.shape[3])
-                grown[:, :, :start] = self.buffers[i][:, :, :start]
-                self.buffers[i] = grown
-            self.buffers[i][:, :, start:end] = new
-        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        end, count = self.get_seq_length(), len(indices)
-        if not end:
-            return
-        if count > len(self.keys):
-            self.buffers = [buffer[indices] for buffer in self.buffers]
-        else:
-            moved = (indices != torch.arange(count, device=indices.device)).nonzero()[:, 0]
-            for buffer in self.buffers:
-                buffer[moved] = buffer[indices[moved]]
-            self.buffers = [buffer[:count] for buffer in self.buffers]
-        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
-
 
 def _batches(rows: list[_Row], times: int) -> Iterator[list[_Row]]:
     """Rows that are generated alike, of like length, the longest first (an out-of-memory shows at once); of choices,
@@ -291,7 +190,7 @@ def _batches(rows: list[_Row], times: int) -> Iterator[list[_Row]]:
 
     for _, alike in groupby(sorted(rows, key=settings, reverse=True), key=settings):
         order = sorted(alike, key=lambda row: (row.ids, row.request.key))
-        member = _stems([row.ids for row in order])[1] if order[0].tails else range(len(order))
+        member = find_stems([row.ids for row in order])[1] if order[0].tails else range(len(order))
         groups: dict[int, list[_Row]] = {}
         for g, row in zip(member, order, strict=True):
             groups.setdefault(g, []).append(row)
@@ -306,48 +205,3 @@ def _batches(rows: list[_Row], times: int) -> Iterator[list[_Row]]:
                 size += 1
             yield order[:size]
             order = order[size:]
-
-
-def _passes(sequences: list[list[int]]) -> list[tuple[list[list[int]], list[int]]]:
-    """What goes through the model one after another: parts of the sequences, and for each part the row of the pass
-    before that it continues (none in the first)."""
-    stems, member = _stems(sequences)
-    rests = [ids[len(stems[g]) :] for ids, g in zip(sequences, member, strict=True)]
-    padded, stem, rest = (len(parts) * max(map(len, parts)) for parts in (sequences, stems, rests))
-    if len(stems) < len(sequences) and padded - stem - rest >= STEM_TOKENS:
-        return [*_passes(stems), (rests, member)]
-    return [(sequences, [])]
-
-
-def _stems(sequences: list[list[int]]) -> tuple[list[list[int]], list[int]]:
-    """Beginnings, and for each sequence which of them is its; at least one token is left of each sequence.
-
-    Sorted, sequences with a common beginning stand side by side. Of all ways to part them into runs, each with what
-    all of the run share as its stem, this is the one that saves most tokens.
-    """
-    order = sorted(range(len(sequences)), key=sequences.__getitem__)
-    ordered = [sequences[i] for i in order]
-    shared = [0, *(min(_shared([a, b]), len(a) - 1, len(b) - 1) for a, b in pairwise(ordered))]
-    best = [(0, 0)]  # for the first n: tokens saved, and where their last run starts
-    for end in range(1, len(ordered) + 1):
-        found, width = [(best[-1][0], end - 1)], math.inf
-        for start in range(end - 2, max(end - BATCH_ROWS, 0) - 1, -1):
-            width = min(width, shared[start + 1])
-            if width < STEM_TOKENS:
-                break
-            found.append((best[start][0] + (end - start - 1) * width, start))
-        best.append(max(found))
-    stems, member, end = [], [0] * len(order), len(order)
-    while end:
-        start = best[end][1]
-        for i in order[start:end]:
-            member[i] = len(stems)
-        stems.append(ordered[start][: min(shared[start + 1 : end], default=len(ordered[start]) - 1)])
-        end = start
-    return stems, member
-
-
-def _shared(sequences: list[list[int]]) -> int:
-    """Tokens with which all of the sequences begin."""
-    low, high = min(sequences), max(sequences)  # what these two share, all that lie between them share
-    return next((n for n, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))

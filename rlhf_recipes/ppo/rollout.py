@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
+from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
-from rlhf_recipes.inference import left_pad
+from rlhf_recipes.decoding import Decoder
 from rlhf_recipes.ppo.roles import Roles
-from rlhf_recipes.sampling import Draws, complete
+from rlhf_recipes.sampling import Draws
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Completions:
     finished: list[bool]
 
 
-class Sampler(LogitsProcessor):
+class Sampler:
     """Draws every next token and remembers its log-probability.
 
     Each episode has a seed of its own: that makes a resumed run, and a run on two processes, draw the same.
@@ -39,20 +39,22 @@ class Sampler(LogitsProcessor):
     """
 
     def __init__(self, seeds: list[int], device, tokens: int, temperature: float, top_k: int, top_p: float):
-        self.draws, self.rows = Draws(seeds, device, tokens), list(range(len(seeds)))
-        self.temperature = temperature
+        self.draws, self.temperature = Draws(seeds, device, tokens), temperature
         self.filters = LogitsProcessorList()
         if top_k > 0:
             self.filters.append(TopKLogitsWarper(top_k))
         if top_p < 1:
             self.filters.append(TopPLogitsWarper(top_p))
-        self.logps: list[Tensor] = []
+        self.logps: list[list[float]] = [[] for _ in seeds]
 
-    def __call__(self, input_ids, scores):
-        logits_BV = scores.float() / self.temperature
-        choice_B1 = self.draws.draw(self.filters(input_ids, logits_BV), self.rows)
-        self.logps.append((logits_BV.gather(1, choice_B1) - logits_BV.logsumexp(1, keepdim=True))[:, 0])
-        return torch.full_like(logits_BV, -torch.inf).scatter(1, choice_B1, 0.0)
+    def choose(self, logits_BV: Tensor, rows: list[int]) -> Tensor:
+        """The next tokens of these of the episodes, (B,)."""
+        logits_BV = logits_BV / self.temperature
+        chosen_B = self.draws.draw(self.filters(None, logits_BV), rows)
+        logps_B = logits_BV.gather(1, chosen_B[:, None])[:, 0] - logits_BV.logsumexp(1)
+        for row, logp in zip(rows, logps_B.tolist(), strict=True):
+            self.logps[row].append(logp)
+        return chosen_B
 
 
 def sample(
@@ -64,30 +66,16 @@ def sample(
         seeds: one for each episode.
         args: `max_completion_length`, `temperature`, `top_k`, `top_p`, `local_rollout_forward_batch_size`.
     """
-    found, size = Completions([], [], [], []), args.local_rollout_forward_batch_size
-    for start in range(0, len(prompts), size):
-        some = slice(start, start + size)
-        for field, each in vars(_sample_together(roles, tokenizer, prompts[some], seeds[some], eos_ids, args)).items():
-            getattr(found, field).extend(each)
-    return found
-
-
-def _sample_together(roles: Roles, tokenizer, prompts, seeds, eos_ids, args) -> Completions:
-    device = roles.head.weight.device
-    ids_BT, mask_BT, _ = left_pad(prompts, tokenizer.pad_token_id, device)
-    sampler = Sampler(seeds, device, args.max_completion_length, args.temperature, args.top_k, args.top_p)
+    found, size, device = Completions([], [], [], []), args.local_rollout_forward_batch_size, roles.head.weight.device
+    decoder = Decoder(roles.causal, tokenizer.pad_token_id)
     with roles.exact_head():
-        out_BT = complete(
-            roles.causal, ids_BT, mask_BT, eos_ids, tokenizer.pad_token_id, args.max_completion_length,
-            processors=LogitsProcessorList([sampler]),
-        )  # fmt: skip
-    logps_BK = torch.stack(sampler.logps, 1)
-    completions = Completions([], [], [], [])
-    for row, tokens in enumerate(out_BT[:, ids_BT.shape[1] :].tolist()):
-        end = next((n for n, token in enumerate(tokens) if token in eos_ids), None)
-        length = len(tokens) if end is None else end + 1
-        completions.ids.append(tokens[:length])
-        completions.logps.append(logps_BK[row, :length])
-        completions.finished.append(end is not None)
-    completions.texts = tokenizer.batch_decode(completions.ids, skip_special_tokens=True)
-    return completions
+        for start in range(0, len(prompts), size):
+            some = slice(start, start + size)
+            sampler = Sampler(
+                seeds[some], device, args.max_completion_length, args.temperature, args.top_k, args.top_p
+            )
+            found.ids += decoder.decode(prompts[some], eos_ids, args.max_completion_length, sampler.choose)
+            found.logps += [torch.tensor(logps_K, device=device) for logps_K in sampler.logps]
+    found.texts = tokenizer.batch_decode(found.ids, skip_special_tokens=True)
+    found.finished = [ids[-1] in eos_ids for ids in found.ids]
+    return found
