@@ -392,9 +392,11 @@ def test_what_is_penalised_is_the_policy_not_its_sampler(build, capsys):
         return prompts, completions
 
     trainer._complete = rounded
-    for m in trainer._roll_out(list(rows())[:4]):
+    micro_batches = trainer._roll_out(list(rows())[:4])
+    for m in micro_batches:
         torch.testing.assert_close(m.old_logps, m.reference_logps)
-        assert m.rewards[:, :-1].abs().max() < 1e-6 and m.rewards[:, -1].abs().max() > 0
+        assert m.rewards[:, :-1].abs().max() < 1e-6
+    assert any(m.rewards[:, -1].abs().max() > 0 for m in micro_batches)
     assert trainer._rollout_log["kl"] == pytest.approx(0, abs=1e-5)
     assert trainer._rollout_log["sampling/logp_difference"] == pytest.approx(0.5, abs=1e-5)
     assert trainer._rollout_log["sampling/kl"] == pytest.approx(0.5 + math.exp(-0.5) - 1, abs=1e-5)  # k3 at -0.5
@@ -544,7 +546,7 @@ def test_limit_keeps_what_was_reached(build):
     trainer.train()
     assert "reached kl_target=0.3" in trainer.stopped and trainer.state.global_step < 40
     episodes = trainer.measure(rows())
-    assert sum(e["kl"] for e in episodes) / len(episodes) > 0
+    assert sum(e["kl_k3"] for e in episodes) / len(episodes) > 0.05
 
 
 def test_limit_asks_the_whole_rollout(build):
