@@ -296,6 +296,7 @@ def load_reward_model(
     from transformers import AutoModelForSequenceClassification
 
     base = load_base(model, quantization, AutoModelForSequenceClassification, num_labels=1)
+    base.score.register_forward_pre_hook(_in_its_precision)
     # SEQ_CLS trains and saves the score head; under another task type it stays as random as it was made.
     peft_config = config.build(lora, "lora", task_type="SEQ_CLS")
     if not parent:
@@ -308,6 +309,12 @@ def load_reward_model(
     reward_model = get_peft_model(base, continued)
     read_adapter(reward_model, parent)
     return reward_model, None
+
+
+def _in_its_precision(head, inputs: tuple) -> tuple:
+    """A score head is trained in float32, beside a base in 16 bits, where nothing casts on a processor without
+    bfloat16 arithmetic."""
+    return tuple(each.to(head.weight.dtype) for each in inputs)
 
 
 def load_base(model: DictConfig, quantization: DictConfig, auto_class: type, **kwargs) -> "PreTrainedModel":

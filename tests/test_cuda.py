@@ -157,6 +157,20 @@ def test_a_reward_model_in_float16_scores(tiny_model, compose):
     assert scores["float16"] == pytest.approx(scores["float32"], abs=5e-3) != [0, 0]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_reward_model_in_16_bits_learns_where_nothing_casts(tiny_model, compose, dtype):
+    """A processor without bfloat16 arithmetic trains without autocast."""
+    from peft import get_peft_model
+
+    cfg = compose("reward", f"model.path={tiny_model}", "model.id=tests/tiny", f"model.dtype={dtype}")
+    base, lora = models.load_reward_model(cfg.model, {}, cfg.lora, None)
+    model = get_peft_model(base, lora)
+    models.keep_adapter_in_float32(SimpleNamespace(model=model, args=SimpleNamespace(bf16=False)), None)
+    model(input_ids=torch.arange(3, 9)[None]).logits.sum().backward()
+    assert model.base_model.model.score.modules_to_save.default.weight.grad.abs().sum() > 0
+
+
 # ---- Sampling
 
 
