@@ -4,23 +4,32 @@ import pytest
 import torch
 from families import FAMILIES, family
 
-from rlhf_recipes.preference.shared_prefix import SharedPrefixes, pack
+from rlhf_recipes.packing import PADDING, pack
+from rlhf_recipes.preference.shared_prefix import SharedPrefixes
 
 WINDOWED = ("mistral", "phi3")  # whose window is that of all layers
 
 
-def test_a_pair_is_packed_by_hand():
-    """1 2 | 3 and 1 2 | 4 5; then 6 against 7 8; then one answer that begins with the whole other."""
-    ids_BT = torch.tensor([[1, 2, 3, 0], [6, 0, 0, 0], [1, 2, 0, 0], [1, 2, 4, 5], [7, 8, 0, 0], [1, 2, 9, 0]])
-    mask_BT = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]])
-    packed = pack(ids_BT, mask_BT)
-    assert packed.ids_PL[:, :6].tolist() == [[1, 2, 3, 4, 5, 0], [6, 7, 8, 0, 0, 0], [1, 2, 9, 0, 0, 0]]
-    assert packed.positions_PL[:, :5].tolist() == [[0, 1, 2, 2, 3], [0, 0, 1, 0, 0], [0, 1, 2, 0, 0]]
-    assert packed.part_PL[:, :6].tolist() == [[0, 0, 1, 2, 2, 3], [1, 2, 2, 3, 3, 3], [0, 0, 2, 3, 3, 3]]
+def test_sequences_are_packed_by_hand():
+    """1 2 | 3 and 1 2 | 4 5; then 6 against 7 8; then one that begins with the whole other; then three, and one."""
+    rows = [[[1, 2, 3], [1, 2, 4, 5]], [[6], [7, 8]], [[1, 2], [1, 2, 9]], [[1, 2], [1, 3], [1, 4]], [[5, 6]]]
+    packed = pack(rows, "cpu")
+    assert packed.ids_PL[:, :6].tolist() == [
+        [1, 2, 3, 4, 5, 0], [6, 7, 8, 0, 0, 0], [1, 2, 9, 0, 0, 0], [1, 2, 3, 4, 0, 0], [5, 6, 0, 0, 0, 0]
+    ]  # fmt: skip
+    assert packed.positions_PL[:, :5].tolist() == [
+        [0, 1, 2, 2, 3], [0, 0, 1, 0, 0], [0, 1, 2, 0, 0], [0, 1, 1, 1, 0], [0, 1, 0, 0, 0]
+    ]  # fmt: skip
+    assert packed.part_PL[:, :5].tolist() == [
+        [0, 0, 1, 2, 2], [1, 2, 2, PADDING, PADDING], [0, 0, 2, PADDING, PADDING],
+        [0, 1, 2, 3, PADDING], [0, 0, PADDING, PADDING, PADDING],
+    ]  # fmt: skip
     L = packed.ids_PL.shape[1]
     assert packed.index_BT.tolist() == [
-        [0, 1, 2, 0], [L, 0, 0, 0], [2 * L, 2 * L + 1, 0, 0],
-        [0, 1, 3, 4], [L + 1, L + 2, 0, 0], [2 * L, 2 * L + 1, 2 * L + 2, 0],
+        [0, 1, 2, 0], [0, 1, 3, 4], [L, 0, 0, 0], [L + 1, L + 2, 0, 0],
+        [2 * L, 2 * L + 1, 0, 0], [2 * L, 2 * L + 1, 2 * L + 2, 0],
+        [3 * L, 3 * L + 1, 0, 0], [3 * L, 3 * L + 2, 0, 0], [3 * L, 3 * L + 3, 0, 0],
+        [4 * L, 4 * L + 1, 0, 0],
     ]  # fmt: skip
     seen = [set(row.nonzero().flatten().tolist()) for row in packed.visible()[0, 0, :5]]
     assert seen == [{0}, {0, 1}, {0, 1, 2}, {0, 1, 3}, {0, 1, 3, 4}]
@@ -99,6 +108,59 @@ def test_what_cannot_be_packed_goes_through_whole(settings, reason):
     for key, value in settings.items():
         setattr(config, "_attn_implementation_internal" if key.startswith("attn") else key, value)
     assert SharedPrefixes(backbone).refused == reason
+
+
+def conversations():
+    """(token ids, where an answer starts): two answers to some prompts, five to one, and one that stands alone."""
+    drawn = torch.Generator().manual_seed(0)
+
+    def tokens(count):
+        return torch.randint(10, 500, (count,), generator=drawn).tolist()
+
+    for prompt, answers in ((70, (20, 50)), (20, (1, 40)), (90, (10, 20, 30, 20, 10)), (60, (40,))):
+        ids = tokens(prompt)
+        yield from ((ids + tokens(answer), prompt) for answer in answers)
+
+
+@pytest.mark.parametrize("name", ["smollm2", "gemma3", "mistral windowed"])
+def test_what_is_measured_of_answers_to_one_prompt(tmp_path, monkeypatch, name):
+    """Log-probabilities, scores and what they are read from; in several batches, too."""
+    from types import SimpleNamespace
+
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    from rlhf_recipes import inference, packing
+
+    folder = family(name.partition(" ")[0], tmp_path / "model")
+    settings = {"sliding_window": 40} if "windowed" in name else {}
+    torch.manual_seed(0)  # of the score head
+    policy, reader = (
+        auto.from_pretrained(folder, dtype=torch.float32, **settings, **more)
+        for auto, more in (
+            (AutoModelForCausalLM, {}),
+            (AutoModelForSequenceClassification, {"num_labels": 1, "pad_token_id": 0}),
+        )
+    )
+    encoded = list(conversations())
+    monkeypatch.setattr(inference, "render", lambda tokenizer, conversation, **_: conversation)
+
+    def measured():
+        logps = inference.token_logps(policy, 0, encoded, "test")
+        scored = inference.rewards_and_features(reader, SimpleNamespace(pad_token_id=0), [c for c, _ in encoded], "test")
+        return torch.cat(logps), torch.tensor([r for r, _ in scored]), torch.tensor([f.tolist() for _, f in scored])
+
+    tokens, expected = [], measured()
+    for model in (policy, reader):
+        packing.allow(model)
+        model.get_input_embeddings().register_forward_pre_hook(lambda _, args: tokens.append(args[0].numel()))
+    for batch_tokens in (8192, 400):
+        tokens.clear()
+        monkeypatch.setattr(inference, "BATCH_TOKENS", batch_tokens)
+        found = measured()
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    assert not policy.base_model.packing.refused and not reader.base_model.packing.refused
+    assert sum(tokens) < 2 * 0.75 * sum(len(ids) for ids, _ in encoded)  # after a first pass in both ways
 
 
 @pytest.mark.parametrize("recipe", ["sft", "reward", "dpo", "kto", "orpo", "simpo"])

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby, pairwise
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,6 +28,7 @@ from rlhf_recipes.errors import Refusal
 from rlhf_recipes.inference import batches_in_one, left_pad, stop_ids
 from rlhf_recipes.references import ModelRef
 from rlhf_recipes.sampling import Draws, float32_head, in_place_of
+from rlhf_recipes.stems import count_shared, find_stems
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -135,7 +136,7 @@ class Local:
         if not whole:
             return _Row(request, self._ids(text + request.prefix), [])
         # First tokens that all options share tell nothing: they belong to the question. One token at least is left.
-        shared = min(_shared(whole), *(len(ids) - 1 for ids in whole))
+        shared = min(count_shared(whole), *(len(ids) - 1 for ids in whole))
         return _Row(request, whole[0][:shared], [ids[shared:] for ids in whole])
 
     def _ids(self, text: str) -> list[int]:
@@ -320,34 +321,4 @@ def _passes(sequences: list[list[int]]) -> list[tuple[list[list[int]], list[int]
 
 
 def _stems(sequences: list[list[int]]) -> tuple[list[list[int]], list[int]]:
-    """Beginnings, and for each sequence which of them is its; at least one token is left of each sequence.
-
-    Sorted, sequences with a common beginning stand side by side. Of all ways to part them into runs, each with what
-    all of the run share as its stem, this is the one that saves most tokens.
-    """
-    order = sorted(range(len(sequences)), key=sequences.__getitem__)
-    ordered = [sequences[i] for i in order]
-    shared = [0, *(min(_shared([a, b]), len(a) - 1, len(b) - 1) for a, b in pairwise(ordered))]
-    best = [(0, 0)]  # for the first n: tokens saved, and where their last run starts
-    for end in range(1, len(ordered) + 1):
-        found, width = [(best[-1][0], end - 1)], math.inf
-        for start in range(end - 2, max(end - BATCH_ROWS, 0) - 1, -1):
-            width = min(width, shared[start + 1])
-            if width < STEM_TOKENS:
-                break
-            found.append((best[start][0] + (end - start - 1) * width, start))
-        best.append(max(found))
-    stems, member, end = [], [0] * len(order), len(order)
-    while end:
-        start = best[end][1]
-        for i in order[start:end]:
-            member[i] = len(stems)
-        stems.append(ordered[start][: min(shared[start + 1 : end], default=len(ordered[start]) - 1)])
-        end = start
-    return stems, member
-
-
-def _shared(sequences: list[list[int]]) -> int:
-    """Tokens with which all of the sequences begin."""
-    low, high = min(sequences), max(sequences)  # what these two share, all that lie between them share
-    return next((n for n, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
+    return find_stems(sequences, STEM_TOKENS, BATCH_ROWS)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from trl.trainer import utils
 
+from rlhf_recipes import packing
 from rlhf_recipes.preference.shared_prefix import SharedPrefixes
 
 TILE = 8192  # words of the vocabulary
@@ -71,6 +72,7 @@ def speed_up(trainer, wanted: bool) -> None:
     if not wanted or type(trainer).__module__.startswith("trl.experimental"):
         return
     model = trainer.model.get_base_model()
+    packing.allow(model)  # where held-out rows are measured
     if not hasattr(model, "score"):  # a reward model has no words to score
         score_answers_alone(model)
     if "chosen_ids" in trainer.train_dataset.column_names:
