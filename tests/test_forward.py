@@ -146,7 +146,8 @@ def test_what_is_measured_of_answers_to_one_prompt(tmp_path, monkeypatch, name):
 
     def measured():
         logps = inference.token_logps(policy, 0, encoded, "test")
-        scored = inference.rewards_and_features(reader, SimpleNamespace(pad_token_id=0), [c for c, _ in encoded], "test")
+        asked, tokenizer = [ids for ids, _ in encoded], SimpleNamespace(pad_token_id=0)
+        scored = inference.rewards_and_features(reader, tokenizer, asked, "test")
         return torch.cat(logps), torch.tensor([r for r, _ in scored]), torch.tensor([f.tolist() for _, f in scored])
 
     tokens, expected = [], measured()
