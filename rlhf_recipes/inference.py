@@ -17,7 +17,6 @@ from typing import Any
 from rlhf_recipes import memory, progress, ranks, sharding
 from rlhf_recipes.data.template import render
 from rlhf_recipes.data.tokens import common_prefix
-from rlhf_recipes.stems import count_shared, find_stems
 
 Message = dict[str, str]
 
@@ -282,7 +281,7 @@ def _rows(model, sequences: list[list[int]]) -> list[list[int]]:
     own = getattr(packing.backbone_of(model), "packing", None)
     if not own or own.refused:
         return []
-    _, member = find_stems(sequences, STEM_TOKENS, BATCH_TOKENS // STEM_TOKENS, ROW_TOKENS)
+    _, member = packing.find_stems(sequences, STEM_TOKENS, BATCH_TOKENS // STEM_TOKENS, ROW_TOKENS)
     rows: dict[int, list[int]] = {}
     for i, number in enumerate(member):
         rows.setdefault(number, []).append(i)
@@ -321,6 +320,8 @@ def _batches(
         vocabulary: V where the forward pass makes logits of completions, 0 where it makes none that count.
         rows: indices of the sequences of a row; none: each is one, padded as its batch is, and so are its logits.
     """
+    from rlhf_recipes.packing import count_shared
+
     times = batches_in_one(model)
     tokens = times * BATCH_TOKENS
     logits_bytes = LOGITS_BYTES_ON_CPU if model.device.type == "cpu" else times * LOGITS_BYTES

@@ -26,9 +26,9 @@ from rlhf_recipes.data.template import as_taken, render
 from rlhf_recipes.data.tokens import neutralise
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.inference import batches_in_one, left_pad, stop_ids
+from rlhf_recipes.packing import count_shared, find_stems
 from rlhf_recipes.references import ModelRef
 from rlhf_recipes.sampling import Draws, float32_head, in_place_of
-from rlhf_recipes.stems import count_shared, find_stems
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
