@@ -22,10 +22,11 @@ def main(cfg):
     from trl import DPOTrainer
 
     from rlhf_recipes import inference, models, sharding
-    from rlhf_recipes.preference import forward
+    from rlhf_recipes.preference import forward, reference
     from rlhf_recipes.training import account, callbacks, metrics
 
     args = models.training_args(cfg.trainer, run)
+    precompute = reference.take_over(args, cfg.fast_forward)
     models.check(cfg.model, cfg.quantization, cfg.lora)
     tokenizer = models.load_tokenizer(cfg.model)
     pairs = fit(pairs, tokenizer, args.max_length, cfg.data.too_long, args.truncation_mode)
@@ -48,6 +49,8 @@ def main(cfg):
     callbacks.watch(trainer, run)
     run.create()
     sharding.prepare(trainer)
+    if precompute:
+        reference.precompute(trainer, run)
 
     before = run.cached(
         pairs.test, lambda: inference.pair_logps(trainer.model, tokenizer, pairs.test, "Held out, before")

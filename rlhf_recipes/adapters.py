@@ -35,11 +35,17 @@ class System:
 
 
 class Policies:
-    """One base model with the adapters of all systems and of their references on it."""
+    """One base model with the adapters of all systems and of their references on it.
 
-    def __init__(self, model: DictConfig, quantization: DictConfig, systems: list[System]):
+    Args:
+        fast: whether what sequences begin with goes through it once: `fast_forward` of the config.
+    """
+
+    def __init__(self, model: DictConfig, quantization: DictConfig, systems: list[System], fast: bool = False):
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
+
+        from rlhf_recipes import packing
 
         self.folders = list(dict.fromkeys(f for s in systems for f in (s.reference, s.adapter)))
         self.model = models.load_base(model, quantization, AutoModelForCausalLM)
@@ -48,6 +54,8 @@ class Policies:
                 self.model.load_adapter(folder, adapter_name=self._name(folder))
             else:
                 self.model = PeftModel.from_pretrained(self.model, folder, adapter_name=self._name(folder))
+        if fast:
+            packing.allow(self.model)
 
     def _name(self, folder: str) -> str:
         return f"adapter{self.folders.index(folder)}"
@@ -90,17 +98,25 @@ class Policies:
 
 
 class RewardModels:
-    """One base model with the adapters of several reward models on it, each with its own score head."""
+    """One base model with the adapters of several reward models on it, each with its own score head.
 
-    def __init__(self, model: DictConfig, quantization: DictConfig, folders: list[Path]):
+    Args:
+        fast: as of `Policies`.
+    """
+
+    def __init__(self, model: DictConfig, quantization: DictConfig, folders: list[Path], fast: bool = False):
         from peft import PeftModel
         from transformers import AutoModelForSequenceClassification
+
+        from rlhf_recipes import packing
 
         self.folders = list(dict.fromkeys(folders))
         base = models.load_base(model, quantization, AutoModelForSequenceClassification, num_labels=1)
         self.model = PeftModel.from_pretrained(base, str(self.folders[0]), adapter_name="member0")
         for n, folder in enumerate(self.folders[1:], 1):
             self.model.load_adapter(str(folder), adapter_name=f"member{n}")
+        if fast:
+            packing.allow(self.model)
         self.text_config = base.config.get_text_config()
         self.pad_ids = [models.pad_id_beside(each, self.text_config.pad_token_id) for each in self.folders]
 

@@ -10,11 +10,12 @@ Shapes: B rows, T tokens, V vocabulary.
 
 import math
 from collections.abc import Callable
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from rlhf_recipes.packing import find_stems, left_pad
 
 # A stem is worth a forward pass of its own where so many tokens are shared, and saved.
 STEM_TOKENS = 16
@@ -148,54 +149,12 @@ class _Layer(DynamicLayer):
         self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
 
 
-def left_pad(sequences: list[list[int]], pad_id: int, device) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, mask and positions, (B, T) each; padding on the left aligns the ends."""
-    T = max(map(len, sequences))
-    ids_BT = torch.tensor([[pad_id] * (T - len(s)) + s for s in sequences], device=device)
-    mask_BT = torch.tensor([[0] * (T - len(s)) + [1] * len(s) for s in sequences], device=device)
-    return ids_BT, mask_BT, (mask_BT.cumsum(1) - 1).clamp(min=0)
-
-
 def _passes(sequences: list[list[int]]) -> list[tuple[list[list[int]], list[int]]]:
     """What goes through the model one after another: parts of the sequences, and for each part the row of the pass
     before that it continues (none in the first)."""
-    stems, member = find_stems(sequences)
+    stems, member = find_stems(sequences, STEM_TOKENS, STEM_ROWS)
     rests = [ids[len(stems[g]) :] for ids, g in zip(sequences, member, strict=True)]
     padded, stem, rest = (len(parts) * max(map(len, parts)) for parts in (sequences, stems, rests))
     if len(stems) < len(sequences) and padded - stem - rest >= STEM_TOKENS:
         return [*_passes(stems), (rests, member)]
     return [(sequences, [])]
-
-
-def find_stems(sequences: list[list[int]]) -> tuple[list[list[int]], list[int]]:
-    """Beginnings, and for each sequence which of them is its; at least one token is left of each sequence.
-
-    Sorted, sequences with a common beginning stand side by side. Of all ways to part them into runs, each with what
-    all of the run share as its stem, this is the one that saves most tokens.
-    """
-    order = sorted(range(len(sequences)), key=sequences.__getitem__)
-    ordered = [sequences[i] for i in order]
-    shared = [0, *(min(shared_length([a, b]), len(a) - 1, len(b) - 1) for a, b in pairwise(ordered))]
-    best = [(0, 0)]  # for the first n: tokens saved, and where their last run starts
-    for end in range(1, len(ordered) + 1):
-        found, width = [(best[-1][0], end - 1)], math.inf
-        for start in range(end - 2, max(end - STEM_ROWS, 0) - 1, -1):
-            width = min(width, shared[start + 1])
-            if width < STEM_TOKENS:
-                break
-            found.append((best[start][0] + (end - start - 1) * width, start))
-        best.append(max(found))
-    stems, member, end = [], [0] * len(order), len(order)
-    while end:
-        start = best[end][1]
-        for i in order[start:end]:
-            member[i] = len(stems)
-        stems.append(ordered[start][: min(shared[start + 1 : end], default=len(ordered[start]) - 1)])
-        end = start
-    return stems, member
-
-
-def shared_length(sequences: list[list[int]]) -> int:
-    """Tokens with which all of the sequences begin."""
-    low, high = min(sequences), max(sequences)  # what these two share, all that lie between them share
-    return next((n for n, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))

@@ -2,7 +2,11 @@
 
 Several processes share the batches, which are those of one process, and each has all results.
 
-Shapes: B sequences in a batch, T tokens, K completion tokens, V vocabulary. Log-probabilities are in nats.
+Where a model allows it (`packing.allow`), what sequences begin with goes through it once: the two answers of a pair,
+the samples of one prompt.
+
+Shapes: B sequences in a batch, T tokens, K completion tokens, V vocabulary; P rows of L tokens, of several sequences,
+and N tokens of them that are predicted. Log-probabilities are in nats.
 """
 
 from collections.abc import Iterator
@@ -23,6 +27,9 @@ BATCH_TOKENS = 8192
 # Of a GPU's memory beside the weights, for each batch of these sizes: an 8B takes 1.3 GB for the logits, counting what
 # is computed of them, and 2.6 GB for activations, keys and values of that many tokens; a 70B takes 6 GB.
 BATCH_ROOM = 8 * 2**30
+# Sequences that share so many tokens make a row, two of any length, more up to so many tokens: attention pays for each
+# token of a row with all before it, seen or not.
+STEM_TOKENS, ROW_TOKENS = 16, 1024
 
 
 def completion_logps(model, tokenizer, conversations: list[tuple[list[Message], list[Message]]], what: str):
@@ -42,27 +49,61 @@ def text_logps(model, tokenizer, texts: list[str], what: str):
 
 def token_logps(model, pad_id: int, encoded: list[tuple[list[int], int]], what: str) -> list:
     """Log-probabilities of the tokens from `start` on, a float64 tensor of K values for each (token ids, start)."""
-    from rlhf_recipes.decoding import left_pad
-
     vocabulary = model.get_output_embeddings().weight.shape[0]
     results: list[Any] = [None] * len(encoded)
     with measuring(model):
-        for _, indices in _batches(encoded, what, model, vocabulary):
-            ids_BT, mask_BT, positions_BT = left_pad([encoded[i][0] for i in indices], pad_id, model.device)
-            counts = [len(encoded[i][0]) - encoded[i][1] for i in indices]
-            K = max(counts)
-            output = model(
-                input_ids=ids_BT,
-                attention_mask=mask_BT,
-                position_ids=positions_BT,
-                logits_to_keep=K + 1,
-                use_cache=False,
-            )
-            logits_BKV = output.logits[:, :-1].float()
-            logps_BK = logits_BKV.gather(2, ids_BT[:, -K:, None])[..., 0] - logits_BKV.logsumexp(2)
-            for row, (i, count) in enumerate(zip(indices, counts, strict=True)):
-                results[i] = logps_BK[row, K - count :].double().cpu()
+        rows = _rows(model, [ids for ids, _ in encoded])
+        for _, batch in _batches(encoded, what, model, vocabulary, rows):
+            members = [i for row in batch for i in row]
+            if rows:
+                found = _packed_logps(model, [[encoded[i] for i in row] for row in batch])
+            else:
+                found = _padded_logps(model, pad_id, [encoded[i] for i in members])
+            for i, logps_K in zip(members, found, strict=True):
+                results[i] = logps_K.double().cpu()
     return _everyones(results)
+
+
+def _padded_logps(model, pad_id: int, encoded: list[tuple[list[int], int]]) -> list:
+    from rlhf_recipes.packing import left_pad
+
+    ids_BT, mask_BT, positions_BT = left_pad([ids for ids, _ in encoded], pad_id, model.device)
+    counts = [len(ids) - start for ids, start in encoded]
+    K = max(counts)
+    output = model(
+        input_ids=ids_BT,
+        attention_mask=mask_BT,
+        position_ids=positions_BT,
+        logits_to_keep=K + 1,
+        use_cache=False,
+    )
+    logits_BKV = output.logits[:, :-1].float()
+    logps_BK = logits_BKV.gather(2, ids_BT[:, -K:, None])[..., 0] - logits_BKV.logsumexp(2)
+    return [logps_BK[row, K - count :] for row, count in enumerate(counts)]
+
+
+def _packed_logps(model, rows: list[list[tuple[list[int], int]]]) -> list:
+    import torch
+
+    from rlhf_recipes import packing
+
+    backbone = packing.backbone_of(model)
+    packed = packing.pack([[ids for ids, _ in row] for row in rows], model.device)
+    encoded = [each for row in rows for each in row]
+    before_N = torch.cat(
+        [places_T[start - 1 : len(ids) - 1] for places_T, (ids, start) in zip(packed.index_BT, encoded, strict=True)]
+    )
+    ids_N = torch.tensor([token for ids, start in encoded for token in ids[start:]], device=model.device)
+
+    def leave_scored(module, args, output):
+        output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[before_N][None]
+        return output
+
+    with _hooked(backbone.register_forward_hook(leave_scored)):
+        output = model(**backbone.packing.inputs(packed, packing.computed_in(backbone)), use_cache=False)
+    logits_NV = output.logits[0].float()
+    logps_N = logits_NV.gather(1, ids_N[:, None])[:, 0] - logits_NV.logsumexp(1)
+    return list(logps_N.split([len(ids) - start for ids, start in encoded]))
 
 
 def _sums(logps: list) -> list[tuple[float, int]]:
@@ -96,27 +137,44 @@ def rewards(model, tokenizer, conversations: list[list[Message]], what: str = "R
 
 def rewards_and_features(model, tokenizer, conversations: list[list[Message]], what: str) -> list[tuple]:
     """(r(x, y), what its score head read, a float32 array of F features) for each conversation."""
-    from rlhf_recipes.decoding import left_pad
-
     encoded = [(render(tokenizer, c, return_dict=False), 0) for c in conversations]
     results: list[Any] = [None] * len(encoded)
-    read: list[Any] = []
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hook = base.score.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
-    try:
-        with measuring(model):
-            for _, indices in _batches(encoded, what, model):
-                ids_BT, mask_BT, positions_BT = left_pad(
-                    [encoded[i][0] for i in indices], tokenizer.pad_token_id, model.device
-                )
-                output = model(input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT)
-                at_B = read_positions(ids_BT, mask_BT, base.config.get_text_config().pad_token_id)
-                features_BF = read.pop()[range(len(indices)), at_B].float().cpu().numpy()
-                for i, score, features in zip(indices, output.logits[:, 0].float().tolist(), features_BF, strict=True):
-                    results[i] = score, features
-    finally:
-        hook.remove()
+    with measuring(model):
+        rows = _rows(model, [ids for ids, _ in encoded])
+        for _, batch in _batches(encoded, what, model, rows=rows):
+            members = [i for row in batch for i in row]
+            sequences = [[encoded[i][0] for i in row] for row in batch]
+            scores_B, features_BF = (_packed_scores if rows else _padded_scores)(model, tokenizer, sequences)
+            features_BF = features_BF.float().cpu().numpy()
+            for i, score, features in zip(members, scores_B.float().tolist(), features_BF, strict=True):
+                results[i] = score, features
     return _everyones(results)
+
+
+def _padded_scores(model, tokenizer, rows: list[list[list[int]]]) -> tuple:
+    from rlhf_recipes.packing import left_pad
+
+    ids_BT, mask_BT, positions_BT = left_pad([ids for (ids,) in rows], tokenizer.pad_token_id, model.device)
+    base, read = _unwrapped(model), []
+    with _hooked(base.score.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))):
+        output = model(input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT)
+    at_B = read_positions(ids_BT, mask_BT, base.config.get_text_config().pad_token_id)
+    return output.logits[:, 0], read[0][range(len(rows)), at_B]
+
+
+def _packed_scores(model, tokenizer, rows: list[list[list[int]]]) -> tuple:
+    from rlhf_recipes import packing
+
+    backbone = packing.backbone_of(model)
+    packed = packing.pack(rows, model.device)
+    base, read = _unwrapped(model), []
+    with _hooked(base.score.register_forward_hook(lambda _, inputs, output: read.append((inputs[0], output)))):
+        model(**backbone.packing.inputs(packed, packing.computed_in(backbone)), use_cache=False)
+    features_PLF, scores_PL1 = read[0]
+    ids_BT, mask_BT = packing.right_pad([ids for row in rows for ids in row], tokenizer.pad_token_id, model.device)
+    at_B = read_positions(ids_BT, mask_BT, base.config.get_text_config().pad_token_id)
+    places_B = packed.index_BT[range(len(at_B)), at_B]
+    return scores_PL1.flatten()[places_B], features_PLF.flatten(0, 1)[places_B]
 
 
 def read_positions(ids_BT, mask_BT, pad_id: int | None):
@@ -163,7 +221,8 @@ def generate(model, tokenizer, prompts: list[list[Message]], how: Sampling, what
     results: list[Any] = [None] * len(encoded)
     with measuring(model):
         longest = [(ids + [0] * how.max_new_tokens, 0) for ids, _ in encoded]
-        for _, indices in _batches(longest, what, model):
+        for _, batch in _batches(longest, what, model):
+            indices = [i for (i,) in batch]
             # What is drawn depends on the prompt's place, not on batch or process.
             draws = Draws([hash((how.seed, i)) % 2**63 for i in indices], model.device, how.max_new_tokens)
 
@@ -203,7 +262,7 @@ def batches_in_one(model) -> int:
     """How many batches of the sizes above a GPU takes as one; 1 on a CPU."""
     if model.device.type != "cuda":
         return 1
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = _unwrapped(model)
     # Adapters come and go between measurements that are compared.
     weights = sum(p.nbytes for name, p in base.named_parameters() if "lora_" not in name)
     return ranks.from_first(batches_beside(weights, model.device))
@@ -217,37 +276,86 @@ def batches_beside(weights: float, device=None) -> int:
     return max(1, int((torch.cuda.get_device_properties(device).total_memory - weights) // BATCH_ROOM))
 
 
+def _rows(model, sequences: list[list[int]]) -> list[list[int]]:
+    """Indices of sequences that go through the model as one row; none where it takes no such rows, or no two of them
+    begin alike."""
+    from rlhf_recipes import packing
+
+    own = getattr(packing.backbone_of(model), "packing", None)
+    if not own or own.refused:
+        return []
+    _, member = packing.find_stems(sequences, STEM_TOKENS, BATCH_TOKENS // STEM_TOKENS, ROW_TOKENS)
+    rows: dict[int, list[int]] = {}
+    for i, number in enumerate(member):
+        rows.setdefault(number, []).append(i)
+    several = [row for row in rows.values() if len(row) > 1]
+    if several and not own.proven:
+        longest = max(several, key=lambda row: len(sequences[row[0]]))
+        _prove(model, packing.backbone_of(model), [sequences[i] for i in longest[:2]])
+    return list(rows.values()) if several and not own.refused else []
+
+
+def _prove(model, backbone, sequences: list[list[int]]) -> None:
+    """See `Packing.prove`: through the whole model, whose parts may lie on several cards."""
+    seen: list[Any] = []
+
+    def states(**given):
+        model(**given, use_cache=False)
+        return seen.pop()
+
+    with _hooked(backbone.register_forward_hook(lambda _, args, output: seen.append(output.last_hidden_state))):
+        backbone.packing.prove(states, sequences, backbone)
+    if (refused := backbone.packing.refused) and ranks.is_first():
+        print(f"fast_forward: held-out rows go through whole: {refused}.", flush=True)
+
+
 def _batches(
-    encoded: list[tuple[list[int], int]], what: str, model, vocabulary: int = 0
-) -> Iterator[tuple[int, list[int]]]:
-    """This process's batches with their numbers: indices grouped by length, the longest first: an out-of-memory shows
+    encoded: list[tuple[list[int], int]],
+    what: str,
+    model,
+    vocabulary: int = 0,
+    rows: list[list[int]] | None = None,
+) -> Iterator[tuple[int, list[list[int]]]]:
+    """This process's batches of rows with their numbers: grouped by length, the longest first: an out-of-memory shows
     at once.
 
     Args:
         vocabulary: V where the forward pass makes logits of completions, 0 where it makes none that count.
+        rows: indices of the sequences of a row; none: each is one, padded as its batch is, and so are its logits.
     """
+    from rlhf_recipes.packing import count_shared
+
     times = batches_in_one(model)
     tokens = times * BATCH_TOKENS
     logits_bytes = LOGITS_BYTES_ON_CPU if model.device.type == "cpu" else times * LOGITS_BYTES
-    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i][0]))
+    lengths, counts = [len(ids) for ids, _ in encoded], [len(ids) - start + 1 for ids, start in encoded]
+    packed = bool(rows)
+    rows = rows or [[i] for i in range(len(encoded))]
 
-    groups, rest = [], order
+    def length(row: list[int]) -> int:
+        shared = count_shared([encoded[i][0] for i in row]) if len(row) > 1 else 0
+        return sum(lengths[i] for i in row) - (len(row) - 1) * shared
+
+    T_of = {row[0]: length(row) for row in rows}
+    groups, rest = [], sorted(rows, key=lambda row: -T_of[row[0]])
     while rest:
-        size, K, T = 0, 0, len(encoded[rest[0]][0])
-        for i in rest:
-            K = max(K, len(encoded[i][0]) - encoded[i][1] + 1)
-            B = size + 1
-            if size and (tokens < B * T or logits_bytes < 4 * B * K * vocabulary):
+        size, K, N, T = 0, 0, 0, T_of[rest[0][0]]
+        for row in rest:
+            own = [counts[i] for i in row]
+            K, N, B = max(K, *own), N + sum(own), size + 1
+            logits = N if packed else B * K
+            if size and (tokens < B * T or logits_bytes < 4 * logits * vocabulary):
                 break
             size = B
         groups.append(rest[:size])
         rest = rest[size:]
-    line, done = progress.Line(what, len(order)), 0
+    line, done = progress.Line(what, len(encoded)), 0
     for number, group in ranks.share(groups):
         yield number, group
         memory.return_freed_memory()
         first = number - number % ranks.world_size()
-        done += sum(map(len, groups[first : first + ranks.world_size()]))  # the others have come as far
+        others = groups[first : first + ranks.world_size()]  # have come as far
+        done += sum(len(row) for each in others for row in each)
         line.update(done)
 
 
@@ -268,6 +376,19 @@ def stop_ids(generation_config, tokenizer) -> list[int]:
     configured = generation_config.eos_token_id
     stops = configured if isinstance(configured, list) else [configured]
     return sorted({i for i in [*stops, tokenizer.eos_token_id] if i is not None})
+
+
+def _unwrapped(model):
+    """Without its LoRA's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextmanager
+def _hooked(hook):
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextmanager

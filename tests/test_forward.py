@@ -1,26 +1,38 @@
 """Answers alone through the head, what a pair shares once: the same losses and gradients as TRL's own forward."""
 
+import json
+import random
+
 import pytest
 import torch
 from families import FAMILIES, family
 
-from rlhf_recipes.preference.shared_prefix import SharedPrefixes, pack
+from rlhf_recipes.packing import PADDING, pack
+from rlhf_recipes.preference.shared_prefix import SharedPrefixes
 
 WINDOWED = ("mistral", "phi3")  # whose window is that of all layers
 
 
-def test_a_pair_is_packed_by_hand():
-    """1 2 | 3 and 1 2 | 4 5; then 6 against 7 8; then one answer that begins with the whole other."""
-    ids_BT = torch.tensor([[1, 2, 3, 0], [6, 0, 0, 0], [1, 2, 0, 0], [1, 2, 4, 5], [7, 8, 0, 0], [1, 2, 9, 0]])
-    mask_BT = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]])
-    packed = pack(ids_BT, mask_BT)
-    assert packed.ids_PL[:, :6].tolist() == [[1, 2, 3, 4, 5, 0], [6, 7, 8, 0, 0, 0], [1, 2, 9, 0, 0, 0]]
-    assert packed.positions_PL[:, :5].tolist() == [[0, 1, 2, 2, 3], [0, 0, 1, 0, 0], [0, 1, 2, 0, 0]]
-    assert packed.part_PL[:, :6].tolist() == [[0, 0, 1, 2, 2, 3], [1, 2, 2, 3, 3, 3], [0, 0, 2, 3, 3, 3]]
+def test_sequences_are_packed_by_hand():
+    """1 2 | 3 and 1 2 | 4 5; then 6 against 7 8; then one that begins with the whole other; then three, and one."""
+    rows = [[[1, 2, 3], [1, 2, 4, 5]], [[6], [7, 8]], [[1, 2], [1, 2, 9]], [[1, 2], [1, 3], [1, 4]], [[5, 6]]]
+    packed = pack(rows, "cpu")
+    assert packed.ids_PL[:, :6].tolist() == [
+        [1, 2, 3, 4, 5, 0], [6, 7, 8, 0, 0, 0], [1, 2, 9, 0, 0, 0], [1, 2, 3, 4, 0, 0], [5, 6, 0, 0, 0, 0]
+    ]  # fmt: skip
+    assert packed.positions_PL[:, :5].tolist() == [
+        [0, 1, 2, 2, 3], [0, 0, 1, 0, 0], [0, 1, 2, 0, 0], [0, 1, 1, 1, 0], [0, 1, 0, 0, 0]
+    ]  # fmt: skip
+    assert packed.part_PL[:, :5].tolist() == [
+        [0, 0, 1, 2, 2], [1, 2, 2, PADDING, PADDING], [0, 0, 2, PADDING, PADDING],
+        [0, 1, 2, 3, PADDING], [0, 0, PADDING, PADDING, PADDING],
+    ]  # fmt: skip
     L = packed.ids_PL.shape[1]
     assert packed.index_BT.tolist() == [
-        [0, 1, 2, 0], [L, 0, 0, 0], [2 * L, 2 * L + 1, 0, 0],
-        [0, 1, 3, 4], [L + 1, L + 2, 0, 0], [2 * L, 2 * L + 1, 2 * L + 2, 0],
+        [0, 1, 2, 0], [0, 1, 3, 4], [L, 0, 0, 0], [L + 1, L + 2, 0, 0],
+        [2 * L, 2 * L + 1, 0, 0], [2 * L, 2 * L + 1, 2 * L + 2, 0],
+        [3 * L, 3 * L + 1, 0, 0], [3 * L, 3 * L + 2, 0, 0], [3 * L, 3 * L + 3, 0, 0],
+        [4 * L, 4 * L + 1, 0, 0],
     ]  # fmt: skip
     seen = [set(row.nonzero().flatten().tolist()) for row in packed.visible()[0, 0, :5]]
     assert seen == [{0}, {0, 1}, {0, 1, 2}, {0, 1, 3}, {0, 1, 3, 4}]
@@ -69,6 +81,26 @@ def one_pass(model):
     return outputs.logits[tokens].detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
+def test_experts_are_balanced_over_the_tokens_of_both_rows():
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=600, num_key_value_heads=1, num_local_experts=4, router_aux_loss_coef=1.0, **sizes
+    )
+    model = MixtralForCausalLM(config)
+    model.config.output_router_logits = True
+    logits, gradients = one_pass(model)
+    balance = model(**batch(), output_router_logits=True).aux_loss
+    prefixes = SharedPrefixes(model.base_model)
+    packed_logits, packed_gradients = one_pass(model)
+    assert prefixes.batches == {"packed": 1, "whole": 0}
+    torch.testing.assert_close(packed_logits, logits, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(model(**batch(), output_router_logits=True).aux_loss, balance, atol=1e-6, rtol=1e-6)
+    assert (packed_gradients - gradients).norm() < 1e-5 * gradients.norm()
+
+
 def test_what_is_no_attention_is_found_by_running_it(tmp_path):
     """A backbone that mixes each token with the one before it, whichever that is."""
     from transformers import AutoModelForCausalLM
@@ -101,15 +133,171 @@ def test_what_cannot_be_packed_goes_through_whole(settings, reason):
     assert SharedPrefixes(backbone).refused == reason
 
 
-@pytest.mark.parametrize("recipe", ["sft", "reward", "dpo", "kto", "orpo", "simpo"])
-def test_a_recipe_learns_the_same(train, tmp_path, capsys, recipe):
+def conversations():
+    """(token ids, where an answer starts): two answers to some prompts, five to one, and one that stands alone."""
+    drawn = torch.Generator().manual_seed(0)
+
+    def tokens(count):
+        return torch.randint(10, 500, (count,), generator=drawn).tolist()
+
+    for prompt, answers in ((70, (20, 50)), (20, (1, 40)), (90, (10, 20, 30, 20, 10)), (60, (40,))):
+        ids = tokens(prompt)
+        yield from ((ids + tokens(answer), prompt) for answer in answers)
+
+
+@pytest.mark.parametrize("name", ["smollm2", "gemma3", "mistral windowed"])
+def test_what_is_measured_of_answers_to_one_prompt(tmp_path, monkeypatch, name):
+    """Log-probabilities, scores and what they are read from; in several batches, too."""
+    from types import SimpleNamespace
+
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    from rlhf_recipes import inference, packing
+
+    folder = family(name.partition(" ")[0], tmp_path / "model")
+    settings = {"sliding_window": 40} if "windowed" in name else {}
+    torch.manual_seed(0)  # of the score head
+    policy, reader = (
+        auto.from_pretrained(folder, dtype=torch.float32, **settings, **more)
+        for auto, more in (
+            (AutoModelForCausalLM, {}),
+            (AutoModelForSequenceClassification, {"num_labels": 1, "pad_token_id": 0}),
+        )
+    )
+    encoded = list(conversations())
+    monkeypatch.setattr(inference, "render", lambda tokenizer, conversation, **_: conversation)
+
+    def measured():
+        logps = inference.token_logps(policy, 0, encoded, "test")
+        asked, tokenizer = [ids for ids, _ in encoded], SimpleNamespace(pad_token_id=0)
+        scored = inference.rewards_and_features(reader, tokenizer, asked, "test")
+        return torch.cat(logps), torch.tensor([r for r, _ in scored]), torch.tensor([f.tolist() for _, f in scored])
+
+    tokens, expected = [], measured()
+    for model in (policy, reader):
+        packing.allow(model)
+        model.get_input_embeddings().register_forward_pre_hook(lambda _, args: tokens.append(args[0].numel()))
+    for batch_tokens in (8192, 400):
+        tokens.clear()
+        monkeypatch.setattr(inference, "BATCH_TOKENS", batch_tokens)
+        found = measured()
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    assert not policy.base_model.packing.refused and not reader.base_model.packing.refused
+    assert sum(tokens) < 2 * 0.75 * sum(len(ids) for ids, _ in encoded)  # after a first pass in both ways
+
+
+@pytest.mark.parametrize("recipe", ["reward", "dpo"])
+def test_batches_of_like_length_where_they_are_asked_for(train, tmp_path, recipe):
+    asked = ["trainer.train_sampling_strategy=group_by_length", "data.train_size=24", "quantization=none"]
+    batches = [*train(recipe, tmp_path / "sorted", *asked).trainer.get_train_dataloader()]
+    lengths = [pair for batch in batches for pair in batch["attention_mask"].sum(1).view(2, -1).sum(0).tolist()]
+    groups = [lengths[start : start + 4] for start in range(0, 24, 4)]  # of two micro-batches of two
+    assert len(lengths) == 24 and lengths[0] == max(lengths)
+    assert all(group == sorted(group, reverse=True) for group in groups)
+
+
+ONCE = "trainer.precompute_ref_log_probs=true"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "more"),
+    [
+        *((recipe, []) for recipe in ("sft", "reward", "dpo", "kto", "orpo", "simpo")),
+        ("dpo", [ONCE, "trainer.ld_alpha=0.5", "trainer.max_length=100", "data.too_long=truncate"]),
+        ("dpo", [ONCE, "trainer.max_length=100", "data.too_long=truncate", "trainer.truncation_mode=keep_end"]),
+        ("kto", [ONCE]),
+    ],
+)
+def test_a_recipe_learns_the_same(train, tmp_path, capsys, recipe, more):
     """Losses, gradients and held-out figures of two steps in float32."""
     exact = ["quantization=none", "trainer.bf16=false", "trainer.logging_steps=1", "trainer.learning_rate=1e-3"]
     found = []
     for fast in ("true", "false"):
-        done = train(recipe, tmp_path / fast, *exact, f"fast_forward={fast}")
+        done = train(recipe, tmp_path / fast, *exact, f"fast_forward={fast}", *more)
         logged = [row for row in done.trainer.state.log_history if "grad_norm" in row]
         steps = [row[key] for row in logged for key in ("loss", "grad_norm")]
         found.append([*steps, done.result["main"]["after"].value])
     assert len(found[0]) == 5 and found[0] == pytest.approx(found[1], rel=1e-5)
     assert "went through whole" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["reward", "dpo", "kto", "orpo", "simpo", "sft"])
+def test_losses_and_gradients_of_200_random_pairs(train, tmp_path, recipe):
+    """Through the trainers of the recipe, batch after batch."""
+    rows = tmp_path / "pairs.jsonl"
+    drawn = random.Random(0)
+
+    def words(least, most):
+        return " ".join(
+            drawn.choices(
+                ("call", "the", "clinic", "pain", "today", "no", "Friday", "why"), k=drawn.randint(least, most)
+            )
+        )
+
+    asked = [words(1, 80) for _ in range(150)]  # some of them twice
+    pairs = [{"prompt": asked[i % 150], "chosen": words(1, 60), "rejected": words(1, 60)} for i in range(204)]
+    rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    more = [
+        "quantization=none",
+        "trainer.bf16=false",
+        "data=local",
+        f"data.path={rows}",
+        "data.train_size=200",
+        "trainer.learning_rate=1e-2",
+    ]
+    fast, plain = (
+        train(
+            recipe, tmp_path / value, *more, f"fast_forward={value}", "trainer.per_device_train_batch_size=8"
+        ).trainer
+        for value in ("true", "false")
+    )
+    plain.model.load_state_dict(fast.model.state_dict())
+    for batch in plain.get_train_dataloader():
+        found = []
+        for trainer in (fast, plain):
+            trainer.model.zero_grad()
+            loss = trainer.compute_loss(trainer.model, dict(batch))
+            loss.backward()
+            gradients = [p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]
+            found.append((loss.item(), torch.cat(gradients), logged(trainer)))
+        (loss, gradient, logps), (own_loss, own_gradient, own_logps) = found
+        assert loss == pytest.approx(own_loss, rel=1e-5)
+        assert logps == pytest.approx(own_logps, rel=1e-5)
+        assert (gradient - own_gradient).norm() < 1e-5 * own_gradient.norm()
+
+
+def logged(trainer):
+    """Means over the batch of what TRL logs of answers."""
+    metrics = trainer._metrics["train"]
+    return [
+        metrics[key].pop()
+        for key in ("logps/chosen", "logps/rejected", "rewards/chosen", "mean_reward")
+        if metrics.get(key)
+    ]
+
+
+def test_the_reference_is_computed_once(train, tmp_path, capsys):
+    """Read by a run with another beta and seed; of another adapter, of rows that are cut, or damaged, computed."""
+    folder = tmp_path / ".reference"
+
+    def said(name, *overrides):
+        done = train("dpo", tmp_path / name, ONCE, "quantization=none", *overrides)
+        lines = capsys.readouterr().out.splitlines()
+        return done, next(line for line in lines if line.startswith("reference of the train rows: "))
+
+    first, line = said("first")
+    (kept,) = folder.iterdir()
+    text = kept.read_text()
+    assert line == "reference of the train rows: 8 computed, kept in .reference"
+    read = "reference of the train rows: 8 read from .reference"
+    assert said("again", "trainer.beta=0.5", "trainer.seed=1")[1] == read
+    for broken in ("", text[:-9], text.replace("-", "", 1), text.replace('"key": "', '"key": "0')):
+        kept.write_text(broken)
+        done, line = said("mended", "overwrite=true")
+        assert line.startswith("reference of the train rows: 8 computed") and kept.read_text() == text
+    assert done.result["adapter_sha256"] == first.result["adapter_sha256"]
+    for other in (["model.adapter=first"], ["trainer.max_length=100", "data.too_long=truncate"]):
+        assert said("other", "overwrite=true", *other)[1].startswith("reference of the train rows: 8 computed")
+    assert len(list(folder.iterdir())) == 3

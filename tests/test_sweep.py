@@ -72,7 +72,7 @@ def test_jobs_share_their_work_and_end_as_alone(swept, command, run_recipe, tmp_
     assert len([path for path in shared if path.name.startswith("before-")]) == 1
     assert done.stderr.count("Held out, before") == 1 and done.stderr.count("Held out, after") == 2
     assert done.stderr.count("base: answers") == 1, "the parent is measured once"
-    assert done.stderr.count("reference log probs for train dataset:   0%") == 1
+    assert [done.stdout.count(f"reference of the train rows: 8 {how}") for how in ("computed", "read")] == [1, 1]
     alone = run_recipe("dpo", *command[1:], "trainer.beta=0.5", cwd=tmp_path)
     assert alone.returncode == 0, alone
     result = json.loads((tmp_path / "outputs/dpo/betas/result.json").read_text())

@@ -89,7 +89,7 @@ def load_gold(cfg: DictConfig, source: Any, tokenizer, folder: Path, reference: 
         return lambda rows, texts, part: _look_up(source, rows, texts, folder / TO_LABEL)
     if callable(source):
         return lambda rows, texts, part: _call(source, cfg.gold, rows, texts)
-    models = Ensemble(cfg.model, cfg.quantization, tokenizer, source, folder / "scores")
+    models = Ensemble(cfg.model, cfg.quantization, tokenizer, source, folder / "scores", cfg.fast_forward)
     reference_MK = models.score(reference, "gold.held-out").rewards_MC if len(source) > 1 else None
 
     def mean(rows: list[dict], texts: list[str], part: str) -> np.ndarray:
@@ -206,7 +206,7 @@ class Sampler:
 
             folders = [self.parent, *self.adapters]
             found = [System(str(folder), folder and str(folder)) for folder in folders]
-            self._policies = Policies(self.cfg.model, self.cfg.quantization, found)
+            self._policies = Policies(self.cfg.model, self.cfg.quantization, found, self.cfg.fast_forward)
         return self._policies
 
 

@@ -109,7 +109,7 @@ def take(cfg: DictConfig, found: Sources, pairs: Splits, tokenizer, run: Run) ->
     )
 
     rows, train = [*pairs.test], pairs.train
-    members = Ensemble(cfg.model, cfg.quantization, tokenizer, found.reward_models, run.dir / SCORES)
+    members = Ensemble(cfg.model, cfg.quantization, tokenizer, found.reward_models, run.dir / SCORES, cfg.fast_forward)
     held_out = members.score(_turns(rows), "held-out pairs", features=True)
     scored = Scored(members, held_out.rewards_MC)
     chosen_MN, rejected_MN = _sides(ensemble.aligned(held_out.rewards_MC, held_out.rewards_MC))

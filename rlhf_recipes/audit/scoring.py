@@ -40,10 +40,20 @@ class Ensemble:
     Args:
         members: of `references.find_reward_models`.
         keep: folder for what was scored.
+        fast: as of `adapters.RewardModels`.
     """
 
-    def __init__(self, model: DictConfig, quantization: DictConfig, tokenizer, members: list[ModelRef], keep: Path):
+    def __init__(
+        self,
+        model: DictConfig,
+        quantization: DictConfig,
+        tokenizer,
+        members: list[ModelRef],
+        keep: Path,
+        fast: bool = False,
+    ):
         self.settings, self.tokenizer, self.members, self.keep = (model, quantization), tokenizer, members, keep
+        self.fast = fast
         self._models = None
 
     def score(
@@ -81,7 +91,7 @@ class Ensemble:
 
     def _model(self, m: int):
         if self._models is None:
-            self._models = RewardModels(*self.settings, [member.adapter for member in self.members])
+            self._models = RewardModels(*self.settings, [member.adapter for member in self.members], self.fast)
         return self._models.using(self.members[m].adapter)
 
 

@@ -22,9 +22,10 @@ from rlhf_recipes import memory, models, modules, progress, ranks
 from rlhf_recipes.cai.backend import THOUGHT, Answer, Message, Request
 from rlhf_recipes.data.template import as_taken, render
 from rlhf_recipes.data.tokens import neutralise
-from rlhf_recipes.decoding import Decoder, find_stems, shared_length
+from rlhf_recipes.decoding import STEM_TOKENS, Decoder
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.inference import batches_in_one, stop_ids
+from rlhf_recipes.packing import count_shared, find_stems
 from rlhf_recipes.references import ModelRef
 from rlhf_recipes.sampling import Draws, float32_head, in_place_of
 
@@ -125,7 +126,7 @@ class Local:
         if not whole:
             return _Row(request, self._ids(text + request.prefix), [])
         # First tokens that all options share tell nothing: they belong to the question. One token at least is left.
-        shared = min(shared_length(whole), *(len(ids) - 1 for ids in whole))
+        shared = min(count_shared(whole), *(len(ids) - 1 for ids in whole))
         return _Row(request, whole[0][:shared], [ids[shared:] for ids in whole])
 
     def _ids(self, text: str) -> list[int]:
@@ -190,7 +191,9 @@ def _batches(rows: list[_Row], times: int) -> Iterator[list[_Row]]:
 
     for _, alike in groupby(sorted(rows, key=settings, reverse=True), key=settings):
         order = sorted(alike, key=lambda row: (row.ids, row.request.key))
-        member = find_stems([row.ids for row in order])[1] if order[0].tails else range(len(order))
+        member = (
+            find_stems([row.ids for row in order], STEM_TOKENS, BATCH_ROWS)[1] if order[0].tails else range(len(order))
+        )
         groups: dict[int, list[_Row]] = {}
         for g, row in zip(member, order, strict=True):
             groups.setdefault(g, []).append(row)

@@ -103,7 +103,7 @@ def measure(
     rows = fit(pairs, tokenizer, cfg.max_length, cfg.data.too_long).test
     rows = [row | {"cluster": cluster} for row, cluster in zip(rows, clusters(rows), strict=True)]
     prompts = _prompts(rows, cfg.prompts)
-    policies = Policies(cfg.model, cfg.quantization, systems)
+    policies = Policies(cfg.model, cfg.quantization, systems, cfg.fast_forward)
     texts = NEUTRAL.read_text(encoding="utf-8").strip().split("\n\n")
     parent, fresh = systems[0], systems[1:] if before else systems
     logps, neutral, answers = _known(before, parent) if before else ({}, {}, {})
@@ -202,7 +202,8 @@ def _reward(cfg: DictConfig, scorers: Scorers, tokenizer, rows: list[dict], answ
     members, proxies = scorers.reward_models, [scorers.proxy] if scorers.proxy else []
     if not (members or proxies):
         return known
-    readers = RewardModels(cfg.model, cfg.quantization, [Path(each.adapter) for each in (*members, *proxies)])
+    folders = [Path(each.adapter) for each in (*members, *proxies)]
+    readers = RewardModels(cfg.model, cfg.quantization, folders, cfg.fast_forward)
     for member in [] if known else members:
         rewards = m.pair_rewards(readers.using(Path(member.adapter)), tokenizer, rows, f"{member.name}: pairs")
         known[member.name] = [_labels(row) | each for row, each in zip(rows, rewards, strict=True)]

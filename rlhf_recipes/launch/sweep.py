@@ -136,7 +136,7 @@ def _measure(folder: Path, sweep: Path, cfg: DictConfig) -> str | None:
     if cfg.sweep.prompts == 0 or not (folder / "adapter").is_dir():
         return None
     settings = OmegaConf.load(config.CONF / "evaluate.yaml")
-    shared = {key: cfg[key] for key in ("model", "quantization", "data")}
+    shared = {key: cfg[key] for key in ("model", "quantization", "data", "fast_forward") if key in cfg}
     asked = {key: cfg.sweep[key] for key in ("prompts", "max_new_tokens", "reward_model")}
     settings = OmegaConf.merge(settings, shared, asked)
     result = run_folder.read_result(folder)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from trl.trainer import utils
 
+from rlhf_recipes import packing
 from rlhf_recipes.preference.shared_prefix import SharedPrefixes
 
 TILE = 8192  # words of the vocabulary
@@ -68,13 +69,35 @@ def speed_up(trainer, wanted: bool) -> None:
         wanted: `fast_forward` of the config; otherwise, and in TRL's own trainers of ORPO and SimPO, which build all
             logits, the forward stays TRL's.
     """
+    _give_lengths(trainer)
     if not wanted or type(trainer).__module__.startswith("trl.experimental"):
         return
     model = trainer.model.get_base_model()
+    packing.allow(model)  # where held-out rows are measured
     if not hasattr(model, "score"):  # a reward model has no words to score
         score_answers_alone(model)
     if "chosen_ids" in trainer.train_dataset.column_names:
         trainer.add_callback(_Say(SharedPrefixes(model.base_model)))
+
+
+def _give_lengths(trainer) -> None:
+    """Tell `trainer.train_sampling_strategy=group_by_length` the tokens of both conversations of a pair; transformers
+    finds those of a column `input_ids` alone."""
+    args, columns = trainer.args, trainer.train_dataset.column_names
+    sides = [column for column in ("chosen_ids", "rejected_ids") if column in columns]
+    sides = sides or [column for column in ("chosen_input_ids", "rejected_input_ids") if column in columns]
+    if args.train_sampling_strategy not in ("group_by_length", "batch_rebalance") or not sides:
+        return
+
+    def length(row: dict) -> dict[str, int]:
+        prompt = len(row.get("prompt_ids") or ())  # stands before both
+        return {args.length_column_name: sum(prompt + len(row[side]) for side in sides)}
+
+    trainer.train_dataset, trainer.eval_dataset = (
+        each.map(length) for each in (trainer.train_dataset, trainer.eval_dataset)
+    )
+    trainer._set_signature_columns_if_needed()
+    trainer._signature_columns.append(args.length_column_name)
 
 
 class _Say(TrainerCallback):

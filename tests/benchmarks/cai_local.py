@@ -117,7 +117,7 @@ def plain_loop(model, backend, sequences: list[list[int]], sizes: list[int]) -> 
     """The tokens of each answer, as text, by batches of these sizes in the order given."""
     import torch
 
-    from rlhf_recipes.decoding import left_pad
+    from rlhf_recipes.packing import left_pad
 
     pad, rest, said = backend.tokenizer.pad_token_id, sequences, []
     for size in sizes:

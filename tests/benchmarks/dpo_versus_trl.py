@@ -1,10 +1,18 @@
-"""The dpo recipe against what a user would pick instead, on the same work: TRL's command, and a script by hand.
+"""Training on pairs against TRL, on the same rows: dpo, orpo, simpo, reward; held-out pairs; a sweep over beta.
 
-    python tests/benchmarks/dpo_versus_trl.py --rounds 3
+    python tests/benchmarks/dpo_versus_trl.py --pairs hh-rlhf.jsonl.gz --rows dpo kept orpo --rounds 3
 
-16 clinic pairs of at most 256 tokens, batch 2, 8 steps, LoRA r 16 on all linear layers, NF4, the embedded model. The
-candidates take turns; printed are medians of wall seconds, seconds per step (the trainer's own train_runtime), what
-the process takes apart from training, and peak memory, then the ratios. Run it alone on the machine.
+Pairs of at most 512 tokens (those of the clinic, or HH-RLHF's), batch 4, one epoch of --steps steps, LoRA r 16 on all
+linear layers, the embedded model in float32 without quantization. What a row compares takes turns, and each is the
+whole command as a user would type it; TRL has no command of ORPO and SimPO, so a script by hand stands for it. Printed
+are medians of seconds and of the peak of the process, what the floor of each would be, and the ratios. Run it alone on
+the machine.
+
+    dpo        recipes/dpo.py / trl dpo
+    kept       a second run of recipes/dpo.py, whose reference is kept / trl dpo
+    orpo, simpo, reward
+    held-out   log-probabilities of the pairs, `fast_forward` / without
+    sweep      recipes/dpo.py sweep=dpo_beta, five jobs / five times trl dpo
 """
 
 import argparse
@@ -12,7 +20,7 @@ import datetime
 import json
 import os
 import platform
-import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -20,38 +28,38 @@ import tempfile
 import time
 from pathlib import Path
 
-STEPS = 8
+ROWS = ("dpo", "kept", "orpo", "simpo", "reward", "held-out", "sweep")
+BATCH, LENGTH, HELD_OUT = 4, 512, 8
 TRAINING = {
-    "max_steps": STEPS,
-    "per_device_train_batch_size": 2,
+    "num_train_epochs": 1,
+    "per_device_train_batch_size": BATCH,
     "gradient_accumulation_steps": 1,
-    "max_length": 256,
+    "max_length": LENGTH,
     "learning_rate": 5e-6,
-    "beta": 0.1,
     "logging_steps": 1,
     "save_strategy": "no",
     "gradient_checkpointing": False,
 }
-
+FLOAT32 = ["quantization=none", "model.dtype=float32", "trainer.bf16=false", "preflight.measure=false"]
 BY_HAND = """
 import json, sys
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-from trl import DPOConfig, DPOTrainer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-folder, pairs, training = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-quantization = BitsAndBytesConfig(
-    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
-)
-model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=quantization)
-for module in model.modules():
-    if hasattr(module, "support_avx512bf16_for_cpu"):
-        module.support_avx512bf16_for_cpu = False
-trainer = DPOTrainer(
-    model=model,
-    args=DPOConfig(output_dir="by_hand", use_cpu=not torch.cuda.is_available(), report_to="none", **training),
+method, folder, pairs, training = *sys.argv[1:4], json.loads(sys.argv[4])
+config, trainer_class, own = {
+    "orpo": (ORPOConfig, ORPOTrainer, {"beta": 0.1}),
+    "simpo": (CPOConfig, CPOTrainer, {"beta": 2.0, "loss_type": "simpo", "simpo_gamma": 0.5, "cpo_alpha": 0.0}),
+}[method]
+trainer = trainer_class(
+    model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+    args=config(
+        output_dir="by_hand", use_cpu=not torch.cuda.is_available(), bf16=False, report_to="none", **own, **training
+    ),
     train_dataset=Dataset.from_list([json.loads(line) for line in open(pairs)]),
     processing_class=AutoTokenizer.from_pretrained(folder),
     peft_config=LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"),
@@ -59,118 +67,173 @@ trainer = DPOTrainer(
 trainer.train()
 trainer.save_model("by_hand")
 """
+MEASURE = """
+import json, sys
+from rlhf_recipes import run
+run.environment()
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from rlhf_recipes import inference, packing
+
+folder, pairs, fast = sys.argv[1:4]
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+if fast == "true":
+    packing.allow(model)
+inference.pair_logps(model, AutoTokenizer.from_pretrained(folder), [json.loads(line) for line in open(pairs)])
+"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS)
     parser.add_argument("--rounds", type=int, default=3)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--pairs", help="a file of HH-RLHF's transcripts; without: pairs of the clinic")
+    options = parser.parse_args()
     from rlhf_recipes import embedded
 
     model = str(embedded.prepare())
     # Every candidate gets all cores; TRL's command would otherwise run on one.
-    env = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(os.cpu_count()),
-        "HF_HUB_OFFLINE": "1",
-        "TRL_EXPERIMENTAL_SILENCE": "1",
-    }
+    threads = os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count())
+    env = {**os.environ, "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
     with tempfile.TemporaryDirectory() as folder:
-        pairs = write_pairs(Path(folder) / "pairs")
-        candidates = commands(model, pairs, Path(folder))
-        timings = {name: [] for name in candidates}
-        for number in range(rounds):
-            for name, command in candidates.items():
-                timings[name].append(
-                    measure([part.replace("{round}", str(number)) for part in command], env, Path(folder))
-                )
-                print(f"round {number + 1}, {name}: {timings[name][-1]}", flush=True)
-    report(timings)
+        here = Path(folder)
+        encoded = write_pairs(here / "pairs", options.pairs and str(Path(options.pairs).resolve()), options.steps)
+        median = statistics.median(len(ids) for pair in encoded for ids, _ in pair)
+        print(f"{datetime.date.today()}, {platform.machine()}, {threads} threads")
+        print(f"{len(encoded)} pairs, tokens of a conversation: median {median:.0f}", flush=True)
+        for row in options.rows:
+            candidates = commands(row, model, here)
+            if row == "kept":  # the first run, which keeps it
+                measure(candidates["ours"], env, here)
+            timings: dict[str, list[tuple[float, float]]] = {name: [] for name in candidates}
+            for _ in range(options.rounds):
+                for name, command in candidates.items():
+                    timings[name].append(measure(command, env, here))
+            report(row, timings, flops(row, encoded))
 
 
-def write_pairs(folder: Path) -> Path:
-    """16 training pairs in TRL's conversational format, two more to hold out."""
-    from rlhf_recipes.data.sources import CLINIC
+def write_pairs(folder: Path, transcripts: str | None, steps: int) -> list[list[tuple[list[int], int]]]:
+    """So many batches of pairs that fit, and some to hold out, in TRL's conversational format.
 
+    Returns:
+        (token ids, where the answer starts) of both conversations of each pair that is trained.
+    """
+    from hydra import compose, initialize_config_module
+
+    import rlhf_recipes.config  # noqa: F401  registers the nodes that the groups start from
+    from rlhf_recipes import inference, models
+    from rlhf_recipes.data.load import load_pairs
+
+    overrides = ["data=hh_rlhf", f"data.path={transcripts}"] if transcripts else []
+    with initialize_config_module("rlhf_recipes.conf", version_base="1.3"):
+        cfg = compose("dpo", overrides=overrides)
+    tokenizer, loaded = models.load_tokenizer(cfg.model), load_pairs(cfg.data)
+    kept, encoded = [], []
+    for row in [*loaded.train, *loaded.test]:
+        both = [inference.encode(tokenizer, row["prompt"], row[side]) for side in ("chosen", "rejected")]
+        if max(len(ids) for ids, _ in both) <= LENGTH:
+            kept.append({key: row[key] for key in ("prompt", "chosen", "rejected")})
+            encoded.append(both)
     folder.mkdir()
-    rows = [json.loads(line) for line in (CLINIC / "pairs.jsonl").read_text().splitlines()]
-    train = [row for row in rows if row["split"] == "train"][:16]
-    test = [row for row in rows if row["split"] == "test"][:2]
-    for name, part in (("train", train), ("test", test)):
-        lines = [
-            {
-                "prompt": row["prompt"],
-                **{side: [{"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")},
-            }
-            for row in part
-        ]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder / "train.jsonl"
+    count = min(BATCH * steps, len(kept) - HELD_OUT)
+    for name, part in (("train", kept[:count]), ("test", kept[count : count + HELD_OUT])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    return encoded[:count]
 
 
-def commands(model: str, pairs: Path, folder: Path) -> dict[str, list[str]]:
-    script = folder / "by_hand.py"
-    script.write_text(BY_HAND)
-    trl_flags = [part for key, value in TRAINING.items() for part in (f"--{key}", str(value))]
-    ours = [f"trainer.{key}={str(value).lower()}" for key, value in TRAINING.items()]
-    return {
-        "recipe": [
-            sys.executable, "-m", "rlhf_recipes.recipes.dpo", "data=local", f"data.path={pairs}",
-            f"data.test_path={pairs.with_name('test.jsonl')}", "run_name=round{round}", *ours,
-        ],
-        "by hand": [sys.executable, str(script), model, str(pairs), json.dumps(TRAINING)],
-        "trl dpo": [
-            str(Path(sys.executable).with_name("trl")), "dpo", "--model_name_or_path", model,
-            "--dataset_name", str(pairs.parent),
-            "--output_dir", "trl", "--load_in_4bit", "--bnb_4bit_quant_type", "nf4", "--use_bnb_nested_quant",
-            "--dtype", "bfloat16", "--use_peft", "--lora_r", "16", "--lora_alpha", "32", "--lora_dropout", "0.0",
-            "--lora_target_modules", "all-linear", "--use_cpu", "True", "--report_to", "none", *trl_flags,
-        ],
-    }  # fmt: skip
+def commands(row: str, model: str, folder: Path) -> dict[str, list[str]]:
+    pairs = folder / "pairs" / "train.jsonl"
+    flags = [part for key, value in TRAINING.items() for part in (f"--{key}", str(value))]
+    recipe = row if row in ("orpo", "simpo", "reward") else "dpo"
+    ours = [
+        sys.executable, "-m", f"rlhf_recipes.recipes.{recipe}", "data=local", f"data.path={pairs}", "overwrite=true",
+        f"data.test_path={pairs.with_name('test.jsonl')}", *FLOAT32,
+        *(f"trainer.{key}={str(value).lower()}" for key, value in TRAINING.items()),
+    ]  # fmt: skip
+    trls = [
+        str(Path(sys.executable).with_name("trl")), recipe, "--model_name_or_path", model, "--dataset_name",
+        str(pairs.parent), "--output_dir", "trl", "--dtype", "float32", "--bf16", "False", "--use_peft",
+        "--lora_r", "16", "--lora_alpha", "32", "--lora_dropout", "0.0", "--lora_target_modules", "all-linear",
+        "--use_cpu", "True", "--report_to", "none", *flags,
+        *(["--lora_task_type", "SEQ_CLS"] if recipe == "reward" else []),
+    ]  # fmt: skip
+    if row == "held-out":
+        by = [sys.executable, str(script(folder, "measure.py", MEASURE)), model, str(pairs)]
+        return {"ours": [*by, "true"], "without": [*by, "false"]}
+    if row == "kept":
+        return {"ours": [*ours, "trainer.precompute_ref_log_probs=true"], "trl": trls}
+    if row == "sweep":
+        return {"ours": [*ours, "sweep=dpo_beta", "sweep.prompts=0"], "trl": trls}
+    if row in ("orpo", "simpo"):
+        return {"ours": ours, "by hand": [sys.executable, str(script(folder, "by_hand.py", BY_HAND)), recipe, model,
+                                          str(pairs), json.dumps(TRAINING)]}  # fmt: skip
+    return {"ours": ours, "trl": trls}
 
 
-def measure(command: list[str], env: dict, folder: Path) -> dict[str, float]:
-    """Wall seconds, seconds per step, seconds apart from training, peak GiB of the largest process."""
+def script(folder: Path, name: str, text: str) -> Path:
+    (folder / name).write_text(text)
+    return folder / name
+
+
+def measure(command: list[str], env: dict, folder: Path) -> tuple[float, float]:
+    """Wall seconds, and the peak of the process in GiB."""
+    if "sweep=dpo_beta" in command:  # its jobs are not replaced, and share what lies beside them
+        shutil.rmtree(folder / "outputs", ignore_errors=True)
     begin = time.monotonic()
     with (folder / "output.txt").open("w+") as output:
         process = subprocess.Popen(command, cwd=folder, env=env, stdout=output, stderr=subprocess.STDOUT)
         _, status, usage = os.wait4(process.pid, 0)
-        wall = time.monotonic() - begin
+        seconds = time.monotonic() - begin
         output.seek(0)
-        text = output.read() + history(folder, command)
-    if status:
-        raise SystemExit(f"{' '.join(command)}\n{text}")
-    runtime = float(re.findall(r"train_runtime'?\"?: '?([0-9.e+-]+)", text)[-1])
-    return {
-        "wall": round(wall, 1),
-        "step": round(runtime / STEPS, 3),
-        "apart": round(wall - runtime, 1),
-        "gib": round(usage.ru_maxrss / 2**20, 2),
-    }
+        if status:
+            raise SystemExit(f"{' '.join(command)}\n{output.read()}")
+    return seconds, usage.ru_maxrss / 2**20
 
 
-def history(folder: Path, command: list[str]) -> str:
-    """metrics.jsonl of a recipe's run, where the trainer's own summary row lies."""
-    names = [part.removeprefix("run_name=") for part in command if part.startswith("run_name=")]
-    return (folder / "outputs" / "dpo" / names[0] / "metrics.jsonl").read_text() if names else ""
+def flops(row: str, encoded: list[list[tuple[list[int], int]]]) -> tuple[float, float]:
+    """TFLOP of an epoch, ours and theirs: two for each weight of a product and token, four T for each width of
+    attention; backward through frozen weights as much as forward.
+
+    Ours: the tokens of a pair's row, and the answers through the head. Theirs: both rows, padded, and all through the
+    head; of held-out pairs unpadded, and the answers.
+    """
+    layers, width, inner, words, keys = 30, 576, 1536, 49152, 192  # of SmolLM2-135M
+    weights = layers * (2 * width * width + 2 * width * keys + 3 * width * inner)
+    passes = {"dpo": 3, "sweep": 3, "kept": 3, "held-out": 1}.get(row, 2)  # reference, forward, backward
+    own_passes = 2 if row == "kept" else passes
+    head = 0 if row == "reward" else words * width
+
+    def cost(tokens: int, length: int, scored: int) -> float:
+        return 2 * weights * tokens + 4 * layers * width * tokens * length + 2 * head * scored
+
+    ours = theirs = 0.0
+    for batch in (encoded[start : start + BATCH] for start in range(0, len(encoded), BATCH)):
+        longest = max(len(ids) for pair in batch for ids, _ in pair)
+        padded = 2 * len(batch) * longest
+        if row != "held-out":
+            theirs += cost(padded, longest, padded)
+        for (chosen, start), (rejected, other) in batch:
+            answers = len(chosen) + len(rejected) - start - other
+            if row == "held-out":
+                theirs += sum(cost(len(ids), len(ids), 0) for ids in (chosen, rejected)) + cost(0, 0, answers)
+            shared = next((n for n, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), 0)
+            tokens = len(chosen) + len(rejected) - shared
+            ours += cost(tokens, tokens, answers)
+    if row == "sweep":  # the reference once
+        return (5 * 2 + 1) * ours / 1e12, 5 * passes * theirs / 1e12
+    return own_passes * ours / 1e12, passes * theirs / 1e12
 
 
-def report(timings: dict[str, list[dict[str, float]]]) -> None:
+def report(row: str, timings: dict[str, list[tuple[float, float]]], floor: tuple[float, float]) -> None:
+    times = 5 if row == "sweep" else 1  # of TRL's command
+    (ours, own_peak), (theirs, peak) = (map(statistics.median, zip(*runs, strict=True)) for runs in timings.values())
     print(
-        f"\n{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, median of {len(timings['recipe'])}"
+        f"{row:9} {ours:7.1f} s / {times * theirs:7.1f} s = {ours / (times * theirs):.2f}   "
+        f"{own_peak:.2f} / {peak:.2f} GiB = {own_peak / peak:.2f}   "
+        f"{floor[0]:.1f} / {floor[1]:.1f} TFLOP = {floor[0] / floor[1]:.2f}   median of {len(timings['ours'])}",
+        flush=True,
     )
-    median = {
-        name: {key: statistics.median(row[key] for row in rows) for key in rows[0]} for name, rows in timings.items()
-    }
-    for name, row in median.items():
-        print(
-            f"{name:8}  {row['wall']:6.1f} s  {row['step']:6.3f} s/step  {row['apart']:5.1f} s apart from training"
-            f"  {row['gib']:.2f} GiB"
-        )
-    for name in ("by hand", "trl dpo"):
-        ratios = {key: median["recipe"][key] / median[name][key] for key in ("wall", "step")}
-        added = median["recipe"]["apart"] - median[name]["apart"]
-        print(f"recipe / {name}: wall {ratios['wall']:.3f}, step {ratios['step']:.3f}, apart {added:+.1f} s")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
-"""Preflight's prediction of the peak memory against what the run then took: six recipes at three sizes.
+"""Preflight's prediction of the peak memory against what the run then took: six recipes at four sizes.
 
     python tests/benchmarks/preflight_predicts.py
     python tests/benchmarks/preflight_predicts.py --recipes dpo ppo --sizes small --folder kept
 
 Every run takes two steps on rows of replies of the clinic set, one after another until they have the length that the
-size asks for. `large` is SmolLM2-360M's shape with random weights: memory does not depend on what they are.
+size asks for. `large` is SmolLM2-360M's shape with random weights: memory does not depend on what they are. Rows of
+`varied` are as long as conversations of HH-RLHF, and a step takes four micro-batches of them.
 """
 
 import argparse
 import json
+import math
 import os
 import random
 import subprocess
@@ -19,7 +21,10 @@ from pathlib import Path
 HERE = Path(__file__).parent
 RECIPES = ("sft", "reward", "dpo", "orpo", "simpo", "ppo")
 # Sequences (pairs are two) of a micro-batch, tokens of the longest row.
-SIZES = {"small": (2, 256), "medium": (4, 512), "large": (2, 512)}
+SIZES = {"small": (2, 256), "medium": (4, 512), "large": (2, 512), "varied": (4, 512)}
+ACCUMULATED = {"varied": 4}
+# Tokens of a conversation of HH-RLHF: log-normal.
+MEDIAN, SPREAD = 178, 0.7
 LARGE = {
     "hidden_size": 960,
     "intermediate_size": 2560,
@@ -66,14 +71,19 @@ def main() -> None:
 
 def settings(recipe: str, size: str, folder: Path) -> list[str]:
     batch, tokens = SIZES[size]
+    accumulated = ACCUMULATED.get(size, 1)
     rows = folder / f"{recipe}_{size}.jsonl"
     if not rows.exists():
-        write_rows(rows, recipe, tokens, 8 * STEPS * batch)
+        write_rows(rows, recipe, tokens, 8 * STEPS * batch * accumulated, varied=size == "varied")
     found = [f"data.path={rows}", "data=local", "data.test_size=4", f"trainer.per_device_train_batch_size={batch}"]
-    found += ["trainer.gradient_accumulation_steps=1", f"trainer.max_steps={STEPS}", "trainer.save_strategy=no"]
+    found += [
+        f"trainer.gradient_accumulation_steps={accumulated}",
+        f"trainer.max_steps={STEPS}",
+        "trainer.save_strategy=no",
+    ]
     found += [f"model.path={large_model(folder)}"] if size == "large" else []
     if recipe != "ppo":
-        return [*found, f"data.train_size={STEPS * batch}", f"trainer.max_length={tokens}"]
+        return [*found, f"data.train_size={STEPS * batch * accumulated}", f"trainer.max_length={tokens}"]
     return [
         *found, f"max_prompt_length={tokens // 2}", f"trainer.max_completion_length={tokens // 4}",
         "trainer.value=separate", "trainer.missing_eos_penalty=null",
@@ -81,8 +91,8 @@ def settings(recipe: str, size: str, folder: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def write_rows(path: Path, recipe: str, tokens: int, count: int) -> None:
-    """Rows of up to `tokens` tokens, about four characters each; every prompt is another one."""
+def write_rows(path: Path, recipe: str, tokens: int, count: int, varied: bool = False) -> None:
+    """Rows of `tokens` tokens, about four characters each, or of up to so many; every prompt is another one."""
     clinic = HERE.parents[1] / "rlhf_recipes" / "assets" / "clinic" / "pairs.jsonl"
     replies = [json.loads(line)["chosen"] for line in clinic.read_text().splitlines()]
     replies = [reply if isinstance(reply, str) else reply[-1]["content"] for reply in replies]
@@ -92,9 +102,10 @@ def write_rows(path: Path, recipe: str, tokens: int, count: int) -> None:
         words = " ".join(draw.sample(replies, 12)).split()
         return " ".join(words)[: 4 * length]
 
-    room = tokens // 2 if recipe == "ppo" else tokens
+    whole = tokens // 2 if recipe == "ppo" else tokens
     lines = []
     for number in range(count):
+        room = min(whole, max(120, int(draw.lognormvariate(math.log(MEDIAN), SPREAD)))) if varied else whole
         prompt = f"Case {number}. {text(room // 4 if recipe != 'ppo' else room - 60)}"
         size = room * 3 // 4 - 70
         lines.append({"prompt": prompt, "chosen": text(size), "rejected": text(size), "completion": text(size)})

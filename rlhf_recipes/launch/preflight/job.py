@@ -238,7 +238,7 @@ def _largest(recipe: str, args, sizes: list[int], steps: int) -> predict_memory.
 
 def _fast(largest: predict_memory.Batch, args, sizes: Sizes) -> predict_memory.Batch:
     """With `fast_forward`: the answers alone that are scored, and the longest pair as one row."""
-    from rlhf_recipes.preference.shared_prefix import SPAN
+    from rlhf_recipes.packing import SPAN
 
     kept = sizes.cut(args.max_length, getattr(args, "truncation_mode", "keep_start"))
     more = not getattr(args, "disable_prompt_loss", True) or getattr(args, "completion_only_loss", None) is False

@@ -1,0 +1,163 @@
+"""The reference's log-probabilities of the rows that are trained: computed once, before training, and kept.
+
+`trainer.precompute_ref_log_probs` asks for it. They depend on neither beta nor the seed, so that a second epoch, a
+second run and every job of a sweep read them. TRL's own way, without `fast_forward`, goes through batches as they are
+trained; this one goes through `inference`.
+"""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trl.trainer.utils import use_adapter
+
+from rlhf_recipes import inference, ranks
+from rlhf_recipes.run import Run
+from rlhf_recipes.run_folder import write_atomically
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftModel
+    from trl import DPOConfig, KTOConfig
+
+FOLDER = ".reference"
+# Rows of a file: what an interrupted run has computed is kept, and so many are in memory as tokens.
+ROWS = 4096
+# Of TRL's datasets: the column of an answer, and that of its log-probability under the reference.
+COLUMNS = {
+    "chosen_ids": "ref_chosen_logps",
+    "rejected_ids": "ref_rejected_logps",
+    "completion_ids": "ref_logps",
+    "KL_completion_ids": "ref_KL_logps",
+}
+
+Encoded = tuple[list[int], int]
+
+
+def take_over(args: "DPOConfig | KTOConfig", fast_forward: bool) -> bool:
+    """Whether `precompute` shall compute them, instead of the trainer that is made with `args`.
+
+    TRL does where it is told its batches, and refuses a reference that moves.
+    """
+    taken = fast_forward and args.precompute_ref_log_probs
+    taken = taken and not args.precompute_ref_batch_size and not args.sync_ref_model
+    if taken:
+        args.precompute_ref_log_probs = False
+    return taken
+
+
+def precompute(trainer, run: Run) -> None:
+    """Give the trainer's rows the columns that it reads in place of a forward pass of the reference.
+
+    Args:
+        trainer: a DPOTrainer or KTOTrainer, with a LoRA.
+    """
+    folder, model = folder_beside(run), _of_reference(trainer.model)
+    trainer.train_dataset = _with_reference(trainer, trainer.train_dataset, "train rows", folder, model)
+    if trainer.args.eval_strategy != "no":
+        trainer.eval_dataset = _with_reference(trainer, trainer.eval_dataset, "held-out rows", folder, model)
+    trainer.precompute_ref_logps = True
+
+
+def folder_beside(run: Run) -> Path:
+    """For all runs and sweeps in the folder in which this one lies."""
+    return (run.shared.parent if run.shared else run.dir).parent / FOLDER
+
+
+def _with_reference(trainer, dataset: "Dataset", what: str, folder: Path, model: str) -> "Dataset":
+    found: dict[str, list[float]] = {COLUMNS[side]: [] for side in COLUMNS if side in dataset.column_names}
+    sides = [side for side in COLUMNS if side in dataset.column_names]
+    read = 0
+    for start in range(0, len(dataset), ROWS):
+        rows = dataset.select(range(start, min(start + ROWS, len(dataset))))
+        encoded = [_encoded(row["prompt_ids"], row[side], trainer.args) for row in rows for side in sides]
+        weight = getattr(trainer.args, "ld_alpha", None)
+        key = hashlib.sha256(json.dumps([model, encoded, weight]).encode()).hexdigest()
+        path = folder / f"{key[:16]}.json"
+        logps = ranks.by_first(_read, path, key, len(encoded))
+        read += len(rows) if logps else 0
+        if not logps:
+            logps = _sums(trainer, encoded, what, weight)
+            ranks.by_first(_write, path, key, logps)
+        for place, side in enumerate(sides):
+            found[COLUMNS[side]] += logps[place :: len(sides)]
+    if ranks.is_first():
+        computed = len(dataset) - read
+        said = [f"{count:,} {how}" for count, how in ((read, "read from"), (computed, "computed, kept in")) if count]
+        print(f"reference of the {what}: {', '.join(said)} {folder}", flush=True)
+    for column, values in found.items():
+        dataset = dataset.add_column(column, values)
+    return dataset
+
+
+def _encoded(prompt: list[int], answer: list[int], args: "DPOConfig | KTOConfig") -> Encoded:
+    """The tokens as TRL's collator cuts them, and where those start that are scored: none is without one before it."""
+    ids, start = prompt + answer, len(prompt)
+    if args.max_length is not None and len(ids) > args.max_length:
+        if getattr(args, "truncation_mode", "keep_start") == "keep_end":
+            start -= len(ids) - args.max_length
+            ids = ids[-args.max_length :]
+        else:
+            ids = ids[: args.max_length]
+    return ids, min(max(start, 1), len(ids))
+
+
+def _sums(trainer, encoded: list[Encoded], what: str, weight: float | None) -> list[float]:
+    """Log-probabilities of the answers in nats.
+
+    Args:
+        weight: `ld_alpha`: of the tokens beyond the length of a pair's other answer (Liu et al. 2024,
+            arXiv:2409.06411, equation 8).
+    """
+    model, pad_id = trainer.model, trainer.processing_class.pad_token_id
+    with use_adapter(model, adapter_name=_adapter(model)):
+        logps = inference.token_logps(model, pad_id, encoded, f"Reference, {what}")
+    if weight is None:
+        return [logps_K.sum().item() for logps_K in logps]
+    shorter = [min(map(len, pair)) for pair in zip(logps[::2], logps[1::2], strict=True) for _ in pair]
+    return [(logps_K[:n].sum() + weight * logps_K[n:].sum()).item() for logps_K, n in zip(logps, shorter, strict=True)]
+
+
+def _adapter(model: "PeftModel") -> str | None:
+    """TRL's frozen copy of an adapter that is continued, or the base alone."""
+    return "ref" if "ref" in model.peft_config else None
+
+
+def _of_reference(model: "PeftModel") -> str:
+    """Hash of what computes the reference: its weights, as they lie here, in which precision, and how."""
+    import torch
+
+    config = model.get_base_model().config
+    how = {key: value for key, value in config.to_dict().items() if key not in ("_name_or_path", "name_or_path")}
+    how |= {"device": model.device.type, "attention": config._attn_implementation, "torch": torch.__version__}
+    if adapter := _adapter(model):
+        how |= {"adapter": {**model.peft_config[adapter].to_dict(), "base_model_name_or_path": None}}
+    digest = hashlib.sha256(json.dumps(how, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if ".default." not in name:  # the policy's own
+            digest.update(f"{name} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _read(path: Path, key: str, count: int) -> list[float] | None:
+    """What was kept under this key; None where nothing was, or anything else than was written."""
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        logps = kept["logps"]
+        if kept["key"] != key or kept["sha256"] != _checked(logps) or len(logps) != count:
+            return None
+        return logps if all(isinstance(each, float) and math.isfinite(each) for each in logps) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write(path: Path, key: str, logps: list[float]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps({"key": key, "sha256": _checked(logps), "logps": logps}))
+
+
+def _checked(logps: list[float]) -> str:
+    return hashlib.sha256(json.dumps(logps).encode()).hexdigest()
