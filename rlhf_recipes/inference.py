@@ -148,8 +148,17 @@ class Sampling:
     seed: int
 
 
-def generate(model, tokenizer, prompts: list[list[Message]], how: Sampling, what: str) -> list[dict]:
-    """For each prompt `ids`, `start` (of the answer in `ids`), its `text`, `tokens` and `finished` (by its EOS)."""
+def generate(
+    model, tokenizer, prompts: list[list[Message]], how: Sampling, what: str, part: tuple[int, int] = (0, 1)
+) -> list[dict]:
+    """For each prompt `ids`, `start` (of the answer in `ids`), its `text`, `tokens` and `finished` (by its EOS).
+
+    Args:
+        part: of the batches that all prompts make, the first that is computed, and every how-manyth is.
+
+    Returns:
+        None for the prompts of other batches.
+    """
     import torch
 
     from rlhf_recipes.sampling import complete
@@ -159,7 +168,7 @@ def generate(model, tokenizer, prompts: list[list[Message]], how: Sampling, what
     results: list[Any] = [None] * len(encoded)
     with measuring(model):
         longest = [(ids + [0] * how.max_new_tokens, 0) for ids, _ in encoded]
-        for number, indices in _batches(longest, what, model):
+        for number, indices in _batches(longest, what, model, part=part):
             torch.manual_seed(how.seed + number)  # what is drawn depends on the batch, not on whose it is
             ids_BT, mask_BT, _ = left_pad([encoded[i][0] for i in indices], tokenizer.pad_token_id, model.device)
             out_BT = complete(
@@ -215,13 +224,14 @@ def batches_beside(weights: float, device=None) -> int:
 
 
 def _batches(
-    encoded: list[tuple[list[int], int]], what: str, model, vocabulary: int = 0
+    encoded: list[tuple[list[int], int]], what: str, model, vocabulary: int = 0, part: tuple[int, int] = (0, 1)
 ) -> Iterator[tuple[int, list[int]]]:
     """This process's batches with their numbers: indices grouped by length, the longest first: an out-of-memory shows
     at once.
 
     Args:
         vocabulary: V where the forward pass makes logits of completions, 0 where it makes none that count.
+        part: see `generate`.
     """
     times = batches_in_one(model)
     tokens = times * BATCH_TOKENS
@@ -239,9 +249,11 @@ def _batches(
             size = B
         groups.append(rest[:size])
         rest = rest[size:]
-    line, done = progress.Line(what, len(order)), 0
+    begin, every = part
+    groups = groups[begin::every]
+    line, done = progress.Line(what, sum(map(len, groups))), 0
     for number, group in ranks.share(groups):
-        yield number, group
+        yield begin + number * every, group
         memory.return_freed_memory()
         first = number - number % ranks.world_size()
         done += sum(map(len, groups[first : first + ranks.world_size()]))  # the others have come as far
@@ -253,7 +265,7 @@ def _everyones(results: list) -> list:
     if ranks.world_size() == 1:
         return results
     found = dict(ranks.gather([(place, each) for place, each in enumerate(results) if each is not None]))
-    return [found[place] for place in range(len(results))]
+    return [found.get(place) for place in range(len(results))]
 
 
 def left_pad(sequences: list[list[int]], pad_id: int, device):

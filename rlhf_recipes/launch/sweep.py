@@ -16,7 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import config, memory, ranks, run, run_folder
 from rlhf_recipes.errors import Refusal
-from rlhf_recipes.evaluation.sweeps import ROWS, check, describe, may_be_best, read_measurements, rebuild
+from rlhf_recipes.evaluation import measurements
+from rlhf_recipes.evaluation.sweeps import ROWS, check, describe, may_be_best, rebuild
 from rlhf_recipes.launch import cards, keys
 from rlhf_recipes.launch.preflight import look
 from rlhf_recipes.launch.refusals import as_refusal, print_error
@@ -145,9 +146,9 @@ def _measure(folder: Path, sweep: Path, cfg: DictConfig) -> str | None:
     parent = (result["parent"] or {}).get("run") or BASE
     found = measure.find([str(folder)], parent, cfg.model.id, adapter_base=cfg.model.adapter_base)
     fingerprint = {"adapter": result["adapter_sha256"], "parent": parent, "asked": OmegaConf.to_container(settings)}
-    known = read_measurements(folder)
+    known = measurements.find(folder)
     if known is None or _measured_as(known.fingerprint) != _measured_as(fingerprint):
-        others = (read_measurements(path.parent) for path in sorted(sweep.glob("*/measurements.json")))
+        others = (measurements.find(path.parent) for path in sorted(sweep.glob(f"*/{measurements.FILE}")))
         alike = {**_measured_as(fingerprint), "adapter": None}
         before = next((m for m in others if {**_measured_as(m.fingerprint), "adapter": None} == alike), None)
         before = ranks.from_first(before)
@@ -160,7 +161,7 @@ def _measure(folder: Path, sweep: Path, cfg: DictConfig) -> str | None:
             return None
         known = measure.measure(settings, found, measure.Scorers(scorer), pairs, before)
         known.fingerprint = fingerprint
-        run_folder.write_atomically(folder / "measurements.json", json.dumps(asdict(known), ensure_ascii=False))
+        known.write(folder)
     return found[1].name
 
 
