@@ -55,9 +55,9 @@ def main(cfg):
         found.write(run.dir)
         run.write_result(run.record(shards=cfg.shards, counts=pairs.report, **named_bases))
         return print(f"  next      the command without shards=, when all {jobs} are done", flush=True)
-    evaluation = summary.summarise(found, cfg.thresholds)
+    evaluation = ranks.by_first(summary.summarise, found, cfg.thresholds)
     if cfg.checkpoints:
-        evaluation["checkpoints"] = checkpoints.compare(found, evaluation)
+        evaluation["checkpoints"] = ranks.by_first(checkpoints.compare, found, evaluation)
 
     page.write_page(evaluation, run.dir / "report.html")
     main = summary.headline(evaluation)
