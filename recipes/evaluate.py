@@ -7,11 +7,12 @@ Examples:
     python recipes/evaluate.py 'runs=[outputs/dpo/main]' judge=server judge.model=Qwen/Qwen3-32B 'tasks=[arc_easy]'
     python recipes/evaluate.py checkpoints=outputs/ppo/main 'reward_model=[outputs/reward/a,outputs/reward/b]'
     python recipes/evaluate.py 'sweeps=[outputs/dpo/dpo_beta,outputs/simpo/simpo_beta_gamma]' run_name=frontier
+    python recipes/evaluate.py 'runs=[outputs/dpo/main]' prompts=null shards=3/8
 """
 
 import sys
 
-from rlhf_recipes import config
+from rlhf_recipes import config, ranks
 from rlhf_recipes.data.load import load_pairs
 from rlhf_recipes.evaluation import sweeps
 from rlhf_recipes.launch.recipe import recipe
@@ -21,11 +22,13 @@ from rlhf_recipes.text import line
 
 @recipe("evaluate")
 def main(cfg):
+    _, jobs = config.part_of(cfg.shards)
     run = Run.start(cfg, "evaluate")
     if cfg.sweeps:
         return sweeps.join(run, cfg.sweeps, cfg.sweep)
+    parts = [] if cfg.shards else ranks.by_first(run.all_parts)
     from rlhf_recipes import models
-    from rlhf_recipes.evaluation import checkpoints, judges, measure, page, summary, table, tasks
+    from rlhf_recipes.evaluation import checkpoints, judges, measure, measurements, page, summary, table, tasks
 
     candidates = measure.find(cfg.runs, cfg.parent, cfg.model.id, cfg.checkpoints, cfg.model.adapter_base)
     scorers = measure.find_scorer(cfg.reward_model, cfg.model.id, adapter_base=cfg.model.adapter_base)
@@ -39,16 +42,22 @@ def main(cfg):
     pairs = load_pairs(cfg.data)
     harness = tasks.find(cfg.tasks, cfg.lm_eval)
     scored_by = measure.Scorers(scorers, proxy, function, harness)
-    measurements = measure.measure(cfg, candidates, scored_by, pairs)
-    judge = judges.load(cfg, judge_adapter)
+    if parts:
+        found, judge = measure.join(cfg, [measurements.read(part) for part in parts], pairs), None
+    else:
+        found = measure.measure(cfg, candidates, scored_by, pairs)
+        judge = judges.load(cfg, judge_adapter)
 
     run.create()
     if judge:
-        path = run.dir / GATE
-        measurements = judges.compare(judge, measurements, pairs.test, path, cfg.judging.tie_margin)
-    evaluation = summary.summarise(measurements, cfg.thresholds)
+        found = judges.compare(judge, found, pairs.test, run.dir / GATE, cfg.judging.tie_margin)
+    if cfg.shards:
+        found.write(run.dir)
+        run.write_result(run.record(shards=cfg.shards, counts=pairs.report, **named_bases))
+        return print(f"  next      the command without shards=, when all {jobs} are done", flush=True)
+    evaluation = ranks.by_first(summary.summarise, found, cfg.thresholds)
     if cfg.checkpoints:
-        evaluation["checkpoints"] = checkpoints.compare(measurements, evaluation)
+        evaluation["checkpoints"] = ranks.by_first(checkpoints.compare, found, evaluation)
 
     page.write_page(evaluation, run.dir / "report.html")
     main = summary.headline(evaluation)

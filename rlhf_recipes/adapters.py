@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 
 from rlhf_recipes import inference as m
 from rlhf_recipes import models
+from rlhf_recipes.config import part_of
 from rlhf_recipes.references import folder_of
 
 BASE = "base"
@@ -80,21 +81,27 @@ class Policies:
             return [[-logp, tokens] for logp, tokens in m.text_logps(model, tokenizer, texts, f"{system.name}: text")]
 
     def answers(self, system: System, parent: System, tokenizer, prompts: list[dict], cfg: DictConfig) -> list[dict]:
-        """An answer to each prompt, with k1 and k3 of another answer sampled at temperature 1."""
-        asked = [row["prompt"] for row in prompts]
+        """An answer to each prompt, with k1 and k3 of another answer sampled at temperature 1; None for those that are
+        not of this part (`cfg.shards`)."""
+        asked, part = [row["prompt"] for row in prompts], part_of(cfg.shards)
         how = m.Sampling(cfg.max_new_tokens, cfg.temperature, cfg.seed)
         with self.using(system.adapter) as model:
-            shown = m.generate(model, tokenizer, asked, how, f"{system.name}: answers")
+            shown = m.generate(model, tokenizer, asked, how, f"{system.name}: answers", part)
+        answered = [answer for answer in shown if answer]
         if system is parent:
-            return [{**answer, "k1": 0.0, "k3": 0.0} for answer in shown]
+            for answer in answered:
+                answer |= {"k1": 0.0, "k3": 0.0}
+            return shown
         with self.using(system.adapter) as model:
-            sampled = m.generate(model, tokenizer, asked, replace(how, temperature=1.0), f"{system.name}: samples")
-            encoded = [(answer["ids"], answer["start"]) for answer in sampled]
+            how = replace(how, temperature=1.0)
+            sampled = m.generate(model, tokenizer, asked, how, f"{system.name}: samples", part)
+            encoded = [(answer["ids"], answer["start"]) for answer in sampled if answer]
             own = m.token_logps(model, tokenizer.pad_token_id, encoded, f"{system.name}: KL")
         with self.using(parent.adapter) as model:
             reference = m.token_logps(model, tokenizer.pad_token_id, encoded, f"{system.name}: KL, parent")
-        terms = [m.kl_terms(p, q) for p, q in zip(own, reference, strict=True)]
-        return [{**answer, "k1": k1, "k3": k3} for answer, (k1, k3) in zip(shown, terms, strict=True)]
+        for answer, p, q in zip(answered, own, reference, strict=True):
+            answer["k1"], answer["k3"] = m.kl_terms(p, q)
+        return shown
 
 
 class RewardModels:

@@ -4,6 +4,7 @@ Everything at module level is cheap (no torch, no trl), so that `--help` and a r
 """
 
 import os
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,18 @@ class ModelConfig:
     adapter: str | None = None  # a run (or adapter folder) whose LoRA is continued
     adapter_base: str | None = None  # same: adapters that name another base are of this one, as the user says
     trust_remote_code: bool = False  # run the Python files that the model's folder brings
+
+
+def part_of(shards: str | None) -> tuple[int, int]:
+    """(number of the first part, from 0; every how-manyth is made) of `shards`, k/n: all of them without it.
+
+    Raises:
+        Refusal: it is no such part.
+    """
+    found = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", shards or "1/1")
+    if not found or int(found[1]) > int(found[2]):
+        raise Refusal(f"shards={shards}: must be k/n, the k-th of n jobs, as in 3/8. Change it.")
+    return int(found[1]) - 1, int(found[2])
 
 
 def _own(id: str, value: Any, otherwise: Any = None, *, _parent_: DictConfig) -> Any:

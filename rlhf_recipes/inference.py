@@ -210,8 +210,17 @@ class Sampling:
     seed: int
 
 
-def generate(model, tokenizer, prompts: list[list[Message]], how: Sampling, what: str) -> list[dict]:
-    """For each prompt `ids`, `start` (of the answer in `ids`), its `text`, `tokens` and `finished` (by its EOS)."""
+def generate(
+    model, tokenizer, prompts: list[list[Message]], how: Sampling, what: str, part: tuple[int, int] = (0, 1)
+) -> list[dict]:
+    """For each prompt `ids`, `start` (of the answer in `ids`), its `text`, `tokens` and `finished` (by its EOS).
+
+    Args:
+        part: of the batches that all prompts make, the first that is computed, and every how-manyth is.
+
+    Returns:
+        None for the prompts of other batches.
+    """
     from rlhf_recipes.decoding import Decoder
     from rlhf_recipes.sampling import Draws
 
@@ -221,7 +230,7 @@ def generate(model, tokenizer, prompts: list[list[Message]], how: Sampling, what
     results: list[Any] = [None] * len(encoded)
     with measuring(model):
         longest = [(ids + [0] * how.max_new_tokens, 0) for ids, _ in encoded]
-        for _, batch in _batches(longest, what, model):
+        for _, batch in _batches(longest, what, model, part=part):
             indices = [i for (i,) in batch]
             # What is drawn depends on the prompt's place, not on batch or process.
             draws = Draws([hash((how.seed, i)) % 2**63 for i in indices], model.device, how.max_new_tokens)
@@ -315,6 +324,7 @@ def _batches(
     model,
     vocabulary: int = 0,
     rows: list[list[int]] | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[int, list[list[int]]]]:
     """This process's batches of rows with their numbers: grouped by length, the longest first: an out-of-memory shows
     at once.
@@ -322,6 +332,7 @@ def _batches(
     Args:
         vocabulary: V where the forward pass makes logits of completions, 0 where it makes none that count.
         rows: indices of the sequences of a row; none: each is one, padded as its batch is, and so are its logits.
+        part: see `generate`.
     """
     from rlhf_recipes.packing import count_shared
 
@@ -349,9 +360,11 @@ def _batches(
             size = B
         groups.append(rest[:size])
         rest = rest[size:]
-    line, done = progress.Line(what, len(encoded)), 0
+    begin, every = part
+    groups = groups[begin::every]
+    line, done = progress.Line(what, sum(len(row) for group in groups for row in group)), 0
     for number, group in ranks.share(groups):
-        yield number, group
+        yield begin + number * every, group
         memory.return_freed_memory()
         first = number - number % ranks.world_size()
         others = groups[first : first + ranks.world_size()]  # have come as far
@@ -364,7 +377,7 @@ def _everyones(results: list) -> list:
     if ranks.world_size() == 1:
         return results
     found = dict(ranks.gather([(place, each) for place, each in enumerate(results) if each is not None]))
-    return [found[place] for place in range(len(results))]
+    return [found.get(place) for place in range(len(results))]
 
 
 def stop_ids(generation_config, tokenizer) -> list[int]:

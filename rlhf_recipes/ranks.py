@@ -27,7 +27,7 @@ LAUNCHERS = (
 # Of messages between processes: one may work alone for long, and the end of a process is seen without it.
 PATIENCE = timedelta(days=7)
 SECONDS = 1800  # of what the processes compute together: `ddp_timeout` of transformers
-ENDED, LAST_SECONDS = "rlhf_recipes/ended", 10  # that the first waits until all know why it ends
+ENDED, LAST_SECONDS = "rlhf_recipes/ended", 30  # that the first waits until all know why it ends
 
 _group = None  # for messages; it works on the CPU, whatever the model is trained on
 

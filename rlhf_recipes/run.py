@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import sys
 import time
 import warnings
@@ -157,6 +158,45 @@ class Run:
             run_folder.refuse_to_replace(self.dir, flatten(self.config))
             run_folder.clear(self.dir)
         self.write_config()
+
+    def parts(self) -> list[Path]:
+        """The folders that jobs with `shards=k/n` of this run have made, each beside it.
+
+        Raises:
+            Refusal: one of them was made with other settings.
+        """
+        name = re.compile(re.escape(self.dir.name) + r"\.\d+-of-\d+")
+        found = [path for path in sorted(self.dir.parent.glob("*-of-*")) if name.fullmatch(path.name)]
+        for part in found:
+            begun = run_folder.marked(part)
+            if begun and computed(read_config(part)) != computed(self.config):
+                raise Refusal(
+                    f"{part}: was made with other settings than {self.dir}. Remove it, or give its settings."
+                )
+        return found
+
+    def all_parts(self) -> list[Path]:
+        """The same in the order of k, all of them finished; none where no job has made one.
+
+        Raises:
+            Refusal: they are not all there, or are parts of different n.
+        """
+        counts = sorted({int(part.name.rpartition("-")[2]) for part in self.parts()})
+        if not counts:
+            return []
+        if len(counts) > 1:
+            raise Refusal(
+                f"{self.dir}.*-of-*: parts of {counts[0]} jobs and of {counts[1]}. Remove those that are not to be "
+                "joined."
+            )
+        parts = [Path(f"{self.dir}.{k}-of-{counts[0]}") for k in range(1, counts[0] + 1)]
+        for k, part in enumerate(parts, 1):
+            if not (part / run_folder.RESULT).is_file():
+                raise Refusal(
+                    f"shards={k}/{counts[0]}: has not finished, no result.json in {part}. Give the command with it, "
+                    f"or remove {self.dir}.*-of-{counts[0]} to do without parts."
+                )
+        return parts
 
     def cached(self, rows: Iterable[dict], measure: Callable[[], list]) -> list:
         """What `measure` finds of the model before it is trained; jobs of a sweep that start alike are measured once.

@@ -114,10 +114,10 @@ def _release(lock, path: Path, made: list[Path]) -> None:
             folder.rmdir()
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str, by_any: bool = False) -> None:
     """The file has the old text or the whole of the given one, never a part of it. Of several processes the first
-    writes."""
-    if not ranks.is_first():
+    writes, or with `by_any` each."""
+    if not (by_any or ranks.is_first()):
         return
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # jobs of a sweep may write side by side
     scratch.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a surrogate pair is no UTF-8

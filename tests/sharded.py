@@ -28,13 +28,13 @@ def pass_for_cards():
 
 def watch(seen):
     """Keep what the base takes on this rank, and what is measured."""
-    from rlhf_recipes import inference, models, sharding
+    from rlhf_recipes import inference, sharding
 
     def base_bytes(model):
         frozen = [p for name, p in model.named_parameters() if not p.requires_grad and "lora_" not in name]
         return sum(getattr(p, "_local_tensor", p).nbytes for p in frozen)
 
-    prepare, logps, rewards = sharding.prepare, inference.pair_logps, inference.pair_rewards
+    prepare = sharding.prepare
 
     def prepared(trainer):
         seen["bytes"] = [base_bytes(trainer.model)]
@@ -44,16 +44,16 @@ def watch(seen):
     def measured(measure):
         def recorded(model, tokenizer, rows, *what):
             found = measure(model, tokenizer, rows, *what)
-            kept = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows]
+            kept = [{key: row[key] for key in ("prompt", "chosen", "rejected") if key in row} for row in rows]
             seen.setdefault("measured", []).append({"rows": kept, "found": found})
             return found
 
         return recorded
 
     sharding.prepare = prepared
-    inference.pair_logps, inference.pair_rewards = measured(logps), measured(rewards)
+    for name in ("pair_logps", "pair_rewards", "demonstration_logps"):
+        setattr(inference, name, measured(getattr(inference, name)))
     inference.BATCH_TOKENS = 600  # several batches, an odd number of them
-    return models
 
 
 def stop_after(step):

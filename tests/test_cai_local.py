@@ -284,7 +284,7 @@ def test_stems_save_the_most(monkeypatch):
             widths = [next(n for n in range(13, -1, -1) if all(len(ids) > n and ids[:n] == run[0][:n] for ids in run))
                       for run in runs]  # fmt: skip
             most = max(most, sum((len(r) - 1) * w for r, w in zip(runs, widths, strict=True) if w >= 3))
-        stems, member = decoding.find_stems(sequences)
+        stems, member = decoding.find_stems(sequences, 3, 64)
         assert all(ids[:-1][: len(stems[g])] == stems[g] for ids, g in zip(sequences, member, strict=True))
         assert sum(len(stems[g]) for g in member) - sum(map(len, stems)) == most
 

@@ -5,10 +5,12 @@ import subprocess
 
 import pytest
 from conftest import ROOT
+from omegaconf import OmegaConf
 
 from rlhf_recipes import commands, config
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.launch import cards, pipeline, recipe
+from rlhf_recipes.launch.preflight import look
 
 FILES = sorted((ROOT / "conf/accelerate").glob("*.yaml"))
 
@@ -118,6 +120,29 @@ def test_the_stages_of_a_pipeline_are_launched_on_all_cards(machine, monkeypatch
     launch = ["-P", "-m", "accelerate.commands.launch", "--config_file", str(DDP), "-m", "rlhf_recipes.recipes.dpo"]
     assert dpo == [*launch, "a=1", f"hydra.run.dir={tmp_path / 'dpo'}"] and all_cards == "0,1"
     assert publish[:3] == ["-P", "-m", "rlhf_recipes.recipes.publish"] and one == "0"
+
+
+def looked_by(jobs, folder, settings, **_):
+    (folder / "pid").write_text(str(os.getpid()))
+    if settings == "refuse":
+        raise Refusal("preflight: dpo: needs about 99.0 GiB.")
+
+
+@pytest.mark.parametrize(("device", "usable"), [(os.devnull, True), (os.devnull, False), ("/dev/none", True)])
+def test_what_starts_processes_looks_in_one_of_its_own(machine, monkeypatch, tmp_path, device, usable):
+    """Where there is a card, on which it would leave a context; not where a fork finds none."""
+    import torch
+
+    machine(1)
+    monkeypatch.setattr(cards, "DEVICES", (device,))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: usable)
+    monkeypatch.setattr(look, "look", looked_by)
+    stage = pipeline.Stage("dpo", "dpo", tmp_path, [], OmegaConf.create(), "")
+    look.before_pipeline([stage], tmp_path, OmegaConf.create())
+    apart = (tmp_path / "pid").read_text() != str(os.getpid())
+    assert apart == (device == os.devnull and usable)
+    with pytest.raises(Refusal, match=r"^preflight: dpo: needs about 99\.0 GiB\.$"):
+        look.before_pipeline([stage], tmp_path, "refuse")
 
 
 def test_processes_that_accelerate_did_not_start_are_missed(machine):

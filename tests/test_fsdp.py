@@ -18,17 +18,23 @@ STEPS = (
     "data.train_size=8",
     "data.eval_size=6",
     "trainer.max_steps=2",
+    "trainer.per_device_train_batch_size=2",
     "trainer.gradient_accumulation_steps=1",
     "trainer.learning_rate=1e-2",
     "trainer.warmup_steps=0",
     "trainer.logging_steps=1",
     "trainer.save_steps=1",
 )
-# Recipe, overrides, and how near its numbers must come; the last computes in bfloat16 where the processor does.
+# Recipe, overrides, and how near its numbers must come; `reward` computes in bfloat16 where the processor does.
 RUNS = {
-    "none": ("dpo", ("quantization=none", *EXACT), 1e-5),
+    "none": ("dpo", ("quantization=none", *EXACT, "trainer.save_strategy=no"), 1e-5),
     "nf4": ("dpo", ("quantization=nf4_fsdp", *EXACT), 1e-5),
     "reward": ("reward", ("quantization=nf4_fsdp",), 3e-2),
+    "sft": ("sft", ("quantization=none", *EXACT), 1e-5),
+    "orpo": ("orpo", ("quantization=none", *EXACT), 1e-5),
+    "simpo": ("simpo", ("quantization=none", *EXACT), 1e-5),
+    # The KL of `kto` is that of a micro-batch.
+    "kto": ("kto", ("quantization=none", *EXACT, "trainer.loss_type=apo_zero_unpaired"), 1e-5),
 }
 
 
@@ -44,7 +50,7 @@ def launcher_environment():
 
 @pytest.fixture(scope="module")
 def trained(clean_env, warm_python, tiny_model_overrides, tmp_path_factory):
-    """{name: (run in parts, run of one process)}, folders: a batch has the same four rows, two on a process or all."""
+    """{name: (run in parts, run of one process)}, folders: a batch has the same four rows, side by side or in turn."""
     here = tmp_path_factory.mktemp("fsdp")
     env = {**clean_env, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
 
@@ -63,15 +69,13 @@ def trained(clean_env, warm_python, tiny_model_overrides, tmp_path_factory):
         assert not any(codes), "\n".join(logs)
 
     runs = {
-        name: [recipe, *tiny_model_overrides, *own, *STEPS, f"run_name={name}"]
+        name: [recipe, *tiny_model_overrides, *STEPS, *own, f"run_name={name}"]
         for name, (recipe, own, _) in RUNS.items()
     }
-    whole = [[*run, "trainer.per_device_train_batch_size=4"] for run in runs.values()]
-    none, nf4, reward = ([*run, "trainer.per_device_train_batch_size=2"] for run in runs.values())
+    one = start("one", [[*run, "trainer.gradient_accumulation_steps=2"] for run in runs.values()], {}, [env])
+    nf4 = runs.pop("nf4")
     stopped = [nf4[0], "stop=1", *nf4[1:]]  # it is interrupted, and continued
-    none.append("trainer.save_strategy=no")
-    one = start("one", whole, {}, [env])
-    end(start("parts", [none, reward, stopped], launcher_environment(), _ranks(env)))
+    end(start("parts", [*runs.values(), stopped], launcher_environment(), _ranks(env)))
     end([*one, *start("parts", [nf4], launcher_environment(), _ranks(env))])
     return {
         name: [here / folder / "outputs" / recipe / name for folder in ("parts", "one")]

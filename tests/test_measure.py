@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import importlib.util
 import json
 import math
 import shutil
@@ -14,6 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY_ID, stir
+from omegaconf import OmegaConf
+from test_processes import differences
+
+from rlhf_recipes.errors import Refusal
 
 QUESTIONS = ["Hi", "Can I move my appointment to Friday, please?", "My chest hurts. " * 12]
 ANSWERS = ["Yes.", "Of course, which time suits you best? " * 5, "Please call the emergency number now."]
@@ -352,15 +357,19 @@ def test_kl_of_a_policy_to_itself_is_zero(runs, cfg, compose, tokenizer, tiny_mo
     assert all(answer["k3"] > 0 for answer in sft)
 
 
-def evaluate(compose, folder, *overrides):
+def evaluation(compose, folder, *overrides):
     cfg = compose(
         "evaluate", f"output_dir={folder}", f"run_name={folder}", "runs=[sft,dpo]", "data.eval_size=6", "prompts=4",
         "max_new_tokens=8", "model.dtype=float32", "quantization=none",
         "exit_codes.ship=3", "exit_codes.hold=4", "exit_codes.worse=5", *overrides,
     )  # fmt: skip
     cfg.output_dir = folder
+    return cfg
+
+
+def evaluate(compose, folder, *overrides):
     with pytest.raises(SystemExit) as stop:
-        import_module("rlhf_recipes.recipes.evaluate").main.__wrapped__(cfg)
+        import_module("rlhf_recipes.recipes.evaluate").main.__wrapped__(evaluation(compose, folder, *overrides))
     return stop.value.code
 
 
@@ -476,6 +485,72 @@ def test_evaluate_checkpoints_with_an_ensemble(more, compose, tiny_model_overrid
     assert whole["systems"]["step 2"]["metrics"]["reward"] == whole["systems"]["ppo/kept"]["metrics"]["reward"]
     assert whole["checkpoints"]["same"] and "nothing here can show" in whole["checkpoints"]["says"][1]
     assert 'id="checkpoints"' in (more / "whole" / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_jobs_with_shards_of_their_own_are_joined_to_the_same(
+    more, compose, tiny_model_overrides, monkeypatch, greetings
+):
+    """To rounding, though answers are drawn; the command that joins them loads no model, and waits for all."""
+    from rlhf_recipes import inference, models
+
+    monkeypatch.chdir(more)
+    monkeypatch.setattr(inference, "BATCH_TOKENS", 100)
+    asked = [*tiny_model_overrides, *JUDGE, "reward_model=rewards", "temperature=0.7", "prompts=6", "data.eval_size=8"]
+    if importlib.util.find_spec("lm_eval"):
+        asked += ["tasks=[even]", f"lm_eval.include_path={greetings}"]
+
+    def part(k):
+        main = import_module("rlhf_recipes.recipes.evaluate").main.__wrapped__
+        main(evaluation(compose, f"split.{k}-of-2", *asked, f"shards={k}/2"))
+        return len(json.loads((more / f"split.{k}-of-2/measurements.json").read_text())["answers"])
+
+    evaluate(compose, "alone", *asked)
+    first = part(1)
+    with pytest.raises(Refusal, match=r"^shards=2/2: has not finished, no result\.json in split\.2-of-2\. Give"):
+        evaluate(compose, "split", *asked)
+    assert 0 < first < first + part(2) == 6
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "load_base", None)
+        evaluate(compose, "split", *asked)
+    whole, split = (evaluation_of(more / name) for name in ("alone", "split"))
+    assert list(differences(whole, split)) == [] and len(whole["answers"]) == 6
+    path = more / "split.1-of-2/measurements.json"
+    found = json.loads(path.read_text())
+    path.write_text(json.dumps(found | {"answers": found["answers"][1:]}))
+    with pytest.raises(
+        Refusal, match=r"^shards: their prompts are not those of the data, each once\. Put the data back"
+    ):
+        evaluate(compose, "split", *asked, "overwrite=true")
+
+
+@pytest.mark.parametrize(
+    ("asked", "parts", "says"),
+    [
+        (["shards=3/2"], {}, "shards=3/2: must be k/n"),
+        ([], {"1-of-2": {}, "1-of-3": {}, "2-of-2": {}}, r"new\.\*-of-\*: parts of 2 jobs and of 3\. Remove"),
+        ([], {"1-of-2": {"prompts": 5}, "2-of-2": {}}, r"new\.1-of-2: was made with other settings than new\. Remove"),
+        ([], {"1-of-2": {}, "2-of-2": None}, r"shards=2/2: has not finished, no result\.json in new\.2-of-2\. Give"),
+        ([], {"1-of-1": {}}, r"new\.1-of-1/measurements\.json: no such file\. Restore it"),
+    ],
+)
+def test_parts_that_cannot_be_joined_are_refused(
+    runs, compose, tiny_model_overrides, tmp_path, monkeypatch, asked, parts, says
+):
+    from rlhf_recipes import run, run_folder
+
+    cfg = compose("evaluate", *tiny_model_overrides, f"runs=[{runs}/sft]", "run_name=new", *asked)
+    monkeypatch.chdir(tmp_path)
+    cfg.output_dir = "new"
+    for name, more in parts.items():
+        Path(f"new.{name}").mkdir()
+        if more is None:  # it has begun
+            continue
+        settings = OmegaConf.to_yaml(OmegaConf.create(run.resolved(OmegaConf.merge(cfg, more))))
+        run_folder.mark(Path(f"new.{name}"), "evaluate", settings)
+        Path(f"new.{name}/result.json").write_text("{}")
+    with pytest.raises(Refusal, match=says):
+        import_module("rlhf_recipes.recipes.evaluate").main.__wrapped__(cfg)
 
 
 def test_checkpoints_that_are_not_there_are_refused(more, monkeypatch):

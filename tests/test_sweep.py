@@ -11,10 +11,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from test_evaluation_summary import fake
 
 from rlhf_recipes.evaluation import frontier, measure, sweeps
+from rlhf_recipes.launch import sweep
 from rlhf_recipes.run import write_atomically
 
 NODE = OmegaConf.create({"objective": "auto", "max_kl": None, "max_length_ratio": None})
@@ -119,6 +121,43 @@ def test_a_job_of_several_tasks_is_one_run(swept, command, run_recipe, tmp_path)
         for each in (together, folder)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+MINE, GONE = ValueError("mine"), RuntimeError("[gloo/transport/tcp/pair.cc:547] closed")
+
+
+@pytest.mark.parametrize(
+    ("rank", "error", "other", "reason"),
+    [
+        (0, MINE, None, "ValueError: mine"),
+        (1, MINE, None, "ValueError: mine"),
+        (0, GONE, None, "rank 0: another of the 2 processes has ended"),
+        (0, GONE, "out of memory", "out of memory"),
+        (1, GONE, None, "an earlier try"),
+    ],
+)
+def test_the_process_that_fails_writes_the_row(
+    compose, tiny_overrides, tmp_path, monkeypatch, rank, error, other, reason
+):
+    """Before it ends, which may end the others; what another has written in this try is the reason."""
+    path = tmp_path / "rows" / "0.json"
+    earlier = {"job": "0", "overrides": [], "status": "failed", "seconds_in_all": 1.0, "reason": "an earlier try"}
+    path.parent.mkdir()
+    path.write_text(json.dumps(earlier))
+
+    def main(cfg):
+        if other:
+            path.write_text(json.dumps({**earlier, "reason": other}))
+        raise error
+
+    for name, value in {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("RLHF_RECIPES_STAGE", "")
+    node = {"sweep": {"dir": str(tmp_path), "subdir": "0"}, "overrides": {"task": []}, "job": {"num": 0}}
+    monkeypatch.setattr(HydraConfig, "get", lambda: OmegaConf.create(node))
+    monkeypatch.setattr(sweep.keys, "check", lambda cfg: None)
+    sweep.run_job(main, compose("dpo", *tiny_overrides))
+    assert json.loads(path.read_text())["reason"].startswith(reason)
 
 
 @pytest.mark.parametrize("launcher", ["basic", "joblib", "submitit_local"])

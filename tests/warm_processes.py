@@ -1,14 +1,16 @@
 """Recipes one after another, in this process as one of several, and what it writes.
 
-    torchrun --nproc_per_node 2 -m warm_processes '{"<folder>": ["<recipe>", "<override>", ...], ...}' <writes>
+    torchrun --nproc_per_node 2 -m warm_processes '{"<folder>": ["<recipe>", "<override>", ...], ...}' <seen>
 
-<writes>.<rank>.json gets what this process has opened for writing, renamed or removed in the current folder.
+<seen>.<rank>.json gets `writes`, what this process has opened for writing, renamed or removed in the current folder,
+and `draws`, how many generators of random numbers it has made for each folder.
 """
 
 import json
 import os
 import signal
 import sys
+from collections import Counter
 from importlib import import_module
 from pathlib import Path
 
@@ -67,7 +69,7 @@ def refuses_on_rank_1(completions, **kwargs):
 
 
 def kills_rank_1_once(completions, trainer_state, **kwargs):
-    """The process is gone in its third rollout, unless it was before."""
+    """The process is gone in its second rollout, unless it was before."""
     been = Path("been")
     if os.environ.get("RANK") == "1" and trainer_state.global_step == 2 and not been.exists():
         been.touch()
@@ -75,7 +77,21 @@ def kills_rank_1_once(completions, trainer_state, **kwargs):
     return short(completions)
 
 
-def main(jobs: str, writes: str) -> None:
+def count_draws() -> Counter:
+    """A count, under the name of the job at hand, that grows with the generators that are made."""
+    import numpy
+
+    made, default_rng = Counter(), numpy.random.default_rng
+
+    def counted(*args):
+        made[made.job] += 1
+        return default_rng(*args)
+
+    numpy.random.default_rng = counted
+    return made
+
+
+def main(jobs: str, seen: str) -> None:
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
@@ -84,9 +100,10 @@ def main(jobs: str, writes: str) -> None:
     from rlhf_recipes.cai import local
 
     run.environment()
-    seen = note_writes()
+    writes, draws = note_writes(), count_draws()
     inference.BATCH_TOKENS, local.BATCH_ROWS = 600, 2  # so that there is something to share
     for folder, (recipe, *overrides) in json.loads(jobs).items():
+        draws.job = folder
         GlobalHydra.instance().clear()
         with hydra.initialize_config_module("rlhf_recipes.conf", version_base="1.3", job_name=recipe):
             cfg = hydra.compose(recipe, overrides=overrides)
@@ -95,7 +112,7 @@ def main(jobs: str, writes: str) -> None:
             import_module(f"rlhf_recipes.recipes.{recipe}").main.__wrapped__(cfg)
         except SystemExit as error:  # a verdict's
             assert not error.code, error
-    Path(f"{writes}.{ranks.rank()}.json").write_text(json.dumps(seen))
+    Path(f"{seen}.{ranks.rank()}.json").write_text(json.dumps({"writes": writes, "draws": draws}))
     ranks.leave()
 
 

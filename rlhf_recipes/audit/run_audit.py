@@ -12,7 +12,7 @@ from itertools import chain
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import ensemble, models, progress, references
+from rlhf_recipes import ensemble, models, progress, ranks, references
 from rlhf_recipes.audit import answers, credit, judgements, preference, stress
 from rlhf_recipes.audit.scoring import Ensemble
 from rlhf_recipes.data.formats import clusters
@@ -154,7 +154,7 @@ def take(cfg: DictConfig, found: Sources, pairs: Splits, tokenizer, run: Run) ->
     }  # fmt: skip
     done = []
     for names in progress.batches("figures", len(parts), [[name] for name in parts]):
-        done += [parts[name]() for name in names]
+        done += [ranks.by_first(parts[name]) for name in names]  # of numbers that all have
     return Findings(
         done,
         _label_next(candidates, novelty_N2.max(1), len(chosen_MN)),

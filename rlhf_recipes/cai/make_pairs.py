@@ -4,11 +4,9 @@ A shard is a folder with `answers.jsonl` (what models answered, as it came) and,
 one record a prompt, with everything that was said about it. Nothing of a shard stays in memory.
 """
 
-import glob
 import hashlib
 import itertools
 import json
-import re
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -24,10 +22,11 @@ from rlhf_recipes.cai.backend import Answer, Backend, Journal, Message, Request,
 from rlhf_recipes.cai.constitution import Constitution
 from rlhf_recipes.cai.judge import Judge, Judgement, Pair
 from rlhf_recipes.cai.load import find_judge_adapter
+from rlhf_recipes.config import part_of
 from rlhf_recipes.errors import Refusal, nearest
 from rlhf_recipes.references import ModelRef
-from rlhf_recipes.run import GATE, Run, computed
-from rlhf_recipes.run_folder import read_config, write_atomically
+from rlhf_recipes.run import GATE, Run
+from rlhf_recipes.run_folder import write_atomically
 
 # Of one prompt: `prompt_id`, `family`, `split`, `prompt`, `draft`, `steps`, `pairs`; see `Maker.records`.
 Record = dict[str, Any]
@@ -52,7 +51,7 @@ def check(cfg: DictConfig) -> ModelRef | None:
         given = OmegaConf.select(cfg, key)
         if given < value:
             raise Refusal(f"{key}={given}: must be at least {value}. Change it.")
-    _part(cfg.shards)
+    part_of(cfg.shards)
     if cfg.shards and cfg.publish:
         raise Refusal(f"publish=true: not with shards={cfg.shards}, a part. Give it to the command without shards.")
     if not cfg.sources:
@@ -113,7 +112,7 @@ class PairMaker:
 
     def shards(self, prompts: list[dict], folder: Path) -> Iterator[Path]:
         """`records.jsonl` of each shard, in order, made or found; of a part of the run, of its own shards alone."""
-        size, (first, parts) = self.settings.shard_size, _part(self.settings.shards)
+        size, (first, parts) = self.settings.shard_size, part_of(self.settings.shards)
         count = -(-len(prompts) // size)
         for n in range(first, count, parts):
             done = folder / f"{n:05d}" / "records.jsonl"
@@ -295,18 +294,6 @@ class PairMaker:
         return "accepted"
 
 
-def _part(shards: str | None) -> tuple[int, int]:
-    """(number of the first shard, from 0; every how-manyth is made) of `shards`, k/n.
-
-    Raises:
-        Refusal: it is no such part.
-    """
-    found = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", shards or "1/1")
-    if not found or int(found[1]) > int(found[2]):
-        raise Refusal(f"shards={shards}: must be k/n, the k-th of n jobs, as in 3/8. Change it.")
-    return int(found[1]) - 1, int(found[2])
-
-
 def adopt(run: Run) -> None:
     """Take over what the jobs `shards=k/n` of this run have made, each in a folder beside it.
 
@@ -317,9 +304,7 @@ def adopt(run: Run) -> None:
 
 
 def _adopt(run: Run) -> None:
-    for part in sorted(run.dir.parent.glob(f"{glob.escape(run.dir.name)}.*-of-*")):
-        if computed(read_config(part)) != computed(run.config):
-            raise Refusal(f"{part}: was made with other settings than {run.dir}. Remove it, or give its settings.")
+    for part in run.parts():
         gate = part / GATE
         if gate.exists() and not (run.dir / GATE).exists():
             write_atomically(run.dir / GATE, gate.read_text(encoding="utf-8"))

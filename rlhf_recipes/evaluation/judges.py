@@ -23,6 +23,8 @@ from rlhf_recipes.errors import Refusal, users_function
 from rlhf_recipes.evaluation.measurements import Measurements
 from rlhf_recipes.references import ModelRef
 
+TYPED = "chat tokens made plain for the judge"  # their number, among the settings
+
 
 def check(cfg: DictConfig) -> ModelRef | None:
     """Refuse what cannot judge; nothing is loaded or sent.
@@ -83,7 +85,7 @@ def compare(judge: Judge, measurements: Measurements, rows: list[dict], path: Pa
         by_place = dict(zip(differ, answered, strict=True))
         judgements[name] = [verdict(pair.prompt_id, by_place.get(n), tie_margin) for n, pair in enumerate(pairs)]
     asked_of = {"judge": judge.backend.name, "constitution": f"{judge.constitution.name} {judge.constitution.version}"}
-    asked_of |= {"chat tokens made plain for the judge": typed} if typed else {}
+    asked_of |= {TYPED: typed} if typed else {}
     return replace(measurements, judgements=judgements, settings=measurements.settings | asked_of)
 
 

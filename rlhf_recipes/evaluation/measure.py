@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from rlhf_recipes import ensemble, methods, models, ranks, references
 from rlhf_recipes import inference as m
 from rlhf_recipes.adapters import BASE, Policies, RewardModels, System
+from rlhf_recipes.config import part_of
 from rlhf_recipes.data.fit import fit
 from rlhf_recipes.data.formats import clusters
 from rlhf_recipes.data.load import Splits
@@ -95,29 +96,35 @@ def measure(
 ) -> Measurements:
     """What `summary.summarise` takes: log-probabilities, answers with their KL to the parent, rewards.
 
+    Of a job with `shards=k/n` its part: every n-th pair, paragraph and task, and the prompts of every n-th batch,
+    which is answered as in a run of all.
+
     Args:
         before: measurements on the same pairs with the same settings; what they say of the parent is not measured
             again.
     """
     tokenizer = models.load_tokenizer(cfg.model)
-    rows = fit(pairs, tokenizer, cfg.max_length, cfg.data.too_long).test
-    rows = [row | {"cluster": cluster} for row, cluster in zip(rows, clusters(rows), strict=True)]
-    prompts = _prompts(rows, cfg.prompts)
+    rows, prompts = _rows(cfg, tokenizer, pairs)
+    first, parts = part_of(cfg.shards)
+    rows = rows[first::parts]
     policies = Policies(cfg.model, cfg.quantization, systems, cfg.fast_forward)
-    texts = NEUTRAL.read_text(encoding="utf-8").strip().split("\n\n")
+    texts = NEUTRAL.read_text(encoding="utf-8").strip().split("\n\n")[first::parts]
     parent, fresh = systems[0], systems[1:] if before else systems
     logps, neutral, answers = _known(before, parent) if before else ({}, {}, {})
     folders = dict.fromkeys(folder for s in fresh for folder in (s.reference, s.adapter))
     logps |= {folder: policies.pair_logps(folder, tokenizer, rows) for folder in folders if folder not in logps}
     neutral |= {s.name: policies.neutral(s, tokenizer, texts) for s in fresh}
     answers |= {s.name: policies.answers(s, parent, tokenizer, prompts, cfg) for s in fresh}
+    places = [place for place, answer in enumerate(answers[parent.name]) if answer]
+    prompts, answers = [prompts[n] for n in places], {name: [own[n] for n in places] for name, own in answers.items()}
+    chosen = {name: scorers.tasks[name] for name in list(scorers.tasks or {})[first::parts]}
     scored = {}
-    for s in fresh if scorers.tasks else []:
+    for s in fresh if chosen else []:
         with policies.using(s.adapter) as model, m.measuring(model):
-            scored[s.name] = ranks.by_first(harness.score, model, tokenizer, scorers.tasks, cfg.lm_eval, s.name)
+            scored[s.name] = ranks.by_first(harness.score, model, tokenizer, chosen, cfg.lm_eval, s.name)
     del policies  # its memory is the reward models'
     given = {s.name: answers[s.name] for s in fresh}
-    reward_models = _reward(cfg, scorers, tokenizer, rows, given, before.reward_models if before else {})
+    reward_models = _reward(cfg, scorers, tokenizer, rows, prompts, given, before.reward_models if before else {})
     judged = systems[1:] if scorers.judge else []
     return Measurements(
         parent=parent.name,
@@ -146,6 +153,56 @@ def difference(measurements: list[Measurements]) -> str | None:
             if [row["prompt_id"] for row in there] != [row["prompt_id"] for row in here]:
                 return f"measured on different {key}. Give both the same data and prompts."
     return None
+
+
+def join(cfg: DictConfig, parts: list[Measurements], pairs: Splits) -> Measurements:
+    """The measurements of all jobs `shards=k/n`, in the order of k, as one run would have made them.
+
+    Raises:
+        Refusal: they were not measured alike, or not on these pairs.
+    """
+    rows, prompts = _rows(cfg, models.load_tokenizer(cfg.model), pairs)
+    typed = sum(part.settings.pop(judges.TYPED, 0) for part in parts)
+    whole = parts[0]
+    for part in parts:
+        for key in ("parent", "systems", "info", "settings"):
+            here, there = getattr(whole, key), getattr(part, key)
+            if here != there:
+                raise Refusal(f"shards: measured with different {key}, {here} and {there}. Measure all parts alike.")
+
+    def in_turn(lists: list[list]) -> list:
+        joined = [None] * sum(map(len, lists))
+        for number, own in enumerate(lists):
+            joined[number :: len(lists)] = own
+        return joined
+
+    def by_prompt(lists: list[list[dict]]) -> list[dict]:
+        found = {row["prompt_id"]: row for own in lists for row in own}
+        return [found[row["prompt_id"]] for row in prompts if row["prompt_id"] in found]
+
+    joined = replace(
+        whole,
+        pairs=in_turn([part.pairs for part in parts]),
+        answers=by_prompt([part.answers for part in parts]),
+        judgements={name: by_prompt([part.judgements[name] for part in parts]) for name in whole.judgements},
+        reward_models={name: in_turn([part.reward_models[name] for part in parts]) for name in whole.reward_models},
+        neutral={name: in_turn([part.neutral[name] for part in parts]) for name in whole.neutral},
+        tasks={name: next(part.tasks[name] for part in parts if name in part.tasks) for name in cfg.tasks},
+        settings=whole.settings | ({judges.TYPED: typed} if typed else {}),
+    )
+    answered = sum(len(part.answers) for part in parts)
+    for found, asked in ((joined.pairs, rows), (joined.answers, prompts)):
+        if [row["prompt_id"] for row in found] != [row["prompt_id"] for row in asked] or answered != len(prompts):
+            raise Refusal(
+                "shards: their prompts are not those of the data, each once. Put the data back; or measure all parts "
+                "again, on cards of one size, with overwrite=true."
+            )
+    for name in joined.systems if len(joined.reward_models) > 1 else []:
+        own = [row["systems"][name] for row in joined.answers]
+        scores_MN = list(zip(*(answer["members"] for answer in own), strict=True))
+        for answer, more in zip(own, ensemble.answers(scores_MN, joined.reward_models), strict=True):
+            answer |= more
+    return joined
 
 
 def merge(measurements: list[Measurements]) -> Measurements:
@@ -192,12 +249,22 @@ def _known(before: Measurements, parent: System) -> tuple[dict, dict, dict]:
     return {parent.adapter: logps}, {parent.name: before.neutral[parent.name]}, {parent.name: answers}
 
 
-def _reward(cfg: DictConfig, scorers: Scorers, tokenizer, rows: list[dict], answers: dict, known: dict) -> dict:
+def _rows(cfg: DictConfig, tokenizer, pairs: Splits) -> tuple[list[dict], list[dict]]:
+    """The pairs that are measured, each with its cluster, and the prompts that are answered."""
+    rows = fit(pairs, tokenizer, cfg.max_length, cfg.data.too_long).test
+    rows = [row | {"cluster": cluster} for row, cluster in zip(rows, clusters(rows), strict=True)]
+    return rows, list({row["prompt_id"]: row for row in rows}.values())[: cfg.prompts]
+
+
+def _reward(
+    cfg: DictConfig, scorers: Scorers, tokenizer, rows: list[dict], prompts: list[dict], answers: dict, known: dict
+) -> dict:
     """The scores that each reward model gives the pairs, unless known; and give every answer its `reward`, of several
-    reward models their mean, worst case and spread, and its `proxy`.
+    reward models their mean, worst case and spread (of a part their scores alone: they are held against all pairs),
+    and its `proxy`.
 
     Args:
-        answers: of each system, one for each prompt of `rows`.
+        answers: of each system, one for each of the prompts.
     """
     members, proxies = scorers.reward_models, [scorers.proxy] if scorers.proxy else []
     if not (members or proxies):
@@ -207,7 +274,6 @@ def _reward(cfg: DictConfig, scorers: Scorers, tokenizer, rows: list[dict], answ
     for member in [] if known else members:
         rewards = m.pair_rewards(readers.using(Path(member.adapter)), tokenizer, rows, f"{member.name}: pairs")
         known[member.name] = [_labels(row) | each for row, each in zip(rows, rewards, strict=True)]
-    prompts = _prompts(rows, cfg.prompts)
 
     def scores(scorer: System, own: list[dict], what: str) -> list[float]:
         return _score(readers.using(Path(scorer.adapter)), tokenizer, prompts, own, what)
@@ -216,6 +282,8 @@ def _reward(cfg: DictConfig, scorers: Scorers, tokenizer, rows: list[dict], answ
         scores_MN = [scores(member, own, f"{member.name} of {name}") for member in members]
         if len(members) == 1:
             found = [{"reward": reward} for reward in scores_MN[0]]
+        elif cfg.shards:
+            found = [{"members": list(each)} for each in zip(*scores_MN, strict=True)] if members else [{}] * len(own)
         else:
             found = ensemble.answers(scores_MN, known) if members else [{}] * len(own)
         for proxy in proxies:
@@ -286,10 +354,6 @@ def _named_apart(systems: list[System]) -> list[System]:
         if names.count(system.name) > 1:
             system.name = str(folder_of(system.adapter))
     return systems
-
-
-def _prompts(rows: list[dict], limit: int | None) -> list[dict]:
-    return list({row["prompt_id"]: row for row in rows}.values())[:limit]
 
 
 def _labels(row: dict) -> dict:

@@ -1,7 +1,14 @@
 """What was measured of several systems, from which `summary` makes an evaluation."""
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
+
+from rlhf_recipes.errors import Refusal
+from rlhf_recipes.run_folder import read_json, write_atomically
+
+FILE = "measurements.json"
 
 
 @dataclass
@@ -34,3 +41,23 @@ class Measurements:
     tasks: dict[str, dict] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     fingerprint: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        write_atomically(folder / FILE, json.dumps(asdict(self), ensure_ascii=False))
+
+
+def read(folder: Path) -> Measurements:
+    """Those that a run's folder holds.
+
+    Raises:
+        Refusal: the file is not there, or cannot be read.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        raise Refusal(f"{path}: no such file. Restore it, or make the run again with overwrite=true.")
+    return Measurements(**read_json(path))
+
+
+def find(folder: Path) -> Measurements | None:
+    """The same; None where there is no file."""
+    return read(folder) if (folder / FILE).is_file() else None

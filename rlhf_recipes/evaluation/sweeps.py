@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 from rlhf_recipes import config, ranks
 from rlhf_recipes.commands import command
 from rlhf_recipes.errors import Refusal
+from rlhf_recipes.evaluation import measurements
 from rlhf_recipes.evaluation.measurements import Measurements
 from rlhf_recipes.overrides import written
 from rlhf_recipes.run import Run
@@ -191,17 +192,12 @@ def _measurements(rows: list[dict]) -> dict[str, Measurements]:
     jobs = Counter((row.get("recipe"), row["job"]) for row in rows)
     found = {}
     for row in rows:
-        known, own = read_measurements(Path(row["folder"]) / row["job"]), row.get("system")
+        known, own = measurements.find(Path(row["folder"]) / row["job"]), row.get("system")
         alone = jobs[row.get("recipe"), row["job"]] == 1
         row["system"] = f"{row['recipe'] if alone else row['folder']} {row['job']}" if own and known else None
         if row["system"]:
             found[row["system"]] = measure.rename(known, own, row["system"])
     return found
-
-
-def read_measurements(folder: Path) -> Measurements | None:
-    path = folder / "measurements.json"
-    return Measurements(**read_json(path)) if path.is_file() else None
 
 
 def _objective(asked: str, rows: list[dict]) -> str:

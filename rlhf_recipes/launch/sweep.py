@@ -16,7 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import config, memory, ranks, run, run_folder
 from rlhf_recipes.errors import Refusal
-from rlhf_recipes.evaluation.sweeps import ROWS, check, describe, may_be_best, read_measurements, rebuild
+from rlhf_recipes.evaluation import measurements
+from rlhf_recipes.evaluation.sweeps import ROWS, check, describe, may_be_best, rebuild
 from rlhf_recipes.launch import cards, keys
 from rlhf_recipes.launch.preflight import look
 from rlhf_recipes.launch.refusals import as_refusal, print_error
@@ -35,6 +36,8 @@ def run_job(main, cfg: DictConfig) -> float:
     folder, own = run.relative(Path(hydra.sweep.dir).absolute()), hydra.sweep.subdir
     row: dict[str, Any] = {"job": own, "overrides": list(hydra.overrides.task), "status": "failed"}
     begin, os.environ["RLHF_RECIPES_STAGE"] = time.monotonic(), own  # before every progress line
+    path = folder / ROWS / f"{own}.json"
+    earlier, parted = _text(path), False
     cards.take_for_job(hydra.job.num)
     memory.forget_peak()
     try:
@@ -52,20 +55,27 @@ def run_job(main, cfg: DictConfig) -> float:
         row |= {"doctor": (result.get("doctor") or {}).get("verdict"), "adapter_sha256": result["adapter_sha256"]}
         row |= {"system": _measure(folder / own, folder, cfg), "status": "finished"}
     except Exception as error:
-        refusal = as_refusal(error)
+        refusal, parted = as_refusal(error), ranks.is_parted(error)
         row["reason"] = line(redact(refusal or f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"))
         print(f"error: {own}: {row['reason']}", file=sys.stderr, flush=True)
         if not refusal:
             print(shown(redact(traceback.format_exc())), file=sys.stderr, flush=True)
     row["seconds_in_all"] = round(time.monotonic() - begin, 1)
-    if ranks.is_first():  # the others may be gone
-        (folder / ROWS).mkdir(parents=True, exist_ok=True)
-    text = json.dumps(row, indent=2, ensure_ascii=False, default=asdict)
-    run_folder.write_atomically(folder / ROWS / f"{own}.json", text + "\n")
+    # A process that fails says why itself, for submitit may end all with the first that ends; that another has ended
+    # says less.
+    failed = row["status"] == "failed" and not parted
+    if failed or (ranks.is_first() and not (parted and _text(path) != earlier)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(row, indent=2, ensure_ascii=False, default=asdict)
+        run_folder.write_atomically(path, text + "\n", by_any=failed)
     table = rebuild([folder], folder, cfg.sweep)
     if row["status"] == "finished":
         ranks.barrier()  # submitit may end all tasks with the first that ends
     return next((r["value"] for r in table["rows"] if r["job"] == own and may_be_best(r)), -math.inf)
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 def _say_which_task() -> None:
@@ -145,9 +155,9 @@ def _measure(folder: Path, sweep: Path, cfg: DictConfig) -> str | None:
     parent = (result["parent"] or {}).get("run") or BASE
     found = measure.find([str(folder)], parent, cfg.model.id, adapter_base=cfg.model.adapter_base)
     fingerprint = {"adapter": result["adapter_sha256"], "parent": parent, "asked": OmegaConf.to_container(settings)}
-    known = read_measurements(folder)
+    known = measurements.find(folder)
     if known is None or _measured_as(known.fingerprint) != _measured_as(fingerprint):
-        others = (read_measurements(path.parent) for path in sorted(sweep.glob("*/measurements.json")))
+        others = (measurements.find(path.parent) for path in sorted(sweep.glob(f"*/{measurements.FILE}")))
         alike = {**_measured_as(fingerprint), "adapter": None}
         before = next((m for m in others if {**_measured_as(m.fingerprint), "adapter": None} == alike), None)
         before = ranks.from_first(before)
@@ -160,7 +170,7 @@ def _measure(folder: Path, sweep: Path, cfg: DictConfig) -> str | None:
             return None
         known = measure.measure(settings, found, measure.Scorers(scorer), pairs, before)
         known.fingerprint = fingerprint
-        run_folder.write_atomically(folder / "measurements.json", json.dumps(asdict(known), ensure_ascii=False))
+        known.write(folder)
     return found[1].name
 
 

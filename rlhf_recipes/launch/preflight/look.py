@@ -11,20 +11,24 @@ nearest setting that would fit; `preflight.fails=warn` starts all the same. What
 
 import itertools
 import json
+import multiprocessing
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import methods, ranks, run, run_folder
+from rlhf_recipes import memory, methods, ranks, run, run_folder
 from rlhf_recipes.commands import command
 from rlhf_recipes.errors import Refusal
-from rlhf_recipes.launch import keys, publish_after
+from rlhf_recipes.launch import cards, keys, publish_after
 from rlhf_recipes.launch.preflight.report import JobReport
 from rlhf_recipes.launch.refusals import as_refusal
 
@@ -64,7 +68,8 @@ def before_sweep(cfg: DictConfig) -> None:
         if jobs:
             launcher = cfg.hydra.launcher
             each = launcher.get("nodes", 1) * launcher.get("tasks_per_node", 1)  # submitit's
-            look(jobs, folder, cfg.preflight, elsewhere="slurm" in launcher._target_.lower(), processes=each)
+            started = look if launcher._target_.endswith("BasicLauncher") else partial(_apart, look)
+            started(jobs, folder, cfg.preflight, elsewhere="slurm" in launcher._target_.lower(), processes=each)
 
 
 def before_pipeline(stages: list, folder: Path, settings: DictConfig) -> None:
@@ -77,7 +82,21 @@ def before_pipeline(stages: list, folder: Path, settings: DictConfig) -> None:
 
     todo = [stage for stage in stages if stage.recipe in methods.METHODS and stage.status != "finished"]
     if todo:
-        look([Job(s.name, s.recipe, s.cfg, s.overrides, folder) for s in todo], folder, settings)
+        _apart(look, [Job(s.name, s.recipe, s.cfg, s.overrides, folder) for s in todo], folder, settings)
+
+
+def _apart(function: Callable, *args, **kwargs) -> Any:
+    """Call it in a process of its own where there is a card: libraries start CUDA in whoever asks them, and its
+    context keeps half a GiB of the card for as long as that process lives, beside the jobs that it starts.
+
+    Args:
+        function: it, its arguments, its value and what it raises can be pickled.
+    """
+    if any(Path(device).exists() for device in cards.DEVICES):
+        with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+            if pool.submit(memory.on_gpu).result():  # no GPU can be used, or not in a fork
+                return pool.submit(function, *args, **kwargs).result()
+    return function(*args, **kwargs)
 
 
 def look(jobs: list, folder: Path, settings: DictConfig, elsewhere: bool = False, processes: int = 1) -> None:
