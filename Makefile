@@ -1,4 +1,5 @@
 # make demo: from nothing to a preference-tuned adapter. make test: what CI runs.
+# TORCH_INDEX=<index of CPU builds> takes torch from there: without a card, gigabytes of CUDA less.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -29,6 +30,7 @@ $(VENV)/demo $(VENV)/dev: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) ..."
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
 	@$(PYTHON) -m venv $(VENV)
+	@$(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet --constraint constraints.txt --index-url $(TORCH_INDEX) torch)
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable "$(WHAT)"
 	@touch $@
 

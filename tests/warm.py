@@ -166,7 +166,7 @@ def _become(asked: dict, known: dict[str, str], program: str) -> None:
     """`python [options] -m module [arguments]` in this process, with the program as the Python of its children."""
     import numpy
 
-    from rlhf_recipes.launch import refusals
+    from rlhf_recipes.launch import forks, refusals
 
     options, module, arguments = _parsed(asked["argv"])
     os.chdir(asked["cwd"])
@@ -181,6 +181,7 @@ def _become(asked: dict, known: dict[str, str], program: str) -> None:
     # What else a process has of its own from its start.
     if own := PathFinder.find_spec("sitecustomize", _path(asked["env"])):
         own.loader.exec_module(module_from_spec(own))
+    forks.DEVICES = ("/",)  # stages start by the program, too
     numpy.random.seed()
     tempfile.tempdir = None
     refusals.WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"

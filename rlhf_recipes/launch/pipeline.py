@@ -18,7 +18,7 @@ from rlhf_recipes import config, ranks, run, run_folder, signals
 from rlhf_recipes.commands import as_typed, command
 from rlhf_recipes.data.load import check
 from rlhf_recipes.errors import Refusal, nearest
-from rlhf_recipes.launch import cards, keys
+from rlhf_recipes.launch import cards, forks, keys
 from rlhf_recipes.launch.refusals import WANTS_TRACEBACK, as_refusal
 from rlhf_recipes.overrides import quoted
 
@@ -108,6 +108,8 @@ def plan(cfg: DictConfig) -> Plan:
         if cfg.overwrite and entry.recipe != "publish":  # it replaces what its manifest lists
             run_folder.refuse_to_replace(stage.dir, config.flatten(run.resolved(own)))
         stages.append(stage)
+    if not (cfg.preflight.only or cfg.launch or all(stage.status == "finished" for stage in stages)):
+        forks.prepare(_environment("pipeline"))  # beside the preflight
     return Plan(here, stages, lock, cfg.launch)
 
 
@@ -157,14 +159,13 @@ def print_summary(plan: Plan, next_commands: list[str]) -> None:
 
 def _run(stage: Stage, label: str, launch: str | None) -> tuple[int, float]:
     begin = time.monotonic()
-    command = [sys.executable, "-P", "-m", f"rlhf_recipes.recipes.{stage.recipe}", *stage.overrides]
-    environment = {**ranks.alone_env(), "RLHF_RECIPES_STAGE": label}
+    module, arguments = f"rlhf_recipes.recipes.{stage.recipe}", [*stage.overrides, f"hydra.run.dir={stage.dir}"]
+    environment = _environment(label)
     if launch and stage.recipe != "publish":
-        command[3:3] = ["accelerate.commands.launch", "--config_file", launch, "-m"]
-        environment = cards.give_back(environment)
-    if not WANTS_TRACEBACK:
-        environment.pop("HYDRA_FULL_ERROR", None)  # set by this process for itself
-    process = subprocess.Popen([*command, f"hydra.run.dir={stage.dir}"], env=environment)
+        launcher = [sys.executable, "-P", "-m", "accelerate.commands.launch", "--config_file", launch, "-m"]
+        process = subprocess.Popen([*launcher, module, *arguments], env=cards.give_back(environment))
+    else:
+        process = forks.start(module, arguments, environment)
     try:
         code = process.wait()
     except KeyboardInterrupt as error:  # the child got it too: let it finish its line
@@ -176,6 +177,13 @@ def _run(stage: Stage, label: str, launch: str | None) -> tuple[int, float]:
         if process.poll() is None:
             process.terminate()
     return code, round(time.monotonic() - begin, 1)
+
+
+def _environment(label: str) -> dict[str, str]:
+    environment = {**ranks.alone_env(), "RLHF_RECIPES_STAGE": label}
+    if not WANTS_TRACEBACK:
+        environment.pop("HYDRA_FULL_ERROR", None)  # set by this process for itself
+    return environment
 
 
 def _compose(entry: DictConfig, overrides: list[str]) -> DictConfig:
