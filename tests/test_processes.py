@@ -6,11 +6,10 @@ import os
 import re
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
-from conftest import merged
+from conftest import LIMIT, merged, wait_for
 from test_kept_runs import build_model
 
 pytestmark = pytest.mark.slow
@@ -73,13 +72,11 @@ def start(warm_python, clean_env):
 
 @pytest.fixture
 def recipe(start, tiny_overrides, tmp_path):
-    """recipe(name, *overrides): by two processes on a command line; exit status, output, errors, seconds."""
+    """recipe(name, *overrides): by two processes on a command line; output, errors, exit status."""
 
     def ran(name, *overrides):
-        begin = time.monotonic()
         process = start(2, "-m", f"rlhf_recipes.recipes.{name}", *tiny_overrides, *overrides, cwd=tmp_path)
-        out, err = process.communicate(timeout=120)
-        return process.returncode, out, err, time.monotonic() - begin
+        return *process.communicate(timeout=LIMIT), process.returncode
 
     return ran
 
@@ -93,7 +90,7 @@ def folders(start, tiny_model, tmp_path_factory):
         (room / name).mkdir()
         arguments = ["-m", "warm_processes", json.dumps(jobs(model, processes)), str(room / name)]
         process = start(processes, *arguments, cwd=room / name)
-        out, err = process.communicate(timeout=400)
+        out, err = process.communicate(timeout=2 * LIMIT)
         assert process.returncode == 0, f"{out}\n{err}"
     writes = [json.loads((room / f"two.{rank}.json").read_text()) for rank in (0, 1)]
     return room / "one", room / "two", writes
@@ -194,26 +191,26 @@ def test_a_refusal_of_any_rank_ends_all_in_one_line(recipe, tmp_path, name, over
     foreign = tmp_path / "outputs" / "dpo" / "foreign" / "mine.txt"
     foreign.parent.mkdir(parents=True)
     foreign.touch()
-    code, _, err, seconds = recipe(name, *overrides)
+    _, err, code = recipe(name, *overrides)
     refused = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(refused) == 1 and refused[0].startswith(f"error: {said}"), err
     assert code == 1 and 2 in ended(err) and {*ended(err)} <= {2, -15}, err  # -15: torchrun was faster
-    assert seconds < 60 and [path.name for path in (tmp_path / "outputs" / "dpo").iterdir()] == ["foreign"]
+    assert [path.name for path in (tmp_path / "outputs" / "dpo").iterdir()] == ["foreign"]
 
 
 def test_what_a_kill_of_one_rank_left_goes_on(recipe, tmp_path):
     """To the same bits as a run that nobody killed."""
     overrides = [*PPO, "trainer.save_steps=1", "trainer.max_steps=6", "quantization=none"]
     overrides += ["reward_funcs=warm_processes:kills_rank_1_once"]
-    code, _, err, seconds = recipe("ppo", *overrides, "run_name=killed")
+    _, err, code = recipe("ppo", *overrides, "run_name=killed")
     said = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert code == 1 and len(said) <= 1 and seconds < 60, err
+    assert code == 1 and len(said) <= 1, err
     if said:  # torchrun may have been faster
         assert "another of the 2 processes has ended" in said[0]
     assert -9 in ended(err) and not (tmp_path / "outputs" / "ppo" / "killed" / "result.json").exists()
     adapters = []
     for name in ("killed", "whole"):
-        code, out, err, _ = recipe("ppo", *overrides, f"run_name={name}")
+        out, err, code = recipe("ppo", *overrides, f"run_name={name}")
         assert code == 0, err
         assert out.count("Continuing outputs/ppo/killed from step 2.") == (name == "killed")
         result = json.loads((tmp_path / "outputs" / "ppo" / name / "result.json").read_text())
@@ -224,12 +221,10 @@ def test_what_a_kill_of_one_rank_left_goes_on(recipe, tmp_path):
 def test_ctrl_c_is_said_once(start, tiny_overrides, tmp_path):
     overrides = [*tiny_overrides, "trainer.max_steps=5000", "quantization=none"]
     process = start(2, "-m", "rlhf_recipes.recipes.dpo", *overrides, cwd=tmp_path)
-    folder, begin = tmp_path / "outputs" / "dpo", time.monotonic()
-    while not (folder / "main" / "metrics.jsonl").exists():
-        assert process.poll() is None and time.monotonic() < begin + 60
-        time.sleep(0.05)
+    folder = tmp_path / "outputs" / "dpo"
+    wait_for(folder / "main" / "metrics.jsonl", process)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=LIMIT)
     assert err.count("Interrupted. The same command continues from the last checkpoint.") == 1, err
     assert "\nerror: " not in err and [path.name for path in folder.iterdir()] == ["main"], err
 
@@ -242,7 +237,7 @@ def test_bare_srun(start, tiny_overrides, tmp_path, overrides, code):
     processes = [
         start(1, *arguments, cwd=tmp_path, env={**job, "SLURM_PROCID": rank, "SLURM_LOCALID": rank}) for rank in "01"
     ]
-    (out, err), (other_out, other_err) = (process.communicate(timeout=120) for process in processes)
+    (out, err), (other_out, other_err) = (process.communicate(timeout=LIMIT) for process in processes)
     assert [process.returncode for process in processes] == [code, code], err + other_err
     assert other_out == "" and out.count("dpo finished in") == (code == 0)
     assert (err + other_err).count("error: nowhere.jsonl: no such file.") == (code == 2)
