@@ -16,7 +16,8 @@ import pytest
 import quick
 import warm
 
-ROOT = Path(__file__).parents[1]
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
 CLINIC = ROOT / "rlhf_recipes" / "assets" / "clinic"
 SHARED = ROOT.parent / "shared" / "data"
 # SmolLM2's: a system turn is added where there is none.
@@ -27,6 +28,7 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 TINY_ID = "tests/tiny"
+LIMIT = 300  # seconds: where a test waits for what must come, a busy machine is no error
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # as Run.start does
 os.environ["OMP_NUM_THREADS"] = "1"  # matrices of 64 rows: threads would wait for each other
 # What takes longest starts first, so that no core idles at the end.
@@ -65,7 +67,6 @@ class Finished:
     returncode: int
     stdout: str
     stderr: str
-    seconds: float
 
     def __str__(self):
         return f"exit {self.returncode}\n--- stdout\n{self.stdout}\n--- stderr\n{self.stderr}"
@@ -168,25 +169,24 @@ def light_python(clean_env, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def run_recipe(clean_env, warm_python):
-    """run_recipe(name, *overrides, cwd, env=None, timeout=120, cold=False): `python -m rlhf_recipes.recipes.<name>`,
-    to its end.
+    """run_recipe(name, *overrides, cwd, env=None, cold=False): `python -m rlhf_recipes.recipes.<name>`, to its end.
 
     `env` is added to `clean_env`; a value of None removes the variable. `cold`: by a Python that has imported nothing;
-    `python`: by another one.
+    `python`: by another one; `kill`: with a death sentence, see tests/killed.py.
     """
 
-    def run(name, *overrides, cwd, env=None, timeout=120, cold=False, python=None):
-        begin = time.monotonic()
+    def run(name, *overrides, cwd, env=None, cold=False, python=None, kill=None):
         python = python or (sys.executable if cold else warm_python)
+        module = ["killed", kill, name] if kill else [f"rlhf_recipes.recipes.{name}"]
         done = subprocess.run(
-            [python, "-m", f"rlhf_recipes.recipes.{name}", *overrides],
+            [python, "-m", *module, *overrides],
             cwd=cwd,
-            env=merged(clean_env, env),
+            env=merged(clean_env, {"PYTHONPATH": TESTS} if kill else env),
             capture_output=True,
             text=True,
-            timeout=timeout,
+            timeout=LIMIT,
         )
-        return Finished(done.returncode, done.stdout, done.stderr, time.monotonic() - begin)
+        return Finished(done.returncode, done.stdout, done.stderr)
 
     return run
 
@@ -194,10 +194,15 @@ def run_recipe(clean_env, warm_python):
 @pytest.fixture
 def start_recipe(clean_env, warm_python):
     """start_recipe(name, *overrides, cwd, env=None, cold=False): the same as a running process, of the recipe's own id
-    where it is cold; what still runs at the end of a test is killed with its children."""
+    where it is cold; what still runs at the end of a test is killed with its children.
+
+    `holds`: where it would write such a path, it waits while `cwd / "held"` is there, see tests/held.
+    """
     started = []
 
-    def start(name, *overrides, cwd, env=None, cold=False):
+    def start(name, *overrides, cwd, env=None, cold=False, holds=None):
+        if holds:
+            env = {"PYTHONPATH": TESTS / "held", "RLHF_TEST_HOLDS": holds}
         process = subprocess.Popen(
             [sys.executable if cold else warm_python, "-m", f"rlhf_recipes.recipes.{name}", *overrides],
             cwd=cwd,
@@ -352,6 +357,14 @@ def skip_without(target):
 def merged(env, changes):
     both = {**env, **(changes or {})}
     return {key: str(value) for key, value in both.items() if value is not None}
+
+
+def wait_for(path, process):
+    """Until a path is there, which a living process makes."""
+    end = time.monotonic() + LIMIT
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < end, (path, process.poll())
+        time.sleep(0.01)
 
 
 def snapshot(folder):

@@ -1,6 +1,6 @@
 """A recipe with a death sentence: `python -m killed "step 5" dpo trainer.max_steps=9` ends by SIGKILL in step 5.
 
-"told in 5" sends it SIGUSR1, which it can hear."""
+"told in 5" sends it SIGUSR1, which it can hear; "answered draft" ends a `cai` by a draft that it has just written."""
 
 import os
 import runpy
@@ -28,6 +28,15 @@ def arm(what, moment=None):
         Trainer._save_optimizer_and_scheduler = lambda self, folder: (
             die() if self.state.global_step == int(moment) else save(self, folder)
         )
+    elif what == "answered":
+        from rlhf_recipes.cai import backend
+
+        def last(self, group):
+            answered(self, group)
+            if any(request.step == moment for request, _ in group):
+                die()
+
+        answered, backend.Journal.write = backend.Journal.write, last
     elif what == "half the state of":
 
         def cut_off(self, path):

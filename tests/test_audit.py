@@ -4,12 +4,11 @@ import json
 import os
 import shutil
 import signal
-import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import TINY_ID, snapshot, write_adapter
+from conftest import TINY_ID, snapshot, wait_for, write_adapter
 from omegaconf import OmegaConf
 
 from rlhf_recipes import references
@@ -32,13 +31,12 @@ def here(run_recipe, tiny_overrides, tmp_path_factory):
     """A folder with an ensemble of two, a PPO run with its checkpoints, prompts, judgements and a gold."""
     folder = tmp_path_factory.mktemp("audit")
     alike = [*tiny_overrides, "quantization=none", "preflight.measure=false", "trainer.save_steps=1"]
-    done = run_recipe("reward", *alike, "reward=ensemble", "reward.member=0,1", cwd=folder, timeout=300)
+    done = run_recipe("reward", *alike, "reward=ensemble", "reward.member=0,1", cwd=folder)
     assert done.returncode == 0, done
     assert "next      python -m rlhf_recipes.recipes.audit reward_model=outputs/reward/ensemble" in done.stdout
     done = run_recipe("ppo", *alike, "reward_funcs=[outputs/reward/ensemble/member_0,gold:words]",
                       "trainer.reward_weights=[1.0,0.0]", "trainer.max_completion_length=6", "trainer.value=head",
-                      "trainer.num_ppo_epochs=1", "trainer.save_total_limit=null", cwd=write_gold(folder),
-                      timeout=300)  # fmt: skip
+                      "trainer.num_ppo_epochs=1", "trainer.save_total_limit=null", cwd=write_gold(folder))  # fmt: skip
     assert done.returncode == 0, done
     asked = ["May I come today?", "My bill is wrong, who looks into it?", "Where can I park a van near you?"]
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in asked))
@@ -64,7 +62,7 @@ def everything(tiny_model_overrides):
 @pytest.fixture(scope="module")
 def audited(run_recipe, everything, here):
     """(what it printed, its folder, audit.json)."""
-    done = run_recipe("audit", *everything, cwd=here, timeout=300)
+    done = run_recipe("audit", *everything, cwd=here)
     assert done.returncode == 0, done
     folder = here / "outputs" / "audit" / "main"
     return done, folder, json.loads((folder / "audit.json").read_text())
@@ -179,14 +177,13 @@ def test_a_killed_audit_scores_nothing_twice_and_ends_as_another_bit_for_bit(
 ):
     _, folder, audit = audited
     killed = here / "outputs" / "audit" / "killed"
-    process = start_recipe("audit", *everything, "run_name=killed", cwd=here)
-    while not list(killed.glob("scores/train_pairs.0.npz")) and process.poll() is None:
-        time.sleep(0.02)
+    process = start_recipe("audit", *everything, "run_name=killed", cwd=here, holds="killed/scores/train_pairs.1")
+    wait_for(here / "held", process)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     before = {path: mtime for path, mtime in times(killed).items() if path.endswith(".npz")}
     assert before
-    done = run_recipe("audit", *everything, "run_name=killed", cwd=here, timeout=300, cold=True)
+    done = run_recipe("audit", *everything, "run_name=killed", cwd=here, cold=True)
     assert done.returncode == 0 and "Continuing outputs/audit/killed from what was scored." in done.stdout, done
     assert {path: times(killed)[path] for path in before} == before
     assert json.loads((killed / "audit.json").read_text()) == audit
@@ -208,14 +205,14 @@ def test_a_finished_audit_is_not_overwritten(audited, run_recipe, everything, he
 def test_labels_of_people_are_gold_too(audited, run_recipe, everything, here):
     asked = [each for each in everything if not each.startswith(("gold=", "checkpoints=", "deployment="))]
     (here / "labels.jsonl").write_text(json.dumps({"prompt": "q", "answer": "a", "gold": 1}) + "\n")
-    done = run_recipe("audit", *asked, "gold=labels.jsonl", "run_name=labels", cwd=here, timeout=300)
+    done = run_recipe("audit", *asked, "gold=labels.jsonl", "run_name=labels", cwd=here)
     assert (
         done.returncode == 2
         and "answers have no label. They are in outputs/audit/labels/to_label.jsonl" in done.stderr
     )
     rows = [json.loads(line) for line in (here / "outputs/audit/labels/to_label.jsonl").read_text().splitlines()]
     (here / "labels.jsonl").write_text("".join(json.dumps(row | {"gold": len(row["answer"])}) + "\n" for row in rows))
-    done = run_recipe("audit", *asked, "gold=labels.jsonl", "run_name=labels", cwd=here, timeout=300)
+    done = run_recipe("audit", *asked, "gold=labels.jsonl", "run_name=labels", cwd=here)
     assert done.returncode == 0, done
 
 

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import TINY_ID, snapshot, write_adapter, write_pairs
+from conftest import LIMIT, TINY_ID, snapshot, wait_for, write_adapter, write_pairs
 
 # Read by every Python that has it on its path: which modules were loaded, on the way out.
 WITNESS = """
@@ -432,19 +432,11 @@ def test_ctrl_c_is_one_line(start_recipe, tiny_overrides, tmp_path):
     process = start_recipe("dpo", *tiny_overrides, "trainer.max_steps=5000", "quantization=none", cwd=tmp_path)
     wait_for(tmp_path / "outputs" / "dpo" / "main" / "config.yaml", process)
     os.killpg(process.pid, signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=LIMIT)
     assert process.returncode == 130
     assert [line for line in stderr.splitlines() if " · " not in line] == [
         "Interrupted. The same command continues from the last checkpoint."
     ]
-
-
-def wait_for(path, process, seconds=60):
-    begin = time.monotonic()
-    while not path.exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() - begin < seconds
-        time.sleep(0.05)
 
 
 # ---- the witness itself

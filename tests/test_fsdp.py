@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import LIMIT, ROOT
 from omegaconf import OmegaConf
 
 from rlhf_recipes import ranks, sharding
@@ -64,7 +64,7 @@ def trained(clean_env, warm_python, tiny_model_overrides, tmp_path_factory):
         ]
 
     def end(processes):
-        codes = [process.wait(timeout=200) for process in processes]
+        codes = [process.wait(timeout=LIMIT) for process in processes]
         logs = (f"--- {log}\n{log.read_text()}" for log in sorted(here.glob("*/*.log")))
         assert not any(codes), "\n".join(logs)
 

@@ -83,7 +83,7 @@ def test_a_pipeline(run_recipe, tiny_overrides, tmp_path):
     entries = [f"{{name:{n},recipe:{r},overrides:[{','.join(map(repr, o))}]}}" for n, r, *o in stages]
     done = run_recipe(
         "pipeline", f"shared=[{','.join(map(repr, shared))}]", f"stages=[{','.join(entries)}]",
-        "preflight.measure=false", cwd=tmp_path, env=IN_ENVIRONMENT, timeout=300,
+        "preflight.measure=false", cwd=tmp_path, env=IN_ENVIRONMENT,
     )  # fmt: skip
     written = tmp_path / "outputs" / "pipeline" / "main"
     assert (written / "publish" / "files" / "published.json").is_file(), done

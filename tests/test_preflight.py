@@ -389,7 +389,7 @@ def test_preflight_alone_trains_nothing_and_says_the_next_command(run_recipe, ti
 
 def test_a_sweep_looks_at_all_jobs_first_and_measures_a_shape_once(run_recipe, tiny_overrides, tmp_path):
     grid = ["-m", *tiny_overrides, "quantization=none", "sweep.prompts=0", "run_name=s", "trainer.beta=0.1,0.5"]
-    looked = run_recipe("dpo", *grid, "preflight=true", cwd=tmp_path, timeout=240)
+    looked = run_recipe("dpo", *grid, "preflight=true", cwd=tmp_path)
     assert looked.returncode == 0, looked
     assert looked.stdout.count("real ones of") == 1 and "beta 0.5" in looked.stdout
     folder = tmp_path / "outputs/dpo/s"
@@ -398,7 +398,7 @@ def test_a_sweep_looks_at_all_jobs_first_and_measures_a_shape_once(run_recipe, t
     refused = run_recipe("dpo", *grid[:-1], "trainer.beta=0.1,abc", cwd=tmp_path)
     assert refused.returncode == 2 and "beta=abc" in refused.stderr, refused
     assert len(refused.stderr.splitlines()) == 1 and not (folder / "rows").exists()
-    done = run_recipe("dpo", *grid, cwd=tmp_path, timeout=240)
+    done = run_recipe("dpo", *grid, cwd=tmp_path)
     assert done.returncode == 0 and "real ones of" not in done.stdout, "what was measured is kept"
     assert done.stdout.index("nothing stands in the way") < done.stdout.index("dpo finished in")
 

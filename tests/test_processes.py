@@ -8,12 +8,11 @@ import re
 import signal
 import socket
 import subprocess
-import time
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, merged
+from conftest import LIMIT, ROOT, merged, wait_for
 from test_kept_runs import build_model
 
 pytestmark = pytest.mark.slow
@@ -87,7 +86,7 @@ def recipe(start, tiny_overrides, tmp_path):
 
     def ran(name, *overrides, launcher=TORCHRUN):
         process = start(launcher, "-m", f"rlhf_recipes.recipes.{name}", *tiny_overrides, *overrides, cwd=tmp_path)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=LIMIT)
         return process.returncode, out, err
 
     return ran
@@ -103,7 +102,7 @@ def folders(start, tiny_model, tmp_path_factory):
         (room / name).mkdir()
         arguments = ["-m", "warm_processes", json.dumps(jobs(model, processes)), str(room / name)]
         process = start(launcher, *arguments, cwd=room / name)
-        out, err = process.communicate(timeout=400)
+        out, err = process.communicate(timeout=2 * LIMIT)
         assert process.returncode == 0, f"{out}\n{err}"
     seen = [json.loads((room / f"two.{rank}.json").read_text()) for rank in (0, 1)]
     return room / "one", room / "two", seen, jobs(model, 2)
@@ -240,12 +239,10 @@ def test_what_a_kill_of_one_rank_left_goes_on(folders, recipe, tmp_path):
 def test_ctrl_c_is_said_once(start, tiny_overrides, tmp_path):
     overrides = [*tiny_overrides, "trainer.max_steps=5000", "quantization=none"]
     process = start(TORCHRUN, "-m", "rlhf_recipes.recipes.dpo", *overrides, cwd=tmp_path)
-    folder, begin = tmp_path / "outputs" / "dpo", time.monotonic()
-    while not (folder / "main" / "metrics.jsonl").exists():
-        assert process.poll() is None and time.monotonic() < begin + 120
-        time.sleep(0.05)
+    folder = tmp_path / "outputs" / "dpo"
+    wait_for(folder / "main" / "metrics.jsonl", process)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=LIMIT)
     assert err.count("Interrupted. The same command continues from the last checkpoint.") == 1, err
     assert "\nerror: " not in err and [path.name for path in folder.iterdir()] == ["main"], err
 
@@ -265,7 +262,7 @@ def test_bare_srun(start, tiny_overrides, tmp_path, overrides, code):
     arguments = ["-m", "rlhf_recipes.recipes.dpo", *tiny_overrides, "quantization=none", *overrides]
     ranks = ({"SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in "01")
     processes = [start(PYTHON, *arguments, cwd=tmp_path, env=job | own) for own in ranks]
-    (out, err), (other_out, other_err) = (process.communicate(timeout=120) for process in processes)
+    (out, err), (other_out, other_err) = (process.communicate(timeout=LIMIT) for process in processes)
     assert [process.returncode for process in processes] == [code, code], err + other_err
     assert other_out == "" and out.count("dpo finished in") == (code == 0)
     assert (err + other_err).count("error: nowhere.jsonl: no such file.") == (code == 2)

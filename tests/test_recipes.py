@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY_ID
+from conftest import LIMIT, ROOT, TINY_ID
 from safetensors.torch import load_file, save_file
 
 from rlhf_recipes.methods import METHODS
@@ -242,7 +242,7 @@ def test_chain_reloads_in_a_fresh_process(chain, tiny_model_overrides, clean_env
     job = json.dumps([tiny_model_overrides, str(dpo.dir / "adapter"), rows])
     (tmp_path / "warm_fresh.py").write_text(FRESH_PROCESS)
     done = subprocess.run([warm_python, "-m", "warm_fresh"], input=job, capture_output=True, text=True, cwd=tmp_path,
-                          env=clean_env, timeout=120)  # fmt: skip
+                          env=clean_env, timeout=LIMIT)  # fmt: skip
     assert done.returncode == 0, done.stderr
     fresh = torch.tensor([list(row.values()) for row in json.loads(done.stdout)], dtype=torch.float64)
     assert distance(fresh, measured(dpo.trainer.model, tokenizer, "dpo", rows)) <= 1e-5

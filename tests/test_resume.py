@@ -5,10 +5,10 @@ import json
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
+from conftest import LIMIT, wait_for
 
 STEPS = (
     "data.train_size=24",
@@ -65,7 +65,7 @@ def launch(warm_python, clean_env):
         module = ["killed", kill, recipe] if kill else [f"rlhf_recipes.recipes.{recipe}"]
         return subprocess.run(
             [warm_python, "-m", *module, *overrides], cwd=cwd, env={**clean_env, "PYTHONPATH": Path(__file__).parent},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT,
         )  # fmt: skip
 
     return launched
@@ -156,15 +156,13 @@ def test_never_starts_afresh(launch, room, tiny_model_overrides):
 def test_kill_from_outside(start_recipe, run_recipe, undisturbed, tiny_model_overrides, tmp_path):
     """The real command line and a signal from another process, when the second checkpoint is being written."""
     arguments = [*tiny_model_overrides, *STEPS, *CASES["sft"][1]]
-    process = start_recipe("sft", *arguments, "run_name=killed", cwd=tmp_path, cold=True)
+    holds = "checkpoint-6/trainer_state.json"
+    process = start_recipe("sft", *arguments, "run_name=killed", cwd=tmp_path, cold=True, holds=holds)
     folder = tmp_path / "outputs" / "sft" / "killed"
-    deadline = time.monotonic() + 120
-    while not (folder / "checkpoints" / "checkpoint-6").exists():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.001)
+    wait_for(tmp_path / "held", process)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     done = run_recipe("sft", *arguments, "run_name=killed", cwd=tmp_path)
-    assert done.returncode == 0 and "Continuing" in done.stdout, done
+    assert done.returncode == 0 and "from step 3." in done.stdout, done
     assert adapter(folder) == adapter(undisturbed("sft"))
     assert metrics(folder) == metrics(undisturbed("sft"))

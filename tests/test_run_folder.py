@@ -10,11 +10,10 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from conftest import snapshot, write_adapter, write_pairs
+from conftest import LIMIT, snapshot, wait_for, write_adapter, write_pairs
 
 from rlhf_recipes import ranks, references, run_folder
 from rlhf_recipes.config import flatten
@@ -177,7 +176,7 @@ def holder(tmp_path):
     held, told = context.Queue(), context.Queue()
     process = context.Process(target=_hold, args=(str(tmp_path / "main"), held, told))
     process.start()
-    assert held.get(timeout=60) == process.pid
+    assert held.get(timeout=LIMIT) == process.pid
     yield process, told
     process.kill()
     process.join()
@@ -240,22 +239,18 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
 def test_the_same_command_twice(start_recipe, run_recipe, tiny_overrides, tmp_path):
     """The first one goes on to its end, undisturbed; the second, while it lasts, changes nothing."""
     command = [*tiny_overrides, "quantization=none", "trainer.max_steps=3", "trainer.logging_steps=1"]
-    first = start_recipe("dpo", *command, cwd=tmp_path)
+    first = start_recipe("dpo", *command, cwd=tmp_path, holds="main/metrics.jsonl")
     folder = tmp_path / "outputs" / "dpo" / "main"
     lock = tmp_path / "outputs" / "dpo" / ".main.lock"
-    begin = time.monotonic()
-    while not (folder / "config.yaml").exists():
-        assert first.poll() is None and time.monotonic() - begin < 90
-        time.sleep(0.01)
+    wait_for(tmp_path / "held", first)
     holder = int(re.match(r"process (\d+) on", lock.read_text())[1])
-    os.kill(holder, signal.SIGSTOP)
     for more in ([], ["overwrite=true"]):
         second = run_recipe("dpo", *command, *more, cwd=tmp_path)
         assert second.returncode == 2 and f"is being written by process {holder} on" in second.stderr, second
         assert len(second.stderr.splitlines()) == 1
     assert first.poll() is None and not (folder / "result.json").exists()
-    os.kill(holder, signal.SIGCONT)
-    assert first.wait(120) == 0
+    (tmp_path / "held").unlink()
+    assert first.wait(LIMIT) == 0
     steps = [json.loads(line).get("step") for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert sorted(set(steps)) == [1, 2, 3] and (folder / "result.json").exists() and not lock.exists()
 
@@ -488,12 +483,9 @@ def test_the_second_of_several_processes_creates_nothing(started, monkeypatch):
 def test_ctrl_c_leaves_no_lock(start_recipe, tiny_overrides, tmp_path):
     process = start_recipe("dpo", *tiny_overrides, "trainer.max_steps=5000", "quantization=none", cwd=tmp_path)
     lock = tmp_path / "outputs" / "dpo" / ".main.lock"
-    begin = time.monotonic()
-    while not lock.exists():
-        assert process.poll() is None and time.monotonic() - begin < 60
-        time.sleep(0.02)
+    wait_for(lock.parent / "main" / "config.yaml", process)  # the lock is there before
     os.killpg(process.pid, signal.SIGINT)
-    process.communicate(timeout=60)
+    process.communicate(timeout=LIMIT)
     assert process.returncode == 130 and not lock.exists()
 
 

@@ -6,11 +6,11 @@ import json
 import os
 import shutil
 import signal
-import time
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from conftest import wait_for
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from test_evaluation_summary import fake
@@ -35,7 +35,7 @@ def command(tiny_overrides):
 def swept(run_recipe, command, tmp_path_factory):
     """(working folder, sweep folder, what the command printed)."""
     here = tmp_path_factory.mktemp("sweep")
-    done = run_recipe("dpo", *command, BETAS, cwd=here, timeout=240)
+    done = run_recipe("dpo", *command, BETAS, cwd=here)
     assert done.returncode == 0, done
     return here, here / "outputs/dpo/betas", done
 
@@ -110,7 +110,7 @@ def test_a_job_of_several_tasks_is_one_run(swept, command, run_recipe, tmp_path)
     _, folder, _ = swept
     tasks = ["hydra/launcher=submitit_local", "hydra.launcher.tasks_per_node=2"]
     halves = "trainer.per_device_train_batch_size=1"
-    done = run_recipe("dpo", *command, "trainer.beta=0.1", halves, *tasks, cwd=tmp_path, timeout=200)
+    done = run_recipe("dpo", *command, "trainer.beta=0.1", halves, *tasks, cwd=tmp_path)
     assert done.returncode == 0, done
     together = tmp_path / "outputs/dpo/betas"
     assert [row["status"] for row in table(together)] == ["finished"]
@@ -166,9 +166,7 @@ def test_a_killed_sweep_goes_on_to_the_same_table(swept, command, start_recipe, 
     alone = ["hydra.launcher.n_jobs=1"] if launcher == "joblib" else []  # with the threads of the other launchers
     command = [*command, BETAS, f"hydra/launcher={launcher}", *alone]
     process = start_recipe("dpo", *command, cwd=tmp_path)
-    row, end = tmp_path / "outputs/dpo/betas/rows/0.json", time.monotonic() + 120
-    while not row.exists() and time.monotonic() < end:
-        time.sleep(0.05)
+    wait_for(tmp_path / "outputs/dpo/betas/rows/0.json", process)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     done = run_recipe("dpo", *command, cwd=tmp_path)

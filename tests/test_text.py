@@ -56,9 +56,9 @@ def test_long_texts_take_no_time():
     for hostile in ("x" * 500_000, "\x1b" * 300_000, "\r\n" * 300_000, "_" * 300_000, "9" * 300_000 + ".",
                     "\\" * 300_000, "://" * 100_000, "www." * 100_000, "@" * 300_000):  # fmt: skip
         for make in (text.shown, text.line, text.markdown, text.code, text.cell):
-            begin = time.perf_counter()
+            begin = time.process_time()
             make(hostile)
-            assert time.perf_counter() - begin < 2, (make, hostile[:8])
+            assert time.process_time() - begin < 2, (make, hostile[:8])
 
 
 @pytest.mark.parametrize("hostile", MARKDOWN)

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import warm
+from conftest import LIMIT
 
 # What the libraries have read of the environment, and what else a process has of its own.
 SAYS = """
@@ -93,7 +94,7 @@ def test_a_signal_reaches_it(python, number):
     process = python("signal", code=ENDS)
     assert process.stdout.readline() == "in\n"
     os.killpg(process.pid, number)
-    out, err = process.communicate(timeout=30)  # which ends when nobody has the pipes any more
+    out, err = process.communicate(timeout=LIMIT)  # which ends when nobody has the pipes any more
     assert process.returncode == -number
     assert ("at exit" in out) == ("KeyboardInterrupt" in err) == (number == signal.SIGINT)
 
