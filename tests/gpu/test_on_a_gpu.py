@@ -517,7 +517,7 @@ def test_ppo_against_trl(command, make_model, work, monkeypatch):
     prompts = [[{"role": "user", "content": row["prompt"]}] for row in rows]
     arguments = {"num_ppo_epochs": 1, "num_mini_batches": 1, "gradient_accumulation_steps": 4,
                  "total_episodes": len(rows), "response_length": ANSWER, "learning_rate": 3e-6}  # fmt: skip
-    given = json.dumps([str(policy), str(classifier), prompts, 4, arguments])
+    given = json.dumps([str(policy), str(classifier), prompts, 4, "bfloat16", arguments])
     script = TRL if SMALL else TRL.replace("use_cpu=True, ", "")
     search = os.pathsep.join(filter(None, [str(work / "anchor"), os.environ.get("PYTHONPATH")]))
     theirs = command("1B TRL", "-c", script, given, PYTHONPATH=search, TRL_EXPERIMENTAL_SILENCE="1")
