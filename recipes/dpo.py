@@ -49,11 +49,11 @@ def main(cfg):
     callbacks.watch(trainer, run)
     run.create()
     sharding.prepare(trainer)
-    if precompute:
-        reference.precompute(trainer, run)
+    sums = reference.keep(trainer, run) if precompute else inference.logp_sums
 
     before = run.cached(
-        pairs.test, lambda: inference.pair_logps(trainer.model, tokenizer, pairs.test, "Held out, before")
+        pairs.test,
+        lambda: inference.pair_logps(trainer.model, tokenizer, pairs.test, "Held out, before", sums),
     )
     trainer.train(resume_from_checkpoint=run.checkpoint)
     after = inference.pair_logps(trainer.model, tokenizer, pairs.test, "Held out, after")

@@ -51,12 +51,11 @@ def main(cfg):
     callbacks.watch(trainer, run)
     run.create()
     sharding.prepare(trainer)
-    if precompute:
-        reference.precompute(trainer, run)
+    sums = reference.keep(trainer, run) if precompute else inference.logp_sums
 
     before = run.cached(
         answers.test,
-        lambda: inference.demonstration_logps(trainer.model, tokenizer, answers.test, "Held out, before"),
+        lambda: inference.demonstration_logps(trainer.model, tokenizer, answers.test, "Held out, before", sums),
     )
     trainer.train(resume_from_checkpoint=run.checkpoint)
     after = inference.demonstration_logps(trainer.model, tokenizer, answers.test, "Held out, after")

@@ -39,12 +39,12 @@ def completion_logps(model, tokenizer, conversations: list[tuple[list[Message], 
         A list of (sum over completion tokens in nats, number of completion tokens) in the order given. The completion
         starts where the rendered prompt and the rendered whole diverge, as in TRL's DPOTrainer.
     """
-    return _sums(token_logps(model, tokenizer.pad_token_id, [encode(tokenizer, *c) for c in conversations], what))
+    return logp_sums(model, tokenizer.pad_token_id, [encode(tokenizer, *c) for c in conversations], what)
 
 
 def text_logps(model, tokenizer, texts: list[str], what: str):
     """The same for plain texts: every token but the first is predicted."""
-    return _sums(token_logps(model, tokenizer.pad_token_id, [(tokenizer(t)["input_ids"], 1) for t in texts], what))
+    return logp_sums(model, tokenizer.pad_token_id, [(tokenizer(t)["input_ids"], 1) for t in texts], what)
 
 
 def token_logps(model, pad_id: int, encoded: list[tuple[list[int], int]], what: str) -> list:
@@ -106,28 +106,33 @@ def _packed_logps(model, rows: list[list[tuple[list[int], int]]]) -> list:
     return list(logps_N.split([len(ids) - start for ids, start in encoded]))
 
 
-def _sums(logps: list) -> list[tuple[float, int]]:
-    return [(logps_K.sum().item(), len(logps_K)) for logps_K in logps]
+def logp_sums(model, pad_id: int, encoded: list[tuple[list[int], int]], what: str) -> list[tuple[float, int]]:
+    """(sum in nats, tokens) of what `token_logps` gives of each."""
+    return [(logps_K.sum().item(), len(logps_K)) for logps_K in token_logps(model, pad_id, encoded, what)]
 
 
-def pair_logps(model, tokenizer, rows: list[dict], what: str = "Held-out pairs") -> list[dict]:
+def pair_logps(model, tokenizer, rows: list[dict], what: str = "Held-out pairs", sums=logp_sums) -> list[dict]:
     """`chosen_logp`, `rejected_logp` (sums, nats), `chosen_tokens`, `rejected_tokens` for each preference pair.
 
     Both answers start where the first of them and the prompt part, as TRL's DPOTrainer trains them.
+
+    Args:
+        sums: as `logp_sums`, what has kept them.
     """
     both = [encode(tokenizer, row["prompt"], row[side]) for row in rows for side in ("chosen", "rejected")]
     starts = [min(chosen, rejected) for (_, chosen), (_, rejected) in zip(both[::2], both[1::2], strict=True)]
     encoded = [(ids, starts[number // 2]) for number, (ids, _) in enumerate(both)]
-    logps = _sums(token_logps(model, tokenizer.pad_token_id, encoded, what))
+    logps = sums(model, tokenizer.pad_token_id, encoded, what)
     return [
         {"chosen_logp": c[0], "chosen_tokens": c[1], "rejected_logp": r[0], "rejected_tokens": r[1]}
         for c, r in zip(logps[::2], logps[1::2], strict=True)
     ]
 
 
-def demonstration_logps(model, tokenizer, rows: list[dict], what: str = "Demonstrations") -> list[tuple[float, int]]:
-    """(log-probability in nats, tokens) of each row's completion."""
-    return completion_logps(model, tokenizer, [(row["prompt"], row["completion"]) for row in rows], what)
+def demonstration_logps(model, tokenizer, rows: list[dict], what: str = "Demonstrations", sums=logp_sums):
+    """(log-probability in nats, tokens) of each row's completion; `sums` as in `pair_logps`."""
+    encoded = [encode(tokenizer, row["prompt"], row["completion"]) for row in rows]
+    return sums(model, tokenizer.pad_token_id, encoded, what)
 
 
 def rewards(model, tokenizer, conversations: list[list[Message]], what: str = "Rewards") -> list[float]:

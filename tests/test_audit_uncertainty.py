@@ -192,7 +192,8 @@ def test_members_weigh_alike_in_every_part_of_an_audit(monkeypatch, tmp_path):
             for i in range(48)
         ]  # fmt: skip
         cfg = SimpleNamespace(model=None, quantization=None, seed=0, ledger_pairs=8, stress_pairs=6, probe_pairs=4,
-                              credit_pairs=2, prompts=4, samples=0, deployment=None)  # fmt: skip
+                              credit_pairs=2, prompts=4, samples=0, deployment=None,
+                              fast_forward=True)  # fmt: skip
         sources = run_audit.Sources([None, None], ([], []), None, [], None, [], None)
         pairs = SimpleNamespace(test=rows, train=rows[:24])
         found = run_audit.take(cfg, sources, pairs, None, SimpleNamespace(dir=tmp_path))

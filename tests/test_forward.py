@@ -194,7 +194,8 @@ def test_batches_of_like_length_where_they_are_asked_for(train, tmp_path, recipe
     lengths = [pair for batch in batches for pair in batch["attention_mask"].sum(1).view(2, -1).sum(0).tolist()]
     groups = [lengths[start : start + 4] for start in range(0, 24, 4)]  # of two micro-batches of two
     assert len(lengths) == 24 and lengths[0] == max(lengths)
-    assert all(group == sorted(group, reverse=True) for group in groups)
+    in_order = [group == sorted(group, reverse=True) for group in groups]
+    assert sum(in_order) >= len(groups) - 1  # the longest of all has changed places with the first
 
 
 ONCE = "trainer.precompute_ref_log_probs=true"
@@ -219,7 +220,8 @@ def test_a_recipe_learns_the_same(train, tmp_path, capsys, recipe, more):
         steps = [row[key] for row in logged for key in ("loss", "grad_norm")]
         found.append([*steps, done.result["main"]["after"].value])
     assert len(found[0]) == 5 and found[0] == pytest.approx(found[1], rel=1e-5)
-    assert "went through whole" not in capsys.readouterr().out
+    # The ends of two answers begin where each of them is cut.
+    assert ("went through whole" in capsys.readouterr().out) == ("trainer.truncation_mode=keep_end" in more)
 
 
 @pytest.mark.slow
@@ -257,7 +259,7 @@ def test_losses_and_gradients_of_200_random_pairs(train, tmp_path, recipe):
     for batch in plain.get_train_dataloader():
         found = []
         for trainer in (fast, plain):
-            trainer.model.zero_grad()
+            trainer.model.train().zero_grad()
             loss = trainer.compute_loss(trainer.model, dict(batch))
             loss.backward()
             gradients = [p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]
@@ -279,16 +281,19 @@ def logged(trainer):
 
 
 def test_the_reference_is_computed_once(train, tmp_path, capsys):
-    """Read by a run with another beta and seed; of another adapter, of rows that are cut, or damaged, computed."""
+    """Read by a run with another beta and seed; of another adapter, of rows that are cut, or damaged, computed. The
+    held-out pairs are measured by it before training."""
     folder = tmp_path / ".reference"
 
     def said(name, *overrides):
         done = train("dpo", tmp_path / name, ONCE, "quantization=none", *overrides)
-        lines = capsys.readouterr().out.splitlines()
+        said = capsys.readouterr()
+        lines = said.out.splitlines()
+        assert ("reference of the held-out answers: 8 read" in said.out) == ("Held out, before" not in said.err)
         return done, next(line for line in lines if line.startswith("reference of the train rows: "))
 
     first, line = said("first")
-    (kept,) = folder.iterdir()
+    kept = max(folder.iterdir(), key=lambda path: path.stat().st_size)  # the other is of the held-out pairs
     text = kept.read_text()
     assert line == "reference of the train rows: 8 computed, kept in .reference"
     read = "reference of the train rows: 8 read from .reference"
@@ -300,4 +305,4 @@ def test_the_reference_is_computed_once(train, tmp_path, capsys):
     assert done.result["adapter_sha256"] == first.result["adapter_sha256"]
     for other in (["model.adapter=first"], ["trainer.max_length=100", "data.too_long=truncate"]):
         assert said("other", "overwrite=true", *other)[1].startswith("reference of the train rows: 8 computed")
-    assert len(list(folder.iterdir())) == 3
+    assert len(list(folder.iterdir())) == 5  # held-out pairs are measured whole

@@ -8,6 +8,7 @@ trained; this one goes through `inference`.
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,7 +38,7 @@ Encoded = tuple[list[int], int]
 
 
 def take_over(args: "DPOConfig | KTOConfig", fast_forward: bool) -> bool:
-    """Whether `precompute` shall compute them, instead of the trainer that is made with `args`.
+    """Whether `keep` shall compute them, instead of the trainer that is made with `args`.
 
     TRL does where it is told its batches, and refuses a reference that moves.
     """
@@ -48,48 +49,80 @@ def take_over(args: "DPOConfig | KTOConfig", fast_forward: bool) -> bool:
     return taken
 
 
-def precompute(trainer, run: Run) -> None:
-    """Give the trainer's rows the columns that it reads in place of a forward pass of the reference.
+def keep(trainer, run: Run) -> Callable[..., list[tuple[float, int]]]:
+    """Give the trainer's rows what its reference says of them; and `Kept.sums`, for rows that are held out."""
+    kept = Kept(trainer, run)
+    kept.add_columns()
+    return kept.sums
+
+
+class Kept:
+    """What the reference of a trainer says of rows, in files that runs beside each other share.
 
     Args:
         trainer: a DPOTrainer or KTOTrainer, with a LoRA.
     """
-    folder, model = folder_beside(run), _of_reference(trainer.model)
-    trainer.train_dataset = _with_reference(trainer, trainer.train_dataset, "train rows", folder, model)
-    if trainer.args.eval_strategy != "no":
-        trainer.eval_dataset = _with_reference(trainer, trainer.eval_dataset, "held-out rows", folder, model)
-    trainer.precompute_ref_logps = True
+
+    def __init__(self, trainer, run: Run):
+        self.trainer, self.model = trainer, _of_reference(trainer.model)
+        self.folder = (run.shared.parent if run.shared else run.dir).parent / FOLDER
+
+    def add_columns(self) -> None:
+        """Give the trainer's rows the columns that it reads in place of a forward pass of the reference."""
+        trainer = self.trainer
+        trainer.train_dataset = self._with_columns(trainer.train_dataset, "train rows")
+        if trainer.args.eval_strategy != "no":
+            trainer.eval_dataset = self._with_columns(trainer.eval_dataset, "test rows")
+        trainer.precompute_ref_logps = True
+
+    def sums(self, model: "PeftModel", pad_id: int, encoded: list[Encoded], what: str) -> list[tuple[float, int]]:
+        """`inference.logp_sums` of a policy that nothing has trained: it is the reference."""
+        logps, read = self._logps(encoded, what)
+        _say("held-out answers", len(encoded), len(encoded) if read else 0, self.folder)
+        return [(logp, len(ids) - start) for logp, (ids, start) in zip(logps, encoded, strict=True)]
+
+    def _with_columns(self, dataset: "Dataset", what: str) -> "Dataset":
+        sides = [side for side in COLUMNS if side in dataset.column_names]
+        found: dict[str, list[float]] = {COLUMNS[side]: [] for side in sides}
+        args, known = self.trainer.args, 0
+        for start in range(0, len(dataset), ROWS):
+            rows = dataset.select(range(start, min(start + ROWS, len(dataset))))
+            encoded = [_encoded(row["prompt_ids"], row[side], args) for row in rows for side in sides]
+            logps, read = self._logps(encoded, f"Reference, {what}", getattr(args, "ld_alpha", None))
+            known += len(rows) if read else 0
+            for place, side in enumerate(sides):
+                found[COLUMNS[side]] += logps[place :: len(sides)]
+        _say(what, len(dataset), known, self.folder)
+        for column, values in found.items():
+            dataset = dataset.add_column(column, values)
+        return dataset
+
+    def _logps(self, encoded: list[Encoded], what: str, weight: float | None = None) -> tuple[list[float], bool]:
+        """Log-probabilities of answers in nats, and whether they were kept.
+
+        Args:
+            weight: `ld_alpha`, of the tokens beyond the length of a pair's other answer (Liu et al. 2024,
+                arXiv:2409.06411).
+        """
+        key = hashlib.sha256(json.dumps([self.model, encoded, weight]).encode()).hexdigest()
+        path = self.folder / f"{key[:16]}.json"
+        if kept := ranks.by_first(_read, path, key, len(encoded)):
+            return kept, True
+        model, pad_id = self.trainer.model, self.trainer.processing_class.pad_token_id
+        with use_adapter(model, adapter_name=_adapter(model)):
+            logps = inference.token_logps(model, pad_id, encoded, what)
+        counts = [len(logps_K) for logps_K in logps]
+        if weight is not None:
+            counts = [min(pair) for pair in zip(counts[::2], counts[1::2], strict=True) for _ in pair]
+        found = [(k[:n].sum() + (weight or 0) * k[n:].sum()).item() for k, n in zip(logps, counts, strict=True)]
+        ranks.by_first(_write, path, key, found)
+        return found, False
 
 
-def folder_beside(run: Run) -> Path:
-    """For all runs and sweeps in the folder in which this one lies."""
-    return (run.shared.parent if run.shared else run.dir).parent / FOLDER
-
-
-def _with_reference(trainer, dataset: "Dataset", what: str, folder: Path, model: str) -> "Dataset":
-    found: dict[str, list[float]] = {COLUMNS[side]: [] for side in COLUMNS if side in dataset.column_names}
-    sides = [side for side in COLUMNS if side in dataset.column_names]
-    read = 0
-    for start in range(0, len(dataset), ROWS):
-        rows = dataset.select(range(start, min(start + ROWS, len(dataset))))
-        encoded = [_encoded(row["prompt_ids"], row[side], trainer.args) for row in rows for side in sides]
-        weight = getattr(trainer.args, "ld_alpha", None)
-        key = hashlib.sha256(json.dumps([model, encoded, weight]).encode()).hexdigest()
-        path = folder / f"{key[:16]}.json"
-        logps = ranks.by_first(_read, path, key, len(encoded))
-        read += len(rows) if logps else 0
-        if not logps:
-            logps = _sums(trainer, encoded, what, weight)
-            ranks.by_first(_write, path, key, logps)
-        for place, side in enumerate(sides):
-            found[COLUMNS[side]] += logps[place :: len(sides)]
+def _say(what: str, count: int, read: int, folder: Path) -> None:
     if ranks.is_first():
-        computed = len(dataset) - read
-        said = [f"{count:,} {how}" for count, how in ((read, "read from"), (computed, "computed, kept in")) if count]
-        print(f"reference of the {what}: {', '.join(said)} {folder}", flush=True)
-    for column, values in found.items():
-        dataset = dataset.add_column(column, values)
-    return dataset
+        parts = ((read, "read from"), (count - read, "computed, kept in"))
+        print(f"reference of the {what}: {', '.join(f'{n:,} {how}' for n, how in parts if n)} {folder}", flush=True)
 
 
 def _encoded(prompt: list[int], answer: list[int], args: "DPOConfig | KTOConfig") -> Encoded:
@@ -102,22 +135,6 @@ def _encoded(prompt: list[int], answer: list[int], args: "DPOConfig | KTOConfig"
         else:
             ids = ids[: args.max_length]
     return ids, min(max(start, 1), len(ids))
-
-
-def _sums(trainer, encoded: list[Encoded], what: str, weight: float | None) -> list[float]:
-    """Log-probabilities of the answers in nats.
-
-    Args:
-        weight: `ld_alpha`: of the tokens beyond the length of a pair's other answer (Liu et al. 2024,
-            arXiv:2409.06411, equation 8).
-    """
-    model, pad_id = trainer.model, trainer.processing_class.pad_token_id
-    with use_adapter(model, adapter_name=_adapter(model)):
-        logps = inference.token_logps(model, pad_id, encoded, f"Reference, {what}")
-    if weight is None:
-        return [logps_K.sum().item() for logps_K in logps]
-    shorter = [min(map(len, pair)) for pair in zip(logps[::2], logps[1::2], strict=True) for _ in pair]
-    return [(logps_K[:n].sum() + weight * logps_K[n:].sum()).item() for logps_K, n in zip(logps, shorter, strict=True)]
 
 
 def _adapter(model: "PeftModel") -> str | None:

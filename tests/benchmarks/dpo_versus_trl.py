@@ -29,7 +29,7 @@ import time
 from pathlib import Path
 
 ROWS = ("dpo", "kept", "orpo", "simpo", "reward", "held-out", "sweep")
-BATCH, LENGTH, HELD_OUT = 4, 512, 8
+BATCH, LENGTH, HELD_OUT, SWEPT = 4, 512, 8, "swept"
 TRAINING = {
     "num_train_epochs": 1,
     "per_device_train_batch_size": BATCH,
@@ -102,15 +102,20 @@ def main() -> None:
         median = statistics.median(len(ids) for pair in encoded for ids, _ in pair)
         print(f"{datetime.date.today()}, {platform.machine()}, {threads} threads")
         print(f"{len(encoded)} pairs, tokens of a conversation: median {median:.0f}", flush=True)
-        for row in options.rows:
-            candidates = commands(row, model, here)
-            if row == "kept":  # the first run, which keeps it
-                measure(candidates["ours"], env, here)
-            timings: dict[str, list[tuple[float, float]]] = {name: [] for name in candidates}
-            for _ in range(options.rounds):
-                for name, command in candidates.items():
-                    timings[name].append(measure(command, env, here))
-            report(row, timings, flops(row, encoded))
+        candidates = {row: commands(row, model, here) for row in options.rows}
+        if "kept" in candidates:  # the first run, which keeps it
+            measure(candidates["kept"]["ours"], env, here)
+        timings = {row: {name: [] for name in of_row} for row, of_row in candidates.items()}
+        for number in range(1, options.rounds + 1):
+            known = {}  # one run of a command for all rows that it stands in
+            for row, of_row in candidates.items():
+                for name, command in of_row.items():
+                    key = tuple(command)
+                    known[key] = known.get(key) or measure(command, env, here)
+                    timings[row][name].append(known[key])
+                report(f"round {number}", row, {name: runs[-1:] for name, runs in timings[row].items()}, encoded)
+        for row in candidates:
+            report(f"median of {options.rounds}", row, timings[row], encoded)
 
 
 def write_pairs(folder: Path, transcripts: str | None, steps: int) -> list[list[tuple[list[int], int]]]:
@@ -164,7 +169,7 @@ def commands(row: str, model: str, folder: Path) -> dict[str, list[str]]:
     if row == "kept":
         return {"ours": [*ours, "trainer.precompute_ref_log_probs=true"], "trl": trls}
     if row == "sweep":
-        return {"ours": [*ours, "sweep=dpo_beta", "sweep.prompts=0"], "trl": trls}
+        return {"ours": [*ours, "sweep=dpo_beta", "sweep.prompts=0", f"hydra.sweep.dir={SWEPT}/betas"], "trl": trls}
     if row in ("orpo", "simpo"):
         return {"ours": ours, "by hand": [sys.executable, str(script(folder, "by_hand.py", BY_HAND)), recipe, model,
                                           str(pairs), json.dumps(TRAINING)]}  # fmt: skip
@@ -178,8 +183,7 @@ def script(folder: Path, name: str, text: str) -> Path:
 
 def measure(command: list[str], env: dict, folder: Path) -> tuple[float, float]:
     """Wall seconds, and the peak of the process in GiB."""
-    if "sweep=dpo_beta" in command:  # its jobs are not replaced, and share what lies beside them
-        shutil.rmtree(folder / "outputs", ignore_errors=True)
+    shutil.rmtree(folder / SWEPT, ignore_errors=True)  # nothing is kept for another sweep
     begin = time.monotonic()
     with (folder / "output.txt").open("w+") as output:
         process = subprocess.Popen(command, cwd=folder, env=env, stdout=output, stderr=subprocess.STDOUT)
@@ -225,13 +229,14 @@ def flops(row: str, encoded: list[list[tuple[list[int], int]]]) -> tuple[float, 
     return own_passes * ours / 1e12, passes * theirs / 1e12
 
 
-def report(row: str, timings: dict[str, list[tuple[float, float]]], floor: tuple[float, float]) -> None:
+def report(what: str, row: str, timings: dict[str, list[tuple[float, float]]], encoded: list) -> None:
     times = 5 if row == "sweep" else 1  # of TRL's command
     (ours, own_peak), (theirs, peak) = (map(statistics.median, zip(*runs, strict=True)) for runs in timings.values())
+    own_flops, flops_there = flops(row, encoded)
     print(
-        f"{row:9} {ours:7.1f} s / {times * theirs:7.1f} s = {ours / (times * theirs):.2f}   "
+        f"{what:11} {row:9} {ours:7.1f} s / {times * theirs:7.1f} s = {ours / (times * theirs):.2f}   "
         f"{own_peak:.2f} / {peak:.2f} GiB = {own_peak / peak:.2f}   "
-        f"{floor[0]:.1f} / {floor[1]:.1f} TFLOP = {floor[0] / floor[1]:.2f}   median of {len(timings['ours'])}",
+        f"{own_flops:.1f} / {flops_there:.1f} TFLOP = {own_flops / flops_there:.2f}",
         flush=True,
     )
 
