@@ -181,7 +181,7 @@ def test_one_process_writes(folders):
 def test_one_process_resamples(folders, name):
     """What all of them have measured."""
     first, second = (seen["draws"] for seen in folders[2])
-    assert first[name] > 20 and name not in second
+    assert first[name] and name not in second
 
 
 def test_nothing_is_left_behind(folders):
