@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="three whole trainings and 10,000 rows")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--rows", nargs="+", type=int, help="how many are tokenised")
+    parser.add_argument("--processes", nargs="+", type=int, default=[1, 2], help="that tokenise them")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)  # what one of the processes does
     options = parser.parse_args()
@@ -48,11 +49,9 @@ def main() -> None:
             figures["four processes"] = started(4, "folders", room)
             print(f"four processes: {figures['four processes']}", flush=True)
         if {"trainings", "rows"} & {*options.only}:
-            asked = (
-                (trainings if "trainings" in options.only else 0),
-                (options.rows or rows if "rows" in options.only else []),
-            )
-            figures["command line"] = by_command_line(*asked, Path(room))
+            trainings = trainings if "trainings" in options.only else 0
+            rows = (options.rows or rows) if "rows" in options.only else []
+            figures["command line"] = by_command_line(trainings, rows, options.processes, Path(room))
             print(f"by the command line: {figures['command line']}", flush=True)
         if "faster" in options.only:
             one, two = (started(n, "dpo", room) for n in (1, 2))
@@ -118,8 +117,8 @@ def folders(room: Path) -> None:
     ranks.leave()
 
 
-def by_command_line(number: int, counts: list[int], room: Path) -> dict:
-    """Whole trainings of two processes, each in a folder of its own; and one step on many rows, by one and by two."""
+def by_command_line(number: int, counts: list[int], processes: list[int], room: Path) -> dict:
+    """Whole trainings of two processes, each in a folder of its own; and a step on many rows, by so many processes."""
     sys.path.insert(0, str(ROOT / "tests"))
     import conftest
     import warm
@@ -150,13 +149,11 @@ def by_command_line(number: int, counts: list[int], room: Path) -> dict:
                 for n in range(rows):
                     row = {"prompt": f"{n}: {WORDS}", "chosen": f"{WORDS} {n}", "rejected": f"No, {n} {WORDS}"}
                     file.write(json.dumps(row) + "\n")
-            for n in (1, 2):
+            for n in processes:
                 seen = trained(n, f"rows{rows}_{n}", *many)
-                results[f"{rows} rows, {n} of them"] = seen and {
-                    "seconds": seen["seconds"],
-                    "GiB": seen["peak_memory_gib"]["process"],
-                }
-                print(list(results.items())[-1], flush=True)
+                found = {"seconds": seen["seconds"], "GiB": seen["peak_memory_gib"]["process"]} if seen else "died"
+                results[f"{rows} rows, {n} processes"] = found
+                print(f"{rows} rows, {n} processes: {found}", flush=True)
     return {"trainings": number, "died": found.count({}), **results}
 
 
