@@ -181,7 +181,7 @@ def test_one_process_writes(folders):
 def test_one_process_resamples(folders, name):
     """What all of them have measured."""
     first, second = (seen["draws"] for seen in folders[2])
-    assert first[name] and name not in second
+    assert second.get(name, 0) < first[name]
 
 
 def test_nothing_is_left_behind(folders):
@@ -191,8 +191,8 @@ def test_nothing_is_left_behind(folders):
 
 
 def ended(err):
-    """Exit status of each process that did not end well, as torchrun tells them."""
-    return [int(code) for code in re.findall(r"exitcode *: (-?\d+)", err)]
+    """Rank -> exit status of each process that did not end well, as torchrun tells them."""
+    return {int(rank): int(code) for rank, code in re.findall(r"rank +: (\d+) .*\n +exitcode +: (-?\d+)", err)}
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_a_refusal_of_any_rank_ends_all_in_one_line(recipe, tmp_path, launcher, 
     code, _, err = recipe(name, *overrides, launcher=launcher)
     refused = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(refused) == 1 and refused[0].startswith(f"error: {said}"), err
-    assert code == 1 and 2 in ended(err) and {*ended(err)} <= {2, -15}, err  # -15: torchrun was faster
+    assert code == 1 and {2} <= {*ended(err).values()} <= {2, -15}, err  # -15: torchrun was faster
     assert [path.name for path in (tmp_path / "outputs" / "dpo").iterdir()] == ["foreign"]
 
 
@@ -226,7 +226,7 @@ def test_what_a_kill_of_one_rank_left_goes_on(folders, recipe, tmp_path):
     code, _, err = recipe(name, *overrides)
     said = [line for line in err.splitlines() if line.startswith("error: ")]
     # The other one ends by itself, not half a minute later by torchrun's SIGKILL; torchrun's SIGTERM may be faster.
-    assert code == 1 and len(said) <= 1 and ended(err).count(-9) == 1, err
+    assert code == 1 and len(said) <= 1 and ended(err)[1] == -9 and ended(err)[0] in (2, -15), err
     assert not said or "another of the 2 processes has ended" in said[0]
     assert not (tmp_path / "outputs" / "ppo" / "main" / "result.json").exists()
     code, out, err = recipe(name, *overrides)
