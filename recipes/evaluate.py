@@ -59,7 +59,8 @@ def main(cfg):
     if cfg.checkpoints:
         evaluation["checkpoints"] = ranks.by_first(checkpoints.compare, found, evaluation)
 
-    page.write_page(evaluation, run.dir / "report.html")
+    if ranks.is_first():
+        page.write_page(evaluation, run.dir / "report.html")
     main = summary.headline(evaluation)
     run.write_result(run.record(main=main, evaluation=evaluation, counts=pairs.report, **named_bases))
     print(f"\n{table.as_text(evaluation)}\n")

@@ -20,7 +20,7 @@ TESTS = Path(__file__).parent
 # What differs between processes that compute the same.
 OWN = ("peak_memory_gib", "device", "world_size", "config_sha256")
 PPO = ["trainer.max_completion_length=6", "trainer.num_ppo_epochs=2", "trainer.num_mini_batches=1",
-       "reward_funcs=warm_processes:short",
+       "reward_funcs=warm_processes:short", "trainer.save_steps=1",
        "trainer.max_steps=4", "trainer.normalize_rewards=true", "trainer.kl_controller=adaptive"]  # fmt: skip
 TRAINED = {
     "sft": [], "reward": [], "dpo": [], "orpo": [], "simpo": [],
@@ -36,8 +36,8 @@ READING = {
                  "exit_codes.worse=0"],
     "audit": ["reward_model=../one/reward", "gold=warm_processes:short", "ledger_pairs=4", "stress_pairs=2",
               "probe_pairs=2", "credit_pairs=1", "prompts=3", "samples=4", "max_new_tokens=6"],
-    "cai": ["gate.pairs=4", "gate.fails=ignore", "generate.max_new_tokens=8", "revise.max_new_tokens=8",
-            "revise.n_revisions=1", "filters.min_words=1", "filters.max_length_ratio=9",
+    "cai": ["data.train_size=4", "gate.pairs=4", "gate.fails=ignore", "generate.max_new_tokens=8",
+            "revise.max_new_tokens=8", "revise.n_revisions=1", "filters.min_words=1", "filters.max_length_ratio=9",
             "judging.principles_per_pair=1", "judging.min_option_mass=0", "shard_size=4"],
 }  # fmt: skip
 
@@ -50,7 +50,7 @@ def jobs(model, processes):
     shared = [f"model.path={model}", "model.id=tests/tiny", "model.dtype=float32", "quantization=none",
               "data.train_size=8", "data.eval_size=4"]  # fmt: skip
     steps = ["trainer.max_steps=2", "trainer.logging_steps=1", "trainer.learning_rate=1e-3", "trainer.warmup_steps=0",
-             "trainer.per_device_train_batch_size=2", "trainer.save_steps=1",
+             "trainer.per_device_train_batch_size=2", "trainer.save_steps=2",
              f"trainer.gradient_accumulation_steps={2 // processes}"]  # fmt: skip
     made = {name: [name.removesuffix("_head"), *shared, *steps, *own] for name, own in TRAINED.items()}
     made |= {name: [name, *shared, *own] for name, own in READING.items()}
@@ -180,7 +180,7 @@ def test_one_process_writes(folders):
 def test_one_process_resamples(folders, name):
     """What all of them have measured."""
     first, second = (seen["draws"] for seen in folders[2])
-    assert first[name] > 20 and name not in second
+    assert second.get(name, 0) < first[name]
 
 
 def test_nothing_is_left_behind(folders):
@@ -190,8 +190,8 @@ def test_nothing_is_left_behind(folders):
 
 
 def ended(err):
-    """Exit status of each process that did not end well, as torchrun tells them."""
-    return [int(code) for code in re.findall(r"exitcode *: (-?\d+)", err)]
+    """Rank -> exit status of each process that did not end well, as torchrun tells them."""
+    return {int(rank): int(code) for rank, code in re.findall(r"rank +: (\d+) .*\n +exitcode +: (-?\d+)", err)}
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_a_refusal_of_any_rank_ends_all_in_one_line(recipe, tmp_path, launcher, 
     code, _, err = recipe(name, *overrides, launcher=launcher)
     refused = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(refused) == 1 and refused[0].startswith(f"error: {said}"), err
-    assert code == 1 and 2 in ended(err) and {*ended(err)} <= {2, -15}, err  # -15: torchrun was faster
+    assert code == 1 and {2} <= {*ended(err).values()} <= {2, -15}, err  # -15: torchrun was faster
     assert [path.name for path in (tmp_path / "outputs" / "dpo").iterdir()] == ["foreign"]
 
 
@@ -225,7 +225,7 @@ def test_what_a_kill_of_one_rank_left_goes_on(folders, recipe, tmp_path):
     code, _, err = recipe(name, *overrides)
     said = [line for line in err.splitlines() if line.startswith("error: ")]
     # The other one ends by itself, not half a minute later by torchrun's SIGKILL; torchrun's SIGTERM may be faster.
-    assert code == 1 and len(said) <= 1 and ended(err).count(-9) == 1, err
+    assert code == 1 and len(said) <= 1 and ended(err)[1] == -9 and ended(err).get(0, -15) in (2, -15), err
     assert not said or "another of the 2 processes has ended" in said[0]
     assert not (tmp_path / "outputs" / "ppo" / "main" / "result.json").exists()
     code, out, err = recipe(name, *overrides)
@@ -259,7 +259,8 @@ def free_job():
 def test_bare_srun(start, tiny_overrides, tmp_path, overrides, code):
     """Slurm's own variables, and nothing that keeps what the processes tell each other when the first is gone."""
     job = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_JOB_ID": free_job()}
-    arguments = ["-m", "rlhf_recipes.recipes.dpo", *tiny_overrides, "quantization=none", *overrides]
+    arguments = ["-m", "rlhf_recipes.recipes.dpo", *tiny_overrides, "trainer.max_steps=1", "quantization=none"]
+    arguments += overrides
     ranks = ({"SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in "01")
     processes = [start(PYTHON, *arguments, cwd=tmp_path, env=job | own) for own in ranks]
     (out, err), (other_out, other_err) = (process.communicate(timeout=LIMIT) for process in processes)

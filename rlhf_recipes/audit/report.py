@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from rlhf_recipes import ranks
 from rlhf_recipes.audit import judgements, page, verdict
 from rlhf_recipes.audit.run_audit import Findings, Sources
 from rlhf_recipes.commands import command
@@ -52,7 +53,8 @@ def build(cfg: DictConfig, sources: Sources, pairs: Splits, found: Findings) -> 
 def finish(run: Run, audit: dict[str, Any], found: Findings) -> None:
     """Write everything, result.json last, and print the verdict, the weakest figures and what to do next."""
     write_atomically(run.dir / "audit.json", json.dumps(audit, indent=2, ensure_ascii=False, default=asdict) + "\n")
-    page.write_page(audit, run.dir / "report.html")
+    if ranks.is_first():
+        page.write_page(audit, run.dir / "report.html")
     asked = [json.dumps(row, ensure_ascii=False) + "\n" for row in found.label_next]
     write_atomically(run.dir / "label_next.jsonl", "".join(asked))
     if found.disputed:

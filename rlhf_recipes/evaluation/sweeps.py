@@ -114,10 +114,9 @@ def rebuild(folders: list[Path], out: Path, node: DictConfig) -> dict:
     table = {"rows": rows, "objective": objective, "drawn": merged is not None, "optimised": optimised}
     table |= _best(rows, objective, node, apart) if merged or not measured else _NONE | {"why_none": DIFFERENT}
     write_atomically(out / "sweep.csv", _csv(rows))
-    if merged:
+    if merged and ranks.is_first():
         page.write_page(evaluation, out / "report.html")
-        if ranks.is_first():
-            frontier.plot(rows, objective, table["best"], out / "frontier.png")
+        frontier.plot(rows, objective, table["best"], out / "frontier.png")
     return table
 
 

@@ -1,7 +1,8 @@
 """Several processes on one machine: whether any dies where all write or read at once, and how much faster two are.
 
-    python tests/benchmarks/processes.py           # about 10 minutes on two cores
-    python tests/benchmarks/processes.py --quick   # under 5
+    python tests/benchmarks/processes.py                                   # about 20 minutes on two cores
+    python tests/benchmarks/processes.py --quick                           # under 5
+    python tests/benchmarks/processes.py --only rows --rows 10000 100000   # one part of it
 
 Counted are starts (Run.start and create: all four processes at once, over what is there) and ends (an adapter is
 saved, read again by all, and result.json written) that do not come to their end, and whole trainings of two processes
@@ -23,6 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 STARTS, ENDS, TRAININGS, ROWS = 100, 60, 10, 200_000
+PARTS = ("folders", "trainings", "rows", "faster")
 WORDS = "Can I move my appointment to another day without paying for the one that I will miss? " * 3
 PAIRS = ["data.train_size=32", "data.eval_size=32", "trainer.max_steps=4", "trainer.max_length=256"]
 
@@ -30,6 +32,9 @@ PAIRS = ["data.train_size=32", "data.eval_size=32", "trainer.max_steps=4", "trai
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="three whole trainings and 10,000 rows")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--rows", nargs="+", type=int, help="how many are tokenised")
+    parser.add_argument("--processes", nargs="+", type=int, default=[1, 2], help="that tokenise them")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)  # what one of the processes does
     options = parser.parse_args()
@@ -37,15 +42,21 @@ def main() -> None:
         {"folders": folders, "dpo": dpo}[options.worker[0]](Path(options.worker[1]))
         return
     print(f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores", flush=True)
+    trainings, rows = (3, [10_000]) if options.quick else (TRAININGS, [ROWS])
+    figures = {}
     with tempfile.TemporaryDirectory() as room:
-        figures = {"folders": started(4, "folders", room)}
-        print(f"four processes: {figures['folders']}", flush=True)
-        asked = (3, 10_000) if options.quick else (TRAININGS, ROWS)
-        figures["command line"] = by_command_line(*asked, Path(room))
-        print(f"by the command line: {figures['command line']}", flush=True)
-        one, two = (started(n, "dpo", room) for n in (1, 2))
-        figures |= {"one": one, "two": two, "faster": {key: round(one[key] / two[key], 2) for key in one}}
-        print(*(f"{name}: {figures[name]}" for name in ("one", "two", "faster")), sep="\n", flush=True)
+        if "folders" in options.only:
+            figures["four processes"] = started(4, "folders", room)
+            print(f"four processes: {figures['four processes']}", flush=True)
+        if {"trainings", "rows"} & {*options.only}:
+            trainings = trainings if "trainings" in options.only else 0
+            rows = (options.rows or rows) if "rows" in options.only else []
+            figures["command line"] = by_command_line(trainings, rows, options.processes, Path(room))
+            print(f"by the command line: {figures['command line']}", flush=True)
+        if "faster" in options.only:
+            one, two = (started(n, "dpo", room) for n in (1, 2))
+            figures |= {"one": one, "two": two, "faster": {key: round(one[key] / two[key], 2) for key in one}}
+            print(*(f"{name}: {figures[name]}" for name in ("one", "two", "faster")), sep="\n", flush=True)
     if options.json:
         options.json.write_text(json.dumps({"date": str(datetime.date.today()), **figures}, indent=2) + "\n")
 
@@ -106,8 +117,8 @@ def folders(room: Path) -> None:
     ranks.leave()
 
 
-def by_command_line(number: int, rows: int, room: Path) -> dict:
-    """Whole trainings of two processes, each in a folder of its own; and one step on many rows, by one and by two."""
+def by_command_line(number: int, counts: list[int], processes: list[int], room: Path) -> dict:
+    """Whole trainings of two processes, each in a folder of its own; and a step on many rows, by so many processes."""
     sys.path.insert(0, str(ROOT / "tests"))
     import conftest
     import warm
@@ -131,20 +142,19 @@ def by_command_line(number: int, rows: int, room: Path) -> dict:
 
         for n in range(number):
             found.append(trained(2, f"run{n}", "data.train_size=8", "trainer.max_steps=2"))
-        with (room / "rows.jsonl").open("w") as file:
-            for n in range(rows):
-                row = {"prompt": f"{n}: {WORDS}", "chosen": f"{WORDS} {n}", "rejected": f"No, {n} {WORDS}"}
-                file.write(json.dumps(row) + "\n")
         many = ["data=local", f"data.path={room}/rows.jsonl", "data.test_size=4", "trainer.max_steps=1"]
-        results = {f"{n} of them": trained(n, f"rows{n}", *many) for n in (1, 2)}
-    return {
-        "trainings": number,
-        "died": found.count({}),
-        f"{rows} rows": {
-            name: {"seconds": each["seconds"], "GiB": each["peak_memory_gib"]["process"]}
-            for name, each in results.items()
-        },
-    }
+        results = {}
+        for rows in counts:
+            with (room / "rows.jsonl").open("w") as file:
+                for n in range(rows):
+                    row = {"prompt": f"{n}: {WORDS}", "chosen": f"{WORDS} {n}", "rejected": f"No, {n} {WORDS}"}
+                    file.write(json.dumps(row) + "\n")
+            for n in processes:
+                seen = trained(n, f"rows{rows}_{n}", *many)
+                found = {"seconds": seen["seconds"], "GiB": seen["peak_memory_gib"]["process"]} if seen else "died"
+                results[f"{rows} rows, {n} processes"] = found
+                print(f"{rows} rows, {n} processes: {found}", flush=True)
+    return {"trainings": number, "died": found.count({}), **results}
 
 
 def dpo(room: Path) -> None:
