@@ -149,6 +149,9 @@ def print_summary(plan: Plan, next_commands: list[str]) -> None:
         print(_side_by_side(evaluations[-1]))
     adapters = [stage.dir / "adapter" for stage, result in results if result and stage.recipe != "reward"]
     adapters = [folder for folder in adapters if folder.is_dir()]
+    if evaluations:  # what is shown above
+        evaluated = evaluations[-1]["systems"][evaluations[-1]["recommended"]]["info"]["path"]
+        adapters = [folder for folder in adapters if str(folder.parent) == evaluated] or adapters
     if adapters:
         print(f"adapter  {adapters[-1]}")
     print(f"summary  {plan.dir / SUMMARY}")
