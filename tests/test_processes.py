@@ -2,14 +2,13 @@
 
 import json
 import math
-import os
 import re
 import signal
 import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import LIMIT, merged, wait_for
+from conftest import LIMIT, free_port, merged, wait_for
 from test_kept_runs import build_model
 
 pytestmark = pytest.mark.slow
@@ -232,7 +231,8 @@ def test_ctrl_c_is_said_once(start, tiny_overrides, tmp_path):
 @pytest.mark.parametrize(("overrides", "code"), [([], 0), (["data.path=nowhere.jsonl"], 2)])
 def test_bare_srun(start, tiny_overrides, tmp_path, overrides, code):
     """Slurm's own variables, and nothing that keeps what the processes tell each other when the first is gone."""
-    job = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_JOB_ID": str(os.getpid())}
+    job = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2"}
+    job["SLURM_JOB_ID"] = str(free_port() - 20_000)  # of which the port is made
     arguments = ["-m", "rlhf_recipes.recipes.dpo", *tiny_overrides, "quantization=none", *overrides]
     processes = [
         start(1, *arguments, cwd=tmp_path, env={**job, "SLURM_PROCID": rank, "SLURM_LOCALID": rank}) for rank in "01"
