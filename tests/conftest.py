@@ -1,6 +1,7 @@
 """Shared fixtures: a model that trains in seconds, a recipe as a subprocess, the embedded model."""
 
 import contextlib
+import gc
 import hashlib
 import json
 import os
@@ -49,6 +50,17 @@ SLOW = (
     "test_cai_data.py", "test_cai_judge.py", "test_cai_server.py", "test_extras.py", "test_fuzz_data.py",
     "test_limits.py", "test_page.py", "test_preflight.py",
 )  # fmt: skip
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What is imported and collected stays: to look for garbage among it takes seconds."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
