@@ -6,8 +6,10 @@ command goes on: a batch script requeues by it.
 
 import signal
 import sys
+from contextlib import suppress
 
 from rlhf_recipes import ranks
+from rlhf_recipes.errors import Refusal
 
 EXIT = 75  # EX_TEMPFAIL of <sysexits.h>: the same command, later
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -49,8 +51,12 @@ def train(yes: bool) -> None:
 
 def ignore() -> None:
     """The end of this process is under way: a second signal, such as a launcher sends to all when one has ended,
-    changes nothing about what it says and its exit status."""
-    for number in SIGNALS:
+    changes nothing about what it says and its exit status. Ctrl-C is one of them where there are several processes:
+    the terminal sends it, and torchrun again."""
+    numbers = [*SIGNALS]
+    with suppress(Refusal):  # there is no telling how many
+        numbers += [signal.SIGINT] if ranks.world_size() > 1 else []
+    for number in numbers:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -1,10 +1,12 @@
 """Shared fixtures: a model that trains in seconds, a recipe as a subprocess, the embedded model."""
 
 import contextlib
+import gc
 import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -45,9 +47,20 @@ LONGEST = (
 # Files that simulate, serve or parse for long, most of their tests.
 SLOW = (
     "test_audit_calibration.py", "test_audit_consistency.py", "test_audit_page.py", "test_audit_uncertainty.py",
-    "test_cai_data.py", "test_cai_judge.py", "test_cai_server.py", "test_extras.py", "test_limits.py", "test_page.py",
-    "test_preflight.py",
+    "test_cai_data.py", "test_cai_judge.py", "test_cai_server.py", "test_extras.py", "test_fuzz_data.py",
+    "test_limits.py", "test_page.py", "test_preflight.py",
 )  # fmt: skip
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What is imported and collected stays: to look for garbage among it takes seconds."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
@@ -248,7 +261,8 @@ def composing():
 @pytest.fixture(autouse=True)
 def signals_heard_as_before():
     """A child process inherits what its parent ignores."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    before = {number: signal.getsignal(number) for number in numbers}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -357,6 +371,15 @@ def skip_without(target):
 def merged(env, changes):
     both = {**env, **(changes or {})}
     return {key: str(value) for key, value in both.items() if value is not None}
+
+
+def free_port():
+    """A port that nobody has, below those that the system itself gives to whoever connects."""
+    for port in range(20_000 + os.getpid() % 10_000, 32_768):
+        with socket.socket() as tried, contextlib.suppress(OSError):
+            tried.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no port is free")
 
 
 def wait_for(path, process):

@@ -123,7 +123,8 @@ def test_killed_at_any_step_it_ends_with_the_same_records(finished, run_recipe, 
     run = tmp_path / "outputs" / "cai" / "main"
     for step in ("draft", "revision.1", "sample.2", "judge"):
         killed = run_recipe("cai", *SMALL, *terse, cwd=tmp_path, kill=f"answered {step}")
-        assert killed.returncode == -signal.SIGKILL and step in {entry["step"] for entry in answers(run)}, killed
+        assert killed.returncode == -signal.SIGKILL, killed
+        assert any(entry["step"].startswith(step) for entry in answers(run))
     done = run_recipe("cai", *SMALL, *terse, cwd=tmp_path)
     assert done.returncode == 0 and "Continuing outputs/cai/main from what was answered." in done.stdout, done
     expected = finished[0] / "outputs" / "cai" / "main"

@@ -2,11 +2,10 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import LIMIT, ROOT
+from conftest import LIMIT, ROOT, free_port
 from omegaconf import OmegaConf
 
 from rlhf_recipes import ranks, sharding
@@ -84,9 +83,7 @@ def trained(clean_env, warm_python, tiny_model_overrides, tmp_path_factory):
 
 
 def _ranks(environment):
-    from accelerate.utils.other import get_free_port
-
-    own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(get_free_port())}
+    own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     own |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     return [{**environment, **own, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
 
@@ -134,7 +131,7 @@ def test_one_process_reads_the_adapter(trained, compose, name):
     assert moved > 1e-3
 
 
-def test_the_base_is_read_tensor_by_tensor_on_the_cpu(tiny_model, clean_env, tmp_path):
+def test_the_base_is_read_tensor_by_tensor_on_the_cpu(tiny_model, clean_env, warm_python, tmp_path):
     """The 85 MB that it has in bfloat16 are never there at a time, whatever else a process takes (22 are in NF4)."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -145,9 +142,9 @@ def test_the_base_is_read_tensor_by_tensor_on_the_cpu(tiny_model, clean_env, tmp
     for file in (*tiny_model.glob("tokenizer*"), *tiny_model.glob("chat_template*")):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     del whole
-    env = {**clean_env, **launcher_environment(), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", LOADS, str(tmp_path), str(tiny_model)]
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=True)
+    (tmp_path / "warm_loads.py").write_text(LOADS)
+    command = [warm_python, "-m", "warm_loads", json.dumps(launcher_environment()), str(tmp_path), str(tiny_model)]
+    done = subprocess.run(command, env=clean_env, cwd=tmp_path, capture_output=True, text=True, check=True)
     seen = json.loads(done.stdout.splitlines()[-1])
     assert seen["device_map"] == {"": "cpu"}, "on a machine with a card, too"
     assert seen["dtype"] == "torch.bfloat16" and seen["nbytes"] == 256 * 512 / 2
@@ -174,7 +171,7 @@ def test_a_card_quantizes_what_stays_on_the_cpu(monkeypatch):
 
 # By how much a process's own memory (no mapped file) grows at most while a base is read, the second of its life.
 LOADS = """
-import gc, json, sys, threading, time
+import gc, json, os, sys, threading, time
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -200,16 +197,17 @@ def read(folder):
         cfg = compose("dpo", ["quantization=nf4_fsdp", f"model.path={folder}", "model.id=tests/tiny"])
     return models.load_base(cfg.model, cfg.quantization, AutoModelForCausalLM)
 
+os.environ |= json.loads(sys.argv[1])
 memory.keep_freed_memory = lambda: None
 load, given = AutoModelForCausalLM.from_pretrained, {}
 AutoModelForCausalLM.from_pretrained = loaded
-read(sys.argv[2])
+read(sys.argv[3])
 gc.collect()
 memory.return_freed_memory()
 before, peak, over = own(), [0], threading.Event()
 looking = threading.Thread(target=look)
 looking.start()
-packed = read(sys.argv[1]).model.layers[0].mlp.up_proj.weight
+packed = read(sys.argv[2]).model.layers[0].mlp.up_proj.weight
 over.set()
 looking.join()
 seen = {"device_map": given["device_map"], "dtype": str(packed.dtype), "nbytes": packed.nbytes, "peak": peak[0]}

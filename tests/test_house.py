@@ -24,9 +24,17 @@ FLOORS = (
 )
 
 
+def statements(nodes):
+    """All of them, in their blocks, too."""
+    for node in nodes:
+        yield node
+        for block in ("body", "orelse", "finalbody", "handlers", "cases"):
+            yield from statements(getattr(node, block, []))
+
+
 def imports(module, tree):
     """(imported module, line) of everything of ours that a file imports, in functions and for type checkers, too."""
-    for node in ast.walk(tree):
+    for node in statements(tree.body):
         if isinstance(node, ast.Import):
             found = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):

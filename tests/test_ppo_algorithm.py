@@ -153,6 +153,7 @@ def test_values_that_know_nothing_explain_nothing():
     assert explained(rewards, scores[:, None].expand(64, 128), 0.95) == pytest.approx(1, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mean", [-2.0, 2.0])
 def test_no_token_is_good_for_being_early(mean):
     """Rewards of mean -2 or +2 and deviation 1, lam 0.95, V that starts from zeros: without a fit three quarters of

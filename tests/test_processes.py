@@ -1,18 +1,14 @@
 """Two processes on a CPU, by gloo, as launchers start them: they compute what one computes, and one of them writes."""
 
-import itertools
 import json
 import math
-import os
 import re
 import signal
-import socket
 import subprocess
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import LIMIT, ROOT, merged, wait_for
+from conftest import LIMIT, ROOT, free_port, merged, wait_for
 from test_kept_runs import build_model
 
 pytestmark = pytest.mark.slow
@@ -247,18 +243,11 @@ def test_ctrl_c_is_said_once(start, tiny_overrides, tmp_path):
     assert "\nerror: " not in err and [path.name for path in folder.iterdir()] == ["main"], err
 
 
-def free_job():
-    """Number of a job whose port nobody listens to."""
-    for number in itertools.count(os.getpid()):
-        with socket.socket() as listener, suppress(OSError):
-            listener.bind(("127.0.0.1", 20000 + number % 20000))
-            return str(number)
-
-
 @pytest.mark.parametrize(("overrides", "code"), [([], 0), (["data.path=nowhere.jsonl"], 2)])
 def test_bare_srun(start, tiny_overrides, tmp_path, overrides, code):
     """Slurm's own variables, and nothing that keeps what the processes tell each other when the first is gone."""
-    job = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_JOB_ID": free_job()}
+    job = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2"}
+    job["SLURM_JOB_ID"] = str(free_port() - 20_000)  # of which the port is made
     arguments = ["-m", "rlhf_recipes.recipes.dpo", *tiny_overrides, "trainer.max_steps=1", "quantization=none"]
     arguments += overrides
     ranks = ({"SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in "01")

@@ -121,6 +121,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("earlier", [False, True])
 def test_killed_at_any_moment(tmp_path, monkeypatch, earlier):
     """What is there afterwards is replaced by the same command, or by one that publishes something else."""

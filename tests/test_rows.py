@@ -64,6 +64,7 @@ def test_some_are_written_once_more(made):
     assert again.digest(["prompt", "p"]) == changed.digest(["prompt", "p"]) != shuffled.digest(["prompt", "p"])
 
 
+@pytest.mark.slow
 def test_files_go_with_their_rows_and_folders_with_their_process(tmp_path):
     code = """import os; from rlhf_recipes.data.rows import written
 rows = written([dict(prompt=[])]); print(rows.files[0].path, flush=True); {}"""

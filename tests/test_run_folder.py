@@ -239,7 +239,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
 def test_the_same_command_twice(start_recipe, run_recipe, tiny_overrides, tmp_path):
     """The first one goes on to its end, undisturbed; the second, while it lasts, changes nothing."""
     command = [*tiny_overrides, "quantization=none", "trainer.max_steps=3", "trainer.logging_steps=1"]
-    first = start_recipe("dpo", *command, cwd=tmp_path, holds="main/metrics.jsonl")
+    first = start_recipe("dpo", *command, cwd=tmp_path, holds="main/.metrics.jsonl")
     folder = tmp_path / "outputs" / "dpo" / "main"
     lock = tmp_path / "outputs" / "dpo" / ".main.lock"
     wait_for(tmp_path / "held", first)

@@ -7,7 +7,7 @@ import sys
 import hydra
 import pytest
 
-from rlhf_recipes import signals
+from rlhf_recipes import ranks, signals
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.launch.recipe import recipe
 from rlhf_recipes.launch.refusals import OneLine
@@ -18,6 +18,7 @@ def listening(monkeypatch):
     """This process as it was at its start."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for name, value in {"_told": None, "_training": False, "_requeue": None}.items():
         monkeypatch.setattr(signals, name, value)
 
@@ -40,6 +41,16 @@ def test_a_launcher_that_ends_all_changes_nothing_about_why(error, code, capsys)
         raise error
     os.kill(os.getpid(), signal.SIGTERM)
     assert end.value.code == code and "SIGTERM" not in capsys.readouterr().err
+
+
+def test_ctrl_c_that_a_launcher_sends_again_changes_nothing(monkeypatch, capsys):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ranks, "end", lambda code: None)  # nobody has said why
+    with pytest.raises(SystemExit) as end, OneLine():
+        raise KeyboardInterrupt
+    os.kill(os.getpid(), signal.SIGINT)
+    assert end.value.code == 130 and capsys.readouterr().err.startswith("Interrupted. ")
 
 
 def test_what_is_finished_was_not_taken_back(monkeypatch):

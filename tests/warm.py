@@ -54,6 +54,8 @@ COMPOSED = (
     ("evaluate",),
     ("pipeline",),
     ("cai",),
+    ("audit",),
+    ("publish",),
 )
 DRAWN = "RLHF_TEST_DRAWN"
 STARTED = ("rlhf_recipes.", "accelerate.commands.launch", "submitit.core._submit", "torch.distributed.run", "killed",
