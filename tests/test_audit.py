@@ -177,7 +177,7 @@ def test_a_killed_audit_scores_nothing_twice_and_ends_as_another_bit_for_bit(
 ):
     _, folder, audit = audited
     killed = here / "outputs" / "audit" / "killed"
-    process = start_recipe("audit", *everything, "run_name=killed", cwd=here, holds="killed/scores/train_pairs.1")
+    process = start_recipe("audit", *everything, "run_name=killed", cwd=here, holds="killed/scores/.train_pairs.1")
     wait_for(here / "held", process)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
