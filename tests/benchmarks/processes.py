@@ -151,9 +151,9 @@ def by_command_line(number: int, counts: list[int], processes: list[int], room: 
                     file.write(json.dumps(row) + "\n")
             for n in processes:
                 seen = trained(n, f"rows{rows}_{n}", *many)
-                found = {"seconds": seen["seconds"], "GiB": seen["peak_memory_gib"]["process"]} if seen else "died"
-                results[f"{rows} rows, {n} processes"] = found
-                print(f"{rows} rows, {n} processes: {found}", flush=True)
+                took = {"seconds": seen["seconds"], "GiB": seen["peak_memory_gib"]["process"]} if seen else "died"
+                results[f"{rows} rows, {n} processes"] = took
+                print(f"{rows} rows, {n} processes: {took}", flush=True)
     return {"trainings": number, "died": found.count({}), **results}
 
 

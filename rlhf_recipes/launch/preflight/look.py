@@ -94,7 +94,7 @@ def _apart(function: Callable, *args, **kwargs) -> Any:
     """
     if any(Path(device).exists() for device in cards.DEVICES):
         with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
-            if pool.submit(memory.on_gpu).result():  # no GPU can be used, or not in a fork
+            if pool.submit(memory.on_gpu).result():  # else none can be used, or not in a fork
                 return pool.submit(function, *args, **kwargs).result()
     return function(*args, **kwargs)
 
