@@ -238,8 +238,8 @@ def test_losses_and_gradients_of_200_random_pairs(train, tmp_path, recipe):
             )
         )
 
-    asked = [words(1, 80) for _ in range(150)]  # some of them twice
-    pairs = [{"prompt": asked[i % 150], "chosen": words(1, 60), "rejected": words(1, 60)} for i in range(204)]
+    asked = [words(1, 80) for _ in range(200)]  # some of them twice
+    pairs = [{"prompt": asked[i % 200], "chosen": words(1, 60), "rejected": words(1, 60)} for i in range(240)]
     rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     more = [
         "quantization=none",
@@ -251,7 +251,7 @@ def test_losses_and_gradients_of_200_random_pairs(train, tmp_path, recipe):
     ]
     fast, plain = (
         train(
-            recipe, tmp_path / value, *more, f"fast_forward={value}", "trainer.per_device_train_batch_size=8"
+            recipe, tmp_path / value, *more, f"fast_forward={value}", "trainer.per_device_train_batch_size=20"
         ).trainer
         for value in ("true", "false")
     )
@@ -265,19 +265,15 @@ def test_losses_and_gradients_of_200_random_pairs(train, tmp_path, recipe):
             gradients = [p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]
             found.append((loss.item(), torch.cat(gradients), logged(trainer)))
         (loss, gradient, logps), (own_loss, own_gradient, own_logps) = found
-        assert loss == pytest.approx(own_loss, rel=1e-5)
+        assert loss == pytest.approx(own_loss, rel=1e-5, abs=1e-5)
         assert logps == pytest.approx(own_logps, rel=1e-5)
         assert (gradient - own_gradient).norm() < 1e-5 * own_gradient.norm()
 
 
 def logged(trainer):
-    """Means over the batch of what TRL logs of answers."""
+    """Means over the batch of what TRL logs of answers, and does not subtract from each other."""
     metrics = trainer._metrics["train"]
-    return [
-        metrics[key].pop()
-        for key in ("logps/chosen", "logps/rejected", "rewards/chosen", "mean_reward")
-        if metrics.get(key)
-    ]
+    return [metrics[key].pop() for key in ("logps/chosen", "logps/rejected", "mean_reward") if metrics.get(key)]
 
 
 def test_the_reference_is_computed_once(train, tmp_path, capsys):
