@@ -10,6 +10,7 @@ from families import FAMILIES, family
 from rlhf_recipes.packing import PADDING, pack
 from rlhf_recipes.preference.shared_prefix import SharedPrefixes
 
+WORDS = ("call", "the", "clinic", "pain", "today", "no", "Friday", "why")
 WINDOWED = ("mistral", "phi3")  # whose window is that of all layers
 
 
@@ -232,28 +233,15 @@ def test_losses_and_gradients_of_200_random_pairs(train, tmp_path, recipe):
     drawn = random.Random(0)
 
     def words(least, most):
-        return " ".join(
-            drawn.choices(
-                ("call", "the", "clinic", "pain", "today", "no", "Friday", "why"), k=drawn.randint(least, most)
-            )
-        )
+        return " ".join(drawn.choices(WORDS, k=drawn.randint(least, most)))
 
     asked = [words(1, 80) for _ in range(200)]  # some of them twice
     pairs = [{"prompt": asked[i % 200], "chosen": words(1, 60), "rejected": words(1, 60)} for i in range(240)]
     rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    more = [
-        "quantization=none",
-        "trainer.bf16=false",
-        "data=local",
-        f"data.path={rows}",
-        "data.train_size=200",
-        "trainer.learning_rate=1e-2",
-    ]
+    more = ["quantization=none", "trainer.bf16=false", "data=local", f"data.path={rows}", "data.train_size=200"]
+    more += ["trainer.learning_rate=1e-2", "trainer.per_device_train_batch_size=20"]
     fast, plain = (
-        train(
-            recipe, tmp_path / value, *more, f"fast_forward={value}", "trainer.per_device_train_batch_size=20"
-        ).trainer
-        for value in ("true", "false")
+        train(recipe, tmp_path / value, *more, f"fast_forward={value}").trainer for value in ("true", "false")
     )
     plain.model.load_state_dict(fast.model.state_dict())
     for batch in plain.get_train_dataloader():
