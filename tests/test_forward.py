@@ -235,8 +235,8 @@ def test_losses_and_gradients_of_200_random_pairs(train, tmp_path, recipe):
     def words(least, most):
         return " ".join(drawn.choices(WORDS, k=drawn.randint(least, most)))
 
-    asked = [words(1, 80) for _ in range(200)]  # some of them twice
-    pairs = [{"prompt": asked[i % 200], "chosen": words(1, 60), "rejected": words(1, 60)} for i in range(240)]
+    asked = [words(1, 30) for _ in range(200)]  # some of them twice
+    pairs = [{"prompt": asked[i % 200], "chosen": words(1, 20), "rejected": words(1, 20)} for i in range(240)]
     rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     more = ["quantization=none", "trainer.bf16=false", "data=local", f"data.path={rows}", "data.train_size=200"]
     more += ["trainer.learning_rate=1e-2", "trainer.per_device_train_batch_size=20"]
@@ -288,5 +288,4 @@ def test_the_reference_is_computed_once(train, tmp_path, capsys):
         assert line.startswith("reference of the train rows: 8 computed") and kept.read_text() == text
     assert done.result["adapter_sha256"] == first.result["adapter_sha256"]
     for other in (["model.adapter=first"], ["trainer.max_length=100", "data.too_long=truncate"]):
-        assert said("other", "overwrite=true", *other)[1].startswith("reference of the train rows: 8 computed")
-    assert len(list(folder.iterdir())) == 5  # held-out pairs are measured whole
+        assert " read from " not in said("other", "overwrite=true", *other)[1]
