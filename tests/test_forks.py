@@ -71,6 +71,7 @@ def ended(tmp_path_factory):
     ]
 
 
+@pytest.mark.slow
 def test_a_fork_says_and_ends_as_what_is_started_anew(ended):
     fork, anew = ended
     assert fork.returncode == anew.returncode == 0, fork.stderr

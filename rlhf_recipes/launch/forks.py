@@ -52,7 +52,7 @@ def prepare(environment: dict[str, str]) -> None:
 def start(module: str, arguments: list[str], environment: dict[str, str]) -> Fork | subprocess.Popen:
     """Start `python -P -m module arguments`."""
     if _survives():
-        with suppress(OSError):  # the server is gone, or there is no room for its socket
+        with suppress(OSError, EOFError):  # the server is gone, or there is no room for its socket
             return _fork(module, arguments, environment)
     return subprocess.Popen([sys.executable, "-P", "-m", module, *arguments], env=environment)
 
