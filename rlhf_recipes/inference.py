@@ -307,8 +307,10 @@ def _rows(model, sequences: list[list[int]]) -> list[list[int]]:
         rows.setdefault(number, []).append(i)
     several = [row for row in rows.values() if len(row) > 1]
     if several and not own.proven:
-        longest = max(several, key=lambda row: len(sequences[row[0]]))
-        _prove(model, packing.backbone_of(model), [sequences[i] for i in longest[:2]])
+        # A window is met by long ones alone; else short ones tell as much, and cost less.
+        by_length = sorted(several, key=lambda row: len(sequences[row[0]]))
+        row = by_length[-1 if getattr(own.config, "sliding_window", None) else 0]
+        _prove(model, packing.backbone_of(model), [sequences[i] for i in row[:2]])
     return list(rows.values()) if several and not own.refused else []
 
 
