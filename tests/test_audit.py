@@ -141,7 +141,8 @@ def test_scores_are_those_of_the_reward_models(audited, here, compose, tiny_mode
         model = PeftModel.from_pretrained(base, str(here / f"outputs/reward/ensemble/member_{member}/adapter"))
         known = inference.pair_rewards(model, tokenizer, rows)
         with np.load(folder / "scores" / f"held-out_pairs.{member}.npz") as kept:
-            assert kept["rewards"].tolist() == [row[side] for row in known for side in ("chosen", "rejected")]
+            expected = [row[side] for row in known for side in ("chosen", "rejected")]
+            assert kept["rewards"].tolist() == pytest.approx(expected, rel=1e-5, abs=1e-6)
             if member == 0:  # the score head of what it read is the score
                 head = dict(model.named_parameters())["base_model.model.score.modules_to_save.default.weight"]
                 again = kept["features"] @ head.detach().float().numpy()[0]
@@ -177,7 +178,7 @@ def test_a_killed_audit_scores_nothing_twice_and_ends_as_another_bit_for_bit(
 ):
     _, folder, audit = audited
     killed = here / "outputs" / "audit" / "killed"
-    process = start_recipe("audit", *everything, "run_name=killed", cwd=here, holds="killed/scores/.train_pairs.1")
+    process = start_recipe("audit", *everything, "run_name=killed", cwd=here, holds="killed/scores/.stress.1")
     wait_for(here / "held", process)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()

@@ -86,7 +86,7 @@ def refuse(run_recipe, light_python, site, tmp_path_factory):
         ("dpo", "+data.sead=1", "data.sead: no such key; did you mean 'seed'?"),
         ("dpo", "+model.adaptor=x", "model.adaptor: recipes/dpo.py has no such key; did you mean 'model.adapter'?"),
         ("sft", "+run_nam=x", "run_nam: recipes/sft.py has no such key; did you mean 'run_name'?"),
-        ("dpo", "experiment=pipeline/demo", "shared: recipes/dpo.py has no such key."),
+        ("dpo", "experiment=pipeline/demo", "stages: recipes/dpo.py has no such key."),
         ("dpo", "data.seed=x", "data.seed=x: must be a whole number."),
         ("dpo", "model.revision=[1]", "model.revision=[1]: Cannot convert 'list' to string"),
         ("dpo", "overwrite=perhaps", "overwrite=perhaps: must be true or false."),

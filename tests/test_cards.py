@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from rlhf_recipes import commands, config
 from rlhf_recipes.errors import Refusal
-from rlhf_recipes.launch import cards, pipeline, recipe
+from rlhf_recipes.launch import cards, forks, pipeline, recipe
 from rlhf_recipes.launch.preflight import look
 
 FILES = sorted((ROOT / "conf/accelerate").glob("*.yaml"))
@@ -21,7 +21,8 @@ def machine(monkeypatch):
     import torch
 
     def there_are(count, **environment):
-        monkeypatch.setattr(cards, "DEVICES", (os.devnull,))
+        for module in (cards, forks):
+            monkeypatch.setattr(module, "DEVICES", (os.devnull,))
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         for name in (cards.VISIBLE, cards.BEFORE, "RANK", "WORLD_SIZE", "MASTER_ADDR", commands.TYPED):
             monkeypatch.delenv(name, raising=False)

@@ -514,7 +514,8 @@ def test_jobs_with_shards_of_their_own_are_joined_to_the_same(
         patch.setattr(models, "load_base", None)
         evaluate(compose, "split", *asked)
     whole, split = (evaluation_of(more / name) for name in ("alone", "split"))
-    assert list(differences(whole, split)) == [] and len(whole["answers"]) == 6
+    # k1 is the difference of two sums of some 50 nats, of rows that were packed with others.
+    assert list(differences(whole, split, absolute=1e-5)) == [] and len(whole["answers"]) == 6
     path = more / "split.1-of-2/measurements.json"
     found = json.loads(path.read_text())
     path.write_text(json.dumps(found | {"answers": found["answers"][1:]}))

@@ -119,17 +119,17 @@ def log(folder):
     return [row for row in rows if "loss" in row]
 
 
-def differences(one, two, where=""):
+def differences(one, two, where="", absolute=1e-6):
     """Where two results differ by more than rounding."""
     if isinstance(one, dict) and isinstance(two, dict):
         for key in one.keys() | two.keys():
             if not (key in OWN or "second" in key or "sha256" in key):
-                yield from differences(one.get(key), two.get(key), f"{where}.{key}")
+                yield from differences(one.get(key), two.get(key), f"{where}.{key}", absolute)
     elif isinstance(one, list) and isinstance(two, list) and len(one) == len(two):
         for number, pair in enumerate(zip(one, two, strict=True)):
-            yield from differences(*pair, f"{where}.{number}")
+            yield from differences(*pair, f"{where}.{number}", absolute)
     elif isinstance(one, float) and isinstance(two, int | float):
-        if not math.isclose(one, two, rel_tol=1e-5, abs_tol=1e-6) and one == one:
+        if not math.isclose(one, two, rel_tol=1e-5, abs_tol=absolute) and one == one:
             yield f"{where}: {one} by one process, {two} by two"
     elif one != two:
         yield f"{where}: {one!r:.80} by one process, {two!r:.80} by two"
