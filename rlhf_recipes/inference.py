@@ -220,7 +220,7 @@ class Sampling:
 
 def generate(
     model, tokenizer, prompts: list[list[Message]], how: Sampling, what: str, part: tuple[int, int] = (0, 1)
-) -> list[dict]:
+) -> list[dict | None]:
     """For each prompt `ids`, `start` (of the answer in `ids`), its `text`, `tokens` and `finished` (by its EOS).
 
     Args:

@@ -61,15 +61,19 @@ def test_cai_generates_and_judges_by_it(url, rows, run_recipe, tmp_path):
 
 
 def test_evaluate_is_judged_by_it(url, run_recipe, tiny_overrides, tmp_path):
-    assert run_recipe("dpo", *tiny_overrides, "preflight.measure=false", cwd=tmp_path).returncode == 0
+    learned = run_recipe("dpo", *tiny_overrides, "trainer.learning_rate=0.1", "trainer.warmup_steps=0", cwd=tmp_path)
+    assert learned.returncode == 0, learned  # and answers in other words
     model = [each for each in tiny_overrides if each.startswith("model.")]
     done = run_recipe(
         "evaluate", *model, "quantization=none", "runs=[outputs/dpo/main]", "data.eval_size=4", "prompts=2",
         "max_new_tokens=8", *node("judge", url), "judging.principles_per_pair=1", "judging.prior_correction=false",
-        cwd=tmp_path,
+        "judging.min_option_mass=0", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done
-    assert f"{ALIAS} at 127.0.0.1" in (tmp_path / "outputs" / "evaluate" / "main" / "result.json").read_text()
+    result = json.loads((tmp_path / "outputs" / "evaluate" / "main" / "result.json").read_text())
+    (system,) = (each for name, each in result["evaluation"]["systems"].items() if name.startswith("dpo"))
+    answered = system["metrics"]["judge_answers"]
+    assert (answered["value"], answered["n"]) == (1, 2)
 
 
 def test_it_chooses_as_the_model_in_this_process(url, rows, compose):

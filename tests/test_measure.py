@@ -261,9 +261,15 @@ def test_greedy_is_deterministic_whatever_the_batch(model, tokenizer):
     assert together[::-1] == generated(model, tokenizer, QUESTIONS[::-1])
 
 
-def test_sampling_follows_the_seed(model, tokenizer):
+def test_sampling_follows_the_seed(model, tokenizer, monkeypatch):
+    """Of a prompt's place, whatever is in its batch."""
+    from rlhf_recipes import inference
+
     first = generated(model, tokenizer, QUESTIONS, temperature=1.0)
     assert first == generated(model, tokenizer, QUESTIONS, temperature=1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(inference, "BATCH_TOKENS", 1)
+        assert first == generated(model, tokenizer, QUESTIONS, temperature=1.0)
     assert first != generated(model, tokenizer, QUESTIONS, temperature=1.0, seed=2)
 
 

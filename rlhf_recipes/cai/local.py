@@ -22,7 +22,7 @@ from rlhf_recipes import memory, models, modules, progress, ranks
 from rlhf_recipes.cai.backend import THOUGHT, Answer, Message, Request
 from rlhf_recipes.data.template import as_taken, render
 from rlhf_recipes.data.tokens import neutralise
-from rlhf_recipes.decoding import STEM_TOKENS, Decoder
+from rlhf_recipes.decoding import STEM_ROWS, STEM_TOKENS, Decoder
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.inference import batches_in_one, stop_ids
 from rlhf_recipes.packing import count_shared, find_stems
@@ -192,7 +192,7 @@ def _batches(rows: list[_Row], times: int) -> Iterator[list[_Row]]:
     for _, alike in groupby(sorted(rows, key=settings, reverse=True), key=settings):
         order = sorted(alike, key=lambda row: (row.ids, row.request.key))
         member = (
-            find_stems([row.ids for row in order], STEM_TOKENS, BATCH_ROWS)[1] if order[0].tails else range(len(order))
+            find_stems([row.ids for row in order], STEM_TOKENS, STEM_ROWS)[1] if order[0].tails else range(len(order))
         )
         groups: dict[int, list[_Row]] = {}
         for g, row in zip(member, order, strict=True):
