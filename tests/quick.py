@@ -41,6 +41,7 @@ def compose_once() -> None:
     What is kept depends on the recipe and its groups alone; where a config is from elsewhere, Hydra does all of it.
     """
     from hydra._internal import config_loader_impl
+    from hydra._internal.config_repository import CachingConfigRepository
     from hydra._internal.defaults_list import DefaultsList
     from omegaconf import _utils, base
 
@@ -49,10 +50,33 @@ def compose_once() -> None:
     parse_yaml_once()
     loader = config_loader_impl.ConfigLoaderImpl
     list_defaults, merge = config_loader_impl.create_defaults_list, loader._compose_config_from_defaults_list
-    listed, merged = {}, {}
+    load_single, listed, merged, looked_up = loader._load_single_config, {}, {}, {}
+
+    def is_from_elsewhere(repo):
+        return any(source.scheme() == "file" and Path(source.path) != CONF for source in repo.get_sources())
+
+    def look_up_once(look_up):
+        def once(repo, config_path):
+            if is_from_elsewhere(repo):
+                return look_up(repo, config_path)
+            key = (look_up.__name__, config_path)
+            if key not in looked_up:
+                looked_up[key] = look_up(repo, config_path)
+            return copy.copy(looked_up[key])  # whose fields are set anew by who reads them
+
+        return once
+
+    for look_up in ("load_config", "group_exists", "config_exists"):
+        setattr(CachingConfigRepository, look_up, look_up_once(getattr(CachingConfigRepository, look_up)))
+
+    def load_apart(self, default, repo):
+        found = load_single(self, default, repo)
+        if not default.package:  # what has one is copied into it
+            found.config = copy.deepcopy(found.config)
+        return found
 
     def list_once(repo, config_name, overrides_list, prepend_hydra, skip_missing):
-        if any(source.scheme() == "file" and Path(source.path) != CONF for source in repo.get_sources()):
+        if is_from_elsewhere(repo):
             return list_defaults(repo, config_name, overrides_list, prepend_hydra, skip_missing)
         given = [override for override in overrides_list if not override.is_sweep_override()]
         groups = [each for each in given if repo.group_exists(each.key_or_group) and type(each.value()) is not dict]
@@ -71,6 +95,7 @@ def compose_once() -> None:
         return copy.deepcopy(merged[key])
 
     config_loader_impl.create_defaults_list, loader._compose_config_from_defaults_list = list_once, merge_once
+    loader._load_single_config = load_apart
     base.parse = _utils.parse = functools.cache(base.parse)  # of interpolations
 
 
