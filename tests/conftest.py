@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from importlib import import_module
@@ -50,6 +51,27 @@ SLOW = (
     "test_cai_data.py", "test_cai_judge.py", "test_cai_server.py", "test_extras.py", "test_fuzz_data.py",
     "test_limits.py", "test_page.py", "test_preflight.py",
 )  # fmt: skip
+
+SHARED_ROOM = pytest.StashKey[dict[str, str]]()
+
+
+def pytest_configure(config):
+    """The process that outlives all workers offers them the same two Pythons: libraries are imported once."""
+    if hasattr(config, "workerinput"):
+        config.stash[SHARED_ROOM] = config.workerinput["shared_room"]
+        return
+    offered = contextlib.ExitStack()
+    config.add_cleanup(offered.close)
+    room = Path(offered.enter_context(tempfile.TemporaryDirectory(prefix="rlhf-recipes-tests-")))
+    (room / "hf_home").mkdir()
+    env = offline(room / "hf_home")
+    pythons = {kind: str(offered.enter_context(warm.offer(room / kind, env, kind))) for kind in ("warm", "light")}
+    config.stash[SHARED_ROOM] = {"hf_home": str(room / "hf_home"), **pythons}
+
+
+@pytest.hookimpl(optionalhook=True)  # of xdist
+def pytest_configure_node(node):
+    node.workerinput["shared_room"] = node.config.stash[SHARED_ROOM]
 
 
 @pytest.hookimpl(wrapper=True)
@@ -153,31 +175,32 @@ def tiny_overrides(tiny_model_overrides):
     ]
 
 
-@pytest.fixture(scope="session")
-def clean_env(tmp_path_factory):
+def offline(hf_home):
     """The environment of a subprocess that reaches no hub and touches nobody's caches."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "RLHF_", "HYDRA_"))}
-    home = tmp_path_factory.mktemp("hf_home")
     return {
         **kept,
-        "HF_HOME": str(home),
+        "HF_HOME": str(hf_home),
         "HF_HUB_OFFLINE": "1",
         **({"RLHF_RECIPES_CACHE": os.environ["RLHF_RECIPES_CACHE"]} if "RLHF_RECIPES_CACHE" in os.environ else {}),
     }
 
 
 @pytest.fixture(scope="session")
-def warm_python(clean_env, tmp_path_factory):
-    """The path of a Python that has imported the libraries already, in `clean_env`: see tests/warm.py."""
-    with warm.start(tmp_path_factory.mktemp("warm"), clean_env) as program:
-        yield str(program)
+def clean_env(pytestconfig):
+    return offline(pytestconfig.stash[SHARED_ROOM]["hf_home"])
 
 
 @pytest.fixture(scope="session")
-def light_python(clean_env, tmp_path_factory):
+def warm_python(pytestconfig):
+    """The path of a Python that has imported the libraries already, in `clean_env`: see tests/warm.py."""
+    return pytestconfig.stash[SHARED_ROOM]["warm"]
+
+
+@pytest.fixture(scope="session")
+def light_python(pytestconfig):
     """The same, of one that has imported none of the large libraries."""
-    with warm.start(tmp_path_factory.mktemp("light"), clean_env, "light") as program:
-        yield str(program)
+    return pytestconfig.stash[SHARED_ROOM]["light"]
 
 
 @pytest.fixture(scope="session")

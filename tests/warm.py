@@ -1,6 +1,6 @@
 """A Python that has torch, transformers and TRL imported already: a recipe starts in 0.1 s instead of 10 s.
 
-`start` writes a program that takes the arguments of `python` and is, for who starts it, that process: its folder,
+`offer` writes a program that takes the arguments of `python` and is, for who starts it, that process: its folder,
 environment, input and outputs, signals and exit status. It asks a server, which has imported the libraries and
 computed nothing, for a fork of itself, and waits for its end. What a fork would do in another way has a Python of its
 own, "cold": other modules than the package's, and an environment in which the libraries would be other ones.
@@ -67,33 +67,49 @@ NOT_READ = ("CUDA_VISIBLE_DEVICES", "PYTHONPATH", "PYTHONSAFEPATH", "TORCHELASTI
 
 
 @contextmanager
-def start(folder: Path, env: dict[str, str], kind: str = "warm"):
-    """The path of the program, whose server ends with the context or with this process.
+def offer(folder: Path, env: dict[str, str], kind: str = "warm"):
+    """The path of the program. Its server starts when somebody asks, and ends with the context or this process.
 
     Args:
-        folder: an empty one.
+        folder: where there is none; its path is short, as that of a socket must be.
         env: what the libraries are imported under.
         kind: "warm" or "light".
     """
     if sys.platform != "linux" or Path("/dev/nvidiactl").exists():  # CUDA and Metal do not survive a fork
         yield Path(sys.executable)
         return
+    folder.mkdir()
     program, address = folder / "python", folder / "socket"
     program.write_text(
         f"#!{sys.executable} -IS\nimport sys\nsys.path.append({str(Path(__file__).parent)!r})\nimport warm_client\n"
         f"warm_client.ask({str(address)!r}, {sys.executable!r})\n"
     )
     program.chmod(0o755)
-    with socket.socket(socket.AF_UNIX) as listener, (folder / "log").open("w") as log:
+    ends, end = os.pipe()  # no other process has its second half
+    with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(address))
         listener.listen(16)
-        descriptor = listener.fileno()
+        command = [sys.executable, __file__, str(listener.fileno()), str(program), kind]
+        starter = threading.Thread(target=_start_when_asked, args=(listener, ends, command, env, folder / "log"))
+        starter.start()
+        try:
+            yield program
+        finally:
+            os.close(end)
+            starter.join()
+            os.close(ends)
+
+
+def _start_when_asked(listener: socket.socket, ends: int, command: list[str], env: dict[str, str], log: Path) -> None:
+    """Wait for who asks, who waits for the server to accept it, or for the end; then for the server's."""
+    if listener not in select.select([listener, ends], [], [])[0]:
+        return
+    with log.open("w") as said, listener:  # closed here: who asks a server that is gone is told so
         server = subprocess.Popen(
-            [sys.executable, __file__, str(descriptor), str(program), kind], env=env, pass_fds=[descriptor],
-            stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True,
+            command, env=env, pass_fds=[listener.fileno()], stdin=ends, stdout=said, stderr=said,
+            start_new_session=True,
         )  # fmt: skip
-    yield program
-    server.communicate()  # closes its input
+    server.wait()
 
 
 def _serve(listener: socket.socket, known: dict[str, str]) -> dict:

@@ -1,4 +1,4 @@
-"""What a program of `warm.start` does. Few imports: it is started for every recipe."""
+"""What a program of `warm.offer` does. Few imports: it is started for every recipe."""
 
 import json
 import os

@@ -129,8 +129,7 @@ def by_command_line(number: int, counts: list[int], processes: list[int], room: 
     tiny = [f"model.path={conftest.tiny_model.__wrapped__(Folder)}", "model.id=tests/tiny",
             "trainer.per_device_train_batch_size=2", "data.eval_size=4"]  # fmt: skip
     env, found = {**os.environ, "OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}, []
-    (room / "warm").mkdir()
-    with warm.start(room / "warm", env) as python:
+    with warm.offer(room / "warm", env) as python:
 
         def trained(processes: int, name: str, *overrides: str) -> dict:
             launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
