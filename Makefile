@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 demo: $(VENV)/demo
 	@$(BIN)/python recipes/pipeline.py experiment=pipeline/demo
 
+# Every worker and every recipe of a test would compile the package for itself.
+test: export PYTHONDONTWRITEBYTECODE :=
 test: $(VENV)/dev
 	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 

@@ -587,17 +587,18 @@ def test_without_the_package_one_line_says_what_to_install(monkeypatch):
 
 
 @pytest.fixture
-def real_server(tiny_model, clean_env, monkeypatch, tmp_path):
+def real_server(tiny_model, clean_env, warm_python, monkeypatch, tmp_path):
     """URL of `transformers serve` with the tiny model."""
     pytest.importorskip("fastapi")
     pytest.importorskip("uvicorn")
     monkeypatch.setenv("NO_PROXY", "*")
-    main = "from transformers.cli.transformers import main; main()"
+    (tmp_path / "warm_serve.py").write_text("from transformers.cli.transformers import main\nmain()\n")
     options = ["--host", "127.0.0.1", "--port", "0", "--device", "cpu"]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-c", main, "serve", str(tiny_model), *options], env=clean_env, stdout=log, stderr=log
-        )
+            [warm_python, "-m", "warm_serve", "serve", str(tiny_model), *options],
+            cwd=tmp_path, env=clean_env, stdout=log, stderr=log,
+        )  # fmt: skip
     try:
         end = time.monotonic() + LIMIT
         while not (listens := re.search(r"running on (http://\S+)", (tmp_path / "log").read_text())):

@@ -3,7 +3,6 @@
 import random
 import string
 import subprocess
-import sys
 
 import pytest
 from conftest import ROOT, TINY_ID, merged, snapshot
@@ -247,10 +246,10 @@ dpo.main()
 
 
 @pytest.mark.slow
-def test_a_traceback_shows_none(clean_env, tmp_path):
-    command = [sys.executable, "-c", BROKEN]
+def test_a_traceback_shows_none(clean_env, warm_python, tmp_path):
+    (tmp_path / "warm_broken.py").write_text(BROKEN)
     env = merged(clean_env, {"WANDB_API_KEY": PLANTED})
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = subprocess.run([warm_python, "-m", "warm_broken"], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" in done.stderr and "got <secret> ␛[2J" in done.stderr, done.stderr
     assert PLANTED not in done.stderr and "\x1b" not in done.stderr
 

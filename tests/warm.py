@@ -58,8 +58,8 @@ COMPOSED = (
     ("publish",),
 )
 DRAWN = "RLHF_TEST_DRAWN"
-STARTED = ("rlhf_recipes.", "accelerate.commands.launch", "submitit.core._submit", "torch.distributed.run", "killed",
-           "sharded", "test_cai_data", "warm_")  # fmt: skip
+STARTED = ("rlhf_recipes.", "accelerate.commands.launch", "pytest", "submitit.core._submit", "torch.distributed.run",
+           "killed", "sharded", "test_cai_data", "warm_")  # fmt: skip
 # Variables that the libraries read when they are imported; not those that `_become` sees to.
 READ = ("BNB_", "CUDA_", "HUGGINGFACE_", "LD_", "MALLOC_", "MKL_", "MPL", "OMP_", "OPENBLAS_",
         "PYTHON", "PYTORCH_", "TOKENIZERS_", "TORCH", "TRANSFORMERS_", "TRL_")  # fmt: skip
