@@ -16,6 +16,7 @@ import atexit
 import importlib
 import json
 import os
+import pkgutil
 import runpy
 import select
 import signal
@@ -34,13 +35,25 @@ import quick
 from warm_client import COLD
 
 PRELOADED = (
-    "bitsandbytes", "datasets", "matplotlib.backends.backend_agg", "matplotlib.pyplot", "peft", "peft.tuners.lora.bnb",
+    "bitsandbytes", "datasets", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg",
+    "matplotlib.pyplot", "peft", "peft.tuners.lora.bnb", "peft.utils.transformers_weight_conversion",
+    "torch.profiler._cupti_monitor", "torch.utils.serialization", "transformers.integrations.bitsandbytes",
     "transformers.models.llama.modeling_llama", "trl.experimental.cpo", "trl.experimental.orpo",
-    "trl.trainer.dpo_trainer", "trl.trainer.reward_trainer", "trl.trainer.sft_trainer", "rlhf_recipes.inference",
-    "rlhf_recipes.launch.preflight.look", "rlhf_recipes.launch.sweep", "rlhf_recipes.models",
-    "rlhf_recipes.ppo.trainer", "rlhf_recipes.publish.publish", "rlhf_recipes.training.callbacks",
-    "rlhf_recipes.training.doctor_plot",
+    "trl.trainer.dpo_trainer", "trl.trainer.kto_trainer", "trl.trainer.reward_trainer", "trl.trainer.sft_trainer",
 )  # fmt: skip
+# Of the audit, and of who asks a server.
+OTHERS = (
+    "krippendorff",
+    "networkx",
+    "openai",
+    "scipy.sparse.linalg",
+    "scipy.stats",
+    "sklearn.cluster",
+    "sklearn.decomposition",
+    "sklearn.feature_extraction.text",
+    "sklearn.linear_model",
+    "sklearn.metrics",
+)
 LIGHT = (
     "numpy", "rlhf_recipes.cai.make_pairs", "rlhf_recipes.data.fit", "rlhf_recipes.data.load",
     "rlhf_recipes.evaluation.sweeps", "rlhf_recipes.launch.preflight.look", "rlhf_recipes.launch.publish_after",
@@ -48,14 +61,9 @@ LIGHT = (
 )  # fmt: skip
 # What Hydra's parsers have seen, they know; so do forks the most frequent choices of groups.
 COMPOSED = (
-    ("dpo",),
-    ("dpo", "quantization=none"),
-    ("sft", "quantization=none"),
-    ("evaluate",),
-    ("pipeline",),
-    ("cai",),
-    ("audit",),
-    ("publish",),
+    *((recipe,) for recipe in ("sft", "reward", "dpo", "orpo", "simpo", "kto", "ppo")),
+    *((recipe, "quantization=none") for recipe in ("sft", "reward", "dpo", "ppo", "evaluate")),
+    *((recipe,) for recipe in ("evaluate", "pipeline", "cai", "audit", "publish")),
 )
 DRAWN = "RLHF_TEST_DRAWN"
 STARTED = ("rlhf_recipes.", "accelerate.commands.launch", "pytest", "submitit.core._submit", "torch.distributed.run",
@@ -272,22 +280,43 @@ def _import_again() -> None:
     hub.HF_MODULES_CACHE = os.path.join(constants.HF_HOME, "modules")
 
 
+def _look_up(configs: list) -> None:
+    """What each run would look up anew, and keep: the types of arguments, templates of cards, names of weights."""
+    from huggingface_hub import ModelCard, ModelCardData
+    from hydra.utils import get_class
+    from omegaconf import OmegaConf
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    from rlhf_recipes.typecheck import parameters
+
+    get_checkpoint_conversion_mapping("llama")  # for which it parses 900 expressions
+    ModelCard.from_template(ModelCardData())
+    for cfg in configs:
+        for group in ("trainer", "lora", "quantization"):
+            if target := OmegaConf.select(cfg, f"{group}._target_"):
+                parameters(get_class(target))
+
+
 def _main(descriptor: str, program: str, kind: str) -> None:
     import hydra
 
+    import rlhf_recipes
     from rlhf_recipes import run
 
     sys.path.remove(str(Path(__file__).parent))
     known = dict(os.environ)
     run.environment()
-    for name in PRELOADED if kind == "warm" else LIGHT:
+    package = [each.name for each in pkgutil.walk_packages(rlhf_recipes.__path__, "rlhf_recipes.")]
+    for name in (*PRELOADED, *OTHERS, *package) if kind == "warm" else LIGHT:
         importlib.import_module(name)
     quick.compose_once()
     with hydra.initialize_config_module("rlhf_recipes.conf", version_base="1.3"):
-        for name, *groups in COMPOSED:
-            hydra.compose(name, groups)
+        configs = [hydra.compose(name, groups) for name, *groups in COMPOSED]
+    if kind == "warm":
+        quick.settle()
+        _look_up(configs)
+    quick.collect_less()
     sys.stdout.flush()
-    (quick.settle if kind == "warm" else quick.collect_less)()
     _become(_serve(socket.socket(fileno=int(descriptor)), known), known, program)
 
 
