@@ -282,7 +282,9 @@ def _import_again() -> None:
 
 def _look_up(configs: list) -> None:
     """What each run would look up anew, and keep: the types of arguments, templates of cards, names of weights."""
-    from huggingface_hub import ModelCard, ModelCardData
+    import jinja2
+    import trl
+    from huggingface_hub import ModelCard
     from hydra.utils import get_class
     from omegaconf import OmegaConf
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
@@ -290,7 +292,8 @@ def _look_up(configs: list) -> None:
     from rlhf_recipes.typecheck import parameters
 
     get_checkpoint_conversion_mapping("llama")  # for which it parses 900 expressions
-    ModelCard.from_template(ModelCardData())
+    for card in (ModelCard.default_template_path, *Path(trl.__file__).parent.glob("templates/*_model_card.md")):
+        jinja2.Template(card.read_text())
     for cfg in configs:
         for group in ("trainer", "lora", "quantization"):
             if target := OmegaConf.select(cfg, f"{group}._target_"):
