@@ -35,25 +35,18 @@ import quick
 from warm_client import COLD
 
 PRELOADED = (
-    "bitsandbytes", "datasets", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg",
-    "matplotlib.pyplot", "peft", "peft.tuners.lora.bnb", "peft.utils.transformers_weight_conversion",
-    "torch.profiler._cupti_monitor", "torch.utils.serialization", "transformers.integrations.bitsandbytes",
+    "accelerate.commands.config", "bitsandbytes", "datasets", "matplotlib.backends.backend_agg",
+    "matplotlib.backends.backend_svg", "matplotlib.pyplot", "peft", "peft.tuners.lora.bnb",
+    "peft.utils.transformers_weight_conversion", "torch.distributed.launcher.api", "torch.profiler._cupti_monitor",
+    "torch.utils.serialization", "transformers.integrations.bitsandbytes",
     "transformers.models.llama.modeling_llama", "trl.experimental.cpo", "trl.experimental.orpo",
     "trl.trainer.dpo_trainer", "trl.trainer.kto_trainer", "trl.trainer.reward_trainer", "trl.trainer.sft_trainer",
 )  # fmt: skip
 # Of the audit, and of who asks a server.
 OTHERS = (
-    "krippendorff",
-    "networkx",
-    "openai",
-    "scipy.sparse.linalg",
-    "scipy.stats",
-    "sklearn.cluster",
-    "sklearn.decomposition",
-    "sklearn.feature_extraction.text",
-    "sklearn.linear_model",
-    "sklearn.metrics",
-)
+    "krippendorff", "networkx", "openai", "scipy.sparse.linalg", "scipy.stats", "sklearn.cluster",
+    "sklearn.decomposition", "sklearn.feature_extraction.text", "sklearn.linear_model", "sklearn.metrics",
+)  # fmt: skip
 LIGHT = (
     "numpy", "rlhf_recipes.cai.make_pairs", "rlhf_recipes.data.fit", "rlhf_recipes.data.load",
     "rlhf_recipes.evaluation.sweeps", "rlhf_recipes.launch.preflight.look", "rlhf_recipes.launch.publish_after",
