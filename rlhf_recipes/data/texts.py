@@ -83,8 +83,9 @@ ENDS = (
 SYSTEM_INSIDE = re.compile(r"\s*<<SYS>>\n?(.*?)\n?<</SYS>>\s*(.*)", re.DOTALL)  # Llama 2: in the first user turn
 # What templates write of their own: the dates of Llama 3 and gpt-oss, and how this heads the user's instructions; the
 # sentence above Alpaca's fields, PKU's opening; a thought that was not had.
+DATES = re.compile(r"Cutting Knowledge Date: [^\n]*\n(?:Today Date: [^\n]*\n?)?\n?")
 OWN = re.compile(
-    r"Cutting Knowledge Date: [^\n]*\n(?:Today Date: [^\n]*\n?)?\n?|# Instructions\n\n|"
+    rf"{DATES.pattern}|# Instructions\n\n|"
     r"You are ChatGPT, a large language model trained by OpenAI\.\nKnowledge cutoff: .*",
     re.DOTALL,
 )
@@ -184,7 +185,7 @@ class Markup:
                 turns.append({"role": "system", "content": inside[1]})
                 content = inside[2]
             if role == "system":
-                own = OWN.match(content) if self.token else None
+                own = (OWN if self.token else DATES).match(content)
                 content = content[own.end() :].strip() if own else content
             if word == "input" and turns and turns[-1]["role"] == "user":
                 turns[-1]["content"] = f"{turns[-1]['content']}\n\n{content}".strip()
@@ -301,6 +302,11 @@ MARKUPS = (
     ),
     *_lines("question|q|answer|a", "transcripts (Question: Answer:)"),
     *_lines("instruction|input|response|output", "transcripts (Instruction: Response:)"),
+    # Llama's, whose turns follow each other on one line, or the date of its system message.
+    Markup(
+        "templates without their tokens",
+        re.compile(r"(?:\A|(?<=\S)|(?<=\d{4}\n\n))(system|user|assistant)(?:\n\n|(?<=assistant)\Z)"),
+    ),
     Markup("templates without their tokens", re.compile(r"^(system|user|assistant|model)[ \t]*\n", re.MULTILINE)),
 )
 
