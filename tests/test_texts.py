@@ -124,6 +124,35 @@ TRANSCRIPTS = {
 }
 
 
+@pytest.mark.parametrize(
+    ("asked", "said", "is_read"),
+    [
+        (str, lambda text: str(text.encode()), True),
+        (str, lambda text: str([text]), True),
+        (json.dumps, json.dumps, True),
+        (lambda text: str(text.encode()), lambda text: str(text.encode()), True),
+        (str, json.dumps, False),  # quotations
+        (json.dumps, str, False),
+        (str, lambda text: json.dumps([text]), False),  # lists that were asked for
+        (str, lambda text: str([text, text]), False),
+    ],
+)
+def test_texts_that_were_written_down_are_read(asked, said, is_read):
+    plain = [Raw(f"What does {topic} cost,\nand why?", answers(topic)) for topic in TOPICS]
+    rows = [Raw(asked(raw.prompt), tuple(map(said, raw.answers))) for raw in plain]
+    reading, found = read([*rows, plain[0]])
+    assert found == [*(plain if is_read else rows), plain[0]]
+    assert [note.endswith("as Python or JSON writes them down: parsed") for note in reading.notes] == [True] * is_read
+    assert reading.counts == ({"unlike": 1} if is_read else {})
+
+
+def test_line_breaks_that_were_written_down_are_said():
+    rows = [Raw(f"List {topic}.", (f"one\\ntwo {topic}", "none at all")) for topic in TOPICS]
+    code = Raw("Print it.", ('print("a\\n")\nprint("b")', "no idea at all"))
+    reading, found = read([*rows, code])
+    assert found == [*rows, code] and reading.counts == {"escaped": 5}
+
+
 @pytest.mark.parametrize("system", ["", "Be brief."])
 @pytest.mark.parametrize("tokens", [True, False])
 def test_the_dates_of_llama_are_no_system_message(tokens, system):
