@@ -299,6 +299,13 @@ CASES = [
          "!'is_swapped' may say which answer is the better one",
          typed="data.format=preference data.columns.first=chosen data.columns.second=rejected "
          "data.columns.preference=is_swapped data.preference=index"),
+    case("whether the rejected one is better", {**SIDES, "rejected_is_better": each(False, True)},
+         "!'rejected_is_better' may say which answer is the better one",
+         typed="data.format=preference data.columns.first=chosen data.columns.second=rejected "
+         "data.columns.preference=rejected_is_better"),
+    case("the rejected one is better", {**SIDES, "rejected_is_better": each(False, True)}, PAIR, order="+-+-",
+         format="preference", set="data.format=preference data.columns.first=chosen data.columns.second=rejected "
+         "data.columns.preference=rejected_is_better"),
     *(case(f"scores of which the lower is better: {name}", {**LISTS, name: [0.9, 0.1]},
            "!data.columns.scores=<its name>")
       for name in ("losses", "error_scores")),

@@ -13,7 +13,7 @@ from rlhf_recipes.data import preference
 from rlhf_recipes.data.columns import ALIASES, COLUMNS, Source, spelled
 from rlhf_recipes.data.messages import MEDIA_KEYS, TOOL_KEYS
 from rlhf_recipes.data.recognise import BAD, Layout
-from rlhf_recipes.data.row import as_good
+from rlhf_recipes.data.row import MISSING, as_good, at, is_blank
 from rlhf_recipes.errors import Refusal
 
 PARTS = ("system", "input", "history", *ALIASES["system"], *ALIASES["input"], *ALIASES["history"])
@@ -127,13 +127,14 @@ def _may_decide(source: Source, layout: Layout, name: str, word: str) -> bool:
         return False
     sides = layout.columns["chosen"], layout.columns["rejected"]
     unsaid = all(sides) and preference.markers(*sides) and preference.may_be_verdicts(source.values[name], sides)
-    return bool(preference.DECIDES.fullmatch(word) or FLIPS.fullmatch(word) or unsaid)
+    return bool(unsaid) or any(each.fullmatch(word) for each in (preference.DECIDES, preference.OF_ONE, FLIPS))
 
 
 def _is_held(source: Source, layout: Layout, name: str) -> bool:
     """Whether most prompts hold the text of a column already."""
     prompt = layout.columns.get("prompt")
-    pairs = list(zip(source.values.get(name, ()), source.values.get(prompt, ()), strict=False))
+    pairs = [(at(row, name), at(row, prompt)) for row in source.rows] if prompt else []
+    pairs = [(part, whole) for part, whole in pairs if part is not MISSING and not is_blank(part)]
     held = [isinstance(part, str) and isinstance(whole, str) and part.strip() in whole for part, whole in pairs]
     return sum(held) * 2 > len(held)
 
