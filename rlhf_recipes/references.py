@@ -11,6 +11,7 @@ It is asked once, when a command starts; what is found, a `ModelRef`, is passed 
 
 import hashlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -351,7 +352,9 @@ def _judge_of(config: dict) -> str | None:
     """The judge that labelled the pairs of a run of recipes/cai.py, where those are the data of the config."""
     data = config.get("data")
     path = data.get("path") if isinstance(data, dict) else None
-    made = (read_result(Path(path)) if isinstance(path, str) and Path(path).is_dir() else None) or {}
+    made = {}
+    with suppress(Refusal):  # a folder of the user's own may have a file of that name
+        made = (read_result(Path(path)) if isinstance(path, str) else None) or {}
     return made.get("judge") if made.get("labelled_by") == "judge" else None
 
 
