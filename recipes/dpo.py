@@ -53,10 +53,10 @@ def main(cfg):
 
     before = run.cached(
         pairs.test,
-        lambda: inference.pair_logps(trainer.model, tokenizer, pairs.test, "Held out, before", sums),
+        lambda: inference.pair_logps(trainer.model, tokenizer, pairs.test, "Held out, before", sums, pairs.kept),
     )
     trainer.train(resume_from_checkpoint=run.checkpoint)
-    after = inference.pair_logps(trainer.model, tokenizer, pairs.test, "Held out, after")
+    after = inference.pair_logps(trainer.model, tokenizer, pairs.test, "Held out, after", kept=pairs.kept)
 
     models.save_adapter(trainer.model, tokenizer, run.adapter, cfg.model)
     return finish(

@@ -55,10 +55,12 @@ def main(cfg):
 
     before = run.cached(
         answers.test,
-        lambda: inference.demonstration_logps(trainer.model, tokenizer, answers.test, "Held out, before", sums),
+        lambda: inference.demonstration_logps(
+            trainer.model, tokenizer, answers.test, "Held out, before", sums, answers.kept
+        ),
     )
     trainer.train(resume_from_checkpoint=run.checkpoint)
-    after = inference.demonstration_logps(trainer.model, tokenizer, answers.test, "Held out, after")
+    after = inference.demonstration_logps(trainer.model, tokenizer, answers.test, "Held out, after", kept=answers.kept)
 
     models.save_adapter(trainer.model, tokenizer, run.adapter, cfg.model)
     return finish(

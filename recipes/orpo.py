@@ -46,10 +46,11 @@ def main(cfg):
     sharding.prepare(trainer)
 
     before = run.cached(
-        pairs.test, lambda: inference.pair_logps(trainer.model, tokenizer, pairs.test, "Held out, before")
+        pairs.test,
+        lambda: inference.pair_logps(trainer.model, tokenizer, pairs.test, "Held out, before", kept=pairs.kept),
     )
     trainer.train(resume_from_checkpoint=run.checkpoint)
-    after = inference.pair_logps(trainer.model, tokenizer, pairs.test, "Held out, after")
+    after = inference.pair_logps(trainer.model, tokenizer, pairs.test, "Held out, after", kept=pairs.kept)
 
     models.save_adapter(trainer.model, tokenizer, run.adapter, cfg.model)
     return finish(

@@ -45,9 +45,9 @@ def main(cfg):
     run.create()
     sharding.prepare(trainer)
 
-    before = inference.pair_rewards(trainer.model, tokenizer, pairs.test, "Held out, before")
+    before = inference.pair_rewards(trainer.model, tokenizer, pairs.test, "Held out, before", kept=pairs.kept)
     trainer.train(resume_from_checkpoint=run.checkpoint)
-    after = inference.pair_rewards(trainer.model, tokenizer, pairs.test, "Held out, after")
+    after = inference.pair_rewards(trainer.model, tokenizer, pairs.test, "Held out, after", kept=pairs.kept)
 
     models.save_adapter(trainer.model, tokenizer, run.adapter, cfg.model)
     models.prove_reload(

@@ -46,9 +46,13 @@ def main(cfg):
     run.create()
     sharding.prepare(trainer)
 
-    before = inference.demonstration_logps(trainer.model, tokenizer, demonstrations.test, "Held out, before")
+    before = inference.demonstration_logps(
+        trainer.model, tokenizer, demonstrations.test, "Held out, before", kept=demonstrations.kept
+    )
     trainer.train(resume_from_checkpoint=run.checkpoint)
-    after = inference.demonstration_logps(trainer.model, tokenizer, demonstrations.test, "Held out, after")
+    after = inference.demonstration_logps(
+        trainer.model, tokenizer, demonstrations.test, "Held out, after", kept=demonstrations.kept
+    )
 
     models.save_adapter(trainer.model, tokenizer, run.adapter, cfg.model)
     return finish(

@@ -25,6 +25,7 @@ class System:
         reference: adapter folder of what it started from, None for the base model.
         step: of a checkpoint, else None.
         rewards: of `references.trained_on`.
+        judges: of `references.labelled_by`.
     """
 
     name: str
@@ -33,6 +34,7 @@ class System:
     reference: str | None = None
     step: int | None = None
     rewards: frozenset = frozenset()
+    judges: frozenset = frozenset()
 
 
 class Policies:
@@ -71,9 +73,9 @@ class Policies:
             self.model.set_adapter(self._name(folder))
             yield self.model
 
-    def pair_logps(self, folder: str | None, tokenizer, rows: list[dict]) -> list[dict]:
+    def pair_logps(self, folder: str | None, tokenizer, rows: list[dict], kept: slice = m.WHOLE) -> list[dict]:
         with self.using(folder) as model:
-            return m.pair_logps(model, tokenizer, rows, f"{short_name(folder)}: pairs")
+            return m.pair_logps(model, tokenizer, rows, f"{short_name(folder)}: pairs", kept=kept)
 
     def neutral(self, system: System, tokenizer, texts: list[str]) -> list[list[float]]:
         """[negative log-likelihood, tokens] of each paragraph."""

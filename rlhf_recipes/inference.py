@@ -33,6 +33,7 @@ STEM_TOKENS, ROW_TOKENS = 16, 1024
 # Rows of several sequences that are shorter than so much of the longest begin another batch, once this one has such a
 # part of the tokens that it may have: padding is computed, too.
 SHORTER, FILLED = 0.85, 1 / 16
+WHOLE = slice(None)
 
 
 def completion_logps(model, tokenizer, conversations: list[tuple[list[Message], list[Message]]], what: str):
@@ -114,17 +115,20 @@ def logp_sums(model, pad_id: int, encoded: list[tuple[list[int], int]], what: st
     return [(logps_K.sum().item(), len(logps_K)) for logps_K in token_logps(model, pad_id, encoded, what)]
 
 
-def pair_logps(model, tokenizer, rows: list[dict], what: str = "Held-out pairs", sums=logp_sums) -> list[dict]:
+def pair_logps(
+    model, tokenizer, rows: list[dict], what: str = "Held-out pairs", sums=logp_sums, kept: slice = WHOLE
+) -> list[dict]:
     """`chosen_logp`, `rejected_logp` (sums, nats), `chosen_tokens`, `rejected_tokens` for each preference pair.
 
     Both answers start where the first of them and the prompt part, as TRL's DPOTrainer trains them.
 
     Args:
         sums: as `logp_sums`, what has kept them.
+        kept: which of its tokens a trainer keeps of each conversation: `Splits.kept`.
     """
     both = [encode(tokenizer, row["prompt"], row[side]) for row in rows for side in ("chosen", "rejected")]
     starts = [min(chosen, rejected) for (_, chosen), (_, rejected) in zip(both[::2], both[1::2], strict=True)]
-    encoded = [(ids, starts[number // 2]) for number, (ids, _) in enumerate(both)]
+    encoded = [_cut(ids, starts[number // 2], kept) for number, (ids, _) in enumerate(both)]
     logps = sums(model, tokenizer.pad_token_id, encoded, what)
     return [
         {"chosen_logp": c[0], "chosen_tokens": c[1], "rejected_logp": r[0], "rejected_tokens": r[1]}
@@ -132,20 +136,27 @@ def pair_logps(model, tokenizer, rows: list[dict], what: str = "Held-out pairs",
     ]
 
 
-def demonstration_logps(model, tokenizer, rows: list[dict], what: str = "Demonstrations", sums=logp_sums):
-    """(log-probability in nats, tokens) of each row's completion; `sums` as in `pair_logps`."""
-    encoded = [encode(tokenizer, row["prompt"], row["completion"]) for row in rows]
+def demonstration_logps(
+    model, tokenizer, rows: list[dict], what: str = "Demonstrations", sums=logp_sums, kept: slice = WHOLE
+):
+    """(log-probability in nats, tokens) of each row's completion; `sums` and `kept` as in `pair_logps`."""
+    encoded = [_cut(*encode(tokenizer, row["prompt"], row["completion"]), kept) for row in rows]
     return sums(model, tokenizer.pad_token_id, encoded, what)
 
 
-def rewards(model, tokenizer, conversations: list[list[Message]], what: str = "Rewards") -> list[float]:
-    """r(x, y) of a reward model for each conversation, read where `read_positions` says."""
-    return [score for score, _ in rewards_and_features(model, tokenizer, conversations, what)]
+def rewards(
+    model, tokenizer, conversations: list[list[Message]], what: str = "Rewards", kept: slice = WHOLE
+) -> list[float]:
+    """r(x, y) of a reward model for each conversation, read where `read_positions` says; `kept` as in `pair_logps`."""
+    return [score for score, _ in rewards_and_features(model, tokenizer, conversations, what, kept)]
 
 
-def rewards_and_features(model, tokenizer, conversations: list[list[Message]], what: str) -> list[tuple]:
-    """(r(x, y), what its score head read, a float32 array of F features) for each conversation."""
-    encoded = [(render(tokenizer, c, return_dict=False), 0) for c in conversations]
+def rewards_and_features(
+    model, tokenizer, conversations: list[list[Message]], what: str, kept: slice = WHOLE
+) -> list[tuple]:
+    """(r(x, y), what its score head read, a float32 array of F features) for each conversation; `kept` as in
+    `pair_logps`."""
+    encoded = [(render(tokenizer, c, return_dict=False)[kept], 0) for c in conversations]
     results: list[Any] = [None] * len(encoded)
     with measuring(model):
         rows = _rows(model, [ids for ids, _ in encoded])
@@ -200,11 +211,10 @@ def read_positions(ids_BT, mask_BT, pad_id: int | None):
     return (counts_BT * torch.arange(ids_BT.shape[1], device=ids_BT.device)).argmax(1)
 
 
-def pair_rewards(model, tokenizer, rows: list[dict], what: str = "Held-out pairs") -> list[dict]:
-    """`chosen` and `rejected` rewards for each preference pair."""
-    scores = rewards(
-        model, tokenizer, [row["prompt"] + row[side] for row in rows for side in ("chosen", "rejected")], what
-    )
+def pair_rewards(model, tokenizer, rows: list[dict], what: str = "Held-out pairs", kept: slice = WHOLE) -> list[dict]:
+    """`chosen` and `rejected` rewards for each preference pair; `kept` as in `pair_logps`."""
+    conversations = [row["prompt"] + row[side] for row in rows for side in ("chosen", "rejected")]
+    scores = rewards(model, tokenizer, conversations, what, kept)
     return [{"chosen": c, "rejected": r} for c, r in zip(scores[::2], scores[1::2], strict=True)]
 
 
@@ -273,6 +283,12 @@ def encode(tokenizer, prompt: list[Message], completion: list[Message] | None) -
         return prompt_ids, len(prompt_ids)
     ids = render(tokenizer, prompt + completion, return_dict=False)
     return ids, common_prefix(prompt_ids, ids)
+
+
+def _cut(ids: list[int], start: int, kept: slice) -> tuple[list[int], int]:
+    """What is kept of a conversation, and where the completion starts in it; nothing predicts the first token."""
+    first = kept.indices(len(ids))[0]
+    return ids[kept], max(start - first, 1) if first else start
 
 
 def batches_in_one(model) -> int:

@@ -162,15 +162,15 @@ def load_tokenizer(model: DictConfig) -> "PreTrainedTokenizerBase":
     """The model's tokenizer with a padding token; its chat template is told `model.chat_template_kwargs`.
 
     Raises:
-        Refusal: the model cannot be found or fetched; its tokenizer has no chat template, or not the padding token; or
-            the template does not read what it is told.
+        Refusal: the model cannot be found or fetched; its tokenizer has no chat template, no padding token or not
+            that one; or the template does not read what it is told.
     """
     from transformers import AutoTokenizer
 
     tokenizer = _from_hub(model, AutoTokenizer.from_pretrained, model_path(model), revision=model.revision)
+    where = f"{'judge' if 'kind' in model else 'model'}.pad_token"
     if model.pad_token and model.pad_token not in tokenizer.get_vocab():
         own = tokenizer.pad_token or tokenizer.eos_token
-        where = f"{'judge' if 'kind' in model else 'model'}.pad_token"
         raise Refusal(
             f"{where}={model.pad_token}: is no token of {model.path or model.id}, which pads with {own}. Add "
             f"{where}=null."
@@ -179,6 +179,11 @@ def load_tokenizer(model: DictConfig) -> "PreTrainedTokenizerBase":
         tokenizer.pad_token = model.pad_token
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise Refusal(
+            f"{where}=null: the tokenizer of {model.path or model.id} has neither a padding nor an EOS token, and no "
+            "batch can be made without one. Name a token of its vocabulary that no text has."
+        )
     if tokenizer.chat_template is None:
         raise Refusal(f"model.id={model.id}: its tokenizer has no chat template. Choose an instruction-tuned model.")
     return template.bind(tokenizer, template_kwargs(model), _where(model))

@@ -10,7 +10,8 @@ It is asked once, when a command starts; what is found, a `ModelRef`, is passed 
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -316,16 +317,45 @@ def trained_on(found: ModelRef) -> frozenset[tuple[str | None, str]]:
     What no result says, of a checkpoint among others, is looked up in the run's config, as far as what that names is
     still there.
     """
-    node, pairs, seen = {**found.lineage, "rewards": found.rewards}, set(), set()
-    while node and node.get("run") not in seen:
-        seen.add(node.get("run"))
-        rewards, config = _names(node.get("rewards")), _config_beside(node.get("run"))
+    pairs = set()
+    for node, config in _runs(found):
+        rewards = _names(node.get("rewards"))
         if rewards is None:
             rewards = [_identity(each) for each in rewarding(config)]
         pairs |= {(node["adapter_sha256"], each) for each in rewards}
+    return frozenset(pairs)
+
+
+def labelled_by(found: ModelRef) -> frozenset[tuple[str | None, str]]:
+    """(adapter's hash, judge) for each judge of recipes/cai.py that labelled what the run, and every run that it
+    continues, was trained on, or what a reward model learned from that it was optimised against; as far as what their
+    configs name is still there."""
+    pairs = set()
+    for node, config in _runs(found):
+        configs = [config, *map(_config_beside, filter(adapter_in, rewarding(config)))]
+        pairs |= {(node["adapter_sha256"], judge) for judge in filter(None, map(_judge_of, configs))}
+    return frozenset(pairs)
+
+
+def _runs(found: ModelRef) -> Iterator[tuple[dict, dict]]:
+    """What is known of a run, and of every run that it continues, with the config of each."""
+    node, seen = {**found.lineage, "rewards": found.rewards}, set()
+    while node and node.get("run") not in seen:
+        seen.add(node.get("run"))
+        config = _config_beside(node.get("run"))
+        yield node, config
         start = config["model"].get("adapter") if isinstance(config.get("model"), dict) else None
         node = node["parent"] or (find(start, "model.adapter").lineage if start and is_adapter(start) else None)
-    return frozenset(pairs)
+
+
+def _judge_of(config: dict) -> str | None:
+    """The judge that labelled the pairs of a run of recipes/cai.py, where those are the data of the config."""
+    data = config.get("data")
+    path = data.get("path") if isinstance(data, dict) else None
+    made = {}
+    with suppress(Refusal):  # a folder of the user's own may have a file of that name
+        made = (read_result(Path(path)) if isinstance(path, str) else None) or {}
+    return made.get("judge") if made.get("labelled_by") == "judge" else None
 
 
 def _config_beside(reference: str | None) -> dict:

@@ -211,7 +211,10 @@ class Run:
         if self.shared is None:
             return measure()
         same = {key: self.config[key] for key in ("model", "quantization", "lora")}
-        same |= {key: self.config["trainer"].get(key) for key in ("seed", "bf16", "fp16")}
+        trainer = self.config["trainer"]
+        same |= {key: trainer.get(key) for key in ("seed", "bf16", "fp16")}
+        if self.config.get("data", {}).get("too_long") == "truncate":
+            same |= {key: trainer.get(key) for key in ("max_length", "truncation_mode")}
         digest = hashlib.sha256(json.dumps(same, sort_keys=True).encode())
         for row in rows:
             digest.update(json.dumps(row, sort_keys=True).encode())

@@ -1,12 +1,13 @@
 """What a trainer holds is what was counted, under templates of several families; and what a template leaves out."""
 
+import contextlib
 import json
 from pathlib import Path
 
 import pytest
 from conftest import CHATML, ROOT, skip_without
 
-from rlhf_recipes import methods, models
+from rlhf_recipes import inference, methods, models
 from rlhf_recipes.data.fit import describe, fit
 from rlhf_recipes.data.labelled import micro_batches
 from rlhf_recipes.data.load import LOADERS, Splits
@@ -123,6 +124,36 @@ def test_settings_that_change_what_is_kept_are_counted_with(made, recipe, overri
     skip_without(next((each.partition("=")[2] for each in overrides if "_target_" in each), ""))
     trainer, splits, _ = made(recipe, CHATML, *overrides)
     account.check(trainer, kept(splits))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides"),
+    [(recipe, []) for recipe in METHODS if recipe != "ppo"] + [("dpo", ["trainer.truncation_mode=keep_end"])],
+)
+def test_what_is_measured_is_cut_as_what_is_trained(made, monkeypatch, recipe, overrides):
+    _, splits, tokenizer = made(recipe, CHATML, *overrides)
+    rows, seen = splits.train, []
+
+    def sums(model, pad_id, encoded, what):
+        seen.extend(encoded)
+        return [(0.0, len(ids) - start) for ids, start in encoded]
+
+    if recipe == "reward":
+        monkeypatch.setattr(inference, "_rows", lambda model, sequences: seen.extend((ids, 0) for ids in sequences))
+        monkeypatch.setattr(inference, "measuring", contextlib.nullcontext)
+        monkeypatch.setattr(inference, "_batches", lambda *_, **__: [])
+        monkeypatch.setattr(inference, "_everyones", lambda results: [(0.0, None) for _ in results])
+        inference.pair_rewards(None, tokenizer, rows, kept=splits.kept)
+    else:
+        measured = inference.demonstration_logps if "completion" in rows[0] else inference.pair_logps
+        measured(None, tokenizer, rows, sums=sums, kept=splits.kept)
+    mode = "keep_end" if overrides else "keep_start"
+    assert (splits.sizes["train"].longest > LIMIT).any()
+    held = splits.sizes["train"].cut(LIMIT, mode)
+    assert [len(ids) for ids, _ in seen] == held.whole.flatten().tolist()
+    if recipe != "reward":  # the first of all tokens is predicted by none
+        trained = held.trained.clip(max=held.whole - 1).flatten().tolist()
+        assert [len(ids) - start for ids, start in seen] == trained
 
 
 @pytest.mark.parametrize("target", methods.TRLS_OWN)

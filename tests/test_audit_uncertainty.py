@@ -10,6 +10,10 @@ import numpy as np
 import pytest
 
 from rlhf_recipes.audit import uncertainty as u
+from rlhf_recipes.data.load import Splits
+from rlhf_recipes.data.tokens import Sizes
+
+CUT = 8  # pairs that are longer than what is scored
 
 
 def pairs(n, family=None):
@@ -173,12 +177,15 @@ def test_members_weigh_alike_in_every_part_of_an_audit(monkeypatch, tmp_path):
     far the members differ does not depend on whose scale is wide."""
     from rlhf_recipes.audit import run_audit, scoring
 
+    asked = {}
+
     def take(scales):
         class Stub:
             def __init__(self, *_):
                 self.members = [None, None]
 
-            def score(self, turns, part, features=False, first_alone=False):
+            def score(self, turns, part, features=False, first_alone=False, kept=slice(None)):
+                asked[part] = kept, {turn[0]["content"] for turn in turns}
                 texts = ["".join(turn["content"] for turn in each) for each in turns]
                 noise = np.array([[zlib.crc32(f"{m} {text}".encode()) / 2**32 for text in texts] for m in (0, 1)])
                 rewards = (noise + 0.2 * np.array([each[-1]["content"].startswith("good") for each in turns])) * scales
@@ -193,9 +200,10 @@ def test_members_weigh_alike_in_every_part_of_an_audit(monkeypatch, tmp_path):
         ]  # fmt: skip
         cfg = SimpleNamespace(model=None, quantization=None, seed=0, ledger_pairs=8, stress_pairs=6, probe_pairs=4,
                               credit_pairs=2, prompts=4, samples=0, deployment=None,
-                              fast_forward=True)  # fmt: skip
+                              max_length=64, fast_forward=True)  # fmt: skip
         sources = run_audit.Sources([None, None], ([], []), None, [], None, [], None)
-        pairs = SimpleNamespace(test=rows, train=rows[:24])
+        lengths = np.array([[200 if i < CUT else 40] * 2 for i in range(48)])
+        pairs = Splits(rows[:24], rows, {}, "", sizes={"test": Sizes(lengths, lengths)}, kept=slice(64))
         found = run_audit.take(cfg, sources, pairs, None, SimpleNamespace(dir=tmp_path))
         parts = {part["key"]: part for part in found.sections}
         return {key: figures(part) for key, part in parts.items()}, parts["calibration"]["tables"][0]["rows"][0][1]
@@ -207,5 +215,10 @@ def test_members_weigh_alike_in_every_part_of_an_audit(monkeypatch, tmp_path):
     assert calibrated.endswith(" %") and 0 < len(half) < 48
     for key in ("auroc_std", "accuracy_mean"):
         assert wide["uncertainty"][key].value == pytest.approx(alike["uncertainty"][key].value)
+    cut = {f"Question {i}?" for i in range(CUT)}  # and so no rows to edit: nobody would see an edit beyond the cut
+    assert {part: kept for part, (kept, _) in asked.items() if kept != slice(None)} == dict.fromkeys(
+        ("held-out pairs", "train pairs"), slice(64)
+    )
+    assert cut < asked["held-out pairs"][1] and not cut & (asked["probes"][1] | asked["credit"][1])
     for part, key in (("stress", "uncertainty_lift"), ("stress", "worst_family"), ("probes", "worst_probe")):
         assert wide[part][key].value == pytest.approx(alike[part][key].value), key

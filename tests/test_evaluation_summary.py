@@ -366,7 +366,13 @@ def test_a_win_by_what_was_optimised_never_ships():
         summary.summarise(measured, by_accuracy)["verdict"] == summary.summarise(fake(80, 24), by_accuracy)["verdict"]
     )
     measured.judgements = {"dpo": [{"prompt_id": row["prompt_id"], "p": 0.9} for row in measured.answers]}
+    measured.settings["judge"] = "another"
+    measured.info["dpo"]["labelled_by"] = ["the judge"]
     assert summary.summarise(measured)["systems"]["dpo"]["verdict"]["verdict"] == "ship"
+    measured.settings["judge"] = "the judge"
+    held = summary.summarise(measured)["systems"]["dpo"]["verdict"]
+    assert held["verdict"] == "hold" and held["standing"] == "level"
+    assert "The judge the judge labelled the pairs that it was trained on" in held["reasons"][1]
 
 
 def test_stages_of_one_conversation_are_one_cluster_in_every_interval():

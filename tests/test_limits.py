@@ -431,6 +431,32 @@ def test_parquet_of_huge_rows_is_not_read(tmp_path, monkeypatch):
         list(readers.read_file(str(path)))
 
 
+@pytest.mark.parametrize("format", ["file", "stream"])
+@pytest.mark.parametrize("kind", ["text", "dictionary"])
+def test_arrow_of_huge_rows_is_not_unpacked(tmp_path, format, kind):
+    import pyarrow as pa
+
+    prompts = [pa.array(["a"] * 10), pa.array(["a" * (65 * MIB)])]
+    prompts = [each.dictionary_encode() for each in prompts] if kind == "dictionary" else prompts
+    packed = pa.ipc.IpcWriteOptions(compression="zstd", emit_dictionary_deltas=False)
+    path = tmp_path / "rows.arrow"
+    with (pa.ipc.new_file if format == "file" else pa.ipc.new_stream)(
+        path, pa.schema([("prompt", prompts[0].type)]), options=packed
+    ) as writer:
+        for each in prompts if kind == "text" or format == "stream" else prompts[1:]:  # a file has one dictionary
+            writer.write_batch(pa.record_batch([each], names=["prompt"]))
+    assert path.stat().st_size < MIB
+    before, pool = pa.default_memory_pool(), pa.proxy_memory_pool(pa.default_memory_pool())
+    pa.set_memory_pool(pool)
+    try:
+        with pytest.raises(ValueError, match=r"rows\.arrow:\d+: rows of more than 64 MiB\.") as raised:
+            list(readers.read_file(str(path)))
+    finally:
+        pa.set_memory_pool(before)
+    assert pool.max_memory() < MIB
+    assert kind == "dictionary" or ":11:" in str(raised.value)
+
+
 # ---- chat templates
 
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"

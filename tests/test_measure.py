@@ -397,6 +397,32 @@ def test_evaluate_with_a_reward_model(runs, compose, tiny_model_overrides):
     assert str(runs) not in page
 
 
+def test_pairs_are_cut_as_a_trainer_cuts_them(runs, compose, tiny_model_overrides, tokenizer):
+    from rlhf_recipes import inference
+    from rlhf_recipes.adapters import RewardModels
+    from rlhf_recipes.data.fit import fit
+    from rlhf_recipes.data.load import load_pairs
+    from rlhf_recipes.evaluation import measure
+
+    cfg = evaluation(compose, "cut", *tiny_model_overrides, "prompts=1", "max_new_tokens=1", "data.too_long=truncate")
+    pairs, systems = load_pairs(cfg.data), measure.find(["sft"], "base", TINY_ID)
+    cfg.max_length = int(fit(pairs, tokenizer, None).sizes["test"].longest.max()) - 3
+    scorers = measure.Scorers(measure.find_scorer("reward", TINY_ID))
+    found = measure.measure(cfg, systems, scorers, pairs)
+    fitted = fit(pairs, tokenizer, cfg.max_length, "truncate")
+    tokens = [[row["systems"]["sft"][f"{side}_tokens"] for side in ("chosen", "rejected")] for row in found.pairs]
+    counted = fitted.sizes["test"]
+    assert tokens == counted.cut(cfg.max_length).trained.tolist() != counted.trained.tolist()
+    reader = RewardModels(cfg.model, cfg.quantization, [Path(scorers.reward_models[0].adapter)])
+    model = reader.using(Path(scorers.reward_models[0].adapter))
+    cut, whole = (
+        inference.pair_rewards(model, tokenizer, fitted.test, kept=kept) for kept in (fitted.kept, slice(None))
+    )
+    given, cut, whole = ([row[side] for row in rows for side in ("chosen", "rejected")]
+                         for rows in (found.reward_models["reward"], cut, whole))  # fmt: skip
+    assert given == pytest.approx(cut, abs=1e-5) and given != pytest.approx(whole, abs=1e-5)
+
+
 def test_evaluate_with_a_judge_that_likes_what_comes_first(runs, compose, tiny_model_overrides, tmp_path, monkeypatch):
     (tmp_path / "biased.py").write_text(
         "asked = []\n"

@@ -154,6 +154,29 @@ def test_who_was_trained_on_the_reward_that_judges(here, policy, scorer, parent,
     assert found == ({"optimised": [scorers[0].name]} if optimised else {})
 
 
+@pytest.mark.parametrize(
+    ("policy", "parent", "by", "judges"),
+    [
+        ("dpo", None, "judge", ["a judge"]),
+        ("dpo/adapter", None, "judge", ["a judge"]),
+        ("later", None, "judge", ["a judge"]),  # what continues the run
+        ("later", "dpo", "judge", []),  # and that is the parent
+        ("ppo", None, "judge", ["a judge"]),  # by way of its reward model
+        ("dpo", None, "construction", []),
+        ("sft", None, "judge", []),
+    ],
+)
+def test_who_was_trained_on_what_a_judge_labelled(here, policy, parent, by, judges):
+    (here / "cai").mkdir()
+    (here / "cai" / "result.json").write_text(json.dumps({"recipe": "cai", "judge": "a judge", "labelled_by": by}))
+    of_dpo = {"run": "dpo", "recipe": "dpo", "adapter_sha256": SHA, "parent": OF_SFT}
+    write_adapter(here / "later", recipe="sft", parent=of_dpo)
+    for folder, more in (("dpo", {}), ("reward", {}), ("ppo", {"reward_funcs": "reward", "data": {"path": "org/x"}})):
+        OmegaConf.save({"model": {}, "trainer": {}, "data": {"path": "cai"}} | more, here / folder / "config.yaml")
+    systems = measure.find([policy], parent or "base", TINY_ID)
+    assert measure._optimised(systems[-1], systems[0], []) == ({"labelled_by": judges} if judges else {})
+
+
 def test_gold_that_a_run_was_trained_on_is_known(here):
     from rlhf_recipes.audit import answers
 

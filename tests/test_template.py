@@ -5,10 +5,11 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, TINY_ID
+from conftest import ROOT, TINY_ID, write_adapter
 from omegaconf import OmegaConf
 
 from rlhf_recipes import models, references, run, run_folder
+from rlhf_recipes.audit import run_audit
 from rlhf_recipes.data.load import LOADERS
 from rlhf_recipes.data.template import as_taken, bind, dated, folded, keep
 from rlhf_recipes.errors import Refusal
@@ -132,6 +133,15 @@ def test_what_a_template_does_not_read_is_refused(key, saved, compose):
     assert str(raised.value).startswith(f"model.chat_template_kwargs.{key}: ") and told in str(raised.value)
 
 
+def test_a_tokenizer_without_padding_is_refused_in_one_line(compose, saved, tmp_path):
+    overrides = saved(PLAIN)
+    path = tmp_path / "model" / "tokenizer_config.json"
+    told = {key: value for key, value in json.loads(path.read_text()).items() if key not in ("pad_token", "eos_token")}
+    path.write_text(json.dumps(told))
+    with pytest.raises(Refusal, match=r"^model.pad_token=null: the tokenizer of .* has neither a padding nor an EOS"):
+        models.load_tokenizer(compose("dpo", *overrides).model)
+
+
 def test_tags_that_only_trainers_know_are_no_obstacle():
     template = THINKING.replace("{{ m['content']", "{% generation %}{{ m['content']").replace(
         "'<eot>' }}", "'<eot>' }}{%- endgeneration -%}"
@@ -251,6 +261,18 @@ def test_what_a_run_was_trained_with_is_what_it_is_measured_with(told, reward, r
         else:
             with pytest.raises(Refusal, match=f"was trained with model.chat_template_kwargs.{refused}. Give that"):
                 models.check_templates(cfg.model, [adapter], reward)
+
+
+def test_what_answers_for_an_audit_was_trained_so(trained, saved, compose, tmp_path):
+    for name in ("run", "reward"):
+        write_adapter(tmp_path / name, recipe="reward" if name == "reward" else "dpo", parent=None)
+    given = [f"reward_model={tmp_path / 'reward'}", f"model.adapter={tmp_path / 'run'}"]
+    cfg = compose("audit", *saved(THINKING), *given, "model.chat_template_kwargs.enable_thinking=false")
+    trained({"enable_thinking": False})
+    run_audit.find(cfg)
+    trained({"enable_thinking": True})
+    with pytest.raises(Refusal, match=r"run: was trained with model\.chat_template_kwargs\.enable_thinking=true"):
+        run_audit.find(cfg)
 
 
 def test_an_adapter_from_elsewhere_tells_nothing(tmp_path):

@@ -74,6 +74,7 @@ TEMPLATES = {
     "Llama 3": rendered(
         "<|begin_of_text|>", HEAD + "{content}{end}", names(), "<|eot_id|>", HEAD.format(role="assistant")
     ),
+    "Llama 3 without its tokens": rendered("", "{role}\n\n{content}", names(), "", "assistant\n\n"),
     "Llama 2": (llama_2, "", " </s>"),
     "Gemma 4": rendered(
         "<bos>", "<|turn>{role}\n{content}{end}\n", names(assistant="model"), "<turn|>", "<|turn>model\n"
@@ -121,6 +122,49 @@ TRANSCRIPTS = {
     "stackexchange": ("{}: {}\n\n", "Question", "Answer", "Answer: "),
     "chinese": ("{}：{}\n", "用户", "助手", "助手："),
 }
+
+
+@pytest.mark.parametrize(
+    ("asked", "said", "is_read"),
+    [
+        (str, lambda text: str(text.encode()), True),
+        (str, lambda text: str([text]), True),
+        (json.dumps, json.dumps, True),
+        (lambda text: str(text.encode()), lambda text: str(text.encode()), True),
+        (str, json.dumps, False),  # quotations
+        (json.dumps, str, False),
+        (str, lambda text: json.dumps([text]), False),  # lists that were asked for
+        (str, lambda text: str([text, text]), False),
+    ],
+)
+def test_texts_that_were_written_down_are_read(asked, said, is_read):
+    plain = [Raw(f"What does {topic} cost,\nand why?", answers(topic)) for topic in TOPICS]
+    rows = [Raw(asked(raw.prompt), tuple(map(said, raw.answers))) for raw in plain]
+    reading, found = read([*rows, plain[0]])
+    assert found == [*(plain if is_read else rows), plain[0]]
+    assert [note.endswith("as Python or JSON writes them down: parsed") for note in reading.notes] == [True] * is_read
+    assert reading.counts == ({"unlike": 1} if is_read else {})
+
+
+def test_line_breaks_that_were_written_down_are_said():
+    rows = [Raw(f"List {topic}.", (f"one\\ntwo {topic}", "none at all")) for topic in TOPICS]
+    code = Raw("Print it.", ('print("a\\n")\nprint("b")', "no idea at all"))
+    reading, found = read([*rows, code])
+    assert found == [*rows, code] and reading.counts == {"escaped": 5}
+
+
+@pytest.mark.parametrize("system", ["", "Be brief."])
+@pytest.mark.parametrize("tokens", [True, False])
+def test_the_dates_of_llama_are_no_system_message(tokens, system):
+    dates = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+    head, end = (HEAD, "<|eot_id|>") if tokens else ("{role}\n\n", "")
+    said = [head.format(role=role) + text + end for role, text in (("system", dates + system), ("user", "Who {}?"))]
+    rows = [
+        Raw("".join(said).format(topic) + head.format(role="assistant").rstrip(), answers(topic)) for topic in TOPICS
+    ]
+    reading, found = read(rows)
+    assert found == [Raw(turns(f"Who {topic}?", system=system), answers(topic)) for topic in TOPICS]
+    assert not reading.counts
 
 
 @pytest.mark.parametrize("shape", ["prompt and rest", "prompt and whole", "whole", "header in the answer"])

@@ -53,7 +53,8 @@ def find(cfg: DictConfig) -> Sources:
     """
     given = cfg.reward_model if isinstance(cfg.reward_model, str) else list(cfg.reward_model)
     reward_models = references.find_reward_models(given, "reward_model", cfg.model.id, cfg.model.adapter_base)
-    models.check_named_bases(cfg.model, [each.adapter for each in reward_models])
+    policy = [references.find(cfg.model.adapter, "model.adapter").adapter] if cfg.model.adapter else []  # it answers
+    models.check_named_bases(cfg.model, [*policy, *(each.adapter for each in reward_models)])
     gold = answers.find_gold(cfg, reward_models)
     compared = [cfg.checkpoints] if isinstance(cfg.checkpoints, str) else list(cfg.checkpoints or [])
     if compared and not gold:
@@ -61,7 +62,7 @@ def find(cfg: DictConfig) -> Sources:
     kept = [answers.find_run(each, cfg.model.id) for each in compared]
     scorers = [*reward_models, *(gold.source if gold and isinstance(gold.source, list) else [])]
     models.check_templates(cfg.model, [each.adapter for each in scorers], reward=True)
-    models.check_templates(cfg.model, [adapter for run in kept for _, adapter in run.steps])
+    models.check_templates(cfg.model, [*policy, *(adapter for run in kept for _, adapter in run.steps)])
     return Sources(
         reward_models,
         ([], []) if not cfg.stress else stress.load(stress.CLINIC if cfg.stress == "clinic" else cfg.stress),
@@ -110,11 +111,12 @@ def take(cfg: DictConfig, found: Sources, pairs: Splits, tokenizer, run: Run) ->
 
     rows, train = [*pairs.test], pairs.train
     members = Ensemble(cfg.model, cfg.quantization, tokenizer, found.reward_models, run.dir / SCORES, cfg.fast_forward)
-    held_out = members.score(_turns(rows), "held-out pairs", features=True)
+    held_out = members.score(_turns(rows), "held-out pairs", features=True, kept=pairs.kept)
     scored = Scored(members, held_out.rewards_MC)
     chosen_MN, rejected_MN = _sides(ensemble.aligned(held_out.rewards_MC, held_out.rewards_MC))
     sample = random.Random(cfg.seed).sample(train, min(cfg.ledger_pairs, len(train)))
-    ledger_KF = members.score(_turns(sample), "train pairs", features=True, first_alone=True).features_CF
+    ledger = members.score(_turns(sample), "train pairs", features=True, first_alone=True, kept=pairs.kept)
+    ledger_KF = ledger.features_CF
     margins_N = (chosen_MN - rejected_MN).mean(0)
     novelty_N2 = uncertainty.mahalanobis(ledger_KF, held_out.features_CF).reshape(-1, 2)
     ids = clusters(rows)
@@ -125,6 +127,11 @@ def take(cfg: DictConfig, found: Sources, pairs: Splits, tokenizer, run: Run) ->
         "stress": stress.make(rows, *found.stress, limit=cfg.stress_pairs, seed=cfg.seed),
         "probes": probes.make(rows, limit=cfg.probe_pairs, seed=cfg.seed),
         "credit": credit.make(rows, limit=cfg.credit_pairs, seed=cfg.seed),
+    }
+    is_whole = pairs.sizes["test"].longest <= cfg.max_length  # beyond a cut an edit would be none
+    made = {
+        part: [each for each in edits if each["source"] is None or is_whole[each["source"]]]
+        for part, edits in made.items()
     }
     stressed = scored.pairs(made["stress"], "stress")
     edited_MK, parts_MK = (scored.answers(made[name], name) for name in ("probes", "credit"))

@@ -57,24 +57,31 @@ class Ensemble:
         self._models = None
 
     def score(
-        self, conversations: list[list[Message]], part: str, features: bool = False, first_alone: bool = False
+        self,
+        conversations: list[list[Message]],
+        part: str,
+        features: bool = False,
+        first_alone: bool = False,
+        kept: slice = slice(None),
     ) -> Scored:
         """Rewards of whole conversations, each the prompt's turns and one of the assistant.
 
         Args:
             part: names them in progress lines and in the folder.
             first_alone: by the first member.
+            kept: of the tokens of each: `Splits.kept`.
         """
         rows = [{"prompt": turns[:-1], "completion": turns[-1:]} for turns in conversations]
         turns = [row["prompt"] + row["completion"] for row in neutralise(rows, self.tokenizer)[0]]
-        asked = hashlib.sha256(json.dumps(turns).encode()).hexdigest()
+        cut = f"{kept} " if kept != slice(None) else ""
+        asked = cut + hashlib.sha256(json.dumps(turns).encode()).hexdigest()
         count = 1 if first_alone else len(self.members)
         if not turns:
             return Scored(np.zeros((count, 0)), np.zeros((0, 0), dtype=np.float32))
-        found = [self._member(m, turns, part, asked, features and m == 0) for m in range(count)]
+        found = [self._member(m, turns, part, asked, features and m == 0, kept) for m in range(count)]
         return Scored(np.array([each["rewards"] for each in found]), found[0].get("features"))
 
-    def _member(self, m: int, turns: list, part: str, asked: str, features: bool) -> dict:
+    def _member(self, m: int, turns: list, part: str, asked: str, features: bool, kept: slice) -> dict:
         from rlhf_recipes import inference
 
         path, key = self.keep / f"{part.replace(' ', '_')}.{m}.npz", f"{self.members[m].sha256} {asked}"
@@ -82,7 +89,7 @@ class Ensemble:
         if str(known.get("key")) == key and (not features or "features" in known):
             return known
         what = f"{part}, reward model {m + 1}/{len(self.members)}" if len(self.members) > 1 else part
-        scored = inference.rewards_and_features(self._model(m), self.tokenizer, turns, what)
+        scored = inference.rewards_and_features(self._model(m), self.tokenizer, turns, what, kept)
         found = {"key": np.array(key), "rewards": np.array([score for score, _ in scored], dtype=np.float64)}
         if features:
             found["features"] = np.array([each for _, each in scored], dtype=np.float32)

@@ -12,14 +12,27 @@ from typing import Any
 from rlhf_recipes.data import preference
 from rlhf_recipes.data.columns import ALIASES, COLUMNS, Source, spelled
 from rlhf_recipes.data.messages import MEDIA_KEYS, TOOL_KEYS
-from rlhf_recipes.data.recognise import Layout
+from rlhf_recipes.data.recognise import BAD, Layout
+from rlhf_recipes.data.row import MISSING, as_good, at, is_blank
 from rlhf_recipes.errors import Refusal
 
 PARTS = ("system", "input", "history", *ALIASES["system"], *ALIASES["input"], *ALIASES["history"])
 # Parts of the prompt where they are texts.
-TEXTS = ("passage", "document", "article", "background", "persona", "scenario")
+TEXTS = (
+    *("passage", "document", "documents", "docs", "article", "background", "persona", "scenario", "paragraph"),
+    *("story", "premise", "knowledge", "evidence", "facts", "source_text", "query_context", "preamble", "sys"),
+    *("developer", "guidelines", "instructions", "few_shot", "dialogue", "dialog", "conversation_history"),
+    *("context_messages", "previous_messages"),
+)
 TOOLS = (*TOOL_KEYS, "tool", "available_tools", "available_functions")
 MEDIA = (*MEDIA_KEYS, "picture", "pictures", "image_path", "image_paths", "photo", "img")
+
+# What a column of demonstrations may say of each, in values such as true and false or good and bad; and `BAD`.
+GOOD = re.compile(
+    "(?:is_|was_)?(?:accepted|approved|correct|preferred|chosen|selected|helpful|safe|good|passed)|quality"
+)
+# Of a pair: that the two stand the other way round.
+FLIPS = re.compile("(?:is_|was_)?(?:flip|flipped|swap|swapped|reversed|inverted)")
 
 NAMES = 20  # columns that one line names
 
@@ -44,14 +57,16 @@ def accounted(source: Source, layout: Layout, sides: tuple[str, ...]) -> Layout:
         is_nulled = name in COLUMNS and source.columns.get(name) is None  # data.columns.system=null
         if kind == "empty":
             continue
-        if sides and not is_nulled and (word in PARTS or (word in TEXTS and kind == "text")):
+        is_part = word in PARTS or (word in TEXTS and kind in ("text", "messages", "lists", "texts"))
+        if sides and not is_nulled and is_part and not _is_held(source, layout, name):
             raise Refusal(
                 f"{source.name}: column {name!r} holds a part of the prompt and is not read. Name it with "
                 f"data.columns.input={name} (or system, or history), or leave it unread: data.ignore=[{name}]"
             )
         if _may_label(source, layout, name, word, sides) and not is_nulled:
+            what = "bad" if BAD.fullmatch(word) else "good"
             raise Refusal(
-                f"{source.name}: column {name!r} may say whether an answer is good and is not read. Write true "
+                f"{source.name}: column {name!r} may say whether an answer is {what} and is not read. Write true "
                 f"or false (or 1 or 0; null to leave a row out) and set data.columns.label={name}, or leave it "
                 f"unread: data.ignore=[{name}]"
             )
@@ -82,6 +97,8 @@ def told(report: dict[str, Any]) -> list[str]:
         lines.append(f"read as {report['read_as']}")
     if report.get("test_read_as"):
         lines.append(f"its test rows as {report['test_read_as']}")
+    for name, count in report.get("held", {}).items():
+        lines.append(f"{name} of {count} rows stands in their prompt: not joined to it again")
     if report.get("ignored_nothing"):
         lines.append(f"data.ignore: there is no {' and no '.join(report['ignored_nothing'])}")
     if unread := report.get("unread"):
@@ -110,13 +127,28 @@ def _may_decide(source: Source, layout: Layout, name: str, word: str) -> bool:
         return False
     sides = layout.columns["chosen"], layout.columns["rejected"]
     unsaid = all(sides) and preference.markers(*sides) and preference.may_be_verdicts(source.values[name], sides)
-    return bool(preference.DECIDES.fullmatch(word) or unsaid)
+    return bool(unsaid) or any(each.fullmatch(word) for each in (preference.DECIDES, preference.OF_ONE, FLIPS))
+
+
+def _is_held(source: Source, layout: Layout, name: str) -> bool:
+    """Whether most prompts hold the text of a column already."""
+    prompt = layout.columns.get("prompt")
+    pairs = [(at(row, name), at(row, prompt)) for row in source.rows] if prompt else []
+    pairs = [(part, whole) for part, whole in pairs if part is not MISSING and not is_blank(part)]
+    held = [isinstance(part, str) and isinstance(whole, str) and part.strip() in whole for part, whole in pairs]
+    return sum(held) * 2 > len(held)
 
 
 def _may_label(source: Source, layout: Layout, name: str, word: str, sides: tuple[str, ...]) -> bool:
-    """Whether a column beside demonstrations may say which are good: by its name, and it varies."""
+    """Whether a column beside demonstrations may say which are good: by its name, and it varies; by names that other
+    columns have as well, where its values say good and bad."""
     is_demonstration = sides == ("completion",) and (layout.columns["completion"] or layout.format == "messages")
-    return bool(is_demonstration) and word in ("label", *ALIASES["label"]) and _varies(source, name)
+    if not is_demonstration or not _varies(source, name):
+        return False
+    if word in ("label", *ALIASES["label"]):
+        return True
+    says = GOOD.fullmatch(word) or BAD.fullmatch(word)
+    return bool(says) and all(as_good(value) is not None for value in source.values[name] if value not in (None, ""))
 
 
 def _varies(source: Source, name: str) -> bool:

@@ -40,6 +40,7 @@ MIXED = (
     ({"text", "word", "messages"}, "messages"),
     ({"texts", "numbers"}, "texts"),
 )
+LOWER = re.compile("loss|perplexity|error|toxic|harm|penalty|distance|rank")  # scores of which the lower is better
 SEVERAL = object()  # in place of the one value of a column
 EACH, MOST = 200, 1000  # rows that are kept of a column that comes late, and of all of them
 NUMBER = re.compile(r"\s*[+-]?\d{1,15}(\.\d{1,15})?\s*")
@@ -121,6 +122,14 @@ class Source:
         written = held == "texts" and all(isinstance(value, str) for value in self.values[name] if value)
         return held in ("text", "messages") or written  # a list of turns as JSON
 
+    def _may_answer(self, name: str) -> bool:
+        """Whether a column of single words or numbers may hold answers, by its name: not of models, ids, scores."""
+        others = (
+            "id index idx model source score rating reward label rank ranking name url lang language split p margin"
+        )
+        is_short = self.kinds[name] in ("word", "number", "flag", "empty")
+        return is_short and not set(spelled(name).split("_")) & set(others.split())
+
     def no_column(self, key: str) -> Refusal:
         """That a column is not there, with the nearest that holds what it should."""
         name = self.columns.get(key) or key
@@ -129,7 +138,10 @@ class Source:
         if key in ("scores", "ranks", "label", "preference", "margin", "p", "family", "split"):
             free = [each for each in self.kinds if each not in taken]
         else:
-            free = self.answers(taken) or [each for each in self.kinds if each not in taken and _may_answer(each)]
+            taken += [self.find("prompt", ("text", "word", "messages"))] if key != "prompt" else []
+            free = self.answers(taken) or [each for each in self.top if each not in taken and self._may_answer(each)]
+        if key == "scores":
+            free = [each for each in free if not LOWER.search(spelled(each))]
         near = difflib.get_close_matches(name, free, n=1, cutoff=0.5)
         near = near or (free if key == "prompt" and len(free) == 1 else [])
         return Refusal(
@@ -198,12 +210,6 @@ def _inside(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     for each in [value] if isinstance(value, dict) else value if isinstance(value, list) else ():
         if isinstance(each, dict):
             yield from ((f"{name}.{key}", said) for key, said in each.items())
-
-
-def _may_answer(name: str) -> bool:
-    """Whether a column of single words may hold answers, by its name: not names of models, ids, scores."""
-    others = "id index idx model source score rating reward label rank ranking name url lang language split p margin"
-    return not set(spelled(name).split("_")) & set(others.split())
 
 
 def kind(values: Sequence[Any]) -> str:

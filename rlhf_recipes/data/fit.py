@@ -107,6 +107,7 @@ def _sized(splits: Splits, sizes: dict[str, Sizes], truncation_mode: str = "keep
     """The splits with the sizes of their rows, and what a trainer will hold of them in the report."""
     cut = splits.report["max_length"], truncation_mode
     splits.sizes = sizes
+    splits.kept = _kept(*cut) if splits.report["over_length_truncated"] else slice(None)
     splits.report["fitted"] = {name: each.cut(*cut).totals() for name, each in sizes.items()}
     return splits
 

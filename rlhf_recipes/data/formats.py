@@ -15,7 +15,7 @@ from rlhf_recipes.data import preference
 from rlhf_recipes.data.messages import Drop, Messages
 from rlhf_recipes.data.recognise import Layout
 from rlhf_recipes.data.row import Row, at, is_blank
-from rlhf_recipes.data.texts import Raw, Reading
+from rlhf_recipes.data.texts import Raw, Reading, says_much
 from rlhf_recipes.errors import Refusal
 
 SIDES = ("chosen", "rejected", "completion")
@@ -138,8 +138,10 @@ def _example(row: Row, found: Raw, columns: list[str], sides: tuple[str, ...]) -
     conversations = [row.turns(column, value, "assistant") for column, value in answers]
     if not all(conversations):
         return Drop("empty")
-    prompt = _asked(row, found.prompt, is_whole=any(len(turns) > 1 for turns in conversations))
-    contexts = [turns[:-1] or prompt for turns in conversations]
+    is_whole = any(len(turns) > 1 for turns in conversations)
+    prompt = _asked(row, found.prompt, is_whole)
+    whole = next((turns[:-1] for turns in conversations if len(turns) > 1), [])
+    contexts = [turns[:-1] or prompt or whole for turns in conversations]
     if not all(contexts):
         if not row.has("prompt"):
             row.value("prompt")
@@ -149,13 +151,14 @@ def _example(row: Row, found: Raw, columns: list[str], sides: tuple[str, ...]) -
     if prompt and not _agrees(prompt, contexts[0]):
         return Drop("context_differs", "the prompt is not what the conversations begin with")
     return {
-        "prompt": _with_system(row, contexts[0]),
+        "prompt": _with_system(row, contexts[0]) if is_whole else prompt,
         **{side: turns[-1:] for side, turns in zip(sides, conversations, strict=True)},
     }
 
 
 def _asked(row: Row, value: Any, is_whole: bool = False) -> Messages:
-    """The prompt with what other columns hold of it: earlier turns before it, a text below it, the system's."""
+    """The prompt with what other columns hold of it and it does not: earlier turns before it, a text below it, the
+    system's."""
     turns = row.turns("prompt", value, "user") if value is not None else []
     if not any(turn["content"].strip() for turn in turns):
         turns = []
@@ -170,11 +173,24 @@ def _asked(row: Row, value: Any, is_whole: bool = False) -> Messages:
         if earlier or (added.strip() and added.strip() not in said):
             raise _not_joined(row, "history" if earlier else "input", "a prompt that lies in whole conversations")
         return turns
-    if added.strip():
+    if earlier and (
+        _stripped(turns[: len(earlier)]) == _stripped(earlier) or _holds(turns, *(turn["content"] for turn in earlier))
+    ):
+        row.held[row.columns["history"]] += 1
+        earlier = []
+    if _holds(turns, added):
+        row.held[row.columns["input"]] += 1
+    elif added.strip():
         if len(turns) > 1 or (turns and turns[0]["role"] != "user"):
             raise _not_joined(row, "input", "a prompt of several turns")
         turns = [{"role": "user", "content": "\n\n".join([*(turn["content"] for turn in turns), added])}]
     return _with_system(row, [*earlier, *turns] if turns else [])
+
+
+def _holds(turns: Messages, *texts: str) -> bool:
+    """Whether the turns say these texts already, which are no few words that any prompt may have."""
+    said = "\n".join(turn["content"] for turn in turns)
+    return says_much(" ".join(texts)) and all(text.strip() in said for text in texts)
 
 
 def _not_joined(row: Row, key: str, to: str) -> Refusal:
@@ -189,6 +205,9 @@ def _with_system(row: Row, turns: Messages) -> Messages:
     if turns[0]["role"] == "system":
         if turns[0]["content"].strip() != said.strip():
             raise _not_joined(row, "system", "a prompt with another system turn")
+        return turns
+    if _holds(turns[:1], said):
+        row.held[row.columns["system"]] += 1
         return turns
     return [{"role": "system", "content": said}, *turns]
 
@@ -217,6 +236,7 @@ def _from_preference(row: Row, layout: Layout, sides: tuple[str, ...], reading: 
         raise Refusal(f"{row.where}: {name}: {row.value('preference')!r:.40} {rule}") from error
     if p is None:
         return Drop("unlabelled")
+    p = 1 - p if layout.turned else p
     if p == 0.5:
         return Drop("tie")
     found = _read(row, layout, sides, reading)
@@ -233,6 +253,7 @@ def _from_label(row: Row, layout: Layout, sides: tuple[str, ...], reading: Readi
     label = row.good("label") if layout.scale != "good" else _sign(row, "label")
     if label is None:
         return Drop("unlabelled")
+    label = label != layout.turned
     found = _from_sides(row, layout, ("completion",), reading)
     if sides != ("completion",):
         return found if isinstance(found, Drop) else {**found, "label": label}

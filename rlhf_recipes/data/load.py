@@ -118,6 +118,7 @@ class Splits:
         source: the Hub id, `clinic`, or the name of the file or folder.
         places: where the rows of `train` and `test` stand, before `fit`.
         sizes: `data.tokens.Sizes` of the rows of `train` and `test`, after `fit`.
+        kept: which of its tokens a trainer keeps of each conversation: fewer than all where `fit` left some to cut.
     """
 
     train: Sequence[Example]
@@ -126,6 +127,7 @@ class Splits:
     source: str
     places: dict[str, Sequence[str]] = field(default_factory=dict)
     sizes: dict[str, "Sizes"] = field(default_factory=dict)
+    kept: slice = field(default_factory=lambda: slice(None))
 
     def to_datasets(self, folder: Path | None = None):
         """(train, test) as `datasets.Dataset`s of the same features.
@@ -347,7 +349,7 @@ def _read(
     layout, reading = table.layout, table.reading
     held, own = secrets.in_environment(), Tally()
     for where, values in table.rows:
-        row = Row(where, values, layout.columns, tally.unread_keys, data["ignore"])
+        row = Row(where, values, layout.columns, tally.unread_keys, data["ignore"], tally.held)
         row, p = _likelier_first(row, layout, sides)
         own.rows += 1
         family, split = row.label("family"), row.label("split")
@@ -411,6 +413,7 @@ def _account(data: dict[str, Any], first: Table, second: Table, tally: Tally) ->
     unread = dict.fromkeys((*layout.unread, *tested.unread, *(f"{key} (of messages)" for key in tally.unread_keys)))
     found = {
         "joined": dict(tally.joined),
+        "held": dict(tally.held),
         "read_as": recognise.said(layout) if _is_found(data, layout) else None,
         "test_read_as": recognise.said(tested) if tested.columns != layout.columns else None,
         "unread": list(unread),

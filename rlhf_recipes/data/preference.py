@@ -30,7 +30,15 @@ DECIDES = re.compile(
     r"|chosen|selected|(?:chosen|safer|more_helpful|safer_response|chosen_response|selected|selected_response)_(?:id|idx|index|position)"
     r"|winner_.*|is_.*_(?:better|preferred)|(?:first|a|response_a|response_1)_is_better"
 )
-INDEX = re.compile(r".*_(?:id|idx|index|position)|(?:better|best|winner|choice|vote|chosen|selected).*")
+INDEX = re.compile(
+    r".*_(?:id|idx|index|position)|(?:better|best|winner|choice|vote|chosen|selected|worse|worst|loser|rejected).*"
+)
+# Beside two answers: a column of the worse one, or of whether one of them is better or worse.
+WORSE = re.compile(
+    r"(?:.*_)?(?:worse|worst|loser|rejected|dispreferred|non_?preferred)"
+    r"(?:_(?:response|answer|completion|output|model|id|idx|index|position|label))*"
+)
+OF_ONE = re.compile(r"(?P<which>.+)_is_(?:better|worse|preferred)|is_(?P<this>.+)_(?:better|worse|preferred)")
 SIGNED = ("overall_preference", "preference_strength", "preference_score")  # HelpSteer's
 TIES = ("tie", "both", "neither", "equal", "draw", "same", "none", "nopreference", "tiebothbad", "bothbad")
 SHORT = ("word", "number", "flag", "text")
@@ -48,7 +56,34 @@ def decisive(source: Source, sides: tuple[str, ...]) -> list[str]:
         for name in source.kinds
         if DECIDES.fullmatch(spelled(name)) and name not in (*sides, *typed) and source.kinds[name] in SHORT
     ]
-    return [name for name in names if is_verdict(source.values[name])]
+    names = [name for name in names if is_verdict(source.values[name])]
+    return names or [
+        name for name in source.top if sides and name not in (*sides, *typed) and _is_opposite(source, name)
+    ]
+
+
+def _is_opposite(source: Source, name: str) -> bool:
+    word = spelled(name)
+    known = WORSE.fullmatch(word) or OF_ONE.fullmatch(word)
+    return bool(known) and source.kinds[name] in SHORT and is_verdict(source.values[name])
+
+
+def is_turned(name: str, sides: tuple[str, str]) -> bool:
+    """Whether a column says of the first answer what others say of the second: which is the worse one, or whether the
+    second is better."""
+    word, counted = spelled(name), markers(*sides)
+    of_one = OF_ONE.fullmatch(word)
+    of_second = bool(of_one and _which(of_one, sides, counted) == 1)
+    return bool(WORSE.fullmatch(word)) != of_second
+
+
+def _which(of_one: re.Match, sides: tuple[str, str], counted: tuple[str, str] | None) -> int | None:
+    """Of which answer a column of one of them speaks; None where its name does not say."""
+    said = of_one["which"] or of_one["this"]
+    names = [{spelled(side), word} for side, word in zip(sides, ("first", "second"), strict=True)]
+    for own, marker in zip(names, counted or (), strict=False):
+        own |= {marker, *(f"{noun}_{marker}" for noun in ("model", *NOUNS))}
+    return next((place for place, own in enumerate(names) if said in own), None)
 
 
 def is_verdict(values: Sequence[Any]) -> bool:
@@ -120,7 +155,8 @@ def scale_of(source: Source, name: str, sides: tuple[str, str], told: str) -> st
         return told
     word = spelled(name)
     if "flag" in held:
-        scale = "probability" if word.endswith("_is_better") else ""
+        of_one = OF_ONE.fullmatch(word)
+        scale = "probability" if of_one and _which(of_one, sides, counted) is not None else ""
     elif (
         numbers <= {0, 1, 2}
         and (2 in numbers or counted == ("1", "2"))

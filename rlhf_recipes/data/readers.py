@@ -13,14 +13,16 @@ import io
 import os
 import re
 import stat
+import struct
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from rlhf_recipes import places
-from rlhf_recipes.data import csv_rows, json_rows
+from rlhf_recipes.data import arrow_headers, csv_rows, json_rows
 from rlhf_recipes.errors import Refusal, first_line, nearest
 from rlhf_recipes.secrets import redact
 
@@ -300,6 +302,7 @@ def _arrow_rows(path: str, file: Path, kind: str) -> Iterator[Located]:
     try:
         with pyarrow.memory_map(str(file)) as source:
             is_file = source.read(6) == b"ARROW1"
+            _refuse_huge_batches(path, source, 8 if is_file else 0)
             source.seek(0)
             if is_file:
                 reader = pyarrow.ipc.open_file(source)
@@ -339,6 +342,24 @@ def _unpacked_rows(path: str, number: int, batch) -> list[dict[str, Any]]:
                 where = f"{path}:{number + index + 1}"
                 raise Refusal(f"{where}: not UTF-8 ({error.reason}). Mend or remove the row.") from error
         raise
+
+
+def _refuse_huge_batches(path: str, source, begin: int) -> None:
+    """By what the header of each batch says, before one is unpacked.
+
+    Args:
+        begin: of the messages in the file.
+    """
+    import pyarrow.ipc
+
+    source.seek(begin)
+    number = 1
+    with suppress(pyarrow.ArrowInvalid, struct.error):  # what reads the rows says what is wrong
+        for message in pyarrow.ipc.MessageReader.open_stream(source):
+            rows, size = arrow_headers.unpacked(message)
+            if size > LINE_LIMIT * max(rows, 1):
+                raise _too_long(path, number, "rows")
+            number += rows * (message.type == "record batch")
 
 
 def _refuse_huge_rows(path: str, metadata) -> None:

@@ -25,6 +25,11 @@ PARTS = {
     "history": ("messages", "lists", "empty"),
 }
 ASKED = ("text", "word", "messages")  # what a prompt may be
+# A label of this name is true of what is bad.
+BAD = re.compile(
+    "(?:is_|was_)?(?:rejected|wrong|incorrect|bad|harmful|unsafe|toxic|hallucinated|undesirable|disliked?|downvoted)|"
+    "thumbs_down"
+)
 KNOWN = ("p", "margin", "family", "split")
 NEEDED = {
     "pairs": ("chosen", "rejected"),
@@ -38,6 +43,7 @@ NEEDED = {
 # In a list of objects: which key is the answer, which its score.
 ANSWER_KEYS = ("response", "answer", "completion", "generation", "output", "text", "content", "message")
 SCORE_KEYS = ("overall_score", "score", "rating", "reward")
+REJECTED = re.compile(f"(?:rejected|dispreferred|non_preferred)(?:_(?:messages|{'|'.join(preference.NOUNS)}))?")
 BETTER_WORSE = (
     *(
         ("chosen", "rejected"),
@@ -59,6 +65,8 @@ class Layout:
         columns: our names -> the file's, a path (`input.messages`), or None.
         scale: how a preference is meant: `names`, `index` (0 the first), `one` (1 the first, 2 the second, 0 none),
             `probability` (that the first is better) or `signed` (below 0 the first is better).
+        turned: whether a preference says which answer is the worse one, or whether the second is better; whether a
+            label says which is bad.
         models: the columns of the names of the answers' models, where a preference says one of these; or None.
         watched: columns that are read nowhere and whose rows are left out, each with the reason.
         scores: the columns of the chosen and the rejected answer's own score, or None.
@@ -68,6 +76,7 @@ class Layout:
     format: str
     columns: Mapping[str, str | None]
     scale: str = ""
+    turned: bool = False
     models: tuple[str, str] | None = None
     watched: Mapping[str, str] = field(default_factory=dict)
     scores: tuple[str, str] | None = None
@@ -102,13 +111,14 @@ def same(source: Source, layout: Layout, data: Mapping[str, Any], sides: tuple[s
     if all(source.has(name) for name in found.values()):
         return replace(layout, columns=_columns(source, found))
     own = recognise(source, {**data, "format": layout.format}, sides, labelled)
-    return replace(own, scale=layout.scale)
+    return replace(own, scale=layout.scale, turned=layout.turned)
 
 
 def said(layout: Layout) -> str:
     """What a file is read as and which columns say so, on one line."""
     columns = [f"{key} from {name}" if name != key else key for key, name in layout.columns.items() if name]
-    scale = f" ({preference.SAID[layout.scale]})" if layout.scale else ""
+    notes = [*([preference.SAID[layout.scale]] if layout.scale else []), *["turned round"] * layout.turned]
+    scale = f" ({', '.join(notes)})" if notes else ""
     scale = f" (by the name in {' or '.join(layout.models)})" if layout.models else scale
     return f"{layout.format}{scale}: {', '.join(columns)}"
 
@@ -124,6 +134,8 @@ def _format(source: Source, data: Mapping[str, Any], sides: tuple[str, ...], lab
         for fit in (_pairs(source), _preference(source, data), _scored(source, "ratings"), _scored(source, "rankings"))
         if fit
     ]
+    if not fits and "rejected" in sides and (fit := _other_end(source)):
+        fits = [fit]
     if labelled or "rejected" not in sides:
         thumbs = _labelled(source)
         fits = [*([thumbs] if thumbs else []), *fits]
@@ -231,6 +243,15 @@ def _better_worse(source: Source) -> tuple[str, str] | None:
     return None
 
 
+def _other_end(source: Source) -> Layout | None:
+    """A conversation and, in a column of its own, the answer that is worse than its last turn (ms-swift's)."""
+    conversation = source.find("messages", ("messages",))
+    ends = [name for name in source.answers((conversation,)) if REJECTED.fullmatch(spelled(name))]
+    if not (conversation and _are_conversations(source, conversation) and len(ends) == 1):
+        return None
+    return Layout("pairs", _columns(source, {"chosen": conversation, "rejected": ends[0]}))
+
+
 def _are_transcripts(source: Source, name: str) -> bool:
     texts = [value for value in source.values[name] if value]
     return bool(texts) and all(isinstance(text, str) and re.match(r"\s*Human:", text) for text in texts)
@@ -280,7 +301,8 @@ def _preference(source: Source, data: Mapping[str, Any], told: bool = False) -> 
     found = {"first": first, "second": second, "preference": decides[0], "prompt": prompt}
     scale = preference.scale_of(source, decides[0], sides, data["preference"])
     models = preference.models_of(source, decides[0], sides) if scale == "names" else None
-    return Layout("preference", _columns(source, found), scale, models=models)
+    turned = preference.is_turned(decides[0], sides)
+    return Layout("preference", _columns(source, found), scale, turned, models=models)
 
 
 def _marked(source: Source) -> tuple[str, str] | None:
@@ -341,7 +363,7 @@ def _labelled(source: Source, told: bool = False) -> Layout | None:
     if not prompt and not _are_conversations(source, completion):
         return None
     columns = _columns(source, {"prompt": prompt, "completion": completion, "label": label})
-    return Layout("labelled", columns, "good" if is_signed else "")
+    return Layout("labelled", columns, "good" if is_signed else "", bool(BAD.fullmatch(spelled(label))))
 
 
 def _answered(source: Source) -> Layout | None:

@@ -52,6 +52,7 @@ class Row:
         columns: our names -> those of the file, or None.
         unread: how often a key of a message was not read, over all rows; added to.
         ignore: columns and keys of messages that the user leaves unread.
+        held: how often the prompt held what a column adds to it, over all rows; added to.
     """
 
     where: str
@@ -59,6 +60,7 @@ class Row:
     columns: Mapping[str, str | None]
     unread: Counter = field(default_factory=Counter)
     ignore: Collection[str] = ()
+    held: Counter = field(default_factory=Counter)
 
     def has(self, key: str) -> bool:
         name = self.columns.get(key)

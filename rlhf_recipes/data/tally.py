@@ -36,6 +36,7 @@ class Tally:
     unread_keys: Counter = field(default_factory=Counter)
     own_scores: Counter = field(default_factory=Counter)
     joined: Counter = field(default_factory=Counter)
+    held: Counter = field(default_factory=Counter)
 
     def drop(self, drop: Drop, where: str) -> None:
         self.dropped[drop.reason] += 1

@@ -11,6 +11,8 @@ A source is read in one way, decided by what most of its looked-at rows hold, so
 | --------------------------------------------------------- | ----------------------------------------------------- |
 | message lists as JSON, Python's or numpy's repr           | parsed; the spelling of their messages is the caller's |
 | lists of texts as JSON, in the prompt and every answer    | their turns, or the text where each has one           |
+| texts as Python shows bytes or a list of one; in quotes,  |                                                       |
+| as JSON has them, in the prompt and every answer          | parsed                                                |
 | a prompt of three words or more that begins every answer  | cut off from the answers                              |
 | a rendered chat template                                  | turns; its tokens are taken off the answers           |
 | a transcript (`Human:`, `USER:`, `### Instruction:`, ...) | turns; an empty turn of the assistant at its end goes |
@@ -83,8 +85,9 @@ ENDS = (
 SYSTEM_INSIDE = re.compile(r"\s*<<SYS>>\n?(.*?)\n?<</SYS>>\s*(.*)", re.DOTALL)  # Llama 2: in the first user turn
 # What templates write of their own: the dates of Llama 3 and gpt-oss, and how this heads the user's instructions; the
 # sentence above Alpaca's fields, PKU's opening; a thought that was not had.
+DATES = re.compile(r"Cutting Knowledge Date: [^\n]*\n(?:Today Date: [^\n]*\n?)?\n?")
 OWN = re.compile(
-    r"Cutting Knowledge Date: [^\n]*\n(?:Today Date: [^\n]*\n?)?\n?|# Instructions\n\n|"
+    rf"{DATES.pattern}|# Instructions\n\n|"
     r"You are ChatGPT, a large language model trained by OpenAI\.\nKnowledge cutoff: .*",
     re.DOTALL,
 )
@@ -184,7 +187,7 @@ class Markup:
                 turns.append({"role": "system", "content": inside[1]})
                 content = inside[2]
             if role == "system":
-                own = OWN.match(content) if self.token else None
+                own = (OWN if self.token else DATES).match(content)
                 content = content[own.end() :].strip() if own else content
             if word == "input" and turns and turns[-1]["role"] == "user":
                 turns[-1]["content"] = f"{turns[-1]['content']}\n\n{content}".strip()
@@ -301,6 +304,11 @@ MARKUPS = (
     ),
     *_lines("question|q|answer|a", "transcripts (Question: Answer:)"),
     *_lines("instruction|input|response|output", "transcripts (Instruction: Response:)"),
+    # Llama's, whose turns follow each other on one line, or the date of its system message.
+    Markup(
+        "templates without their tokens",
+        re.compile(r"(?:\A|(?<=\S)|(?<=\d{4}\n\n))(system|user|assistant)(?:\n\n|(?<=assistant)\Z)"),
+    ),
     Markup("templates without their tokens", re.compile(r"^(system|user|assistant|model)[ \t]*\n", re.MULTILINE)),
 )
 
@@ -328,6 +336,7 @@ ANSWER_START = re.compile(
     rf"(?P<heading>{_FRAME}(?i:answer|output|a|model){_COLON}))"
 )
 LABEL = re.compile(rf"\s*+{_FRAME}(?i:assistant|ai|bot|chatbot|response|gpt|助手){_COLON}(?:\*\*)?[ \t]*\n?")
+SHOWN = re.compile(r"b['\"]|\['")
 USER_HEADING = re.compile(r"###? ?(?:Human|User|Instruction) ?:")
 FIRST = 24  # characters at which a text that is only text is told
 SIGNS = " \t\r\n[]{<>#*"  # what such a text seldom begins or ends with
@@ -342,6 +351,7 @@ KINDS = {
     "heading": "have an answer that begins with a heading such as 'Answer:'",
     "missing": "have a short answer such as 'None' or 'nan', as a label may be",
     "unlike": "are not written as the others",
+    "escaped": "have line breaks written as a backslash and an n",
 }
 REFUSED = ("structure", "markup", "transcript", "prompt_in_answer", "speaker_name", "user_speaks")
 
@@ -363,6 +373,7 @@ class Reading:
     rows: int = 0
     listed: frozenset[str] = frozenset()
     in_turns: bool = False
+    quoted: frozenset[str] = frozenset()
     cut: bool = False
     markup: Markup | None = None
     in_prompts: bool = False
@@ -426,6 +437,7 @@ class Reading:
         for wanted, step in (
             (self.listed, self._parse_lists),
             (self.in_turns, _zip_turns),
+            (self.quoted, self._unquote),
             (self.cut, self._cut_prompts),
             (self.markup, self._parse_markup),
             (self.ended, _take_ends),
@@ -450,6 +462,12 @@ class Reading:
             return Drop("unreadable", "messages written as text that do not parse")
         self._unlike |= messages is None
         return text if messages is None else messages
+
+    def _unquote(self, raw: Raw) -> Raw:
+        answers = tuple(_taken(answer, _unquoted) for answer in raw.answers)
+        self._unlike |= any(one == other for one, other in zip(answers, raw.answers, strict=True))
+        is_written = "prompt" in self.quoted and _prompt_text(raw.prompt)
+        return Raw(_taken(raw.prompt, _unquoted) if is_written else raw.prompt, answers)
 
     def _cut_prompts(self, raw: Raw) -> Raw:
         prompt = _prompt_text(raw.prompt)
@@ -531,6 +549,12 @@ def look(rows: Sequence[Raw]) -> Reading:
         reading.in_turns = True
         reading.notes.append("prompts and answers are lists of texts: read as turns")
         sample = _kept(map(_zip_turns, sample))
+    if _most(_is_quoted(raw) for raw in sample):
+        in_prompts = _most(_unquoted(_prompt_text(raw.prompt)) != _prompt_text(raw.prompt) for raw in sample)
+        reading.quoted = frozenset({"answers", *["prompt"] * in_prompts})
+        what = "prompts and answers" if in_prompts else "answers"
+        reading.notes.append(f"{what} are texts as Python or JSON writes them down: parsed")
+        sample = _kept(map(reading._unquote, sample))
     if _most(_begin_with_prompt(raw) for raw in sample):
         reading.cut = True
         reading.notes.append("answers begin with their prompt: it is cut off")
@@ -664,9 +688,36 @@ def _zip_turns(raw: Raw) -> Raw:
     return Raw(None, tuple(conversations))
 
 
+def _is_quoted(raw: Raw) -> bool:
+    """Whether every answer is a text written down; one in quotes may be a quotation, if its prompt is none too."""
+    texts = _texts(raw)
+    answers = bool(raw.answers) and all(_unquoted(text) != text for text in texts[1:])
+    return answers and (all(map(SHOWN.match, texts[1:])) or _unquoted(texts[0]) != texts[0])
+
+
+def _unquoted(text: str) -> str:
+    """What bytes, a list of one text, or a text in quotes say as Python or JSON write them; other text as it is."""
+    if not (SHOWN.match(text) or text[:1] == '"') or len(text) > LITERAL_LIMIT:
+        return text
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = as_literal(text)
+    found = found[0] if isinstance(found, list) and len(found) == 1 else found
+    if isinstance(found, bytes):
+        found = found.decode(errors="replace")
+    return found if isinstance(found, str) else text
+
+
 def _begin_with_prompt(raw: Raw) -> bool:
     prompt = _prompt_text(raw.prompt)
     return bool(raw.answers) and all(_rest(prompt, _answer_text(answer)) is not None for answer in raw.answers)
+
+
+def says_much(text: str) -> bool:
+    """Whether a text has more words than what many texts may hold by chance."""
+    text = text.strip()
+    return len(text.split(None, FEW - 1)) >= FEW or (not text.isascii() and len(text) >= 8)
 
 
 def _rest(prompt: str, answer: str) -> str | None:
@@ -675,9 +726,7 @@ def _rest(prompt: str, answer: str) -> str | None:
     A prompt of one or two words says nothing: an answer may begin with what it is about.
     """
     bare = prompt.strip()
-    if not bare or not answer.lstrip().startswith(bare):
-        return None
-    if len(bare.split(None, FEW - 1)) < FEW and (bare.isascii() or len(bare) < 8):
+    if not bare or not answer.lstrip().startswith(bare) or not says_much(bare):
         return None
     rest = answer.lstrip()[len(bare) :]
     if rest[:1].isalnum() and bare[-1].isalnum():
@@ -730,8 +779,10 @@ def _suspicions(raw: Raw) -> list[str]:
     kinds = _seen(prompt, PROMPT_START)
     begin = prompt.strip()[:FIRST] or "\0"
     repeats = bool(raw.answers)
+    escaped = broken = False
     for answer in raw.answers:
         text = _answer_text(answer)
+        escaped, broken = escaped or "\\n" in text, broken or "\n" in text
         kinds = kinds + _seen(text, ANSWER_START)
         if (
             "\nHuman:" in text
@@ -741,7 +792,8 @@ def _suspicions(raw: Raw) -> list[str]:
         ):
             kinds = [*kinds, "user_speaks"]
         repeats = repeats and text.lstrip().startswith(begin) and _rest(prompt, text) is not None
-    return list(dict.fromkeys([*kinds, "prompt_in_answer"] if repeats else kinds))
+    kinds = [*kinds, *["prompt_in_answer"] * repeats, *["escaped"] * (escaped and not broken)]
+    return list(dict.fromkeys(kinds))
 
 
 def _seen(text: str, start: re.Pattern) -> list[str]:

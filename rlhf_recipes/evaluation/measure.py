@@ -104,7 +104,7 @@ def measure(
             again.
     """
     tokenizer = models.load_tokenizer(cfg.model)
-    rows, prompts = _rows(cfg, tokenizer, pairs)
+    rows, prompts, kept = _rows(cfg, tokenizer, pairs)
     first, parts = part_of(cfg.shards)
     rows = rows[first::parts]
     policies = Policies(cfg.model, cfg.quantization, systems, cfg.fast_forward)
@@ -112,7 +112,7 @@ def measure(
     parent, fresh = systems[0], systems[1:] if before else systems
     logps, neutral, answers = _known(before, parent) if before else ({}, {}, {})
     folders = dict.fromkeys(folder for s in fresh for folder in (s.reference, s.adapter))
-    logps |= {folder: policies.pair_logps(folder, tokenizer, rows) for folder in folders if folder not in logps}
+    logps |= {folder: policies.pair_logps(folder, tokenizer, rows, kept) for folder in folders if folder not in logps}
     neutral |= {s.name: policies.neutral(s, tokenizer, texts) for s in fresh}
     answers |= {s.name: policies.answers(s, parent, tokenizer, prompts, cfg) for s in fresh}
     places = [place for place, answer in enumerate(answers[parent.name]) if answer]
@@ -124,7 +124,8 @@ def measure(
             scored[s.name] = ranks.by_first(harness.score, model, tokenizer, chosen, cfg.lm_eval, s.name)
     del policies  # its memory is the reward models'
     given = {s.name: answers[s.name] for s in fresh}
-    reward_models = _reward(cfg, scorers, tokenizer, rows, prompts, given, before.reward_models if before else {})
+    known = before.reward_models if before else {}
+    reward_models = _reward(cfg, scorers, tokenizer, rows, kept, prompts, given, known)
     judged = systems[1:] if scorers.judge else []
     return Measurements(
         parent=parent.name,
@@ -161,7 +162,7 @@ def join(cfg: DictConfig, parts: list[Measurements], pairs: Splits) -> Measureme
     Raises:
         Refusal: they were not measured alike, or not on these pairs.
     """
-    rows, prompts = _rows(cfg, models.load_tokenizer(cfg.model), pairs)
+    rows, prompts, _ = _rows(cfg, models.load_tokenizer(cfg.model), pairs)
     typed = sum(part.settings.pop(judges.TYPED, 0) for part in parts)
     whole = parts[0]
     for part in parts:
@@ -249,21 +250,29 @@ def _known(before: Measurements, parent: System) -> tuple[dict, dict, dict]:
     return {parent.adapter: logps}, {parent.name: before.neutral[parent.name]}, {parent.name: answers}
 
 
-def _rows(cfg: DictConfig, tokenizer, pairs: Splits) -> tuple[list[dict], list[dict]]:
-    """The pairs that are measured, each with its cluster, and the prompts that are answered."""
-    rows = fit(pairs, tokenizer, cfg.max_length, cfg.data.too_long).test
-    rows = [row | {"cluster": cluster} for row, cluster in zip(rows, clusters(rows), strict=True)]
-    return rows, list({row["prompt_id"]: row for row in rows}.values())[: cfg.prompts]
+def _rows(cfg: DictConfig, tokenizer, pairs: Splits) -> tuple[list[dict], list[dict], slice]:
+    """The pairs that are measured, each with its cluster, the prompts that are answered, and `Splits.kept`."""
+    fitted = fit(pairs, tokenizer, cfg.max_length, cfg.data.too_long)
+    rows = [row | {"cluster": cluster} for row, cluster in zip(fitted.test, clusters(fitted.test), strict=True)]
+    return rows, list({row["prompt_id"]: row for row in rows}.values())[: cfg.prompts], fitted.kept
 
 
 def _reward(
-    cfg: DictConfig, scorers: Scorers, tokenizer, rows: list[dict], prompts: list[dict], answers: dict, known: dict
+    cfg: DictConfig,
+    scorers: Scorers,
+    tokenizer,
+    rows: list[dict],
+    kept: slice,
+    prompts: list[dict],
+    answers: dict,
+    known: dict,
 ) -> dict:
     """The scores that each reward model gives the pairs, unless known; and give every answer its `reward`, of several
     reward models their mean, worst case and spread (of a part their scores alone: they are held against all pairs),
     and its `proxy`.
 
     Args:
+        kept: of the tokens of each pair.
         answers: of each system, one for each of the prompts.
     """
     members, proxies = scorers.reward_models, [scorers.proxy] if scorers.proxy else []
@@ -272,7 +281,8 @@ def _reward(
     folders = [Path(each.adapter) for each in (*members, *proxies)]
     readers = RewardModels(cfg.model, cfg.quantization, folders, cfg.fast_forward)
     for member in [] if known else members:
-        rewards = m.pair_rewards(readers.using(Path(member.adapter)), tokenizer, rows, f"{member.name}: pairs")
+        reader = readers.using(Path(member.adapter))
+        rewards = m.pair_rewards(reader, tokenizer, rows, f"{member.name}: pairs", kept)
         known[member.name] = [_labels(row) | each for row, each in zip(rows, rewards, strict=True)]
 
     def scores(scorer: System, own: list[dict], what: str) -> list[float]:
@@ -344,7 +354,8 @@ def _system(found: ModelRef) -> System:
     else:
         name = found.name if found.recipe in (None, found.name) else f"{found.recipe}/{found.name}"
     start = found.start and str(found.start)
-    return System(name, str(found.adapter), found.recipe, start, found.step, references.trained_on(found))
+    rewards, judges = references.trained_on(found), references.labelled_by(found)
+    return System(name, str(found.adapter), found.recipe, start, found.step, rewards, judges)
 
 
 def _named_apart(systems: list[System]) -> list[System]:
@@ -393,10 +404,12 @@ def _answer(i: int, row: dict, harmful: list[str], answers: dict) -> dict:
 
 
 def _optimised(system: System, parent: System, scorers: list[System]) -> dict[str, list[str]]:
-    """`optimised`: those of the reward models that score which the system was trained on and its parent was not."""
+    """`optimised`: those of the reward models that score which the system was trained on and its parent was not;
+    `labelled_by`: the judges of what it, and not its parent, was trained on."""
     rewards = {reward for _, reward in system.rewards - parent.rewards}
     names = [scorer.name for scorer in scorers if adapter_sha256(Path(scorer.adapter)) in rewards]
-    return {"optimised": names} if names else {}
+    judges = sorted({judge for _, judge in system.judges - parent.judges})
+    return ({"optimised": names} if names else {}) | ({"labelled_by": judges} if judges else {})
 
 
 def _info(system: System) -> dict[str, Any]:

@@ -19,7 +19,7 @@ class Measurements:
         parent: the system that the others are held against.
         systems: names, the parent among them.
         info: name -> `recipe`, `path`, `method_reward`, of a checkpoint `step`, and `optimised`, the names of those
-            reward models that score and that it was trained on.
+            reward models that score and that it was trained on; `labelled_by`, the judges that labelled its pairs.
         pairs: a row for each held-out pair: its labels, and in `systems` the log-probabilities by each.
         answers: a row for each prompt: its labels, and in `systems` the answer of each.
         judgements: name -> what a judge said of its answers against the parent's.

@@ -34,7 +34,8 @@ def summarise(measurements: Measurements, thresholds: dict | None = None) -> dic
     Returns:
         `systems`: per system its `metrics`, paired `differences` to the parent, `families` (preference
         accuracy), `preference_accuracy` (by the reward its method trains), `tasks`, `optimised` (reward models that
-        score and that it was trained on) and `verdict`; `correction` of the verdicts for their number, in a sentence;
+        score and that it was trained on), `labelled_by` (the judge, where it labelled what it was trained on) and
+        `verdict`; `correction` of the verdicts for their number, in a sentence;
         `baselines`; `reward_models`; `recommended` and its `verdict`; `regressions`, worst first; `answers`, with what
         is odd about each.
     """
@@ -159,6 +160,7 @@ def _system(measurements: Measurements, columns: dict, name: str, parent: str) -
         differences = {key: _paired(stats.difference, own[key], base[key]) for key in own if key in base}
         if tasks:
             differences["task_accuracy"] = _over_tasks(measurements.tasks, name, parent)
+    judge = measurements.settings.get("judge")
     return {
         "info": info,
         "metrics": {key: metrics[key] for key in METRICS if key in metrics},
@@ -169,7 +171,7 @@ def _system(measurements: Measurements, columns: dict, name: str, parent: str) -
         "tasks": tasks,
         "optimised": [] if measurements.judgements.get(name) else info.get("optimised", []),
         "nonfinite": _nonfinite(measurements, name),
-    }
+    } | ({"labelled_by": judge} if judge in info.get("labelled_by", []) else {})
 
 
 def _ensemble(measurements: Measurements, own: dict, base: dict, name: str, parent: str) -> dict:

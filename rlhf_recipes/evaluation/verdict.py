@@ -104,9 +104,11 @@ def decide(system: dict, parent: str, thresholds: dict, comparisons: int = 1) ->
             "value": None,
         }
     key, estimate, standing, reasons = _main(system, parent, thresholds, comparisons)
-    if key == "win_rate" and estimate and system.get("optimised"):
+    if key == "win_rate" and estimate and (system.get("optimised") or system.get("labelled_by")):
         standing = "level" if standing == "above" else standing
-        reasons.append(_optimised(system["optimised"]))
+        reasons.append(
+            _optimised(system["optimised"]) if system.get("optimised") else _labelled(system["labelled_by"])
+        )
     crossed, unchecked = [], []
     checks = [
         (guard, where == "differences", *METRICS[metric][:2], system[where].get(metric), side, sign)
@@ -236,6 +238,14 @@ def _optimised(names: list[str]) -> str:
     return (
         f"{which} {is_what} it was trained on: that score rises whether the answers are better or not (Gao et al. "
         "2022, arXiv:2210.10760). Take a judge, or a reward model that learned from other pairs."
+    )
+
+
+def _labelled(judge: str) -> str:
+    """That the judge is the one whose taste was trained on."""
+    return (
+        f"The judge {judge} labelled the pairs that it was trained on: it wins by that taste whether the answers are "
+        "better or not. Take another judge."
     )
 
 

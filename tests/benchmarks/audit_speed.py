@@ -29,7 +29,7 @@ class Scores:
         self.noise = np.random.default_rng(0).normal(size=(MEMBERS, 4096))
         self.features = np.random.default_rng(1).normal(size=(4096, FEATURES)).astype(np.float32)
 
-    def score(self, conversations, part, features=False, first_alone=False):
+    def score(self, conversations, part, features=False, first_alone=False, kept=slice(None)):
         from rlhf_recipes.audit.scoring import Scored
 
         texts = [turns[-1]["content"] for turns in conversations]
@@ -65,13 +65,15 @@ def measure(count: int, line) -> None:
     from rlhf_recipes import config
     from rlhf_recipes.audit import page, run_audit, verdict
     from rlhf_recipes.data.load import Splits
+    from rlhf_recipes.data.tokens import Sizes
     from rlhf_recipes.run import Run
 
     run_audit.Ensemble = Scores
     with hydra.initialize_config_dir(str(config.CONF), version_base="1.3"):
         cfg = hydra.compose("audit", ["reward_model=x"])
     test = pairs(count, "test")
-    splits = Splits(pairs(count, "train"), test, {}, "invented")
+    short = np.ones((count, 2), dtype=int)
+    splits = Splits(pairs(count, "train"), test, {}, "invented", sizes={"test": Sizes(short, short)})
     given = run_audit.Sources([], ([], []), None, judged(test), None, [], None)
     before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
