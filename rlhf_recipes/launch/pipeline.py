@@ -128,6 +128,8 @@ def execute(plan: Plan) -> int:
         # A verdict has an exit status of its own: what makes a stage finished is its result.
         stage.status = "finished" if stage.result() else "interrupted" if code in INTERRUPTED else "failed"
         plan.write()
+        if result := stage.result():
+            print(f"[{label}] {_said(result)}, {time.monotonic() - plan.started:.0f} s after the start", flush=True)
         status = status or code
         if code == signals.EXIT:
             signals.end(f"{stage.name} was interrupted.")
@@ -230,6 +232,15 @@ def _previous_seconds(here: Path) -> dict[str, float]:
     if not path.is_file():
         return {}
     return {stage["name"]: stage["seconds"] for stage in json.loads(path.read_text())["stages"]}
+
+
+def _said(result: dict) -> str:
+    """The main metric of a result."""
+    from rlhf_recipes.stats import format_estimate
+    from rlhf_recipes.text import line
+
+    main = result["main"]
+    return f"{line(main['name'].replace('_', ' '))}: {format_estimate(main['after'])}"
 
 
 def _table(results: list[tuple[Stage, dict | None]]) -> str:
