@@ -30,7 +30,7 @@ $(VENV)/demo $(VENV)/dev: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) ..."
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
 	@$(PYTHON) -m venv $(VENV)
-	@$(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet --constraint constraints.txt --index-url $(TORCH_INDEX) torch)
+	@$(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet --constraint constraints.txt --index-url $(TORCH_INDEX) --no-deps torch)
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable "$(WHAT)"
 	@touch $@
 

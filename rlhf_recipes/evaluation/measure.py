@@ -253,7 +253,7 @@ def _rows(cfg: DictConfig, tokenizer, pairs: Splits) -> tuple[list[dict], list[d
     """The pairs that are measured, each with its cluster, and the prompts that are answered."""
     rows = fit(pairs, tokenizer, cfg.max_length, cfg.data.too_long).test
     rows = [row | {"cluster": cluster} for row, cluster in zip(rows, clusters(rows), strict=True)]
-    return rows[: cfg.pairs], list({row["prompt_id"]: row for row in rows}.values())[: cfg.prompts]
+    return rows[: cfg.scored_pairs], list({row["prompt_id"]: row for row in rows}.values())[: cfg.prompts]
 
 
 def _reward(
