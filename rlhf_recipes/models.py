@@ -340,6 +340,16 @@ def load_base(model: DictConfig, quantization: DictConfig, auto_class: type, **k
     return _load_base(model, quantization, auto_class, **kwargs)
 
 
+def load_frozen(model: DictConfig, quantization: DictConfig, auto_class: type, **kwargs) -> "PreTrainedModel":
+    """`load_base` for what is only read. A CPU with room for it unpacks 4-bit weights once, not in every pass, to the
+    very numbers that they stand for in the compute dtype."""
+    base = load_base(model, quantization, auto_class, **kwargs)
+    size = base.num_parameters() * base.dtype.itemsize
+    if getattr(base, "is_loaded_in_4bit", False) and base.device.type == "cpu" and 2 * size < memory.free():
+        base = base.dequantize()
+    return base
+
+
 def _load_base(model: DictConfig, quantization: DictConfig, auto_class: type, **kwargs) -> "PreTrainedModel":
     import torch
     from transformers.utils import logging

@@ -299,6 +299,7 @@ _ADDED = {
     "model.chat_template_kwargs": {},
     "generator.chat_template_kwargs": {},
     "judge.chat_template_kwargs": {},
+    "scored_pairs": None,
     "data.text": "auto",
     "data.preference": "auto",
     "data.ignore": [],

@@ -234,6 +234,21 @@ def test_judgements_replace_rewards():
     assert summary.summarise(measured)["systems"]["dpo"]["metrics"]["win_rate"].value == pytest.approx(0.75)
 
 
+@pytest.mark.parametrize(
+    ("judgements", "name", "before", "after"),
+    [
+        pytest.param([], "reward of dpo", 0.75, 0.25, id="reward model"),
+        pytest.param([("q", 0.9), ("r", 0.6)], "win_rate of dpo", None, 0.75, id="judge"),
+    ],
+)
+def test_main_is_what_decides(judgements, name, before, after):
+    asked = {"asked": True, "answered": True, "flip": False, "gap": 0.0, "tie": False}
+    judged = {"dpo": [asked | {"prompt_id": prompt, "p": p} for prompt, p in judgements]}
+    main = summary.headline(summary.summarise(by_hand(judgements=judged)))
+    assert main["name"] == name and main["after"].value == pytest.approx(after)
+    assert main["before"] is None if before is None else main["before"].value == pytest.approx(before)
+
+
 def test_only_pairs_or_only_answers_are_enough():
     pairs = summary.summarise(by_hand(answers=[]))
     assert pairs["systems"]["dpo"]["verdict"]["main"] == "preference_accuracy"

@@ -431,9 +431,12 @@ def test_evaluate_with_a_judge_that_likes_what_comes_first(runs, compose, tiny_m
         "    return [1.0 for _ in prompts]\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    evaluate(compose, "by_judge", *tiny_model_overrides, "judge_function=biased:first")
-    evaluation = json.loads((runs / "by_judge" / "result.json").read_text())["evaluation"]
+    evaluate(compose, "by_judge", *tiny_model_overrides, "judge_function=biased:first", "scored_pairs=2")
+    result = json.loads((runs / "by_judge" / "result.json").read_text())
+    evaluation = result["evaluation"]
+    assert result["main"]["name"].startswith("win_rate of ") and result["main"]["before"] is None
     for name in ("sft", "dpo"):
+        assert evaluation["systems"][name]["metrics"]["accuracy_log_ratio"]["n"] == 2
         rate = evaluation["systems"][name]["metrics"]["win_rate"]
         assert (rate["value"], rate["low"], rate["high"], rate["n"]) == (0.5, 0.5, 0.5, 4)
     calls = import_module("biased").asked

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 
@@ -60,7 +61,8 @@ def test_it_runs_every_stage(finished):
     sft, dpo = (json.loads((folder / name / "result.json").read_text()) for name in ("sft", "dpo"))
     assert dpo["parent"]["run"] == f"{RUN.format('main')}/sft"
     assert dpo["parent"]["adapter_sha256"] == sft["adapter_sha256"] != dpo["adapter_sha256"]
-    assert "[1/2 sft]" in done.stdout and "[2/2 dpo]" in done.stdout
+    assert "[1/2 sft]" in done.stdout
+    assert re.search(r"\n\[2/2 dpo\] preference accuracy: 0\.\d.*, [1-9]\d* s after the start\n", done.stdout)
     assert "[2/2 dpo] dpo step 2/2" in done.stderr and "ETA" in done.stderr
     table = done.stdout[done.stdout.index("stage ") :]
     assert "perplexity" in table and "preference accuracy" in table

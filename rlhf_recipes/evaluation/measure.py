@@ -254,7 +254,8 @@ def _rows(cfg: DictConfig, tokenizer, pairs: Splits) -> tuple[list[dict], list[d
     """The pairs that are measured, each with its cluster, the prompts that are answered, and `Splits.kept`."""
     fitted = fit(pairs, tokenizer, cfg.max_length, cfg.data.too_long)
     rows = [row | {"cluster": cluster} for row, cluster in zip(fitted.test, clusters(fitted.test), strict=True)]
-    return rows, list({row["prompt_id"]: row for row in rows}.values())[: cfg.prompts], fitted.kept
+    prompts = list({row["prompt_id"]: row for row in rows}.values())[: cfg.prompts]
+    return rows[: cfg.scored_pairs], prompts, fitted.kept
 
 
 def _reward(

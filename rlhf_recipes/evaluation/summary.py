@@ -94,10 +94,13 @@ def deviation(measurements: Measurements, metric: str, name: str) -> float:
 
 
 def headline(evaluation: dict) -> dict:
-    """What result.json names as the main metric: the parent's value and the recommended system's."""
+    """What result.json names as the main metric: the parent's value and the recommended system's. A judge gives the
+    recommended system's wins over the parent, and the parent nothing."""
     before, after = (
         evaluation["systems"][name]["metrics"] for name in (evaluation["parent"], evaluation["recommended"])
     )
+    if "win_rate" in after and ("judge_answers" in after or not before["reward"].n):
+        return {"name": f"win_rate of {evaluation['recommended']}", "before": None, "after": after["win_rate"]}
     for metric in ("reward", "accuracy_average_logp"):
         if before[metric].n:
             return {

@@ -27,6 +27,7 @@ KEYS = {
     "lm_eval.include_path": str | None,
     "lm_eval.limit": int | None,
     "lm_eval.num_fewshot": int | None,
+    "scored_pairs": int | None,
     "prompts": int | None,
     "reward_funcs": str | list,
     "judging.mode": ("logprob", "cot"),

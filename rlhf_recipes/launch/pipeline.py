@@ -7,7 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import hydra
@@ -53,14 +53,15 @@ class Plan:
     """The stages of a pipeline and the folder they share.
 
     Attributes:
+        started: by the clock `time.monotonic`.
         launch: file of Accelerate's launcher, by which the stages start; None: each is one process.
     """
 
     dir: Path
     stages: list[Stage]
     lock: run_folder.Lock
+    started: float
     launch: str | None = None
-    started: float = field(default_factory=time.monotonic)
 
     def write(self) -> None:
         """summary.json, as far as the pipeline has come."""
@@ -82,6 +83,7 @@ def plan(cfg: DictConfig) -> Plan:
         Refusal: a stage has an unknown recipe or override, or was made with other settings before; the folder, or
             with `overwrite` that of a stage, holds foreign files; another process writes it.
     """
+    started = time.monotonic()
     if cfg.launch and not Path(cfg.launch).is_file():
         raise Refusal(f"launch={cfg.launch}: no such file. Give one of Accelerate's, conf/accelerate/ddp.yaml say.")
     here = run.relative(Path(cfg.output_dir))
@@ -110,7 +112,7 @@ def plan(cfg: DictConfig) -> Plan:
         stages.append(stage)
     if not (cfg.preflight.only or cfg.launch or all(stage.status == "finished" for stage in stages)):
         forks.prepare(_environment("pipeline"))  # beside the preflight
-    return Plan(here, stages, lock, cfg.launch)
+    return Plan(here, stages, lock, started, cfg.launch)
 
 
 def execute(plan: Plan) -> int:
@@ -128,6 +130,8 @@ def execute(plan: Plan) -> int:
         # A verdict has an exit status of its own: what makes a stage finished is its result.
         stage.status = "finished" if stage.result() else "interrupted" if code in INTERRUPTED else "failed"
         plan.write()
+        if result := stage.result():
+            print(f"[{label}] {_said(result)}, {time.monotonic() - plan.started:.0f} s after the start", flush=True)
         status = status or code
         if code == signals.EXIT:
             signals.end(f"{stage.name} was interrupted.")
@@ -230,6 +234,15 @@ def _previous_seconds(here: Path) -> dict[str, float]:
     if not path.is_file():
         return {}
     return {stage["name"]: stage["seconds"] for stage in json.loads(path.read_text())["stages"]}
+
+
+def _said(result: dict) -> str:
+    """The main metric of a result."""
+    from rlhf_recipes.stats import format_estimate
+    from rlhf_recipes.text import line
+
+    main = result["main"]
+    return f"{line(main['name'].replace('_', ' '))}: {format_estimate(main['after'])}"
 
 
 def _table(results: list[tuple[Stage, dict | None]]) -> str:

@@ -116,6 +116,7 @@ RANGES = {
     "max_prompt_length": COUNT,
     "max_length": Range(at_least=2),
     "max_new_tokens": COUNT,
+    "scored_pairs": COUNT,
     "prompts": COUNT,
     "samples": COUNT,
     "temperature": NOT_NEGATIVE,
