@@ -18,7 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from conftest import LIMIT
 
-from rlhf_recipes.cai import server
+from rlhf_recipes.cai import flight, server
 from rlhf_recipes.cai.backend import Journal, Request, ask
 from rlhf_recipes.launch.refusals import as_refusal
 
@@ -494,7 +494,7 @@ def test_a_caller_that_pauses_pauses_the_rest(endpoint):
         seen = sum(endpoint.asked.values())
         time.sleep(0.3)
     # Each of the four may find room and fill it before it sees that there is none.
-    assert seen <= len(group) + (server.BACKLOG + 2) * 4
+    assert seen <= len(group) + (flight.BACKLOG + 2) * 4
     assert len(group) + sum(map(len, asked)) == 400
     assert endpoint.most_in_flight <= 4
 
