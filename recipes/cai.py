@@ -42,7 +42,7 @@ def main(cfg):
         rows = written({**row, "split": name} for name in ("test", "train") for row in getattr(prompts, name))
         gate.confirm(gate.estimate(cfg, sources, rows, generator, judged=judge is not None))
         maker = make_pairs.PairMaker(generator, judge, principles, sources, cfg)
-        shards = list(maker.shards(rows, run.dir / "shards"))
+        shards = maker.shards(rows, run.dir / "shards")
         made = {"shards": cfg.shards} if cfg.shards else dataset.write(shards, run.dir, maker.provenance())
         result |= {"generator": generator.name, "labelled_by": "judge" if judge else "construction", **made}
         result |= {"spent": maker.spent(run.dir / GATE, shards), "counts": prompts.report}

@@ -45,6 +45,9 @@ class Flight:
 
     Args:
         servers: `server.Server`, each with its `concurrency` at each of its endpoints.
+
+    Attributes:
+        left: requests that are not answered.
     """
 
     def __init__(self, *servers: Any):
@@ -54,9 +57,9 @@ class Flight:
             server: [_Stop(server, endpoint, threading.Condition(lock)) for endpoint in server.connected()]
             for server in servers
         }
-        self._places = sum(len(stops) * server.concurrency for server, stops in self._stops.items())
+        self._places = sum(server.places for server in servers)
         self._room = threading.Semaphore(BACKLOG * self._places)
-        self._left = self._running = self._taken = 0  # not yet answered; threads; answers that the caller works on
+        self.left = self._running = self._taken = 0  # not yet answered; threads; answers that the caller works on
         self._failures: list[BaseException] = []
 
     def __enter__(self) -> "Flight":
@@ -67,7 +70,7 @@ class Flight:
         return self
 
     def __exit__(self, *_) -> None:
-        self._end(hang_up=bool(self._left))
+        self._end(hang_up=bool(self.left))
         for stop in self._all():
             if stop.endpoint.is_out:  # it may be looked at
                 stop.endpoint.close()
@@ -78,7 +81,7 @@ class Flight:
     def put(self, server: Any, request: Request, tag: Any = None) -> None:
         """Send a request to one of the servers; `tag` comes back with its answer."""
         with self._lock:
-            self._left += 1
+            self.left += 1
             self._route(server, (tag, request))
 
     def take(self) -> list[tuple[Any, Request, Answer]]:
@@ -97,7 +100,7 @@ class Flight:
             self._failures += [each for each in news if isinstance(each, BaseException)]
             self._taken = len(group)
             with self._lock:
-                self._left -= len(group)
+                self.left -= len(group)
                 self._running -= len(news) - len(group)
             if group:
                 return group

@@ -142,6 +142,11 @@ class Server:
                 done += len(group)
                 line.update(done, f"{self._repeats} sent again" if self._repeats else "")
 
+    @property
+    def places(self) -> int:
+        """Requests in flight at a time, at all endpoints."""
+        return self.concurrency * len(self._endpoints)
+
     def connected(self) -> list["_Connections"]:
         """The endpoints; those whose connections were closed, since a call was not heard out, with others."""
         self._endpoints = [each.renewed() if each.closed.is_set() else each for each in self._endpoints]

@@ -42,7 +42,7 @@ class Prompts:
 
 
 class Generator:
-    name = "stub generator"
+    name, places = "stub generator", 0
 
     def answer(self, requests, known, what):
         left = [request for request in requests if request.key not in known]
@@ -81,7 +81,7 @@ def work(count: int) -> dict:
     maker = make_pairs.PairMaker(Generator(), critic, principles, ["revision", "on_policy"], cfg)
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        shards = list(maker.shards(Prompts(count), Path(folder) / "shards"))
+        shards = maker.shards(Prompts(count), Path(folder) / "shards")
         made = memory()
         found = dataset.write(shards, Path(folder), maker.provenance())
     funnel = found["funnel"]
