@@ -296,6 +296,7 @@ _ADDED = {
     "model.chat_template_kwargs": {},
     "generator.chat_template_kwargs": {},
     "judge.chat_template_kwargs": {},
+    "judging.votes": False,
     "data.text": "auto",
     "data.preference": "auto",
     "data.ignore": [],

@@ -162,8 +162,8 @@ class Flight:
                     longest = max(self._stops[stop.server], key=lambda other: len(other.waiting))
                     if queued := stop.waiting or longest.waiting:
                         return queued.popleft()
-                elif (seconds := stop.endpoint.next_look - time.monotonic()) <= 0:
-                    stop.endpoint.next_look = time.monotonic() + LOOK_SECONDS
+                elif (seconds := stop.endpoint.looked_at + LOOK_SECONDS - time.monotonic()) <= 0:
+                    stop.endpoint.looked_at = time.monotonic()
                     self._look(stop)
                     continue
                 stop.idle += 1
@@ -178,7 +178,7 @@ class Flight:
             is_back = stop.server.is_back(stop.endpoint)
         finally:
             self._lock.acquire()
-        if is_back and not self._ended:
+        if is_back and stop.endpoint.is_out and not self._ended:
             print(f"{stop.endpoint.host}: answers, and is used again.", file=sys.stderr)
             stop.endpoint.is_out, stop.endpoint.failures = False, 0
             self._route_again(self._stops[stop.server])
@@ -188,8 +188,7 @@ class Flight:
         stops = self._stops[stop.server]
         with self._lock:
             if not stop.endpoint.is_out and sum(not each.endpoint.is_out for each in stops) > 1:
-                stop.endpoint.is_out, stop.endpoint.next_look = True, time.monotonic() + LOOK_SECONDS
-                print(f"{stop.endpoint.host}: {why}. It is left out, its prompts go to the others.", file=sys.stderr)
+                stop.server.leave_out(stop.endpoint, why)
                 self._route_again([stop])
             self._route(stop.server, put)
 

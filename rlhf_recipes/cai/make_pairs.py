@@ -20,7 +20,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import ranks
-from rlhf_recipes.cai import filters, prompt_templates
+from rlhf_recipes.cai import filters, prompt_templates, served
 from rlhf_recipes.cai.backend import (
     Answer,
     Ask,
@@ -39,6 +39,7 @@ from rlhf_recipes.cai.load import find_judge_adapter
 from rlhf_recipes.cai.overlap import Overlap
 from rlhf_recipes.config import part_of
 from rlhf_recipes.errors import Refusal, nearest
+from rlhf_recipes.progress import Line
 from rlhf_recipes.references import ModelRef
 from rlhf_recipes.run import GATE, Run
 from rlhf_recipes.run_folder import write_atomically
@@ -108,22 +109,23 @@ class PairMaker:
         calls: Counter = Counter()
         for path in (gate, *(shard.parent / "answers.jsonl" for shard in shards)):
             for entry in (entry for _, group in groups(path) for entry in group):
-                kind = "judge" if entry["step"].startswith("judge") else "generator"
-                answer = entry["answer"] if isinstance(entry["answer"], dict) else {}
-                calls[kind] += 1
-                calls[f"{kind}_prompt_tokens"] += token_count(answer.get("prompt_tokens"))
-                calls[f"{kind}_tokens"] += token_count(answer.get("tokens"))
-        costs = [
-            price(node, calls[f"{kind}_prompt_tokens"], calls[f"{kind}_tokens"])
-            for kind, node in (("generator", self.settings.generator), ("judge", self.settings.judge))
-        ]
+                _add(calls, entry["step"], entry["answer"] if isinstance(entry["answer"], dict) else {})
+        usd = self._usd(calls)
         return {
             "calls": calls["generator"] + calls["judge"],
             "prompt_tokens": calls["generator_prompt_tokens"] + calls["judge_prompt_tokens"],
             "completion_tokens": calls["generator_tokens"] + calls["judge_tokens"],
             "tokens_per_second": round(self.tokens / self.seconds, 1) if self.seconds else None,
-            "usd": None if None in costs else round(sum(costs), 2),
+            "usd": None if usd is None else round(usd, 2),
         }
+
+    def _usd(self, calls: Counter) -> float | None:
+        """What counted calls cost; None where an endpoint has no price."""
+        costs = [
+            price(self.settings[kind], calls[f"{kind}_prompt_tokens"], calls[f"{kind}_tokens"])
+            for kind in ("generator", "judge")
+        ]
+        return None if None in costs else sum(costs)
 
     def shards(self, prompts: Sequence[dict], folder: Path) -> list[Path]:
         """`records.jsonl` of each shard, in order, made or found; of a part of the run, of its own shards alone.
@@ -149,9 +151,16 @@ class PairMaker:
 
     def _overlap(self, shards: Iterable[tuple[Path, Sequence[dict]]], servers: list[Backend], total: int) -> None:
         """Prompts go on each by itself."""
-        begin = time.monotonic()
-        for group in Overlap(self.record, write_records, servers, total).run(shards):
-            self.tokens += sum(answer["tokens"] for request, answer in group if not request.step.startswith("judge"))
+        begin, line, tokens = time.monotonic(), Line("prompts", total), Counter()
+        overlap = Overlap(self.record, write_records, servers)
+        for group in overlap.run(shards):
+            for request, answer in group:
+                _add(tokens, request.step, answer)
+            usd, notes = self._usd(tokens), [f"{overlap.in_flight} in flight"]
+            if usd and overlap.done:
+                notes.append(f"{usd:,.2f} USD, about {usd * total / overlap.done:,.2f} in all")
+            line.update(overlap.done, " · ".join(notes))
+        self.tokens += tokens["generator_tokens"]
         self.seconds += time.monotonic() - begin
 
     @staticmethod
@@ -292,16 +301,24 @@ def adopt(run: Run) -> None:
     """Take over what the jobs `shards=k/n` of this run have made, each in a folder beside it.
 
     Raises:
-        Refusal: one of them was made with other settings.
+        Refusal: one of them was made with other settings, or by other models behind the endpoints.
     """
     ranks.by_first(_adopt, run)
 
 
 def _adopt(run: Run) -> None:
+    first: dict[str, tuple[Path, dict]] = {}
     for part in run.parts():
         gate = part / GATE
         if gate.exists() and not (run.dir / GATE).exists():
             write_atomically(run.dir / GATE, gate.read_text(encoding="utf-8"))
+        for step, found in served.kept(gate).items() if gate.exists() else ():
+            other, begun = first.setdefault(step, (part, found))
+            if why := served.changed(begun, found):
+                raise Refusal(
+                    f"{part}: its {step.partition('.')[0]} was another model than that of {other} ({why}). Remove "
+                    "one of the folders, and make its shards again."
+                )
         for done in sorted(part.glob("shards/*/records.jsonl")):
             own = run.dir / "shards" / done.parent.name
             if not (own / done.name).exists():
@@ -340,6 +357,14 @@ def price(node: DictConfig, prompt_tokens: float, completion_tokens: float) -> f
     if node.prompt_price is None or node.completion_price is None:
         return None
     return (prompt_tokens * node.prompt_price + completion_tokens * node.completion_price) / 1e6
+
+
+def _add(calls: Counter, step: str, answer: Answer) -> None:
+    """Count a call and its tokens as the generator's or the judge's."""
+    kind = "judge" if step.startswith("judge") else "generator"
+    calls[kind] += 1
+    calls[f"{kind}_prompt_tokens"] += token_count(answer.get("prompt_tokens"))
+    calls[f"{kind}_tokens"] += token_count(answer.get("tokens"))
 
 
 def _under(system: str, prompt: list[Message]) -> list[Message]:

@@ -13,7 +13,6 @@ from typing import Any
 
 from rlhf_recipes.cai.backend import Answer, Ask, Journal, Request, Work
 from rlhf_recipes.cai.flight import Flight
-from rlhf_recipes.progress import Line
 
 AHEAD = 2  # prompts under way for each place at the generator
 
@@ -52,24 +51,23 @@ class Overlap:
         work: of a row.
         write: the records of a shard, when it is complete.
         servers: that are asked; the first is the generator.
-        total: number of prompts, for the progress line.
+
+    Attributes:
+        done: prompts.
+        in_flight: requests.
     """
 
-    def __init__(
-        self, work: Callable[[dict], Work], write: Callable[[Path, list], None], servers: Sequence[Any], total: int
-    ):
-        self.work, self.write, self.servers, self.total = work, write, servers, total
-        self._under_way = 0
+    def __init__(self, work: Callable[[dict], Work], write: Callable[[Path, list], None], servers: Sequence[Any]):
+        self.work, self.write, self.servers = work, write, servers
+        self.done = self.in_flight = self._under_way = 0
 
     def run(self, shards: Iterable[tuple[Path, Iterable[dict]]]) -> Iterator[list[tuple[Request, Answer]]]:
         """Make the shards, with answers.jsonl beside each; yields what is answered as it comes."""
         most = AHEAD * self.servers[0].places
-        line, begun = Line("prompts", self.total), 0
         with Flight(*self.servers) as flight:
             prompts = self._prompts(shards)
             while True:
                 while self._under_way < most and (prompt := next(prompts, None)):
-                    begun += 1
                     self._under_way += 1
                     self._start(flight, *prompt)
                 if not self._under_way:
@@ -81,10 +79,10 @@ class Overlap:
                     shard = answered[0][0]
                     group = [(request, answer) for _, request, answer in answered]
                     shard.journal.write(group)
-                    yield group
                     for request, _ in group:
                         self._heard(flight, shard, request.key)
-                line.update(begun - self._under_way, f"{flight.left} in flight")
+                    self.in_flight = flight.left
+                    yield group
 
     def _prompts(self, shards: Iterable[tuple[Path, Iterable[dict]]]) -> Iterator[tuple[_Shard, int, dict]]:
         for path, rows in shards:
@@ -124,6 +122,7 @@ class Overlap:
             shard.records[going.place] = ended.value
             shard.left -= 1
             self._under_way -= 1
+            self.done += 1
             if not shard.left:
                 self.write(shard.path, shard.records)
         else:

@@ -21,6 +21,7 @@ from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 from rlhf_recipes import ranks, text
+from rlhf_recipes.cai import served
 from rlhf_recipes.cai.backend import THOUGHT, Answer, Request, token_count
 from rlhf_recipes.cai.flight import Flight, LeftOut
 from rlhf_recipes.data.template import folded
@@ -96,6 +97,7 @@ class Server:
         if not (self._key and self._key.isascii() and self._key.isprintable()):
             raise Refusal(f"{api_key_env}: not set, or not a key. export {api_key_env}=<the key for {self.host}>.")
         self._endpoints = [_Connections(url[0], url[1], self._key, timeout) for url in urls]
+        self.served: dict[str, Any] | None = None  # of `introduced`, when it was looked at
         self._lock, self._unsaid = threading.Lock(), threading.Lock()
         self._top_logprobs, self._repeats = TOP_LOGPROBS[0], 0
         told = (chat_template_kwargs or {}).items()
@@ -153,16 +155,64 @@ class Server:
         return self._endpoints
 
     def is_back(self, connections: "_Connections") -> bool:
-        """Whether an endpoint that was left out answers."""
+        """Whether an endpoint that was left out answers, by the same model."""
+        with suppress(Refusal, LeftOut):
+            found = self.introduced(connections)["served"]
+            why = served.changed(self.served, found) if self.served else None
+            if why:
+                print(f"{connections.host}: serves another model ({why}), and stays left out.", file=sys.stderr)
+            return why is None
+        return False
+
+    def leave_out(self, connections: "_Connections", why: str) -> None:
+        connections.is_out, connections.looked_at = True, time.monotonic()
+        print(f"{connections.host}: {why}. It is left out, its prompts go to the others.", file=sys.stderr)
+
+    def listed(self, connections: "_Connections") -> list[dict[str, Any]]:
+        """The models that an endpoint says it serves, each with its `id`; none where it has no such list."""
         import openai
 
-        try:
-            connections.get("/models")
-        except openai.APIStatusError as error:
-            return error.status_code < 500  # some endpoints have no list
-        except (openai.OpenAIError, ValueError):
-            return False
-        return True
+        with suppress(openai.OpenAIError, ValueError, TypeError, LookupError, RecursionError):
+            found = connections.get("/models")["data"]
+            return [each for each in found if isinstance(each["id"], str)]
+        return []
+
+    def introduced(self, connections: "_Connections") -> Answer:
+        """How the model answers `served.QUESTION`; `served`: what `served.changed` compares.
+
+        Raises:
+            Refusal: as `answer`, or it calls itself by another name than it is asked for.
+            LeftOut: it fails too often, and is not the last endpoint.
+        """
+        asked = Request("", "served", served.QUESTION, max_new_tokens=served.TOKENS)
+        found = self._answered(connections, asked, self._introduction)
+        named = connections.named
+        if named and not _is_called(self.model, named):
+            raise Refusal(
+                f"{connections.host}: calls its model {self._plain(named)[:200]}, not {self.model}. Set model to what "
+                "it is."
+            )
+        found["served"]["model"] = named and self._plain(named)
+        return found
+
+    def _introduction(self, connections: "_Connections", request: Request) -> Answer:
+        def read(choice: dict) -> Answer:
+            tokens = (choice.get("logprobs") or {}).get("content") or []
+            likes = [
+                [each["token"], {other["token"]: _logp(other["logprob"]) for other in each["top_logprobs"]}]
+                for each in tokens
+                if each.get("top_logprobs")
+            ]
+            return {"text": _text(choice), "finished": True, "served": {"tokens": likes}}
+
+        for asked in ({"logprobs": True, "top_logprobs": served.LISTED}, {}):
+            try:
+                return self._post(
+                    connections, request, read, max_tokens=request.max_new_tokens, temperature=0, **asked
+                )
+            except _Rejected:
+                if not asked:
+                    raise
 
     def taken(self, connections: "_Connections", request: Request) -> Answer:
         """An answer; to the system text in the first user turn, where the endpoint takes no system turn."""
@@ -176,13 +226,13 @@ class Server:
         self._folds = True
         return answer
 
-    def _answered(self, connections: "_Connections", request: Request) -> Answer:
+    def _answered(self, connections: "_Connections", request: Request, ask: Callable | None = None) -> Answer:
         """An answer that is no thought: a model that begins with one is asked again, told not to think.
 
         Raises:
             Refusal: it thinks all the same, the endpoint does not pass it on, or `chat_template_kwargs` decides it.
         """
-        ask, sent = self._choice if request.options else self._generation, self._template_kwargs
+        ask, sent = ask or (self._choice if request.options else self._generation), self._template_kwargs
         with suppress(_Thinks):
             return ask(connections, request)
         if "enable_thinking" not in sent:
@@ -235,11 +285,14 @@ class Server:
             try:
                 response = connections.post(body)
                 choice = response["choices"][0]
-                if _thinks(choice):
-                    raise _Thinks
-                answer = read(choice) | _counts(response.get("usage"))
-                connections.failures = 0
-                return answer
+                refused = self._renamed(connections, response.get("model"))
+                if not refused:
+                    _check_tokens(choice, body)
+                    if _thinks(choice):
+                        raise _Thinks
+                    answer = read(choice) | _counts(response.get("usage"))
+                    connections.failures = 0
+                    return answer
             except _TooLong as error:
                 refused = f"{connections.host}: {error}. See that base_url and model are right."
             except openai.APITimeoutError:
@@ -250,6 +303,8 @@ class Server:
                 status, told, wait = error.status_code, error.response.text, _retry_after(error.response.headers)
                 elsewhere = _host(connections.base_url, error.response.headers.get("location"))
                 failure, advice = f"status {status}", "Lower concurrency" if status == 429 else "See its log"
+            except _OfOthers:
+                failure, advice = "log-probabilities of other tokens than it wrote", "Choose another endpoint"
             except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
                 # The body has not the shape of a chat completion.
                 failure, advice = "no chat completion in its answer", "See that base_url is right"
@@ -284,9 +339,24 @@ class Server:
             others = any(not each.is_out for each in self._endpoints if each is not connections)
             return others and connections.failures >= self.max_attempts and not connections.closed.is_set()
 
-    def _refusal(self, host: str, status: int, told: str) -> Refusal:
+    def _renamed(self, connections: "_Connections", named: Any) -> str | None:
+        """Why an answer is refused that another model gave than the one that was looked at."""
+        before, connections.named = connections.named, named if isinstance(named, str) else connections.named
+        if not self.served or before in (None, connections.named):
+            return None
+        return (
+            f"{connections.host}: serves another model than before ({self._plain(before)[:99]}, then "
+            f"{self._plain(connections.named)[:99]}). Serve that one again, then run the same command; what was "
+            "answered is kept."
+        )
+
+    def _plain(self, told: str) -> str:
+        """On one line, without secrets."""
         told = told.replace(self._key, "<secret>") if self.api_key_env else told
-        told = redact(" ".join(text.line(told).split()))
+        return redact(" ".join(text.line(told).split()))
+
+    def _refusal(self, host: str, status: int, told: str) -> Refusal:
+        told = self._plain(told)
         if status in (400, 422) or "logprobs" in told or REFUSED_ROLES.search(told):
             return _Rejected(f"{host}: status {status}, it does not take the request: {told[:200]}")
         if status in (401, 403):
@@ -304,6 +374,10 @@ class _Thinks(Exception):
     """An answer is a thought, or begins with one."""
 
 
+class _OfOthers(ValueError):
+    """Log-probabilities do not belong to the tokens beside them."""
+
+
 class _TooLong(ValueError):
     """An answer goes on beyond its limit."""
 
@@ -316,14 +390,16 @@ class _Connections:
 
     Attributes:
         failures: in a row, of all requests.
-        is_out, next_look: whether it is left out, and the moment from which on it is looked for (`flight`).
+        named: what the endpoint called the model in its last answer.
+        is_out, looked_at: whether it is left out, and since when, or when it was looked for last (`flight`).
     """
 
     def __init__(self, base_url: str, host: str, key: str, timeout: float):
         import openai
 
         self.base_url, self.host, self._key, self._timeout = base_url, host, key, timeout
-        self.failures, self.is_out, self.next_look = 0, False, 0.0
+        self.failures, self.is_out, self.looked_at = 0, False, 0.0
+        self.named: str | None = None
 
         def watch(request: Any) -> None:
             request.extensions["trace"] = self._note  # httpx then tells of each step of the request
@@ -358,7 +434,7 @@ class _Connections:
 
     def renewed(self) -> "_Connections":
         other = _Connections(self.base_url, self.host, self._key, self._timeout)
-        other.is_out, other.next_look = self.is_out, self.next_look
+        other.is_out, other.looked_at, other.named = self.is_out, self.looked_at, self.named
         return other
 
     def close(self) -> None:
@@ -413,6 +489,24 @@ def _logp(value: Any) -> float:
     if type(value) not in (int, float) or not value <= HIGHEST:  # NaN neither
         raise TypeError("no log-probability")
     return float(max(value, LOWEST))
+
+
+def _check_tokens(choice: dict, body: dict) -> None:
+    """Without temperature the likeliest token is written: it is one of those that are listed as likely.
+
+    Raises:
+        _OfOthers: it is not.
+    """
+    for token in (choice.get("logprobs") or {}).get("content") or () if body["temperature"] == 0 else ():
+        listed = [other["token"] for other in token.get("top_logprobs") or ()]
+        if listed and token["token"] not in listed:
+            raise _OfOthers
+
+
+def _is_called(asked: str, named: str) -> bool:
+    """Whether a name may be that of the model asked for: with or without its owner and its version."""
+    short, other = (name.casefold().rpartition("/")[2] for name in (asked, named))
+    return short.startswith(other) or other.startswith(short)
 
 
 def _text(choice: dict) -> str:
