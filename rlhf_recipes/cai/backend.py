@@ -12,7 +12,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Container, Generator, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -56,7 +56,7 @@ class Request:
     @cached_property
     def key(self) -> str:
         """Hash of all that the answer depends on; equal requests have one answer."""
-        asked = {name: value for name, value in asdict(self).items() if name not in ("prompt_id", "step")}
+        asked = {name: value for name, value in vars(self).items() if name not in ("prompt_id", "step")}
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:24]
 
 

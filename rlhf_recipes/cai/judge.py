@@ -25,6 +25,7 @@ from rlhf_recipes import stats
 from rlhf_recipes.cai import prompt_templates
 from rlhf_recipes.cai.backend import Ask, Backend, Journal, Message, Request, Work, in_step
 from rlhf_recipes.cai.constitution import Constitution, Principle
+from rlhf_recipes.config import plain
 from rlhf_recipes.data.formats import clusters
 from rlhf_recipes.text_metrics import refuses
 
@@ -77,7 +78,7 @@ class Judge:
     """
 
     def __init__(self, backend: Backend, constitution: Constitution, settings: DictConfig, seed: int):
-        self.backend, self.constitution, self.settings, self.seed = backend, constitution, settings, seed
+        self.backend, self.constitution, self.settings, self.seed = backend, constitution, plain(settings), seed
         self.temperature = 1.0
         self.priors: dict[str, float] = {}
 

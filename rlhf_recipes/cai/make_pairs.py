@@ -37,7 +37,7 @@ from rlhf_recipes.cai.constitution import Constitution
 from rlhf_recipes.cai.judge import Judge, Judgement, Pair
 from rlhf_recipes.cai.load import find_judge_adapter
 from rlhf_recipes.cai.overlap import Overlap
-from rlhf_recipes.config import part_of
+from rlhf_recipes.config import part_of, plain
 from rlhf_recipes.errors import Refusal, nearest
 from rlhf_recipes.progress import Line
 from rlhf_recipes.references import ModelRef
@@ -93,6 +93,12 @@ class PairMaker:
     settings: DictConfig
     seconds: float = 0.0
     tokens: int = 0
+
+    def __post_init__(self):
+        self._seed, self._generate, self._revising, self._filters, self._limits = (
+            self.settings.seed,
+            *(plain(self.settings[key]) for key in ("generate", "revise", "filters", "route")),
+        )
 
     def provenance(self) -> dict[str, Any]:
         """What every row says of where it comes from."""
@@ -198,7 +204,7 @@ class PairMaker:
         if "contrastive" in self.sources:
             yield from self._contrast(record)
         for pair in record["pairs"]:
-            pair["unfit"] = pair["unfit"] or filters.unfit_pair(pair["first"], pair["second"], self.settings.filters)
+            pair["unfit"] = pair["unfit"] or filters.unfit_pair(pair["first"], pair["second"], self._filters)
             asked = (turn["content"] for turn in record["prompt"])
             pair["speaks_to_judge"] = filters.speaks_to_judge(*asked, pair["first"], pair["second"])
         yield from self._judge(record)
@@ -206,25 +212,25 @@ class PairMaker:
 
     def _write(self, record: Record, step: str, messages: list[Message] | None) -> Work:
         """A text; `messages` None asks nothing."""
-        part = self.settings.revise if step.startswith(("critique", "revision")) else self.settings.generate
+        part = self._revising if step.startswith(("critique", "revision")) else self._generate
         prompt_id, asked = record["prompt_id"], []
         if messages is not None:
             sampling = {"max_new_tokens": part.max_new_tokens, "temperature": part.temperature, "top_p": part.top_p}
-            seed = _seed(self.settings.seed, prompt_id, step)
+            seed = _seed(self._seed, prompt_id, step)
             asked = [Request(prompt_id, step, prompt_templates.plain(messages), **sampling, seed=seed)]
         answers = yield Ask(self.generator, step, asked)
         return answers[0] if asked else {"text": "", "finished": True}
 
     def _revise(self, record: Record) -> Work:
         """Draft, then `n_revisions` times a critique and a revision under one principle, each from a clean context."""
-        revise, prompt = self.settings.revise, record["prompt"]
+        revise, prompt = self._revising, record["prompt"]
         draft = yield from self._write(record, "draft", prompt)
         text = filters.strip_preamble(draft["text"])
         record["draft"] = {"text": text, "unfit": self._unfit(text, draft["finished"])}
         # "" is asked nothing: no pair can come of a draft that is unfit.
         current = "" if record["draft"]["unfit"] else text
         for n in range(1, revise.n_revisions + 1):
-            [principle] = self.constitution.draw(1, self.settings.seed, "revise", record["prompt_id"], n)
+            [principle] = self.constitution.draw(1, self._seed, "revise", record["prompt_id"], n)
             asked = self.constitution, prompt, current
             said = ""
             if revise.critique:
@@ -247,7 +253,7 @@ class PairMaker:
     def _sample(self, record: Record) -> Work:
         """Several answers of the generator to the prompt, every two of them a pair."""
         answers = []
-        for n in range(1, self.settings.generate.n_samples + 1):
+        for n in range(1, self._generate.n_samples + 1):
             answers.append((yield from self._write(record, f"sample.{n}", record["prompt"])))
         for first, second in itertools.combinations(answers, 2):
             record["pairs"].append(self._of_two("on_policy", first, second))
@@ -263,7 +269,7 @@ class PairMaker:
         return self._pair(source, first["text"], second["text"], unfit)
 
     def _unfit(self, text: str, finished: bool) -> str | None:
-        return filters.unfit_reply(text, finished, self.settings.filters)
+        return filters.unfit_reply(text, finished, self._filters)
 
     @staticmethod
     def _pair(source: str, first: str, second: str, unfit: str | None, principle: str | None = None) -> dict:
@@ -282,7 +288,7 @@ class PairMaker:
             pair["route"] = None if pair["unfit"] else self._route(pair, verdict)
 
     def _route(self, pair: dict, verdict: Judgement | None) -> str:
-        limits = self.settings.route
+        limits = self._limits
         if verdict is None:
             return "accepted"  # by construction: `PairMaker.judge` is None for contrastive pairs alone
         if verdict.p is None:
