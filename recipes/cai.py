@@ -38,7 +38,8 @@ def main(cfg):
     journal = backend.Journal(run.dir / GATE)
     rows = written({**row, "split": name} for name in ("test", "train") for row in getattr(prompts, name))
     used = {"judge": asked} if cfg.gate.only else {"generator": generator, "judge": asked}
-    ranks.by_first(served.check, cfg, used, gate.longest(cfg, cfg.sources, rows, gold), journal)
+    needed = gate.longest(cfg, cfg.sources, rows, gold)
+    ranks.by_first(served.check, used, needed, journal, cfg.judging.votes)
     worth = gate.examine(judge, gold, cfg, journal)
     print(gate.describe(worth), flush=True)
     result = {"main": gate.headline(worth), "gate": worth, "constitution": principles.summary(), "judge": asked.name}

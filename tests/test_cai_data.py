@@ -22,7 +22,9 @@ from conftest import ROOT
 from omegaconf import OmegaConf
 
 from rlhf_recipes.cai import constitution, dataset, judge, make_pairs, report
-from rlhf_recipes.cai.backend import Journal
+from rlhf_recipes.cai.backend import Journal, Request
+from rlhf_recipes.errors import Refusal
+from rlhf_recipes.run import GATE
 from rlhf_recipes.stats import Estimate
 from rlhf_recipes.text_metrics import near_duplicate_keys
 
@@ -436,6 +438,18 @@ def test_neither_shard_size_nor_overlap_changes_anything(made, tmp_path, places)
     assert len(keys) == len(set(keys))
     for name in (*(f"{split}.parquet" for split in (*dataset.PREFS, *dataset.SFT)), "funnel.json", "ledger.json"):
         assert (tmp_path / "run" / name).read_bytes() == (made["folder"] / name).read_bytes(), name
+
+
+def test_jobs_of_different_models_are_not_joined(tmp_path):
+    parts = [tmp_path / f"main.{n}-of-2" for n in (1, 2)]
+    for part, p in zip(parts, (0.7, 0.55), strict=True):
+        likes = ["A", {"A": math.log(p), "B": math.log(1 - p)}]
+        found = {"text": "A", "served": {"model": "m", "tokens": [likes]}}
+        Journal(part / GATE).write([(Request("", "judge.served", []), found)])
+    run = SimpleNamespace(dir=tmp_path / "main", parts=lambda: parts)
+    run.dir.mkdir()
+    with pytest.raises(Refusal, match=r"main\.2-of-2: its judge was another model than that of .*main\.1-of-2 \(15%"):
+        make_pairs.adopt(run)
 
 
 def test_data_sets_load(made, compose, tmp_path, monkeypatch):

@@ -18,7 +18,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from conftest import LIMIT
-from omegaconf import OmegaConf
 
 from rlhf_recipes.cai import flight, served, server
 from rlhf_recipes.cai.backend import Journal, Request, ask
@@ -629,11 +628,11 @@ def test_what_an_endpoint_does_wrong_is_one_line_and_costs_nothing(endpoint, tmp
     spoil, told, before = WRONG[wrong]
     good = {"models": MODELS, "choice": lambda body: says("(A)", content=LIKED), "fault": lambda text, attempt: None}
     good["calls"] = endpoint.calls
-    requests, cfg = choices(6), OmegaConf.create({"judging": {"votes": False}})
+    requests = choices(6)
 
     def run(some):
         asked = backend(endpoint, concurrency=1, max_attempts=2)
-        served.check(cfg, {"judge": asked}, {"judge": 600}, Journal(tmp_path / "gate.jsonl"))
+        served.check({"judge": asked}, {"judge": 600}, Journal(tmp_path / "gate.jsonl"))
         return ask(asked, some, Journal(tmp_path / "answers.jsonl"), "test")
 
     vars(endpoint).update(good)

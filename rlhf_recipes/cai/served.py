@@ -9,8 +9,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
 from rlhf_recipes.cai.backend import Backend, Journal, Message, Request, groups
 from rlhf_recipes.cai.flight import LeftOut
 from rlhf_recipes.errors import Refusal, nearest
@@ -23,13 +21,14 @@ MOST_MOVED = 0.1
 SHOWN = 5  # names of models
 
 
-def check(cfg: DictConfig, backends: dict[str, Backend], needed: dict[str, int], journal: Journal) -> None:
+def check(backends: dict[str, Backend], needed: dict[str, int], journal: Journal, votes: bool = False) -> None:
     """Refuse endpoints that cannot do what a run will ask of them.
 
     Args:
         backends: of `generator` and `judge`; those that are in this process are not looked at.
         needed: tokens of the longest request to each, with its answer.
         journal: in which the fingerprints are kept.
+        votes: a judge may answer without log-probabilities.
 
     Raises:
         Refusal: a model is not served, its context is too small, it gives no log-probabilities where it judges, or it
@@ -48,7 +47,7 @@ def check(cfg: DictConfig, backends: dict[str, Backend], needed: dict[str, int],
                 server.leave_out(endpoint, str(error))
                 continue
             found = answer["served"]
-            if role == "judge" and not found["tokens"] and not cfg.judging.votes:
+            if role == "judge" and not found["tokens"] and not votes:
                 raise Refusal(
                     f"judge.base_url={endpoint.base_url}: gives no log-probabilities of answers. Serve the model "
                     "where it does (vLLM, SGLang, llama.cpp), or set judging.votes=true: the letter that its text "
