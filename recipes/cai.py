@@ -6,6 +6,7 @@ Examples:
     python recipes/cai.py experiment=cai/demo
 """
 
+from rlhf_recipes import ranks
 from rlhf_recipes.cai import constitution, gate, make_pairs
 from rlhf_recipes.data.fit import describe, fit
 from rlhf_recipes.data.load import load_prompts
@@ -22,7 +23,7 @@ def main(cfg):
     gold = gate.load_gold(cfg)
     prompts = load_prompts(cfg.data)
 
-    from rlhf_recipes.cai import backend, dataset, report
+    from rlhf_recipes.cai import backend, dataset, report, served
     from rlhf_recipes.cai.judge import Judge
     from rlhf_recipes.cai.load import load
 
@@ -34,15 +35,19 @@ def main(cfg):
     make_pairs.adopt(run)
 
     judge = Judge(asked, principles, cfg.judging, cfg.seed)
-    worth = gate.examine(judge, gold, cfg, backend.Journal(run.dir / GATE))
+    journal = backend.Journal(run.dir / GATE)
+    rows = written({**row, "split": name} for name in ("test", "train") for row in getattr(prompts, name))
+    used = {"judge": asked} if cfg.gate.only else {"generator": generator, "judge": asked}
+    needed = gate.longest(cfg, cfg.sources, rows, gold)
+    ranks.by_first(served.check, used, needed, journal, cfg.judging.votes)
+    worth = gate.examine(judge, gold, cfg, journal)
     print(gate.describe(worth), flush=True)
     result = {"main": gate.headline(worth), "gate": worth, "constitution": principles.summary(), "judge": asked.name}
     if not cfg.gate.only:
         sources, judge = gate.decide(worth, judge, cfg)
-        rows = written({**row, "split": name} for name in ("test", "train") for row in getattr(prompts, name))
-        gate.confirm(gate.estimate(cfg, sources, rows, generator, judged=judge is not None))
+        gate.confirm(gate.estimate(cfg, sources, rows, generator, judge))
         maker = make_pairs.PairMaker(generator, judge, principles, sources, cfg)
-        shards = list(maker.shards(rows, run.dir / "shards"))
+        shards = maker.shards(rows, run.dir / "shards")
         made = {"shards": cfg.shards} if cfg.shards else dataset.write(shards, run.dir, maker.provenance())
         result |= {"generator": generator.name, "labelled_by": "judge" if judge else "construction", **made}
         result |= {"spent": maker.spent(run.dir / GATE, shards), "counts": prompts.report}

@@ -8,6 +8,7 @@ import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -179,6 +180,11 @@ def flatten(node: Any, prefix: str = "") -> list[tuple[str, Any]]:
     if not isinstance(node, dict):
         return [(prefix, node)]
     return [leaf for key, value in node.items() for leaf in flatten(value, f"{prefix}.{key}" if prefix else str(key))]
+
+
+def plain(node: DictConfig) -> SimpleNamespace:
+    """The values of a node without nodes of its own, to be looked at often: OmegaConf takes 20 µs for each look."""
+    return SimpleNamespace(**OmegaConf.to_container(node, resolve=True))
 
 
 def in_sweep() -> bool:

@@ -300,6 +300,7 @@ _ADDED = {
     "generator.chat_template_kwargs": {},
     "judge.chat_template_kwargs": {},
     "scored_pairs": None,
+    "judging.votes": False,
     "data.text": "auto",
     "data.preference": "auto",
     "data.ignore": [],

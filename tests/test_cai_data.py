@@ -11,16 +11,20 @@ import random
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
 from omegaconf import OmegaConf
 
 from rlhf_recipes.cai import constitution, dataset, judge, make_pairs, report
-from rlhf_recipes.cai.backend import Journal
+from rlhf_recipes.cai.backend import Journal, Request
+from rlhf_recipes.errors import Refusal
+from rlhf_recipes.run import GATE
 from rlhf_recipes.stats import Estimate
 from rlhf_recipes.text_metrics import near_duplicate_keys
 
@@ -46,11 +50,21 @@ def text_of(rng, count):
 
 
 class Stub:
-    """A backend whose answers depend on the request alone; `asked` counts the requests by key."""
+    """A backend whose answers depend on the request alone; `asked` counts the requests by key. With places it is one
+    of two endpoints."""
 
-    def __init__(self, name, log=None, delay=0.0, size=4):
+    def __init__(self, name, log=None, delay=0.0, size=4, places=0):
         self.name, self.log, self.delay, self.size = name, log, delay, size
         self.asked, self.requests = Counter(), []
+        self.places, self.concurrency, self.lock = places, places // 2, threading.Lock()
+
+    def connected(self):
+        return [SimpleNamespace(base_url=url, is_out=False, close=lambda: None) for url in "ab"]
+
+    def taken(self, endpoint, request):
+        with self.lock:
+            self.asked[request.key] += 1
+        return self.reply(request)
 
     def answer(self, requests, known, what):
         left = [request for request in requests if request.key not in known]
@@ -158,17 +172,28 @@ def settings(**changes):
     return OmegaConf.merge(cfg, small, changes)
 
 
-def make(folder, prompts, sources=("revision", "on_policy"), judged=True, log=None, delay=0.0, note=None, **changes):
+def make(
+    folder,
+    prompts,
+    sources=("revision", "on_policy"),
+    judged=True,
+    log=None,
+    delay=0.0,
+    note=None,
+    places=0,
+    **changes,
+):
     """A run of the stage with stubs: (maker, generator, grader, shards, what dataset.write returns)."""
     cfg = settings(**changes)
     principles = constitution.load(OmegaConf.load(ROOT / "conf" / "constitution" / "general.yaml"))
-    generator, grader = Generator("stub-generator", log, delay), Grader("stub-judge", log, delay)
+    stub = {"log": log, "delay": delay, "places": places}
+    generator, grader = Generator("stub-generator", **stub), Grader("stub-judge", **stub)
     critic = judge.Judge(grader, principles, cfg.judging, cfg.seed) if judged else None
     folder.mkdir(exist_ok=True)
     if critic:
         critic.learn_priors(Journal(folder / "gate.jsonl"))
     maker = make_pairs.PairMaker(generator, critic, principles, list(sources), cfg)
-    shards = list(maker.shards(prompts, folder / "shards"))
+    shards = maker.shards(prompts, folder / "shards")
     if note:
         note("writing")
     return maker, generator, grader, shards, dataset.write(shards, folder, maker.provenance())
@@ -397,10 +422,34 @@ def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def test_shard_size_changes_nothing(made, tmp_path):
-    make(tmp_path / "run", made["prompts"], shard_size=50)
+@pytest.mark.parametrize("places", [0, 6])
+def test_neither_shard_size_nor_overlap_changes_anything(made, tmp_path, places):
+    """With places prompts go on each by itself; half of what is answered is known before."""
+    shards = tmp_path / "run" / "shards"
+    _, generator, grader, _, _ = make(tmp_path / "run", made["prompts"], shard_size=50, places=places)
+    assert {**generator.asked, **grader.asked} == {**made["generator"].asked, **made["grader"].asked}
+    for n, path in enumerate(sorted(shards.glob("*/answers.jsonl"))):
+        (path.parent / "records.jsonl").unlink()
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(lines[n::2]))
+    _, generator, grader, _, _ = make(tmp_path / "run", made["prompts"], shard_size=50, places=places)
+    assert generator.asked and grader.asked and {*generator.asked.values(), *grader.asked.values()} == {1}
+    keys = [entry["key"] for path in shards.glob("*/answers.jsonl") for entry in answers_of(path)]
+    assert len(keys) == len(set(keys))
     for name in (*(f"{split}.parquet" for split in (*dataset.PREFS, *dataset.SFT)), "funnel.json", "ledger.json"):
         assert (tmp_path / "run" / name).read_bytes() == (made["folder"] / name).read_bytes(), name
+
+
+def test_jobs_of_different_models_are_not_joined(tmp_path):
+    parts = [tmp_path / f"main.{n}-of-2" for n in (1, 2)]
+    for part, p in zip(parts, (0.7, 0.55), strict=True):
+        likes = ["A", {"A": math.log(p), "B": math.log(1 - p)}]
+        found = {"text": "A", "served": {"model": "m", "tokens": [likes]}}
+        Journal(part / GATE).write([(Request("", "judge.served", []), found)])
+    run = SimpleNamespace(dir=tmp_path / "main", parts=lambda: parts)
+    run.dir.mkdir()
+    with pytest.raises(Refusal, match=r"main\.2-of-2: its judge was another model than that of .*main\.1-of-2 \(15%"):
+        make_pairs.adopt(run)
 
 
 def test_data_sets_load(made, compose, tmp_path, monkeypatch):

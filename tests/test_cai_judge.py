@@ -17,7 +17,7 @@ USER = [{"role": "user", "content": "a question"}]
 class Stub:
     """Answers every question with log-probabilities that `odds(first, second, asked)` gives."""
 
-    name = "stub"
+    name, places = "stub", 0
 
     def __init__(self, odds, mass=1.0):
         self.odds, self.mass, self.asked = odds, mass, []
@@ -257,7 +257,7 @@ def test_the_estimate_counts_the_calls_that_are_made(cfg, tmp_path):
     backend = Writer(erratic)
     critic = Judge(backend, constitution.load(cfg.constitution), cfg.judging, 0)
     sources = list(make_pairs.SOURCES)
-    spend = gate.estimate(cfg, sources, rows, backend, judged=True)
+    spend = gate.estimate(cfg, sources, rows, backend, critic)
     backend.asked.clear()
     maker = make_pairs.PairMaker(backend, critic, critic.constitution, sources, cfg)
     made = maker.records(rows, Journal(tmp_path / "a.jsonl"), "")

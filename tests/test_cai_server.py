@@ -13,12 +13,13 @@ import threading
 import time
 import traceback
 from collections import Counter
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from conftest import LIMIT
 
-from rlhf_recipes.cai import server
+from rlhf_recipes.cai import flight, served, server
 from rlhf_recipes.cai.backend import Journal, Request, ask
 from rlhf_recipes.launch.refusals import as_refusal
 
@@ -33,7 +34,8 @@ class Endpoint(ThreadingHTTPServer):
     """POST /v1/chat/completions; what a test sets decides how it answers.
 
     `fault(text, attempt)` of the last message's text gives None, a status or one of FAULTS; `choice(body)` the fields
-    of the first choice. It counts, by text: `asked`, and `answered` of them with 200.
+    of the first choice, `calls(body)` its model; `models`, with ids, is the list at /v1/models. It counts, by text:
+    `asked`, and `answered` of them with 200.
     """
 
     daemon_threads = True
@@ -50,6 +52,7 @@ class Endpoint(ThreadingHTTPServer):
         self.serve = lambda: None
         self.usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
         self.fault_headers, self.told = {}, "no"
+        self.models, self.calls = None, lambda body: body["model"]
 
     def handle_error(self, request, client_address):
         pass  # a client that hangs up is part of the tests
@@ -58,6 +61,15 @@ class Endpoint(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
+
+    def do_GET(self):
+        listed = self.server.models if self.path == "/v1/models" else None
+        written = json.dumps({"object": "list", "data": listed}).encode()
+        self.send_response(404 if listed is None else 200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(written)))
+        self.end_headers()
+        self.wfile.write(written)
 
     def do_POST(self):
         endpoint = self.server
@@ -90,7 +102,7 @@ class Handler(BaseHTTPRequestHandler):
             "id": "1",
             "object": "chat.completion",
             "created": 1,
-            "model": body["model"],
+            "model": self.server.calls(body),
             "usage": self.server.usage,
         }
         good["choices"] = [{"index": 0, **self.server.choice(body)}] if fault is None else []
@@ -119,19 +131,31 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def endpoint(monkeypatch):
+def endpoints(monkeypatch):
+    """Starts as many as are asked for."""
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.setattr(server, "BACKOFF_SECONDS", 0.01)
     monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", lambda *_, **__: None)  # 40 ms, and nothing for http
-    started = Endpoint()
-    thread = threading.Thread(target=started.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    yield started
-    started.open.set()
-    started.shutdown()
-    thread.join()
-    started.server_close()
+    started = []
+
+    def start(count):
+        for each in [Endpoint() for _ in range(count)]:
+            started.append((each, threading.Thread(target=each.serve_forever, args=(0.01,), daemon=True)))
+            started[-1][1].start()
+        return [each for each, _ in started]
+
+    yield start
+    for each, thread in started:
+        each.open.set()
+        each.shutdown()
+        thread.join()
+        each.server_close()
     assert threads() == []
+
+
+@pytest.fixture
+def endpoint(endpoints):
+    return endpoints(1)[0]
 
 
 @pytest.fixture
@@ -161,7 +185,7 @@ def token(text, *listed):
 
 
 def backend(endpoint, **changes):
-    return server.Server(**{"base_url": endpoint.url, "model": "some/model", "timeout": 30, **changes})
+    return server.Server(**{"base_url": endpoint and endpoint.url, "model": "some/model", "timeout": 30, **changes})
 
 
 def generations(count):
@@ -494,9 +518,149 @@ def test_a_caller_that_pauses_pauses_the_rest(endpoint):
         seen = sum(endpoint.asked.values())
         time.sleep(0.3)
     # Each of the four may find room and fill it before it sees that there is none.
-    assert seen <= len(group) + (server.BACKLOG + 2) * 4
+    assert seen <= len(group) + (flight.BACKLOG + 2) * 4
     assert len(group) + sum(map(len, asked)) == 400
     assert endpoint.most_in_flight <= 4
+
+
+def test_a_prompt_stays_with_its_endpoint_of_several(endpoints):
+    several = endpoints(3)
+    urls = [each.url for each in several]
+    asked = backend(None, base_url=urls, concurrency=100)
+    assert asked.name == "some/model at 127.0.0.1" and asked.host.count("127.0.0.1:") == 3
+    together = threading.Barrier(100)  # all are under way: none has time for another's
+    for each in several:
+        each.serve = lambda: together.wait(LIMIT)
+    shares = []
+    for requests in (choices(100), [replace(request, seed=1) for request in choices(100)]):
+        answers(asked, requests)
+        shares.append([frozenset(each.answered) for each in several])
+    assert shares[0] == shares[1] and min(map(len, shares[0])) > 15
+
+
+@pytest.mark.parametrize("how", ["lost", "error", "html"])
+def test_an_endpoint_that_fails_is_left_out_and_used_again(endpoints, monkeypatch, capsys, how):
+    bad, good = endpoints(2)
+    monkeypatch.setattr(flight, "LOOK_SECONDS", 0.0)
+    bad.fault = lambda text, attempt: None if sum(bad.answered.values()) < 30 or good.open.is_set() else how
+
+    def serve():
+        if sum(good.answered.values()) >= 100:
+            good.open.set()  # the other is mended
+        if sum(good.answered.values()) >= 200:
+            again.wait(LIMIT)
+
+    again, good.serve, bad.serve = threading.Event(), serve, lambda: good.open.is_set() and again.set()
+    requests = generations(400)
+    assert answers(backend(None, base_url=[bad.url, good.url]), requests).keys() == {each.key for each in requests}
+    answered = bad.answered + good.answered
+    del answered[served.QUESTION[0]["content"]]
+    assert set(answered.values()) == {1}
+    assert sum(bad.answered.values()) > 31
+    said = capsys.readouterr().err
+    assert said.count(f"127.0.0.1:{bad.server_port}: ") == 2 and "answers, and is used again" in said
+    assert re.search(
+        rf":{bad.server_port}: .* times in a row\)\. It is left out, its prompts go to the others\.", said
+    )
+
+
+def test_when_no_endpoint_is_left_the_run_ends_in_one_line(endpoints):
+    several = endpoints(2)
+    for each in several:
+        each.fault = lambda text, attempt: "error"
+    with pytest.raises(ValueError, match=r"status 500 \(attempt 6\)\. .* run the same command"):
+        answers(backend(None, base_url=[each.url for each in several]), generations(40))
+
+
+LIKED = [token(" (A", (" (A", 0.7), ("B", 0.3))]
+MODELS = [{"id": "some/model", "max_model_len": 4096}]
+
+
+def spoilt(name, value):
+    return lambda endpoint: setattr(endpoint, name, value)
+
+
+# What is wrong from the second start on; what is said; whether before a prompt is paid for.
+WRONG = {
+    "html": (spoilt("fault", lambda text, attempt: "html"), "no chat completion in its answer", True),
+    "half a JSON": (
+        spoilt("fault", lambda text, attempt: "garbage" if text == "which, 4?" else None),
+        "no chat completion in its answer",
+        False,
+    ),
+    "another name": (spoilt("calls", lambda body: "other/7b"), "calls its model other/7b, not some/model", True),
+    "another version": (spoilt("calls", lambda body: "some/model-2"), "some/model, then some/model-2", True),
+    "another name later": (
+        spoilt("calls", lambda body: body["model"] if body["messages"] == served.QUESTION else "other/7b"),
+        "serves another model than before (some/model, then other/7b)",
+        False,
+    ),
+    "tokens not asked for": (
+        spoilt("choice", lambda body: says("(A)", content=[token("A", ("B", 0.6), ("The", 0.4))])),
+        "log-probabilities of other tokens than it wrote",
+        True,
+    ),
+    "another model": (
+        spoilt("choice", lambda body: says("(A)", content=[token(" (A", (" (A", 0.55), ("B", 0.45))])),
+        "serves another model than this run began with (15% of the probability of token 1",
+        True,
+    ),
+    "no log-probabilities": (spoilt("choice", lambda body: says("(A)")), "gives no log-probabilities of", True),
+    "log-probabilities refused": (
+        lambda endpoint: vars(endpoint).update(
+            fault=lambda text, attempt: 400 if "logprobs" in endpoint.bodies[-1] else None,
+            choice=lambda body: says("(A)"),
+        ),
+        "gives no log-probabilities of answers",
+        True,
+    ),
+    "too small a context": (
+        spoilt("models", [{**MODELS[0], "max_model_len": 512}]),
+        "the longest request with its answer may have 600 tokens, its context at 127.0.0.1",
+        True,
+    ),
+    "not served": (spoilt("models", [{"id": "some/models"}]), "serves some/models; did you mean", True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_an_endpoint_does_wrong_is_one_line_and_costs_nothing(endpoint, tmp_path, wrong):
+    spoil, told, before = WRONG[wrong]
+    good = {"models": MODELS, "choice": lambda body: says("(A)", content=LIKED), "fault": lambda text, attempt: None}
+    good["calls"] = endpoint.calls
+    requests = choices(6)
+
+    def run(some):
+        asked = backend(endpoint, concurrency=1, max_attempts=2)
+        served.check({"judge": asked}, {"judge": 600}, Journal(tmp_path / "gate.jsonl"))
+        return ask(asked, some, Journal(tmp_path / "answers.jsonl"), "test")
+
+    vars(endpoint).update(good)
+    run(requests[:3])
+    spoil(endpoint)
+    with pytest.raises(ValueError) as raised:
+        run(requests)
+    assert told in str(raised.value) and as_refusal(raised.value, None) and "\n" not in str(raised.value)
+    prompts = {request.messages[-1]["content"] for request in requests}
+    paid = endpoint.asked.keys() & prompts
+    assert len(paid) == 3 if before else len(paid) > 3
+    vars(endpoint).update(good)
+    assert [answer["logps"][0] for answer in run(requests)] == [pytest.approx(math.log(0.7))] * 6
+    assert {endpoint.answered[text] for text in prompts} == ({1} if wrong != "another name later" else {1, 2})
+
+
+def test_a_tenth_of_failures_for_an_hour_ends_nothing(endpoint, pauses, tmp_path):
+    """An answer takes 10 s of a clock of its own, a pause as long as it is."""
+
+    def fault(text, attempt):
+        hour = sum(pauses) + 10 * sum(endpoint.answered.values()) < 3600
+        return "error" if hour and int(Request("", "", [], text, seed=attempt).key, 16) % 10 == 0 else None
+
+    endpoint.fault = fault
+    requests = generations(400)
+    got = ask(backend(endpoint, concurrency=4), requests, Journal(tmp_path / "answers.jsonl"), "test")
+    assert len(got) == 400 and set(endpoint.answered.values()) == {1}
+    assert 20 < sum(endpoint.asked.values()) - 400 < 80
 
 
 THOUGHTS = {
@@ -565,6 +729,9 @@ def test_an_answer_cannot_be_begun_by_us(endpoint):
         ({"base_url": "http:///v1"}, "base_url: must be like"),
         ({"base_url": f"http://user:{KEY}@localhost/v1"}, "api_key_env"),
         ({"base_url": f"http://localhost/v1?key={KEY}"}, "api_key_env"),
+        ({"base_url": ["http://localhost/v1", f"http://user:{KEY}@localhost/v1"]}, "api_key_env"),
+        ({"base_url": ["http://localhost/v1", "http://localhost/v1/"]}, "base_url: names an endpoint twice"),
+        ({"base_url": []}, "base_url: must be like"),
         ({"api_key_env": "CAI_UNSET"}, "CAI_UNSET: not set, or not a key. export CAI_UNSET="),
         ({"api_key_env": "CAI_BAD"}, "CAI_BAD: not set, or not a key"),
         ({"concurrency": 0}, "concurrency"),

@@ -10,9 +10,11 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Container, Iterator
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Container, Generator, Iterator
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -54,14 +56,32 @@ class Request:
     @cached_property
     def key(self) -> str:
         """Hash of all that the answer depends on; equal requests have one answer."""
-        asked = {name: value for name, value in asdict(self).items() if name not in ("prompt_id", "step")}
+        asked = {name: value for name, value in vars(self).items() if name not in ("prompt_id", "step")}
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:24]
 
 
+@dataclass(frozen=True)
+class Ask:
+    """Questions to a backend that may be put at one time; `what`: for the progress line."""
+
+    backend: "Backend"
+    what: str
+    requests: list[Request]
+
+
+# A work that asks as it goes: it yields what it asks, is sent the answers in their order, and returns what it makes.
+Work = Generator[Ask, list[Answer], Any]
+
+
 class Backend(Protocol):
-    """A model behind an interface of one method."""
+    """A model behind an interface of one method.
+
+    Attributes:
+        places: requests that it answers at a time, each by itself; 0 where it makes batches of them.
+    """
 
     name: str
+    places: int
 
     def answer(
         self, requests: list[Request], known: Container[str], what: str
@@ -160,6 +180,38 @@ def token_count(value: Any) -> int:
 def counted(answer: Answer) -> Answer:
     """The answer with counts that are numbers."""
     return {**answer, **{key: token_count(answer[key]) for key in ("prompt_tokens", "tokens") if key in answer}}
+
+
+def in_step(
+    works: list[Work],
+    journal: Journal,
+    what: str = "",
+    heard: Callable[[str, float, list[Answer]], None] | None = None,
+) -> list[Any]:
+    """What works that ask for the same in the same order come to: what all of them ask at a time is put as one.
+
+    Args:
+        what: before what the works say, in the progress line.
+        heard: is told what was asked, the seconds it took and the answers, where none was there before.
+    """
+    made: list[Any] = [None] * len(works)
+    answers: list[list[Answer] | None] = [None] * len(works)
+    while True:
+        asked = []
+        for n, work in enumerate(works):
+            try:
+                asked.append(work.send(answers[n]))
+            except StopIteration as ended:
+                made[n] = ended.value
+        if not asked:
+            return made
+        requests = [request for each in asked for request in each.requests]
+        begin, before = time.monotonic(), len(journal.answers)
+        found = ask(asked[0].backend, requests, journal, f"{what}{asked[0].what}")
+        if heard and len(journal.answers) - before == len(requests):
+            heard(asked[0].what, time.monotonic() - begin, found)
+        given = iter(found)
+        answers = [list(islice(given, len(each.requests))) for each in asked]
 
 
 def ask(backend: Backend, requests: list[Request], journal: Journal, what: str) -> list[Answer]:

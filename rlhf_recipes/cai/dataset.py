@@ -1,13 +1,14 @@
 """From records to a data set: what repeats across prompts is dropped, the rest is counted and written as parquet.
 
 Splits: `train_prefs`, `test_prefs` (accepted pairs), `train_sft`, `test_sft` (replies worth imitating), `ties`,
-`disputed` (kept to be looked at, not averaged away). Two passes over the shards: the first keeps about 100 bytes of
-each prompt and of each accepted pair, the second writes.
+`disputed` (kept to be looked at, not averaged away). Two passes over the shards: the first keeps a few numbers of each
+prompt and of each accepted pair, the longer ones in files, the second writes.
 
 Shapes: P prompts, N pairs, A accepted pairs, B bands of `filters.near_duplicate_keys`.
 """
 
 import json
+import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -94,7 +95,7 @@ def write(shards: list[Path], folder: Path, provenance: dict[str, Any]) -> dict[
 
 
 def _write(shards: list[Path], folder: Path, provenance: dict[str, Any]) -> dict[str, dict]:
-    repeated_N = _repeated(shards)
+    repeated_N = _repeated(shards, folder)
     tally = _Tally()
     writer = Writer(folder)
     number = 0
@@ -159,19 +160,37 @@ def _write_pair(writer: Writer, record: dict, pair: dict, route: str, provenance
         writer.add(f"{split}_sft", {**row, "completion": [assistant(chosen)]})
 
 
-def _repeated(shards: list[Path]) -> np.ndarray:
+class _Keys:
+    """What `near_duplicate_keys` gives, in a file for each band without a name: one is in memory at a time."""
+
+    def __init__(self, folder: Path):
+        self.files = [tempfile.TemporaryFile(dir=folder) for _ in range(BANDS)]  # noqa: SIM115
+
+    def add(self, text: str) -> None:
+        for file, key in zip(self.files, near_duplicate_keys(text), strict=True):
+            file.write(key)
+
+    def bands(self) -> Iterator[np.ndarray]:
+        for file in self.files:
+            with file:
+                file.seek(0)
+                yield np.fromfile(file, np.uint64)
+
+
+def _repeated(shards: list[Path], folder: Path) -> np.ndarray:
     """Which pairs repeat others, as places in `REPEATED`, uint8 of shape (N,).
 
     A train prompt that is nearly one of the test split takes its pairs along. Of accepted pairs whose chosen replies
     are nearly the same, those of one prompt stay, a test prompt before a train prompt; of those that end in the same
     sentence, as many as may.
     """
-    prompts, pairs, test = array("Q"), array("I"), array("b")
-    numbers, owners, replies, closers = array("I"), array("I"), array("Q"), array("Q")
+    prompts, replies = _Keys(folder), _Keys(folder)
+    pairs, test = array("I"), array("b")
+    numbers, owners, closers = array("I"), array("I"), array("Q")
     total = 0
     for n, record in enumerate(_records(shards)):
         asked = "\n".join(turn["content"] for turn in record["prompt"] if turn["role"] != "system")
-        prompts.extend(near_duplicate_keys(asked).tolist())
+        prompts.add(asked)
         pairs.append(len(record["pairs"]))
         test.append(record["split"] == "test")
         for number, pair in enumerate(record["pairs"], total):
@@ -180,13 +199,13 @@ def _repeated(shards: list[Path]) -> np.ndarray:
                 ending = filters.closer(chosen)
                 numbers.append(number)
                 owners.append(n)
-                replies.extend(near_duplicate_keys(chosen).tolist())
+                replies.add(chosen)
                 closers.append(xxhash.xxh3_64_intdigest(ending.encode()) if ending else 0)
         total += len(record["pairs"])
 
     found_N = np.zeros(total, np.uint8)
     test_P, leaked_P = np.array(test, bool), np.zeros(len(test), bool)
-    for keys_P in np.asarray(prompts).reshape(-1, BANDS).T:
+    for keys_P in prompts.bands():
         leaked_P |= np.isin(keys_P, keys_P[test_P])
     leaked_P &= ~test_P
     found_N[np.repeat(leaked_P, np.asarray(pairs))] = REPEATED.index("leakage")
@@ -194,7 +213,7 @@ def _repeated(shards: list[Path]) -> np.ndarray:
     owners_A, numbers_A = np.asarray(owners), np.asarray(numbers)
     left_A = np.argsort(~test_P[owners_A], kind="stable")
     left_A = left_A[~leaked_P[owners_A[left_A]]]
-    for keys_A in np.asarray(replies).reshape(-1, BANDS).T:
+    for keys_A in replies.bands():
         _, first, inverse = np.unique(keys_A[left_A], return_index=True, return_inverse=True)
         alike = owners_A[left_A] != owners_A[left_A][first][inverse]
         found_N[numbers_A[left_A[alike]]] = REPEATED.index("near_duplicate")

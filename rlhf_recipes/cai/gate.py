@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,11 +17,13 @@ from rlhf_recipes.data.load import load_pairs
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.stats import format_estimate
 
-# Worked on before the estimate, to know the pace; their answers are thrown away.
+# Worked on before the estimate, to know the pace, or as many requests as an endpoint has places; their answers are
+# thrown away.
 TRIAL_REQUESTS, TRIAL_TOKENS = 8, 12
 # An interactive run asks before it spends more than this.
 ASK_MINUTES, ASK_USD = 60.0, 1.0
-CHARS_PER_TOKEN = 4.0  # of English; for the estimate alone
+# For the estimate alone: characters of English a token; tokens of a template, a worked example, a judge's question.
+CHARS_PER_TOKEN, TEMPLATE, SHOT, QUESTION = 4.0, 20, 90, 150
 
 
 def load_gold(cfg: DictConfig) -> list[dict]:
@@ -95,14 +98,27 @@ def decide(found: dict[str, Any], judge: Judge, cfg: DictConfig) -> tuple[list[s
     return ["contrastive"], None
 
 
-def estimate(cfg: DictConfig, sources: list[str], prompts: list[dict], generator: Backend, judged: bool) -> dict:
-    """What making the pairs takes: `prompts`, `calls`, `prompt_tokens`, `completion_tokens` (at most), `minutes` at
-    the pace of a few trial requests, and `usd` where the endpoints are priced (else None)."""
-    n, shots = len(prompts), 90 * cfg.revise.few_shot  # tokens of a worked example, about
-    size = sum(len(turn["content"]) for row in prompts for turn in row["prompt"]) / max(n, 1) / CHARS_PER_TOKEN + 20
+def longest(cfg: DictConfig, sources: list[str], prompts: Iterable[dict], gold: list[dict]) -> dict[str, int]:
+    """Tokens that the longest request to `generator` and `judge` may have, with its answer, about."""
+    most = max((_tokens(row["prompt"]) for row in prompts), default=0)
+    generations, _ = _generations(cfg, sources, most)
+    shown = [_tokens(row["prompt"]) + _tokens(row["chosen"]) + _tokens(row["rejected"]) for row in gold]
+    thought = cfg.judging.cot_tokens if cfg.judging.mode == "cot" else 0
+    return {
+        "generator": round(max(sum(each) for each in generations)),
+        "judge": round(max(most + 2 * cfg.generate.max_new_tokens, *shown) + QUESTION + thought),
+    }
+
+
+def _tokens(messages: list[dict]) -> float:
+    return sum(len(turn["content"].encode("utf-8", "replace")) for turn in messages) / CHARS_PER_TOKEN + TEMPLATE
+
+
+def _generations(cfg: DictConfig, sources: list[str], size: float) -> tuple[list[tuple[float, int]], int]:
+    """(prompt tokens, most new tokens) of each request to the generator about a prompt of a size, and the pairs."""
     reply, revised = cfg.generate.max_new_tokens, cfg.revise.max_new_tokens
-    generations: list[tuple[float, int]] = []  # (prompt tokens, most new tokens) of each request of one prompt
-    pairs = 0
+    shots = SHOT * cfg.revise.few_shot
+    generations, pairs = [], 0
     if "revision" in sources:
         generations.append((size, reply))
         rounds = cfg.revise.n_revisions
@@ -116,17 +132,30 @@ def estimate(cfg: DictConfig, sources: list[str], prompts: list[dict], generator
     if "contrastive" in sources:
         generations += [(size + 60, reply)] * 2
         pairs += 1
-    choices = pairs * 2 * cfg.judging.principles_per_pair * judged
-    question = size + 2 * reply + 150
+    return generations, pairs
+
+
+def estimate(cfg: DictConfig, sources: list[str], prompts: Sequence[dict], generator: Backend, judge: Judge | None):
+    """What making the pairs takes: `prompts`, `calls`, `prompt_tokens`, `completion_tokens` (at most), `minutes` at
+    the pace of trial requests, as many at a time as will be, and `usd` where the endpoints are priced (else None)."""
+    n = len(prompts)
+    size = sum(len(turn["content"]) for row in prompts for turn in row["prompt"]) / max(n, 1) / CHARS_PER_TOKEN
+    generations, pairs = _generations(cfg, sources, size + TEMPLATE)
+    choices = pairs * 2 * cfg.judging.principles_per_pair * (judge is not None)
+    question = size + TEMPLATE + 2 * cfg.generate.max_new_tokens + QUESTION
     tokens_in, tokens_out = n * sum(g[0] for g in generations), n * sum(g[1] for g in generations)
     read, written = _pace(generator, prompts)
+    own = judge is not None and judge.backend is not generator
+    judged = n * choices * question / (_pace(judge.backend, prompts)[0] if own else read)
+    generated = tokens_in / read + tokens_out / written
+    aside = own and generator.places and judge.backend.places  # both work at a time
     cost = [price(cfg.generator, tokens_in, tokens_out), price(cfg.judge, n * choices * question, 0)]
     return {
         "prompts": n,
         "calls": n * (len(generations) + choices),
         "prompt_tokens": round(tokens_in + n * choices * question),
         "completion_tokens": round(tokens_out),
-        "minutes": round((tokens_in / read + tokens_out / written + n * choices * question / read) / 60, 1),
+        "minutes": round((max(generated, judged) if aside else generated + judged) / 60, 1),
         "usd": None if None in cost else round(sum(cost), 2),
     }
 
@@ -156,7 +185,7 @@ def _pace(backend: Backend, prompts: list[dict]) -> tuple[float, float]:
     """Tokens per second read and written, from a few requests with one and with several new tokens."""
     trial = [
         Request(row["prompt_id"], "trial", row["prompt"], max_new_tokens=1, temperature=1.0, seed=n)
-        for n, row in enumerate(prompts[:TRIAL_REQUESTS])
+        for n, row in enumerate(prompts[: backend.places or TRIAL_REQUESTS])
     ]
     seconds, tokens = [], []
     for new in (1, TRIAL_TOKENS):

@@ -23,8 +23,9 @@ from omegaconf import DictConfig
 
 from rlhf_recipes import stats
 from rlhf_recipes.cai import prompt_templates
-from rlhf_recipes.cai.backend import Backend, Journal, Message, Request, ask
+from rlhf_recipes.cai.backend import Ask, Backend, Journal, Message, Request, Work, in_step
 from rlhf_recipes.cai.constitution import Constitution, Principle
+from rlhf_recipes.config import plain
 from rlhf_recipes.data.formats import clusters
 from rlhf_recipes.text_metrics import refuses
 
@@ -77,7 +78,7 @@ class Judge:
     """
 
     def __init__(self, backend: Backend, constitution: Constitution, settings: DictConfig, seed: int):
-        self.backend, self.constitution, self.settings, self.seed = backend, constitution, settings, seed
+        self.backend, self.constitution, self.settings, self.seed = backend, constitution, plain(settings), seed
         self.temperature = 1.0
         self.priors: dict[str, float] = {}
 
@@ -88,7 +89,8 @@ class Judge:
         prompt = [prompt_templates.user(prompt_templates.CONTENT_FREE[0])]
         pairs = [Pair("content-free", prompt, text, text) for text in prompt_templates.CONTENT_FREE]
         asked = [self._question(pair, p, False) for p in self.constitution.principles for pair in pairs]
-        odds = [_log_odds(answer["logps"]) for answer in self._ask(asked, journal, "judge: prior")]
+        [answers] = in_step([self._asking(asked, "judge: prior")], journal)
+        odds = [_log_odds(answer["logps"]) for answer in answers]
         count = len(pairs)
         for n, principle in enumerate(self.constitution.principles):
             read = [value for value in odds[n * count : (n + 1) * count] if value is not None]
@@ -96,6 +98,11 @@ class Judge:
 
     def compare(self, pairs: list[Pair], journal: Journal, what: str) -> list[Judgement]:
         """A judgement of each pair under `principles_per_pair` principles drawn for its prompt, in both orders."""
+        [judgements] = in_step([self.comparing(pairs, what)], journal)
+        return judgements
+
+    def comparing(self, pairs: list[Pair], what: str) -> Work:
+        """`compare`, as a work that asks as it goes."""
         drawn = [
             self.constitution.draw(self.settings.principles_per_pair, self.seed, "judge", pair.prompt_id)
             for pair in pairs
@@ -104,7 +111,8 @@ class Judge:
         for pair, principles in zip(pairs, drawn, strict=True):
             for principle in principles:
                 asked += [self._question(pair, principle, swapped) for swapped in (False, True)]
-        logps = [answer["logps"] for answer in self._ask(asked, journal, what)]
+        answers = yield from self._asking(asked, what)
+        logps = [answer["logps"] for answer in answers]
         orders = list(zip(logps[::2], logps[1::2], strict=True))  # (AB, BA) of each pair under each of its principles
         judgements, begin = [], 0
         for principles in drawn:
@@ -123,21 +131,21 @@ class Judge:
             options=prompt_templates.LETTERS,
         )
 
-    def _ask(self, requests: list[Request], journal: Journal, what: str) -> list[dict]:
+    def _asking(self, requests: list[Request], what: str) -> Work:
         if self.settings.mode == "cot":
             thinking = [
                 replace(r, messages=_with(r.messages, THINK), prefix="", options=(),
                         max_new_tokens=self.settings.cot_tokens)
                 for r in requests
             ]  # fmt: skip
-            thoughts = ask(self.backend, thinking, journal, f"{what}, thinking")
+            thoughts = yield Ask(self.backend, f"{what}, thinking", thinking)
             choices = []
             for request, question, thought in zip(requests, thinking, thoughts, strict=True):
                 said = prompt_templates.plain([prompt_templates.assistant(thought["text"])])
                 messages = [*question.messages, *said, prompt_templates.user(THEN)]
                 choices.append(replace(request, messages=messages))
             requests = choices
-        return ask(self.backend, requests, journal, what)
+        return (yield Ask(self.backend, what, requests))
 
     def _judgement(self, principles: list[Principle], answers: list[tuple]) -> Judgement:
         logps = [values for both in answers for values in both]

@@ -83,6 +83,8 @@ class Local:
         name: model and adapter, for provenance.
     """
 
+    places = 0
+
     def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", name: str):
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.stops = stop_ids(model.generation_config, tokenizer)

@@ -1,7 +1,10 @@
-"""From prompts to judged pairs, a shard of prompts at a time: draft, critique and revise, candidates, judge, route.
+"""From prompts to judged pairs: draft, critique and revise, candidates, judge, route.
 
 A shard is a folder with `answers.jsonl` (what models answered, as it came) and, when it is complete, `records.jsonl`:
 one record a prompt, with everything that was said about it. Nothing of a shard stays in memory.
+
+A model in this process works on a shard at a time, on all its prompts step by step: batches are made of what all of
+them ask. Endpoints are kept busy by prompts that go on each by itself, those of the next shards among them.
 """
 
 import hashlib
@@ -9,7 +12,7 @@ import itertools
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,18 +20,31 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import ranks
-from rlhf_recipes.cai import filters, prompt_templates
-from rlhf_recipes.cai.backend import Answer, Backend, Journal, Message, Request, ask, groups, token_count
+from rlhf_recipes.cai import filters, prompt_templates, served
+from rlhf_recipes.cai.backend import (
+    Answer,
+    Ask,
+    Backend,
+    Journal,
+    Message,
+    Request,
+    Work,
+    groups,
+    in_step,
+    token_count,
+)
 from rlhf_recipes.cai.constitution import Constitution
 from rlhf_recipes.cai.judge import Judge, Judgement, Pair
 from rlhf_recipes.cai.load import find_judge_adapter
-from rlhf_recipes.config import part_of
+from rlhf_recipes.cai.overlap import Overlap
+from rlhf_recipes.config import part_of, plain
 from rlhf_recipes.errors import Refusal, nearest
+from rlhf_recipes.progress import Line
 from rlhf_recipes.references import ModelRef
 from rlhf_recipes.run import GATE, Run
 from rlhf_recipes.run_folder import write_atomically
 
-# Of one prompt: `prompt_id`, `family`, `split`, `prompt`, `draft`, `steps`, `pairs`; see `Maker.records`.
+# Of one prompt: `prompt_id`, `family`, `split`, `prompt`, `draft`, `steps`, `pairs`; see `PairMaker.record`.
 Record = dict[str, Any]
 SOURCES = ("revision", "on_policy", "contrastive")
 
@@ -78,6 +94,12 @@ class PairMaker:
     seconds: float = 0.0
     tokens: int = 0
 
+    def __post_init__(self):
+        self._seed, self._generate, self._revising, self._filters, self._limits = (
+            self.settings.seed,
+            *(plain(self.settings[key]) for key in ("generate", "revise", "filters", "route")),
+        )
+
     def provenance(self) -> dict[str, Any]:
         """What every row says of where it comes from."""
         return {
@@ -93,39 +115,59 @@ class PairMaker:
         calls: Counter = Counter()
         for path in (gate, *(shard.parent / "answers.jsonl" for shard in shards)):
             for entry in (entry for _, group in groups(path) for entry in group):
-                kind = "judge" if entry["step"].startswith("judge") else "generator"
-                answer = entry["answer"] if isinstance(entry["answer"], dict) else {}
-                calls[kind] += 1
-                calls[f"{kind}_prompt_tokens"] += token_count(answer.get("prompt_tokens"))
-                calls[f"{kind}_tokens"] += token_count(answer.get("tokens"))
-        costs = [
-            price(node, calls[f"{kind}_prompt_tokens"], calls[f"{kind}_tokens"])
-            for kind, node in (("generator", self.settings.generator), ("judge", self.settings.judge))
-        ]
+                _add(calls, entry["step"], entry["answer"] if isinstance(entry["answer"], dict) else {})
+        usd = self._usd(calls)
         return {
             "calls": calls["generator"] + calls["judge"],
             "prompt_tokens": calls["generator_prompt_tokens"] + calls["judge_prompt_tokens"],
             "completion_tokens": calls["generator_tokens"] + calls["judge_tokens"],
             "tokens_per_second": round(self.tokens / self.seconds, 1) if self.seconds else None,
-            "usd": None if None in costs else round(sum(costs), 2),
+            "usd": None if usd is None else round(usd, 2),
         }
 
-    def shards(self, prompts: list[dict], folder: Path) -> Iterator[Path]:
-        """`records.jsonl` of each shard, in order, made or found; of a part of the run, of its own shards alone."""
+    def _usd(self, calls: Counter) -> float | None:
+        """What counted calls cost; None where an endpoint has no price."""
+        costs = [
+            price(self.settings[kind], calls[f"{kind}_prompt_tokens"], calls[f"{kind}_tokens"])
+            for kind in ("generator", "judge")
+        ]
+        return None if None in costs else sum(costs)
+
+    def shards(self, prompts: Sequence[dict], folder: Path) -> list[Path]:
+        """`records.jsonl` of each shard, in order, made or found; of a part of the run, of its own shards alone.
+
+        Args:
+            prompts: rows, of which a slice at a time is looked at.
+        """
         size, (first, parts) = self.settings.shard_size, part_of(self.settings.shards)
         count = -(-len(prompts) // size)
-        for n in range(first, count, parts):
-            done = folder / f"{n:05d}" / "records.jsonl"
-            if ranks.by_first(done.exists):
-                self._same_prompts(done, prompts[n * size : (n + 1) * size])
-            else:
-                what = f"shard {n + 1}/{count}: " if count > 1 else ""
-                records = self.records(
-                    prompts[n * size : (n + 1) * size], Journal(done.parent / "answers.jsonl"), what
-                )
-                lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-                write_atomically(done, "".join(lines))
-            yield done
+        own = {folder / f"{n:05d}" / "records.jsonl": n for n in range(first, count, parts)}
+        left = {path: n for path, n in own.items() if not ranks.by_first(path.exists)}
+        for path in own.keys() - left.keys():
+            self._same_prompts(path, prompts[own[path] * size : (own[path] + 1) * size])
+        rows = ((path, prompts[n * size : (n + 1) * size]) for path, n in left.items())
+        backends = [self.generator, *([self.judge.backend] if self.judge else [])]
+        if ranks.world_size() == 1 and all(backend.places for backend in backends):
+            self._overlap(rows, backends, sum(min(size, len(prompts) - n * size) for n in left.values()))
+        else:
+            for path, some in rows:
+                what = f"shard {left[path] + 1}/{count}: " if count > 1 else ""
+                write_records(path, self.records(some, Journal(path.parent / "answers.jsonl"), what))
+        return list(own)
+
+    def _overlap(self, shards: Iterable[tuple[Path, Sequence[dict]]], servers: list[Backend], total: int) -> None:
+        """Prompts go on each by itself."""
+        begin, line, tokens = time.monotonic(), Line("prompts", total), Counter()
+        overlap = Overlap(self.record, write_records, servers)
+        for group in overlap.run(shards):
+            for request, answer in group:
+                _add(tokens, request.step, answer)
+            usd, notes = self._usd(tokens), [f"{overlap.in_flight} in flight"]
+            if usd and overlap.done:
+                notes.append(f"{usd:,.2f} USD, about {usd * total / overlap.done:,.2f} in all")
+            line.update(overlap.done, " · ".join(notes))
+        self.tokens += tokens["generator_tokens"]
+        self.seconds += time.monotonic() - begin
 
     @staticmethod
     def _same_prompts(done: Path, prompts: list[dict]) -> None:
@@ -135,153 +177,120 @@ class PairMaker:
                 "start afresh with overwrite=true."
             )
 
-    def records(self, prompts: list[dict], journal: Journal, what: str) -> list[Record]:
-        """Everything that is said about each prompt.
+    def records(self, prompts: Sequence[dict], journal: Journal, what: str) -> list[Record]:
+        """What is said about each prompt, all of them in step."""
+        return in_step([self.record(row) for row in prompts], journal, what, self._heard)
+
+    def _heard(self, what: str, seconds: float, answers: list[Answer]) -> None:
+        if not what.startswith("judge"):
+            self.seconds += seconds
+            self.tokens += sum(answer["tokens"] for answer in answers)
+
+    def record(self, row: dict) -> Work:
+        """Everything that is said about a prompt.
 
         Returns:
-            For each prompt its `prompt_id`, `family`, `split` and `prompt`; `draft` and `steps` (principle, critique,
-            revision, `unfit`: why it is not used, or None) where revisions are made; `pairs`: `source`, `first`,
-            `second`, `principle`, `unfit`, and of the judge `p`, `by_principle`, `spread`, `position_gap`, `flip`,
-            `mass`; `route`: accepted, tie, disputed, unanswered, not_better (a revision), or None for what is unfit.
+            `prompt_id`, `family`, `split` and `prompt`; `draft` and `steps` (principle, critique, revision, `unfit`:
+            why it is not used, or None) where revisions are made; `pairs`: `source`, `first`, `second`, `principle`,
+            `unfit`, and of the judge `p`, `by_principle`, `spread`, `position_gap`, `flip`, `mass`; `route`: accepted,
+            tie, disputed, unanswered, not_better (a revision), or None for what is unfit.
         """
-        records: list[Record] = [
-            {key: row[key] for key in ("prompt_id", "family", "split", "prompt")} | {"steps": [], "pairs": []}
-            for row in prompts
-        ]
+        record: Record = {key: row[key] for key in ("prompt_id", "family", "split", "prompt")}
+        record |= {"steps": [], "pairs": []}
         if "revision" in self.sources:
-            self._revise(records, journal, what)
+            yield from self._revise(record)
         if "on_policy" in self.sources:
-            self._sample(records, journal, what)
+            yield from self._sample(record)
         if "contrastive" in self.sources:
-            self._contrast(records, journal, what)
-        for record in records:
-            for pair in record["pairs"]:
-                pair["unfit"] = pair["unfit"] or filters.unfit_pair(
-                    pair["first"], pair["second"], self.settings.filters
-                )
-                asked = (turn["content"] for turn in record["prompt"])
-                pair["speaks_to_judge"] = filters.speaks_to_judge(*asked, pair["first"], pair["second"])
-        self._judge(records, journal, what)
-        return records
+            yield from self._contrast(record)
+        for pair in record["pairs"]:
+            pair["unfit"] = pair["unfit"] or filters.unfit_pair(pair["first"], pair["second"], self._filters)
+            asked = (turn["content"] for turn in record["prompt"])
+            pair["speaks_to_judge"] = filters.speaks_to_judge(*asked, pair["first"], pair["second"])
+        yield from self._judge(record)
+        return record
 
-    def _write(self, records: list[Record], step: str, messages: list, journal: Journal, what: str) -> list[Answer]:
-        """A text for each record; `messages` None asks nothing."""
-        part = self.settings.revise if step.startswith(("critique", "revision")) else self.settings.generate
-        asked = [
-            Request(
-                record["prompt_id"],
-                step,
-                prompt_templates.plain(each),
-                max_new_tokens=part.max_new_tokens,
-                temperature=part.temperature,
-                top_p=part.top_p,
-                seed=_seed(self.settings.seed, record["prompt_id"], step),
-            )
-            for record, each in zip(records, messages, strict=True)
-            if each is not None
-        ]
-        begin, before = time.monotonic(), len(journal.answers)
-        answers = ask(self.generator, asked, journal, f"{what}{step}")
-        if len(journal.answers) - before == len(asked):  # none of them was there before
-            self.seconds += time.monotonic() - begin
-            self.tokens += sum(answer["tokens"] for answer in answers)
-        given = iter(answers)
-        return [next(given) if each is not None else {"text": "", "finished": True} for each in messages]
+    def _write(self, record: Record, step: str, messages: list[Message] | None) -> Work:
+        """A text; `messages` None asks nothing."""
+        part = self._revising if step.startswith(("critique", "revision")) else self._generate
+        prompt_id, asked = record["prompt_id"], []
+        if messages is not None:
+            sampling = {"max_new_tokens": part.max_new_tokens, "temperature": part.temperature, "top_p": part.top_p}
+            seed = _seed(self._seed, prompt_id, step)
+            asked = [Request(prompt_id, step, prompt_templates.plain(messages), **sampling, seed=seed)]
+        answers = yield Ask(self.generator, step, asked)
+        return answers[0] if asked else {"text": "", "finished": True}
 
-    def _revise(self, records: list[Record], journal: Journal, what: str) -> None:
+    def _revise(self, record: Record) -> Work:
         """Draft, then `n_revisions` times a critique and a revision under one principle, each from a clean context."""
-        revise = self.settings.revise
-        for record, draft in zip(
-            records, self._write(records, "draft", [r["prompt"] for r in records], journal, what), strict=True
-        ):
-            text = filters.strip_preamble(draft["text"])
-            record["draft"] = {"text": text, "unfit": self._unfit(text, draft["finished"])}
+        revise, prompt = self._revising, record["prompt"]
+        draft = yield from self._write(record, "draft", prompt)
+        text = filters.strip_preamble(draft["text"])
+        record["draft"] = {"text": text, "unfit": self._unfit(text, draft["finished"])}
         # "" is asked nothing: no pair can come of a draft that is unfit.
-        current = ["" if record["draft"]["unfit"] else record["draft"]["text"] for record in records]
+        current = "" if record["draft"]["unfit"] else text
         for n in range(1, revise.n_revisions + 1):
-            drawn = [self.constitution.draw(1, self.settings.seed, "revise", r["prompt_id"], n)[0] for r in records]
-            critiques: list[Answer | None] = [None] * len(records)
+            [principle] = self.constitution.draw(1, self._seed, "revise", record["prompt_id"], n)
+            asked = self.constitution, prompt, current
+            said = ""
             if revise.critique:
-                messages = [
-                    prompt_templates.critique(self.constitution, r["prompt"], text, principle, revise.few_shot)
-                    if text
-                    else None
-                    for r, text, principle in zip(records, current, drawn, strict=True)
-                ]
-                critiques = self._write(records, f"critique.{n}", messages, journal, what)
-            said = ["" if c is None else c["text"] for c in critiques]
-            messages = [
-                prompt_templates.revision(self.constitution, r["prompt"], text, c or None, principle, revise.few_shot)
-                if text
-                else None
-                for r, text, c, principle in zip(records, current, said, drawn, strict=True)
-            ]
-            revisions = self._write(records, f"revision.{n}", messages, journal, what)
-            for i, (record, answer) in enumerate(zip(records, revisions, strict=True)):
+                messages = prompt_templates.critique(*asked, principle, revise.few_shot) if current else None
+                said = (yield from self._write(record, f"critique.{n}", messages))["text"]
+            messages = prompt_templates.revision(*asked, said or None, principle, revise.few_shot) if current else None
+            answer = yield from self._write(record, f"revision.{n}", messages)
+            if current:
                 text = filters.strip_preamble(answer["text"])
-                unfit = self._unfit(text, answer["finished"]) or filters.unfit_revision(current[i], said[i], text)
-                step = {"principle": drawn[i].id, "critique": said[i], "revision": text, "unfit": unfit}
-                if current[i]:
-                    record["steps"].append(step)
+                unfit = self._unfit(text, answer["finished"]) or filters.unfit_revision(current, said, text)
+                record["steps"].append({"principle": principle.id, "critique": said, "revision": text, "unfit": unfit})
                 # What is no reply is not revised further: the next step starts from the last one that was.
-                current[i] = current[i] if unfit else text
-        for record in records:
-            fit = [step for step in record["steps"] if not step["unfit"]]
-            last = (fit or record["steps"] or [{"revision": "", "unfit": None, "principle": None}])[-1]
-            record["pairs"].append(
-                self._pair("revision", last["revision"], record["draft"]["text"],
-                           last["unfit"] or record["draft"]["unfit"], last["principle"])
-            )  # fmt: skip
+                current = current if unfit else text
+        fit = [step for step in record["steps"] if not step["unfit"]]
+        last = (fit or record["steps"] or [{"revision": "", "unfit": None, "principle": None}])[-1]
+        unfit = last["unfit"] or record["draft"]["unfit"]
+        pair = self._pair("revision", last["revision"], record["draft"]["text"], unfit, last["principle"])
+        record["pairs"].append(pair)
 
-    def _sample(self, records: list[Record], journal: Journal, what: str) -> None:
-        """Several answers of the generator to each prompt, every two of them a pair."""
-        prompts = [record["prompt"] for record in records]
-        rounds = [
-            self._write(records, f"sample.{n}", prompts, journal, what)
-            for n in range(1, self.settings.generate.n_samples + 1)
-        ]
-        for record, *answers in zip(records, *rounds, strict=True):
-            for first, second in itertools.combinations(answers, 2):
-                unfit = self._unfit(first["text"], first["finished"]) or self._unfit(
-                    second["text"], second["finished"]
-                )
-                record["pairs"].append(self._pair("on_policy", first["text"], second["text"], unfit))
+    def _sample(self, record: Record) -> Work:
+        """Several answers of the generator to the prompt, every two of them a pair."""
+        answers = []
+        for n in range(1, self._generate.n_samples + 1):
+            answers.append((yield from self._write(record, f"sample.{n}", record["prompt"])))
+        for first, second in itertools.combinations(answers, 2):
+            record["pairs"].append(self._of_two("on_policy", first, second))
 
-    def _contrast(self, records: list[Record], journal: Journal, what: str) -> None:
+    def _contrast(self, record: Record) -> Work:
         """One answer under the good, one under the bad system prompt (RLCD, Yang et al. 2023, arXiv:2307.12950)."""
-        sides = [
-            self._write(records, f"contrast.{name}", [_under(text, r["prompt"]) for r in records], journal, what)
-            for name, text in (("good", self.constitution.good), ("bad", self.constitution.bad))
-        ]
-        for record, good, bad in zip(records, *sides, strict=True):
-            unfit = self._unfit(good["text"], good["finished"]) or self._unfit(bad["text"], bad["finished"])
-            record["pairs"].append(self._pair("contrastive", good["text"], bad["text"], unfit))
+        good = yield from self._write(record, "contrast.good", _under(self.constitution.good, record["prompt"]))
+        bad = yield from self._write(record, "contrast.bad", _under(self.constitution.bad, record["prompt"]))
+        record["pairs"].append(self._of_two("contrastive", good, bad))
+
+    def _of_two(self, source: str, first: Answer, second: Answer) -> dict:
+        unfit = self._unfit(first["text"], first["finished"]) or self._unfit(second["text"], second["finished"])
+        return self._pair(source, first["text"], second["text"], unfit)
 
     def _unfit(self, text: str, finished: bool) -> str | None:
-        return filters.unfit_reply(text, finished, self.settings.filters)
+        return filters.unfit_reply(text, finished, self._filters)
 
     @staticmethod
     def _pair(source: str, first: str, second: str, unfit: str | None, principle: str | None = None) -> dict:
         return {"source": source, "first": first, "second": second, "principle": principle, "unfit": unfit}
 
-    def _judge(self, records: list[Record], journal: Journal, what: str) -> None:
-        found = [(record, pair) for record in records for pair in record["pairs"]]
-        asked = [(record, pair) for record, pair in found if not pair["unfit"]]
+    def _judge(self, record: Record) -> Work:
+        asked = [pair for pair in record["pairs"] if not pair["unfit"]]
+        verdicts = [None] * len(asked)
         if self.judge:
-            pairs = [Pair(r["prompt_id"], r["prompt"], pair["first"], pair["second"]) for r, pair in asked]
-            verdicts = self.judge.compare(pairs, journal, f"{what}judge")
-            judged = {id(pair): verdict for (_, pair), verdict in zip(asked, verdicts, strict=True)}
-        else:
-            judged = {}
-        for _, pair in found:
-            verdict = judged.get(id(pair))
+            pairs = [Pair(record["prompt_id"], record["prompt"], pair["first"], pair["second"]) for pair in asked]
+            verdicts = yield from self.judge.comparing(pairs, "judge")
+        judged = iter(verdicts)
+        for pair in record["pairs"]:
+            verdict = None if pair["unfit"] else next(judged)
             pair |= vars(verdict or Judgement(None))
             pair["route"] = None if pair["unfit"] else self._route(pair, verdict)
 
     def _route(self, pair: dict, verdict: Judgement | None) -> str:
-        limits = self.settings.route
+        limits = self._limits
         if verdict is None:
-            return "accepted"  # by construction: `Maker.judge` is None for contrastive pairs alone
+            return "accepted"  # by construction: `PairMaker.judge` is None for contrastive pairs alone
         if verdict.p is None:
             return "unanswered"
         margin = abs(verdict.p - 0.5)
@@ -298,22 +307,35 @@ def adopt(run: Run) -> None:
     """Take over what the jobs `shards=k/n` of this run have made, each in a folder beside it.
 
     Raises:
-        Refusal: one of them was made with other settings.
+        Refusal: one of them was made with other settings, or by other models behind the endpoints.
     """
     ranks.by_first(_adopt, run)
 
 
 def _adopt(run: Run) -> None:
+    first: dict[str, tuple[Path, dict]] = {}
     for part in run.parts():
         gate = part / GATE
         if gate.exists() and not (run.dir / GATE).exists():
             write_atomically(run.dir / GATE, gate.read_text(encoding="utf-8"))
+        for step, found in served.kept(gate).items() if gate.exists() else ():
+            other, begun = first.setdefault(step, (part, found))
+            if why := served.changed(begun, found):
+                raise Refusal(
+                    f"{part}: its {step.partition('.')[0]} was another model than that of {other} ({why}). Remove "
+                    "one of the folders, and make its shards again."
+                )
         for done in sorted(part.glob("shards/*/records.jsonl")):
             own = run.dir / "shards" / done.parent.name
             if not (own / done.name).exists():
                 own.mkdir(parents=True, exist_ok=True)
                 for name in ("answers.jsonl", done.name):  # a shard with the second is a finished one
                     write_atomically(own / name, (done.parent / name).read_text(encoding="utf-8"))
+
+
+def write_records(path: Path, records: list[Record]) -> None:
+    """A shard's, which is complete with them."""
+    write_atomically(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def read(path: Path) -> Iterator[Record]:
@@ -341,6 +363,14 @@ def price(node: DictConfig, prompt_tokens: float, completion_tokens: float) -> f
     if node.prompt_price is None or node.completion_price is None:
         return None
     return (prompt_tokens * node.prompt_price + completion_tokens * node.completion_price) / 1e6
+
+
+def _add(calls: Counter, step: str, answer: Answer) -> None:
+    """Count a call and its tokens as the generator's or the judge's."""
+    kind = "judge" if step.startswith("judge") else "generator"
+    calls[kind] += 1
+    calls[f"{kind}_prompt_tokens"] += token_count(answer.get("prompt_tokens"))
+    calls[f"{kind}_tokens"] += token_count(answer.get("tokens"))
 
 
 def _under(system: str, prompt: list[Message]) -> list[Message]:

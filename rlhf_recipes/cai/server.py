@@ -1,13 +1,12 @@
 """The backend `server`: any endpoint that speaks OpenAI's chat completions (vLLM, SGLang, llama.cpp, a hosted one).
 
-Requests are sent one by one, `concurrency` of them at once: the endpoint batches. Each is in flight on a thread of its
-own, so that the endpoint is busy while the caller writes what is answered.
+Requests are sent one by one, `concurrency` of them at once to each endpoint of the model: it batches. Each is on a
+thread of its own (`flight`), so that the endpoint is busy while the caller writes what is answered.
 """
 
 import email.utils
 import math
 import os
-import queue
 import random
 import re
 import socket
@@ -15,15 +14,16 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 from rlhf_recipes import ranks, text
+from rlhf_recipes.cai import served
 from rlhf_recipes.cai.backend import THOUGHT, Answer, Request, token_count
+from rlhf_recipes.cai.flight import Flight, LeftOut
 from rlhf_recipes.data.template import folded
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.progress import Line
@@ -32,7 +32,6 @@ from rlhf_recipes.secrets import redact
 CONNECT_SECONDS = 10.0  # at most, to connect; also how long a caller that stops early may have to wait
 BACKOFF_SECONDS, BACKOFF_CAP = 1.0, 30.0  # the first wait at most, doubled with each attempt, and the last
 LONGEST_WAIT = 600.0  # seconds; an endpoint that asks for more (a day's quota) is not waited for
-BACKLOG = 4  # answers that wait for the caller, per request in flight; a caller that stops asking stops the rest
 CHOICE_TOKENS = 8  # of a choice: some models put a space, a bracket or "The answer is" before the letter
 TOP_LOGPROBS = (20, 5, 0)  # asked for in this order, until the endpoint takes it; 0: none
 VOTE = 0.99  # probability of the option that a text without log-probabilities names; the others share the rest
@@ -41,31 +40,35 @@ HIGHEST = 0.01  # a log-probability may be above 0 by rounding
 # Bytes of an answer, decompressed: so many at most, and for each token asked for and each listed beside it (its text
 # in JSON, its log-probability and its bytes as numbers).
 ANSWER_BYTES, TOKEN_BYTES = 2**20, 512
+URL = re.compile(r"https?://(([\w.-]+|\[[\da-fA-F:.]+\])(:\d{1,5})?)(/[^\s?#@]*)?")
 # A template's own words, which some endpoints send as an error of theirs (500).
 REFUSED_ROLES = re.compile(r"system role|roles must alternate", re.IGNORECASE)
 AROUND = " \t\r\n▁Ġ()[].,:*`'\"‘’“”"  # what may stand around an option within its token
 
 
 class Server:
-    """A model behind an OpenAI-compatible endpoint.
+    """A model behind an OpenAI-compatible endpoint, or behind several.
+
+    An endpoint of several that fails `max_attempts` times in a row is left out for a while (`flight`).
 
     Args:
-        base_url: the endpoint's, which mostly ends in /v1.
+        base_url: the endpoint's, which mostly ends in /v1; or those of all endpoints that serve the model.
         model: as the endpoint calls it.
         chat_template_kwargs: what its template reads, sent with every request where there is any; None: not sent.
         api_key_env: environment variable that holds the key; None: the endpoint wants none.
-        concurrency: requests in flight, at most 1,000.
+        concurrency: requests in flight at each endpoint, at most 1,000.
         timeout: seconds that a request waits for the endpoint to answer.
         max_attempts: times that a request is sent before the run ends.
 
     Raises:
-        Refusal: the openai package is missing, the URL is none or holds a secret, or the variable is not set.
+        Refusal: the openai package is missing, a URL is none, holds a secret or stands there twice, or the variable
+            is not set.
     """
 
     def __init__(
         self,
         *,
-        base_url: str,
+        base_url: str | Sequence[str],
         model: str,
         chat_template_kwargs: dict[str, Any] | None = None,
         api_key_env: str | None = None,
@@ -77,18 +80,24 @@ class Server:
             import openai  # noqa: F401
         except ImportError:
             raise Refusal('The server backend needs openai. pip install "rlhf-recipes[server]".') from None
-        url = re.fullmatch(r"https?://(([\w.-]+|\[[\da-fA-F:.]+\])(:\d{1,5})?)(/[^\s?#@]*)?", base_url)
-        if not url:
+        several = isinstance(base_url, Sequence) and not isinstance(base_url, str)
+        addresses = [str(address) for address in (base_url if several else [base_url])]
+        urls = [URL.fullmatch(address) for address in addresses]
+        if not urls or not all(urls):
             raise Refusal("base_url: must be like http://localhost:8000/v1; a key goes where api_key_env says.")
+        if len({address.rstrip("/") for address in addresses}) < len(addresses):
+            raise Refusal("base_url: names an endpoint twice. Leave one out.")
         if not (1 <= concurrency <= 1000 and timeout > 0 and max_attempts >= 1):
             raise Refusal("concurrency (at most 1000), timeout and max_attempts must be above 0. Change them.")
-        self.base_url, self.model, self.api_key_env = base_url, model, api_key_env
+        self.model, self.api_key_env = model, api_key_env
         self.concurrency, self.timeout, self.max_attempts = concurrency, timeout, max_attempts
-        self.name, self.host = f"{model} at {url[2]}", url[1]
+        self.name = f"{model} at {', '.join(dict.fromkeys(url[2] for url in urls))}"
+        self.host = ", ".join(url[1] for url in urls)
         self._key = os.environ.get(api_key_env, "").strip() if api_key_env else "none"
         if not (self._key and self._key.isascii() and self._key.isprintable()):
             raise Refusal(f"{api_key_env}: not set, or not a key. export {api_key_env}=<the key for {self.host}>.")
-        self._connections = _Connections(base_url, self._key, timeout)
+        self._endpoints = [_Connections(url[0], url[1], self._key, timeout) for url in urls]
+        self.served: dict[str, Any] | None = None  # of `introduced`, when it was looked at
         self._lock, self._unsaid = threading.Lock(), threading.Lock()
         self._top_logprobs, self._repeats = TOP_LOGPROBS[0], 0
         told = (chat_template_kwargs or {}).items()
@@ -125,54 +134,87 @@ class Server:
         if any(request.prefix and not request.options for request in todo):
             raise Refusal("The server backend cannot begin a model's answer for it: a generation has no prefix.")
         line = Line(what, len(requests), len(requests) - len(todo))
-        pending, ready, room = iter(todo), queue.SimpleQueue(), threading.Semaphore(BACKLOG * self.concurrency)
-        if self._connections.closed.is_set():  # an earlier call was not heard out
-            self._connections = _Connections(self.base_url, self._key, self.timeout)
-        connections = self._connections
+        done = line.first
+        with Flight(self) as flight:
+            for request in todo:
+                flight.put(self, request)
+            while done < len(requests):
+                group = flight.take()
+                yield [(request, answer) for _, request, answer in group]
+                done += len(group)
+                line.update(done, f"{self._repeats} sent again" if self._repeats else "")
 
-        work = partial(self._work, connections, pending, ready, room)
-        threads = [threading.Thread(target=work, name="endpoint", daemon=True) for _ in todo[: self.concurrency]]
-        done, running, failures = line.first, len(threads), []
-        try:
-            for thread in threads:
-                thread.start()
-            while running:
-                news = [ready.get()]
-                while not ready.empty():
-                    news.append(ready.get())
-                group = [pair for pair in news if isinstance(pair, tuple)]
-                running -= len(news) - len(group)
-                failures += [error for error in news if isinstance(error, BaseException)]
-                if group:
-                    yield group
-                    room.release(len(group))
-                    done += len(group)
-                    line.update(done, f"{self._repeats} sent again" if self._repeats else "")
-            if failures:
-                raise failures[0]
-        finally:
-            if running:  # the caller stops early
-                connections.close()
-                room.release(self.concurrency)
-            for thread in threads:
-                if thread.ident:  # it was started
-                    thread.join()
+    @property
+    def places(self) -> int:
+        """Requests in flight at a time, at all endpoints."""
+        return self.concurrency * len(self._endpoints)
 
-    def _work(self, connections: "_Connections", pending: Iterator[Request], ready: queue.SimpleQueue, room) -> None:
-        """A thread: it puts each request with its answer, then None, or the error that ends all threads."""
-        try:
-            while room.acquire() and not connections.closed.is_set():
-                with self._lock:
-                    request = next(pending, None)
-                if request is None:
-                    break
-                ready.put((request, self._taken(connections, request)))
-            ready.put(None)
-        except BaseException as error:
-            ready.put(error)
-            connections.close()
+    def connected(self) -> list["_Connections"]:
+        """The endpoints; those whose connections were closed, since a call was not heard out, with others."""
+        self._endpoints = [each.renewed() if each.closed.is_set() else each for each in self._endpoints]
+        return self._endpoints
 
-    def _taken(self, connections: "_Connections", request: Request) -> Answer:
+    def is_back(self, connections: "_Connections") -> bool:
+        """Whether an endpoint that was left out answers, by the same model."""
+        with suppress(Refusal, LeftOut):
+            found = self.introduced(connections)["served"]
+            why = served.changed(self.served, found) if self.served else None
+            if why:
+                print(f"{connections.host}: serves another model ({why}), and stays left out.", file=sys.stderr)
+            return why is None
+        return False
+
+    def leave_out(self, connections: "_Connections", why: str) -> None:
+        connections.is_out, connections.looked_at = True, time.monotonic()
+        print(f"{connections.host}: {why}. It is left out, its prompts go to the others.", file=sys.stderr)
+
+    def listed(self, connections: "_Connections") -> list[dict[str, Any]]:
+        """The models that an endpoint says it serves, each with its `id`; none where it has no such list."""
+        import openai
+
+        with suppress(openai.OpenAIError, ValueError, TypeError, LookupError, RecursionError):
+            found = connections.get("/models")["data"]
+            return [each for each in found if isinstance(each["id"], str)]
+        return []
+
+    def introduced(self, connections: "_Connections") -> Answer:
+        """How the model answers `served.QUESTION`; `served`: what `served.changed` compares.
+
+        Raises:
+            Refusal: as `answer`, or it calls itself by another name than it is asked for.
+            LeftOut: it fails too often, and is not the last endpoint.
+        """
+        asked = Request("", "served", served.QUESTION, max_new_tokens=served.TOKENS)
+        found = self._answered(connections, asked, self._introduction)
+        named = connections.named
+        if named and not _is_called(self.model, named):
+            raise Refusal(
+                f"{connections.host}: calls its model {self._plain(named)[:200]}, not {self.model}. Set model to what "
+                "it is."
+            )
+        found["served"]["model"] = named and self._plain(named)
+        return found
+
+    def _introduction(self, connections: "_Connections", request: Request) -> Answer:
+        def read(choice: dict) -> Answer:
+            tokens = (choice.get("logprobs") or {}).get("content") or []
+            likes = [
+                [each["token"], {other["token"]: _logp(other["logprob"]) for other in each["top_logprobs"]}]
+                for each in tokens
+                if each.get("top_logprobs")
+            ]
+            return {"text": _text(choice), "finished": True, "served": {"tokens": likes}}
+
+        for asked in ({"logprobs": True, "top_logprobs": served.LISTED}, {}):
+            try:
+                return self._post(
+                    connections, request, read, max_tokens=request.max_new_tokens, temperature=0, **asked
+                )
+            except _Rejected:
+                if not asked:
+                    raise
+
+    def taken(self, connections: "_Connections", request: Request) -> Answer:
         """An answer; to the system text in the first user turn, where the endpoint takes no system turn."""
         if not self._folds:
             try:
@@ -184,13 +226,13 @@ class Server:
         self._folds = True
         return answer
 
-    def _answered(self, connections: "_Connections", request: Request) -> Answer:
+    def _answered(self, connections: "_Connections", request: Request, ask: Callable | None = None) -> Answer:
         """An answer that is no thought: a model that begins with one is asked again, told not to think.
 
         Raises:
             Refusal: it thinks all the same, the endpoint does not pass it on, or `chat_template_kwargs` decides it.
         """
-        ask, sent = self._choice if request.options else self._generation, self._template_kwargs
+        ask, sent = ask or (self._choice if request.options else self._generation), self._template_kwargs
         with suppress(_Thinks):
             return ask(connections, request)
         if "enable_thinking" not in sent:
@@ -243,54 +285,85 @@ class Server:
             try:
                 response = connections.post(body)
                 choice = response["choices"][0]
-                if _thinks(choice):
-                    raise _Thinks
-                return read(choice) | _counts(response.get("usage"))
+                refused = self._renamed(connections, response.get("model"))
+                if not refused:
+                    _check_tokens(choice, body)
+                    if _thinks(choice):
+                        raise _Thinks
+                    answer = read(choice) | _counts(response.get("usage"))
+                    connections.failures = 0
+                    return answer
             except _TooLong as error:
-                refused = f"{self.host}: {error}. See that base_url and model are right."
+                refused = f"{connections.host}: {error}. See that base_url and model are right."
             except openai.APITimeoutError:
                 failure, advice = f"no answer in time (timeout={self.timeout:g})", "Raise timeout or lower concurrency"
             except openai.APIConnectionError:
                 failure, advice = "no connection", "See that it runs and that base_url is right"
             except openai.APIStatusError as error:
                 status, told, wait = error.status_code, error.response.text, _retry_after(error.response.headers)
-                elsewhere = _host(self.base_url, error.response.headers.get("location"))
+                elsewhere = _host(connections.base_url, error.response.headers.get("location"))
                 failure, advice = f"status {status}", "Lower concurrency" if status == 429 else "See its log"
+            except _OfOthers:
+                failure, advice = "log-probabilities of other tokens than it wrote", "Choose another endpoint"
             except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
                 # The body has not the shape of a chat completion.
                 failure, advice = "no chat completion in its answer", "See that base_url is right"
             # Raised here, not above, no error has one of the client's, which hold the key, as its context.
             if 300 <= status < 400:
                 refused = (
-                    f"{self.host}: status {status}, it points to {elsewhere}, which is not followed: requests go to "
-                    "base_url alone. Set base_url to the address that answers."
+                    f"{connections.host}: status {status}, it points to {elsewhere}, which is not followed: requests "
+                    "go to base_url alone. Set base_url to the address that answers."
                 )
             if refused:
                 raise Refusal(refused)
             if status and (REFUSED_ROLES.search(told) or (status not in (408, 409, 429) and status < 500)):
-                raise self._refusal(status, told)
+                raise self._refusal(connections.host, status, told)
+            if status != 429 and self._fails(connections):
+                raise LeftOut(f"{failure} ({connections.failures} times in a row)")
             if wait > LONGEST_WAIT:
                 advice = f"It asks for a pause of {wait:.6g} s: wait"
             if attempt == self.max_attempts or wait > LONGEST_WAIT or connections.closed.is_set():
                 raise Refusal(
-                    f"{self.host}: {failure} (attempt {attempt}). {advice}, then run the same command again; what was "
-                    "answered is kept."
+                    f"{connections.host}: {failure} (attempt {attempt}). {advice}, then run the same command again; "
+                    "what was answered is kept."
                 )
             with self._lock:
                 self._repeats += 1
             pause = wait + chance.uniform(0, min(BACKOFF_CAP, BACKOFF_SECONDS * 2 ** (attempt - 1)))
             connections.closed.wait(pause)
 
-    def _refusal(self, status: int, told: str) -> Refusal:
+    def _fails(self, connections: "_Connections") -> bool:
+        """Whether the endpoint that failed is to be left out: it did so too often in a row, and is not the last."""
+        with self._lock:
+            connections.failures += 1
+            others = any(not each.is_out for each in self._endpoints if each is not connections)
+            return others and connections.failures >= self.max_attempts and not connections.closed.is_set()
+
+    def _renamed(self, connections: "_Connections", named: Any) -> str | None:
+        """Why an answer is refused that another model gave than the one that was looked at."""
+        before, connections.named = connections.named, named if isinstance(named, str) else connections.named
+        if not self.served or before in (None, connections.named):
+            return None
+        return (
+            f"{connections.host}: serves another model than before ({self._plain(before)[:99]}, then "
+            f"{self._plain(connections.named)[:99]}). Serve that one again, then run the same command; what was "
+            "answered is kept."
+        )
+
+    def _plain(self, told: str) -> str:
+        """On one line, without secrets."""
         told = told.replace(self._key, "<secret>") if self.api_key_env else told
-        told = redact(" ".join(text.line(told).split()))
+        return redact(" ".join(text.line(told).split()))
+
+    def _refusal(self, host: str, status: int, told: str) -> Refusal:
+        told = self._plain(told)
         if status in (400, 422) or "logprobs" in told or REFUSED_ROLES.search(told):
-            return _Rejected(f"{self.host}: status {status}, it does not take the request: {told[:200]}")
+            return _Rejected(f"{host}: status {status}, it does not take the request: {told[:200]}")
         if status in (401, 403):
             key = f"the key in {self.api_key_env}" if self.api_key_env else "requests without a key"
-            return Refusal(f"{self.host}: status {status}, it does not take {key}. Check api_key_env.")
+            return Refusal(f"{host}: status {status}, it does not take {key}. Check api_key_env.")
         known = f"no model {self.model!r} there" if status == 404 else told[:200]
-        return Refusal(f"{self.host}: status {status}, {known}. Check model and base_url.")
+        return Refusal(f"{host}: status {status}, {known}. Check model and base_url.")
 
 
 class _Rejected(Refusal):
@@ -301,19 +374,32 @@ class _Thinks(Exception):
     """An answer is a thought, or begins with one."""
 
 
+class _OfOthers(ValueError):
+    """Log-probabilities do not belong to the tokens beside them."""
+
+
 class _TooLong(ValueError):
     """An answer goes on beyond its limit."""
 
 
 class _Connections:
-    """The client and its sockets: shutting one down is what ends a request that another thread waits for.
+    """An endpoint: the client and its sockets. Shutting one down is what ends a request that another thread waits for.
 
     It follows no redirect, which would send a prompt to whatever address an answer names, and reads no answer beyond
     the bytes that were asked for.
+
+    Attributes:
+        failures: in a row, of all requests.
+        named: what the endpoint called the model in its last answer.
+        is_out, looked_at: whether it is left out, and since when, or when it was looked for last (`flight`).
     """
 
-    def __init__(self, base_url: str, key: str, timeout: float):
+    def __init__(self, base_url: str, host: str, key: str, timeout: float):
         import openai
+
+        self.base_url, self.host, self._key, self._timeout = base_url, host, key, timeout
+        self.failures, self.is_out, self.looked_at = 0, False, 0.0
+        self.named: str | None = None
 
         def watch(request: Any) -> None:
             request.extensions["trace"] = self._note  # httpx then tells of each step of the request
@@ -340,6 +426,16 @@ class _Connections:
         """
         self._asked.bytes = most_bytes(body["max_tokens"], body.get("top_logprobs", 0))
         return self.client.post("/chat/completions", body=body, cast_to=object)
+
+    def get(self, path: str) -> Any:
+        """What is there, as JSON."""
+        self._asked.bytes = ANSWER_BYTES
+        return self.client.get(path, cast_to=object)
+
+    def renewed(self) -> "_Connections":
+        other = _Connections(self.base_url, self.host, self._key, self._timeout)
+        other.is_out, other.looked_at, other.named = self.is_out, self.looked_at, self.named
+        return other
 
     def close(self) -> None:
         self.closed.set()
@@ -393,6 +489,24 @@ def _logp(value: Any) -> float:
     if type(value) not in (int, float) or not value <= HIGHEST:  # NaN neither
         raise TypeError("no log-probability")
     return float(max(value, LOWEST))
+
+
+def _check_tokens(choice: dict, body: dict) -> None:
+    """Without temperature the likeliest token is written: it is one of those that are listed as likely.
+
+    Raises:
+        _OfOthers: it is not.
+    """
+    for token in (choice.get("logprobs") or {}).get("content") or () if body["temperature"] == 0 else ():
+        listed = [other["token"] for other in token.get("top_logprobs") or ()]
+        if listed and token["token"] not in listed:
+            raise _OfOthers
+
+
+def _is_called(asked: str, named: str) -> bool:
+    """Whether a name may be that of the model asked for: with or without its owner and its version."""
+    short, other = (name.casefold().rpartition("/")[2] for name in (asked, named))
+    return short.startswith(other) or other.startswith(short)
 
 
 def _text(choice: dict) -> str:
