@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -263,7 +262,7 @@ def test_a_missing_member_is_named(here, run_recipe, everything, tmp_path):
 
 
 def test_what_was_kept_and_is_damaged_is_refused_by_name(tmp_path):
-    cfg = SimpleNamespace(max_new_tokens=1, seed=0, model=SimpleNamespace(id=TINY_ID))
+    cfg = OmegaConf.create({"max_new_tokens": 1, "seed": 0, "model": {"id": TINY_ID}})
     sampler = answers.Sampler(cfg, None, None, [], tmp_path)
     path = tmp_path / "p.answers.json"
     path.write_text('{"key": ')

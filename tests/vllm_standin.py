@@ -133,6 +133,10 @@ class Engine(ThreadingHTTPServer):
             choices.append({"text": self.text(new), "logprobs": logprobs} | self.rest(ids, new, body))
         return self.answer("text_completion", read, written, choices)
 
+    def tokenize(self, body):
+        ids = self.tokenizer(body["prompt"], add_special_tokens=body.get("add_special_tokens", True))["input_ids"]
+        return {"count": len(ids), "max_model_len": self.max_model_len, "tokens": ids, "token_strs": None}
+
     def rest(self, ids, new, body):
         """What a choice of either endpoint has."""
         stopped = bool(new) and new[-1] in self.stops(body)
@@ -209,6 +213,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         engine, body = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         paths = {"/v1/chat/completions": engine.chat_completions, "/v1/completions": engine.completions}
+        paths["/tokenize"] = engine.tokenize
         if engine.runtime_lora:
             paths["/v1/load_lora_adapter"] = engine.load_lora_adapter
             paths["/v1/unload_lora_adapter"] = engine.unload_lora_adapter
