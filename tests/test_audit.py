@@ -43,6 +43,9 @@ def here(run_recipe, tiny_overrides, tmp_path_factory):
         {"prompt": "q", "first": "x", "second": "y", "p": p, "judge": j} for j, p in (("one", 0.9), ("two", 0.2))
     ]
     (folder / "judged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in judged))
+    question = {"subset": "Math", "prompt": "1 + 1?", "chosen": ["2"], "rejected": ["3", "4", "5"]}
+    rows = [question | {"id": str(n), "prompt": f"{n} + 1?"} for n in range(3)]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
@@ -53,7 +56,7 @@ def write_gold(folder):
 
 @pytest.fixture(scope="module")
 def everything(tiny_model_overrides):
-    return [*tiny_model_overrides, *SMALL, "data.train_size=8", "data.eval_size=6",
+    return [*tiny_model_overrides, *SMALL, "data.train_size=8", "data.eval_size=6", "benchmark=questions.jsonl",
             "reward_model=outputs/reward/ensemble", "deployment=prompts.jsonl", "judgements=[judged.jsonl]",
             "gold=gold:words", "checkpoints=outputs/ppo/main", "ppo_run=outputs/ppo/main"]  # fmt: skip
 
@@ -88,11 +91,12 @@ def test_every_part_is_measured(audited):
     _, _, audit = audited
     assert [section["key"] for section in audit["sections"]] == [
         "preference", "calibration", "uncertainty", "stress", "probes", "overoptimisation", "coverage",
-        "disagreement", "consistency", "credit",
+        "disagreement", "consistency", "credit", "benchmark",
     ]  # fmt: skip
     assert not [section["key"] for section in audit["sections"] if "skipped" in section]
     found = figures(audit)
     assert found["preference", "accuracy"]["estimate"]["n"] == 6
+    assert found["benchmark", "score"]["estimate"]["n"] == 3
     assert found["overoptimisation", "best_of_n_gain"]["estimate"]["clusters"] == 3
     assert found["uncertainty", "accuracy_mean"]["estimate"]["value"] is not None
     assert found["credit", "advantage_first_share"]["estimate"]["value"] is not None
