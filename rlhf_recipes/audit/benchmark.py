@@ -143,8 +143,8 @@ def audit(name: str, questions: list[Question], rewards_C, left_out: int) -> dic
     ]
     notes = []
     if left_out:
-        notes.append(f"{left_out} of {left_out + len(questions)} questions are longer than max_length and left out, so "
-                     "the figures are not those of the whole benchmark.")  # fmt: skip
+        notes.append(f"{left_out} of {left_out + len(questions)} questions are longer than max_length and left out: "
+                     "these are not the figures of the whole benchmark.")  # fmt: skip
     if beside:
         notes.append(f"{BESIDE} learned from 26 million pairs; by its authors, {PUBLISHED_MEAN} % in all.")
     return section.section(
