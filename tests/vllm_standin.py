@@ -235,7 +235,8 @@ class Handler(BaseHTTPRequestHandler):
                 answer = {"error": {"message": message, "type": kind, "param": None, "code": status}}
         written = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        if not isinstance(answer, str):  # vLLM gives words no type
+            self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(written)))
         self.end_headers()
         self.wfile.write(written)
