@@ -185,12 +185,10 @@ class Sampler:
             return known["answers"]
         how = inference.Sampling(self.cfg.max_new_tokens, temperature=1.0, seed=self.cfg.seed)
         policies = self._loaded(asked)
+        if kl and not policies.scores:
+            raise Refusal(f"checkpoints: {policies.name} gives no log-probabilities of a prompt, so no KL. Use vLLM.")
         answers = policies.generate(used and str(used), self.tokenizer, asked, how, f"{part}: answers")
         if kl:
-            if not policies.scores:
-                raise Refusal(
-                    f"checkpoints: {policies.name} gives no log-probabilities of a prompt, so no KL. Use vLLM."
-                )
             encoded = [(answer["ids"], answer["start"]) for answer in answers]
             own, reference = (
                 policies.token_logps(folder and str(folder), self.tokenizer, encoded, f"{part}: KL")

@@ -86,8 +86,9 @@ class Served(Policies):
         # Without a key something must be sent, which is none's secret.
         self.key = os.environ[node.api_key_env].strip() if node.api_key_env else "no key"
         self.client = _client(node, self.key)
-        folders = [None, *dict.fromkeys(folder for s in systems for folder in (s.reference, s.adapter) if folder)]
-        self.names, self.scores = ranks.by_first(self._look, tokenizer, folders, max(lengths, default=0))
+        self.scores = ranks.by_first(self._look, tokenizer, max(lengths, default=0))
+        asked = [folder for s in systems for folder in ((s.reference, s.adapter) if self.scores else (s.adapter,))]
+        self.names = ranks.by_first(self._named, [folder for folder in dict.fromkeys(asked) if folder])
         if ranks.is_first():
             lacks = (
                 "" if self.scores else "; it gives no log-probabilities of a prompt, so no accuracy, KL, perplexity"
@@ -160,9 +161,13 @@ class Served(Policies):
 
         return sums
 
-    def _look(self, tokenizer, folders: list[str | None], longest: int) -> tuple[dict[str | None, str], bool]:
-        """What the endpoint calls the base and the adapters, and whether it gives log-probabilities of a prompt."""
-        cards = {card.get("id"): card for card in self._told(self.client, "get", "/models").get("data") or []}
+    def _look(self, tokenizer, longest: int) -> bool:
+        """Whether the endpoint gives log-probabilities of a prompt.
+
+        Raises:
+            Refusal: the base is not served, reads less than the longest text, or has another tokenizer.
+        """
+        cards = self._cards()
         base = cards.get(self.model)
         if base is None:
             raise Refusal(f"generator.model={self.model}: not served at {self.host}, which has {', '.join(cards)}.")
@@ -180,21 +185,31 @@ class Served(Policies):
         try:
             told = self._post(f"{self.base_url.removesuffix('/v1')}/tokenize", {"model": self.model, **asked})
         except _Rejected as error:
-            raise Refusal(
-                f"{error}. Without /tokenize (vLLM, SGLang and llama.cpp have it) no tokenizer is compared."
-            ) from None
+            raise Refusal(f"{error}. It needs /tokenize, as vLLM, SGLang and llama.cpp have it.") from None
         if told.get("tokens") != ids:
             raise Refusal(
                 f"{self.name}: its tokenizer is not that of model.id, and texts are sent as token ids. Serve the "
                 "model of model.id, or set that to the one that is served."
             )
-        names = {folder: self._adapter(folder, cards) if folder else self.model for folder in folders}
         try:
             body = {"model": self.model, "prompt": ids, "max_tokens": 1, "prompt_logprobs": 0}
             choice = self._choice(self._post("/completions", body))
         except _Rejected:
             choice = {}
-        return names, len(choice.get("prompt_logprobs") or []) == len(ids)
+        return len(choice.get("prompt_logprobs") or []) == len(ids)
+
+    def _named(self, folders: list[str]) -> dict[str | None, str]:
+        """What the endpoint calls the base and the adapters of these folders."""
+        cards = self._cards()
+        return {None: self.model} | {folder: self._adapter(folder, cards) for folder in folders}
+
+    def _cards(self) -> dict[str, dict]:
+        """The models that are served, by name."""
+        try:
+            told = self._told(self.client, "get", "/models")
+        except _Rejected as error:
+            raise Refusal(f"{error}. See that generator.base_url is right; mostly it ends in /v1.") from None
+        return {str(card.get("id")): card for card in told.get("data") or [] if isinstance(card, dict)}
 
     def _adapter(self, folder: str, cards: dict[str, dict]) -> str:
         """What the endpoint calls an adapter, which is loaded there unless it is served."""
