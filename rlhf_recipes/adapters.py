@@ -42,7 +42,12 @@ class Policies:
 
     Args:
         fast: whether what sequences begin with goes through it once: `fast_forward` of the config.
+
+    Attributes:
+        scores: whether it gives log-probabilities of given tokens.
     """
+
+    scores = True
 
     def __init__(self, model: DictConfig, quantization: DictConfig, systems: list[System], fast: bool = False):
         from peft import PeftModel
@@ -73,6 +78,16 @@ class Policies:
             self.model.set_adapter(self._name(folder))
             yield self.model
 
+    def generate(self, folder: str | None, tokenizer, prompts: list, how: m.Sampling, what: str, part=(0, 1)) -> list:
+        """As of `inference.generate`."""
+        with self.using(folder) as model:
+            return m.generate(model, tokenizer, prompts, how, what, part)
+
+    def token_logps(self, folder: str | None, tokenizer, encoded: list[tuple[list[int], int]], what: str) -> list:
+        """As of `inference.token_logps`."""
+        with self.using(folder) as model:
+            return m.token_logps(model, tokenizer.pad_token_id, encoded, what)
+
     def pair_logps(self, folder: str | None, tokenizer, rows: list[dict], kept: slice = m.WHOLE) -> list[dict]:
         with self.using(folder) as model:
             return m.pair_logps(model, tokenizer, rows, f"{short_name(folder)}: pairs", kept=kept)
@@ -87,20 +102,17 @@ class Policies:
         not of this part (`cfg.shards`)."""
         asked, part = [row["prompt"] for row in prompts], part_of(cfg.shards)
         how = m.Sampling(cfg.max_new_tokens, cfg.temperature, cfg.seed)
-        with self.using(system.adapter) as model:
-            shown = m.generate(model, tokenizer, asked, how, f"{system.name}: answers", part)
+        shown = self.generate(system.adapter, tokenizer, asked, how, f"{system.name}: answers", part)
         answered = [answer for answer in shown if answer]
         if system is parent:
             for answer in answered:
                 answer |= {"k1": 0.0, "k3": 0.0}
             return shown
-        with self.using(system.adapter) as model:
-            how = replace(how, temperature=1.0)
-            sampled = m.generate(model, tokenizer, asked, how, f"{system.name}: samples", part)
-            encoded = [(answer["ids"], answer["start"]) for answer in sampled if answer]
-            own = m.token_logps(model, tokenizer.pad_token_id, encoded, f"{system.name}: KL")
-        with self.using(parent.adapter) as model:
-            reference = m.token_logps(model, tokenizer.pad_token_id, encoded, f"{system.name}: KL, parent")
+        how = replace(how, temperature=1.0)
+        sampled = self.generate(system.adapter, tokenizer, asked, how, f"{system.name}: samples", part)
+        encoded = [(answer["ids"], answer["start"]) for answer in sampled if answer]
+        own = self.token_logps(system.adapter, tokenizer, encoded, f"{system.name}: KL")
+        reference = self.token_logps(parent.adapter, tokenizer, encoded, f"{system.name}: KL, parent")
         for answer, p, q in zip(answered, own, reference, strict=True):
             answer["k1"], answer["k3"] = m.kl_terms(p, q)
         return shown

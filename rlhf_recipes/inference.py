@@ -250,8 +250,7 @@ def generate(
         longest = [(ids + [0] * how.max_new_tokens, 0) for ids, _ in encoded]
         for _, batch in _batches(longest, what, model, part=part):
             indices = [i for (i,) in batch]
-            # What is drawn depends on the prompt's place, not on batch or process.
-            draws = Draws([hash((how.seed, i)) % 2**63 for i in indices], model.device, how.max_new_tokens)
+            draws = Draws([draw_seed(how.seed, i) for i in indices], model.device, how.max_new_tokens)
 
             def choose(logits_BV, rows, draws=draws):
                 return draws.draw(logits_BV / how.temperature, rows) if how.temperature else logits_BV.argmax(1)
@@ -266,6 +265,11 @@ def generate(
                     "finished": answer[-1] in stops,
                 }
     return _everyones(results)
+
+
+def draw_seed(seed: int, place: int) -> int:
+    """Of what is drawn for one prompt: it depends on the prompt's place, not on batch or process."""
+    return hash((seed, place)) % 2**63
 
 
 def kl_terms(policy_logps_K, reference_logps_K) -> tuple[float, float]:

@@ -304,6 +304,7 @@ _ADDED = {
     "data.text": "auto",
     "data.preference": "auto",
     "data.ignore": [],
+    "benchmark": None,
     **{
         f"data.columns.{key}": key
         for key in ("label", "system", "input", "history", "first", "second", "preference", "margin")

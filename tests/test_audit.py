@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -44,6 +43,9 @@ def here(run_recipe, tiny_overrides, tmp_path_factory):
         {"prompt": "q", "first": "x", "second": "y", "p": p, "judge": j} for j, p in (("one", 0.9), ("two", 0.2))
     ]
     (folder / "judged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in judged))
+    question = {"subset": "Math", "prompt": "1 + 1?", "chosen": ["2"], "rejected": ["3", "4", "5"]}
+    rows = [question | {"id": str(n), "prompt": f"{n} + 1?"} for n in range(3)]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
@@ -54,7 +56,7 @@ def write_gold(folder):
 
 @pytest.fixture(scope="module")
 def everything(tiny_model_overrides):
-    return [*tiny_model_overrides, *SMALL, "data.train_size=8", "data.eval_size=6",
+    return [*tiny_model_overrides, *SMALL, "data.train_size=8", "data.eval_size=6", "benchmark=questions.jsonl",
             "reward_model=outputs/reward/ensemble", "deployment=prompts.jsonl", "judgements=[judged.jsonl]",
             "gold=gold:words", "checkpoints=outputs/ppo/main", "ppo_run=outputs/ppo/main"]  # fmt: skip
 
@@ -89,11 +91,12 @@ def test_every_part_is_measured(audited):
     _, _, audit = audited
     assert [section["key"] for section in audit["sections"]] == [
         "preference", "calibration", "uncertainty", "stress", "probes", "overoptimisation", "coverage",
-        "disagreement", "consistency", "credit",
+        "disagreement", "consistency", "credit", "benchmark",
     ]  # fmt: skip
     assert not [section["key"] for section in audit["sections"] if "skipped" in section]
     found = figures(audit)
     assert found["preference", "accuracy"]["estimate"]["n"] == 6
+    assert found["benchmark", "score"]["estimate"]["n"] == 3
     assert found["overoptimisation", "best_of_n_gain"]["estimate"]["clusters"] == 3
     assert found["uncertainty", "accuracy_mean"]["estimate"]["value"] is not None
     assert found["credit", "advantage_first_share"]["estimate"]["value"] is not None
@@ -263,7 +266,7 @@ def test_a_missing_member_is_named(here, run_recipe, everything, tmp_path):
 
 
 def test_what_was_kept_and_is_damaged_is_refused_by_name(tmp_path):
-    cfg = SimpleNamespace(max_new_tokens=1, seed=0, model=SimpleNamespace(id=TINY_ID))
+    cfg = OmegaConf.create({"max_new_tokens": 1, "seed": 0, "model": {"id": TINY_ID}})
     sampler = answers.Sampler(cfg, None, None, [], tmp_path)
     path = tmp_path / "p.answers.json"
     path.write_text('{"key": ')

@@ -34,8 +34,9 @@ class Endpoint(ThreadingHTTPServer):
     """POST /v1/chat/completions; what a test sets decides how it answers.
 
     `fault(text, attempt)` of the last message's text gives None, a status or one of FAULTS; `choice(body)` the fields
-    of the first choice, `calls(body)` its model; `models`, with ids, is the list at /v1/models. It counts, by text:
-    `asked`, and `answered` of them with 200.
+    of the first choice, `calls(body)` its model; `models`, with ids, is the list at /v1/models; `continues` what must
+    be said for a last turn of the assistant to be continued, None: nothing helps. It counts, by text: `asked`, and
+    `answered` of them with 200; not whether it continues a turn.
     """
 
     daemon_threads = True
@@ -51,8 +52,8 @@ class Endpoint(ThreadingHTTPServer):
         self.choice = lambda body: says(f"answer to {body['messages'][-1]['content']}")
         self.serve = lambda: None
         self.usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
-        self.fault_headers, self.told = {}, "no"
-        self.models, self.calls = None, lambda body: body["model"]
+        self.fault_headers, self.told, self.continues = {}, "no", None
+        self.models, self.calls, self.ends = None, lambda body: body["model"], "nesday"
 
     def handle_error(self, request, client_address):
         pass  # a client that hangs up is part of the tests
@@ -75,6 +76,9 @@ class Handler(BaseHTTPRequestHandler):
         endpoint = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         text = body["messages"][-1]["content"]
+        if body["messages"] == list(server.BEGUN):
+            told = {key: body[key] for key in server.CONTINUES[0] if key in body}
+            return self.respond(None, body, says(endpoint.ends if told == endpoint.continues else "Monday, Tuesday,"))
         with endpoint.lock:
             endpoint.asked[text] += 1
             attempt = endpoint.asked[text]
@@ -92,7 +96,7 @@ class Handler(BaseHTTPRequestHandler):
                 endpoint.answered[text] += fault is None
         self.respond(fault, body)
 
-    def respond(self, fault, body):
+    def respond(self, fault, body, choice=None):
         if fault == "hang":
             self.server.open.wait(60)
         if fault in ("hang", "lost"):
@@ -105,7 +109,7 @@ class Handler(BaseHTTPRequestHandler):
             "model": self.server.calls(body),
             "usage": self.server.usage,
         }
-        good["choices"] = [{"index": 0, **self.server.choice(body)}] if fault is None else []
+        good["choices"] = [{"index": 0, **(choice or self.server.choice(body))}] if fault is None else []
         status = {None: 200, "garbage": 200, "no choices": 200, "html": 200, "rate": 429, "error": 500}.get(
             fault, fault
         )
@@ -361,6 +365,31 @@ def test_a_vote_is_read_from_the_text(text):
     expected = VOTES[text]
     read = server.vote(text, ("A", "B"))
     assert read == (expected and pytest.approx([math.log(p) for p in expected]))
+
+
+@pytest.mark.parametrize("continues", [None, *server.CONTINUES])
+@pytest.mark.parametrize("ends", ["nesdays, and", "Monday, Tuesday, Wednesday"])
+def test_an_answer_is_begun_where_the_endpoint_continues_it(endpoint, capsys, continues, ends):
+    endpoint.continues, endpoint.ends = continues, ends
+    listed = [token("The", ("The", 0.5), ("A", 0.3), ("B", 0.2)), token("B", ("B", 0.9), ("A", 0.1))]
+    endpoint.choice = lambda body: says("The B", content=listed)
+    asked, [request] = backend(endpoint), choices(1)
+    expected = (0.1, 0.9) if continues is None else (0.3, 0.2)
+    for requests in ([request], choices(3)[1:]):
+        for answer in answers(asked, requests).values():
+            assert answer["logps"] == pytest.approx([math.log(p) for p in expected])
+    begun = [{"role": "assistant", "content": request.prefix}] if continues is not None else []
+    for body in endpoint.bodies:
+        assert body["messages"][1:] == begun and body["max_tokens"] == (1 if begun else 8)
+        assert {key: body[key] for key in server.CONTINUES[0] if key in body} == (continues or {})
+    said = [line for line in capsys.readouterr().err.splitlines() if "an answer that is begun for it" in line]
+    assert len(said) == 1 and said[0].startswith(asked.host)
+    assert ("does not continue" in said[0]) is (continues is None)
+
+
+def test_options_that_are_not_among_the_likely_words_after_a_prefix_are_no_answer(endpoint):
+    endpoint.continues = {}
+    assert logps_of(endpoint, [token("The", ("The", 0.5), ("An", 0.3))]) is None
 
 
 @pytest.mark.parametrize("status", [400, 422])

@@ -4,13 +4,10 @@ import json
 import subprocess
 import sys
 import zipfile
-from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from engine import ALIAS
 
 pytestmark = pytest.mark.slow
@@ -76,22 +73,59 @@ def test_evaluate_is_judged_by_it(url, run_recipe, tiny_overrides, tmp_path):
     assert (answered["value"], answered["n"]) == (1, 2)
 
 
-def test_it_chooses_as_the_model_in_this_process(url, rows, compose):
-    """Between the two likeliest words after the same rendered prompt: the GGUF has the embedded model's numbers, and
-    llama.cpp multiplies them with activations of 8 bits."""
-    from rlhf_recipes.cai import local, server
-    from rlhf_recipes.cai.backend import Request
+@pytest.fixture(scope="module")
+def here(compose):
+    """The same model in this process."""
+    from rlhf_recipes.cai import local
 
     cfg = compose("cai", "quantization=none", "model.dtype=float32")
-    here = local.load(cfg.model, cfg.quantization, None)
-    asked = [Request(str(n), "choice", row["prompt"], options=("A", "B")) for n, row in enumerate(rows[:12])]
-    with torch.inference_mode():
-        for n, request in enumerate(asked):
-            likely_V = here.decoder.start([here._encode(request, request.messages).ids]).logits[0].argsort()
-            words = (here.tokenizer.decode(token) for token in likely_V.flip(0)[:50].tolist())
-            asked[n] = replace(request, options=tuple(islice((word for word in words if word.isalnum()), 2)))
+    return local.load(cfg.model, cfg.quantization, None)
+
+
+def test_it_judges_as_the_model_in_this_process(url, rows, here, compose, capsys):
+    """The shipped question with the beginning of its answer, which it continues. The GGUF has the embedded model's
+    numbers, and llama.cpp multiplies them with activations of 8 bits."""
+    from rlhf_recipes.cai import constitution, server
+    from rlhf_recipes.cai.judge import Judge, Pair
+
+    cfg = compose("cai", "constitution=clinic")
+    judge = Judge(here, constitution.load(cfg.constitution), cfg.judging, cfg.seed)
+    principle = judge.constitution.principles[0]
+    texts = [[row[side][-1]["content"] for side in ("chosen", "rejected")] for row in rows[:3]]
+    pairs = [Pair(str(n), row["prompt"], *texts[n]) for n, row in enumerate(rows[:3])]
+    asked = [judge._question(pair, principle, swapped) for pair in pairs for swapped in (False, True)]
     p = []
     for backend in (here, server.Server(base_url=url, model=ALIAS)):
-        answers = {r.prompt_id: answer["logps"] for group in backend.answer(asked, (), "test") for r, answer in group}
-        p.append([1 / (1 + np.exp(b - a)) for a, b in (answers[request.prompt_id] for request in asked)])
+        answers = {r.key: answer["logps"] for group in backend.answer(asked, (), "test") for r, answer in group}
+        p.append([1 / (1 + np.exp(b - a)) for a, b in (answers[request.key] for request in asked)])
+    assert "continues an answer that is begun for it" in capsys.readouterr().err
     assert np.abs(np.subtract(*p)).mean() < 0.05, p
+
+
+def test_an_evaluation_is_answered_by_it_without_kl(url, rows, here, compose, tmp_path, capsys):
+    from conftest import write_adapter
+
+    from rlhf_recipes import inference
+    from rlhf_recipes.adapters import BASE, System
+    from rlhf_recipes.errors import Refusal
+    from rlhf_recipes.evaluation.served import Served, refuse_unscored
+
+    cfg = compose("evaluate", "runs=[x]", "max_new_tokens=4", *node("generator", url))
+    base, prompts = System(BASE), rows[:4]
+    served = Served(cfg, here.tokenizer, [base], [100])
+    assert "no log-probabilities of a prompt, so no accuracy, KL, perplexity" in capsys.readouterr().out
+    answers = served.answers(base, base, here.tokenizer, prompts, cfg)
+    how = inference.Sampling(cfg.max_new_tokens, cfg.temperature, cfg.seed)
+    asked = [row["prompt"] for row in prompts]
+    expected = inference.generate(here.model, here.tokenizer, asked, how, "test")
+    assert all(answer["tokens"] <= 4 and answer["text"] and "k1" not in answer for answer in answers)
+    # Rounded activations may choose another word now and then.
+    assert sum(a["text"][:3] == e["text"][:3] for a, e in zip(answers, expected, strict=True)) >= 2
+    with pytest.raises(Refusal, match="gives no log-probabilities of a prompt"):
+        refuse_unscored(cfg, served)
+    write_adapter(tmp_path / "run")
+    adapter = System("run", str(tmp_path / "run" / "adapter"))
+    with pytest.raises(Refusal, match=r"run/adapter: not served at 127\.0\.0\.1:\d+ \(.*--lora-modules run-"):
+        Served(cfg, here.tokenizer, [adapter], [100])
+    with pytest.raises(Refusal, match="reads 2048 tokens, and the longest text with its answer has 5000"):
+        Served(cfg, here.tokenizer, [base], [5000])

@@ -17,6 +17,7 @@ import torch
 from conftest import TINY_ID, stir
 from omegaconf import OmegaConf
 from test_processes import differences
+from vllm_standin import Engine, serving
 
 from rlhf_recipes.errors import Refusal
 
@@ -786,3 +787,121 @@ def test_tasks_without_the_extra_are_refused(compose, monkeypatch):
     ):
         tasks.find(["arc_easy"], compose("evaluate").lm_eval)
     assert tasks.find([], compose("evaluate").lm_eval) == {}
+
+
+@pytest.fixture(scope="module")
+def pairs(compose):
+    from rlhf_recipes.data.load import load_pairs
+
+    return load_pairs(compose("evaluate", "runs=[x]", "data.eval_size=6").data)
+
+
+@pytest.fixture
+def engine(tiny_model):
+    """engine(**how): a vLLM of the tiny model, see tests/vllm_standin.py."""
+    pytest.importorskip("openai")
+    with contextlib.ExitStack() as stack:
+        yield lambda **how: stack.enter_context(serving(tiny_model, **how))
+
+
+def at(served, *more):
+    return ("generator=server", "generator.model=tiny", f"generator.base_url={served.url}", *more)
+
+
+def found_by(compose, pairs, *overrides):
+    from rlhf_recipes.evaluation import measure
+
+    settings = evaluation(compose, "unused", *overrides)
+    return measure.measure(settings, measure.find(["sft", "dpo"], "base", TINY_ID), measure.Scorers([]), pairs)
+
+
+def test_a_served_model_is_measured_as_one_in_this_process(runs, compose, pairs, tiny_model_overrides, engine, capsys):
+    """Answers the same, every number within 1e-4 of it; a part of a job measures its part."""
+    served = engine(lora_modules={"mine": runs / "sft" / "adapter"})
+    here = found_by(compose, pairs, *tiny_model_overrides, "temperature=0.7")
+    there = found_by(compose, pairs, *tiny_model_overrides, "temperature=0.7", *at(served))
+    assert here.settings.pop("quantization") == "none"
+    assert there.settings.pop("quantization") == "as tiny at 127.0.0.1 serves it"
+    assert "KL to the base as it is served there\n" in capsys.readouterr().out
+    for key in ("parent", "systems", "info", "settings"):
+        assert getattr(there, key) == getattr(here, key)
+    for ours, theirs in ((here.pairs, there.pairs), (here.answers, there.answers)):
+        for row, other in zip(ours, theirs, strict=True):
+            for name, numbers in row["systems"].items():
+                assert other["systems"][name] == pytest.approx(numbers, rel=1e-4), (row["prompt_id"], name)
+    assert any(row["systems"]["dpo"]["k1"] > 0.01 for row in there.answers)
+    for name in here.systems:
+        assert there.neutral[name] == [pytest.approx(each, rel=1e-4) for each in here.neutral[name]]
+    names = {model for path, model in served.asked if path == "/v1/completions"}
+    assert len(names) == 3 and "tiny" in names and "mine" not in names
+    assert {name.rpartition("-")[0] for name in names} == {"", "sft", "dpo"}
+    parts = [found_by(compose, pairs, *tiny_model_overrides, *at(served, f"shards={k}/2")) for k in (1, 2)]
+    assert [len(part.answers) for part in parts] == [2, 2] and [len(part.pairs) for part in parts] == [3, 3]
+
+
+def test_adapters_that_the_engine_names_itself_are_found_by_their_folders(
+    runs, compose, pairs, tiny_model_overrides, engine, capsys
+):
+    folders = {name: runs / name / "adapter" for name in ("sft", "dpo")}
+    served = engine(lora_modules={"first": folders["sft"], "second": folders["dpo"]}, runtime_lora=False)
+    found_by(compose, pairs, *tiny_model_overrides, *at(served))
+    assert {model for path, model in served.asked if path == "/v1/completions"} == {"tiny", "first", "second"}
+    assert "of sft/adapter by first, as it was when the endpoint loaded it" in capsys.readouterr().out
+
+
+def test_an_engine_without_log_probabilities_of_a_prompt_answers(runs, compose, tiny_model_overrides, tmp_path, engine,
+                                                                 monkeypatch, capsys):  # fmt: skip
+    served = engine(prompt_logprobs=False)
+    (tmp_path / "longer.py").write_text("def wins(prompts, first, second):\n    return [0.9 for _ in prompts]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    code = evaluate(compose, "unscored", *tiny_model_overrides, *at(served, "judge_function=longer:wins"))
+    assert "so no accuracy, KL, perplexity" in capsys.readouterr().out
+    result = json.loads((runs / "unscored" / "result.json").read_text())
+    system = result["evaluation"]["systems"]["dpo"]
+    assert code == {"ship": 3, "hold": 4, "worse": 5}[result["evaluation"]["verdict"]]
+    assert result["main"]["name"].startswith("win_rate of") and result["main"]["before"]["value"] == 0.5
+    assert system["metrics"]["kl_k1"]["n"] == system["metrics"]["accuracy_log_ratio"]["n"] == 0
+    assert system["metrics"]["win_rate"]["n"] == 4 and "max_kl" in system["verdict"]["unchecked"]
+
+
+@pytest.mark.parametrize(
+    ("how", "overrides", "says"),
+    [
+        ({}, ["generator.model=other"], "generator.model=other: not served at 127.0.0.1:"),
+        ({"lora_modules": {"mine": "sft/adapter"}}, ["generator.model=mine"], "is an adapter there. Give its base"),
+        ({"runtime_lora": False}, [], r"sft/adapter: not served at 127.0.0.1:\d+ \(.*--lora-modules sft-\w{12}=sft"),
+        ({"max_model_len": 64}, [], r"reads 64 tokens, and the longest text with its answer has \d\d+\."),
+        ({"prompt_logprobs": False}, [], r"gives no log-probabilities of a prompt \(prompt_logprobs\), so no pref"),
+        ({"words": [1, 2]}, [], "its tokenizer is not that of model.id"),
+        ({}, ["tasks=[arc_easy]"], "tasks: the harness scores a model in this process."),
+        ({}, ["+generator.chat_template_kwargs.a=1"], "generator.chat_template_kwargs: prompts are rendered here."),
+    ],
+)  # fmt: skip
+def test_an_engine_that_cannot_be_measured_is_refused(
+    runs, compose, pairs, tiny_model_overrides, engine, monkeypatch, how, overrides, says
+):
+    if words := how.get("words"):
+        monkeypatch.setattr(Engine, "tokenize", lambda self, body: {"tokens": words})
+    served = engine(**{key: value for key, value in how.items() if key != "words"})
+    with pytest.raises(Refusal, match=says) as caught:
+        found_by(compose, pairs, *tiny_model_overrides, *at(served, *overrides))
+    assert "\n" not in str(caught.value)
+    # Whether it has log-probabilities of a prompt is asked of one; nothing else is paid for.
+    assert sum(count for (path, _), count in served.asked.items() if path == "/v1/completions") <= 1
+
+
+def test_an_audit_samples_at_an_engine_as_in_this_process(
+    runs, compose, tokenizer, tiny_model_overrides, tmp_path, engine
+):
+    from rlhf_recipes.audit.answers import Sampler
+
+    asked_of = [{"prompt": asked(question)} for question in QUESTIONS]
+    common = (*tiny_model_overrides, "reward_model=x", "max_new_tokens=8", "quantization=none", "model.dtype=float32")
+    found = []
+    for name, more in (("here", ()), ("there", at(engine()))):
+        sampler = Sampler(compose("audit", *common, *more), tokenizer, None, [Path("sft/adapter")], tmp_path / name)
+        found.append([sampler.answers(folder, asked_of, "p", kl=True) for folder in (None, Path("sft/adapter"))])
+    for here, there in zip(*found, strict=True):
+        for answer, other in zip(here, there, strict=True):
+            assert other == pytest.approx(answer, rel=1e-4)
+    assert any(answer["k1"] for answer in found[1][1])

@@ -18,6 +18,7 @@ from rlhf_recipes import config, ensemble, ranks, references
 from rlhf_recipes.audit.scoring import Ensemble
 from rlhf_recipes.data import formats
 from rlhf_recipes.errors import Refusal, users_function
+from rlhf_recipes.evaluation import served
 from rlhf_recipes.references import ModelRef, adapter_sha256, folder_of
 from rlhf_recipes.run_folder import read_json, read_result, write_atomically
 
@@ -175,18 +176,24 @@ class Sampler:
         used = adapter or self.parent
         asked = [row["prompt"] for row in rows]
         settings = [self.cfg.max_new_tokens, self.cfg.seed, self.cfg.model.id, kl]
+        settings += [served.quantization(self.cfg)] if served.is_asked(self.cfg) else []
         hashes = [folder and adapter_sha256(folder) for folder in (used, self.parent)]
         key = hashlib.sha256(json.dumps([asked, settings, hashes]).encode()).hexdigest()
         path = self.keep / f"{part}.answers.json"
         known = ranks.by_first(lambda: read_json(path) if path.is_file() else {})
         if known.get("key") == key and "answers" in known:
             return known["answers"]
-        with self._loaded().using(used and str(used)) as model:
-            how = inference.Sampling(self.cfg.max_new_tokens, temperature=1.0, seed=self.cfg.seed)
-            answers = inference.generate(model, self.tokenizer, asked, how, f"{part}: answers")
+        how = inference.Sampling(self.cfg.max_new_tokens, temperature=1.0, seed=self.cfg.seed)
+        policies = self._loaded(asked)
+        if kl and not policies.scores:
+            raise Refusal(f"checkpoints: {policies.name} gives no log-probabilities of a prompt, so no KL. Use vLLM.")
+        answers = policies.generate(used and str(used), self.tokenizer, asked, how, f"{part}: answers")
         if kl:
             encoded = [(answer["ids"], answer["start"]) for answer in answers]
-            own, reference = (self._logps(folder, encoded, part) for folder in (used, self.parent))
+            own, reference = (
+                policies.token_logps(folder and str(folder), self.tokenizer, encoded, f"{part}: KL")
+                for folder in (used, self.parent)
+            )
             for answer, p, q in zip(answers, own, reference, strict=True):
                 answer["k1"] = inference.kl_terms(p, q)[0]
         kept = [{key: answer[key] for key in ("text", "k1") if key in answer} for answer in answers]
@@ -194,19 +201,19 @@ class Sampler:
         write_atomically(path, json.dumps({"key": key, "answers": kept}, ensure_ascii=False))
         return kept
 
-    def _logps(self, folder: Path | None, encoded: list, part: str) -> list:
-        from rlhf_recipes import inference
-
-        with self._loaded().using(folder and str(folder)) as model:
-            return inference.token_logps(model, self.tokenizer.pad_token_id, encoded, f"{part}: KL")
-
-    def _loaded(self):
+    def _loaded(self, asked: list):
         if self._policies is None:
+            from rlhf_recipes import inference
             from rlhf_recipes.adapters import Policies, System
 
             folders = [self.parent, *self.adapters]
             found = [System(str(folder), folder and str(folder)) for folder in folders]
-            self._policies = Policies(self.cfg.model, self.cfg.quantization, found, self.cfg.fast_forward)
+            if served.is_asked(self.cfg):
+                ids = [inference.encode(self.tokenizer, prompt, None)[0] for prompt in asked]
+                lengths = [len(each) + self.cfg.max_new_tokens + 1 for each in ids]
+                self._policies = served.Served(self.cfg, self.tokenizer, found, lengths)
+            else:
+                self._policies = Policies(self.cfg.model, self.cfg.quantization, found, self.cfg.fast_forward)
         return self._policies
 
 

@@ -5,7 +5,7 @@ Models are here and in `scoring` and `answers`; the parts see arrays alone.
 
 import hashlib
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 
@@ -13,7 +13,7 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import ensemble, models, progress, ranks, references
-from rlhf_recipes.audit import answers, credit, judgements, preference, stress
+from rlhf_recipes.audit import answers, benchmark, credit, judgements, preference, stress
 from rlhf_recipes.audit.scoring import Ensemble
 from rlhf_recipes.data.formats import clusters
 from rlhf_recipes.data.load import Splits, load_prompts
@@ -34,6 +34,7 @@ class Sources:
         gold: of `answers.find_gold`, or None.
         checkpoints: runs whose checkpoints are held against gold.
         ppo: of `credit.read_run`, or None.
+        benchmark: its questions; none where none is asked for.
     """
 
     reward_models: list[ModelRef]
@@ -43,6 +44,7 @@ class Sources:
     gold: answers.Gold | None
     checkpoints: list[answers.KeptRun]
     ppo: dict | None
+    benchmark: list[benchmark.Question] = field(default_factory=list)
 
 
 def find(cfg: DictConfig) -> Sources:
@@ -71,6 +73,7 @@ def find(cfg: DictConfig) -> Sources:
         gold,
         kept,
         credit.read_run(cfg.ppo_run) if cfg.ppo_run else None,
+        benchmark.load(cfg.benchmark) if cfg.benchmark else [],
     )
 
 
@@ -159,6 +162,13 @@ def take(cfg: DictConfig, found: Sources, pairs: Splits, tokenizer, run: Run) ->
         "consistency": partial(consistency.audit, told),
         "credit": partial(credit.audit, made["credit"], parts_MK, rows, found.ppo),
     }  # fmt: skip
+    if found.benchmark:
+        asked = benchmark.fitting(found.benchmark, tokenizer, cfg.max_length)
+        rewards_C = scored.conversations([turns for each in asked for turns in each.conversations], "benchmark").mean(
+            0
+        )
+        left_out = len(found.benchmark) - len(asked)
+        parts["benchmark"] = partial(benchmark.audit, cfg.benchmark, asked, rewards_C, left_out)
     done = []
     for names in progress.batches("figures", len(parts), [[name] for name in parts]):
         done += [ranks.by_first(parts[name]) for name in names]  # of numbers that all have
@@ -230,7 +240,9 @@ class Scored:
         return _sides(ensemble.aligned(self.ensemble.score(_turns(rows), part).rewards_MC, self.reference_MK))
 
     def answers(self, made: list[dict], part: str) -> np.ndarray:
-        turns = [row["prompt"] + row["completion"] for row in made]
+        return self.conversations([row["prompt"] + row["completion"] for row in made], part)
+
+    def conversations(self, turns: list[list[dict]], part: str) -> np.ndarray:
         return ensemble.aligned(self.ensemble.score(turns, part).rewards_MC, self.reference_MK)
 
 

@@ -43,6 +43,15 @@ ANSWER_BYTES, TOKEN_BYTES = 2**20, 512
 URL = re.compile(r"https?://(([\w.-]+|\[[\da-fA-F:.]+\])(:\d{1,5})?)(/[^\s?#@]*)?")
 # A template's own words, which some endpoints send as an error of theirs (500).
 REFUSED_ROLES = re.compile(r"system role|roles must alternate", re.IGNORECASE)
+# An answer is begun in the middle of a word: an endpoint that continues the assistant's last turn ends the word. vLLM
+# and SGLang want to be told, llama.cpp and TGI continue such a turn untold; llama.cpp gives what was begun back, which
+# no answer of so few tokens has by itself.
+BEGUN = (
+    {"role": "user", "content": "Name the days of the week, in order."},
+    {"role": "assistant", "content": "Monday, Tuesday, Wed"},
+)
+ENDED, ENDED_TOKENS = "nesday", 4
+CONTINUES = ({"continue_final_message": True, "add_generation_prompt": False}, {})
 AROUND = " \t\r\n▁Ġ()[].,:*`'\"‘’“”"  # what may stand around an option within its token
 
 
@@ -100,6 +109,7 @@ class Server:
         self.served: dict[str, Any] | None = None  # of `introduced`, when it was looked at
         self._lock, self._unsaid = threading.Lock(), threading.Lock()
         self._top_logprobs, self._repeats = TOP_LOGPROBS[0], 0
+        self._continuing, self._continues = threading.Lock(), []
         told = (chat_template_kwargs or {}).items()
         self._template_kwargs, self._folds = {key: value for key, value in told if value is not None}, False
 
@@ -113,7 +123,8 @@ class Server:
         choice has `logps` and the counts: log-probabilities in nats of the first token that names an option, summed
         over its variants ("A", " A", "(A"). An option that is not listed there lies below the lowest that is, and gets
         that less 1. Without log-probabilities, the option that the text names gets log 0.99. The `prefix` of a choice
-        is not sent: few chat endpoints continue one.
+        is sent where the endpoint continues an answer that is begun for it, and the first token after it counts alone,
+        whatever is drawn; elsewhere the model begins its answer itself.
 
         Raises:
             Refusal: refused, or `max_attempts` times without an answer; after what was answered is yielded.
@@ -253,24 +264,57 @@ class Server:
         return self._post(connections, request, read, max_tokens=request.max_new_tokens, **sampling)
 
     def _choice(self, connections: "_Connections", request: Request) -> Answer:
+        continued = self._continued(connections) if request.prefix else None
+        begun = continued is not None
+        if begun:
+            turn = {"role": "assistant", "content": request.prefix}
+            request = replace(request, messages=[*request.messages, turn])
+
         def read(choice: dict) -> Answer:
             tokens = (choice.get("logprobs") or {}).get("content") or []
             if any(token.get("top_logprobs") for token in tokens):
-                return {"logps": logps(tokens, request.options)}
+                return {"logps": logps(tokens, request.options, begun)}
             if _text(choice) and self._unsaid.acquire(blocking=False):
                 print(f"{self.host} gives no log-probabilities: options are read from the text.", file=sys.stderr)
             return {"logps": vote(_text(choice), request.options)}
 
         for top in [count for count in TOP_LOGPROBS if count <= self._top_logprobs]:
             asked = {"logprobs": True, "top_logprobs": top} if top else {}
+            asked |= {"max_tokens": 1 if begun else CHOICE_TOKENS, "temperature": 0} | (continued or {})
             try:
-                answer = self._post(connections, request, read, max_tokens=CHOICE_TOKENS, temperature=0, **asked)
+                answer = self._post(connections, request, read, **asked)
             except _Rejected:
                 if not top:
                     raise
             else:
                 self._top_logprobs = min(self._top_logprobs, top)
                 return answer
+
+    def _continued(self, connections: "_Connections") -> dict[str, Any] | None:
+        """What a request says so that the endpoint continues its last turn; None where nothing makes it. Found out
+        before the first choice is asked for, and said."""
+
+        def read(choice: dict) -> Answer:
+            return {"text": _text(choice)}
+
+        with self._continuing:
+            if not self._continues:
+                request, found = Request("", "continues", list(BEGUN)), None
+                for said in CONTINUES:
+                    with suppress(_Rejected, _Thinks):
+                        asked = {"max_tokens": ENDED_TOKENS, "temperature": 0} | said
+                        answer = self._post(connections, request, read, **asked)
+                        if answer["text"].removeprefix(BEGUN[-1]["content"]).startswith(ENDED):
+                            found = said
+                            break
+                self._continues = [found]
+                how = "does not continue an answer that is begun for it: options are looked for in its own words"
+                if found is not None:
+                    how = (
+                        f"continues an answer that is begun for it ({', '.join(found) or 'untold'}): options follow it"
+                    )
+                print(f"{self.host} {how}.", file=sys.stderr)
+            return self._continues[0]
 
     def _post(self, connections: "_Connections", request: Request, read: Callable[[dict], Answer], **body) -> Answer:
         """What `read` finds in the first choice of the response, and the counts; sent again where that may help."""
@@ -458,18 +502,19 @@ def most_bytes(max_tokens: int, top_logprobs: int = 0) -> int:
     return ANSWER_BYTES + TOKEN_BYTES * max_tokens * (1 + top_logprobs)
 
 
-def logps(tokens: list[dict], options: tuple[str, ...]) -> list[float] | None:
+def logps(tokens: list[dict], options: tuple[str, ...], begun: bool = False) -> list[float] | None:
     """Log-probability in nats of each option at the first token that names one; None without such a token.
 
     Args:
         tokens: `choices[0].logprobs.content` of a response.
+        begun: the options are what the answer goes on with: at its first token, whatever that is, if any is listed.
     """
-    for token in tokens:
-        if token["token"].strip(AROUND) in options and token["top_logprobs"]:
+    for token in tokens[:1] if begun else tokens:
+        if (begun or token["token"].strip(AROUND) in options) and token["top_logprobs"]:
             listed = [(other["token"].strip(AROUND), _logp(other["logprob"])) for other in token["top_logprobs"]]
             lowest = min(logp for _, logp in listed)
             own = [[logp for name, logp in listed if name == option] for option in options]
-            return [_log_sum(found) if found else lowest - 1 for found in own]
+            return [_log_sum(found) if found else lowest - 1 for found in own] if any(own) else None
     return None
 
 

@@ -18,7 +18,7 @@ from rlhf_recipes.data.formats import clusters
 from rlhf_recipes.data.load import Splits
 from rlhf_recipes.data.tokens import neutralise
 from rlhf_recipes.errors import Refusal
-from rlhf_recipes.evaluation import judges
+from rlhf_recipes.evaluation import judges, served
 from rlhf_recipes.evaluation import tasks as harness
 from rlhf_recipes.evaluation.measurements import Measurements
 from rlhf_recipes.references import ModelRef, adapter_sha256, folder_of
@@ -107,13 +107,16 @@ def measure(
     rows, prompts, kept = _rows(cfg, tokenizer, pairs)
     first, parts = part_of(cfg.shards)
     rows = rows[first::parts]
-    policies = Policies(cfg.model, cfg.quantization, systems, cfg.fast_forward)
+    policies = _policies(cfg, tokenizer, systems, rows, kept, prompts)
     texts = NEUTRAL.read_text(encoding="utf-8").strip().split("\n\n")[first::parts]
     parent, fresh = systems[0], systems[1:] if before else systems
     logps, neutral, answers = _known(before, parent) if before else ({}, {}, {})
     folders = dict.fromkeys(folder for s in fresh for folder in (s.reference, s.adapter))
-    logps |= {folder: policies.pair_logps(folder, tokenizer, rows, kept) for folder in folders if folder not in logps}
-    neutral |= {s.name: policies.neutral(s, tokenizer, texts) for s in fresh}
+    if policies.scores:
+        logps |= {
+            folder: policies.pair_logps(folder, tokenizer, rows, kept) for folder in folders if folder not in logps
+        }
+        neutral |= {s.name: policies.neutral(s, tokenizer, texts) for s in fresh}
     answers |= {s.name: policies.answers(s, parent, tokenizer, prompts, cfg) for s in fresh}
     places = [place for place, answer in enumerate(answers[parent.name]) if answer]
     prompts, answers = [prompts[n] for n in places], {name: [own[n] for n in places] for name, own in answers.items()}
@@ -131,7 +134,7 @@ def measure(
         parent=parent.name,
         systems=[s.name for s in systems],
         info={s.name: _info(s) | _optimised(s, parent, scorers.reward_models) for s in systems},
-        pairs=[_pair(i, row, systems, logps) for i, row in enumerate(rows)],
+        pairs=[_pair(i, row, systems if logps else [], logps) for i, row in enumerate(rows)],
         answers=[_answer(i, row, cfg.harmful_families, answers) for i, row in enumerate(prompts)],
         judgements={s.name: judges.by_function(scorers.judge, prompts, answers, s.name, parent.name) for s in judged},
         reward_models=reward_models,
@@ -250,6 +253,20 @@ def _known(before: Measurements, parent: System) -> tuple[dict, dict, dict]:
     return {parent.adapter: logps}, {parent.name: before.neutral[parent.name]}, {parent.name: answers}
 
 
+def _policies(
+    cfg: DictConfig, tokenizer, systems: list[System], rows: list[dict], kept: slice, prompts: list[dict]
+) -> Policies:
+    """The systems in this process, or at an endpoint."""
+    if not served.is_asked(cfg):
+        return Policies(cfg.model, cfg.quantization, systems, cfg.fast_forward)
+    sides = [(row, side) for row in rows for side in ("chosen", "rejected")]
+    lengths = [len(m.encode(tokenizer, row["prompt"], row[side])[0][kept]) + 1 for row, side in sides]
+    lengths += [len(m.encode(tokenizer, row["prompt"], None)[0]) + cfg.max_new_tokens + 1 for row in prompts]
+    policies = served.Served(cfg, tokenizer, systems, lengths)
+    served.refuse_unscored(cfg, policies)
+    return policies
+
+
 def _rows(cfg: DictConfig, tokenizer, pairs: Splits) -> tuple[list[dict], list[dict], slice]:
     """The pairs that are measured, each with its cluster, the prompts that are answered, and `Splits.kept`."""
     fitted = fit(pairs, tokenizer, cfg.max_length, cfg.data.too_long)
@@ -310,7 +327,7 @@ def _settings(cfg: DictConfig, scorers: Scorers, pairs: Splits) -> dict[str, Any
     return (
         {
             "model": cfg.model.id,
-            "quantization": "none" if "_target_" not in cfg.quantization else dict(cfg.quantization),
+            "quantization": served.quantization(cfg),
             "data": pairs.source,
             "reward_model": ", ".join(map(_hashed, scorers.reward_models)) or None,
             "temperature": cfg.temperature,

@@ -108,6 +108,10 @@ def headline(evaluation: dict) -> dict:
                 "before": before[metric],
                 "after": after[metric],
             }
+    won = after.get("win_rate")  # by a judge, of answers alone: the parent against itself is a draw
+    if won and won.n:
+        draw = Estimate(0.5, 0.5, 0.5, won.n, won.clusters)
+        return {"name": f"win_rate of {evaluation['recommended']}", "before": draw, "after": won}
     raise Refusal("data: neither pairs nor scored answers are left to compare.")
 
 

@@ -44,6 +44,7 @@ KEYS = {
     "deployment": str | None,
     "stress": str | None,
     "gold": str | list | None,
+    "benchmark": str | None,
     "proxy": ("first", "mean", "min", "uwo", "trained"),
     "ppo_run": str | None,
     "sweep.reward_model": str | None,
