@@ -20,7 +20,7 @@ def main(cfg):
     rewards = references.find_rewards(cfg.reward_funcs, cfg.model.id, cfg.model.adapter_base)
     prompts = load_prompts(cfg.data)
 
-    from rlhf_recipes import models
+    from rlhf_recipes import models, packing
     from rlhf_recipes.training import account, callbacks, metrics
 
     args = models.training_args(cfg.trainer, run)
@@ -32,6 +32,8 @@ def main(cfg):
     args.check_prompts(len(prompts.train))
     train_dataset, eval_dataset = prompts.to_datasets()
     policy, lora = models.load_policy(cfg.model, cfg.quantization, cfg.lora, run.parent)
+    if cfg.fast_forward:
+        packing.allow(policy)
     trainer = ppo.PPOTrainer(
         model=policy,
         reward_funcs=rewards,

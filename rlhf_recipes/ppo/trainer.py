@@ -40,7 +40,7 @@ from rlhf_recipes.ppo.experience import (
     warn_of_sampler,
     whiten_rewards,
 )
-from rlhf_recipes.ppo.roles import CRITIC, POLICY, REFERENCE, Batch, Roles, hidden_states
+from rlhf_recipes.ppo.roles import CRITIC, POLICY, REFERENCE, Batch, Roles
 from rlhf_recipes.ppo.rollout import Completions, sample
 from rlhf_recipes.ppo.scores import Scores
 from rlhf_recipes.ppo.trl_private import BaseTrainer, create_model_from_path, get_config_model_id
@@ -133,6 +133,8 @@ class PPOTrainer(BaseTrainer):
         self.stopped: str | None = None
         self.samples: list[dict] = []
         self._micro_batches: list[MicroBatch] = []
+        # Of the first of them: the weights are the same when the update begins.
+        self._kept: tuple[Tensor, Tensor, Tensor] | None = None
         self._tally = Tally()
         self._rollout_log: dict[str, float] = {}
         self._last_good: dict[str, Tensor] = {}
@@ -242,25 +244,22 @@ class PPOTrainer(BaseTrainer):
     def _backward(self, micro: MicroBatch, tokens: float, first: bool) -> Tensor:
         """Add the gradients of one micro-batch, each token's weight 1/`tokens`; returns its part of the loss."""
         args, batch = self.args, micro.batch
-        with self.roles.acting(POLICY) as decoder:
-            with self.accelerator.autocast():
-                hidden_NH = hidden_states(decoder, batch)
-                logps_N, entropy_N = self.roles.token_logps(
-                    POLICY, hidden_NH, batch.tokens_N, args.temperature, entropy=args.entropy_coef != 0
-                )
+        kept, self._kept = self._kept, None
+        with self.roles.acting(POLICY):
+            hidden_NH, logps_N, entropy_N = kept or self._forward(batch, entropy=args.entropy_coef != 0)
             if first:
                 micro.old_logps = batch.padded(logps_N.detach())
             objective_N, ratio_N, clipped_N = algorithm.policy_objective(
                 logps_N, batch.packed(micro.old_logps), batch.packed(micro.advantages), args.cliprange, args.dual_clip
             )
-            if entropy_N is not None:
+            if args.entropy_coef:
                 objective_N = objective_N + args.entropy_coef * entropy_N
             policy_loss = -objective_N.sum() / tokens
             self.accelerator.backward(policy_loss)
         if self.roles.separate:
             with self.roles.acting(CRITIC) as decoder:
                 with self.accelerator.autocast():
-                    hidden_NH = hidden_states(decoder, batch)
+                    hidden_NH = self.roles.answer_states(decoder, batch)
                 value_loss, values_clipped_N = self._backward_values(hidden_NH, micro, tokens)
         else:
             value_loss, values_clipped_N = self._backward_values(hidden_NH.detach(), micro, tokens)
@@ -321,8 +320,9 @@ class PPOTrainer(BaseTrainer):
         micro_batches, micro = [], args.per_device_train_batch_size
         lengths = [len(prompt) + len(ids) for prompt, ids in zip(prompts, completions.ids, strict=True)]
         for indices in partition(lengths, micro * args.gradient_accumulation_steps, micro):
-            batch = Batch.of([prompts[i] for i in indices], [completions.ids[i] for i in indices], *self._padding())
-            logps, entropies, values = map(batch.padded, self._act(batch))
+            batch = self._batch([prompts[i] for i in indices], [completions.ids[i] for i in indices])
+            keep = not micro_batches and args.disable_dropout
+            logps, entropies, values = map(batch.padded, self._act(batch, keep))
             sampler_logps = batch.padded(torch.cat([completions.logps[i] for i in indices]))
             reference_logps = batch.padded(self._logps(REFERENCE, batch))
             k1, _, _ = kl_estimates(logps, reference_logps)
@@ -351,19 +351,32 @@ class PPOTrainer(BaseTrainer):
 
     def _logps(self, role: str, batch: Batch) -> Tensor:
         with self.roles.acting(role) as decoder, self.accelerator.autocast():
-            hidden_NH = hidden_states(decoder, batch)
+            hidden_NH = self.roles.answer_states(decoder, batch)
             return self.roles.token_logps(role, hidden_NH, batch.tokens_N, self.args.temperature)[0]
 
-    def _act(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities and entropies of the policy, and V, as its update will compute them; (N,) each."""
+    def _forward(self, batch: Batch, entropy: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Hidden states, (N, H), log-probabilities and entropies of the policy, (N,) each."""
         with self.roles.acting(POLICY) as decoder, self.accelerator.autocast():
-            hidden_NH = hidden_states(decoder, batch)
-            logps_N, entropy_N = self.roles.token_logps(
-                POLICY, hidden_NH, batch.tokens_N, self.args.temperature, entropy=True
+            hidden_NH = self.roles.answer_states(decoder, batch)
+            return hidden_NH, *self.roles.token_logps(
+                POLICY, hidden_NH, batch.tokens_N, self.args.temperature, entropy
             )
+
+    def _act(self, batch: Batch, keep: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities and entropies of the policy, and V, as its update will compute them; (N,) each.
+
+        Args:
+            keep: whether the update that follows shall find this forward pass, and not make it again.
+        """
+        self.model.train(keep)  # gradient checkpointing asks for it
+        with torch.set_grad_enabled(keep):
+            forward = self._forward(batch, entropy=True)
+        self.model.eval()
+        self._kept = forward if keep else self._kept
+        hidden_NH, logps_N, entropy_N = (each.detach() for each in forward)
         if self.roles.separate:
             with self.roles.acting(CRITIC) as decoder, self.accelerator.autocast():
-                hidden_NH = hidden_states(decoder, batch)
+                hidden_NH = self.roles.answer_states(decoder, batch)
         return logps_N, entropy_N, self.roles.values(hidden_NH)
 
     def _record(self, rows: list[dict], completions: Completions, parts: dict[str, Tensor], seconds: dict) -> None:
@@ -460,7 +473,7 @@ class PPOTrainer(BaseTrainer):
             prompts, completions = self._complete(rows, [self._seed(EVALUATE, 0, i) for i in indices])
             with self.accelerator.autocast():
                 parts = self.scores.rewards(rows, completions, self.state)
-            batch = Batch.of(prompts, completions.ids, *self._padding())
+            batch = self._batch(prompts, completions.ids)
             logps_N, reference_N = self._logps(POLICY, batch), self._logps(REFERENCE, batch)
             k1, _, k3 = (batch.padded(k).sum(1).cpu() for k in kl_estimates(logps_N, reference_N))
             columns = self._columns(completions, parts) | {"kl": k1, "kl_k3": k3}
@@ -503,7 +516,9 @@ class PPOTrainer(BaseTrainer):
         state = torch.load(self._state_file(resume_from_checkpoint), map_location=place, weights_only=True)
         for name, parameter in self.roles.value_state().items():
             parameter.data.copy_(state["value"][name])
-        self._micro_batches = [MicroBatch(**{**m, "batch": Batch(**m["batch"])}) for m in state["micro_batches"]]
+        self._micro_batches = [
+            MicroBatch(**{**m, "batch": Batch.restored(m["batch"])}) for m in state["micro_batches"]
+        ]
         self.kl.coef = state["kl_coef"]
         self.scores.load_state_dict(state["scores"])
         self._rollout_log, self.samples = state["rollout_log"], state["samples"]
@@ -523,8 +538,10 @@ class PPOTrainer(BaseTrainer):
             return self.processing_class(prompt)["input_ids"]
         return render(self.processing_class, prompt, add_generation_prompt=True, return_dict=False)
 
-    def _padding(self) -> tuple:
-        return self.processing_class.pad_token_id, self.args.device
+    def _batch(self, prompts: list[list[int]], completions: list[list[int]]) -> Batch:
+        with self.accelerator.autocast():
+            rows = self.roles.find_rows([p + c for p, c in zip(prompts, completions, strict=True)])
+        return Batch.of(prompts, completions, self.processing_class.pad_token_id, self.args.device, rows)
 
     def _sum(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, "sum")
