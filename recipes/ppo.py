@@ -29,6 +29,7 @@ def main(cfg):
     tokenizer = models.load_tokenizer(cfg.model)
     prompts = fit(prompts, tokenizer, cfg.max_prompt_length, cfg.data.too_long)
     print(describe(prompts.report))
+    args.check_servers(cfg.max_prompt_length)
     args.check_prompts(len(prompts.train))
     train_dataset, eval_dataset = prompts.to_datasets()
     policy, lora = models.load_policy(cfg.model, cfg.quantization, cfg.lora, run.parent)

@@ -11,7 +11,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from itertools import groupby
+from pathlib import Path
 from types import MappingProxyType
 
 import torch
@@ -29,6 +31,7 @@ from rlhf_recipes.errors import Refusal
 from rlhf_recipes.inference import stop_ids
 from rlhf_recipes.ppo import algorithm, rewards
 from rlhf_recipes.ppo.config import PPOConfig
+from rlhf_recipes.ppo.engines import Engines, Gone
 from rlhf_recipes.ppo.experience import (
     MicroBatch,
     RolloutSampler,
@@ -117,6 +120,11 @@ class PPOTrainer(BaseTrainer):
             model = get_peft_model(model, peft_config)
         models.keep_gradients_on_cpu(model)
 
+        self.engines = Engines(args.server_urls, args.vllm_server_timeout) if args.server_urls else None
+        if self.engines and not isinstance(model, PeftModel):
+            raise Refusal(
+                "rollout=server: a server is given the policy's LoRA, and there is none. Give a peft_config."
+            )
         self.roles = Roles(model, args.value)
         self.roles.add_reference(starts_from_adapter)
         self.reward_funcs = self._load_rewards(reward_funcs, reward_processing_classes, processing_class, args)
@@ -252,6 +260,14 @@ class PPOTrainer(BaseTrainer):
             objective_N, ratio_N, clipped_N = algorithm.policy_objective(
                 logps_N, batch.packed(micro.old_logps), batch.packed(micro.advantages), args.cliprange, args.dual_clip
             )
+            if self.engines and args.vllm_importance_sampling_correction:
+                weights_N = algorithm.importance_weights(
+                    batch.packed(micro.old_logps), batch.packed(micro.sampler_logps),
+                    args.vllm_importance_sampling_clip_max,
+                )  # fmt: skip
+                objective_N = objective_N * weights_N
+                self._tally.add("sampling/importance_sampling_ratio/mean", weights_N)
+                self._tally.extremes("sampling/importance_sampling_ratio", weights_N)
             if args.entropy_coef:
                 objective_N = objective_N + args.entropy_coef * entropy_N
             policy_loss = -objective_N.sum() / tokens
@@ -335,6 +351,7 @@ class PPOTrainer(BaseTrainer):
         if self.state.global_step == 0:
             self.roles.rescale_values(*fit_values(micro_batches, args.gamma, self._sum))
         self._rollout_log = compare_policies(micro_batches, self._sum)
+        self._hold_to_engines(self._rollout_log["sampling/logp_difference"])
         self._rollout_log |= compute_advantages(micro_batches, args, self._sum)
         seconds = {"rollout": sampled - begin, "scoring": time.monotonic() - sampled}
         self._record(rows, completions, parts, seconds)
@@ -343,11 +360,59 @@ class PPOTrainer(BaseTrainer):
     def _complete(self, rows: list[dict], seeds: list[int]) -> tuple[list[list[int]], Completions]:
         self.model.eval()
         prompts = [self._prompt_ids(row["prompt"]) for row in rows]
+        if self.engines:
+            return prompts, self._sampled_elsewhere(prompts, seeds)
         merge = self.args.merge_to_sample
         merge = self.args.device.type == "cpu" if merge is None else merge
         with self.accelerator.autocast(), self.roles.merged() if merge else nullcontext():
             completions = sample(self.roles, self.processing_class, prompts, seeds, self.eos_ids, self.args)
         return prompts, completions
+
+    def _sampled_elsewhere(self, prompts: list[list[int]], seeds: list[int]) -> Completions:
+        args = self.args
+        asked = {
+            "max_tokens": args.max_completion_length, "temperature": args.temperature, "stop_token_ids": self.eos_ids,
+        }  # fmt: skip
+        save = partial(self.model.save_pretrained, selected_adapters=[POLICY], save_embedding_layers=False)
+        try:
+            found = self.engines.sample(save, Path(args.output_dir), prompts, seeds, asked)
+        except Gone as gone:
+            raise Refusal(f"{gone} {self._saved()} Start it again, then run the same command.") from None
+        ids = [each.ids for each in found]
+        return Completions(
+            ids,
+            self.processing_class.batch_decode(ids, skip_special_tokens=True),
+            [torch.tensor(each.logps, device=args.device) for each in found],
+            [each.ids[-1] in self.eos_ids for each in found],
+        )
+
+    def _saved(self) -> str:
+        """Keep the steps so far, in the middle of what comes after them."""
+        step = self.state.global_step
+        if not step:
+            return "Nothing was trained."
+        if not Path(self.args.output_dir, f"checkpoint-{step}", "trainer_state.json").exists():
+            self._save_checkpoint(self.model, trial=None)
+        return f"Step {step} of {self.state.max_steps} is saved."
+
+    def _hold_to_engines(self, difference: float) -> None:
+        """Refuse engines that are another model.
+
+        Args:
+            difference: of log-probabilities, in nats a token, on the engines' first completions.
+        """
+        if not self.engines or self.engines.compared:
+            return
+        if difference > self.args.max_logp_difference:
+            raise Refusal(
+                f"trainer.rollout=server: its log-probabilities differ from the policy's by {difference:.3f} nats a "
+                f"token (trainer.max_logp_difference={self.args.max_logp_difference:g}). It must serve model.id in "
+                "the precision that is trained (a 4-bit base is another model: quantization=none), and where "
+                "trainer.temperature is not 1 with --logprobs-mode processed_logprobs."
+            )
+        self.engines.compared = True
+        if self.is_world_process_zero():
+            print(f"rollout=server: {difference:.1g} nats a token between server and policy.", flush=True)
 
     def _logps(self, role: str, batch: Batch) -> Tensor:
         with self.roles.acting(role) as decoder, self.accelerator.autocast():
@@ -475,6 +540,9 @@ class PPOTrainer(BaseTrainer):
                 parts = self.scores.rewards(rows, completions, self.state)
             batch = self._batch(prompts, completions.ids)
             logps_N, reference_N = self._logps(POLICY, batch), self._logps(REFERENCE, batch)
+            drawn_N = torch.cat(completions.logps)
+            apart = self._sum(torch.stack([(logps_N - drawn_N).abs().sum(), drawn_N.new_tensor(len(drawn_N))]))
+            self._hold_to_engines((apart[0] / apart[1]).item())
             k1, _, k3 = (batch.padded(k).sum(1).cpu() for k in kl_estimates(logps_N, reference_N))
             columns = self._columns(completions, parts) | {"kl": k1, "kl_k3": k3}
             found += [dict(zip(columns, values, strict=True)) for values in self._gathered(columns).tolist()]

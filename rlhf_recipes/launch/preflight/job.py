@@ -126,6 +126,8 @@ def _look(job: Job, looked_at: Cache, found: JobReport) -> None:
     _memory(found, job, args, largest, predict, looked_at.elsewhere)
     if looked_at.measure and sharding.is_on():
         found.watch.append("no step is taken: it would be of one process, with the whole model")
+    elif looked_at.measure and cfg.trainer.get("rollout") == "server":
+        found.watch.append("no step is taken: its completions would be asked of the servers")
     elif looked_at.measure and not found.stops and not later:
         shape = _shape(cfg, recipe)
         if shape not in looked_at.measured:
