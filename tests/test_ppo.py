@@ -243,6 +243,19 @@ def test_dropout_is_off_everywhere(build, judge):
     assert {m.attention_dropout for m in trainer.model.modules() if hasattr(m, "attention_dropout")} == {0.0}
 
 
+def test_rows_are_made_where_they_cost_less():
+    from rlhf_recipes.packing import find_rows
+
+    def found(shared, lengths, hidden_size=64):
+        return find_rows([[0] * shared + [n] * (length - shared) for n, length in enumerate(lengths, 1)], hidden_size)
+
+    assert found(0, [32, 32, 32, 32]) == []
+    assert found(16, [40, 24, 40, 24]) == [[0, 2, 1, 3]]  # 80 tokens, filled up to 96; each padded, 160
+    assert found(0, [96, 32, 32, 32]) == [[0], [1, 2, 3]]  # nothing in common, and yet less padding
+    assert found(64, [320, 320], hidden_size=16) == []  # attention over 576 costs more than 64 tokens
+    assert found(64, [320, 320], hidden_size=4096) == [[0, 1]]
+
+
 @pytest.mark.parametrize("value", ["separate", "head"])
 def test_the_fast_way_is_the_plain_way(build, judge, parent, value, monkeypatch):
     """Several episodes in a row, and the first forward pass kept: losses, rewards and weights are those of episodes

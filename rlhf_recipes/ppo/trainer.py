@@ -403,7 +403,7 @@ class PPOTrainer(BaseTrainer):
         """
         if not self.engines or self.engines.compared:
             return
-        if difference > self.args.max_logp_difference:
+        if not difference <= self.args.max_logp_difference:  # NaN neither
             raise Refusal(
                 f"trainer.rollout=server: its log-probabilities differ from the policy's by {difference:.3f} nats a "
                 f"token (trainer.max_logp_difference={self.args.max_logp_difference:g}). It must serve model.id in "
