@@ -20,7 +20,7 @@ def main(cfg):
     rewards = references.find_rewards(cfg.reward_funcs, cfg.model.id, cfg.model.adapter_base)
     prompts = load_prompts(cfg.data)
 
-    from rlhf_recipes import models
+    from rlhf_recipes import models, packing
     from rlhf_recipes.training import account, callbacks, metrics
 
     args = models.training_args(cfg.trainer, run)
@@ -29,9 +29,12 @@ def main(cfg):
     tokenizer = models.load_tokenizer(cfg.model)
     prompts = fit(prompts, tokenizer, cfg.max_prompt_length, cfg.data.too_long)
     print(describe(prompts.report))
+    args.check_servers(cfg.max_prompt_length)
     args.check_prompts(len(prompts.train))
     train_dataset, eval_dataset = prompts.to_datasets()
     policy, lora = models.load_policy(cfg.model, cfg.quantization, cfg.lora, run.parent)
+    if cfg.fast_forward:
+        packing.allow(policy)
     trainer = ppo.PPOTrainer(
         model=policy,
         reward_funcs=rewards,

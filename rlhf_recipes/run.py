@@ -42,6 +42,8 @@ _NOT_COMPUTED = (
     *("run_name", "resume", "overwrite", "sweep", "preflight", "allow_target"),
     *("fast_forward", "shards"),
 )
+# Of `trainer`, in the same way.
+_NOT_TRAINED = ("report_to", "vllm_server_base_url", "vllm_server_timeout")
 # What an interrupted cai or audit goes on from: the first file or folder of many that it keeps.
 GATE, SCORES = "gate.jsonl", "scores"
 KEPT = {GATE: "what was answered", SCORES: "what was scored"}
@@ -329,7 +331,7 @@ def computed(config: dict) -> dict:
     published = ("publish", "repo_id") if "publish" in config else ()
     kept = {key: value for key, value in config.items() if key not in (*_NOT_COMPUTED, *watched, *published)}
     if "trainer" in kept:
-        kept["trainer"] = {key: value for key, value in kept["trainer"].items() if key != "report_to"}
+        kept["trainer"] = {key: value for key, value in kept["trainer"].items() if key not in _NOT_TRAINED}
     for path, value in _ADDED.items():
         kept = _without(kept, path.split("."), value)
     if (kept.get("data") or {}).get("format") == "auto":

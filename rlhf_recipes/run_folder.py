@@ -41,6 +41,8 @@ FILES = (
 )  # fmt: skip
 FOLDERS = ("adapter", "scores", "shards")
 CHECKPOINT = re.compile(r"checkpoint-\d+")
+# Of PPO's policy, as a server is given it.
+VERSION = re.compile(r"policy-[0-9a-f]{8}-v\d+|\.policy-[0-9a-f]{8}\.part")
 # Beside them: TRL's card, and what TensorBoard reads, which stays.
 CARD, LOGS = "README.md", "runs"
 # Of an unfinished run these alone are worth nothing: they are written again.
@@ -322,6 +324,9 @@ def drop_checkpoints(folder: Path) -> None:
     for path in checkpoints(folder):
         if not path.is_symlink():
             shutil.rmtree(path)
+    for path in _children(folder / CHECKPOINTS):
+        if VERSION.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
     (folder / CHECKPOINTS / CARD).unlink(missing_ok=True)
     _rmdir(folder / CHECKPOINTS)
 
@@ -369,7 +374,8 @@ def _is_named(path: Path, names: tuple[str, ...]) -> bool:
 
 def _is_own_checkpoint(path: Path) -> bool:
     if path.is_dir():
-        return not path.is_symlink() and (path.name == LOGS or CHECKPOINT.fullmatch(path.name) is not None)
+        own = path.name == LOGS or CHECKPOINT.fullmatch(path.name) or VERSION.fullmatch(path.name)
+        return bool(own) and not path.is_symlink()
     return path.name == CARD and not path.is_symlink()
 
 

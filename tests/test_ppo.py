@@ -243,6 +243,51 @@ def test_dropout_is_off_everywhere(build, judge):
     assert {m.attention_dropout for m in trainer.model.modules() if hasattr(m, "attention_dropout")} == {0.0}
 
 
+def test_rows_are_made_where_they_cost_less():
+    from rlhf_recipes.packing import find_rows
+
+    def found(shared, lengths, hidden_size=64):
+        return find_rows([[0] * shared + [n] * (length - shared) for n, length in enumerate(lengths, 1)], hidden_size)
+
+    assert found(0, [32, 32, 32, 32]) == []
+    assert found(16, [40, 24, 40, 24]) == [[0, 2, 1, 3]]  # 80 tokens, filled up to 96; each padded, 160
+    assert found(0, [96, 32, 32, 32]) == [[0], [1, 2, 3]]  # nothing in common, and yet less padding
+    assert found(64, [320, 320], hidden_size=16) == []  # attention over 576 costs more than 64 tokens
+    assert found(64, [320, 320], hidden_size=4096) == [[0, 1]]
+
+
+@pytest.mark.parametrize("value", ["separate", "head"])
+def test_the_fast_way_is_the_plain_way(build, judge, parent, value, monkeypatch):
+    """Several episodes in a row, and the first forward pass kept: losses, rewards and weights are those of episodes
+    padded and a pass for each use."""
+    from rlhf_recipes import packing
+
+    def trained(fast):
+        trainer = build(str(judge), adapter=parent, value=value, learning_rate=1e-3, entropy_coef=0.01,
+                        num_mini_batches=2, per_device_train_batch_size=4, gradient_accumulation_steps=1)  # fmt: skip
+        shapes, states, act = [], trainer.roles.states, trainer._act
+        trainer.roles.states = lambda decoder, ids_PL, packed: (
+            shapes.append(ids_PL.shape) or states(decoder, ids_PL, packed)
+        )
+        if fast:
+            packing.allow(trainer.model)
+        else:
+            trainer._act = lambda batch, keep=False: act(batch)
+        trainer.train()
+        return trainer, shapes
+
+    (fast, fast_shapes), (plain, plain_shapes) = trained(True), trained(False)
+    passes = 4 * (2 if value == "separate" else 1)  # of the steps, each of a micro-batch
+    assert len(plain_shapes) - len(fast_shapes) == 1 and len(plain_shapes) >= passes + 6
+    assert {shape[0] for shape in plain_shapes} == {4} and {shape[0] for shape in fast_shapes} < {1, 2, 3}
+    for key in ("loss", "reward", "kl", "entropy", "loss/value", "explained_variance", "grad_norm", "ratio/max"):
+        assert logged(fast, key) == pytest.approx(logged(plain, key), rel=1e-5, abs=1e-6), key
+    assert logged(fast, "ratio/min")[0] == logged(fast, "ratio/max")[0] == 1
+    for name, weight in weights(plain).items():
+        torch.testing.assert_close(weights(fast)[name], weight, atol=2e-4, rtol=1e-3)
+    assert fast.roles.decoder.packing.proven and not fast.roles.decoder.packing.refused
+
+
 @pytest.mark.parametrize("value", ["separate", "head"])
 def test_micro_batches_do_not_change_the_update(build, value):
     results = []

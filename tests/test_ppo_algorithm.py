@@ -225,3 +225,8 @@ def test_running_moments_are_those_of_all_values():
         moments.update(part)
     assert (moments.mean, moments.variance) == pytest.approx((values.mean().item(), values.var(correction=0).item()))
     assert moments.normalise(values).std(correction=0).item() == pytest.approx(1, abs=1e-5)
+
+
+def test_importance_weights_are_cut_off_above():
+    weights = algorithm.importance_weights(torch.tensor([-1.0, -1.0, -3.0]), torch.tensor([-1.0, -3.0, -1.0]), 3.0)
+    torch.testing.assert_close(weights, torch.tensor([1.0, 3.0, math.exp(-2)]))

@@ -105,6 +105,18 @@ def policy_objective(
     return objective, ratio, (clipped < free).float()
 
 
+def importance_weights(logps: Tensor, sampler_logps: Tensor, clip_max: float) -> Tensor:
+    """min(policy / sampler, clip_max) of each token that another program drew.
+
+    Truncated importance sampling (Ionides 2008), for tokens as in TRL's GRPOTrainer under
+    `vllm_importance_sampling_mode=token_truncate`.
+
+    Args:
+        logps: the policy's before it moved.
+    """
+    return (logps - sampler_logps).exp().clamp(max=clip_max)
+
+
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, cliprange: float | None) -> tuple[Tensor, Tensor]:
     """1/2 max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2), and 1 where the clip decided.
 

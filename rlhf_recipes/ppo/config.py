@@ -1,5 +1,6 @@
 """Arguments of `PPOTrainer`."""
 
+import re
 from dataclasses import dataclass, field
 
 from rlhf_recipes.errors import Refusal
@@ -7,6 +8,8 @@ from rlhf_recipes.ppo.algorithm import CONTROLLERS, ENSEMBLES
 from rlhf_recipes.ppo.trl_private import BaseConfig
 
 VALUES = ("head", "separate")
+ROLLOUTS = ("local", "server")
+URL = re.compile(r"https?://([\w.-]+|\[[\da-fA-F:.]+\])(:\d{1,5})?")
 
 
 @dataclass
@@ -46,6 +49,33 @@ class PPOConfig(BaseConfig):
         metadata={
             "help": "Sample from unpacked copies of the base weights, in float32 with the LoRA added: faster, for two "
             "(or four) bytes a weight. None: on a CPU."
+        },
+    )
+
+    rollout: str = field(
+        default="local",
+        metadata={
+            "help": "Who answers the prompts: `local`, this process; `server`, vLLM at `vllm_server_base_url`, given "
+            "the adapter whenever it has changed."
+        },
+    )
+    vllm_server_base_url: str | list[str] | None = field(
+        default=None, metadata={"help": "http://host:port of the vLLM server, or of each of several."}
+    )
+    vllm_server_timeout: float = field(
+        default=240.0, metadata={"help": "Seconds that a server which does not answer is waited for."}
+    )
+    vllm_importance_sampling_correction: bool = field(
+        default=True, metadata={"help": "Weigh tokens that a server drew by policy / server, truncated."}
+    )
+    vllm_importance_sampling_clip_max: float = field(
+        default=3.0, metadata={"help": "Where these weights are truncated; those of each token."}
+    )
+    max_logp_difference: float = field(
+        default=0.1,
+        metadata={
+            "help": "Nats a token, in the mean: a server that differs by more from the policy on its first "
+            "completions is another model, and the run is refused."
         },
     )
 
@@ -129,7 +159,7 @@ class PPOConfig(BaseConfig):
     def __post_init__(self):
         super().__post_init__()
         for name, words in (
-            ("value", VALUES), ("kl_controller", CONTROLLERS), ("reward_ensemble", ENSEMBLES)
+            ("value", VALUES), ("rollout", ROLLOUTS), ("kl_controller", CONTROLLERS), ("reward_ensemble", ENSEMBLES)
         ):  # fmt: skip
             if getattr(self, name) not in words:
                 raise Refusal(f"{name}={getattr(self, name)}: not one of {', '.join(words)}.")
@@ -139,9 +169,50 @@ class PPOConfig(BaseConfig):
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise Refusal(f"{name}={getattr(self, name)}: must be at least 1.")
-        for name in ("temperature", "kl_target", "cliprange", "cliprange_value"):
+        for name in (
+            "temperature", "kl_target", "cliprange", "cliprange_value", "vllm_server_timeout",
+            "vllm_importance_sampling_clip_max", "max_logp_difference",
+        ):  # fmt: skip
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise Refusal(f"{name}={getattr(self, name)}: must be above 0.")
+
+        self._check_server()
+
+    def _check_server(self) -> None:
+        urls = self.server_urls
+        if (self.rollout == "server") != bool(urls):
+            wants = "give http://host:port of the vLLM server" if not urls else "add trainer.rollout=server"
+            raise Refusal(f"rollout={self.rollout}: vllm_server_base_url={self.vllm_server_base_url}; {wants}.")
+        for url in urls:
+            if not URL.fullmatch(url):
+                raise Refusal(f"vllm_server_base_url={url}: must be like http://localhost:8000.")
+        if len(set(urls)) < len(urls):
+            raise Refusal(f"vllm_server_base_url: {max(urls, key=urls.count)} stands there twice. Give each once.")
+        if urls and (self.top_p != 1 or self.top_k != 0):
+            raise Refusal(
+                f"rollout=server: top_p={self.top_p:g}, top_k={self.top_k}: importance weights are of the whole "
+                "distribution. Leave them at 1 and 0."
+            )
+
+    @property
+    def server_urls(self) -> list[str]:
+        """Of the vLLM servers, without the /v1 that some write at the end; none: samples are drawn here."""
+        given = self.vllm_server_base_url or []
+        return [url.rstrip("/").removesuffix("/v1") for url in ([given] if isinstance(given, str) else given)]
+
+    def check_servers(self, prompt_tokens: int) -> None:
+        """Ask the vLLM servers, where there are any, what they serve.
+
+        Args:
+            prompt_tokens: of the longest prompt.
+
+        Raises:
+            Refusal: see `Engines.look`.
+        """
+        if self.server_urls:
+            from rlhf_recipes.ppo.engines import Engines
+
+            Engines(self.server_urls, self.vllm_server_timeout).look(prompt_tokens + self.max_completion_length)
 
     def check_prompts(self, count: int) -> None:
         """Refuse `count` prompts that do not fill a rollout.

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rlhf_recipes import inference, models, places
+from rlhf_recipes import inference, models, packing, places
 from rlhf_recipes.data.template import as_taken, render
 from rlhf_recipes.data.tokens import neutralise
 from rlhf_recipes.errors import Refusal, first_line, users_function
-from rlhf_recipes.ppo.roles import Roles
+from rlhf_recipes.ppo.roles import Roles, lay_out
 from rlhf_recipes.references import (
     ADAPTER,
     FUNCTION,
@@ -32,21 +32,18 @@ class LearnedReward:
     Attributes:
         name: for the log.
         tokenizer: its own; conversations reach it as text.
-        read: (ids_BT, mask_BT) -> scores_B, float32.
+        read: token ids of B sequences -> scores_B, float32.
         adapter: the adapter's name where it shares the policy's backbone, else None.
         score: the head where it shares the policy's backbone, else None.
         scale: mean and standard deviation of its rewards of held-out replies, as its run reports them, else None.
-        pad_id: what it takes for padding; None where nothing says it.
     """
 
     name: str
     tokenizer: object
-    read: Callable[[Tensor, Tensor], Tensor]
-    device: torch.device
+    read: Callable[[list[list[int]]], Tensor]
     adapter: str | None = None
     score: nn.Module | None = None
     scale: tuple[float, float] | None = None
-    pad_id: int | None = None
 
     def __call__(self, prompts: list, completions: list, micro_batch: int) -> list[float]:
         encoded = [self._encode(p, c) for p, c in zip(prompts, completions, strict=True)]
@@ -54,11 +51,7 @@ class LearnedReward:
         scores = [0.0] * len(encoded)
         for start in range(0, len(order), micro_batch):
             indices = order[start : start + micro_batch]
-            rows, T = [encoded[i] for i in indices], max(len(encoded[i]) for i in indices)
-            fill = max(self.pad_id or 0, 0)  # some configs say -1
-            ids_BT = torch.tensor([row + [fill] * (T - len(row)) for row in rows], device=self.device)
-            mask_BT = torch.tensor([[1] * len(row) + [0] * (T - len(row)) for row in rows], device=self.device)
-            for i, score in zip(indices, self.read(ids_BT, mask_BT).tolist(), strict=True):
+            for i, score in zip(indices, self.read([encoded[i] for i in indices]).tolist(), strict=True):
                 scores[i] = score
         return scores
 
@@ -180,12 +173,16 @@ def call(
 def _on_backbone(
     roles: Roles, adapter: str, score: nn.Module, tokenizer, name: str, pad_id: int | None
 ) -> LearnedReward:
-    def read(ids_BT, mask_BT):
-        with roles.acting(adapter) as decoder:
-            hidden_BTH = decoder(input_ids=ids_BT, use_cache=False).last_hidden_state
-        return _score(score, hidden_BTH, inference.read_positions(ids_BT, mask_BT, pad_id))
+    device = roles.head.weight.device
 
-    return LearnedReward(name, tokenizer, read, roles.head.weight.device, adapter, score, pad_id=pad_id)
+    def read(sequences):
+        at_B = inference.read_positions(*packing.right_pad(sequences, _fill(pad_id), device), pad_id)
+        ids_PL, index_BT, packed = lay_out(sequences, _fill(pad_id), device, roles.find_rows(sequences))
+        with roles.acting(adapter) as decoder:
+            states_NH = roles.states(decoder, ids_PL, packed).flatten(0, 1)
+        return _score(score, states_NH[index_BT.gather(1, at_B[:, None])[:, 0]])
+
+    return LearnedReward(name, tokenizer, read, adapter, score)
 
 
 def _own_model(model, path: str, tokenizer, name: str | None = None) -> LearnedReward:
@@ -196,18 +193,23 @@ def _own_model(model, path: str, tokenizer, name: str | None = None) -> LearnedR
     decoder, score = base.base_model, getattr(base, "score", None)
     pad_id = base.config.get_text_config().pad_token_id
 
-    def read(ids_BT, mask_BT):
+    def read(sequences):
+        ids_BT, mask_BT = packing.right_pad(sequences, _fill(pad_id), model.device)
         if score is None:
             return model(input_ids=ids_BT, attention_mask=mask_BT).logits[:, 0].float()
         hidden_BTH = decoder(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state
-        return _score(score, hidden_BTH, inference.read_positions(ids_BT, mask_BT, pad_id))
+        at_B = inference.read_positions(ids_BT, mask_BT, pad_id)
+        return _score(score, hidden_BTH[torch.arange(len(at_B), device=at_B.device), at_B])
 
-    return LearnedReward(name or path.rsplit("/", 1)[-1], tokenizer, read, model.device, pad_id=pad_id)
+    return LearnedReward(name or path.rsplit("/", 1)[-1], tokenizer, read)
 
 
-def _score(score: nn.Module, hidden_BTH: Tensor, at_B: Tensor) -> Tensor:
-    """The head at one token of each sequence, in its own precision whatever the one around."""
-    hidden_BH = hidden_BTH[torch.arange(len(at_B), device=at_B.device), at_B]
+def _fill(pad_id: int | None) -> int:
+    return max(pad_id or 0, 0)  # some configs say -1
+
+
+def _score(score: nn.Module, hidden_BH: Tensor) -> Tensor:
+    """The head, in its own precision whatever the one around."""
     with torch.autocast(hidden_BH.device.type, enabled=False):
         return score(hidden_BH.to(next(score.parameters()).dtype))[:, 0].float()
 

@@ -4,7 +4,8 @@ With LoRA there is one set of base weights, which nothing changes: the policy is
 adapter "critic" and a head, the reference a frozen copy of the adapter that the policy started from (or no adapter at
 all), each reward model a frozen adapter and a score head. Without LoRA, reference and critic are copies of the model.
 
-Shapes: B sequences, T tokens, K completion tokens of the longest, N completion tokens of all, H hidden size.
+Shapes: B sequences, T tokens, K completion tokens of the longest, N completion tokens of all, H hidden size; P rows of
+L tokens, in each of which lies a sequence or, packed, several.
 """
 
 import copy
@@ -21,7 +22,9 @@ from peft.utils import load_peft_weights
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
+from rlhf_recipes import packing, ranks
 from rlhf_recipes.errors import Refusal
+from rlhf_recipes.packing import Packed
 from rlhf_recipes.ppo.trl_private import ChunkedLogProbFunction, disable_dropout_in_model
 from rlhf_recipes.sampling import float32_head, in_place_of
 
@@ -33,13 +36,14 @@ LOGIT_SCALES = ("logit_scale", "logits_scaling", "output_multiplier", "lm_head_m
 
 @dataclass
 class Batch:
-    """Prompts and completions, padded on the right, so that a causal model needs no mask.
+    """Prompts and completions.
 
     Attributes:
-        ids_BT: token ids.
+        ids_BT: token ids of what goes through the backbone, (P, L) where several episodes share a row.
         rows_N, columns_N: where the hidden states lie that predict the completion tokens.
         tokens_N: the completion tokens.
         mask_BK: 1 where an episode has a completion token.
+        shared: rows of several episodes.
     """
 
     ids_BT: Tensor
@@ -47,16 +51,29 @@ class Batch:
     columns_N: Tensor
     tokens_N: Tensor
     mask_BK: Tensor
+    shared: Packed | None = None
 
     @classmethod
-    def of(cls, prompts: list[list[int]], completions: list[list[int]], pad_id: int, device) -> "Batch":
-        sequences = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-        T, K = max(map(len, sequences)), max(map(len, completions))
-        ids_BT = torch.tensor([s + [pad_id] * (T - len(s)) for s in sequences], device=device)
+    def of(
+        cls, prompts: list[list[int]], completions: list[list[int]], pad_id: int, device,
+        rows: list[list[int]] | None = None,
+    ) -> "Batch":  # fmt: skip
+        """`rows`: as for `lay_out`."""
+        both = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        ids_PL, index_BT, packed = lay_out(both, pad_id, device, rows)
+        K = max(map(len, completions))
         mask_BK = torch.tensor([[1.0] * len(c) + [0.0] * (K - len(c)) for c in completions], device=device)
-        rows_N, offsets_N = mask_BK.nonzero(as_tuple=True)
-        columns_N = torch.tensor([len(p) - 1 for p in prompts], device=device)[rows_N] + offsets_N
-        return cls(ids_BT, rows_N, columns_N, ids_BT[rows_N, columns_N + 1], mask_BK)
+        episodes_N, offsets_N = mask_BK.nonzero(as_tuple=True)
+        before_N = torch.tensor([len(p) - 1 for p in prompts], device=device)[episodes_N] + offsets_N
+        index_N, L = index_BT[episodes_N, before_N], ids_PL.shape[1]
+        tokens_N = torch.tensor([token for c in completions for token in c], device=device)
+        return cls(ids_PL, index_N // L, index_N % L, tokens_N, mask_BK, packed)
+
+    @classmethod
+    def restored(cls, state: dict) -> "Batch":
+        """The inverse of `dataclasses.asdict`."""
+        shared = state.get("shared")
+        return cls(**{**state, "shared": shared and Packed(**shared)})
 
     def padded(self, values_N: Tensor) -> Tensor:
         """Values of the completion tokens as (B, K), 0 where there is none."""
@@ -140,6 +157,36 @@ class Roles:
     def trained(self) -> dict[str, nn.Parameter]:
         """Everything that a step moves."""
         return {**self.policy_parameters, **self.value_parameters}
+
+    def find_rows(self, sequences: list[list[int]]) -> list[list[int]]:
+        """See `packing.find_rows`; none where the backbone takes no such rows (`packing.allow`)."""
+        own = getattr(self.decoder, "packing", None)
+        if own is None or own.refused:
+            return []
+        rows = packing.find_rows(sequences, self.head.weight.shape[1])
+        several = [[sequences[i] for i in row] for row in rows if len(row) > 1]
+        if several and not own.proven:
+            # A window is met by long ones alone; else short ones tell as much, and cost less.
+            several.sort(key=lambda row: len(row[-1]))
+            longest = -1 if getattr(own.config, "sliding_window", None) else 0
+            own.prove(self._last_states, several[longest][-2:], self.decoder)
+            if own.refused and ranks.is_first():
+                print(f"fast_forward: episodes go through whole: {own.refused}.", flush=True)
+        return [] if own.refused else rows
+
+    def _last_states(self, **given) -> Tensor:
+        return self.decoder(**given, use_cache=False).last_hidden_state
+
+    def states(self, decoder: nn.Module, ids_PL: Tensor, packed: Packed | None) -> Tensor:
+        """Hidden states of the rows that `lay_out` made, (P, L, H)."""
+        given = {"input_ids": ids_PL}
+        if packed is not None:
+            given = self.decoder.packing.inputs(packed, packing.computed_in(decoder))
+        return decoder(**given, use_cache=False).last_hidden_state
+
+    def answer_states(self, decoder: nn.Module, batch: Batch) -> Tensor:
+        """The hidden states that predict the completion tokens, (N, H)."""
+        return self.states(decoder, batch.ids_BT, batch.shared)[batch.rows_N, batch.columns_N]
 
     @contextmanager
     def acting(self, role: str):
@@ -241,6 +288,22 @@ def _linear(x: Tensor, *, weight: Tensor, bias: Tensor | None, **_) -> Tensor:
     return nn.functional.linear(x, weight, bias)
 
 
-def hidden_states(decoder: nn.Module, batch: Batch) -> Tensor:
-    """The hidden states that predict the completion tokens, (N, H)."""
-    return decoder(input_ids=batch.ids_BT, use_cache=False).last_hidden_state[batch.rows_N, batch.columns_N]
+def lay_out(
+    sequences: list[list[int]], pad_id: int, device, rows: list[list[int]] | None = None
+) -> tuple[Tensor, Tensor, Packed | None]:
+    """Rows for the backbone.
+
+    Args:
+        rows: indices of the sequences of each, as `Roles.find_rows` gives them; none: each sequence is one, padded on
+            the right, so that a causal model needs no mask.
+
+    Returns:
+        Token ids (P, L), where in the flat (P L) the state of each token of each sequence lies (B, T), and what `pack`
+        made of several in a row.
+    """
+    if not rows:
+        ids_BT, _ = packing.right_pad(sequences, pad_id, device)
+        return ids_BT, torch.arange(ids_BT.numel(), device=device).view_as(ids_BT), None
+    packed = packing.pack([[sequences[i] for i in row] for row in rows], device)
+    order = torch.tensor([i for row in rows for i in row], device=device)
+    return packed.ids_PL, packed.index_BT[order.argsort()], packed

@@ -11,7 +11,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from itertools import groupby
+from pathlib import Path
 from types import MappingProxyType
 
 import torch
@@ -29,6 +31,7 @@ from rlhf_recipes.errors import Refusal
 from rlhf_recipes.inference import stop_ids
 from rlhf_recipes.ppo import algorithm, rewards
 from rlhf_recipes.ppo.config import PPOConfig
+from rlhf_recipes.ppo.engines import Engines, Gone
 from rlhf_recipes.ppo.experience import (
     MicroBatch,
     RolloutSampler,
@@ -40,7 +43,7 @@ from rlhf_recipes.ppo.experience import (
     warn_of_sampler,
     whiten_rewards,
 )
-from rlhf_recipes.ppo.roles import CRITIC, POLICY, REFERENCE, Batch, Roles, hidden_states
+from rlhf_recipes.ppo.roles import CRITIC, POLICY, REFERENCE, Batch, Roles
 from rlhf_recipes.ppo.rollout import Completions, sample
 from rlhf_recipes.ppo.scores import Scores
 from rlhf_recipes.ppo.trl_private import BaseTrainer, create_model_from_path, get_config_model_id
@@ -117,6 +120,11 @@ class PPOTrainer(BaseTrainer):
             model = get_peft_model(model, peft_config)
         models.keep_gradients_on_cpu(model)
 
+        self.engines = Engines(args.server_urls, args.vllm_server_timeout) if args.server_urls else None
+        if self.engines and not isinstance(model, PeftModel):
+            raise Refusal(
+                "rollout=server: a server is given the policy's LoRA, and there is none. Give a peft_config."
+            )
         self.roles = Roles(model, args.value)
         self.roles.add_reference(starts_from_adapter)
         self.reward_funcs = self._load_rewards(reward_funcs, reward_processing_classes, processing_class, args)
@@ -133,6 +141,8 @@ class PPOTrainer(BaseTrainer):
         self.stopped: str | None = None
         self.samples: list[dict] = []
         self._micro_batches: list[MicroBatch] = []
+        # Of the first of them: the weights are the same when the update begins.
+        self._kept: tuple[Tensor, Tensor, Tensor] | None = None
         self._tally = Tally()
         self._rollout_log: dict[str, float] = {}
         self._last_good: dict[str, Tensor] = {}
@@ -242,25 +252,30 @@ class PPOTrainer(BaseTrainer):
     def _backward(self, micro: MicroBatch, tokens: float, first: bool) -> Tensor:
         """Add the gradients of one micro-batch, each token's weight 1/`tokens`; returns its part of the loss."""
         args, batch = self.args, micro.batch
-        with self.roles.acting(POLICY) as decoder:
-            with self.accelerator.autocast():
-                hidden_NH = hidden_states(decoder, batch)
-                logps_N, entropy_N = self.roles.token_logps(
-                    POLICY, hidden_NH, batch.tokens_N, args.temperature, entropy=args.entropy_coef != 0
-                )
+        kept, self._kept = self._kept, None
+        with self.roles.acting(POLICY):
+            hidden_NH, logps_N, entropy_N = kept or self._forward(batch, entropy=args.entropy_coef != 0)
             if first:
                 micro.old_logps = batch.padded(logps_N.detach())
             objective_N, ratio_N, clipped_N = algorithm.policy_objective(
                 logps_N, batch.packed(micro.old_logps), batch.packed(micro.advantages), args.cliprange, args.dual_clip
             )
-            if entropy_N is not None:
+            if self.engines and args.vllm_importance_sampling_correction:
+                weights_N = algorithm.importance_weights(
+                    batch.packed(micro.old_logps), batch.packed(micro.sampler_logps),
+                    args.vllm_importance_sampling_clip_max,
+                )  # fmt: skip
+                objective_N = objective_N * weights_N
+                self._tally.add("sampling/importance_sampling_ratio/mean", weights_N)
+                self._tally.extremes("sampling/importance_sampling_ratio", weights_N)
+            if args.entropy_coef:
                 objective_N = objective_N + args.entropy_coef * entropy_N
             policy_loss = -objective_N.sum() / tokens
             self.accelerator.backward(policy_loss)
         if self.roles.separate:
             with self.roles.acting(CRITIC) as decoder:
                 with self.accelerator.autocast():
-                    hidden_NH = hidden_states(decoder, batch)
+                    hidden_NH = self.roles.answer_states(decoder, batch)
                 value_loss, values_clipped_N = self._backward_values(hidden_NH, micro, tokens)
         else:
             value_loss, values_clipped_N = self._backward_values(hidden_NH.detach(), micro, tokens)
@@ -321,8 +336,9 @@ class PPOTrainer(BaseTrainer):
         micro_batches, micro = [], args.per_device_train_batch_size
         lengths = [len(prompt) + len(ids) for prompt, ids in zip(prompts, completions.ids, strict=True)]
         for indices in partition(lengths, micro * args.gradient_accumulation_steps, micro):
-            batch = Batch.of([prompts[i] for i in indices], [completions.ids[i] for i in indices], *self._padding())
-            logps, entropies, values = map(batch.padded, self._act(batch))
+            batch = self._batch([prompts[i] for i in indices], [completions.ids[i] for i in indices])
+            keep = not micro_batches and args.disable_dropout
+            logps, entropies, values = map(batch.padded, self._act(batch, keep))
             sampler_logps = batch.padded(torch.cat([completions.logps[i] for i in indices]))
             reference_logps = batch.padded(self._logps(REFERENCE, batch))
             k1, _, _ = kl_estimates(logps, reference_logps)
@@ -335,6 +351,7 @@ class PPOTrainer(BaseTrainer):
         if self.state.global_step == 0:
             self.roles.rescale_values(*fit_values(micro_batches, args.gamma, self._sum))
         self._rollout_log = compare_policies(micro_batches, self._sum)
+        self._hold_to_engines(self._rollout_log["sampling/logp_difference"])
         self._rollout_log |= compute_advantages(micro_batches, args, self._sum)
         seconds = {"rollout": sampled - begin, "scoring": time.monotonic() - sampled}
         self._record(rows, completions, parts, seconds)
@@ -343,27 +360,88 @@ class PPOTrainer(BaseTrainer):
     def _complete(self, rows: list[dict], seeds: list[int]) -> tuple[list[list[int]], Completions]:
         self.model.eval()
         prompts = [self._prompt_ids(row["prompt"]) for row in rows]
+        if self.engines:
+            return prompts, self._sampled_elsewhere(prompts, seeds)
         merge = self.args.merge_to_sample
         merge = self.args.device.type == "cpu" if merge is None else merge
         with self.accelerator.autocast(), self.roles.merged() if merge else nullcontext():
             completions = sample(self.roles, self.processing_class, prompts, seeds, self.eos_ids, self.args)
         return prompts, completions
 
+    def _sampled_elsewhere(self, prompts: list[list[int]], seeds: list[int]) -> Completions:
+        args = self.args
+        asked = {
+            "max_tokens": args.max_completion_length, "temperature": args.temperature, "stop_token_ids": self.eos_ids,
+        }  # fmt: skip
+        save = partial(self.model.save_pretrained, selected_adapters=[POLICY], save_embedding_layers=False)
+        try:
+            found = self.engines.sample(save, Path(args.output_dir), prompts, seeds, asked)
+        except Gone as gone:
+            raise Refusal(f"{gone} {self._saved()} Start it again, then run the same command.") from None
+        ids = [each.ids for each in found]
+        return Completions(
+            ids,
+            self.processing_class.batch_decode(ids, skip_special_tokens=True),
+            [torch.tensor(each.logps, device=args.device) for each in found],
+            [each.ids[-1] in self.eos_ids for each in found],
+        )
+
+    def _saved(self) -> str:
+        """Keep the steps so far, in the middle of what comes after them."""
+        step = self.state.global_step
+        if not step:
+            return "Nothing was trained."
+        if not Path(self.args.output_dir, f"checkpoint-{step}", "trainer_state.json").exists():
+            self._save_checkpoint(self.model, trial=None)
+        return f"Step {step} of {self.state.max_steps} is saved."
+
+    def _hold_to_engines(self, difference: float) -> None:
+        """Refuse engines that are another model.
+
+        Args:
+            difference: of log-probabilities, in nats a token, on the engines' first completions.
+        """
+        if not self.engines or self.engines.compared:
+            return
+        if not difference <= self.args.max_logp_difference:  # NaN neither
+            raise Refusal(
+                f"trainer.rollout=server: its log-probabilities differ from the policy's by {difference:.3f} nats a "
+                f"token (trainer.max_logp_difference={self.args.max_logp_difference:g}). It must serve model.id in "
+                "the precision that is trained (a 4-bit base is another model: quantization=none), and where "
+                "trainer.temperature is not 1 with --logprobs-mode processed_logprobs."
+            )
+        self.engines.compared = True
+        if self.is_world_process_zero():
+            print(f"rollout=server: {difference:.1g} nats a token between server and policy.", flush=True)
+
     def _logps(self, role: str, batch: Batch) -> Tensor:
         with self.roles.acting(role) as decoder, self.accelerator.autocast():
-            hidden_NH = hidden_states(decoder, batch)
+            hidden_NH = self.roles.answer_states(decoder, batch)
             return self.roles.token_logps(role, hidden_NH, batch.tokens_N, self.args.temperature)[0]
 
-    def _act(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities and entropies of the policy, and V, as its update will compute them; (N,) each."""
+    def _forward(self, batch: Batch, entropy: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Hidden states, (N, H), log-probabilities and entropies of the policy, (N,) each."""
         with self.roles.acting(POLICY) as decoder, self.accelerator.autocast():
-            hidden_NH = hidden_states(decoder, batch)
-            logps_N, entropy_N = self.roles.token_logps(
-                POLICY, hidden_NH, batch.tokens_N, self.args.temperature, entropy=True
+            hidden_NH = self.roles.answer_states(decoder, batch)
+            return hidden_NH, *self.roles.token_logps(
+                POLICY, hidden_NH, batch.tokens_N, self.args.temperature, entropy
             )
+
+    def _act(self, batch: Batch, keep: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities and entropies of the policy, and V, as its update will compute them; (N,) each.
+
+        Args:
+            keep: whether the update that follows shall find this forward pass, and not make it again.
+        """
+        self.model.train(keep)  # gradient checkpointing asks for it
+        with torch.set_grad_enabled(keep):
+            forward = self._forward(batch, entropy=True)
+        self.model.eval()
+        self._kept = forward if keep else self._kept
+        hidden_NH, logps_N, entropy_N = (each.detach() for each in forward)
         if self.roles.separate:
             with self.roles.acting(CRITIC) as decoder, self.accelerator.autocast():
-                hidden_NH = hidden_states(decoder, batch)
+                hidden_NH = self.roles.answer_states(decoder, batch)
         return logps_N, entropy_N, self.roles.values(hidden_NH)
 
     def _record(self, rows: list[dict], completions: Completions, parts: dict[str, Tensor], seconds: dict) -> None:
@@ -460,8 +538,11 @@ class PPOTrainer(BaseTrainer):
             prompts, completions = self._complete(rows, [self._seed(EVALUATE, 0, i) for i in indices])
             with self.accelerator.autocast():
                 parts = self.scores.rewards(rows, completions, self.state)
-            batch = Batch.of(prompts, completions.ids, *self._padding())
+            batch = self._batch(prompts, completions.ids)
             logps_N, reference_N = self._logps(POLICY, batch), self._logps(REFERENCE, batch)
+            drawn_N = torch.cat(completions.logps)
+            apart = self._sum(torch.stack([(logps_N - drawn_N).abs().sum(), drawn_N.new_tensor(len(drawn_N))]))
+            self._hold_to_engines((apart[0] / apart[1]).item())
             k1, _, k3 = (batch.padded(k).sum(1).cpu() for k in kl_estimates(logps_N, reference_N))
             columns = self._columns(completions, parts) | {"kl": k1, "kl_k3": k3}
             found += [dict(zip(columns, values, strict=True)) for values in self._gathered(columns).tolist()]
@@ -503,7 +584,9 @@ class PPOTrainer(BaseTrainer):
         state = torch.load(self._state_file(resume_from_checkpoint), map_location=place, weights_only=True)
         for name, parameter in self.roles.value_state().items():
             parameter.data.copy_(state["value"][name])
-        self._micro_batches = [MicroBatch(**{**m, "batch": Batch(**m["batch"])}) for m in state["micro_batches"]]
+        self._micro_batches = [
+            MicroBatch(**{**m, "batch": Batch.restored(m["batch"])}) for m in state["micro_batches"]
+        ]
         self.kl.coef = state["kl_coef"]
         self.scores.load_state_dict(state["scores"])
         self._rollout_log, self.samples = state["rollout_log"], state["samples"]
@@ -523,8 +606,10 @@ class PPOTrainer(BaseTrainer):
             return self.processing_class(prompt)["input_ids"]
         return render(self.processing_class, prompt, add_generation_prompt=True, return_dict=False)
 
-    def _padding(self) -> tuple:
-        return self.processing_class.pad_token_id, self.args.device
+    def _batch(self, prompts: list[list[int]], completions: list[list[int]]) -> Batch:
+        with self.accelerator.autocast():
+            rows = self.roles.find_rows([p + c for p, c in zip(prompts, completions, strict=True)])
+        return Batch.of(prompts, completions, self.processing_class.pad_token_id, self.args.device, rows)
 
     def _sum(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, "sum")

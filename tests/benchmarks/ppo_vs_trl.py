@@ -25,6 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 BATCH, EPOCHS, TOKENS = 8, 2, 48
+CORES = len(os.sched_getaffinity(0))  # that this process may use
 TRAINING = {"learning_rate": 3e-5, "kl_coef": 0.05, "num_ppo_epochs": EPOCHS, "missing_eos_penalty": 1.0}
 
 OURS = """
@@ -110,7 +111,7 @@ def main() -> None:
     model = str(embedded.prepare())
     env = {
         **os.environ,
-        "OMP_NUM_THREADS": str(os.cpu_count()),
+        "OMP_NUM_THREADS": str(CORES),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
@@ -205,7 +206,7 @@ def run(command: list[str], env: dict, folder: Path) -> tuple[str, float]:
 
 
 def report(measured: dict[str, list[dict[str, float]]], micro: int, dtype: str) -> dict:
-    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    machine = f"{platform.machine()}, {CORES} cores"
     median = {
         name: {key: statistics.median(row[key] for row in rows) for key in ("seconds", "gib")}
         for name, rows in measured.items()

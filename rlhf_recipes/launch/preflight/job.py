@@ -121,11 +121,13 @@ def _look(job: Job, looked_at: Cache, found: JobReport) -> None:
     found.settings |= {"processes": looked_at.processes} if looked_at.processes > 1 else {}
     found.settings["steps"] = steps
     largest = _largest(recipe, args, sizes, steps)
-    if cfg.get("fast_forward") and not methods.of(recipe, cfg.trainer._target_).logit_bytes:
+    if cfg.get("fast_forward") and recipe != "ppo" and not methods.of(recipe, cfg.trainer._target_).logit_bytes:
         largest = _fast(largest, args, splits.sizes["train"])
     _memory(found, job, args, largest, predict, looked_at.elsewhere)
     if looked_at.measure and sharding.is_on():
         found.watch.append("no step is taken: it would be of one process, with the whole model")
+    elif looked_at.measure and cfg.trainer.get("rollout") == "server":
+        found.watch.append("no step is taken: its completions would be asked of the servers")
     elif looked_at.measure and not found.stops and not later:
         shape = _shape(cfg, recipe)
         if shape not in looked_at.measured:

@@ -152,7 +152,7 @@ def backbone(cfg: DictConfig, recipe: str) -> Backbone:
         item=dtype.itemsize,
         logit_bytes=logit_bytes,
         wide=wide,
-        fast=bool(cfg.get("fast_forward")) and not logit_bytes,
+        fast=bool(cfg.get("fast_forward")) and recipe != "ppo" and not logit_bytes,
     )
     each = len(layers) / shape.num_hidden_layers
     kept = half * (10 * d + 8 * f + 4 * found.keys + 2 * each * rank) + 8 * d + 4 * shape.num_attention_heads
