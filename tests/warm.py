@@ -48,9 +48,10 @@ OTHERS = (
     "sklearn.decomposition", "sklearn.feature_extraction.text", "sklearn.linear_model", "sklearn.metrics",
 )  # fmt: skip
 LIGHT = (
-    "numpy", "rlhf_recipes.cai.make_pairs", "rlhf_recipes.data.fit", "rlhf_recipes.data.load",
-    "rlhf_recipes.evaluation.sweeps", "rlhf_recipes.launch.preflight.look", "rlhf_recipes.launch.publish_after",
-    "rlhf_recipes.launch.sweep", "rlhf_recipes.training.finish",
+    "filelock", "numpy", "pandas", "rlhf_recipes.cai.gate", "rlhf_recipes.cai.make_pairs", "rlhf_recipes.data.fit",
+    "rlhf_recipes.data.load", "rlhf_recipes.evaluation.checkpoints", "rlhf_recipes.evaluation.measure",
+    "rlhf_recipes.evaluation.page", "rlhf_recipes.evaluation.sweeps", "rlhf_recipes.launch.preflight.look",
+    "rlhf_recipes.launch.publish_after", "rlhf_recipes.launch.sweep", "rlhf_recipes.training.finish",
 )  # fmt: skip
 # What Hydra's parsers have seen, they know; so do forks the most frequent choices of groups.
 COMPOSED = (
