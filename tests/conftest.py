@@ -62,7 +62,8 @@ def pytest_configure(config):
         return
     offered = contextlib.ExitStack()
     config.add_cleanup(offered.close)
-    room = Path(offered.enter_context(tempfile.TemporaryDirectory(prefix="rlhf-recipes-tests-")))
+    folder = tempfile.TemporaryDirectory(prefix="rlhf-recipes-tests-", ignore_cleanup_errors=True)
+    room = Path(offered.enter_context(folder))
     (room / "hf_home").mkdir()
     env = offline(room / "hf_home")
     pythons = {kind: str(offered.enter_context(warm.offer(room / kind, env, kind))) for kind in ("warm", "light")}
