@@ -37,13 +37,13 @@ os.environ["OMP_NUM_THREADS"] = "1"  # matrices of 64 rows: threads would wait f
 # What takes longest starts first, so that no core idles at the end.
 LONGEST = (
     "test_processes.py", "test_resume.py", "test_sweep.py", "test_families.py", "test_audit.py", "test_ppo.py",
-    "test_recipes.py", "test_hub_faults.py", "test_fsdp.py", "test_trainers.py", "test_conf.py", "test_kept_runs.py",
-    "test_cai.py", "test_doctor.py", "test_publish.py", "test_run_folder.py", "test_measure.py", "test_bad_input.py",
-    "test_preflight.py", "test_stages.py", "test_code.py", "test_docs.py", "test_cai_server.py", "test_hub.py",
-    "test_limits.py", "test_account.py", "test_extras.py", "test_cai_local.py", "test_planted_secrets.py",
-    "test_audit_calibration.py", "test_data.py", "test_cai_data.py", "test_audit_consistency.py",
-    "test_audit_coverage.py", "test_secrets.py", "test_page.py", "test_audit_page.py", "test_warm.py",
-    "test_audit_uncertainty.py", "test_cai_judge.py", "test_fuzz_data.py",
+    "test_recipes.py", "test_hub_faults.py", "test_fsdp.py", "test_engine.py", "test_forward.py", "test_trainers.py",
+    "test_conf.py", "test_kept_runs.py", "test_cai.py", "test_doctor.py", "test_publish.py", "test_run_folder.py",
+    "test_measure.py", "test_bad_input.py", "test_preflight.py", "test_stages.py", "test_code.py", "test_docs.py",
+    "test_references.py", "test_cai_server.py", "test_hub.py", "test_limits.py", "test_account.py", "test_extras.py",
+    "test_warm.py", "test_wheel.py", "test_cai_local.py", "test_planted_secrets.py", "test_audit_calibration.py",
+    "test_data.py", "test_cai_data.py", "test_audit_consistency.py", "test_audit_coverage.py", "test_secrets.py",
+    "test_page.py", "test_audit_page.py", "test_audit_uncertainty.py", "test_cai_judge.py", "test_fuzz_data.py",
 )  # fmt: skip
 # Files that simulate, serve or parse for long, most of their tests.
 SLOW = (
@@ -62,7 +62,8 @@ def pytest_configure(config):
         return
     offered = contextlib.ExitStack()
     config.add_cleanup(offered.close)
-    room = Path(offered.enter_context(tempfile.TemporaryDirectory(prefix="rlhf-recipes-tests-")))
+    folder = tempfile.TemporaryDirectory(prefix="rlhf-recipes-tests-", ignore_cleanup_errors=True)
+    room = Path(offered.enter_context(folder))
     (room / "hf_home").mkdir()
     env = offline(room / "hf_home")
     pythons = {kind: str(offered.enter_context(warm.offer(room / kind, env, kind))) for kind in ("warm", "light")}

@@ -89,6 +89,13 @@ def test_every_experiment_composes_with_its_recipe(compose, experiment):
         keys.check(compose(stage.recipe, *overrides), stage.recipe)
 
 
+def test_an_experiment_changes_no_other_config(compose):
+    """In a process that reads each file once."""
+    compose("cai", "experiment=cai/demo")
+    shipped = OmegaConf.load(CONF / "cai.yaml")
+    assert compose("cai", "constitution=general").generate == shipped.generate
+
+
 @pytest.mark.parametrize(
     ("recipe", "key", "right", "wrong"),
     [

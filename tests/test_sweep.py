@@ -126,6 +126,21 @@ def test_a_job_of_several_tasks_is_one_run(swept, command, run_recipe, tmp_path)
 MINE, GONE = ValueError("mine"), RuntimeError("[gloo/transport/tcp/pair.cc:547] closed")
 
 
+@pytest.fixture
+def one_of_two(monkeypatch, tmp_path):
+    """one_of_two(rank): this process has a job of two processes, in a sweep in `tmp_path`."""
+
+    def become(rank):
+        for name, value in {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setenv("RLHF_RECIPES_STAGE", "")
+        node = {"sweep": {"dir": str(tmp_path), "subdir": "0"}, "overrides": {"task": []}, "job": {"num": 0}}
+        monkeypatch.setattr(HydraConfig, "get", lambda: OmegaConf.create(node))
+        monkeypatch.setattr(sweep.keys, "check", lambda cfg: None)
+
+    return become
+
+
 @pytest.mark.parametrize(
     ("rank", "error", "other", "reason"),
     [
@@ -137,7 +152,7 @@ MINE, GONE = ValueError("mine"), RuntimeError("[gloo/transport/tcp/pair.cc:547] 
     ],
 )
 def test_the_process_that_fails_writes_the_row(
-    compose, tiny_overrides, tmp_path, monkeypatch, rank, error, other, reason
+    compose, tiny_overrides, tmp_path, monkeypatch, one_of_two, rank, error, other, reason
 ):
     """Before it ends, which may end the others; what another has written in this try is the reason."""
     path = tmp_path / "rows" / "0.json"
@@ -150,14 +165,32 @@ def test_the_process_that_fails_writes_the_row(
             path.write_text(json.dumps({**earlier, "reason": other}))
         raise error
 
-    for name, value in {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}.items():
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.setenv("RLHF_RECIPES_STAGE", "")
-    node = {"sweep": {"dir": str(tmp_path), "subdir": "0"}, "overrides": {"task": []}, "job": {"num": 0}}
-    monkeypatch.setattr(HydraConfig, "get", lambda: OmegaConf.create(node))
-    monkeypatch.setattr(sweep.keys, "check", lambda cfg: None)
+    one_of_two(rank)
     sweep.run_job(main, compose("dpo", *tiny_overrides))
     assert json.loads(path.read_text())["reason"].startswith(reason)
+
+
+def test_the_second_process_reads_the_row_that_the_first_has_written(
+    compose, tiny_overrides, tmp_path, monkeypatch, one_of_two
+):
+    """However long that takes: they wait for each other before the table is made, and after it."""
+    after = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 4}
+    result = {"recipe": "reward", "main": {"name": "preference_accuracy", "after": after}, "seconds": 1.0,
+              "peak_memory_gib": {"process": 1.0}, "adapter_sha256": "a"}  # fmt: skip
+    row = {**result, "job": "0", "overrides": [], "status": "finished", "peak_memory_gib": 1.0, "system": None}
+    waits = []
+
+    def first_has_written():
+        waits.append((tmp_path / "sweep.csv").exists())
+        write_atomically(tmp_path / "rows" / "0.json", json.dumps(row), by_any=True)
+
+    one_of_two(1)
+    (tmp_path / "rows").mkdir()
+    monkeypatch.setattr(sweep, "_finished", lambda folder, cfg: result)
+    monkeypatch.setattr(sweep, "_measure", lambda *_: None)
+    monkeypatch.setattr(sweep.ranks, "barrier", first_has_written)
+    assert sweep.run_job(None, compose("dpo", *tiny_overrides)) == 0.5
+    assert len(waits) == 2
 
 
 @pytest.mark.parametrize("launcher", ["basic", "joblib", "submitit_local"])

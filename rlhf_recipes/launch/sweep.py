@@ -68,6 +68,8 @@ def run_job(main, cfg: DictConfig) -> float:
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(row, indent=2, ensure_ascii=False, default=asdict)
         run_folder.write_atomically(path, text + "\n", by_any=failed)
+    if row["status"] == "finished":
+        ranks.barrier()  # for the row that the first process writes
     table = rebuild([folder], folder, cfg.sweep)
     if row["status"] == "finished":
         ranks.barrier()  # submitit may end all tasks with the first that ends
