@@ -308,7 +308,9 @@ CASES = [
          "data.columns.preference=rejected_is_better"),
     *(case(f"scores of which the lower is better: {name}", {**LISTS, name: [0.9, 0.1]},
            "!data.columns.scores=<its name>")
-      for name in ("losses", "error_scores")),
+      for name in ("losses", "error_scores", "order")),
+    case("own scores as text", {**SIDES, "chosen_score": "1", "rejected_score": each("5", "1", None)}, PAIR,
+         says="by the file's own scores (chosen_score, rejected_score), 1 of 3 pairs are ties and 2 the other"),
     # ---- parts of a prompt that it holds already
     case("a context in its prompt", {**SIDES, "prompt": f"We close at {{i}}.\n\n{Q}", "context": "We close at {i}."},
          "u: We close at 0.\n\nOpen at 0? | Yes, from 0 on. > No idea about 0.",

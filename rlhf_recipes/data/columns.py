@@ -40,7 +40,8 @@ MIXED = (
     ({"text", "word", "messages"}, "messages"),
     ({"texts", "numbers"}, "texts"),
 )
-LOWER = re.compile("loss|perplexity|error|toxic|harm|penalty|distance|rank")  # scores of which the lower is better
+# Numbers of which the lower is better, and orders.
+LOWER = re.compile("loss|perplexity|error|toxic|harm|penalty|distance|rank|order|position")
 SEVERAL = object()  # in place of the one value of a column
 EACH, MOST = 200, 1000  # rows that are kept of a column that comes late, and of all of them
 NUMBER = re.compile(r"\s*[+-]?\d{1,15}(\.\d{1,15})?\s*")

@@ -9,6 +9,7 @@ import numpy as np
 
 from rlhf_recipes.data.keys import Keys
 from rlhf_recipes.data.messages import Drop
+from rlhf_recipes.data.row import as_number
 from rlhf_recipes.errors import Refusal
 
 # Reasons that are no oversight where most rows have them: what most rows are then, and what their owner can do.
@@ -59,8 +60,8 @@ class Tally:
 
     def compare(self, scores: tuple[str, str] | None, values: dict[str, Any]) -> None:
         """Count what a pair's own scores say of its label."""
-        chosen, rejected = (values.get(name) for name in scores or (None, None))
-        if isinstance(chosen, int | float) and isinstance(rejected, int | float):
+        chosen, rejected = (as_number(str(values.get(name))) for name in scores or (None, None))
+        if isinstance(chosen, float) and isinstance(rejected, float):
             self.own_scores.update(of=1, ties=chosen == rejected, against=chosen < rejected)
 
     def refuse_most(self, source: str) -> None:
