@@ -327,6 +327,23 @@ def test_rewards_read_a_spelled_control_token_as_letters(tokenizer, monkeypatch)
     assert ids.count(tokenizer.eos_token_id) == 3
 
 
+@pytest.mark.parametrize("room", [2**40, 0], ids=["room", "none"])
+def test_what_is_only_read_is_unpacked_given_room(compose, tiny_model_overrides, tokenizer, monkeypatch, room):
+    from transformers import AutoModelForCausalLM
+
+    from rlhf_recipes import inference, memory, models
+
+    cfg = compose("dpo", *tiny_model_overrides, "quantization=nf4", "model.dtype=float32")
+    monkeypatch.setattr(memory, "free", lambda: room)
+    rows = [{"prompt": asked(q), "chosen": said(ANSWERS[0]), "rejected": said(ANSWERS[1])} for q in QUESTIONS]
+    packed, read = (load(cfg.model, cfg.quantization, AutoModelForCausalLM)
+                    for load in (models.load_base, models.load_frozen))  # fmt: skip
+    is_packed = any(type(module).__name__ == "Linear4bit" for module in read.modules())
+    assert is_packed == (room == 0 or read.device.type != "cpu")
+    ours, theirs = (inference.pair_logps(model, tokenizer, rows) for model in (read, packed))
+    assert [row["chosen_logp"] for row in ours] == pytest.approx([row["chosen_logp"] for row in theirs], rel=1e-2)
+
+
 def test_policies_switch_without_leaking(policies, cfg, tokenizer, runs):
     """Base, a and b in any order are each what they are when loaded alone."""
     from peft import PeftModel
