@@ -34,8 +34,7 @@ class Endpoint(ThreadingHTTPServer):
     """POST /v1/chat/completions; what a test sets decides how it answers.
 
     `fault(text, attempt)` of the last message's text gives None, a status or one of FAULTS; `choice(body)` the fields
-    of the first choice, `calls(body)` its model; `models`, with ids, is the list at /v1/models. It counts, by text:
-    `asked`, and `answered` of them with 200.
+    of the first choice. It counts, by text: `asked`, and `answered` of them with 200.
     """
 
     daemon_threads = True
@@ -50,9 +49,10 @@ class Endpoint(ThreadingHTTPServer):
         self.fault = lambda text, attempt: None
         self.choice = lambda body: says(f"answer to {body['messages'][-1]['content']}")
         self.serve = lambda: None
+        self.calls = lambda body: body["model"]  # what it calls the model
+        self.models = None  # its list at /v1/models
         self.usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
         self.fault_headers, self.told = {}, "no"
-        self.models, self.calls = None, lambda body: body["model"]
 
     def handle_error(self, request, client_address):
         pass  # a client that hangs up is part of the tests
