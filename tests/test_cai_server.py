@@ -619,7 +619,7 @@ WRONG = {
         "the longest request with its answer may have 600 tokens, its context at 127.0.0.1",
         True,
     ),
-    "not served": (spoilt("models", [{"id": "some/models"}]), "serves some/models; did you mean", True),
+    "not served": (spoilt("models", [{"id": "other/7b"}]), "serves other/7b", True),
 }  # fmt: skip
 
 

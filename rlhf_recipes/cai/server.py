@@ -187,7 +187,7 @@ class Server:
         asked = Request("", "served", served.QUESTION, max_new_tokens=served.TOKENS)
         found = self._answered(connections, asked, self._introduction)
         named = connections.named
-        if named and not _is_called(self.model, named):
+        if named and not served.is_called(self.model, named):
             raise Refusal(
                 f"{connections.host}: calls its model {self._plain(named)[:200]}, not {self.model}. Set model to what "
                 "it is."
@@ -501,12 +501,6 @@ def _check_tokens(choice: dict, body: dict) -> None:
         listed = [other["token"] for other in token.get("top_logprobs") or ()]
         if listed and token["token"] not in listed:
             raise _OfOthers
-
-
-def _is_called(asked: str, named: str) -> bool:
-    """Whether a name may be that of the model asked for: with or without its owner and its version."""
-    short, other = (name.casefold().rpartition("/")[2] for name in (asked, named))
-    return short.startswith(other) or other.startswith(short)
 
 
 def _text(choice: dict) -> str:
