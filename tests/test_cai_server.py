@@ -591,7 +591,7 @@ WRONG = {
     "another name": (spoilt("calls", lambda body: "other/7b"), "calls its model other/7b, not some/model", True),
     "another version": (spoilt("calls", lambda body: "some/model-2"), "some/model, then some/model-2", True),
     "another name later": (
-        spoilt("calls", lambda body: body["model"] if body["messages"] == served.QUESTION else "other/7b"),
+        spoilt("calls", lambda body: "other/7b" if "which" in body["messages"][-1]["content"] else body["model"]),
         "serves another model than before (some/model, then other/7b)",
         False,
     ),
