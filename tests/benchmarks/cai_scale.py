@@ -26,8 +26,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import cai_server
-
 from rlhf_recipes.cai.backend import Journal, groups
 from rlhf_recipes.cai.server import Server
 
@@ -52,6 +50,8 @@ def engines(count: int, function, *args) -> list[tuple]:
 
 
 def busy(count: int, places: int, seconds: float) -> None:
+    import cai_server
+
     (bad, bad_url, bad_end), (good, good_url, good_end) = engines(2, cai_server.serve, places, seconds)
     server = Server(base_url=[bad_url, good_url], model="loopback", concurrency=places + places // 5)
     requests = cai_server.questions(count, "busy")
@@ -137,11 +137,13 @@ def kills(count: int, seed: int) -> None:
         done = 0
         for moment in [*moments, None]:
             jobs = [subprocess.Popen([*command, f"shards={k}/2"], cwd=folder, **quiet) for k in (1, 2)]
-            for job, part in zip(jobs, parts, strict=True):
-                while moment is not None and job.poll() is None and len(answers(part)) < moment:
-                    time.sleep(0.01)
-                if moment is not None:
-                    job.kill()
+            left = dict(zip(jobs, parts, strict=True)) if moment else {}
+            while left:
+                for job, part in list(left.items()):
+                    if job.poll() is not None or len(answers(part)) >= moment:
+                        job.kill()
+                        del left[job]
+                time.sleep(0.01)
             codes = [job.wait() for job in jobs]
             done += codes.count(-signal.SIGKILL)
         assert codes == [0, 0], codes
