@@ -542,15 +542,22 @@ def test_a_prompt_stays_with_its_endpoint_of_several(endpoints):
 def test_an_endpoint_that_fails_is_left_out_and_used_again(endpoints, monkeypatch, capsys, how):
     bad, good = endpoints(2)
     monkeypatch.setattr(flight, "LOOK_SECONDS", 0.0)
-    bad.fault = lambda text, attempt: None if sum(bad.answered.values()) < 30 or good.open.is_set() else how
+    by_bad, by_good, mended, again = [], [], threading.Event(), threading.Event()
+    bad.fault = lambda text, attempt: None if len(by_bad) < 30 or mended.is_set() else how
+
+    def serve_badly():
+        by_bad.append(1)
+        if mended.is_set():
+            again.set()
 
     def serve():
-        if sum(good.answered.values()) >= 100:
-            good.open.set()  # the other is mended
-        if sum(good.answered.values()) >= 200:
+        by_good.append(1)
+        if len(by_good) > 100:
+            mended.set()
+        if len(by_good) > 200:
             again.wait(LIMIT)
 
-    again, good.serve, bad.serve = threading.Event(), serve, lambda: good.open.is_set() and again.set()
+    bad.serve, good.serve = serve_badly, serve
     requests = generations(400)
     assert answers(backend(None, base_url=[bad.url, good.url]), requests).keys() == {each.key for each in requests}
     answered = bad.answered + good.answered
