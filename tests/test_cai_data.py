@@ -423,7 +423,7 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("places", [0, 6])
-def test_neither_shard_size_nor_overlap_changes_anything(made, tmp_path, places):
+def test_neither_shard_size_nor_overlap_changes_anything(made, tmp_path, places, capsys):
     """With places prompts go on each by itself; half of what is answered is known before."""
     shards = tmp_path / "run" / "shards"
     _, generator, grader, _, _ = make(tmp_path / "run", made["prompts"], shard_size=50, places=places)
@@ -434,6 +434,7 @@ def test_neither_shard_size_nor_overlap_changes_anything(made, tmp_path, places)
         path.write_text("".join(lines[n::2]))
     _, generator, grader, _, _ = make(tmp_path / "run", made["prompts"], shard_size=50, places=places)
     assert generator.asked and grader.asked and {*generator.asked.values(), *grader.asked.values()} == {1}
+    assert ("prompts 216/216 · 0 in flight" in capsys.readouterr().err) == bool(places)
     keys = [entry["key"] for path in shards.glob("*/answers.jsonl") for entry in answers_of(path)]
     assert len(keys) == len(set(keys))
     for name in (*(f"{split}.parquet" for split in (*dataset.PREFS, *dataset.SFT)), "funnel.json", "ledger.json"):

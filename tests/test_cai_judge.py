@@ -266,6 +266,18 @@ def test_the_estimate_counts_the_calls_that_are_made(cfg, tmp_path):
     assert spend["usd"] == 0 and spend["minutes"] >= 0
 
 
+def test_the_longest_request_is_of_the_longest_prompt(cfg):
+    rows = [{"prompt": [{"role": "user", "content": "x" * count}]} for count in (4, 400, 40)]
+    cfg = OmegaConf.merge(cfg, {"generate": {"max_new_tokens": 200}, "revise": {"max_new_tokens": 100, "few_shot": 1}})
+    prompt = 400 / 4 + gate.TEMPLATE
+    assert gate.longest(cfg, ["on_policy", "revision"], rows, []) == {
+        "generator": prompt + gate.SHOT + 200 + 100 + 100,  # a revision, after a reply and a critique
+        "judge": prompt + 2 * 200 + gate.QUESTION,
+    }
+    gold = [{**rows[0], "chosen": [{"content": "é" * 4000}], "rejected": [{"content": ""}]}]
+    assert gate.longest(cfg, ["on_policy"], rows, gold)["judge"] == 2001 + 3 * gate.TEMPLATE + gate.QUESTION
+
+
 def test_the_cost_of_a_priced_endpoint_is_said(compose):
     from rlhf_recipes.cai.make_pairs import price
 

@@ -195,23 +195,29 @@ def in_step(
         heard: is told what was asked, the seconds it took and the answers, where none was there before.
     """
     made: list[Any] = [None] * len(works)
-    answers: list[list[Answer] | None] = [None] * len(works)
-    while True:
-        asked = []
-        for n, work in enumerate(works):
+    answers: dict[int, list[Answer] | None] = dict.fromkeys(range(len(works)))  # of the works that go on
+    while answers:
+        asked: dict[int, Ask] = {}
+        for n, given in answers.items():
             try:
-                asked.append(work.send(answers[n]))
+                asked[n] = works[n].send(given)
             except StopIteration as ended:
                 made[n] = ended.value
-        if not asked:
-            return made
-        requests = [request for each in asked for request in each.requests]
-        begin, before = time.monotonic(), len(journal.answers)
-        found = ask(asked[0].backend, requests, journal, f"{what}{asked[0].what}")
-        if heard and len(journal.answers) - before == len(requests):
-            heard(asked[0].what, time.monotonic() - begin, found)
-        given = iter(found)
-        answers = [list(islice(given, len(each.requests))) for each in asked]
+        found = iter(_put(list(asked.values()), journal, what, heard) if asked else ())
+        answers = {n: list(islice(found, len(each.requests))) for n, each in asked.items()}
+    return made
+
+
+def _put(
+    asks: list[Ask], journal: Journal, what: str, heard: Callable[[str, float, list[Answer]], None] | None
+) -> list[Answer]:
+    """The answers to all that is asked for at a time."""
+    requests = [request for each in asks for request in each.requests]
+    begin, before = time.monotonic(), len(journal.answers)
+    answers = ask(asks[0].backend, requests, journal, f"{what}{asks[0].what}")
+    if heard and len(journal.answers) - before == len(requests):
+        heard(asks[0].what, time.monotonic() - begin, answers)
+    return answers
 
 
 def ask(backend: Backend, requests: list[Request], journal: Journal, what: str) -> list[Answer]:

@@ -106,7 +106,7 @@ def longest(cfg: DictConfig, sources: list[str], prompts: Iterable[dict], gold: 
     thought = cfg.judging.cot_tokens if cfg.judging.mode == "cot" else 0
     return {
         "generator": round(max(sum(each) for each in generations)),
-        "judge": round(max(most + 2 * cfg.generate.max_new_tokens, *shown) + QUESTION + thought),
+        "judge": round(max([most + 2 * cfg.generate.max_new_tokens, *shown]) + QUESTION + thought),
     }
 
 

@@ -92,7 +92,7 @@ class Overlap:
 
     def _start(self, flight: Flight, shard: _Shard, place: int, row: dict) -> None:
         work = self.work(row)
-        self._ask(flight, _Going(shard, place, work, next(work)))
+        self._go_on(flight, _Going(shard, place, work, next(work)))
 
     def _heard(self, flight: Flight, shard: _Shard, key: str) -> None:
         """Let the works that waited for nothing else go on."""
@@ -101,29 +101,28 @@ class Overlap:
             if not going.missing:
                 self._go_on(flight, going)
 
-    def _ask(self, flight: Flight, going: _Going) -> None:
-        """Send what is not answered yet."""
+    def _go_on(self, flight: Flight, going: _Going) -> None:
+        """Until an answer is missing, or all is done."""
         shard = going.shard
-        unknown = {each.key: each for each in going.asked.requests if each.key not in shard.journal.answers}
-        for key, request in unknown.items():
+        while not self._sent(flight, going):
+            try:
+                going.asked = going.work.send([shard.journal.answers[each.key] for each in going.asked.requests])
+            except StopIteration as ended:
+                shard.records[going.place] = ended.value
+                shard.left -= 1
+                self._under_way -= 1
+                self.done += 1
+                if not shard.left:
+                    self.write(shard.path, shard.records)
+                return
+
+    def _sent(self, flight: Flight, going: _Going) -> int:
+        """How many of the answers asked for are missing; they are sent for."""
+        shard = going.shard
+        missing = {each.key: each for each in going.asked.requests if each.key not in shard.journal.answers}
+        for key, request in missing.items():
             if key not in shard.works:
                 flight.put(going.asked.backend, request, shard)
             shard.works.setdefault(key, []).append(going)
-        going.missing = len(unknown)
-        if not unknown:
-            self._go_on(flight, going)
-
-    def _go_on(self, flight: Flight, going: _Going) -> None:
-        """With the answers to all that was asked."""
-        shard = going.shard
-        try:
-            going.asked = going.work.send([shard.journal.answers[each.key] for each in going.asked.requests])
-        except StopIteration as ended:
-            shard.records[going.place] = ended.value
-            shard.left -= 1
-            self._under_way -= 1
-            self.done += 1
-            if not shard.left:
-                self.write(shard.path, shard.records)
-        else:
-            self._ask(flight, going)
+        going.missing = len(missing)
+        return going.missing

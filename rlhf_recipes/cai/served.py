@@ -69,7 +69,7 @@ def check(backends: dict[str, Backend], needed: dict[str, int], journal: Journal
 def _check_listed(role: str, server: Any, endpoint: Any, needed: int) -> None:
     """By the list of models, where the endpoint has one."""
     listed = {each["id"]: each for each in server.listed(endpoint)}
-    if listed and server.model not in listed:
+    if listed and not any(is_called(server.model, each) for each in listed):
         names = sorted(listed)
         raise Refusal(
             f"{role}.model={server.model}: {endpoint.host} serves {', '.join(map(line, names[:SHOWN]))}"
@@ -82,6 +82,12 @@ def _check_listed(role: str, server: Any, endpoint: Any, needed: int) -> None:
             f"at {endpoint.host} has {room}. Serve it with a longer one, lower generate.max_new_tokens and "
             "revise.max_new_tokens, or leave out the longest prompts."
         )
+
+
+def is_called(asked: str, named: str) -> bool:
+    """Whether a name may be that of the model asked for: with or without its owner and its version."""
+    short, other = (name.casefold().rpartition("/")[2] for name in (asked, named))
+    return short.startswith(other) or other.startswith(short)
 
 
 def kept(path: Path) -> dict[str, dict[str, Any]]:

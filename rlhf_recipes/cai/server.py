@@ -198,7 +198,7 @@ class Server:
         asked = Request("", "served", served.QUESTION, max_new_tokens=served.TOKENS)
         found = self._answered(connections, asked, self._introduction)
         named = connections.named
-        if named and not _is_called(self.model, named):
+        if named and not served.is_called(self.model, named):
             raise Refusal(
                 f"{connections.host}: calls its model {self._plain(named)[:200]}, not {self.model}. Set model to what "
                 "it is."
@@ -331,7 +331,7 @@ class Server:
                 choice = response["choices"][0]
                 refused = self._renamed(connections, response.get("model"))
                 if not refused:
-                    _check_tokens(choice, body)
+                    _check_tokens(choice, body, request.options)
                     if _thinks(choice):
                         raise _Thinks
                     answer = read(choice) | _counts(response.get("usage"))
@@ -536,22 +536,18 @@ def _logp(value: Any) -> float:
     return float(max(value, LOWEST))
 
 
-def _check_tokens(choice: dict, body: dict) -> None:
-    """Without temperature the likeliest token is written: it is one of those that are listed as likely.
+def _check_tokens(choice: dict, body: dict, options: tuple[str, ...]) -> None:
+    """Without temperature the likeliest token is written: it is one of those that are listed as likely. Looked at are
+    the tokens that name an option; all where there are none.
 
     Raises:
         _OfOthers: it is not.
     """
     for token in (choice.get("logprobs") or {}).get("content") or () if body["temperature"] == 0 else ():
         listed = [other["token"] for other in token.get("top_logprobs") or ()]
-        if listed and token["token"] not in listed:
+        named = not options or token["token"].strip(AROUND) in options
+        if named and listed and token["token"] not in listed:
             raise _OfOthers
-
-
-def _is_called(asked: str, named: str) -> bool:
-    """Whether a name may be that of the model asked for: with or without its owner and its version."""
-    short, other = (name.casefold().rpartition("/")[2] for name in (asked, named))
-    return short.startswith(other) or other.startswith(short)
 
 
 def _text(choice: dict) -> str:

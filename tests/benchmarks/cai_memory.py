@@ -105,7 +105,8 @@ def draw(rows: list[dict], path: str) -> None:
         axis.plot([row["prompts"] for row in rows], [row[key] for row in rows], "o-", color="#4a8f6d")
         axis.set_xscale("log")
         axis.set_yscale("log" if key == "seconds" else "linear")
-        axis.set_ylim(bottom=0 if key == "peak" else None)
+        if key == "peak":
+            axis.set_ylim(0, 1.2 * max(row[key] for row in rows))
         axis.set_xlabel("prompts")
         axis.set_title(name, loc="left", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
