@@ -799,7 +799,7 @@ def test_a_served_model_is_measured_as_one_in_this_process(runs, compose, pairs,
     for ours, theirs in ((here.pairs, there.pairs), (here.answers, there.answers)):
         for row, other in zip(ours, theirs, strict=True):
             for name, numbers in row["systems"].items():
-                assert other["systems"][name] == pytest.approx(numbers, rel=1e-4), (row["prompt_id"], name)
+                assert other["systems"][name] == pytest.approx(numbers, rel=1e-4, abs=1e-4), (row["prompt_id"], name)
     assert any(row["systems"]["dpo"]["k1"] > 0.01 for row in there.answers)
     for name in here.systems:
         assert there.neutral[name] == [pytest.approx(each, rel=1e-4) for each in here.neutral[name]]
@@ -874,5 +874,5 @@ def test_an_audit_samples_at_an_engine_as_in_this_process(
         found.append([sampler.answers(folder, asked_of, "p", kl=True) for folder in (None, Path("sft/adapter"))])
     for here, there in zip(*found, strict=True):
         for answer, other in zip(here, there, strict=True):
-            assert other == pytest.approx(answer, rel=1e-4)
+            assert other == pytest.approx(answer, rel=1e-4, abs=1e-4)
     assert any(answer["k1"] for answer in found[1][1])
