@@ -91,8 +91,7 @@ def test_it_judges_as_the_model_in_this_process(url, rows, here, compose, capsys
     cfg = compose("cai", "constitution=clinic")
     judge = Judge(here, constitution.load(cfg.constitution), cfg.judging, cfg.seed)
     principle = judge.constitution.principles[0]
-    texts = [[row[side][-1]["content"] for side in ("chosen", "rejected")] for row in rows[:3]]
-    pairs = [Pair(str(n), row["prompt"], *texts[n]) for n, row in enumerate(rows[:3])]
+    pairs = [Pair(row["id"], row["prompt"], row["chosen"], row["rejected"]) for row in rows[:3]]
     asked = [judge._question(pair, principle, swapped) for pair in pairs for swapped in (False, True)]
     p = []
     for backend in (here, server.Server(base_url=url, model=ALIAS)):
