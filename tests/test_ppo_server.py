@@ -185,6 +185,7 @@ def answering(pages):
         def do_GET(self):
             page = pages.get(self.path)
             self.send_response(200 if page else 404)
+            self.send_header("Content-Type", "text/html" if page == "<html>" else "application/json")
             self.end_headers()
             self.wfile.write((page or "nothing").encode())
 

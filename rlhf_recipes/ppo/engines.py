@@ -107,9 +107,9 @@ class Engines:
             short = most < tokens
         except openai.APIStatusError as error:
             raise _refused(url, error) from None
-        except openai.OpenAIError:
+        except openai.APIConnectionError:
             raise Refusal(f"{KEY}={url}: no connection. Start it: {SERVE}.") from None
-        except (ValueError, TypeError, LookupError, AttributeError, StopIteration):
+        except (openai.OpenAIError, ValueError, TypeError, LookupError, AttributeError, StopIteration):
             raise Refusal(f"{KEY}={url}: what it answers is no list of models. Give the address of a vLLM.") from None
         if short:
             raise Refusal(
