@@ -255,7 +255,9 @@ class _Refused(Refusal):
 
 
 def _refused(url: str, error: Any) -> _Refused:
-    return _Refused(url, error.status_code, " ".join(text.line(error.response.text).split())[:200].rstrip("."))
+    told = error.body.get("message") if isinstance(error.body, dict) else None
+    told = told if isinstance(told, str) else error.response.text
+    return _Refused(url, error.status_code, " ".join(text.line(told).split())[:200].rstrip("."))
 
 
 def _withdraw(clients: dict[str, Any], adapters: list[Path]) -> None:
