@@ -165,7 +165,7 @@ def test_another_model_is_refused_before_the_first_update(train, serving, tmp_pa
         ({"rollout": "vllm"}, r"rollout=vllm: not one of local, server\."),
         ({"vllm_server_base_url": "a:1"}, r"vllm_server_base_url=a:1: must be like http://localhost:8000\."),
         ({"vllm_server_base_url": "http://u:key@a:1"}, r"vllm_server_base_url=.* must be like"),
-        ({"vllm_server_base_url": ["http://a:1", "http://a:1/v1"]}, r"http://a:1 stands there twice"),
+        ({"vllm_server_base_url": ["http://a:1", "http://a:1/v1"]}, r"vllm_server_base_url: http://a:1 stands"),
         ({"vllm_server_base_url": "http://a:1", "top_p": 0.9}, r"rollout=server: top_p=0\.9, top_k=0: importance"),
         ({"vllm_server_base_url": "http://a:1", "vllm_server_timeout": 0}, r"vllm_server_timeout=0: must be above 0"),
     ],
