@@ -165,7 +165,7 @@ def test_another_model_is_refused_before_the_first_update(train, serving, tmp_pa
         ({"rollout": "vllm"}, r"rollout=vllm: not one of local, server\."),
         ({"vllm_server_base_url": "a:1"}, r"vllm_server_base_url=a:1: must be like http://localhost:8000\."),
         ({"vllm_server_base_url": "http://u:key@a:1"}, r"vllm_server_base_url=.* must be like"),
-        ({"vllm_server_base_url": ["http://a:1", "http://a:1/v1"]}, r"http://a:1 stands there twice"),
+        ({"vllm_server_base_url": ["http://a:1", "http://a:1/v1"]}, r"vllm_server_base_url: http://a:1 stands"),
         ({"vllm_server_base_url": "http://a:1", "top_p": 0.9}, r"rollout=server: top_p=0\.9, top_k=0: importance"),
         ({"vllm_server_base_url": "http://a:1", "vllm_server_timeout": 0}, r"vllm_server_timeout=0: must be above 0"),
     ],
@@ -178,15 +178,21 @@ def test_settings_that_cannot_be(given, message, tmp_path):
 
 
 @contextmanager
-def answering(pages):
-    """A server of these pages: its URL."""
+def answering(pages, post=None):
+    """A server of these pages, and of what `post(path, body)` gives, status and text: its URL."""
 
     class Pages(BaseHTTPRequestHandler):
         def do_GET(self):
-            page = pages.get(self.path)
-            self.send_response(200 if page else 404)
+            self.answer(200 if self.path in pages else 404, pages.get(self.path, "nothing"))
+
+        def do_POST(self):
+            self.answer(*post(self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+
+        def answer(self, status, text):
+            self.send_response(status)
+            self.send_header("Content-Type", "text/html" if text == "<html>" else "application/json")
             self.end_headers()
-            self.wfile.write((page or "nothing").encode())
+            self.wfile.write(text.encode())
 
         def log_message(self, *args):
             pass
@@ -229,3 +235,53 @@ def test_servers_are_looked_at_before_a_model_is_loaded(pages, message):
         with pytest.raises(Refusal, match=f"^trainer.vllm_server_base_url={address}: {message}") as refusal:
             Engines([address], 1).look(24)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("first", "message"),
+    [
+        ((200, '{"choices": ['), None),
+        ((429, "slowly"), None),
+        ((500, "<html>"), None),
+        ((404, "The model does not exist."), None),
+        ((200, '{"choices": []}'), r"its completions lack token ids, or a log-probability of each\."),
+        ((200, '{"choices": [{"token_ids": [5], "logprobs": null}]}'), r"its completions lack token ids"),
+        ((200, '{"choices": [{"token_ids": [5], "logprobs": {"token_logprobs": [0.5]}}]}'), r"its completions lack"),
+        ((401, "no key"), r"status 401: no key\. See its log"),
+        ("LoRA rank 16 is greater than max_lora_rank 8.", r"does not load .*rank 8\)\. It must see .*--max-lora-rank"),
+    ],
+)  # fmt: skip
+def test_what_a_server_may_answer(first, message, tmp_path, monkeypatch):
+    """To the first completion that is asked for, or (a text) to the adapter."""
+    from rlhf_recipes.ppo import engines
+
+    monkeypatch.setattr(engines, "PAUSE", 0.01)
+    answers, loaded, weights = [first], [], iter((1, 1, 2))
+
+    def post(path, body):
+        if path == "/v1/unload_lora_adapter":
+            return 200, loaded.remove(body["lora_name"]) or "Success"
+        if path == "/v1/load_lora_adapter":
+            if isinstance(first, str):
+                return 400, first
+            loaded.append(body["lora_name"])
+            return 200, "Success"
+        good = {"token_ids": body["prompt"], "logprobs": {"token_logprobs": [-1.0] * len(body["prompt"])}}
+        return answers.pop() if answers else (200, json.dumps({"choices": [good]}))
+
+    def save(folder):
+        folder.mkdir()
+        (folder / "adapter").write_text(str(next(weights)))
+
+    with answering({}, post) as address:
+        served = engines.Engines([address], 5)
+        asked = {"max_tokens": 4}
+        if message:
+            with pytest.raises(Refusal, match=f"^trainer.vllm_server_base_url={address}: {message}"):
+                served.sample(save, tmp_path, [[7, 8]], [3], asked)
+            return
+        for _ in range(3):
+            assert served.sample(save, tmp_path, [[7, 8]], [3], asked) == [engines.Sampled([7, 8], [-1.0, -1.0])]
+        assert [path.name for path in tmp_path.iterdir()] == loaded[-1:] and loaded[-1].endswith("-v2")
+        del served  # as at the end of the process
+    assert not list(tmp_path.iterdir())

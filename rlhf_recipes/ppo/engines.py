@@ -107,9 +107,9 @@ class Engines:
             short = most < tokens
         except openai.APIStatusError as error:
             raise _refused(url, error) from None
-        except openai.OpenAIError:
+        except openai.APIConnectionError:
             raise Refusal(f"{KEY}={url}: no connection. Start it: {SERVE}.") from None
-        except (ValueError, TypeError, LookupError, AttributeError, StopIteration):
+        except (openai.OpenAIError, ValueError, TypeError, LookupError, AttributeError, StopIteration):
             raise Refusal(f"{KEY}={url}: what it answers is no list of models. Give the address of a vLLM.") from None
         if short:
             raise Refusal(
@@ -255,7 +255,9 @@ class _Refused(Refusal):
 
 
 def _refused(url: str, error: Any) -> _Refused:
-    return _Refused(url, error.status_code, " ".join(text.line(error.response.text).split())[:200].rstrip("."))
+    told = error.body.get("message") if isinstance(error.body, dict) else None
+    told = told if isinstance(told, str) else error.response.text
+    return _Refused(url, error.status_code, " ".join(text.line(told).split())[:200].rstrip("."))
 
 
 def _withdraw(clients: dict[str, Any], adapters: list[Path]) -> None:
