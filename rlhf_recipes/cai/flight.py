@@ -92,7 +92,7 @@ class Flight:
         """
         if self._taken:
             self._room.release(self._taken)
-        while True:
+        while self._running or not self._failures:
             news = [self._ready.get()]
             while not self._ready.empty():
                 news.append(self._ready.get())
@@ -104,8 +104,7 @@ class Flight:
                 self._running -= len(news) - len(group)
             if group:
                 return group
-            if self._failures and not self._running:
-                raise self._failures[0]
+        raise self._failures[0]
 
     def _all(self) -> list[_Stop]:
         return [stop for stops in self._stops.values() for stop in stops]
