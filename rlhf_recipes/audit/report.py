@@ -35,8 +35,8 @@ def build(cfg: DictConfig, sources: Sources, pairs: Splits, found: Findings) -> 
         subject["Deployment"] = f"{Path(cfg.deployment).name}, {len(sources.deployment)} prompts"
     if sources.gold:
         subject["Gold"] = sources.gold.kind
-    if sources.benchmark:
-        subject["Benchmark"] = f"{cfg.benchmark}, {len(sources.benchmark)} questions"
+    if sources.questions:
+        subject["Benchmark"] = f"{cfg.benchmark}, {len(sources.questions)} questions"
     keys = ("max_length", "ledger_pairs", "stress_pairs", "probe_pairs", "credit_pairs", "prompts", "samples", "seed")
     return {
         "title": f"Audit of {' and '.join(names) if len(names) < 3 else f'an ensemble of {len(names)} reward models'}",

@@ -34,7 +34,7 @@ class Sources:
         gold: of `answers.find_gold`, or None.
         checkpoints: runs whose checkpoints are held against gold.
         ppo: of `credit.read_run`, or None.
-        benchmark: its questions; none where none is asked for.
+        questions: of the benchmark; none where none is asked for.
     """
 
     reward_models: list[ModelRef]
@@ -44,7 +44,7 @@ class Sources:
     gold: answers.Gold | None
     checkpoints: list[answers.KeptRun]
     ppo: dict | None
-    benchmark: list[benchmark.Question] = field(default_factory=list)
+    questions: list[benchmark.Question] = field(default_factory=list)
 
 
 def find(cfg: DictConfig) -> Sources:
@@ -162,12 +162,12 @@ def take(cfg: DictConfig, found: Sources, pairs: Splits, tokenizer, run: Run) ->
         "consistency": partial(consistency.audit, told),
         "credit": partial(credit.audit, made["credit"], parts_MK, rows, found.ppo),
     }  # fmt: skip
-    if found.benchmark:
-        asked = benchmark.fitting(found.benchmark, tokenizer, cfg.max_length)
+    if found.questions:
+        asked = benchmark.fitting(found.questions, tokenizer, cfg.max_length)
         rewards_C = scored.conversations([turns for each in asked for turns in each.conversations], "benchmark").mean(
             0
         )
-        left_out = len(found.benchmark) - len(asked)
+        left_out = len(found.questions) - len(asked)
         parts["benchmark"] = partial(benchmark.audit, cfg.benchmark, asked, rewards_C, left_out)
     done = []
     for names in progress.batches("figures", len(parts), [[name] for name in parts]):

