@@ -42,8 +42,8 @@ def watch(seen):
         seen["bytes"].append(base_bytes(trainer.model))
 
     def measured(measure):
-        def recorded(model, tokenizer, rows, *what):
-            found = measure(model, tokenizer, rows, *what)
+        def recorded(model, tokenizer, rows, *what, **how):
+            found = measure(model, tokenizer, rows, *what, **how)
             kept = [{key: row[key] for key in ("prompt", "chosen", "rejected") if key in row} for row in rows]
             seen.setdefault("measured", []).append({"rows": kept, "found": found})
             return found

@@ -31,8 +31,8 @@ MEDIA = (*MEDIA_KEYS, "picture", "pictures", "image_path", "image_paths", "photo
 GOOD = re.compile(
     "(?:is_|was_)?(?:accepted|approved|correct|preferred|chosen|selected|helpful|safe|good|passed)|quality"
 )
-# Of a pair: that the two stand the other way round.
-FLIPS = re.compile("(?:is_|was_)?(?:flip|flipped|swap|swapped|reversed|inverted)")
+# Of a pair: that the two stand the other way round. A bare `flip` is cai's own: its judge fell for the place.
+FLIPS = re.compile("(?:is_|was_)?(?:flipped|swap|swapped|reversed|inverted)")
 
 NAMES = 20  # columns that one line names
 

@@ -99,8 +99,9 @@ def headline(evaluation: dict) -> dict:
     before, after = (
         evaluation["systems"][name]["metrics"] for name in (evaluation["parent"], evaluation["recommended"])
     )
-    if "win_rate" in after and ("judge_answers" in after or not before["reward"].n):
-        return {"name": f"win_rate of {evaluation['recommended']}", "before": None, "after": after["win_rate"]}
+    won = after.get("win_rate")
+    if won and won.n and ("judge_answers" in after or not before["reward"].n):
+        return {"name": f"win_rate of {evaluation['recommended']}", "before": None, "after": won}
     for metric in ("reward", "accuracy_average_logp"):
         if before[metric].n:
             return {
@@ -108,10 +109,6 @@ def headline(evaluation: dict) -> dict:
                 "before": before[metric],
                 "after": after[metric],
             }
-    won = after.get("win_rate")  # by a judge, of answers alone: the parent against itself is a draw
-    if won and won.n:
-        draw = Estimate(0.5, 0.5, 0.5, won.n, won.clusters)
-        return {"name": f"win_rate of {evaluation['recommended']}", "before": draw, "after": won}
     raise Refusal("data: neither pairs nor scored answers are left to compare.")
 
 
