@@ -282,7 +282,7 @@ CASES = [
          says="(by name, turned round)"),
     case("its name", {**TWO, "loser": each("a", "b")}, TURNED, format="preference", order="-+-+",
          set="data.columns.preference=loser"),
-    case("a better and a worse one", {**TWO, "better": each("a", "b"), "worse": each("b", "a")}, PAIR, format="preference",
+    case("better, and worse", {**TWO, "better": each("a", "b"), "worse": each("b", "a")}, PAIR, format="preference",
          order="+-+-", says="not read: worse"),
     # ---- which is better, in numbers
     case("an id of the worse one", {"prompt": Q, "answer_1": YES, "answer_2": NO, "rejected_id": each(1, 2)}, TURNED,
