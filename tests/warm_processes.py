@@ -38,6 +38,8 @@ def note_writes() -> list[str]:
         elif event == "os.rename":
             note(args[0])
             note(args[1])
+        elif event == "os.remove" and args[1] != -1:
+            pass  # a name below a folder that `shutil.rmtree` removes, which is noted
         elif event in ("os.remove", "os.truncate", "os.symlink", "shutil.rmtree"):
             note(args[0])
 
