@@ -22,7 +22,7 @@ from conftest import ROOT
 from omegaconf import OmegaConf
 
 from rlhf_recipes.cai import constitution, dataset, judge, make_pairs, report
-from rlhf_recipes.cai.backend import Journal, Request
+from rlhf_recipes.cai.backend import Ask, Journal, Request, in_step
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.run import GATE
 from rlhf_recipes.stats import Estimate
@@ -701,3 +701,27 @@ def test_a_killed_run_continues_to_the_same_bytes(tmp_path, clean_env, light_pyt
 
 if __name__ == "__main__":
     killed_run(Path(sys.argv[1]), float(sys.argv[2]))
+
+
+class Echo:
+    """Answers with what it was told last."""
+
+    name, places = "echo", 0
+
+    def answer(self, requests, known, what):
+        yield [(each, {"text": each.messages[-1]["content"], "finished": True, "prompt_tokens": 1, "tokens": 1})
+               for each in requests if each.key not in known]  # fmt: skip
+
+
+def test_works_in_step_may_end_one_before_another(tmp_path):
+    def counts(name, questions):
+        heard = []
+        for number in range(questions):
+            said = [{"role": "user", "content": f"{name}{number}"}]
+            heard += yield Ask(Echo(), "count", [Request(name, f"count.{number}", said)])
+        return [each["text"] for each in heard]
+
+    works = [counts(name, questions) for name, questions in (("a", 2), ("b", 0), ("c", 1), ("d", 3))]
+    journal = Journal(tmp_path / "answers.jsonl")
+    assert in_step(works, journal) == [["a0", "a1"], [], ["c0"], ["d0", "d1", "d2"]]
+    assert len(journal.answers) == 6
