@@ -71,7 +71,9 @@ def describe(choices: Choices) -> str:
             continue
         own = of_one(made.values())
         said = f"{name}: chose in {own['chosen']}, {own['ties']} ties, {own['skipped']} skipped"
-        said += f"; the same choice again {_said(own['same_again'])}, with the places changed {_said(own['same_swapped'])}"
+        said += (
+            f"; the same choice again {_said(own['same_again'])}, with the places changed {_said(own['same_swapped'])}"
+        )
         lines.append(f"{said}; the left one {_said(own['left'])}")
     lines += [f"{a} and {b}: the same choice {_said(share)}" for (a, b), share in between(choices).items()]
     return "\n".join(lines)

@@ -14,7 +14,7 @@ FIELDS = ("annotator", "item", "pair", "show", "left", "choice", "note", "second
 
 
 class Choices:
-    """A file of choices, one line each, appended and synced; an undone one is followed by a line whose `choice` is null.
+    """A file of choices, one line each, appended and synced; after an undone one comes one whose `choice` is null.
 
     `choice` is first, second, tie or skip, of the pair as it lies in its file; `left` says which of the two stood on
     the left. A line that a kill cut short goes when the next is written: its answer had not been taken.

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 BYTES = 24  # of a token
-# What the browser is told of each answer. Without a Referer of its own origin a form would be sent with `Origin: null`.
+# What the browser is told with each answer. Without any Referer a form would come with `Origin: null`.
 HEADERS = {
     "Cache-Control": "no-store",
     "Cross-Origin-Opener-Policy": "same-origin",
@@ -71,8 +71,8 @@ class Guard:
 def policy(nonce: str) -> str:
     """Content-Security-Policy: nothing is loaded, run or sent but what the page itself holds."""
     return (
-        f"default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; img-src data:; form-action 'self'; "
-        "base-uri 'none'; frame-ancestors 'none'"
+        f"default-src 'none'; style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; img-src data:; "
+        "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
     )
 
 

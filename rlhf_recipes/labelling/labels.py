@@ -30,13 +30,17 @@ def check(cfg: DictConfig) -> list[str]:
     names = [cfg.annotator] if isinstance(cfg.annotator, str) else list(cfg.annotator)
     for name in names:
         if not isinstance(name, str) or not NAME.fullmatch(name) or name in TAKEN:
-            raise Refusal(f"annotator={name}: must be a name of up to 40 letters and digits, not data. Choose another.")
+            raise Refusal(
+                f"annotator={name}: must be a name of up to 40 letters and digits, not data. Choose another."
+            )
         if names.count(name) > 1:
             raise Refusal(f"annotator={name}: is there twice. Leave one out.")
     if not names:
         raise Refusal("annotator=[]: nobody labels. Give a name.")
     if cfg.twice + cfg.swapped > 1:
-        raise Refusal(f"twice={cfg.twice} swapped={cfg.swapped}: no pair is shown three times. Give 1 together at most.")
+        raise Refusal(
+            f"twice={cfg.twice} swapped={cfg.swapped}: no pair is shown three times. Give 1 together at most."
+        )
     if cfg.samples < 2:
         raise Refusal(f"samples={cfg.samples}: makes no pair of answers. Give 2 at least.")
     return names

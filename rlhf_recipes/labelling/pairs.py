@@ -145,7 +145,9 @@ def _of_preferences(path: str) -> Iterator[Pair | str]:
     splits = load_pairs(_data(path))
     for row in in_order(splits):
         yield make(row["prompt"], row["chosen"][-1]["content"], row["rejected"][-1]["content"], family=row["family"])
-    yield from (why for why in ("identical", "duplicate", "empty") for _ in range(splits.report["dropped"].get(why, 0)))
+    yield from (
+        why for why in ("identical", "duplicate", "empty") for _ in range(splits.report["dropped"].get(why, 0))
+    )
 
 
 def _of_run(folder: Path, splits: list[str]) -> Iterator[Pair | str]:

@@ -1,4 +1,4 @@
-"""What others read of the labels: `judgements.jsonl`, every word of everybody, and `preferences.jsonl`, a row a pair."""
+"""What others read of it: `judgements.jsonl`, every word of everybody, and `preferences.jsonl`, a row for a pair."""
 
 import json
 from collections.abc import Iterator
