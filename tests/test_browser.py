@@ -108,6 +108,13 @@ def hostile_cards(folder: Path) -> None:
     (folder / "report.html").write_text(f"<!doctype html><meta charset=utf-8>{links}", encoding="utf-8")
 
 
+def test_what_acts_is_noticed(browser, tmp_path):
+    (tmp_path / "report.html").write_text(f"<!doctype html>{HOSTILE}")
+    with pytest.raises(AssertionError) as noticed, watched(browser, (tmp_path / "report.html").as_uri()) as opened:
+        assert len(acting(opened)) >= 5
+    assert all(each in str(noticed.value) for each in ("dialog s", "dialog v", "http://example.invalid/i.png"))
+
+
 @pytest.mark.parametrize("make", [hostile_evaluation, hostile_audit, hostile_cards])
 def test_what_others_wrote_is_text_on_every_page(make, browser, tmp_path):
     make(tmp_path)
