@@ -53,8 +53,8 @@ def watched(browser, address: str):
     opened.goto(address)
     yield opened
     opened.wait_for_timeout(50)
-    assert faults == []
     context.close()
+    assert not faults, faults
 
 
 def acting(opened) -> list[str]:

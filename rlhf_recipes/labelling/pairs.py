@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import run_folder, secrets
+from rlhf_recipes.cai.people import WAITING
 from rlhf_recipes.config import CONF
 from rlhf_recipes.data import formats, readers
 from rlhf_recipes.data.load import Splits, load_pairs, load_prompts
@@ -16,8 +17,8 @@ from rlhf_recipes.data.messages import Messages
 from rlhf_recipes.data.row import Row
 from rlhf_recipes.errors import Refusal
 
-# Of a run of recipes/cai.py: what waits for people, and its splits of judged pairs.
-WAITING, SPLITS = "to_label.jsonl", ("disputed", "ties", "train_prefs", "test_prefs")
+# Of a run of recipes/cai.py, whose judged pairs they are.
+SPLITS = ("disputed", "ties", "train_prefs", "test_prefs")
 LEFT_OUT = {
     "identical": "the same reply twice",
     "duplicate": "twice in the file",

@@ -36,7 +36,7 @@ KEYS = {
     "filters.*": int | float,
     "shards": str | None,
     "generator.kind": ("local", "server"),
-    "judge.kind": ("local", "server"),
+    "judge.kind": ("local", "server", "people"),
     "thresholds.metric": ("auto", "win_rate", "preference_accuracy"),
     "thresholds.length_controlled": bool,
     "thresholds.worst_case": bool,
