@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import threading
 import time
 import urllib.parse
@@ -349,30 +350,32 @@ def test_other_hosts_are_answered_by_address_and_own_name_alone():
     assert guard.tokens["anna"] not in repr(guard)
 
 
-def test_another_host_is_warned_of_and_a_port_that_is_taken_refused(tmp_path):
-    said = []
-    sessions = {"anna": session(tmp_path, of=some(2))}
+def test_another_host_is_warned_of(tmp_path):
+    said, sessions = [], {"anna": session(tmp_path, of=some(2))}
+    finished = threading.Event()
 
-    def out_of_pairs():
-        while len(said) != 2:
+    def finish():
+        while len(said) < 2:
             time.sleep(0.01)
-        token = re.search(r"token=([\w-]+)", said[1])[1]
-        port = re.search(r":(\d+)/", said[1])[1]
-        while item := sessions["anna"].current():
-            sessions["anna"].choose(item.key, "tie", "")
-        ask = urllib.request.Request(
-            f"http://127.0.0.1:{port}/finish", f"token={token}".encode(),
-            {"Cookie": f"label_{port}={token}", "Origin": f"http://127.0.0.1:{port}"},
-        )  # fmt: skip
-        with pytest.raises(ValueError, match=rf"^port={port}: cannot be had \(.*\)\. Choose another, or port=0"):
-            server.serve("127.0.0.1", int(port), sessions, said.append)
-        urllib.request.urlopen(ask).read()
+        at = Browser(re.sub(r"//[^:]+:", "//127.0.0.1:", re.search(r"http://\S+", said[1])[0]))
+        for _ in range(2):
+            at.post("/choose", place="tie", item=at.item())
+        at.post("/finish")
+        finished.set()
 
-    other = threading.Thread(target=out_of_pairs)
-    other.start()
+    threading.Thread(target=finish, daemon=True).start()
     server.serve("0.0.0.0", 0, sessions, said.append)
-    other.join()
+    assert finished.wait(60) and sessions["anna"].left == 0
     assert said[0].startswith("warning: host=0.0.0.0: whoever is on this network")
+
+
+def test_a_port_that_is_taken_and_a_host_that_is_none_are_refused():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"^port={port}: cannot be had \(.*\)\. Choose another, or port=0"):
+            server.serve("127.0.0.1", port, {}, print)
+    with pytest.raises(ValueError, match=r"^port=0 host=192\.0\.2\.1: cannot be had"):
+        server.serve("192.0.2.1", 0, {}, print)
 
 
 # The command
