@@ -63,14 +63,14 @@ KEYS = {
     "evaluation": str | None,
     "max_file_gib": int | float,
 }
-# What the extra `audit` installs, and the module of each.
+# What the extras `audit` and `label` install, and the module of each.
 AUDIT_PACKAGES = {
     "scikit-learn": "sklearn",
     "scipy": "scipy",
     "networkx": "networkx",
     "krippendorff": "krippendorff",
 }
-LABEL_PACKAGES = {"fastapi": "fastapi", "uvicorn": "uvicorn"}  # likewise
+LABEL_PACKAGES = {"fastapi": "fastapi", "uvicorn": "uvicorn"}
 # Recipes with an extra of their own name.
 EXTRAS = {"audit": ("The audit", AUDIT_PACKAGES), "label": ("The page", LABEL_PACKAGES)}
 # What `trainer.report_to` may name, and the packages one of which it needs.
