@@ -30,7 +30,7 @@ def main(cfg):
             prompts = fit(prompts, tokenizer, cfg.max_prompt_length)
         print(describe(prompts.report), flush=True)
         run.create()
-        found = pairs.collect(answers.answer(prompts, policy, cfg, run.dir), cfg.pairs)
+        found = pairs.collect(answers.answer(prompts, found.order, policy, cfg, run.dir), cfg.pairs)
     print(found.describe(cfg.pairs), flush=True)
     return labels.collect(run, cfg, found.pairs, people)
 

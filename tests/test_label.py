@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from rlhf_recipes.audit import judgements
 from rlhf_recipes.config import CONF
+from rlhf_recipes.data import formats
 from rlhf_recipes.data.load import load_pairs
 from rlhf_recipes.labelling import agreement, labels, pairs, plan, server, written
 from rlhf_recipes.labelling.choices import Choices, Session
@@ -24,8 +25,11 @@ EVIL = "<script>alert(1)</script><img src=http://example.com/x onerror=alert(2)>
 
 
 def a_pair(number: int = 0, **more) -> pairs.Pair:
-    asked = [{"role": "user", "content": f"Question {number}?"}]
-    return pairs.make(asked, f"first answer {number}", f"second answer {number}", **more)
+    return pairs.make(user(f"Question {number}?"), f"first answer {number}", f"second answer {number}", **more)
+
+
+def user(text: str) -> list[dict]:
+    return [{"role": "user", "content": text}]
 
 
 def some(count: int) -> list[pairs.Pair]:
@@ -100,16 +104,14 @@ def test_files_of_each_kind(tmp_path):
     assert [p.first for p in found.pairs] == [f"good {n}" for n in range(30)]
     asked = [{"prompt": f"Q{n}", "family": None, "why": "far"} for n in range(30)]
     found = pairs.find(config(write_rows(tmp_path / "label_next.jsonl", *asked)))
-    assert not found.pairs and [row["prompt"][0]["content"] for row in pairs.in_order(found.prompts)][:3] == [
-        "Q0", "Q1", "Q2",
-    ]  # fmt: skip
+    assert not found.pairs and [found.order[formats.prompt_id(user(each["prompt"]))] for each in asked] == [*range(30)]
 
 
 def test_the_disputed_pairs_of_an_audit_and_of_cai(tmp_path):
     from rlhf_recipes.cai import dataset
     from rlhf_recipes.run_folder import mark
 
-    case = {"prompt_id": "q", "prompt": [{"role": "user", "content": "Hi"}], "family": None, "why": ["judges"]}
+    case = {"prompt_id": "q", "prompt": user("Hi"), "family": None, "why": ["judges"]}
     judgements.export(str(tmp_path / "disputed.jsonl"), [{**case, "first": "a", "second": "b"}])
     [pair] = pairs.find(config(tmp_path / "disputed.jsonl")).pairs
     assert pair.prompt_id == "q" and pair.id == json.loads((tmp_path / "disputed.jsonl").read_text())["id"]
@@ -146,6 +148,15 @@ def config(path, **more):
 def test_what_no_labelling_can_be_made_of(given, said):
     with pytest.raises(ValueError, match=f"^{said}"):
         labels.check(config("x", **given))
+
+
+def test_people_are_asked_for_the_pairs_of_a_whole_run_alone(compose):
+    from rlhf_recipes.cai import people
+
+    with pytest.raises(ValueError, match=r"^gate\.only=true: asks a model what it is worth"):
+        people.check(compose("cai", "judge=people", "gate.only=true"))
+    with pytest.raises(ValueError, match=r"^shards=1/2: people label the whole run"):
+        people.check(compose("cai", "judge=people", "shards=1/2"))
 
 
 def test_what_there_is_nothing_to_label_in(tmp_path):
@@ -261,7 +272,7 @@ def asked(tmp_path):
     from rlhf_recipes.labelling import app
 
     guard = Guard.of("127.0.0.1", ["anna", "ben"])
-    shown = [pairs.make([{"role": "user", "content": EVIL}], EVIL, "b\x1b[31m", question=EVIL), *some(3)]
+    shown = [pairs.make(user(EVIL), EVIL, "b\x1b[31m", question=EVIL), *some(3)]
     sessions = {name: session(tmp_path, name=name, of=shown) for name in guard.tokens}
     over = []
     built = app.build(guard, sessions, 8000, over.append)

@@ -1,5 +1,6 @@
 """Prompts that the policy answers several times, so that people can choose between the answers."""
 
+import hashlib
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,27 +9,27 @@ from omegaconf import DictConfig
 
 from rlhf_recipes.cai.backend import Backend, Journal, Request, ask
 from rlhf_recipes.data.load import Splits
-from rlhf_recipes.inference import draw_seed
 from rlhf_recipes.labelling import pairs
 from rlhf_recipes.labelling.pairs import Pair
 from rlhf_recipes.run import ANSWERS
 
 
-def answer(prompts: Splits, policy: Backend, cfg: DictConfig, folder: Path) -> Iterator[Pair]:
-    """Every two of the `samples` answers to each prompt, in the order of the file; what was answered before is kept in
-    the folder, and asked for no more.
+def answer(prompts: Splits, order: dict[str, int], policy: Backend, cfg: DictConfig, folder: Path) -> Iterator[Pair]:
+    """Every two of the `samples` answers to each prompt; what was answered before is kept in the folder, and asked for
+    no more.
 
     Args:
+        order: of the prompts, by `prompt_id`.
         policy: of `cai.load.load_one`.
     """
-    rows = pairs.in_order(prompts)
+    rows = sorted([*prompts.train, *prompts.test], key=lambda row: order[row["prompt_id"]])
     sampling = {"max_new_tokens": cfg.max_new_tokens, "temperature": cfg.temperature, "top_p": cfg.top_p}
     asked = [
         Request(
             row["prompt_id"], f"sample.{n}", row["prompt"], **sampling,
-            seed=draw_seed(cfg.seed, place * cfg.samples + n) % 2**31,  # which every endpoint takes
+            seed=_seed(cfg.seed, row["prompt_id"], n),
         )
-        for place, row in enumerate(rows)
+        for row in rows
         for n in range(cfg.samples)
     ]  # fmt: skip
     answers = ask(policy, asked, Journal(folder / ANSWERS), "answers")
@@ -37,3 +38,8 @@ def answer(prompts: Splits, policy: Backend, cfg: DictConfig, folder: Path) -> I
         own = texts[place * cfg.samples : (place + 1) * cfg.samples]
         for first, second in itertools.combinations(own, 2):
             yield pairs.make(row["prompt"], first, second, row["prompt_id"], family=row["family"])
+
+
+def _seed(*parts: object) -> int:
+    """31 bits, which every endpoint takes, of what is drawn for one answer, whatever else is asked."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:4]) >> 1

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +49,18 @@ class Pair:
 
 @dataclass(frozen=True)
 class Found:
-    """What `pairs` names: pairs, or prompts without answers; `left_out` counts by `LEFT_OUT`."""
+    """What `pairs` names.
+
+    Attributes:
+        left_out: counts by `LEFT_OUT`.
+        prompts: without answers, or None.
+        order: of the prompts as they stand in the file, by `prompt_id`.
+    """
 
     pairs: list[Pair]
-    prompts: Splits | None
     left_out: Counter
+    prompts: Splits | None = None
+    order: dict[str, int] = field(default_factory=dict)
 
     def describe(self, source: str) -> str:
         """One line."""
@@ -82,7 +89,9 @@ def find(cfg: DictConfig) -> Found:
         elif {"first", "second"} <= first.keys():
             rows = _of_answers(str(path))
         else:
-            return Found([], _prompts(cfg.pairs), Counter())
+            prompts = load_prompts(_data(cfg.pairs))
+            order = {row["prompt_id"]: place for place, row in enumerate(_in_order(prompts))}
+            return Found([], Counter(), prompts, order)
     return collect(rows, cfg.pairs)
 
 
@@ -101,7 +110,7 @@ def collect(rows: Iterable[Pair | str], source: str) -> Found:
             left_out[why] += 1
         else:
             pairs[row.id] = row
-    found = Found(list(pairs.values()), None, left_out)
+    found = Found(list(pairs.values()), left_out)
     if not pairs:
         raise Refusal(f"{found.describe(source)}. Nothing is left to label. Give other pairs.")
     return found
@@ -144,7 +153,7 @@ def _of_answers(path: str) -> Iterator[Pair | str]:
 def _of_preferences(path: str) -> Iterator[Pair | str]:
     """Pairs whose better reply is said already, in the order of the file."""
     splits = load_pairs(_data(path))
-    for row in in_order(splits):
+    for row in _in_order(splits):
         yield make(row["prompt"], row["chosen"][-1]["content"], row["rejected"][-1]["content"], family=row["family"])
     yield from (
         why for why in ("identical", "duplicate", "empty") for _ in range(splits.report["dropped"].get(why, 0))
@@ -181,17 +190,13 @@ def _of_run(folder: Path, splits: list[str]) -> Iterator[Pair | str]:
                 raise Refusal(f"{where}: not a pair of recipes/cai.py ({error!r:.80}). Make it again.") from error
 
 
-def _prompts(path: str) -> Splits:
-    return load_prompts(_data(path))
-
-
 def _data(path: str) -> DictConfig:
     """A data node that reads every row of a file."""
     return OmegaConf.merge(OmegaConf.load(CONF / "data" / "base.yaml"), {"path": path, "columns": {"split": None}})
 
 
-def in_order(splits: Splits) -> list[dict]:
-    """The rows of both splits as they stand in the file: what comes first is what is labelled first."""
+def _in_order(splits: Splits) -> list[dict]:
+    """The rows of both splits as they stand in the file: what comes first is labelled first."""
     rows = [(_place(place), row) for name in ("train", "test")
             for place, row in zip(splits.places[name], getattr(splits, name), strict=True)]  # fmt: skip
     return [row for _, row in sorted(rows, key=lambda each: each[0])]

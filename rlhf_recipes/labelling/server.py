@@ -50,7 +50,9 @@ def serve(host: str, port: int, sessions: dict[str, Session], said: Callable[[st
     for name, address in addresses(guard, bound.getsockname()[1]).items():
         said(f"label: {line(name)}: {address}")
     try:
-        over.wait()
+        while not over.wait(1.0):
+            if not thread.is_alive():
+                raise RuntimeError("the server of the page has ended")
     finally:
         server.should_exit = True
         thread.join(SECONDS)
