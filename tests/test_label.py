@@ -238,7 +238,7 @@ def test_what_they_wrote_is_read_as_preferences_and_as_judgements(tmp_path):
     assert "unread" not in splits.report or set(splits.report["unread"]) <= {"people", "prompt_id"}
     assert len(rows) == 18 and all(row["chosen"][0]["content"].startswith("first") for row in rows)
     said = judgements.load(str(tmp_path / "judgements.jsonl"))
-    assert {each["judge"] for each in said} == {"anna", "ben", "cy"}
+    assert {each["judge"] for each in said} == {"anna", "ben", "cy"} and said == judgements.load(str(tmp_path))
     assert len(said) == 3 * (19 + 2) and sum(each["flip"] is False for each in said) == 3 * 2 * 2
     assert sum(each["p"] == 0.0 for each in said) >= 3
     between = agreement.between(Choices(tmp_path / "choices.jsonl"))

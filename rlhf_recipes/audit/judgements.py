@@ -32,6 +32,7 @@ from rlhf_recipes.errors import Refusal
 from rlhf_recipes.run_folder import write_atomically
 
 LABELS = ("human", "data")
+LABELLED = "judgements.jsonl"  # in the folder of a run of recipes/label.py
 ANSWERS = {"first": 1.0, "second": 0.0, "tie": 0.5}
 KEYS = ("prompt_id", "prompt", "first", "second", "p", "judge", "principle", "family", "flip")
 OPTIONAL = KEYS[6:]
@@ -42,13 +43,15 @@ Pair = tuple[str, str, str]  # prompt_id and two answers, in the order of their 
 
 def load(path: str) -> list[Judgement]:
     """Judgements from a file with one a row (.jsonl, .json, .csv, .parquet, .gz), from a file of `export` that people
-    have labelled, or from a run folder of recipes/cai.py, where every principle that a pair was judged under is one.
+    have labelled, from the folder of a run of recipes/label.py, or from one of recipes/cai.py, where every principle
+    that a pair was judged under is one.
 
     Raises:
         Refusal: not readable, or a row that is no judgement, with file, row and key.
     """
-    if Path(path).expanduser().is_dir():
-        return list(_of_run(path))
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return load(str(folder / LABELLED)) if (folder / LABELLED).is_file() else list(_of_run(path))
     rows = list(readers.read_file(path))
     if rows and {"id", "label"} <= rows[0][1].keys() and "p" not in rows[0][1]:
         return labels(path)

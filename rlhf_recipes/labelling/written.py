@@ -6,12 +6,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from rlhf_recipes.cai.people import JUDGEMENTS
 from rlhf_recipes.labelling.choices import Choices
 from rlhf_recipes.labelling.pairs import Pair
 from rlhf_recipes.labelling.plan import NEW, SWAPPED
 from rlhf_recipes.run_folder import write_atomically
 
-JUDGEMENTS, PREFERENCES = "judgements.jsonl", "preferences.jsonl"
+PREFERENCES = "preferences.jsonl"
 P = {"first": 1.0, "second": 0.0, "tie": 0.5}
 
 
