@@ -26,8 +26,9 @@ def write(folder: Path, pairs: list[Pair], choices: Choices) -> None:
 def judgements(pairs: list[Pair], choices: Choices) -> Iterator[dict[str, Any]]:
     """As `audit.judgements` reads them: a pair that a person was shown twice is there twice; `flip` says of one that
     was shown in both orders whether the better reply changed with them."""
+    told = _by_pair(choices)
     for pair in pairs:
-        for annotator, said in _said(pair, choices).items():
+        for annotator, said in told.get(pair.id, {}).items():
             words = {each["show"]: each["choice"] for each in said}
             both = words.keys() >= {NEW, SWAPPED}
             flip = {words[NEW], words[SWAPPED]} == {"first", "second"} if both else None
@@ -41,9 +42,9 @@ def judgements(pairs: list[Pair], choices: Choices) -> Iterator[dict[str, Any]]:
 def preferences(pairs: list[Pair], choices: Choices) -> Iterator[dict[str, Any]]:
     """As `data.format=preference` reads them: `preference` is first, second or tie, by most people; what one person
     said of a pair counts once, however often it was shown."""
+    told = _by_pair(choices)
     for pair in pairs:
-        said = _said(pair, choices)
-        if said:
+        if said := told.get(pair.id):
             p = fmean(fmean(P[each["choice"]] for each in own) for own in said.values())
             word = "tie" if p == 0.5 else "first" if p > 0.5 else "second"
             yield {**_of(pair), "preference": word, "people": len(said)}
@@ -53,11 +54,11 @@ def _of(pair: Pair) -> dict[str, Any]:
     return {key: getattr(pair, key) for key in ("prompt_id", "family", "prompt", "first", "second")}
 
 
-def _said(pair: Pair, choices: Choices) -> dict[str, list[dict[str, Any]]]:
-    """annotator -> lines about the pair that are no skip."""
-    found = {}
+def _by_pair(choices: Choices) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Pair -> annotator -> lines that are no skip."""
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for annotator, made in choices.kept.items():
-        own = [each for each in made.values() if each["pair"] == pair.id and each["choice"] in P]
-        if own:
-            found[annotator] = own
+        for each in made.values():
+            if each["choice"] in P:
+                found.setdefault(each["pair"], {}).setdefault(annotator, []).append(each)
     return found
