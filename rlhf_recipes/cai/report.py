@@ -202,7 +202,7 @@ def _worth(result: dict[str, Any]) -> str:
     if result["labelled_by"] == "people":
         again, people = result["main"]["after"], markdown(len(result["people"]["people"]))
         return (
-            f"{people} labelled them. Of {markdown(again.n)} pairs that were shown to the same person twice, "
+            f"People who labelled them: {people}. Of {markdown(again.n)} pairs that one of them was shown twice, "
             f"{format_estimate(again, percent=True)} got the same choice."
         )
     gate = result["gate"]
