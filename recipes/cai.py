@@ -7,7 +7,7 @@ Examples:
 """
 
 from rlhf_recipes import ranks
-from rlhf_recipes.cai import constitution, gate, make_pairs
+from rlhf_recipes.cai import constitution, gate, make_pairs, people
 from rlhf_recipes.data.fit import describe, fit
 from rlhf_recipes.data.load import load_prompts
 from rlhf_recipes.data.rows import written
@@ -18,6 +18,8 @@ from rlhf_recipes.run import GATE, Run
 @recipe("cai")
 def main(cfg):
     judge_adapter = make_pairs.check(cfg)
+    if cfg.judge.kind == "people":
+        people.check(cfg)
     run = Run.start(cfg, "cai")
     principles = constitution.load(cfg.constitution)
     gold = gate.load_gold(cfg)
@@ -34,9 +36,12 @@ def main(cfg):
     run.create()
     make_pairs.adopt(run)
 
+    rows = written({**row, "split": name} for name in ("test", "train") for row in getattr(prompts, name))
+    if cfg.judge.kind == "people":
+        return report.finish(run, people.make(run, cfg, generator, principles, rows) | {"counts": prompts.report})
+
     judge = Judge(asked, principles, cfg.judging, cfg.seed)
     journal = backend.Journal(run.dir / GATE)
-    rows = written({**row, "split": name} for name in ("test", "train") for row in getattr(prompts, name))
     used = {"judge": asked} if cfg.gate.only else {"generator": generator, "judge": asked}
     needed = gate.longest(cfg, cfg.sources, rows, gold)
     ranks.by_first(served.check, used, needed, journal, cfg.judging.votes)

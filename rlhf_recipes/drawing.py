@@ -4,6 +4,7 @@ Figures are inline SVG whose ink is `currentColor`, so that they follow the ligh
 series differs in its marker as well as in its colour.
 """
 
+import functools
 import re
 from pathlib import Path
 
@@ -19,22 +20,31 @@ TITLE = 100  # characters of a picture's
 
 
 def write(template: Path, path: str | Path, **values) -> None:
-    """Render a Jinja template, which may include `style.css`, to an HTML file; every value is escaped, and control
-    characters in it are shown as what they are. Of several processes the first writes."""
-    if not ranks.is_first():
-        return
+    """Render a Jinja template, which may include `style.css`, to an HTML file. Of several processes the first
+    writes."""
+    if ranks.is_first():
+        Path(path).write_text(rendered(template, **values), encoding="utf-8", newline="\n")
+
+
+def rendered(template: Path, **values) -> str:
+    """A template as HTML: every value is escaped, and control characters in it are shown as what they are."""
+    return _environment(template.parent).get_template(template.name).render(**values)
+
+
+@functools.cache
+def _environment(folder: Path):
     import jinja2
     from markupsafe import Markup
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([template.parent, Path(__file__).parent]),
+        loader=jinja2.FileSystemLoader([folder, Path(__file__).parent]),
         autoescape=True,
         finalize=lambda value: value if isinstance(value, Markup) else shown(value),
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters["number"] = format_number
-    Path(path).write_text(environment.get_template(template.name).render(**values), encoding="utf-8", newline="\n")
+    return environment
 
 
 def dot(axes, e: Estimate, y: float, colour: str, marker: str, size: float = 7) -> None:

@@ -40,13 +40,20 @@ LIBRARIES = (
 # Where a run lies, whether it may continue, by which forward and in which parts say nothing about what it computes.
 _NOT_COMPUTED = (
     *("run_name", "resume", "overwrite", "sweep", "preflight", "allow_target"),
-    *("fast_forward", "shards"),
+    *("fast_forward", "shards", "annotator", "host", "port"),
 )
 # Of `trainer`, in the same way.
 _NOT_TRAINED = ("report_to", "vllm_server_base_url", "vllm_server_timeout")
-# What an interrupted cai or audit goes on from: the first file or folder of many that it keeps.
-GATE, SCORES = "gate.jsonl", "scores"
-KEPT = {GATE: "what was answered", SCORES: "what was scored"}
+# What an interrupted cai, audit or label goes on from: the first file or folder of many that it keeps.
+GATE, SCORES, CHOICES, ANSWERS = "gate.jsonl", "scores", "choices.jsonl", "answers.jsonl"
+KEPT = {
+    GATE: "what was answered",
+    SCORES: "what was scored",
+    CHOICES: "what was chosen",
+    ANSWERS: "what was answered",
+}
+# To what these have finished more may be added: other people label too.
+GROWING = ("label",)
 # In a sweep's folder: what its jobs have in common.
 SHARED = "shared"
 
@@ -113,7 +120,7 @@ class Run:
     def _found(self, cfg: DictConfig) -> str | None:
         """The checkpoint to continue from; the folder is this process's from here on."""
         self.hold()
-        finished = (self.dir / run_folder.RESULT).exists()
+        finished = (self.dir / run_folder.RESULT).exists() and self.recipe not in GROWING
         if finished and not cfg.overwrite:
             raise Refusal(
                 f"run_name={cfg.run_name}: {self.dir} holds a finished run. Choose another run_name, or replace it "

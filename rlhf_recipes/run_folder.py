@@ -37,6 +37,7 @@ FILES = (
     "train_sft.parquet", "test_sft.parquet", "ties.parquet", "disputed.parquet",
     "report.html", "sweep.csv", "frontier.png",
     "audit.json", "label_next.jsonl", "disputed.jsonl", "to_label.jsonl",
+    "answers.jsonl", "choices.jsonl", "judgements.jsonl", "preferences.jsonl",
     ".*.tmp",
 )  # fmt: skip
 FOLDERS = ("adapter", "scores", "shards")

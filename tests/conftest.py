@@ -230,18 +230,18 @@ def run_recipe(clean_env, warm_python):
 
 @pytest.fixture
 def start_recipe(clean_env, warm_python):
-    """start_recipe(name, *overrides, cwd, env=None, cold=False): the same as a running process, of the recipe's own id
-    where it is cold; what still runs at the end of a test is killed with its children.
+    """start_recipe(name, *overrides, cwd, env=None, cold=False, python=None): the same as a running process, of the
+    recipe's own id where it is cold; what still runs at the end of a test is killed with its children.
 
     `holds`: where it would write such a path, it waits while `cwd / "held"` is there, see tests/held.
     """
     started = []
 
-    def start(name, *overrides, cwd, env=None, cold=False, holds=None):
+    def start(name, *overrides, cwd, env=None, cold=False, python=None, holds=None):
         if holds:
             env = {"PYTHONPATH": TESTS / "held", "RLHF_TEST_HOLDS": holds}
         process = subprocess.Popen(
-            [sys.executable if cold else warm_python, "-m", f"rlhf_recipes.recipes.{name}", *overrides],
+            [python or (sys.executable if cold else warm_python), "-m", f"rlhf_recipes.recipes.{name}", *overrides],
             cwd=cwd,
             env=merged(clean_env, env),
             stdout=subprocess.PIPE,

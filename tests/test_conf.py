@@ -16,7 +16,7 @@ from rlhf_recipes.methods import METHODS
 
 CONF = ROOT / "conf"
 TRAINING = tuple(METHODS)
-RECIPES = (*TRAINING, "cai", "evaluate", "audit", "publish", "pipeline")
+RECIPES = (*TRAINING, "cai", "evaluate", "audit", "label", "publish", "pipeline")
 GROUPS = {
     folder.name: sorted(file.stem for file in folder.glob("*.yaml") if file.stem not in PARTS)
     for folder in CONF.iterdir()
@@ -26,7 +26,7 @@ EXPERIMENTS = sorted(
     str(file.relative_to(CONF / "experiment").with_suffix("")) for file in CONF.rglob("experiment/**/*.yaml")
 )
 # The keys that a user must give.
-OPEN = {"pipeline": {"stages"}, "ppo": {"reward_funcs"}, "audit": {"reward_model"}}
+OPEN = {"pipeline": {"stages"}, "ppo": {"reward_funcs"}, "audit": {"reward_model"}, "label": {"pairs"}}
 OPEN_OPTIONS = {
     ("data", "local"): {"data.path"},
     ("data", "cai_pairs"): {"data.path"},

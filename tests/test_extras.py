@@ -1,4 +1,5 @@
-"""The packages of the extra `audit` serve the audit alone: everything else works where they are not installed."""
+"""The packages of the extras `audit` and `label` serve these alone: everything else works where they are not
+installed."""
 
 import ast
 import re
@@ -12,6 +13,7 @@ from conftest import ROOT
 
 from rlhf_recipes.launch import keys
 
+HIDDEN = {module for _, packages in keys.EXTRAS.values() for module in packages.values()}
 # Found by no import and by no `find_spec`, as if they were not there.
 HIDE = f"""
 from importlib.machinery import PathFinder
@@ -20,7 +22,7 @@ find_spec = PathFinder.find_spec
 
 
 def find_others(name, *rest):
-    return None if name in {set(keys.AUDIT_PACKAGES.values())} else find_spec(name, *rest)
+    return None if name in {HIDDEN} else find_spec(name, *rest)
 
 
 PathFinder.find_spec = find_others
@@ -30,10 +32,10 @@ import importlib, importlib.util, pkgutil, sys
 
 import rlhf_recipes
 
-assert importlib.util.find_spec("sklearn") is None
+assert importlib.util.find_spec("sklearn") is None and importlib.util.find_spec("fastapi") is None
 names = [module.name for module in pkgutil.walk_packages(rlhf_recipes.__path__, "rlhf_recipes.")]
 for name in [*names, *sys.argv[1:]]:
-    if not name.startswith("rlhf_recipes.audit"):
+    if not name.startswith("rlhf_recipes.audit") and name != "rlhf_recipes.labelling.app":
         importlib.import_module(name)
 print("rlhf_recipes.evaluation.measure" in sys.modules, "torch" in sys.modules)
 """
@@ -60,23 +62,23 @@ def imported(file: Path) -> set[str]:
 
 def test_no_other_room_imports_them():
     files = [*(ROOT / "rlhf_recipes").rglob("*.py"), *(ROOT / "recipes").glob("*.py")]
-    rooms = {file.parent.name for file in files if imported(file) & set(keys.AUDIT_PACKAGES.values())}
-    assert rooms == {"audit"}
+    for room, (_, packages) in keys.EXTRAS.items():
+        rooms = {file.parent.name for file in files if imported(file) & set(packages.values())}
+        assert rooms == {{"label": "labelling"}.get(room, room)}
 
 
-def test_the_extra_installs_what_the_audit_asks_for():
+def test_the_extras_install_what_is_asked_for():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extra = {re.match(r"[\w-]+", each)[0] for each in project["optional-dependencies"]["audit"]}
     base = {re.match(r"[\w-]+", each)[0] for each in project["dependencies"]}
-    assert extra == set(keys.AUDIT_PACKAGES) and not extra & base
-    assert "audit" in re.search(r"rlhf-recipes\[(.*?)\]", " ".join(project["optional-dependencies"]["dev"]))[1].split(
-        ","
-    )
+    dev = re.search(r"rlhf-recipes\[(.*?)\]", " ".join(project["optional-dependencies"]["dev"]))[1].split(",")
+    for name, (_, packages) in keys.EXTRAS.items():
+        extra = {re.match(r"[\w-]+", each)[0] for each in project["optional-dependencies"][name]}
+        assert extra == set(packages) and not extra & base and name in dev
     assert re.search(r"^\$\(VENV\)/demo: WHAT := \.\[audit\]$", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
 @pytest.mark.slow
-def test_every_module_but_those_of_the_audit_is_imported_without_them(base_env, tmp_path):
+def test_every_other_module_is_imported_without_them(base_env, tmp_path):
     recipes = [f"rlhf_recipes.recipes.{file.stem}" for file in (ROOT / "recipes").glob("[a-z]*.py")]
     recipes.remove("rlhf_recipes.recipes.audit")
     command = [sys.executable, "-c", IMPORT_ALL, *recipes]
@@ -85,16 +87,24 @@ def test_every_module_but_those_of_the_audit_is_imported_without_them(base_env, 
 
 
 @pytest.mark.parametrize(
-    ("recipe", "arguments", "where"),
-    [("audit", ["reward_model=x"], ""), ("pipeline", ["experiment=pipeline/demo"], "stages.audit: ")],
+    ("recipe", "arguments", "said"),
+    [
+        ("audit", ["reward_model=x"], 'The audit needs scikit-learn. pip install "rlhf-recipes[audit]".'),
+        (
+            "pipeline",
+            ["experiment=pipeline/demo"],
+            'stages.audit: The audit needs scikit-learn. pip install "rlhf-recipes[audit]".',
+        ),
+        ("label", ["pairs=x"], 'The page needs fastapi. pip install "rlhf-recipes[label]".'),
+    ],
 )
-def test_an_audit_is_refused_without_them_before_anything_loads(recipe, arguments, where, base_env, tmp_path):
+def test_what_needs_them_is_refused_before_anything_loads(recipe, arguments, said, base_env, tmp_path):
     """A pipeline's, before its first stage."""
     command = [sys.executable, "-X", "importtime", str(ROOT / "recipes" / f"{recipe}.py"), *arguments]
     done = subprocess.run(command, cwd=tmp_path, env=base_env, capture_output=True, text=True)
     lines = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
     assert done.returncode == 2
-    assert lines == [f'error: {where}The audit needs scikit-learn. pip install "rlhf-recipes[audit]".']
+    assert lines == [f"error: {said}"]
     assert re.search(r"\| +hydra$", done.stderr, re.MULTILINE)
     assert not re.search(r"\| +torch$", done.stderr, re.MULTILINE)
 

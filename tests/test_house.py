@@ -16,7 +16,7 @@ FILES = {
 FLOORS = (
     ("recipes",),
     ("launch",),
-    ("audit", "publish"),
+    ("audit", "publish", "labelling"),
     ("evaluation",),
     ("cai", "ppo", "preference", "adapters", "training"),
     ("models", "inference"),

@@ -58,7 +58,7 @@ LIGHT = (
 COMPOSED = (
     *((recipe,) for recipe in ("sft", "reward", "dpo", "orpo", "simpo", "kto", "ppo")),
     *((recipe, "quantization=none") for recipe in ("sft", "reward", "dpo", "ppo", "evaluate")),
-    *((recipe,) for recipe in ("evaluate", "pipeline", "cai", "audit", "publish")),
+    *((recipe,) for recipe in ("evaluate", "pipeline", "cai", "audit", "label", "publish")),
 )
 DRAWN = "RLHF_TEST_DRAWN"
 STARTED = ("rlhf_recipes.", "accelerate.commands.launch", "pytest", "submitit.core._submit", "torch.distributed.run",

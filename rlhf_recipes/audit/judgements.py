@@ -18,7 +18,6 @@ Answers are the same where their texts are, up to spaces around them.
 """
 
 import difflib
-import hashlib
 import json
 import math
 import random
@@ -33,6 +32,7 @@ from rlhf_recipes.errors import Refusal
 from rlhf_recipes.run_folder import write_atomically
 
 LABELS = ("human", "data")
+LABELLED = "judgements.jsonl"  # in the folder of a run of recipes/label.py
 ANSWERS = {"first": 1.0, "second": 0.0, "tie": 0.5}
 KEYS = ("prompt_id", "prompt", "first", "second", "p", "judge", "principle", "family", "flip")
 OPTIONAL = KEYS[6:]
@@ -43,13 +43,15 @@ Pair = tuple[str, str, str]  # prompt_id and two answers, in the order of their 
 
 def load(path: str) -> list[Judgement]:
     """Judgements from a file with one a row (.jsonl, .json, .csv, .parquet, .gz), from a file of `export` that people
-    have labelled, or from a run folder of recipes/cai.py, where every principle that a pair was judged under is one.
+    have labelled, from the folder of a run of recipes/label.py, or from one of recipes/cai.py, where every principle
+    that a pair was judged under is one.
 
     Raises:
         Refusal: not readable, or a row that is no judgement, with file, row and key.
     """
-    if Path(path).expanduser().is_dir():
-        return list(_of_run(path))
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return load(str(folder / LABELLED)) if (folder / LABELLED).is_file() else list(_of_run(path))
     rows = list(readers.read_file(path))
     if rows and {"id", "label"} <= rows[0][1].keys() and "p" not in rows[0][1]:
         return labels(path)
@@ -110,7 +112,7 @@ def export(path: str, disputed: list[dict], seed: int = 0) -> int:
             raise Refusal(f"{path}: has {done} labels, which are never overwritten. Give another path.")
     lines = []
     for case in disputed:
-        name = _id(case["prompt_id"], case["first"], case["second"])
+        name = formats.pair_id(case["prompt_id"], case["first"], case["second"])
         sides = sorted((case["first"], case["second"]))
         random.Random(f"{seed}:{name}").shuffle(sides)
         row = {"id": name, **{key: case[key] for key in ("prompt_id", "family", "prompt")}}
@@ -135,7 +137,7 @@ def labels(path: str) -> list[Judgement]:
         if label is not None and label != "" and label not in tuple(ANSWERS):
             raise Refusal(f"{where}: label = {row['label']!r:.40}: must be first, second, tie or null. Mend it.")
         plain = _read(where, {**row, "p": ANSWERS[label] if label else 0.5, "judge": "human"})
-        if row["id"] != _id(plain["prompt_id"], plain["first"], plain["second"]):
+        if row["id"] != formats.pair_id(plain["prompt_id"], plain["first"], plain["second"]):
             raise Refusal(f"{where}: id = {row['id']!r:.40}: not of these answers. Restore the row's texts.")
         if row["id"] in seen:
             raise Refusal(f"{where}: id = {row['id']}: is in {seen[row['id']]} too. Remove one of the two rows.")
@@ -222,9 +224,3 @@ def _text(where: str, row: dict, key: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise Refusal(f"{where}: {key} = {value!r:.40}: must be text that is not blank. Mend or remove the row.")
     return value
-
-
-def _id(prompt_id: str, first: str, second: str) -> str:
-    """16 hex digits of a pair, whichever answer comes first."""
-    text = "\0".join((prompt_id, *sorted((first.strip(), second.strip()))))
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -12,6 +12,7 @@ from rlhf_recipes.audit import judgements, page, verdict
 from rlhf_recipes.audit.run_audit import Findings, Sources
 from rlhf_recipes.commands import command
 from rlhf_recipes.data.load import Splits
+from rlhf_recipes.overrides import written
 from rlhf_recipes.references import folder_of
 from rlhf_recipes.run import Run
 from rlhf_recipes.run_folder import write_atomically
@@ -88,7 +89,8 @@ def describe(run: Run, audit: dict[str, Any], disputed: bool) -> str:
     if disputed:
         path = run.dir / "disputed.jsonl"
         lines.append(f"  disputed  {path}: for people to label first, second or tie")
-        lines.append(f"  next      this command again with 'judgements=[{path}]' run_name=labelled")
+        lines.append(f"  next      {command('label')} {written('pairs', str(path))}; then this command again with its")
+        lines.append("            judgements=[outputs/label/main/judgements.jsonl] run_name=labelled")
     elif audit["counts"]["reward models"] == 1:
         lines.append(f"  next      {command('reward')} reward=ensemble: one reward model does not know its errors")
     return "\n".join(map(line, lines))

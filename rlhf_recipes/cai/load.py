@@ -19,8 +19,8 @@ def find_judge_adapter(judge: DictConfig) -> ModelRef | None:
     return references.find(judge.adapter, "judge.adapter", judge.id, judge.adapter_base)
 
 
-def load(cfg: DictConfig, parent: ModelRef | None, judge_adapter: ModelRef | None) -> tuple[Backend, Backend]:
-    """Generator and judge of conf/cai.yaml; one model in memory where both are the same.
+def load(cfg: DictConfig, parent: ModelRef | None, judge_adapter: ModelRef | None) -> tuple[Backend, Backend | None]:
+    """Generator and judge of conf/cai.yaml, None for people; one model in memory where both are the same.
 
     Args:
         parent: what `model.adapter` names, of a local generator.
@@ -30,6 +30,8 @@ def load(cfg: DictConfig, parent: ModelRef | None, judge_adapter: ModelRef | Non
         Refusal: a model or an endpoint's key cannot be found.
     """
     generator = load_one(cfg.model if cfg.generator.kind == "local" else cfg.generator, cfg, parent)
+    if cfg.judge.kind == "people":
+        return generator, None
     same = cfg.generator.kind == cfg.judge.kind == "local" and all(cfg.judge.get(k) == v for k, v in cfg.model.items())
     return generator, generator if same else load_one(cfg.judge, cfg, judge_adapter)
 

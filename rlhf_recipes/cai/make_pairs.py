@@ -357,8 +357,8 @@ def read(path: Path) -> Iterator[Record]:
 
 
 def price(node: DictConfig, prompt_tokens: float, completion_tokens: float) -> float | None:
-    """USD; 0 for a model in this process, None for an endpoint without a price."""
-    if node.kind == "local":
+    """USD; 0 for a model in this process and for people, None for an endpoint without a price."""
+    if node.kind in ("local", "people"):
         return 0.0
     if node.prompt_price is None or node.completion_price is None:
         return None

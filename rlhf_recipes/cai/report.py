@@ -63,8 +63,9 @@ def card(result: dict[str, Any]) -> str:
     ]
     parts = [
         "# AI preference pairs",
-        f"Replies written, critiqued, revised and judged by language models under the constitution *{name}* (version "
-        f"{version}, {count} principles, SHA-256 `{code(constitution['sha256'][:16])}`), after Bai et al. 2022 "
+        f"Replies written, critiqued and revised by language models, and judged by {_judges(result)}, under the "
+        f"constitution *{name}* (version {version}, {count} principles, SHA-256 "
+        f"`{code(constitution['sha256'][:16])}`), after Bai et al. 2022 "
         "([arXiv:2212.08073](https://arxiv.org/abs/2212.08073)), by rlhf-recipes. The text is synthetic.",
         "![The funnel](funnel.png)",
         "## What the labels are worth",
@@ -193,7 +194,17 @@ def _print_summary(result: dict[str, Any], folder: Path) -> None:
         )
 
 
+def _judges(result: dict[str, Any]) -> str:
+    return "people" if result["labelled_by"] == "people" else "such models"
+
+
 def _worth(result: dict[str, Any]) -> str:
+    if result["labelled_by"] == "people":
+        again, people = result["main"]["after"], markdown(len(result["people"]["people"]))
+        return (
+            f"People who labelled them: {people}. Of {markdown(again.n)} pairs that one of them was shown twice, "
+            f"{format_estimate(again, percent=True)} got the same choice."
+        )
     gate = result["gate"]
     found = format_estimate(gate["agreement"], percent=True)
     best, error = gate["baselines"][gate["best_baseline"]], gate["calibration_error"]

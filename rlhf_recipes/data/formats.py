@@ -384,6 +384,12 @@ def prompt_id(prompt: Messages) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
+def pair_id(prompt_id: str, first: str, second: str) -> str:
+    """16 hex digits of two answers to a prompt, whichever comes first."""
+    text = "\0".join((prompt_id, *sorted((first.strip(), second.strip()))))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
 def opening_id(prompt: Messages) -> str:
     """`prompt_id` of the prompt up to its first user turn, shared by the stages of one conversation."""
     first = next(index for index, turn in enumerate(prompt) if turn["role"] == "user")

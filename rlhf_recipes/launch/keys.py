@@ -36,7 +36,7 @@ KEYS = {
     "filters.*": int | float,
     "shards": str | None,
     "generator.kind": ("local", "server"),
-    "judge.kind": ("local", "server"),
+    "judge.kind": ("local", "server", "people"),
     "thresholds.metric": ("auto", "win_rate", "preference_accuracy"),
     "thresholds.length_controlled": bool,
     "thresholds.worst_case": bool,
@@ -44,6 +44,7 @@ KEYS = {
     "deployment": str | None,
     "stress": str | None,
     "gold": str | list | None,
+    "annotator": str | list,
     "benchmark": str | None,
     "proxy": ("first", "mean", "min", "uwo", "trained"),
     "ppo_run": str | None,
@@ -62,13 +63,16 @@ KEYS = {
     "evaluation": str | None,
     "max_file_gib": int | float,
 }
-# What the extra `audit` installs, and the module of each.
+# What the extras `audit` and `label` install, and the module of each.
 AUDIT_PACKAGES = {
     "scikit-learn": "sklearn",
     "scipy": "scipy",
     "networkx": "networkx",
     "krippendorff": "krippendorff",
 }
+LABEL_PACKAGES = {"fastapi": "fastapi", "uvicorn": "uvicorn"}
+# Recipes with an extra of their own name.
+EXTRAS = {"audit": ("The audit", AUDIT_PACKAGES), "label": ("The page", LABEL_PACKAGES)}
 # What `trainer.report_to` may name, and the packages one of which it needs.
 TRACKERS = {
     **{name: (name,) for name in ("wandb", "trackio", "mlflow", "comet_ml", "clearml", "codecarbon", "dagshub")},
@@ -134,10 +138,10 @@ def check(cfg: DictConfig, recipe: str | None = None) -> None:
         raise Refusal(
             "quantization: bitsandbytes is not installed. pip install bitsandbytes, or add quantization=none."
         )
-    if (recipe or _running()) == "audit":
-        for package, module in AUDIT_PACKAGES.items():
+    for extra, (what, packages) in EXTRAS.items():
+        for package, module in packages.items() if (recipe or _running()) == extra else ():
             if not _installed(module):
-                raise Refusal(f'The audit needs {package}. pip install "rlhf-recipes[audit]".')
+                raise Refusal(f'{what} needs {package}. pip install "rlhf-recipes[{extra}]".')
 
 
 def defaults(recipe: str) -> dict[str, Any]:

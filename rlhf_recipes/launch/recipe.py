@@ -19,7 +19,7 @@ from rlhf_recipes.launch.keys import check
 from rlhf_recipes.launch.refusals import OneLine, print_bug
 
 # What many processes cannot share.
-ALONE = ("pipeline", "publish")
+ALONE = ("pipeline", "publish", "label")
 
 
 def recipe(name: str):
