@@ -336,7 +336,8 @@ def _main(descriptor: str, program: str, kind: str) -> None:
     import hydra
 
     import rlhf_recipes
-    from rlhf_recipes import run
+    from rlhf_recipes import config, run
+    from rlhf_recipes.launch import keys
 
     sys.path.remove(str(Path(__file__).parent))
     known = dict(os.environ)
@@ -347,6 +348,9 @@ def _main(descriptor: str, program: str, kind: str) -> None:
     quick.compose_once()
     with hydra.initialize_config_module("rlhf_recipes.conf", version_base="1.3"):
         configs = [hydra.compose(name, groups) for name, *groups in COMPOSED]
+    config.trainer_recipes()
+    for name, *_ in COMPOSED:
+        keys._primary(name)
     if kind == "warm":
         quick.settle()
         _look_up(configs)
