@@ -3,6 +3,7 @@
 Everything at module level is cheap (no torch, no trl), so that `--help` and a refusal answer at once.
 """
 
+import functools
 import os
 import re
 import sys
@@ -148,6 +149,7 @@ def build(node: DictConfig, where: str, **derived) -> Any:
         raise Refusal(f"{where}: {node._target_} refuses it: {first_line(error)}") from error
 
 
+@functools.cache
 def trainer_recipes() -> dict[str, str]:
     """The recipe of each class that `trainer._target_` may name: those of conf/trainer, and TRL's own of a method."""
     files = {OmegaConf.load(file).get("_target_"): file.stem for file in (CONF / "trainer").glob("*.yaml")}

@@ -70,10 +70,10 @@ def refuse(cfg: DictConfig) -> None:
         with suppress(OmegaConfBaseException):  # a value that is not set yet is not there yet either
             refuse_secrets([(key, str(OmegaConf.select(cfg, key)))])
     _refuse_target_from_file(cfg, found)
-    allowed = _allowed([*cfg.hydra.overrides.task])
+    allowed, typed = _allowed([*cfg.hydra.overrides.task]), [*cfg.hydra.overrides.hydra]
     for key, value in found:
         if key.startswith("hydra."):
-            _refuse_hydra(key, value, allowed, [*cfg.hydra.overrides.hydra])
+            _refuse_hydra(key, value, allowed, typed)
 
 
 def refuse_secrets(found: list[tuple[str, Any]]) -> None:

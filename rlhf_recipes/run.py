@@ -21,7 +21,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import memory, ranks, run_folder
+from rlhf_recipes import compiling, memory, ranks, run_folder
 from rlhf_recipes.config import flatten, in_sweep, trainer_recipes
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.references import ADAPTER_CONFIG, WEIGHTS, ModelRef, find
@@ -395,6 +395,7 @@ def environment() -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.simplefilter("ignore", FutureWarning)  # libraries talking among themselves
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # names a kernel that training must not use
+    compiling.when_called()
 
 
 def _threads(cores: int) -> int:

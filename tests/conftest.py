@@ -19,6 +19,8 @@ import pytest
 import quick
 import warm
 
+from rlhf_recipes import compiling
+
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 CLINIC = ROOT / "rlhf_recipes" / "assets" / "clinic"
@@ -34,6 +36,7 @@ TINY_ID = "tests/tiny"
 LIMIT = 300  # seconds: where a test waits for what must come, a busy machine is no error
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # as Run.start does
 os.environ["OMP_NUM_THREADS"] = "1"  # matrices of 64 rows: threads would wait for each other
+compiling.when_called()  # as Run.start does
 # What takes longest starts first, so that no core idles at the end.
 LONGEST = (
     "test_processes.py", "test_resume.py", "test_sweep.py", "test_families.py", "test_audit.py", "test_ppo.py",

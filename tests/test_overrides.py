@@ -1,12 +1,13 @@
 """Names of files and folders through our command line, Hydra's grammar and a shell."""
 
+import random
 import shlex
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from rlhf_recipes.launch.recipe import spelled_out
-from rlhf_recipes.overrides import quoted, written
+from rlhf_recipes.overrides import SIMPLE, quoted, written
 
 
 def read(typed):
@@ -71,3 +72,12 @@ def test_what_hydra_takes_or_explains_is_left_to_it(typed):
 def test_the_command_line():
     given = ["preflight=true", "run=a/beta=0.1", "-m"]
     assert spelled_out(given) == ["preflight.only=true", 'run="a/beta=0.1"', "-m"]
+
+
+def test_what_hydra_is_not_asked_about_it_takes():
+    drawn, parser = random.Random(0), OverridesParser.create()
+    for _ in range(200):
+        value = "".join(drawn.choices("ab1_./:@%+-9eEtrufnlis", k=drawn.randint(1, 7)))
+        typed = f"{drawn.choice(['a', 'trainer.b_1', '+a', '++_.b2'])}={value}"
+        assert SIMPLE.fullmatch(typed)
+        assert parser.parse_override(typed).input_line == quoted(typed) == typed

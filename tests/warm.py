@@ -15,7 +15,7 @@ or about the imports of more than the large libraries, needs a cold one.
 
 import atexit
 import importlib
-import json
+import marshal
 import os
 import pkgutil
 import runpy
@@ -116,53 +116,88 @@ def _start_when_asked(listener: socket.socket, ends: int, command: list[str], en
 
 
 def _serve(listener: socket.socket, known: dict[str, str]) -> dict:
-    """Fork for every connection, until the input ends. Returns what is asked of this process, which is such a fork.
+    """Fork for every connection and send the status of the fork's end there, until the input ends.
+
+    Returns what is asked of this process, which is such a fork. One process watches all of them: to copy the tables of
+    all these pages for another fork, only to watch, would take as long as some recipes do.
 
     Args:
         known: variables under which the libraries were imported; in os.environ are those that recipes set, too.
     """
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for who watches a fork
-    while True:
-        ready, _, _ = select.select([listener, sys.stdin], [], [])
-        if sys.stdin in ready:
-            os._exit(0)
-        connection, _ = listener.accept()
-        if os.fork() == 0:
-            listener.close()
-            return _watch(connection, known)
-        connection.close()
-
-
-def _watch(connection: socket.socket, known: dict[str, str]) -> dict:
-    """Fork, pass signals on, send the status of its end. Returns in the fork; it is killed when who asked is gone."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    forks: dict[socket.socket, int] = {}  # who asked -> the fork's id, 0 before there is one
+    ends: dict[int, tuple[int, socket.socket]] = {}  # a descriptor that is ready when a fork has ended -> both
+    while True:
+        ready, _, _ = select.select([listener, sys.stdin, *forks, *ends], [], [])
+        if sys.stdin in ready:
+            for fork in filter(None, forks.values()):
+                _signal(fork, signal.SIGKILL)
+            os._exit(0)
+        for each in ready:
+            if each is listener:
+                forks[listener.accept()[0]] = 0
+            elif each in ends:
+                _tell_status(each, forks, ends)
+            elif forks.get(each):
+                _pass_signal_on(each, forks)
+            elif each in forks and (asked := _fork(each, forks, ends, known)):
+                listener.close()
+                return asked
+
+
+def _fork(connection: socket.socket, forks: dict, ends: dict, known: dict[str, str]) -> dict | None:
+    """Read what is asked and fork. Returns it in the fork, with its inputs and outputs in place."""
     length, outputs, *_ = socket.recv_fds(connection, 4, 3)
-    asked = json.loads(connection.recv(int.from_bytes(length, "big"), socket.MSG_WAITALL))
-    if _is_cold(asked, known):
-        connection.send(COLD)
-        os._exit(0)
-    child = os.fork()
-    if child == 0:
-        os.setpgid(0, 0)
+    message = connection.recv(int.from_bytes(length, "big"), socket.MSG_WAITALL) if length else b""
+    whole = len(message) == int.from_bytes(length, "big") > 0  # who asked may be gone
+    asked = marshal.loads(message) if whole else {}
+    if not asked or _is_cold(asked, known):
+        with suppress(ConnectionError):
+            connection.send(COLD)
+        del forks[connection]
         connection.close()
+    elif (fork := os.fork()) == 0:
+        for each in forks:
+            each.close()
+        for end in ends:
+            os.close(end)
+        os.setpgid(0, 0)
         for number, descriptor in enumerate(outputs):
             os.dup2(descriptor, number)
             os.close(descriptor)
         return asked
+    else:
+        with suppress(OSError):  # it has done so itself, or is at its end
+            os.setpgid(fork, fork)
+        forks[connection] = fork
+        ends[os.pidfd_open(fork)] = fork, connection
     for descriptor in outputs:
         os.close(descriptor)
-    end = os.pidfd_open(child)
-    while end not in select.select([end, connection], [], [])[0]:
-        number = int.from_bytes(connection.recv(1)) or signal.SIGKILL
-        with suppress(ProcessLookupError):
-            # A terminal sends Ctrl-C to its children, too, and what kills who asked kills all of them.
-            (os.kill if number == signal.SIGTERM else os.killpg)(child, number)
-        if number == signal.SIGKILL:
-            break
-    _, status = os.waitpid(child, 0)
-    with suppress(BrokenPipeError):
-        connection.send(status.to_bytes(4, "big"))
-    os._exit(0)
+    return None
+
+
+def _pass_signal_on(connection: socket.socket, forks: dict) -> None:
+    """To the fork, which is killed when who asked is gone."""
+    number = connection.recv(1)
+    _signal(forks[connection], int.from_bytes(number) or signal.SIGKILL)
+    if not number:
+        del forks[connection]
+        connection.close()
+
+
+def _signal(fork: int, number: int) -> None:
+    # A terminal sends Ctrl-C to its children, too, and what kills who asked kills all of them.
+    with suppress(ProcessLookupError):
+        (os.kill if number == signal.SIGTERM else os.killpg)(fork, number)
+
+
+def _tell_status(end: int, forks: dict, ends: dict) -> None:
+    fork, connection = ends.pop(end)
+    os.close(end)
+    _, status = os.waitpid(fork, 0)
+    if forks.pop(connection, None):
+        with connection, suppress(ConnectionError):
+            connection.send(status.to_bytes(4, "big"))
 
 
 def _is_cold(asked: dict, known: dict[str, str]) -> bool:
@@ -284,8 +319,10 @@ def _look_up(configs: list) -> None:
     from omegaconf import OmegaConf
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
+    from rlhf_recipes import run
     from rlhf_recipes.typecheck import parameters
 
+    run.versions()
     get_checkpoint_conversion_mapping("llama")  # for which it parses 900 expressions
     for card in (ModelCard.default_template_path, *Path(trl.__file__).parent.glob("templates/*_model_card.md")):
         jinja2.Template(card.read_text())
@@ -299,7 +336,8 @@ def _main(descriptor: str, program: str, kind: str) -> None:
     import hydra
 
     import rlhf_recipes
-    from rlhf_recipes import run
+    from rlhf_recipes import config, run
+    from rlhf_recipes.launch import keys
 
     sys.path.remove(str(Path(__file__).parent))
     known = dict(os.environ)
@@ -310,6 +348,9 @@ def _main(descriptor: str, program: str, kind: str) -> None:
     quick.compose_once()
     with hydra.initialize_config_module("rlhf_recipes.conf", version_base="1.3"):
         configs = [hydra.compose(name, groups) for name, *groups in COMPOSED]
+    config.trainer_recipes()
+    for name, *_ in COMPOSED:
+        keys._primary(name)
     if kind == "warm":
         quick.settle()
         _look_up(configs)

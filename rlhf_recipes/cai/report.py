@@ -46,8 +46,6 @@ SHOWN = 3
 
 def card(result: dict[str, Any]) -> str:
     """README.md of the data set, with the metadata that `datasets.load_dataset` reads."""
-    from huggingface_hub import DatasetCard
-
     funnel, constitution = result["funnel"], result["constitution"]
     name, version, count = (markdown(constitution[key]) for key in ("name", "version", "principles"))
     written = funnel["written"]
@@ -95,7 +93,7 @@ def card(result: dict[str, Any]) -> str:
         f"{markdown(result['seed'])}. {_cost(result)}",
     ]
     text = "\n\n".join(part for part in parts if part)
-    return str(DatasetCard(f"---\n{_metadata(written).to_yaml()}\n---\n\n{text}\n"))
+    return f"---\n{_metadata(written).to_yaml()}\n---\n\n{text}\n"
 
 
 def _metadata(written: dict[str, int]) -> Any:

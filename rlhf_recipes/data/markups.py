@@ -71,6 +71,7 @@ class Markup:
         before: what may stand before the first turn, and then is the system message: `nothing`, `anything`, or
             anything where `both` speak or where a last empty turn of the assistant (`cue`) shows the transcript.
         spaced: whether headers follow a blank line.
+        signs: one of these stands in every header; most texts have none, and are not searched for one.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Markup:
     token: str = ""
     before: str = "nothing"
     spaced: bool = False
+    signs: tuple[str, ...] = ("",)
 
     def parse(self, text: str, strict: bool = False) -> Parsed | Drop | None:
         """The turns; None where the text begins without one; a Drop where the template's tokens stand in contents.
@@ -87,6 +89,8 @@ class Markup:
             strict: whether None, too, for what other markup reads better: turns of a transcript that do not
                 alternate, headers of its kind that stand elsewhere.
         """
+        if not any(sign in text for sign in self.signs):
+            return None
         text = without_begins(text)
         every = []
         for head in self.header.finditer(text):
@@ -188,11 +192,15 @@ def without_ends(text: str) -> tuple[str, str]:
 
 def _lines(words: str, name: str, before: str = "nothing") -> tuple[Markup, Markup]:
     header = re.compile(rf"^[ \t]*(?:\*\*)?({words})(?:\*\*)?[ \t]?[:：](?:\*\*)?[ \t]?", re.IGNORECASE | re.MULTILINE)
-    return Markup(name, header, before=before, spaced=True), Markup(name, header, before=before)
+    signs = (":", "：")
+    spaced, close = (Markup(name, header, before=before, spaced=spaced, signs=signs) for spaced in (True, False))
+    return spaced, close
 
 
-def _template(name: str, token: str, header: str, before: str = "nothing") -> Markup:
-    return Markup(name, re.compile(header), token, before)
+def _template(
+    name: str, token: str, header: str, before: str = "nothing", signs: tuple[str, ...] | None = None
+) -> Markup:
+    return Markup(name, re.compile(header), token, before, signs=signs or (token,))
 
 
 # The first that fits is taken: templates before transcripts, and what is unmistakable first.
@@ -200,10 +208,15 @@ MARKUPS = (
     _template("ChatML", "<|im_start|>", r"<\|im_start\|> ?(\w+)(?:<\|im_sep\|>| ?\n|\Z)"),
     _template("Llama 3", "<|start_header_id|>", r"<\|start_header_id\|>(\w+)<\|end_header_id\|>\n{0,2}"),
     _template("Llama 4", "<|header_start|>", r"<\|header_start\|>(\w+)<\|header_end\|>\n{0,2}"),
-    _template("Llama 2 or Mistral", "[INST]", r"(?:<s>)?(?: |\n)?(\[/?INST\]|\[SYSTEM_PROMPT\]) ?"),
+    _template(
+        "Llama 2 or Mistral",
+        "[INST]",
+        r"(?:<s>)?(?: |\n)?(\[/?INST\]|\[SYSTEM_PROMPT\]) ?",
+        signs=("INST]", "[SYSTEM_PROMPT]"),
+    ),
     _template("Gemma", "<start_of_turn>", r"<start_of_turn>(\w+)(?:\n|\Z)"),
     _template("Gemma 4", "<|turn>", r"<\|turn>(\w+)(?:\n|\Z)"),
-    _template("DeepSeek", "<｜User｜>", r"<｜(User|Assistant)｜>", before="anything"),
+    _template("DeepSeek", "<｜User｜>", r"<｜(User|Assistant)｜>", before="anything", signs=("<｜",)),
     _template(
         "Command R",
         "<|START_OF_TURN_TOKEN|>",
@@ -214,20 +227,22 @@ MARKUPS = (
         "gpt-oss", "<|start|>", r"<\|start\|>(\w+)(?:(?:<\|channel\|>final)?<\|message\|>|(?<=assistant)(?=\s*\Z))"
     ),
     _template("Kimi", "<|im_middle|>", r"<\|im_(system|user|assistant)\|>[^<>\n]{0,60}<\|im_middle\|>"),
-    _template("EXAONE", "[|user|]", r"\[\|(system|user|assistant)\|\]"),
+    _template("EXAONE", "[|user|]", r"\[\|(system|user|assistant)\|\]", signs=("[|",)),
     _template("Seed", "<seed:bos>", r"<seed:bos>(\w+)\n"),
     _template("MiniMax", "]~b]", r"\]~b\](\w+)[^\n]{0,60}\n"),
-    _template("Nemotron", "<extra_id_1>", r"<extra_id_[01]>(System|User|Assistant)\n"),
+    _template("Nemotron", "<extra_id_1>", r"<extra_id_[01]>(System|User|Assistant)\n", signs=("<extra_id_",)),
     _template(
         "OpenChat",
         "<|end_of_turn|>",
         r"(?:(?<=<\|end_of_turn\|>)|\A)(?:GPT4 Correct |GPT4 |Math Correct |Code )(User|Assistant): ?",
+        signs=("User:", "Assistant:"),
     ),
     _template(
         "Zephyr or Phi",
         "<|user|>",
         r"(?i)(?:<\|bom\|>)?<\|(system|user|assistant|prompter|human|bot|prompt|answer|"
         r"tools?|tool_\w+|functions?|observation|environment|ipython)\|>:? ?\n?",
+        signs=("<|",),
     ),
     Markup(
         "transcripts (### headings)",
@@ -237,16 +252,19 @@ MARKUPS = (
             re.IGNORECASE,
         ),
         before="both",
+        signs=("##", "@@"),
     ),
     Markup(
         "transcripts (<human>: <bot>:)",
         re.compile(r"<(human|user|bot|assistant|system)> ?: ?", re.IGNORECASE),
         before="both",
+        signs=(">:", "> :"),
     ),
     Markup(
         "transcripts (USER: ASSISTANT:)",
         re.compile(r"(?:(?<=\s)|(?<=</s>)|\A)(SYSTEM|USER|ASSISTANT|HUMAN|BOT|GPT) ?: ?"),
         before="both",
+        signs=(":",),
     ),
     *_lines(
         "human|user|assistant|ai|bot|chatbot|gpt|system|用户|助手", "transcripts (Human: Assistant:)", before="cue"
@@ -257,6 +275,11 @@ MARKUPS = (
     Markup(
         "templates without their tokens",
         re.compile(r"(?:\A|(?<=\S)|(?<=\d{4}\n\n))(system|user|assistant)(?:\n\n|(?<=assistant)\Z)"),
+        signs=("system\n", "user\n", "assistant"),
     ),
-    Markup("templates without their tokens", re.compile(r"^(system|user|assistant|model)[ \t]*\n", re.MULTILINE)),
+    Markup(
+        "templates without their tokens",
+        re.compile(r"^(system|user|assistant|model)[ \t]*\n", re.MULTILINE),
+        signs=("system", "user", "assistant", "model"),
+    ),
 )

@@ -491,12 +491,22 @@ def _markup(sample: list[Raw]) -> tuple[Markup | None, bool]:
     prompts = [_prompt_text(raw.prompt) for raw in sample]
     answers = [_answer_text(answer) for raw in sample for answer in raw.answers if isinstance(answer, str)]
     for markup in MARKUPS:
-        if _most(_is_in(markup, text) for text in prompts):
+        if _is_in_most(markup, prompts):
             return markup, True
     for markup in MARKUPS:
-        if _most(_is_in(markup, text, whole=True) for text in answers):
+        if _is_in_most(markup, answers, whole=True):
             return markup, False
     return None, False
+
+
+def _is_in_most(markup: Markup, texts: list[str], whole: bool = False) -> bool:
+    """Whether more than half of the texts have it: no more are looked at than settle it."""
+    without = 0
+    for text in texts:
+        without += not _is_in(markup, text, whole)
+        if without * 2 >= len(texts):
+            return False
+    return bool(texts)
 
 
 def _is_in(markup: Markup, text: str, whole: bool = False) -> bool:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from rlhf_recipes import commands, overrides, ranks, run_folder, sharding, signals
 from rlhf_recipes.config import in_sweep
 from rlhf_recipes.errors import Refusal
-from rlhf_recipes.launch import cards
+from rlhf_recipes.launch import cards, composing
 from rlhf_recipes.launch.keys import check
 from rlhf_recipes.launch.refusals import OneLine, print_bug
 
@@ -64,6 +64,7 @@ def recipe(name: str):
                     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 if any(argument.startswith("--exp") for argument in sys.argv[1:]):
                     raise Refusal("--experimental-rerun: reads a pickle, which can run code. Give the overrides.")
+                composing.once()
                 hydra.main(version_base="1.3", config_path="../conf", config_name=name)(run_job)()
                 ranks.leave()
                 signals.ignore()

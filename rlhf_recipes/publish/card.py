@@ -63,8 +63,6 @@ def is_proven(card: str, fingerprint: str) -> bool:
 
 
 def _model_card(source: Source, facts: Facts, proof: dict | str | None) -> str:
-    from huggingface_hub import ModelCard
-
     result, base = source.result, facts.base
     what = "Merged weights" if facts.merged else "LoRA adapter"
     parts = [
@@ -89,8 +87,8 @@ def _model_card(source: Source, facts: Facts, proof: dict | str | None) -> str:
         "## Limits",
         "\n".join(f"- {limit}" for limit in _limits(source, facts)),
     ]
-    head = ModelCard(f"---\n{_metadata(source, facts, broken=isinstance(proof, str)).to_yaml()}\n---\n")
-    return str(head) + "\n" + "\n\n".join(part for part in parts if part) + "\n"
+    head = f"---\n{_metadata(source, facts, broken=isinstance(proof, str)).to_yaml()}\n---\n"
+    return head + "\n" + "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _metadata(source: Source, facts: Facts, broken: bool):

@@ -23,7 +23,7 @@ policy = PeftModel.from_pretrained(model, {adapter!r})""",
 
 def write(result: dict, config: dict) -> str:
     """The card of a finished run, from its result and resolved config."""
-    from huggingface_hub import ModelCard, ModelCardData
+    from huggingface_hub import ModelCardData
 
     recipe, base = result["recipe"], result["base_model"]
     head = ModelCardData(
@@ -72,7 +72,7 @@ from transformers import {auto}{", AutoTokenizer" if recipe == "reward" else ""}
 Seed {markdown(result["seed"])}, {markdown(result["steps"])} steps, {result["seconds"]:.0f} s on {place}. Versions:
 {", ".join(markdown(f"{name} {version}") for name, version in result["versions"].items())}.
 """
-    return str(ModelCard(f"---\n{head.to_yaml()}\n---\n\n{body}"))
+    return f"---\n{head.to_yaml()}\n---\n\n{body}"
 
 
 def device(result: dict) -> str:
