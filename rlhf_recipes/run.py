@@ -43,7 +43,7 @@ _NOT_COMPUTED = (
     *("fast_forward", "shards"),
 )
 # Of `trainer`, in the same way.
-_NOT_TRAINED = ("report_to", "vllm_server_base_url", "vllm_server_timeout")
+_NOT_TRAINED = ("report_to", "vllm_server_base_url", "vllm_server_api_key_env", "vllm_server_timeout")
 # What an interrupted cai or audit goes on from: the first file or folder of many that it keeps.
 GATE, SCORES = "gate.jsonl", "scores"
 KEPT = {GATE: "what was answered", SCORES: "what was scored"}

@@ -18,7 +18,7 @@ from rlhf_recipes.data.formats import clusters
 from rlhf_recipes.data.load import Splits
 from rlhf_recipes.data.tokens import neutralise
 from rlhf_recipes.errors import Refusal
-from rlhf_recipes.evaluation import judges, served
+from rlhf_recipes.evaluation import judges, served_policies
 from rlhf_recipes.evaluation import tasks as harness
 from rlhf_recipes.evaluation.measurements import Measurements
 from rlhf_recipes.references import ModelRef, adapter_sha256, folder_of
@@ -257,13 +257,13 @@ def _policies(
     cfg: DictConfig, tokenizer, systems: list[System], rows: list[dict], kept: slice, prompts: list[dict]
 ) -> Policies:
     """The systems in this process, or at an endpoint."""
-    if not served.is_asked(cfg):
+    if not served_policies.is_asked(cfg):
         return Policies(cfg.model, cfg.quantization, systems, cfg.fast_forward)
     sides = [(row, side) for row in rows for side in ("chosen", "rejected")]
     lengths = [len(m.encode(tokenizer, row["prompt"], row[side])[0][kept]) + 1 for row, side in sides]
     lengths += [len(m.encode(tokenizer, row["prompt"], None)[0]) + cfg.max_new_tokens + 1 for row in prompts]
-    policies = served.Served(cfg, tokenizer, systems, lengths)
-    served.refuse_unscored(cfg, policies)
+    policies = served_policies.Served(cfg, tokenizer, systems, lengths)
+    served_policies.refuse_unscored(cfg, policies)
     return policies
 
 
@@ -327,7 +327,7 @@ def _settings(cfg: DictConfig, scorers: Scorers, pairs: Splits) -> dict[str, Any
     return (
         {
             "model": cfg.model.id,
-            "quantization": served.quantization(cfg),
+            "quantization": served_policies.quantization(cfg),
             "data": pairs.source,
             "reward_model": ", ".join(map(_hashed, scorers.reward_models)) or None,
             "temperature": cfg.temperature,
