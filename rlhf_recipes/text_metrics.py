@@ -22,6 +22,9 @@ REFUSALS = (
 )
 
 
+PHRASE_REPEATS = 4
+
+
 _REFUSAL = re.compile("|".join(REFUSALS), re.IGNORECASE)
 
 
@@ -36,16 +39,17 @@ def refuses(text: str) -> bool:
 
 def repeats_phrase(text: str) -> bool:
     """Whether some sequence of four words occurs four times or more (overlapping occurrences count)."""
-    return max(Counter(_ngrams(text, 4)).values(), default=0) >= 4
+    return max(Counter(ngrams(text, 4)).values(), default=0) >= PHRASE_REPEATS
 
 
 def distinct_2(text: str) -> float | None:
     """Different word bigrams over all word bigrams (Li et al. 2016); None for fewer than two words."""
-    bigrams = _ngrams(text, 2)
+    bigrams = ngrams(text, 2)
     return len(set(bigrams)) / len(bigrams) if bigrams else None
 
 
-def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
+def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
+    """All sequences of n words, in order."""
     tokens = _words(text)
     return list(zip(*(tokens[i:] for i in range(n)), strict=False))
 

@@ -13,7 +13,6 @@ import re
 import time
 from collections.abc import Callable, Container, Generator, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -56,11 +55,14 @@ class Request:
     top_p: float = 1.0
     seed: int = 0
 
-    @cached_property
+    @property
     def key(self) -> str:
         """Hash of all that the answer depends on; equal requests have one answer."""
-        asked = {name: value for name, value in vars(self).items() if name not in ("prompt_id", "step")}
-        return hashlib.sha256(_sorted(asked).encode()).hexdigest()[:24]
+        known = vars(self).get("_key")  # `cached_property` takes a lock, each time
+        if known is None:
+            asked = {name: value for name, value in vars(self).items() if name not in ("prompt_id", "step")}
+            known = vars(self)["_key"] = hashlib.sha256(_sorted(asked).encode()).hexdigest()[:24]
+        return known
 
 
 @dataclass(frozen=True)

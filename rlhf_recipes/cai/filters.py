@@ -7,12 +7,13 @@ copies into everything, critiques handed in as revisions, pairs of two refusals 
 import math
 import re
 import unicodedata
+from collections import Counter
 from functools import lru_cache
 
 from omegaconf import DictConfig
 
 from rlhf_recipes.cai.prompt_templates import MARKER, visible
-from rlhf_recipes.text_metrics import jaccard, refuses, repeats_phrase, words
+from rlhf_recipes.text_metrics import PHRASE_REPEATS, jaccard, ngrams, refuses, words
 
 _REVISED = "new|final|revised|rewritten|improved|corrected|edited|updated|better|reworded|rephrased"
 _REPLY = "reply|response|answer|version|revision|rewrite"
@@ -89,16 +90,18 @@ def unfit_reply(text: str, finished: bool, limits: DictConfig) -> str | None:
         return "role_leak"
     if META.search(text) or PREAMBLE.match(text):
         return "preamble"
-    if degenerates(text) or EMOJI_RUN.search(text) or len(EMOJI.findall(text)) > 0.02 * count + 1:
+    if degenerates(text):
+        return "repetition"
+    if not text.isascii() and (EMOJI_RUN.search(text) or len(EMOJI.findall(text)) > 0.02 * count + 1):
         return "repetition"
     return None
 
 
 def degenerates(text: str) -> bool:
     """It repeats a phrase, fewer than half of its sequences of four words are different, or a letter is stuck."""
-    tokens = words(text)
-    grams = [tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)]
-    return repeats_phrase(text) or len(set(grams)) < 0.5 * len(grams) or STUCK.search(text) is not None
+    grams = Counter(ngrams(text, 4))
+    often = max(grams.values(), default=0) >= PHRASE_REPEATS
+    return often or len(grams) < 0.5 * grams.total() or STUCK.search(text) is not None
 
 
 def unfit_revision(before: str, critique: str, revision: str) -> str | None:

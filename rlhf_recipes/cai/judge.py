@@ -14,6 +14,7 @@ temperature T, 1 where nothing is known: Guo et al. 2017 (arXiv:1706.04599).
 """
 
 import math
+from copy import copy
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
@@ -81,6 +82,7 @@ class Judge:
         self.backend, self.constitution, self.settings, self.seed = backend, constitution, plain(settings), seed
         self.temperature = 1.0
         self.priors: dict[str, float] = {}
+        self.asking = 0  # another is answered anew, though the question be the same
 
     def learn_priors(self, journal: Journal) -> None:
         """prior_k of every principle: the mean over replies without content (`prompt_templates.CONTENT_FREE`)."""
@@ -95,6 +97,12 @@ class Judge:
         for n, principle in enumerate(self.constitution.principles):
             read = [value for value in odds[n * count : (n + 1) * count] if value is not None]
             self.priors[principle.id] = fmean(read) if read else 0.0
+
+    def again(self, asking: int) -> "Judge":
+        """The same judge, asked once more: under other draws of principles, and of the answers themselves."""
+        other = copy(self)
+        other.asking, other.seed = asking, self.seed + asking
+        return other
 
     def compare(self, pairs: list[Pair], journal: Journal, what: str) -> list[Judgement]:
         """A judgement of each pair under `principles_per_pair` principles drawn for its prompt, in both orders."""
@@ -129,6 +137,7 @@ class Judge:
             prompt_templates.judgement(pair.prompt, first, second, principle),
             prefix=prompt_templates.VERDICT,
             options=prompt_templates.LETTERS,
+            seed=self.asking,
         )
 
     def _asking(self, requests: list[Request], what: str) -> Work:
@@ -158,13 +167,14 @@ class Judge:
             prior = self.priors.get(principle.id, 0.0)
             both = (_log_odds(ab) - prior, prior - _log_odds(ba))
             sides.append([min(max(_sigmoid(odds), low), high) for odds in both])
-        p_K = [fmean(both) for both in sides]
-        first, second = (round(fmean(side) - 0.5, 9) for side in zip(*sides, strict=True))
+        count, p_K = len(sides), [(one + other) / 2 for one, other in sides]
+        mean = sum(p_K) / count
+        first, second = (round(sum(side) / count - 0.5, 9) for side in zip(*sides, strict=True))
         return Judgement(
-            p=float(tempered(fmean(p_K), self.temperature)),
+            p=float(tempered(mean, self.temperature)),
             by_principle={principle.id: p for principle, p in zip(principles, p_K, strict=True)},
-            spread=math.sqrt(fmean((p - fmean(p_K)) ** 2 for p in p_K)),
-            position_gap=fmean(one - other for one, other in sides),
+            spread=math.sqrt(sum((p - mean) ** 2 for p in p_K) / count),
+            position_gap=sum(one - other for one, other in sides) / count,
             flip=first * second < 0,
             mass=mass,
         )

@@ -48,7 +48,7 @@ def visible(text: str) -> str:
 
 def chat_tokens(*texts: str) -> int:
     """How many tokens of a chat template `quote` breaks up in the texts."""
-    return sum(len(OPENING.findall(visible(text))) for text in texts)
+    return sum(len(OPENING.findall(visible(text))) for text in texts if _has_bracket(text))
 
 
 @lru_cache(256)  # a judge is shown the same texts in both orders and under each principle
@@ -140,7 +140,12 @@ def assistant(text: str) -> Message:
 
 @lru_cache(256)  # a prompt is shown with each of its requests
 def _without_tokens(text: str) -> str:
-    return OPENING.sub(r"\g<0> ", text)
+    return OPENING.sub(r"\g<0> ", text) if _has_bracket(text) else text
+
+
+def _has_bracket(text: str) -> bool:
+    """Whether a text has a character with which `SHAPE` begins: sooner known than that it has no such token."""
+    return "<" in text or "[" in text or "]" in text
 
 
 def _unseen(character: str) -> bool:
