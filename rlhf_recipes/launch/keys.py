@@ -45,6 +45,7 @@ KEYS = {
     "stress": str | None,
     "gold": str | list | None,
     "benchmark": str | None,
+    "baseline_answers": str | None,
     "proxy": ("first", "mean", "min", "uwo", "trained"),
     "ppo_run": str | None,
     "sweep.reward_model": str | None,
