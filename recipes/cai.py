@@ -25,7 +25,7 @@ def main(cfg):
     gold = gate.load_gold(cfg)
     prompts = load_prompts(cfg.data)
 
-    from rlhf_recipes.cai import backend, dataset, report, served
+    from rlhf_recipes.cai import backend, dataset, fingerprint, report
     from rlhf_recipes.cai.judge import Judge
     from rlhf_recipes.cai.load import load
 
@@ -44,7 +44,7 @@ def main(cfg):
     journal = backend.Journal(run.dir / GATE)
     used = {"judge": asked} if cfg.gate.only else {"generator": generator, "judge": asked}
     needed = gate.longest(cfg, cfg.sources, rows, gold)
-    ranks.by_first(served.check, used, needed, journal, cfg.judging.votes)
+    ranks.by_first(fingerprint.check, used, needed, journal, cfg.judging.votes)
     worth = gate.examine(judge, gold, cfg, journal)
     print(gate.describe(worth), flush=True)
     result = {"main": gate.headline(worth), "gate": worth, "constitution": principles.summary(), "judge": asked.name}

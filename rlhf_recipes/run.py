@@ -43,7 +43,7 @@ _NOT_COMPUTED = (
     *("fast_forward", "shards", "annotator", "host", "port"),
 )
 # Of `trainer`, in the same way.
-_NOT_TRAINED = ("report_to", "vllm_server_base_url", "vllm_server_timeout")
+_NOT_TRAINED = ("report_to", "vllm_server_base_url", "vllm_server_api_key_env", "vllm_server_timeout")
 # What an interrupted cai, audit or label goes on from: the first file or folder of many that it keeps.
 GATE, SCORES, CHOICES, ANSWERS = "gate.jsonl", "scores", "choices.jsonl", "answers.jsonl"
 KEPT = {
@@ -310,6 +310,8 @@ _ADDED = {
     "judge.chat_template_kwargs": {},
     "scored_pairs": None,
     "judging.votes": False,
+    "judging.asked_again": 0.25,
+    "baseline_answers": None,
     "data.text": "auto",
     "data.preference": "auto",
     "data.ignore": [],

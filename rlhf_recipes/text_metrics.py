@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from functools import lru_cache
 
 import numpy as np
 import xxhash
@@ -21,6 +22,9 @@ REFUSALS = (
 )
 
 
+PHRASE_REPEATS = 4
+
+
 _REFUSAL = re.compile("|".join(REFUSALS), re.IGNORECASE)
 
 
@@ -35,17 +39,18 @@ def refuses(text: str) -> bool:
 
 def repeats_phrase(text: str) -> bool:
     """Whether some sequence of four words occurs four times or more (overlapping occurrences count)."""
-    return max(Counter(_ngrams(text, 4)).values(), default=0) >= 4
+    return max(Counter(ngrams(text, 4)).values(), default=0) >= PHRASE_REPEATS
 
 
 def distinct_2(text: str) -> float | None:
     """Different word bigrams over all word bigrams (Li et al. 2016); None for fewer than two words."""
-    bigrams = _ngrams(text, 2)
+    bigrams = ngrams(text, 2)
     return len(set(bigrams)) / len(bigrams) if bigrams else None
 
 
-def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
-    tokens = words(text)
+def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
+    """All sequences of n words, in order."""
+    tokens = _words(text)
     return list(zip(*(tokens[i:] for i in range(n)), strict=False))
 
 
@@ -60,12 +65,17 @@ FACTORS = np.array([xxhash.xxh3_64_intdigest(b"", seed=n) | 1 for n in range(BAN
 
 
 def words(text: str) -> list[str]:
-    return WORD.findall(text.lower().replace("’", "'"))
+    return list(_words(text))
+
+
+@lru_cache(64)  # several rules look at a text, one after another
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(WORD.findall(text.lower().replace("’", "'")))
 
 
 def jaccard(a: str, b: str) -> float:
     """|A and B| / |A or B| of the words; 1 for two texts without words."""
-    left, right = set(words(a)), set(words(b))
+    left, right = set(_words(a)), set(_words(b))
     return len(left & right) / len(left | right) if left | right else 1.0
 
 
@@ -73,7 +83,7 @@ def near_duplicate_keys(text: str) -> np.ndarray:
     """Keys, uint64 of shape (BANDS,), of which near-duplicates share one: MinHash over sequences of five words, in
     `BANDS` bands of `ROWS` values (Broder 1997). Two texts with Jaccard similarity s share a key with probability
     1 - (1 - s^4)^8: 0.985 at 0.8, 0.06 at 0.3."""
-    tokens = words(text)
+    tokens = _words(text)
     shingles = {" ".join(tokens[i : i + 5]) for i in range(max(1, len(tokens) - 4))}
     hashes_S = np.array([xxhash.xxh3_64_intdigest(each.encode()) for each in shingles], np.uint64)
     least = (hashes_S[:, None] * FACTORS).min(0).reshape(BANDS, ROWS)

@@ -19,7 +19,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from conftest import LIMIT
 
-from rlhf_recipes.cai import flight, served, server
+import rlhf_recipes.endpoint
+from rlhf_recipes.cai import fingerprint, flight, reading, server
 from rlhf_recipes.cai.backend import Journal, Request, ask
 from rlhf_recipes.launch.refusals import as_refusal
 
@@ -138,7 +139,7 @@ class Handler(BaseHTTPRequestHandler):
 def endpoints(monkeypatch):
     """Starts as many as are asked for."""
     monkeypatch.setenv("NO_PROXY", "*")
-    monkeypatch.setattr(server, "BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr(rlhf_recipes.endpoint, "BACKOFF_SECONDS", 0.01)
     monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", lambda *_, **__: None)  # 40 ms, and nothing for http
     started = []
 
@@ -277,7 +278,7 @@ def test_what_is_known_is_not_asked(endpoint, capsys):
 
 
 def test_pauses_double_up_to_a_cap_and_are_the_same_in_every_run(endpoint, pauses, monkeypatch):
-    monkeypatch.setattr(server, "BACKOFF_SECONDS", 1.0)
+    monkeypatch.setattr(rlhf_recipes.endpoint, "BACKOFF_SECONDS", 1.0)
     endpoint.fault = lambda text, attempt: "error" if attempt % 10 else None
     [request] = generations(1)
     for _ in range(2):
@@ -363,7 +364,7 @@ VOTES = {
 @pytest.mark.parametrize("text", VOTES)
 def test_a_vote_is_read_from_the_text(text):
     expected = VOTES[text]
-    read = server.vote(text, ("A", "B"))
+    read = reading.vote(text, ("A", "B"))
     assert read == (expected and pytest.approx([math.log(p) for p in expected]))
 
 
@@ -486,7 +487,7 @@ def test_after_the_last_attempt_one_line_says_why_and_nothing_answered_is_lost(e
 
 
 def test_an_endpoint_that_is_not_there_is_one_line(monkeypatch):
-    monkeypatch.setattr(server, "BACKOFF_SECONDS", 0.0)
+    monkeypatch.setattr(rlhf_recipes.endpoint, "BACKOFF_SECONDS", 0.0)
     monkeypatch.setenv("NO_PROXY", "*")
     nobody = server.Server(base_url="http://127.0.0.1:9/v1", model="m")
     with pytest.raises(ValueError, match=r"^127\.0\.0\.1:9: no connection \(attempt 6\)\. See that it runs"):
@@ -590,7 +591,7 @@ def test_an_endpoint_that_fails_is_left_out_and_used_again(endpoints, monkeypatc
     requests = generations(400)
     assert answers(backend(None, base_url=[bad.url, good.url]), requests).keys() == {each.key for each in requests}
     answered = bad.answered + good.answered
-    del answered[served.QUESTION[0]["content"]]
+    del answered[fingerprint.QUESTION[0]["content"]]
     assert set(answered.values()) == {1}
     assert sum(bad.answered.values()) > 31
     said = capsys.readouterr().err
@@ -668,7 +669,7 @@ def test_what_an_endpoint_does_wrong_is_one_line_and_costs_nothing(endpoint, tmp
 
     def run(some):
         asked = backend(endpoint, concurrency=1, max_attempts=2)
-        served.check({"judge": asked}, {"judge": 600}, Journal(tmp_path / "gate.jsonl"))
+        fingerprint.check({"judge": asked}, {"judge": 600}, Journal(tmp_path / "gate.jsonl"))
         return ask(asked, some, Journal(tmp_path / "answers.jsonl"), "test")
 
     vars(endpoint).update(good)
@@ -767,6 +768,7 @@ def test_an_answer_cannot_be_begun_by_us(endpoint):
         ({"base_url": f"http://localhost/v1?key={KEY}"}, "api_key_env"),
         ({"base_url": ["http://localhost/v1", f"http://user:{KEY}@localhost/v1"]}, "api_key_env"),
         ({"base_url": ["http://localhost/v1", "http://localhost/v1/"]}, "base_url: names an endpoint twice"),
+        ({"base_url": ["http://a/v1", "http://a/v1"], "role": "judge"}, "judge.base_url: names an endpoint twice"),
         ({"base_url": []}, "base_url: must be like"),
         ({"api_key_env": "CAI_UNSET"}, "CAI_UNSET: not set, or not a key. export CAI_UNSET="),
         ({"api_key_env": "CAI_BAD"}, "CAI_BAD: not set, or not a key"),

@@ -107,7 +107,7 @@ def test_an_evaluation_is_answered_by_it_without_kl(url, rows, here, compose, tm
     from rlhf_recipes import inference
     from rlhf_recipes.adapters import BASE, System
     from rlhf_recipes.errors import Refusal
-    from rlhf_recipes.evaluation.served import Served, refuse_unscored
+    from rlhf_recipes.evaluation.served_policies import Served, refuse_unscored
 
     cfg = compose("evaluate", "runs=[x]", "max_new_tokens=4", *node("generator", url))
     base, prompts = System(BASE), rows[:4]

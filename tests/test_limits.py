@@ -13,7 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from rlhf_recipes.cai import make_pairs, server
+import rlhf_recipes.endpoint
+from rlhf_recipes.cai import make_pairs, reading, server
 from rlhf_recipes.cai.backend import Journal, Request, ask
 from rlhf_recipes.data import readers, template
 from rlhf_recipes.data.fit import fit
@@ -55,7 +56,7 @@ def start_endpoint():
 def endpoint(monkeypatch):
     pytest.importorskip("openai")
     monkeypatch.setenv("NO_PROXY", "*")
-    monkeypatch.setattr(server, "BACKOFF_SECONDS", 0.0)
+    monkeypatch.setattr(rlhf_recipes.endpoint, "BACKOFF_SECONDS", 0.0)
     monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", lambda *_, **__: None)  # 40 ms, and nothing for http
     started = start_endpoint()
     yield started
@@ -173,7 +174,8 @@ def test_the_limit_grows_with_what_is_asked_for(endpoint):
     backend, requests = asked(endpoint, ("A", "B"))
     [[(_, answer)]] = list(backend.answer(requests, (), "test"))
     assert answer["logps"] == pytest.approx([-0.1, -1.1])
-    assert server.most_bytes(8192) > 4 * MIB > server.most_bytes(8) and server.most_bytes(8, 20) > server.most_bytes(8)
+    most = reading.most_bytes
+    assert most(8192) > 4 * MIB > most(8) and most(8, 20) > most(8)
 
 
 NO_COUNT = [
@@ -217,7 +219,7 @@ def test_a_log_probability_of_minus_infinity_is_the_lowest(endpoint, tmp_path, v
     listed = [{"token": "A", "logprob": 0.0}, {"token": "B", "logprob": "?"}]
     written = completion("A", logprobs={"content": [{"token": "A", "logprob": 0.0, "top_logprobs": listed}]})
     says(endpoint, json.dumps(written).replace('"?"', value))
-    assert answer_of(endpoint, tmp_path, ("A", "B"))["logps"] == [0.0, server.LOWEST]
+    assert answer_of(endpoint, tmp_path, ("A", "B"))["logps"] == [0.0, reading.LOWEST]
 
 
 WRONG = {
@@ -259,7 +261,7 @@ def test_half_a_surrogate_pair_in_an_answer_is_kept_as_text(endpoint, tmp_path):
 
 @pytest.mark.parametrize("told", ["nan", "-1e400", "-5", "1e-400", "Thu, 01 Jan 1970 00:00:00 GMT", "x" * 5000, "1_0"])
 def test_a_pause_that_is_no_number_is_none(told):
-    assert server._retry_after({"retry-after": told}) in (0.0, 10.0)
+    assert rlhf_recipes.endpoint.retry_after({"retry-after": told}) in (0.0, 10.0)
 
 
 @pytest.mark.parametrize("told", ["1e400", "9" * 5000, "Fri, 31 Dec 9999 23:59:59 -0000", "1e308"])

@@ -18,7 +18,7 @@ from rlhf_recipes import config, ensemble, ranks, references
 from rlhf_recipes.audit.scoring import Ensemble
 from rlhf_recipes.data import formats
 from rlhf_recipes.errors import Refusal, users_function
-from rlhf_recipes.evaluation import served
+from rlhf_recipes.evaluation import served_policies
 from rlhf_recipes.references import ModelRef, adapter_sha256, folder_of
 from rlhf_recipes.run_folder import read_json, read_result, write_atomically
 
@@ -176,7 +176,7 @@ class Sampler:
         used = adapter or self.parent
         asked = [row["prompt"] for row in rows]
         settings = [self.cfg.max_new_tokens, self.cfg.seed, self.cfg.model.id, kl]
-        settings += [served.quantization(self.cfg)] if served.is_asked(self.cfg) else []
+        settings += [served_policies.quantization(self.cfg)] if served_policies.is_asked(self.cfg) else []
         hashes = [folder and adapter_sha256(folder) for folder in (used, self.parent)]
         key = hashlib.sha256(json.dumps([asked, settings, hashes]).encode()).hexdigest()
         path = self.keep / f"{part}.answers.json"
@@ -185,8 +185,8 @@ class Sampler:
             return known["answers"]
         how = inference.Sampling(self.cfg.max_new_tokens, temperature=1.0, seed=self.cfg.seed)
         policies = self._loaded(asked)
-        if kl and not policies.scores:
-            raise Refusal(f"checkpoints: {policies.name} gives no log-probabilities of a prompt, so no KL. Use vLLM.")
+        if kl:
+            refuse_without_kl(policies)
         answers = policies.generate(used and str(used), self.tokenizer, asked, how, f"{part}: answers")
         if kl:
             encoded = [(answer["ids"], answer["start"]) for answer in answers]
@@ -208,13 +208,23 @@ class Sampler:
 
             folders = [self.parent, *self.adapters]
             found = [System(str(folder), folder and str(folder)) for folder in folders]
-            if served.is_asked(self.cfg):
+            if served_policies.is_asked(self.cfg):
                 ids = [inference.encode(self.tokenizer, prompt, None)[0] for prompt in asked]
                 lengths = [len(each) + self.cfg.max_new_tokens + 1 for each in ids]
-                self._policies = served.Served(self.cfg, self.tokenizer, found, lengths)
+                self._policies = served_policies.Served(self.cfg, self.tokenizer, found, lengths)
             else:
                 self._policies = Policies(self.cfg.model, self.cfg.quantization, found, self.cfg.fast_forward)
         return self._policies
+
+
+def refuse_without_kl(policies: Any) -> None:
+    """KL needs log-probabilities of given texts.
+
+    Raises:
+        Refusal: an endpoint has none.
+    """
+    if not policies.scores:
+        raise Refusal(f"checkpoints: {policies.name} gives no log-probabilities of a prompt, so no KL. Use vLLM.")
 
 
 FIRST = "first"

@@ -13,7 +13,6 @@ import re
 import time
 from collections.abc import Callable, Container, Generator, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +23,9 @@ from rlhf_recipes.errors import Refusal
 MOST_TOKENS = 2**40  # of one answer; a larger count is none
 # How an answer begins that is a thought; a thought that the template began ends on a line of its own.
 THOUGHT = re.compile(r"\A\s*(?:<(?:seed:)?think>|\[THINK\])|^(?:</(?:seed:)?think>|\[/THINK\])", re.MULTILINE)
+
+_written = json.JSONEncoder(ensure_ascii=False).encode
+_sorted = json.JSONEncoder(sort_keys=True).encode
 
 Message = dict[str, str]
 # Of a generation: `text`, `finished` (it ended by itself). Of a choice: `logps`, a log-probability in nats for each
@@ -53,11 +55,14 @@ class Request:
     top_p: float = 1.0
     seed: int = 0
 
-    @cached_property
+    @property
     def key(self) -> str:
         """Hash of all that the answer depends on; equal requests have one answer."""
-        asked = {name: value for name, value in vars(self).items() if name not in ("prompt_id", "step")}
-        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:24]
+        known = vars(self).get("_key")  # `cached_property` takes a lock, each time
+        if known is None:
+            asked = {name: value for name, value in vars(self).items() if name not in ("prompt_id", "step")}
+            known = vars(self)["_key"] = hashlib.sha256(_sorted(asked).encode()).hexdigest()[:24]
+        return known
 
 
 @dataclass(frozen=True)
@@ -126,11 +131,16 @@ class Journal:
     def write(self, group: list[tuple[Request, Answer]]) -> None:
         """Keep what was answered; of several processes, each of which was given it, the first writes."""
         entries = [{"prompt_id": r.prompt_id, "step": r.step, "key": r.key, "answer": answer} for r, answer in group]
-        # Half a surrogate pair, which a cut-off emoji leaves, is no UTF-8. What is remembered is what was written.
-        line = json.dumps(entries, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+        text = _written(entries)
+        try:
+            line = text.encode()
+        except UnicodeEncodeError:
+            # Half a surrogate pair, which a cut-off emoji leaves, is no UTF-8. What is remembered is what was written.
+            line = text.encode("utf-8", "replace")
+            entries = json.loads(line)
         if ranks.is_first():
-            self._append(line)
-        self.answers |= {entry["key"]: entry["answer"] for entry in json.loads(line)}
+            self._append(line + b"\n")
+        self.answers.update((entry["key"], entry["answer"]) for entry in entries)
 
     def _append(self, line: bytes) -> None:
         if self._cut_short:

@@ -7,11 +7,13 @@ copies into everything, critiques handed in as revisions, pairs of two refusals 
 import math
 import re
 import unicodedata
+from collections import Counter
+from functools import lru_cache
 
 from omegaconf import DictConfig
 
 from rlhf_recipes.cai.prompt_templates import MARKER, visible
-from rlhf_recipes.text_metrics import jaccard, refuses, repeats_phrase, words
+from rlhf_recipes.text_metrics import PHRASE_REPEATS, jaccard, ngrams, refuses, words
 
 _REVISED = "new|final|revised|rewritten|improved|corrected|edited|updated|better|reworded|rephrased"
 _REPLY = "reply|response|answer|version|revision|rewrite"
@@ -41,21 +43,27 @@ ROLE_LEAK = re.compile(
     r"conversation|reply(?: [ab])?|options)\**\s*:|(?-i:\b(?:Human|Assistant): )|^> |" + MARKER.pattern,
     re.IGNORECASE | re.MULTILINE,
 )
-# Phrases that address a judge, or imitate the question that it is asked. The letters A and B: as capitals alone.
-INJECTIONS = (
-    r"\b(?:ignore|disregard|forget)\b.{0,40}\b(?:instruction|prompt|rule|above|previous)",
-    r"\b(?:choose|select|pick|prefer|vote for|print|say)\b[^.\n]{0,30}\b(?:this (?:reply|answer)|(?-i:[AB]))\b",
-    r"\b(?:this|other|first|second|best|better|which|two) (?:reply|replies|response|responses)\b",
-    r"\b(?:the|a|second) judge\b|\b(?:grader|evaluator|verdict)\b|\bsystem (?:message|prompt|notice|override)\b",
+# Phrases that address a judge, or imitate the question that it is asked. The letters A and B: as capitals alone. The
+# first begin with a word, so most places of a text are passed over by one look.
+INJECTED_WORDS = (
+    r"(?:ignore|disregard|forget)\b.{0,40}\b(?:instruction|prompt|rule|above|previous)",
+    r"(?:choose|select|pick|prefer|vote for|print|say)\b[^.\n]{0,30}\b(?:this (?:reply|answer)|(?-i:[AB]))\b",
+    r"(?:this|other|first|second|best|better|which|two) (?:reply|replies|response|responses)\b",
+    r"(?:the|a|second) judge\b|(?:grader|evaluator|verdict)\b|system (?:message|prompt|notice|override)\b",
+    r"(?:reply|replies|response|option|letter|better:|winner:) (?-i:[ABC])\b|options?\s*:",
+    r"(?:answer|antwort)\b(?: is| ist)?\W{0,6}(?:[(\[\"]|(?-i:[AB]\b))",
+    r"(?-i:[AB]\s(?:\b[AB]\s){3})|(?:decode|rot13)\b|0x[0-9a-f]{16}",
+)
+INJECTED_SIGNS = (
     r"^[^\w\n]{0,8}(?:human|user|assistant|system|judge)\b[^\n:]{0,20}(?::|$)",
-    r"\b(?:reply|replies|response|option|letter|better:|winner:) (?-i:[ABC])\b|\boptions?\s*:",
-    r"\b(?:answer|antwort)\b(?: is| ist)?\W{0,6}(?:[(\[\"]|(?-i:[AB]\b))",
-    r"(?-i:[(\[]\s*[AB]\s*[)\]])|(?-i:(?:\b[AB]\s){4})",
+    r"(?-i:[(\[]\s*[AB]\s*[)\]])",
     r"\"(?:role|winner|choice|verdict)\"\s*:|\{[{%]|\$\{|\{\w*\} \{",
-    r"\b(?:decode|rot13)\b|\b0x[0-9a-f]{16}|(?:%[0-9a-f]{2}){4}|&(?:#\d+|lt);",
+    r"(?:%[0-9a-f]{2}){4}|&(?:#\d+|lt);",
     r"<\s*\|[^|\n]{1,30}\|\s*>|" + MARKER.pattern,
 )
-INJECTION = re.compile("|".join(INJECTIONS), re.IGNORECASE | re.DOTALL | re.MULTILINE)
+INJECTION = re.compile(
+    rf"\b(?:{'|'.join(INJECTED_WORDS)})|{'|'.join(INJECTED_SIGNS)}", re.IGNORECASE | re.DOTALL | re.MULTILINE
+)
 EMOJI = re.compile("[\U0001f300-\U0001faff\u2600-\u27bf]\ufe0f?")
 EMOJI_RUN = re.compile(rf"(?:{EMOJI.pattern}\s*){{3}}")
 STUCK = re.compile(r"([^\W\d_]|[!?])\1{9}")  # "nooooooooooo"
@@ -82,16 +90,18 @@ def unfit_reply(text: str, finished: bool, limits: DictConfig) -> str | None:
         return "role_leak"
     if META.search(text) or PREAMBLE.match(text):
         return "preamble"
-    if degenerates(text) or EMOJI_RUN.search(text) or len(EMOJI.findall(text)) > 0.02 * count + 1:
+    if degenerates(text):
+        return "repetition"
+    if not text.isascii() and (EMOJI_RUN.search(text) or len(EMOJI.findall(text)) > 0.02 * count + 1):
         return "repetition"
     return None
 
 
 def degenerates(text: str) -> bool:
     """It repeats a phrase, fewer than half of its sequences of four words are different, or a letter is stuck."""
-    tokens = words(text)
-    grams = [tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)]
-    return repeats_phrase(text) or len(set(grams)) < 0.5 * len(grams) or STUCK.search(text) is not None
+    grams = Counter(ngrams(text, 4))
+    often = max(grams.values(), default=0) >= PHRASE_REPEATS
+    return often or len(grams) < 0.5 * grams.total() or STUCK.search(text) is not None
 
 
 def unfit_revision(before: str, critique: str, revision: str) -> str | None:
@@ -117,8 +127,13 @@ def unfit_pair(first: str, second: str, limits: DictConfig) -> str | None:
 
 def speaks_to_judge(*texts: str) -> bool:
     """Whether any of the texts has a phrase that could be meant for a judge, as it stands or without disguise."""
-    spellings = {spelling for text in texts for spelling in (text, unicodedata.normalize("NFKC", visible(text)))}
-    return any(INJECTION.search(spelling) for spelling in spellings)
+    return any(map(_speaks, texts))
+
+
+@lru_cache(256)  # a prompt is asked about once for each pair of its replies
+def _speaks(text: str) -> bool:
+    plain = unicodedata.normalize("NFKC", visible(text))
+    return any(INJECTION.search(spelling) for spelling in {text, plain})
 
 
 def closer(text: str) -> str | None:

@@ -128,7 +128,9 @@ class Flight:
     def _route(self, server: Any, put: Put) -> None:
         """To the endpoint of its prompt, and to a thread: one of its own, or of another that has nothing to do."""
         living = [stop for stop in self._stops[server] if not stop.endpoint.is_out]
-        own = max(living, key=lambda stop: _weight(stop.endpoint.base_url, put[1].prompt_id))
+        own = living[0]
+        if len(living) > 1:
+            own = max(living, key=lambda stop: _weight(stop.endpoint.base_url, put[1].prompt_id))
         own.waiting.append(put)
         for stop in (own, *living):
             if len(stop.waiting) <= stop.idle - (stop is not own):

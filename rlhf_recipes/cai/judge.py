@@ -14,8 +14,9 @@ temperature T, 1 where nothing is known: Guo et al. 2017 (arXiv:1706.04599).
 """
 
 import math
-import statistics
+from copy import copy
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,7 @@ class Judge:
         self.backend, self.constitution, self.settings, self.seed = backend, constitution, plain(settings), seed
         self.temperature = 1.0
         self.priors: dict[str, float] = {}
+        self.asking = 0  # another is answered anew, though the question be the same
 
     def learn_priors(self, journal: Journal) -> None:
         """prior_k of every principle: the mean over replies without content (`prompt_templates.CONTENT_FREE`)."""
@@ -94,7 +96,13 @@ class Judge:
         count = len(pairs)
         for n, principle in enumerate(self.constitution.principles):
             read = [value for value in odds[n * count : (n + 1) * count] if value is not None]
-            self.priors[principle.id] = statistics.fmean(read) if read else 0.0
+            self.priors[principle.id] = fmean(read) if read else 0.0
+
+    def again(self, asking: int) -> "Judge":
+        """The same judge, asked once more: under other draws of principles, and of the answers themselves."""
+        other = copy(self)
+        other.asking, other.seed = asking, self.seed + asking
+        return other
 
     def compare(self, pairs: list[Pair], journal: Journal, what: str) -> list[Judgement]:
         """A judgement of each pair under `principles_per_pair` principles drawn for its prompt, in both orders."""
@@ -129,6 +137,7 @@ class Judge:
             prompt_templates.judgement(pair.prompt, first, second, principle),
             prefix=prompt_templates.VERDICT,
             options=prompt_templates.LETTERS,
+            seed=self.asking,
         )
 
     def _asking(self, requests: list[Request], what: str) -> Work:
@@ -152,20 +161,21 @@ class Judge:
         mass = min((sum(map(math.exp, values)) if values else 0.0) for values in logps)
         if mass < self.settings.min_option_mass:
             return Judgement(None, mass=mass)
-        log_odds = []
+        low, high = CLAMP if self.settings.mode == "cot" else (0.0, 1.0)
+        sides = []  # plain numbers: arrays of two take longer to make than to compute with
         for principle, (ab, ba) in zip(principles, answers, strict=True):
             prior = self.priors.get(principle.id, 0.0)
-            log_odds.append((_log_odds(ab) - prior, prior - _log_odds(ba)))
-        sides_K2 = stats.sigmoid(log_odds)
-        if self.settings.mode == "cot":
-            sides_K2 = np.clip(sides_K2, *CLAMP)
-        p_K = sides_K2.mean(1)
+            both = (_log_odds(ab) - prior, prior - _log_odds(ba))
+            sides.append([min(max(_sigmoid(odds), low), high) for odds in both])
+        count, p_K = len(sides), [(one + other) / 2 for one, other in sides]
+        mean = sum(p_K) / count
+        first, second = (round(sum(side) / count - 0.5, 9) for side in zip(*sides, strict=True))
         return Judgement(
-            p=float(tempered(p_K.mean(), self.temperature)),
-            by_principle={principle.id: float(p) for principle, p in zip(principles, p_K, strict=True)},
-            spread=float(p_K.std()),
-            position_gap=float((sides_K2[:, 0] - sides_K2[:, 1]).mean()),
-            flip=bool(np.prod(np.round(sides_K2.mean(0) - 0.5, 9)) < 0),
+            p=float(tempered(mean, self.temperature)),
+            by_principle={principle.id: p for principle, p in zip(principles, p_K, strict=True)},
+            spread=math.sqrt(sum((p - mean) ** 2 for p in p_K) / count),
+            position_gap=sum(one - other for one, other in sides) / count,
+            flip=first * second < 0,
             mass=mass,
         )
 
@@ -273,6 +283,10 @@ def _check(name: str, value: float | None, needed: float, strict: bool = False) 
 
 def _correct(p: np.ndarray) -> np.ndarray:
     return (np.sign(p - 0.5) + 1) / 2
+
+
+def _sigmoid(odds: float) -> float:
+    return 1 / (1 + math.exp(-odds)) if odds >= 0 else math.exp(odds) / (1 + math.exp(odds))
 
 
 def _log_odds(logps: list[float] | None) -> float | None:

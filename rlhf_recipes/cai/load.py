@@ -41,7 +41,8 @@ def load_one(node: DictConfig, cfg: DictConfig, adapter: ModelRef | None) -> Bac
         from rlhf_recipes.cai.server import Server
 
         names = ("base_url", "model", "api_key_env", "concurrency", "timeout", "max_attempts")
-        return Server(chat_template_kwargs=template_kwargs(node), **{name: node[name] for name in names})
+        given = {name: node[name] for name in names}
+        return Server(chat_template_kwargs=template_kwargs(node), role=str(node._key() or ""), **given)
     from rlhf_recipes.cai import local
 
     return local.load(node, cfg.quantization, adapter)

@@ -20,7 +20,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import ranks
-from rlhf_recipes.cai import filters, prompt_templates, served
+from rlhf_recipes.cai import filters, fingerprint, prompt_templates
 from rlhf_recipes.cai.backend import (
     Answer,
     Ask,
@@ -318,9 +318,9 @@ def _adopt(run: Run) -> None:
         gate = part / GATE
         if gate.exists() and not (run.dir / GATE).exists():
             write_atomically(run.dir / GATE, gate.read_text(encoding="utf-8"))
-        for step, found in served.kept(gate).items() if gate.exists() else ():
+        for step, found in fingerprint.kept(gate).items() if gate.exists() else ():
             other, begun = first.setdefault(step, (part, found))
-            if why := served.changed(begun, found):
+            if why := fingerprint.changed(begun, found):
                 raise Refusal(
                     f"{part}: its {step.partition('.')[0]} was another model than that of {other} ({why}). Remove "
                     "one of the folders, and make its shards again."

@@ -7,6 +7,7 @@ any family are broken up.
 
 import re
 import unicodedata
+from functools import lru_cache
 
 from rlhf_recipes.cai.backend import Message
 from rlhf_recipes.cai.constitution import Constitution, Example, Principle
@@ -40,14 +41,17 @@ def plain(messages: list[Message]) -> list[Message]:
 
 def visible(text: str) -> str:
     """The text with plain line ends and without characters that cannot be seen."""
+    if text.isascii() and text.isprintable():
+        return text.strip()
     return CHECKED.sub(lambda c: "" if _unseen(c[0]) else c[0], LINE_ENDS.sub("\n", text)).strip()
 
 
 def chat_tokens(*texts: str) -> int:
     """How many tokens of a chat template `quote` breaks up in the texts."""
-    return sum(len(OPENING.findall(visible(text))) for text in texts)
+    return sum(len(OPENING.findall(visible(text))) for text in texts if _has_bracket(text))
 
 
+@lru_cache(256)  # a judge is shown the same texts in both orders and under each principle
 def quote(text: str) -> str:
     """The visible text with `> ` before each of its lines, without tokens of a chat template."""
     return "\n".join(f"> {line}".rstrip() for line in _without_tokens(visible(text)).split("\n"))
@@ -134,8 +138,14 @@ def assistant(text: str) -> Message:
     return {"role": "assistant", "content": text}
 
 
+@lru_cache(256)  # a prompt is shown with each of its requests
 def _without_tokens(text: str) -> str:
-    return OPENING.sub(r"\g<0> ", text)
+    return OPENING.sub(r"\g<0> ", text) if _has_bracket(text) else text
+
+
+def _has_bracket(text: str) -> bool:
+    """Whether a text has a character with which `SHAPE` begins: sooner known than that it has no such token."""
+    return "<" in text or "[" in text or "]" in text
 
 
 def _unseen(character: str) -> bool:

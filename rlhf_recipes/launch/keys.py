@@ -46,6 +46,7 @@ KEYS = {
     "gold": str | list | None,
     "annotator": str | list,
     "benchmark": str | None,
+    "baseline_answers": str | None,
     "proxy": ("first", "mean", "min", "uwo", "trained"),
     "ppo_run": str | None,
     "sweep.reward_model": str | None,

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.ppo.algorithm import CONTROLLERS, ENSEMBLES
+from rlhf_recipes.ppo.engines import Engines
 from rlhf_recipes.ppo.trl_private import BaseConfig
 
 VALUES = ("head", "separate")
@@ -61,6 +62,13 @@ class PPOConfig(BaseConfig):
     )
     vllm_server_base_url: str | list[str] | None = field(
         default=None, metadata={"help": "http://host:port of the vLLM server, or of each of several."}
+    )
+    vllm_server_api_key_env: str | None = field(
+        default=None,
+        metadata={
+            "help": "Environment variable that holds the key of the servers (`vllm serve --api-key`), which is never "
+            "written. None: they want none."
+        },
     )
     vllm_server_timeout: float = field(
         default=240.0, metadata={"help": "Seconds that a server which does not answer is waited for."}
@@ -209,10 +217,18 @@ class PPOConfig(BaseConfig):
         Raises:
             Refusal: see `Engines.look`.
         """
-        if self.server_urls:
-            from rlhf_recipes.ppo.engines import Engines
+        if engines := self.engines():
+            engines.look(prompt_tokens + self.max_completion_length)
 
-            Engines(self.server_urls, self.vllm_server_timeout).look(prompt_tokens + self.max_completion_length)
+    def engines(self) -> Engines | None:
+        """The vLLM servers; None: samples are drawn here.
+
+        Raises:
+            Refusal: see `Engines`.
+        """
+        if not self.server_urls:
+            return None
+        return Engines(self.server_urls, self.vllm_server_timeout, self.vllm_server_api_key_env)
 
     def check_prompts(self, count: int) -> None:
         """Refuse `count` prompts that do not fill a rollout.

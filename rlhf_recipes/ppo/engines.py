@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes import ranks, text
+from rlhf_recipes import ranks
+from rlhf_recipes.endpoint import ANSWER_BYTES, TOLD, Endpoint, Failure
 from rlhf_recipes.errors import Refusal
 
 KEY = "trainer.vllm_server_base_url"
@@ -28,6 +29,8 @@ SERVE = (
 )
 IN_FLIGHT = 256  # requests at a time, for each engine; what it has no room for waits there
 ANSWER_SECONDS = 600.0  # that an engine which is there may take for an answer
+LOOK_SECONDS = 10.0  # the same, before the run
+METRICS_BYTES = 2**24
 PAUSE = 1.0  # seconds between two attempts
 LAST_SECONDS = 5.0  # for each request of a process that ends
 HIGHEST = 0.01  # a log-probability may be above 0 by rounding
@@ -58,33 +61,22 @@ class Engines:
     Args:
         urls: of each, http://host:port.
         timeout: seconds that one is waited for which does not answer.
+        api_key_env: environment variable that holds the key of all; None: they want none.
 
     Attributes:
         compared: whether their log-probabilities were held against the policy's.
 
     Raises:
-        Refusal: the openai package is missing.
+        Refusal: the openai package is missing, or the variable is not set.
     """
 
-    def __init__(self, urls: list[str], timeout: float):
-        try:
-            import openai
-        except ImportError:
-            raise Refusal('trainer.rollout=server needs openai. pip install "rlhf-recipes[server]".') from None
-
+    def __init__(self, urls: list[str], timeout: float, api_key_env: str | None = None):
         self.timeout, self.compared = timeout, False
-        # Redirects would send prompts to whatever address an answer names.
-        self._clients = {
-            url: openai.OpenAI(
-                base_url=url, api_key="none", max_retries=0, timeout=openai.Timeout(ANSWER_SECONDS, connect=10.0),
-                http_client=openai.DefaultHttpxClient(follow_redirects=False),
-            )
-            for url in urls
-        }  # fmt: skip
+        self._engines = {url: Endpoint(url, api_key_env, ANSWER_SECONDS, "trainer.rollout=server") for url in urls}
         # A run that goes on where another ended finds that one's names taken.
         self._name, self._version, self._digest = f"policy-{secrets.token_hex(4)}", 0, ""
         self._published: list[Path] = []
-        weakref.finalize(self, _withdraw, self._clients, self._published)
+        weakref.finalize(self, _withdraw, self._engines, self._published)
 
     def look(self, tokens: int) -> None:
         """Ask every engine what it serves.
@@ -95,29 +87,31 @@ class Engines:
         Raises:
             Refusal: one is not there, is no vLLM, has a context too small, or is several behind one URL.
         """
-        ranks.by_first(lambda: [self._look(url, tokens) for url in self._clients])
+        ranks.by_first(lambda: [self._look(url, tokens) for url in self._engines])
 
     def _look(self, url: str, tokens: int) -> None:
-        import openai
-
-        client = self._clients[url].with_options(timeout=10.0)
+        engine = self._engines[url]
         try:
-            models = client.get("/v1/models", cast_to=object)["data"]
+            models = engine.ask("/v1/models", timeout=LOOK_SECONDS)["data"]
             most = next(model for model in models if not model.get("parent")).get("max_model_len") or tokens
             short = most < tokens
-        except openai.APIStatusError as error:
-            raise _refused(url, error) from None
-        except openai.APIConnectionError:
-            raise Refusal(f"{KEY}={url}: no connection. Start it: {SERVE}.") from None
-        except (openai.OpenAIError, ValueError, TypeError, LookupError, AttributeError, StopIteration):
-            raise Refusal(f"{KEY}={url}: what it answers is no list of models. Give the address of a vLLM.") from None
+        except Failure as failure:
+            if failure.status:
+                raise _Refused(url, failure) from None
+            if not failure.unread:
+                raise Refusal(f"{KEY}={url}: {failure}. Start it: {SERVE}.") from None
+            models = None
+        except (TypeError, LookupError, AttributeError, StopIteration):
+            models = None
+        if models is None:
+            raise Refusal(f"{KEY}={url}: what it answers is no list of models. Give the address of a vLLM.")
         if short:
             raise Refusal(
                 f"{KEY}={url}: its context has {most} tokens, a prompt with its completion up to {tokens}. Start it "
                 f"with --max-model-len {tokens}, or lower max_prompt_length or trainer.max_completion_length."
             )
-        with suppress(openai.OpenAIError):
-            if 'engine="1"' in client.get("/metrics", cast_to=str):
+        with suppress(Failure):
+            if 'engine="1"' in engine.ask("/metrics", words=True, most=METRICS_BYTES, timeout=LOOK_SECONDS):
                 raise Refusal(
                     f"{KEY}={url}: has data-parallel replicas, of which one alone would load the adapter. Start each "
                     "as a server of its own, and give a list of their URLs."
@@ -163,11 +157,11 @@ class Engines:
             return
         self._version += 1
         self._published.append(part.rename(folder / f"{self._name}-v{self._version}"))
-        for url in self._clients:
+        for url in self._engines:
             self._load(url)
         self._digest = digest
         while len(self._published) > 1:
-            _withdraw(self._clients, [self._published.pop(0)])
+            _withdraw(self._engines, [self._published.pop(0)])
 
     def _load(self, url: str) -> None:
         adapter = self._published[-1]
@@ -182,7 +176,7 @@ class Engines:
             ) from None
 
     def _ask_all(self, prompts: list[tuple[list[int], int]], asked: dict) -> list[Sampled]:
-        urls = list(self._clients)
+        urls = list(self._engines)
         pool = ThreadPoolExecutor(min(len(prompts), IN_FLIGHT * len(urls)))
         try:
             tasks = [
@@ -230,17 +224,13 @@ class Engines:
             Gone: for longer than `timeout`.
             _Refused: it does not take the request.
         """
-        import openai
-
-        cast, since = str if path.endswith("_adapter") else object, time.monotonic()
+        since, words = time.monotonic(), path.endswith("_adapter")
         while True:
             try:
-                return self._clients[url].post(path, body=body, cast_to=cast)
-            except openai.APIStatusError as error:
-                if error.status_code < 500 and error.status_code not in (408, 409, 429):
-                    raise _refused(url, error) from None
-            except (openai.OpenAIError, ValueError):  # no connection, no answer in time, half a JSON
-                pass
+                return self._engines[url].ask(path, body, words=words, most=ANSWER_BYTES * 16)
+            except Failure as failure:
+                if failure.final:
+                    raise _Refused(url, failure) from None
             if time.monotonic() - since > self.timeout:
                 raise Gone(f"{KEY}={url}: no answer for {self.timeout:g} s (trainer.vllm_server_timeout).")
             time.sleep(min(PAUSE, self.timeout / 4))
@@ -249,25 +239,17 @@ class Engines:
 class _Refused(Refusal):
     """An engine's own words: it does not take a request."""
 
-    def __init__(self, url: str, status: int, told: str):
-        super().__init__(f"{KEY}={url}: status {status}: {told}. See its log, and that it was started with: {SERVE}.")
-        self.status, self.told = status, told
+    def __init__(self, url: str, failure: Failure):
+        self.status, self.told = failure.status, failure.told[:TOLD].rstrip(".")
+        said = f"{failure}: {self.told}" if self.told else failure
+        super().__init__(f"{KEY}={url}: {said}. See its log, and that it was started with: {SERVE}.")
 
 
-def _refused(url: str, error: Any) -> _Refused:
-    told = error.body.get("message") if isinstance(error.body, dict) else None
-    told = told if isinstance(told, str) else error.response.text
-    return _Refused(url, error.status_code, " ".join(text.line(told).split())[:200].rstrip("."))
-
-
-def _withdraw(clients: dict[str, Any], adapters: list[Path]) -> None:
+def _withdraw(engines: dict[str, Endpoint], adapters: list[Path]) -> None:
     """Let the engines drop adapters that nobody will ask for, and remove them."""
-    import openai
-
     for adapter in adapters:
-        for client in clients.values():
-            with suppress(openai.OpenAIError):
-                client.with_options(timeout=LAST_SECONDS).post(
-                    "/v1/unload_lora_adapter", body={"lora_name": adapter.name}, cast_to=str
-                )
+        for engine in engines.values():
+            with suppress(Failure):
+                asked = {"lora_name": adapter.name}
+                engine.ask("/v1/unload_lora_adapter", asked, words=True, timeout=LAST_SECONDS)
         shutil.rmtree(adapter, ignore_errors=True)

@@ -31,7 +31,7 @@ from rlhf_recipes.errors import Refusal
 from rlhf_recipes.inference import stop_ids
 from rlhf_recipes.ppo import algorithm, rewards
 from rlhf_recipes.ppo.config import PPOConfig
-from rlhf_recipes.ppo.engines import Engines, Gone
+from rlhf_recipes.ppo.engines import Gone
 from rlhf_recipes.ppo.experience import (
     MicroBatch,
     RolloutSampler,
@@ -120,7 +120,7 @@ class PPOTrainer(BaseTrainer):
             model = get_peft_model(model, peft_config)
         models.keep_gradients_on_cpu(model)
 
-        self.engines = Engines(args.server_urls, args.vllm_server_timeout) if args.server_urls else None
+        self.engines = args.engines()
         if self.engines and not isinstance(model, PeftModel):
             raise Refusal(
                 "rollout=server: a server is given the policy's LoRA, and there is none. Give a peft_config."

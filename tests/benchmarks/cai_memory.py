@@ -6,7 +6,7 @@ For each number of prompts a process of its own runs `recipes/cai.py` on a file 
 set's card, with a stub engine as generator and judge: 64 places each, answers that take no time, prompts that go on
 each by itself. Seven calls a prompt (draft, critique, revision, two samples, one question to the judge in both orders
 for each of two pairs that are fit). Printed and drawn are the highest resident memory of that process (Linux), pairs,
-and seconds.
+seconds, and seconds of processor, which other work on the machine changes less; what the stub takes is in them.
 """
 
 import argparse
@@ -78,8 +78,9 @@ def work(path: Path) -> None:
     sys.argv = ["cai.py", *SMALL]
     begin = time.monotonic()
     runpy.run_path(str(ROOT / "recipes" / "cai.py"), run_name="__main__")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB
-    path.write_text(json.dumps({"peak": peak, "seconds": time.monotonic() - begin}))
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    found = {"peak": used.ru_maxrss / 1024, "seconds": time.monotonic() - begin}  # MiB
+    path.write_text(json.dumps(found | {"processor": used.ru_utime + used.ru_stime}))
 
 
 def measure(count: int) -> dict:
@@ -117,20 +118,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, nargs="+", default=[1_000, 10_000, 100_000])
     parser.add_argument("--plot")
+    parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
         return work(args.work)
     rows = []
-    print(f"{'prompts':>9} {'pairs':>9} {'accepted':>9} {'peak':>9} {'growth':>9} seconds")
+    print(f"{'prompts':>9} {'pairs':>9} {'accepted':>9} {'peak':>9} {'growth':>9} seconds processor")
     for count in args.prompts:
         row = measure(count)
         rows.append(row)
         print(
             f"{count:9,} {row['pairs']:9,} {row['accepted']:9,} {row['peak']:6.1f} MiB "
-            f"{row['peak'] - rows[0]['peak']:+6.1f} MiB {row['seconds']:7.0f}",
+            f"{row['peak'] - rows[0]['peak']:+6.1f} MiB {row['seconds']:7.0f} {row['processor']:9.0f}",
             flush=True,
         )
+        if args.json:
+            args.json.write_text(json.dumps(rows, indent=2))
     if args.plot:
         draw(rows, args.plot)
 

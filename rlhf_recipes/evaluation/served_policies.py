@@ -6,23 +6,26 @@ and sent as token ids. Log-probabilities of given tokens are `prompt_logprobs`; 
 answers, and of given texts nothing is measured.
 """
 
-import os
+import random
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
+from rlhf_recipes import endpoint, models, ranks
 from rlhf_recipes import inference as m
-from rlhf_recipes import models, ranks, text
 from rlhf_recipes.adapters import Policies, System
 from rlhf_recipes.cai.load import load_one
 from rlhf_recipes.config import part_of
+from rlhf_recipes.endpoint import TOLD, Endpoint, Failure
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.progress import Line
 from rlhf_recipes.references import adapter_sha256, folder_of
-from rlhf_recipes.secrets import redact
 
+LONGEST_WAIT = 60.0  # seconds; an endpoint that asks for more is asked again all the same
+TOKEN_BYTES = 2**10  # of each token, its text, id and log-probability in JSON
 # What tokenizers cut differently.
 SAMPLE = "Olá, 你好 🙂\n\n  def f(x): return 12345.678 * x  # don't"
 
@@ -37,6 +40,23 @@ def quantization(cfg: DictConfig) -> str | dict:
     if is_asked(cfg):
         return f"as {load_one(cfg.generator, cfg, None).name} serves it"
     return "none" if "_target_" not in cfg.quantization else dict(cfg.quantization)
+
+
+def look(cfg: DictConfig, prompts: list[list[dict]] = ()) -> "Served | None":
+    """Ask the endpoint, where one generates, whether it can do what will be asked of it, before anything else takes
+    its time; no adapter is loaded.
+
+    Args:
+        prompts: that it will answer.
+
+    Raises:
+        Refusal: see `Served`.
+    """
+    if not is_asked(cfg):
+        return None
+    tokenizer = models.load_tokenizer(cfg.model)
+    lengths = [len(m.encode(tokenizer, prompt, None)[0]) + cfg.max_new_tokens + 1 for prompt in prompts]
+    return Served(cfg, tokenizer, [], lengths)
 
 
 def refuse_unscored(cfg: DictConfig, policies: "Served") -> None:
@@ -81,11 +101,9 @@ class Served(Policies):
         if not isinstance(node.base_url, str):
             raise Refusal("generator.base_url: of several endpoints one alone would be given the adapters. Give one.")
         self.model, self.name, self.host = node.model, checked.name, checked.host
-        self.concurrency, self.base_url = node.concurrency, node.base_url.rstrip("/")
+        self.concurrency, self.max_attempts = node.concurrency, node.max_attempts
+        self.endpoint = Endpoint(node.base_url.rstrip("/"), node.api_key_env, node.timeout)
         self.stops = m.stop_ids(models.load_generation_config(cfg.model), tokenizer)
-        # Without a key something must be sent, which is none's secret.
-        self.key = os.environ[node.api_key_env].strip() if node.api_key_env else "no key"
-        self.client = _client(node, self.key)
         self.scores = ranks.by_first(self._look, tokenizer, max(lengths, default=0))
         asked = [folder for s in systems for folder in ((s.reference, s.adapter) if self.scores else (s.adapter,))]
         self.names = ranks.by_first(self._named, [folder for folder in dict.fromkeys(asked) if folder])
@@ -183,7 +201,8 @@ class Served(Policies):
         # Each engine reads its own key of these.
         asked = {"prompt": SAMPLE, "content": SAMPLE, "add_special_tokens": False, "add_special": False}
         try:
-            told = self._post(f"{self.base_url.removesuffix('/v1')}/tokenize", {"model": self.model, **asked})
+            root = self.endpoint.base_url.removesuffix("/v1")
+            told = self._told(f"{root}/tokenize", {"model": self.model, **asked})
         except _Rejected as error:
             raise Refusal(f"{error}. It needs /tokenize, as vLLM, SGLang and llama.cpp have it.") from None
         if told.get("tokens") != ids:
@@ -193,7 +212,7 @@ class Served(Policies):
             )
         try:
             body = {"model": self.model, "prompt": ids, "max_tokens": 1, "prompt_logprobs": 0}
-            choice = self._choice(self._post("/completions", body))
+            choice = self._choice(self._told("/completions", body))
         except _Rejected:
             choice = {}
         return len(choice.get("prompt_logprobs") or []) == len(ids)
@@ -206,7 +225,7 @@ class Served(Policies):
     def _cards(self) -> dict[str, dict]:
         """The models that are served, by name."""
         try:
-            told = self._told(self.client, "get", "/models")
+            told = self._told("/models")
         except _Rejected as error:
             raise Refusal(f"{error}. See that generator.base_url is right; mostly it ends in /v1.") from None
         return {str(card.get("id")): card for card in told.get("data") or [] if isinstance(card, dict)}
@@ -218,7 +237,7 @@ class Served(Policies):
         if name in cards:
             return name
         try:
-            self._post("/load_lora_adapter", {"lora_name": name, "lora_path": str(path)}, once=True)
+            self._told("/load_lora_adapter", {"lora_name": name, "lora_path": str(path)}, words=True, attempts=1)
         except _Rejected as error:
             served = [
                 card["id"] for card in cards.values() if card.get("root") and Path(card["root"]).resolve() == path
@@ -242,7 +261,9 @@ class Served(Policies):
     def _all(self, bodies: list[tuple[int, dict]], what: str) -> list[tuple[int, dict, dict]]:
         line, answered = Line(what, len(bodies)), []
         with ThreadPoolExecutor(self.concurrency) as pool:
-            futures = [(i, pool.submit(self._post, "/completions", body)) for i, body in bodies]
+            futures = [
+                (i, pool.submit(self._told, "/completions", body, most=_most_bytes(body))) for i, body in bodies
+            ]
             try:
                 for i, future in futures:
                     told = future.result()
@@ -259,45 +280,37 @@ class Served(Policies):
             raise Refusal(f"{self.host}: no completion in its answer. See that generator.base_url is right.")
         return choices[0]
 
-    def _post(self, path: str, body: dict, once: bool = False) -> dict:
-        client = self.client.with_options(max_retries=0) if once else self.client
-        return self._told(client, "post", path, body=body)
-
-    def _told(self, client, method: str, path: str, **given) -> dict:
+    def _told(self, path: str, body: dict | None = None, attempts: int | None = None, **how) -> dict:
         """What the endpoint answers, as JSON; {} for words.
 
         Raises:
             Refusal: no answer, or an error; `_Rejected` where the endpoint is there and does not do what is asked.
         """
-        import openai
-
-        try:
-            told = getattr(client, method)(path, cast_to=object, **given)
-        except openai.APITimeoutError:
-            raise Refusal(f"{self.host}: no answer in time. Raise generator.timeout or lower concurrency.") from None
-        except openai.APIConnectionError:
-            raise Refusal(
-                f"{self.host}: no connection. See that it runs and that generator.base_url is right."
-            ) from None
-        except openai.APIStatusError as error:
-            said = redact(" ".join(text.line(error.response.text.replace(self.key, "<secret>")).split()))[:200]
-            raise _Rejected(f"{self.host}: status {error.status_code}, {said}") from None
-        except ValueError:
-            raise Refusal(f"{self.host}: {path} answers no JSON. See that generator.base_url is right.") from None
-        return told if isinstance(told, dict) else {}
+        attempts, chance = attempts or self.max_attempts, random.Random(str(body))
+        for attempt in range(1, attempts + 1):
+            try:
+                told = self.endpoint.ask(path, body, **how)
+                return told if isinstance(told, dict) else {}
+            except Failure as failed:
+                failure = failed.with_traceback(None)
+            if failure.final or failure.unread or attempt == attempts:
+                break
+            time.sleep(endpoint.pause(attempt, min(failure.wait, LONGEST_WAIT), chance))
+        if failure.status:
+            raise _Rejected(f"{self.host}: status {failure.status}, {failure.told[:TOLD]}")
+        if failure.unread:
+            raise Refusal(f"{self.host}: {path} answers no JSON. See that generator.base_url is right.")
+        advice = "See that it runs and that generator.base_url is right"
+        raise Refusal(
+            f"{self.host}: {failure}. {'Raise generator.timeout or lower concurrency' if failure.late else advice}."
+        )
 
 
 class _Rejected(Refusal):
     """The endpoint does not do what is asked."""
 
 
-def _client(node: DictConfig, key: str):
-    import openai
-
-    return openai.OpenAI(
-        base_url=node.base_url,
-        api_key=key,
-        max_retries=node.max_attempts - 1,
-        timeout=node.timeout,
-        http_client=openai.DefaultHttpxClient(follow_redirects=False),
-    )
+def _most_bytes(body: dict) -> int:
+    """An answer has an entry for each token that is written, and where asked for, for each of the prompt."""
+    listed = len(body["prompt"]) if "prompt_logprobs" in body else 0
+    return endpoint.ANSWER_BYTES + TOKEN_BYTES * (body["max_tokens"] + listed)
