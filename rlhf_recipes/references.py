@@ -312,7 +312,7 @@ def config_of(reference: str) -> dict:
 
 def trained_on(found: ModelRef) -> frozenset[tuple[str | None, str]]:
     """(adapter's hash, `identity` of a reward) for each reward that the run, and every run that it continues, was
-    optimised against.
+    optimised against, or that labelled its pairs.
 
     What no result says, of a checkpoint among others, is looked up in the run's config, as far as what that names is
     still there.
@@ -322,6 +322,7 @@ def trained_on(found: ModelRef) -> frozenset[tuple[str | None, str]]:
         rewards = _names(node.get("rewards"))
         if rewards is None:
             rewards = [_identity(each) for each in rewarding(config)]
+        rewards = [*rewards, *map(_identity, _labelling(config))]
         pairs |= {(node["adapter_sha256"], each) for each in rewards}
     return frozenset(pairs)
 
@@ -350,12 +351,33 @@ def _runs(found: ModelRef) -> Iterator[tuple[dict, dict]]:
 
 def _judge_of(config: dict) -> str | None:
     """The judge that labelled the pairs of a run of recipes/cai.py, where those are the data of the config."""
+    made, _ = _labels(config)
+    return made.get("judge") if made.get("labelled_by") == "judge" else None
+
+
+def _labelling(config: dict) -> list[str]:
+    """The reward models that labelled the pairs of a run of recipes/cai.py, where those are the data of the config."""
+    made, judge = _labels(config)
+    if made.get("labelled_by") != "judge" or judge.get("kind") != "reward":
+        return []
+    given = judge.get("reward_model")
+    return [
+        str(member)
+        for each in ([given] if isinstance(given, str) else _names(given) or [])
+        for member in jobs_of(each) or [each]
+    ]
+
+
+def _labels(config: dict) -> tuple[dict, dict]:
+    """Result, and judge of the config, of the folder that is the data of a config; empty where it is no run."""
     data = config.get("data")
     path = data.get("path") if isinstance(data, dict) else None
-    made = {}
     with suppress(Refusal):  # a folder of the user's own may have a file of that name
-        made = (read_result(Path(path)) if isinstance(path, str) else None) or {}
-    return made.get("judge") if made.get("labelled_by") == "judge" else None
+        made = read_result(Path(path)) if isinstance(path, str) else None
+        if made:
+            judge = _config_beside(path).get("judge")
+            return made, judge if isinstance(judge, dict) else {}
+    return {}, {}
 
 
 def _config_beside(reference: str | None) -> dict:

@@ -33,6 +33,8 @@ OPEN_OPTIONS = {
     ("constitution", "local"): {"constitution.path"},
     ("generator", "server"): {"generator.model"},
     ("judge", "server"): {"judge.model"},
+    ("judge", "reward"): {"judge.reward_model"},
+    ("judge", "function"): {"judge.function"},
 }
 
 
@@ -132,7 +134,8 @@ def test_a_key_without_a_type_of_its_own_is_listed(recipe):
 
 
 def test_every_listed_key_is_there():
-    known = {key for recipe in RECIPES for key in keys.defaults(recipe)} | {"generator.kind", "judge.kind"}
+    known = {key for recipe in RECIPES for key in keys.defaults(recipe)} | {"generator.kind"}
+    known |= {f"judge.{key}" for name in GROUPS["judge"] for key in OmegaConf.load(CONF / "judge" / f"{name}.yaml")}
     for key in keys.KEYS:
         assert any(name == key or f"{name.rpartition('.')[0]}.*" == key for name in known), key
 
