@@ -25,6 +25,7 @@ def main(cfg):
     from rlhf_recipes.preference import forward, reference
     from rlhf_recipes.training import account, callbacks, metrics
 
+    anchor = reference.find(cfg)
     args = models.training_args(cfg.trainer, run)
     precompute = reference.take_over(args, cfg.fast_forward)
     models.check(cfg.model, cfg.quantization, cfg.lora)
@@ -44,6 +45,7 @@ def main(cfg):
         peft_config=lora,
     )
     models.keep_adapter_in_float32(trainer, run.parent)
+    reference.anchor(trainer, anchor)
     forward.speed_up(trainer, cfg.fast_forward)
     account.check(trainer, pairs)
     callbacks.watch(trainer, run)
@@ -51,21 +53,23 @@ def main(cfg):
     sharding.prepare(trainer)
     sums = reference.keep(trainer, run) if precompute else inference.logp_sums
 
-    before = run.cached(
-        pairs.test,
-        lambda: inference.pair_logps(trainer.model, tokenizer, pairs.test, "Held out, before", sums, pairs.kept),
-    )
+    def measure(what, sums=inference.logp_sums):
+        return inference.pair_logps(trainer.model, tokenizer, pairs.test, f"Held out, {what}", sums, pairs.kept)
+
+    before = run.cached(pairs.test, lambda: measure("before", inference.logp_sums if anchor else sums))
+    of_reference = reference.pair_logps(trainer, anchor, before, lambda: measure("reference"))
     trainer.train(resume_from_checkpoint=run.checkpoint)
-    after = inference.pair_logps(trainer.model, tokenizer, pairs.test, "Held out, after", kept=pairs.kept)
+    after = measure("after")
 
     models.save_adapter(trainer.model, tokenizer, run.adapter, cfg.model)
     return finish(
         run,
         trainer,
         main="preference_accuracy",
-        before=metrics.preference_metrics(pairs.test, before, before, "log_ratio"),
-        metrics=metrics.preference_metrics(pairs.test, after, before, "log_ratio"),
+        before=metrics.preference_metrics(pairs.test, before, of_reference, "log_ratio"),
+        metrics=metrics.preference_metrics(pairs.test, after, of_reference, "log_ratio"),
         counts=pairs.report,
+        reference=anchor and anchor.lineage,
     )
 
 

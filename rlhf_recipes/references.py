@@ -49,6 +49,7 @@ class ModelRef:
         rewards: what its run was optimised against, of `identity`; None where its result does not say.
         step: of a checkpoint, else None.
         function: what `module:function` names.
+        anchored_to: its reference, where that is another run than it started from, as typed there.
         named_base: what its files call its base, where that is another name and the user says that it is the same.
     """
 
@@ -67,6 +68,7 @@ class ModelRef:
     step: int | None = None
     function: Callable | None = None
     named_base: str | None = None
+    anchored_to: str | None = None
 
     @property
     def name(self) -> str:
@@ -93,8 +95,9 @@ class ModelRef:
 
     @property
     def start(self) -> Path | None:
-        """Adapter folder of what it started from, its reference; None for the base model."""
-        return adapter_in(self.started_from) if self.started_from else None
+        """Adapter folder of its reference: what it started from, unless it says otherwise; None for the base model."""
+        reference = self.anchored_to or self.started_from
+        return adapter_in(reference) if reference else None
 
 
 def find(reference: str, key: str, base_model: str | None = None, adapter_base: str | None = None) -> ModelRef:
@@ -141,6 +144,7 @@ def find(reference: str, key: str, base_model: str | None = None, adapter_base: 
         parent=parent,
         metrics=metrics if isinstance(metrics, dict) else {},
         rewards=_names(result.get("rewards")),
+        anchored_to=anchor.get("run") if isinstance(anchor := result.get("reference"), dict) else None,
     )
 
 
@@ -289,6 +293,7 @@ def find_checkpoints(reference: str, base_model: str) -> list[ModelRef]:
             sha256=adapter_sha256(folder),
             recipe=recipe,
             started_from=config["model"].get("adapter"),
+            anchored_to=config.get("reference"),
             rewards=rewards,
             step=step,
         )
@@ -497,9 +502,10 @@ def _in_role(found: ModelRef, reward_model: bool) -> ModelRef:
         is_one = f"a run of {found.recipe}" if found.recipe else what
         wanted = "a run of recipes/reward.py" if reward_model else "a policy; a reward model goes to reward_model="
         raise Refusal(f"{found.key}={found.reference}: is {is_one}, not {wanted}.")
-    if found.started_from and not is_adapter(found.started_from):
+    reference = found.anchored_to or found.started_from
+    if reference and not is_adapter(reference):
         raise Refusal(
-            f"{found.key}={found.reference}: started from {found.started_from}, its reference, which is not there. "
+            f"{found.key}={found.reference}: started from {reference}, its reference, which is not there. "
             "Put that run back, or evaluate where both were trained."
         )
     return found

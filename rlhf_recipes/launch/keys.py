@@ -36,6 +36,7 @@ KEYS = {
     "filters.*": int | float,
     "shards": str | None,
     "first": str | None,
+    "reference": str | None,
     "generator.kind": ("local", "server"),
     "generate.pairs": ("all", "best_worst"),
     "judge.kind": ("local", "server", "reward", "function"),
