@@ -122,6 +122,7 @@ class PairMaker:
         usd = self._usd(calls)
         return {
             "calls": calls["generator"] + calls["judge"],
+            "judged": calls["judge"],
             "prompt_tokens": calls["generator_prompt_tokens"] + calls["judge_prompt_tokens"],
             "completion_tokens": calls["generator_tokens"] + calls["judge_tokens"],
             "tokens_per_second": round(self.tokens / self.seconds, 1) if self.seconds else None,

@@ -58,6 +58,7 @@ KEYS = {
     "sweep.max_kl": int | float | None,
     "sweep.max_length_ratio": int | float | None,
     "stages": list,
+    "loop.gates.*": int | float | None,
     "launch": str | None,
     "run": str | None,
     "pairs": str | None,
