@@ -61,7 +61,7 @@ def _row(each: dict[str, Any]) -> dict[str, Any]:
 
 
 def _draw(axes, rounds: list[dict[str, Any]]) -> None:
-    """Win rates over the anchor on the left axis, KL and labels so far on the right one, as shares of their largest."""
+    """Win rates over the anchor on the left axis, KL and labels so far on the right one."""
     axes.axhline(50, color=PARENT_COLOUR, linewidth=0.8, linestyle=":")
     for place, (key, words) in enumerate(
         (("judge", "judge, wins over the anchor"), ("proxy", "reward model, the same"))
