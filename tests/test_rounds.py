@@ -3,15 +3,20 @@
 import json
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 from conftest import TINY_ID
 
+from rlhf_recipes import references
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.launch import rounds
 from rlhf_recipes.run_folder import read_result
 
-
+PPO = (
+    "reward_funcs=warm_processes:short", "trainer.max_completion_length=4", "trainer.num_mini_batches=1",
+    "trainer.num_ppo_epochs=1",
+)  # fmt: skip
 LABELLER = '''"""Who labels: the shorter answer is better; `left` takes the first from the second round on."""
 
 import os
@@ -79,7 +84,7 @@ def test_rounds_are_stages_that_anybody_may_run(cfg):
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("loop.method=dppo", "loop.method=dppo: not one of .*did you mean 'dpo'"),
+        ("loop.method=dpoo", "loop.method=dpoo: not one of .*did you mean 'dpo'"),
         ("loop.method=kto", "loop.method=kto: not one of"),
         ("loop.labels=0", "loop.labels=0: must be at least 1"),
         ("loop.judge=[]", "loop.judge: names no judge"),
@@ -183,3 +188,31 @@ def test_killed_it_goes_on_and_stops_at_the_labeller_who_takes_the_left(run_reci
     assert again.returncode == 1 and "stopped  in round 2 by disputed pairs" in again.stdout, again
     assert read_result(folder / "round_2_label") and not (folder / "round_2_reward").exists()
     assert "keep     outputs/pipeline/main/round_1_policy" in again.stdout
+
+
+def test_the_reference_stays_where_it_is_told(train, tmp_path, monkeypatch):
+    """Two runs of DPO in a row: the second starts from the first, and is measured from what that one started from."""
+    import torch
+
+    train("sft", tmp_path / "sft", "quantization=none", "lora.r=2", "trainer.learning_rate=0.1")
+    faster = ("quantization=none", "trainer.learning_rate=0.05")
+    train("dpo", tmp_path / "one", *faster, "model.adapter=sft")
+    done = train("dpo", tmp_path / "two", *faster, "model.adapter=one", "reference=sft")
+    weights = {name: value for name, value in done.trainer.model.state_dict().items() if ".ref." in name}
+    from safetensors.torch import load_file
+
+    kept = load_file(tmp_path / "sft" / "adapter" / "adapter_model.safetensors")
+    assert len(weights) == len(kept)
+    assert all(torch.equal(value, kept[name.replace(".ref.", ".")]) for name, value in weights.items())
+    assert done.result["reference"]["run"] == "sft" and done.result["parent"]["run"] == "one"
+    # before the first step it is what it started from, and the reference is another
+    assert done.result["before"]["reward_margin"].value != 0
+    assert not [f for f in done.result["doctor"]["findings"] if f["rule"] == "wrong_reference"]
+    assert "Reference: sft" in (tmp_path / "two" / "README.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    assert references.find_policy("two", "runs", TINY_ID).start == Path("sft/adapter")
+    ppo = train("ppo", tmp_path / "ppo", "quantization=none", "model.adapter=one", "reference=sft", *PPO)
+    weights = {name: value for name, value in ppo.trainer.model.state_dict().items() if ".reference." in name}
+    assert weights and all(
+        torch.equal(value, kept[name.replace(".reference.", ".")]) for name, value in weights.items()
+    )
