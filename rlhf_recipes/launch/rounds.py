@@ -175,6 +175,8 @@ class Rounds:
         figures: dict[str, Any] = {}
         if label := results["label"]:
             figures |= {"disputed": _disputed(self.dir / name(k, "label")), "labels": [_cost(label)]}
+            begun = run_folder.read_result(self.dir / name(1, "label")) or label
+            figures["known"] = _change(label["gate"]["agreement"], begun["gate"]["agreement"].value)
         if check := results["check"]:
             figures["labels"] = [*figures["labels"], _cost(check)]
             if not check["funnel"]["written"]["test_prefs"]:
@@ -195,6 +197,8 @@ class Rounds:
         asked = [
             ("disputed", "disputed pairs of the labeller", "max_disputed", "max",
              "the labeller contradicts itself; look at disputed.parquet before anything learns from its labels"),
+            ("known", "labeller on pairs whose better answer is known, less its share in the first round",
+             "min_known_change", "min", "the labeller is no longer the one that it was"),
             ("kl", "KL to the anchor, nats an answer", "max_kl", "max",
              "the policy has left the place in which its labels were given"),
             ("against_last", "win rate against the last policy", "min_win_rate", "min",
@@ -229,6 +233,10 @@ def _disputed(folder: Path) -> Estimate:
             told += [pair["route"] == "disputed" or pair["flip"] for pair in judged]
             ids += [record["prompt_id"]] * len(judged)
     return stats.estimate(told, ids) if told else Estimate(None, None, None, 0)
+
+
+def _change(found: Estimate, begun: float | None) -> Estimate:
+    return found if begun is None else found.mapped(lambda share: share - begun)
 
 
 def _cost(result: dict[str, Any]) -> dict[str, Any]:
