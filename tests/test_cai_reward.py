@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import TINY_ID
 
+from rlhf_recipes import references
 from rlhf_recipes.cai import make_pairs, scored
 from rlhf_recipes.cai.judge import Pair
 from rlhf_recipes.errors import Refusal
@@ -142,6 +143,13 @@ def test_a_run_is_labelled_by_its_reward_models(here):
         for entry in json.loads(line) if entry["step"] == "judge.reward"
     ]  # fmt: skip
     assert rewards and all(len(entry["answer"]["values"]) == 2 for entry in rewards)
+
+
+def test_what_is_trained_on_such_pairs_was_optimised_against_their_judge(here, monkeypatch):
+    monkeypatch.chdir(here)
+    members = [f"outputs/reward/two/member_{n}" for n in (0, 1)]
+    assert references._labelling({"data": {"path": "outputs/cai/main"}}) == members
+    assert references._labelling({"data": {"path": members[0]}}) == []
 
 
 def test_killed_and_in_shards_it_comes_to_the_same(here, run_recipe, terse, tmp_path):

@@ -8,6 +8,14 @@ from rlhf_recipes.drawing import COLOURS, MARKERS, PARENT_COLOUR
 from rlhf_recipes.stats import Estimate, format_estimate
 
 TEMPLATE = Path(__file__).with_name("rounds.html.jinja")
+APART = 0.03  # of the two systems of points, so that both intervals are seen
+NAMES = (
+    ("judge", "judge, wins over the anchor"), ("against_last", "judge, wins over the last policy"),
+    ("proxy", "reward model (the proxy), wins over the anchor"), ("kl", "KL to the anchor, nats an answer"),
+    ("over_length", "reward model over the best rule of length"), ("disputed", "disputed pairs"),
+    ("known", "labeller on known pairs, less the first round"), ("pairs", "pairs labelled"),
+    ("questions", "questions to the labeller"), ("usd", "USD"),
+)  # fmt: skip
 
 
 def write(found: dict[str, Any], path: Path) -> None:
@@ -31,6 +39,7 @@ def write(found: dict[str, Any], path: Path) -> None:
         headline=_headline(found),
         picture=picture,
         rounds=[_row(each) for each in rounds],
+        names=NAMES,
         gates=[(each["round"], gate) for each in rounds for gate in each["gates"]],
         stopped=found["stopped"],
         keep=found["keep"],
@@ -42,7 +51,9 @@ def _headline(found: dict[str, Any]) -> str:
     count = len(found["rounds"])
     if stopped := found["stopped"]:
         return f"Stopped in round {stopped['round']} of {found['asked']}: {stopped['gate']}"
-    return f"{count} of {found['asked']} rounds, every gate holds so far"
+    if count == found["asked"] and found["keep"] == found["rounds"][-1]["policy"]:
+        return f"{count} rounds, every gate holds" if count > 1 else "One round, every gate holds"
+    return f"Round {count} of {found['asked']}, every gate holds so far"
 
 
 def _row(each: dict[str, Any]) -> dict[str, Any]:
@@ -52,7 +63,7 @@ def _row(each: dict[str, Any]) -> dict[str, Any]:
         "round": each["round"],
         **{
             key: format_estimate(each.get(key), percent=key != "kl")
-            for key in ("judge", "against_last", "proxy", "kl", "over_length", "disputed")
+            for key in ("judge", "against_last", "proxy", "kl", "over_length", "disputed", "known")
         },
         "pairs": sum(cost["pairs"] for cost in costs),
         "questions": sum(cost["questions"] for cost in costs),
@@ -66,7 +77,11 @@ def _draw(axes, rounds: list[dict[str, Any]]) -> None:
     for place, (key, words) in enumerate(
         (("judge", "judge, wins over the anchor"), ("proxy", "reward model, the same"))
     ):
-        told = [(each["round"], each[key]) for each in rounds if key in each and each[key].value is not None]
+        told = [
+            (each["round"] + place * APART, each[key])
+            for each in rounds
+            if key in each and each[key].value is not None
+        ]
         axes.plot(
             [n for n, _ in told],
             [100 * e.value for _, e in told],
