@@ -132,7 +132,8 @@ def execute(plan: Plan, is_over: Callable[[], object] = bool) -> int:
             if is_over():
                 break
             continue
-        print(f"\n[{label}] {command(stage.recipe)} {shlex.join(stage.overrides)}", flush=True)
+        line = shlex.join([*stage.overrides, f"hydra.run.dir={stage.dir}"])
+        print(f"\n[{label}] {command(stage.recipe)} {line}", flush=True)
         code, stage.seconds = _run(stage, label, plan.launch)
         stage.ran = True
         # A verdict has an exit status of its own: what makes a stage finished is its result.
