@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from rlhf_recipes import config
 from rlhf_recipes.errors import Refusal
-from rlhf_recipes.launch import keys, pipeline
+from rlhf_recipes.launch import keys, pipeline, rounds
 from rlhf_recipes.launch.refusals import PARTS
 from rlhf_recipes.methods import METHODS
 
@@ -85,7 +85,7 @@ def test_every_experiment_composes_with_its_recipe(compose, experiment):
     cfg = compose(recipe, f"experiment={experiment}")
     assert not OmegaConf.missing_keys(cfg)
     keys.check(cfg, recipe)
-    for stage in cfg.get("stages", []):
+    for stage in [*cfg.get("stages", []), *(rounds.stages(cfg) if cfg.get("rounds") else [])]:
         shared = [text for text in cfg.shared if pipeline.takes(stage.recipe, text)]
         overrides = [text.replace("{dir}", "outputs/demo") for text in [*shared, *stage.get("overrides", [])]]
         keys.check(compose(stage.recipe, *overrides), stage.recipe)

@@ -34,12 +34,14 @@ def find(folders: list[str]) -> list[Earlier]:
     found = []
     for folder in folders:
         result = read_result(Path(folder)) or {}
+        made = {"constitution": (result.get("constitution") or {}).get("sha256"), "seed": result.get("seed")}
+        made |= {key: result.get(key) for key in ("generator", "judge")}
         shards = sorted(Path(folder).glob("shards/*/records.jsonl"))
-        if result.get("recipe") != "cai" or "provenance" not in result or not shards:
+        if result.get("recipe") != "cai" or "funnel" not in result or not shards:
             raise Refusal(
                 f"earlier={folder}: is no finished run of recipes/cai.py with pairs. Finish it, or leave it out."
             )
-        found.append(Earlier(shards, result["provenance"]))
+        found.append(Earlier(shards, result.get("provenance") or made))
     return found
 
 

@@ -94,7 +94,9 @@ def _round(loop: DictConfig, k: int) -> list[dict[str, Any]]:
     pairs = ["data=cai_pairs", f"data.path={own['label']}"]
     prompts = [] if loop.prompts == "clinic" else ["data=local", f"data.path={loop.prompts}"]
     asked = [f"seed={k}", "sources=[on_policy]", *prompts, *loop.label]
-    before = [f"{{dir}}/{name(n, 'label')}" for n in range(1, k)]
+    people = {part: [f"judge.labels={folder}_people"] if "judge=people" in loop.label else []
+              for part, folder in own.items()}  # fmt: skip
+    before = ",".join(f"{{dir}}/{name(n, 'label')}" for n in range(1, k))
     first = [f"first={{dir}}/{name(k - 1, 'audit')}/label_next.jsonl"] if k > 1 else []
     sizes = [f"data.train_size={loop.labels}", f"data.eval_size={loop.held_out}"]
     reference = [f"reference={anchor}"] if _has_reference(loop.method) else []
@@ -102,10 +104,10 @@ def _round(loop: DictConfig, k: int) -> list[dict[str, Any]]:
     compared = [f"runs=[{own['policy']}]", "exit_codes.worse=0", *loop.judge]
     audited = [f"reward_model={own['reward']}", f"data.test_path={own['check']}", f"model.adapter={own['policy']}"]
     made = [
-        ("label", "cai", [f"model.adapter={last}", f"earlier=[{','.join(before)}]", *first, *sizes, *asked]),
+        ("label", "cai", [f"model.adapter={last}", f"earlier=[{before}]", *first, *sizes, *asked, *people["label"]]),
         ("reward", "reward", [f"model.adapter={anchor}", *pairs, *loop.reward]),
         ("policy", loop.method, [f"model.adapter={last}", *reference, *rewards, *pairs, *loop.policy]),
-        ("check", "cai", [f"model.adapter={own['policy']}", "data.train_size=1", sizes[1], *asked]),
+        ("check", "cai", [f"model.adapter={own['policy']}", "data.train_size=1", sizes[1], *asked, *people["check"]]),
         ("evaluate", "evaluate", [f"parent={anchor}", f"reward_model={own['reward']}", *compared, *loop.evaluate]),
         ("last", "evaluate", [f"parent={last}", *compared, *loop.evaluate]),
         ("audit", "audit", [*audited, *pairs, f"deployment={loop.prompts}", *loop.audit]),
@@ -176,7 +178,8 @@ class Rounds:
         if label := results["label"]:
             figures |= {"disputed": _disputed(self.dir / name(k, "label")), "labels": [_cost(label)]}
             begun = run_folder.read_result(self.dir / name(1, "label")) or label
-            figures["known"] = _change(label["gate"]["agreement"], begun["gate"]["agreement"].value)
+            if "gate" in label and "gate" in begun:  # people meet none
+                figures["known"] = _change(label["gate"]["agreement"], begun["gate"]["agreement"].value)
         if check := results["check"]:
             figures["labels"] = [*figures["labels"], _cost(check)]
             if not check["funnel"]["written"]["test_prefs"]:
@@ -241,8 +244,8 @@ def _change(found: Estimate, begun: float | None) -> Estimate:
 
 def _cost(result: dict[str, Any]) -> dict[str, Any]:
     """Of a run of cai: pairs with a label, what the judge was asked, USD."""
-    routes, spent = result["funnel"]["routes"], result["spent"]
-    return {"pairs": sum(routes.values()), "questions": spent["judged"], "usd": spent["usd"]}
+    pairs, spent = sum(result["funnel"]["routes"].values()), result["spent"]
+    return {"pairs": pairs, "questions": max(spent["judged"], pairs), "usd": spent["usd"]}
 
 
 def _compared(result: dict[str, Any], reward: bool = False) -> dict[str, Any]:
