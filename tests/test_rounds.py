@@ -152,20 +152,31 @@ def terse(tiny_model, tmp_path_factory):
     return folder
 
 
+def listed(*overrides):
+    return f"[{','.join(map(repr, overrides))}]"
+
+
 def command(model, count):
-    training = "trainer.max_steps=1,trainer.per_device_train_batch_size=2,trainer.gradient_accumulation_steps=1"
-    shared = [f"model.path={model}", f"model.id={TINY_ID}", "quantization=none"]
-    label = (
-        "judge=function,'judge.function=labeller:left',generate.n_samples=3,generate.pairs=best_worst,gate.pairs=2,"
-        "generate.max_new_tokens=12,filters.min_words=1,filters.max_length_ratio=9,gate.fails=ignore"
+    training = listed(
+        "trainer.max_steps=1", "trainer.per_device_train_batch_size=2", "trainer.gradient_accumulation_steps=1"
     )
+    label = listed(
+        "judge=function", "judge.function=labeller:left", "generate.n_samples=3", "generate.pairs=best_worst",
+        "generate.max_new_tokens=12", "filters.min_words=1", "filters.max_length_ratio=9", "gate.pairs=2",
+        "gate.fails=ignore",
+    )  # fmt: skip
+    sft = listed("trainer.max_steps=1", "data.train_size=8", "data.eval_size=2")
+    audit = listed(
+        "prompts=4", "ledger_pairs=4", "stress_pairs=2", "probe_pairs=2", "credit_pairs=1", "stress=null",
+        "max_new_tokens=8",
+    )  # fmt: skip
     return [
-        f"shared=[{','.join(shared)}]",
-        "stages=[{name:sft,recipe:sft,overrides:[trainer.max_steps=1,data.train_size=8,data.eval_size=2]}]",
-        f"rounds={count}", "preflight.measure=false", "loop.labels=8", "loop.held_out=8", f"loop.label=[{label}]",
-        "loop.judge=['judge_function=labeller:shorter']", f"loop.reward=[{training}]", f"loop.policy=[{training}]",
-        "loop.evaluate=[data.eval_size=4,scored_pairs=2,max_new_tokens=8]",
-        "loop.audit=[prompts=4,ledger_pairs=4,stress_pairs=2,probe_pairs=2,credit_pairs=1,stress=null,max_new_tokens=8]",
+        f"shared={listed(f'model.path={model}', f'model.id={TINY_ID}', 'quantization=none')}",
+        f"stages=[{{name:sft,recipe:sft,overrides:{sft}}}]", f"rounds={count}", "preflight.measure=false",
+        "loop.labels=8", "loop.held_out=8", f"loop.label={label}",
+        f"loop.judge={listed('judge_function=labeller:shorter')}", f"loop.reward={training}",
+        f"loop.policy={training}", f"loop.audit={audit}",
+        f"loop.evaluate={listed('data.eval_size=4', 'scored_pairs=2', 'max_new_tokens=8')}",
         "loop.gates.min_over_length=-1", "loop.gates.min_win_rate=0",
     ]  # fmt: skip
 

@@ -70,6 +70,8 @@ def anchor(trainer, found: ModelRef | None) -> None:
     if FROZEN in model.peft_config:
         model.delete_adapter(FROZEN)
     model.load_adapter(str(found.adapter), adapter_name=FROZEN)
+    # Under the public name PEFT asks the hub for its config at every checkpoint.
+    model.peft_config[FROZEN].base_model_name_or_path = model.peft_config["default"].base_model_name_or_path
     model.set_adapter("default")
 
 
