@@ -51,15 +51,15 @@ def main(cfg):
     callbacks.watch(trainer, run)
     run.create()
     sharding.prepare(trainer)
-    sums = reference.keep(trainer, run) if precompute else inference.logp_sums
+    sums = reference.keep(trainer, run, anchor) if precompute else inference.logp_sums
 
-    def measure(what, sums=inference.logp_sums):
-        return inference.pair_logps(trainer.model, tokenizer, pairs.test, f"Held out, {what}", sums, pairs.kept)
-
-    before = run.cached(pairs.test, lambda: measure("before", inference.logp_sums if anchor else sums))
-    of_reference = reference.pair_logps(trainer, anchor, before, lambda: measure("reference"))
+    before = run.cached(
+        pairs.test,
+        lambda: inference.pair_logps(trainer.model, tokenizer, pairs.test, "Held out, before", sums, pairs.kept),
+    )
+    of_reference = reference.pair_logps(trainer, anchor, before, pairs)
     trainer.train(resume_from_checkpoint=run.checkpoint)
-    after = measure("after")
+    after = inference.pair_logps(trainer.model, tokenizer, pairs.test, "Held out, after", kept=pairs.kept)
 
     models.save_adapter(trainer.model, tokenizer, run.adapter, cfg.model)
     return finish(

@@ -20,7 +20,7 @@ def main(cfg):
     look.before_pipeline(plan.stages, plan.dir, cfg.preflight)
     if cfg.preflight.only:
         return
-    loop = rounds.Rounds(cfg, plan.dir) if cfg.rounds else None
+    loop = rounds.Rounds(cfg, plan.dir, plan.stages) if cfg.rounds else None
     status = pipeline.execute(plan, loop.stop if loop else bool)
     pipeline.print_summary(plan, cfg.next)
     if loop:

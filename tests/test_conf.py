@@ -303,4 +303,4 @@ def test_preference_recipes_differ_in_the_method_alone(other):
         "pairs.test,",
     )
     assert changed and all(any(word in line for word in method) for line in changed), changed
-    assert len(changed) <= 23
+    assert len(changed) <= 26

@@ -134,10 +134,12 @@ class Rounds:
     Args:
         cfg: the pipeline's, with `rounds` and `loop`.
         folder: the pipeline's.
+        stages: those of the pipeline, of which only finished ones are read: a run that is made again has others lying
+            there. None: whatever has a result.
     """
 
-    def __init__(self, cfg: DictConfig, folder: Path):
-        self.count, self.loop, self.dir = cfg.rounds, cfg.loop, folder
+    def __init__(self, cfg: DictConfig, folder: Path, stages: list | None = None):
+        self.count, self.loop, self.dir, self.stages = cfg.rounds, cfg.loop, folder, stages
 
     def stop(self) -> dict[str, Any] | None:
         """The first gate that fails, with its round, after what is finished; None where all hold. Writes what there
@@ -172,16 +174,15 @@ class Rounds:
 
     def _figures(self, k: int) -> dict[str, Any]:
         """What the stages of a round have measured; what is not finished is left out."""
-        results = {part: run_folder.read_result(self.dir / name(k, part)) for part in
-                   ("label", "check", "evaluate", "last", "audit")}  # fmt: skip
+        results = {part: self._result(k, part) for part in ("label", "check", "evaluate", "last", "audit")}
         figures: dict[str, Any] = {}
         if label := results["label"]:
             figures |= {"disputed": _disputed(self.dir / name(k, "label")), "labels": [_cost(label)]}
-            begun = run_folder.read_result(self.dir / name(1, "label")) or label
+            begun = self._result(1, "label") or label
             if "gate" in label and "gate" in begun:  # people meet none
                 figures["known"] = _change(label["gate"]["agreement"], begun["gate"]["agreement"].value)
         if check := results["check"]:
-            figures["labels"] = [*figures["labels"], _cost(check)]
+            figures["labels"] = [*figures.get("labels", []), _cost(check)]
             if not check["funnel"]["written"]["test_prefs"]:
                 figures["over_length"] = Estimate(None, None, None, 0)
         if evaluation := results["evaluate"]:
@@ -192,6 +193,10 @@ class Rounds:
         if audit := results["audit"]:
             figures["over_length"] = _over_length(audit)
         return figures
+
+    def _result(self, k: int, part: str) -> dict[str, Any] | None:
+        done = self.stages is None or any(s.name == name(k, part) and s.status == "finished" for s in self.stages)
+        return run_folder.read_result(self.dir / name(k, part)) if done else None
 
     def _gates(self, k: int, figures: dict[str, Any]) -> list[Gate]:
         """Of the figures that are there. A comparison fails where its whole interval is below the limit: fewer rows

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from trl import DPOConfig, KTOConfig
 
+    from rlhf_recipes.data.load import Splits
+
 FOLDER = ".reference"
 FROZEN = "ref"  # TRL's name of the adapter that is the reference
 # Rows of a file: what an interrupted run has computed is kept, and so many are in memory as tokens.
@@ -75,13 +77,15 @@ def anchor(trainer, found: ModelRef | None) -> None:
     model.set_adapter("default")
 
 
-def pair_logps(trainer, found: ModelRef | None, before: list[dict], measure: Callable[[], list[dict]]) -> list[dict]:
-    """What the reference says of the held-out rows: `before`, what the start says of them, unless it is another run;
-    then `measure` is asked under its adapter."""
+def pair_logps(trainer, found: ModelRef | None, before: list[dict], pairs: "Splits") -> list[dict]:
+    """What the reference says of the held-out pairs: `before`, what the start says of them, unless it is another run;
+    as of `inference.pair_logps`."""
     if found is None:
         return before
     with use_adapter(trainer.model, adapter_name=FROZEN):
-        return measure()
+        return inference.pair_logps(
+            trainer.model, trainer.processing_class, pairs.test, "Held out, reference", kept=pairs.kept
+        )
 
 
 def take_over(args: "DPOConfig | KTOConfig", fast_forward: bool) -> bool:
@@ -96,11 +100,12 @@ def take_over(args: "DPOConfig | KTOConfig", fast_forward: bool) -> bool:
     return taken
 
 
-def keep(trainer, run: Run) -> Callable[..., list[tuple[float, int]]]:
-    """Give the trainer's rows what its reference says of them; and `Kept.sums`, for rows that are held out."""
+def keep(trainer, run: Run, found: ModelRef | None = None) -> Callable[..., list[tuple[float, int]]]:
+    """Give the trainer's rows what its reference says of them; and what says it of rows that are held out before
+    training: `Kept.sums`, unless the reference is another run than the policy starts from."""
     kept = Kept(trainer, run)
     kept.add_columns()
-    return kept.sums
+    return inference.logp_sums if found else kept.sums
 
 
 class Kept:
