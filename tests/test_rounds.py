@@ -45,10 +45,11 @@ def estimate(value, half=0.1, n=40):
     return {"value": value, "low": value - half, "high": value + half, "n": n, "clusters": n}
 
 
-def finish_round(folder, k, *, flips=0, known=0.9, wins=0.7, kl=3.0, over=0.1, checked=9):
+def finish_round(folder, k, *, left=0.5, flips=0, known=0.9, wins=0.7, kl=3.0, over=0.1, checked=9):
     """What the stages of a round leave, as far as `rounds` reads it."""
     funnel = {"routes": {"accepted": 20 - flips, "disputed": flips}, "written": {"test_prefs": checked}}
     made = {"funnel": funnel, "spent": {"judged": 40, "usd": 0.0}, "gate": {"agreement": estimate(known)}}
+    made["people"] = {"people": {"anna": {"left": estimate(0.5)}, "ben": {"left": estimate(left)}}}
     shard = folder / rounds.name(k, "label") / "shards" / "00000"
     shard.mkdir(parents=True)
     pairs = [{"route": "disputed" if n < flips else "accepted", "flip": n < flips} for n in range(20)]
@@ -100,6 +101,9 @@ def test_rounds_that_cannot_be_are_refused(compose, override, says):
     [
         ({}, None, "round_2_policy"),
         ({"flips": 9}, "loop.gates.max_disputed", "round_1_policy"),
+        ({"left": 0.95}, "loop.gates.max_place", "round_1_policy"),
+        ({"left": 0.05}, "loop.gates.max_place", "round_1_policy"),
+        ({"left": 0.75}, None, "round_2_policy"),
         ({"known": 0.6}, "loop.gates.min_known_change", "round_1_policy"),
         ({"known": 0.85}, None, "round_2_policy"),
         ({"kl": 30.0}, "loop.gates.max_kl", "round_1_policy"),

@@ -40,7 +40,7 @@ class Gate:
         found: the figure with its interval.
         limit: of conf/pipeline.yaml.
         key: of the limit.
-        side: min | max.
+        side: min, max, or far: a distance that must not be shown to be more.
         state: holds | fails.
         why: what it means where it fails.
     """
@@ -178,6 +178,10 @@ class Rounds:
         figures: dict[str, Any] = {}
         if label := results["label"]:
             figures |= {"disputed": _disputed(self.dir / name(k, "label")), "labels": [_cost(label)]}
+            people = (label.get("people") or {}).get("people") or {}
+            lefts = [_off_centre(person["left"]) for person in people.values() if person["left"].low is not None]
+            if lefts:
+                figures["place"] = max(lefts, key=lambda found: found.low)
             begun = self._result(1, "label") or label
             if "gate" in label and "gate" in begun:  # people meet none
                 figures["known"] = _change(label["gate"]["agreement"], begun["gate"]["agreement"].value)
@@ -199,12 +203,14 @@ class Rounds:
         return run_folder.read_result(self.dir / name(k, part)) if done else None
 
     def _gates(self, k: int, figures: dict[str, Any]) -> list[Gate]:
-        """Of the figures that are there. A comparison fails where its whole interval is below the limit: fewer rows
-        stop nothing; a share and a budget fail by their value."""
+        """Of the figures that are there. A comparison fails where its whole interval is beyond the limit: fewer rows
+        stop nothing; the share of disputed pairs and the budget of KL fail by their value."""
         limits = self.loop.gates
         asked = [
             ("disputed", "disputed pairs of the labeller", "max_disputed", "max",
              "the labeller contradicts itself; look at disputed.parquet before anything learns from its labels"),
+            ("place", "the left one of the chosen, by the person who is furthest from one half", "max_place", "far",
+             "a person chooses by the place"),
             ("known", "labeller on pairs whose better answer is known, less its share in the first round",
              "min_known_change", "min", "the labeller is no longer the one that it was"),
             ("kl", "KL to the anchor, nats an answer", "max_kl", "max",
@@ -227,6 +233,8 @@ def _misses(found: Estimate, limit: float, side: str) -> bool:
         return True
     if side == "max":
         return found.value > limit
+    if side == "far":
+        return (found.low or 0.0) > limit
     return (found.value if found.high is None else found.high) < limit
 
 
@@ -241,6 +249,12 @@ def _disputed(folder: Path) -> Estimate:
             told += [pair["route"] == "disputed" or pair["flip"] for pair in judged]
             ids += [record["prompt_id"]] * len(judged)
     return stats.estimate(told, ids) if told else Estimate(None, None, None, 0)
+
+
+def _off_centre(share: Estimate) -> Estimate:
+    """How far a share is from one half, at either side."""
+    low, high = sorted((abs(share.low - 0.5), abs(share.high - 0.5)))
+    return Estimate(abs(share.value - 0.5), 0.0 if share.low <= 0.5 <= share.high else low, high, share.n)
 
 
 def _change(found: Estimate, begun: float | None) -> Estimate:

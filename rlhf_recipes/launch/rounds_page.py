@@ -13,6 +13,7 @@ NAMES = (
     ("judge", "judge, wins over the anchor"), ("against_last", "judge, wins over the last policy"),
     ("proxy", "reward model (the proxy), wins over the anchor"), ("kl", "KL to the anchor, nats an answer"),
     ("over_length", "reward model over the best rule of length"), ("disputed", "disputed pairs"),
+    ("place", "distance from one half of the left one, worst person"),
     ("known", "labeller on known pairs, less the first round"), ("pairs", "pairs labelled"),
     ("questions", "questions to the labeller"), ("usd", "USD"),
 )  # fmt: skip
@@ -63,7 +64,7 @@ def _row(each: dict[str, Any]) -> dict[str, Any]:
         "round": each["round"],
         **{
             key: format_estimate(each.get(key), percent=key != "kl")
-            for key in ("judge", "against_last", "proxy", "kl", "over_length", "disputed", "known")
+            for key in ("judge", "against_last", "proxy", "kl", "over_length", "disputed", "place", "known")
         },
         "pairs": sum(cost["pairs"] for cost in costs),
         "questions": sum(cost["questions"] for cost in costs),
