@@ -7,9 +7,8 @@ Examples:
 """
 
 from rlhf_recipes import ranks
-from rlhf_recipes.cai import constitution, gate, make_pairs, people
+from rlhf_recipes.cai import constitution, earlier, gate, make_pairs, people
 from rlhf_recipes.data.fit import describe, fit
-from rlhf_recipes.data.load import load_prompts
 from rlhf_recipes.data.rows import written
 from rlhf_recipes.launch.recipe import recipe
 from rlhf_recipes.run import GATE, Run
@@ -17,19 +16,19 @@ from rlhf_recipes.run import GATE, Run
 
 @recipe("cai")
 def main(cfg):
-    judge_adapter = make_pairs.check(cfg)
+    named = make_pairs.check(cfg)
     if cfg.judge.kind == "people":
         people.check(cfg)
     run = Run.start(cfg, "cai")
     principles = constitution.load(cfg.constitution)
     gold = gate.load_gold(cfg)
-    prompts = load_prompts(cfg.data)
+    before = earlier.find(cfg.earlier)
+    prompts = earlier.prompts(cfg, before)
 
     from rlhf_recipes.cai import backend, dataset, fingerprint, report
-    from rlhf_recipes.cai.judge import Judge
     from rlhf_recipes.cai.load import load
 
-    generator, asked = load(cfg, run.parent, judge_adapter)
+    generator, judge = load(cfg, run.parent, named, principles)
     if tokenizer := getattr(generator, "tokenizer", None):
         prompts = fit(prompts, tokenizer, cfg.max_prompt_length, cfg.data.too_long)
     print(describe(prompts.report), flush=True)
@@ -40,7 +39,7 @@ def main(cfg):
     if cfg.judge.kind == "people":
         return report.finish(run, people.make(run, cfg, generator, principles, rows) | {"counts": prompts.report})
 
-    judge = Judge(asked, principles, cfg.judging, cfg.seed)
+    asked = judge.backend
     journal = backend.Journal(run.dir / GATE)
     used = {"judge": asked} if cfg.gate.only else {"generator": generator, "judge": asked}
     needed = gate.longest(cfg, cfg.sources, rows, gold)
@@ -53,8 +52,10 @@ def main(cfg):
         gate.confirm(gate.estimate(cfg, sources, rows, generator, judge))
         maker = make_pairs.PairMaker(generator, judge, principles, sources, cfg)
         shards = maker.shards(rows, run.dir / "shards")
-        made = {"shards": cfg.shards} if cfg.shards else dataset.write(shards, run.dir, maker.provenance())
+        taken = [(each.shards, each.provenance) for each in before]
+        made = {"shards": cfg.shards} if cfg.shards else dataset.write(shards, run.dir, maker.provenance(), taken)
         result |= {"generator": generator.name, "labelled_by": "judge" if judge else "construction", **made}
+        result |= {"provenance": maker.provenance(), "judged_by": cfg.judge.kind}
         result |= {"spent": maker.spent(run.dir / GATE, shards), "counts": prompts.report}
     return report.finish(run, result)
 

@@ -25,6 +25,7 @@ def main(cfg):
     from rlhf_recipes.preference import forward, reference
     from rlhf_recipes.training import account, callbacks, metrics
 
+    anchor = reference.find(cfg)
     args = models.training_args(cfg.trainer, run)
     precompute = reference.take_over(args, cfg.fast_forward)
     models.check(cfg.model, cfg.quantization, cfg.lora)
@@ -44,17 +45,19 @@ def main(cfg):
         peft_config=lora,
     )
     models.keep_adapter_in_float32(trainer, run.parent)
+    reference.anchor(trainer, anchor)
     forward.speed_up(trainer, cfg.fast_forward)
     account.check(trainer, pairs)
     callbacks.watch(trainer, run)
     run.create()
     sharding.prepare(trainer)
-    sums = reference.keep(trainer, run) if precompute else inference.logp_sums
+    sums = reference.keep(trainer, run, anchor) if precompute else inference.logp_sums
 
     before = run.cached(
         pairs.test,
         lambda: inference.pair_logps(trainer.model, tokenizer, pairs.test, "Held out, before", sums, pairs.kept),
     )
+    of_reference = reference.pair_logps(trainer, anchor, before, pairs)
     trainer.train(resume_from_checkpoint=run.checkpoint)
     after = inference.pair_logps(trainer.model, tokenizer, pairs.test, "Held out, after", kept=pairs.kept)
 
@@ -63,9 +66,10 @@ def main(cfg):
         run,
         trainer,
         main="preference_accuracy",
-        before=metrics.preference_metrics(pairs.test, before, before, "log_ratio"),
-        metrics=metrics.preference_metrics(pairs.test, after, before, "log_ratio"),
+        before=metrics.preference_metrics(pairs.test, before, of_reference, "log_ratio"),
+        metrics=metrics.preference_metrics(pairs.test, after, of_reference, "log_ratio"),
         counts=pairs.report,
+        reference=anchor and anchor.lineage,
     )
 
 

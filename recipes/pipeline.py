@@ -4,11 +4,12 @@ Examples:
 
     python recipes/pipeline.py experiment=pipeline/demo
     python recipes/pipeline.py experiment=pipeline/demo run_name=mine 'shared=["model=qwen3_0_6b"]'
+    python recipes/pipeline.py experiment=pipeline/rounds rounds=3
 """
 
 import sys
 
-from rlhf_recipes.launch import pipeline
+from rlhf_recipes.launch import pipeline, rounds
 from rlhf_recipes.launch.preflight import look
 from rlhf_recipes.launch.recipe import recipe
 
@@ -19,8 +20,13 @@ def main(cfg):
     look.before_pipeline(plan.stages, plan.dir, cfg.preflight)
     if cfg.preflight.only:
         return
-    status = pipeline.execute(plan)
+    loop = rounds.Rounds(cfg, plan.dir, plan.stages) if cfg.rounds else None
+    status = pipeline.execute(plan, loop.stop if loop else bool)
     pipeline.print_summary(plan, cfg.next)
+    if loop:
+        found = loop.read()
+        print(rounds.describe(found), f"page     {plan.dir / rounds.PAGE}", sep="\n", flush=True)
+        status = status or cfg.loop.exit_codes["stopped" if found["stopped"] else "finished"]
     if status:
         sys.exit(status)
 

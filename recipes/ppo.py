@@ -18,6 +18,9 @@ from rlhf_recipes.training.finish import finish
 def main(cfg):
     run = Run.start(cfg, "ppo")
     rewards = references.find_rewards(cfg.reward_funcs, cfg.model.id, cfg.model.adapter_base)
+    anchor = None
+    if cfg.reference:
+        anchor = references.find_policy(cfg.reference, "reference", cfg.model.id, cfg.model.adapter_base)
     prompts = load_prompts(cfg.data)
 
     from rlhf_recipes import models, packing
@@ -43,6 +46,7 @@ def main(cfg):
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
         peft_config=lora,
+        reference=anchor and anchor.adapter,
     )
     account.check(trainer, prompts)
     callbacks.watch(trainer, run)
@@ -60,6 +64,7 @@ def main(cfg):
         before=metrics.episode_metrics(prompts.test, before, before),
         metrics=metrics.episode_metrics(prompts.test, after, before),
         counts=prompts.report,
+        reference=anchor and anchor.lineage,
         stopped=trainer.stopped,
         rewards=[each.identity for each, weight in zip(rewards, trainer.scores.weights_R, strict=True) if weight],
         samples=trainer.samples[-4:],

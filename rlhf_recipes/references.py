@@ -49,6 +49,7 @@ class ModelRef:
         rewards: what its run was optimised against, of `identity`; None where its result does not say.
         step: of a checkpoint, else None.
         function: what `module:function` names.
+        anchored_to: its reference, where that is another run than it started from, as typed there.
         named_base: what its files call its base, where that is another name and the user says that it is the same.
     """
 
@@ -67,6 +68,7 @@ class ModelRef:
     step: int | None = None
     function: Callable | None = None
     named_base: str | None = None
+    anchored_to: str | None = None
 
     @property
     def name(self) -> str:
@@ -93,8 +95,9 @@ class ModelRef:
 
     @property
     def start(self) -> Path | None:
-        """Adapter folder of what it started from, its reference; None for the base model."""
-        return adapter_in(self.started_from) if self.started_from else None
+        """Adapter folder of its reference: what it started from, unless it says otherwise; None for the base model."""
+        reference = self.anchored_to or self.started_from
+        return adapter_in(reference) if reference else None
 
 
 def find(reference: str, key: str, base_model: str | None = None, adapter_base: str | None = None) -> ModelRef:
@@ -141,6 +144,7 @@ def find(reference: str, key: str, base_model: str | None = None, adapter_base: 
         parent=parent,
         metrics=metrics if isinstance(metrics, dict) else {},
         rewards=_names(result.get("rewards")),
+        anchored_to=anchor.get("run") if isinstance(anchor := result.get("reference"), dict) else None,
     )
 
 
@@ -289,6 +293,7 @@ def find_checkpoints(reference: str, base_model: str) -> list[ModelRef]:
             sha256=adapter_sha256(folder),
             recipe=recipe,
             started_from=config["model"].get("adapter"),
+            anchored_to=config.get("reference"),
             rewards=rewards,
             step=step,
         )
@@ -312,7 +317,7 @@ def config_of(reference: str) -> dict:
 
 def trained_on(found: ModelRef) -> frozenset[tuple[str | None, str]]:
     """(adapter's hash, `identity` of a reward) for each reward that the run, and every run that it continues, was
-    optimised against.
+    optimised against, or that labelled its pairs.
 
     What no result says, of a checkpoint among others, is looked up in the run's config, as far as what that names is
     still there.
@@ -322,6 +327,7 @@ def trained_on(found: ModelRef) -> frozenset[tuple[str | None, str]]:
         rewards = _names(node.get("rewards"))
         if rewards is None:
             rewards = [_identity(each) for each in rewarding(config)]
+        rewards = [*rewards, *map(_identity, _labelling(config))]
         pairs |= {(node["adapter_sha256"], each) for each in rewards}
     return frozenset(pairs)
 
@@ -350,12 +356,33 @@ def _runs(found: ModelRef) -> Iterator[tuple[dict, dict]]:
 
 def _judge_of(config: dict) -> str | None:
     """The judge that labelled the pairs of a run of recipes/cai.py, where those are the data of the config."""
+    made, _ = _labels(config)
+    return made.get("judge") if made.get("labelled_by") == "judge" else None
+
+
+def _labelling(config: dict) -> list[str]:
+    """The reward models that labelled the pairs of a run of recipes/cai.py, where those are the data of the config."""
+    made, judge = _labels(config)
+    if made.get("labelled_by") != "judge" or judge.get("kind") != "reward":
+        return []
+    given = judge.get("reward_model")
+    return [
+        str(member)
+        for each in ([given] if isinstance(given, str) else _names(given) or [])
+        for member in jobs_of(each) or [each]
+    ]
+
+
+def _labels(config: dict) -> tuple[dict, dict]:
+    """Result, and judge of the config, of the folder that is the data of a config; empty where it is no run."""
     data = config.get("data")
     path = data.get("path") if isinstance(data, dict) else None
-    made = {}
     with suppress(Refusal):  # a folder of the user's own may have a file of that name
-        made = (read_result(Path(path)) if isinstance(path, str) else None) or {}
-    return made.get("judge") if made.get("labelled_by") == "judge" else None
+        made = read_result(Path(path)) if isinstance(path, str) else None
+        if made:
+            judge = _config_beside(path).get("judge")
+            return made, judge if isinstance(judge, dict) else {}
+    return {}, {}
 
 
 def _config_beside(reference: str | None) -> dict:
@@ -475,9 +502,10 @@ def _in_role(found: ModelRef, reward_model: bool) -> ModelRef:
         is_one = f"a run of {found.recipe}" if found.recipe else what
         wanted = "a run of recipes/reward.py" if reward_model else "a policy; a reward model goes to reward_model="
         raise Refusal(f"{found.key}={found.reference}: is {is_one}, not {wanted}.")
-    if found.started_from and not is_adapter(found.started_from):
+    reference = found.anchored_to or found.started_from
+    if reference and not is_adapter(reference):
         raise Refusal(
-            f"{found.key}={found.reference}: started from {found.started_from}, its reference, which is not there. "
+            f"{found.key}={found.reference}: started from {reference}, its reference, which is not there. "
             "Put that run back, or evaluate where both were trained."
         )
     return found

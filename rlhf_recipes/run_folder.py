@@ -52,6 +52,7 @@ WORTHLESS = (CONFIG, PREFLIGHT, "metrics.jsonl", "samples.jsonl", ".*.tmp")
 PLACES = (
     "adapter", "path", "test_path", "runs", "parent", "checkpoints", "reward_model", "reward_funcs", "ppo_run",
     "judgements", "gold", "deployment", "stress", "sweeps", "run", "pairs", "evaluation", "resume_from_checkpoint",
+    "earlier", "first", "reference",
 )  # fmt: skip
 # How some network file systems answer.
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)

@@ -1,6 +1,7 @@
 """A recipe with a death sentence: `python -m killed "step 5" dpo trainer.max_steps=9` ends by SIGKILL in step 5.
 
-"told in 5" sends it SIGUSR1, which it can hear; "answered draft" ends a `cai` by a draft that it has just written."""
+"told in 5" sends it SIGUSR1, which it can hear; "answered draft" ends a `cai` by a draft that it has just written;
+"stage dpo" ends a pipeline before that stage."""
 
 import os
 import runpy
@@ -37,6 +38,11 @@ def arm(what, moment=None):
                 die()
 
         answered, backend.Journal.write = backend.Journal.write, last
+    elif what == "stage":
+        from rlhf_recipes.launch import pipeline
+
+        run = pipeline._run
+        pipeline._run = lambda stage, *rest: die() if stage.name == moment else run(stage, *rest)
     elif what == "half the state of":
 
         def cut_off(self, path):

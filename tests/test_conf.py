@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from rlhf_recipes import config
 from rlhf_recipes.errors import Refusal
-from rlhf_recipes.launch import keys, pipeline
+from rlhf_recipes.launch import keys, pipeline, rounds
 from rlhf_recipes.launch.refusals import PARTS
 from rlhf_recipes.methods import METHODS
 
@@ -33,6 +33,8 @@ OPEN_OPTIONS = {
     ("constitution", "local"): {"constitution.path"},
     ("generator", "server"): {"generator.model"},
     ("judge", "server"): {"judge.model"},
+    ("judge", "reward"): {"judge.reward_model"},
+    ("judge", "function"): {"judge.function"},
 }
 
 
@@ -83,7 +85,7 @@ def test_every_experiment_composes_with_its_recipe(compose, experiment):
     cfg = compose(recipe, f"experiment={experiment}")
     assert not OmegaConf.missing_keys(cfg)
     keys.check(cfg, recipe)
-    for stage in cfg.get("stages", []):
+    for stage in [*cfg.get("stages", []), *(rounds.stages(cfg) if cfg.get("rounds") else [])]:
         shared = [text for text in cfg.shared if pipeline.takes(stage.recipe, text)]
         overrides = [text.replace("{dir}", "outputs/demo") for text in [*shared, *stage.get("overrides", [])]]
         keys.check(compose(stage.recipe, *overrides), stage.recipe)
@@ -132,7 +134,8 @@ def test_a_key_without_a_type_of_its_own_is_listed(recipe):
 
 
 def test_every_listed_key_is_there():
-    known = {key for recipe in RECIPES for key in keys.defaults(recipe)} | {"generator.kind", "judge.kind"}
+    known = {key for recipe in RECIPES for key in keys.defaults(recipe)} | {"generator.kind"}
+    known |= {f"judge.{key}" for name in GROUPS["judge"] for key in OmegaConf.load(CONF / "judge" / f"{name}.yaml")}
     for key in keys.KEYS:
         assert any(name == key or f"{name.rpartition('.')[0]}.*" == key for name in known), key
 
@@ -300,4 +303,4 @@ def test_preference_recipes_differ_in_the_method_alone(other):
         "pairs.test,",
     )
     assert changed and all(any(word in line for word in method) for line in changed), changed
-    assert len(changed) <= 23
+    assert len(changed) <= 26

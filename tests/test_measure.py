@@ -748,6 +748,14 @@ def test_a_judge_that_is_served_badly_is_refused_before_anything_is_measured(
         ((*JUDGE, "judging.principles_per_pair=0"), "judging.principles_per_pair=0: must be at least 1."),
         ((*JUDGE, "judge.adapter=nowhere"), "judge.adapter=nowhere: does not exist."),
         (("judge=server", "judge.model=x", "judge.api_key_env=NO_SUCH_KEY"), "NO_SUCH_KEY: not set, or not a key."),
+        (
+            ("judge=reward", "judge.reward_model=x"),
+            "judge=reward: labels pairs in recipes/cai.py. Here give reward_mode",
+        ),
+        (
+            ("judge=function", "judge.function=a:b"),
+            "judge=function: labels pairs in recipes/cai.py. Here give judge_fun",
+        ),
     ],
 )
 def test_a_judge_that_cannot_be_asked_is_refused(compose, tiny_model_overrides, overrides, says):

@@ -82,6 +82,7 @@ def _deployment(cfg: DictConfig) -> list[dict]:
     """Every prompt of a file, whatever its split."""
     node = {**OmegaConf.to_container(cfg.data, resolve=True), "path": cfg.deployment, "test_path": None}
     node |= {"format": "pairs", "train_size": None, "eval_size": None, "bootstrap": None}
+    node["columns"] = {**node["columns"], "split": None}
     splits = load_prompts(OmegaConf.create(node))
     return [*splits.train, *splits.test]
 

@@ -8,6 +8,7 @@ processes is given every group.
 
 import hashlib
 import json
+import math
 import os
 import re
 import time
@@ -29,7 +30,8 @@ _sorted = json.JSONEncoder(sort_keys=True).encode
 
 Message = dict[str, str]
 # Of a generation: `text`, `finished` (it ended by itself). Of a choice: `logps`, a log-probability in nats for each
-# option, or None where no option could be read from the answer. Of both: `prompt_tokens`, `tokens`.
+# option, or None where no option could be read from the answer. Of a score: `values`.
+# Of each: `prompt_tokens`, `tokens`.
 Answer = dict[str, Any]
 
 
@@ -175,7 +177,10 @@ def groups(path: Path) -> Iterator[tuple[int, list[dict[str, Any]]]]:
 
 
 def sound(answer: Any) -> bool:
-    """Whether an answer has a text, or log-probabilities that are numbers (or None)."""
+    """Whether an answer has a text, values that are numbers, or log-probabilities that are numbers (or None)."""
+    if isinstance(answer, dict) and "values" in answer:
+        values = answer["values"]
+        return isinstance(values, list) and all(type(v) in (int, float) and math.isfinite(v) for v in values)
     if not isinstance(answer, dict) or "logps" not in answer:
         return isinstance(answer, dict) and isinstance(answer.get("text"), str)
     logps = answer["logps"]

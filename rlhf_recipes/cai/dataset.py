@@ -82,23 +82,42 @@ class Writer:
             self.rows[split] = []
 
 
-def write(shards: list[Path], folder: Path, provenance: dict[str, Any]) -> dict[str, dict]:
+def write(
+    shards: list[Path], folder: Path, provenance: dict[str, Any], earlier: Iterable[tuple[list[Path], dict]] = ()
+) -> dict[str, dict]:
     """Write the splits, `funnel.json` and `ledger.json`.
 
     Args:
         provenance: `constitution`, `generator`, `judge`, `seed` of every row.
+        earlier: shards of other runs and the provenance of each, whose rows come first.
 
     Returns:
-        `funnel` (counts, and estimates of what was kept) and `ledger` (counts by family and source).
+        `funnel` (counts, and estimates of what was kept) and `ledger` (counts by family and source), both without
+        what is of earlier runs but for what was `written`, and of that what is `earlier`.
     """
-    return ranks.by_first(_write, shards, folder, provenance)
+    return ranks.by_first(_write, [*earlier, (shards, provenance)], folder)
 
 
-def _write(shards: list[Path], folder: Path, provenance: dict[str, Any]) -> dict[str, dict]:
-    repeated_N = _repeated(shards, folder)
-    tally = _Tally()
-    writer = Writer(folder)
-    number = 0
+def _write(runs: list[tuple[list[Path], dict[str, Any]]], folder: Path) -> dict[str, dict]:
+    repeated_N = _repeated([shard for shards, _ in runs for shard in shards], folder)
+    writer, number, before = Writer(folder), 0, {}
+    for shards, provenance in runs:
+        tally, before = _Tally(), dict(writer.counts)
+        number = _write_run(shards, provenance, repeated_N, number, tally, writer)
+    writer.close()
+    funnel = tally.funnel(dict(writer.counts)) | ({"earlier": before} if len(runs) > 1 else {})
+    made = {"funnel": funnel, "ledger": tally.ledger()}
+    for name, content in made.items():
+        text = json.dumps(content, indent=2, ensure_ascii=False, default=asdict)
+        write_atomically(folder / f"{name}.json", text + "\n")
+    return made
+
+
+def _write_run(
+    shards: list[Path], provenance: dict, repeated_N: np.ndarray, number: int, tally: "_Tally", writer: Writer
+) -> int:
+    """Tally and write the pairs of a run; the first of them has the given number, the number after the last is
+    returned."""
     for record in _records(shards):
         tally.prompt(record)
         completions: set[str] = set()
@@ -109,12 +128,7 @@ def _write(shards: list[Path], folder: Path, provenance: dict[str, Any]) -> dict
             tally.pair(record, pair, reason, route)
             if route not in (None, "unanswered"):
                 _write_pair(writer, record, pair, route, provenance, completions)
-    writer.close()
-    made = {"funnel": tally.funnel(dict(writer.counts)), "ledger": tally.ledger()}
-    for name, content in made.items():
-        text = json.dumps(content, indent=2, ensure_ascii=False, default=asdict)
-        write_atomically(folder / f"{name}.json", text + "\n")
-    return made
+    return number
 
 
 def _records(shards: Iterable[Path]) -> Iterator[make_pairs.Record]:

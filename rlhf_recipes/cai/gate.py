@@ -146,11 +146,11 @@ def estimate(cfg: DictConfig, sources: list[str], prompts: Sequence[dict], gener
     n = len(prompts)
     size = sum(len(turn["content"]) for row in prompts for turn in row["prompt"]) / max(n, 1) / CHARS_PER_TOKEN
     generations, pairs = _generations(cfg, sources, size + TEMPLATE)
-    choices = pairs * 2 * cfg.judging.principles_per_pair * (judge is not None)
-    question = size + TEMPLATE + 2 * cfg.generate.max_new_tokens + QUESTION
+    choices, question = _questions(cfg, judge, pairs, size)
     tokens_in, tokens_out = n * sum(g[0] for g in generations), n * sum(g[1] for g in generations)
     read, written = _pace(generator, prompts)
-    own = judge is not None and judge.backend is not generator
+    own = isinstance(judge, Judge) and judge.backend is not generator
+    # Reward models are of the generator's size, or taken for it; a function takes no time.
     judged = n * choices * question / (_pace(judge.backend, prompts)[0] if own else read)
     generated = tokens_in / read + tokens_out / written
     aside = own and generator.places and judge.backend.places  # both work at a time
@@ -163,6 +163,20 @@ def estimate(cfg: DictConfig, sources: list[str], prompts: Sequence[dict], gener
         "minutes": round((max(generated, judged) if aside else generated + judged) / 60, 1),
         "usd": None if None in cost else round(sum(cost), 2),
     }
+
+
+def _questions(cfg: DictConfig, judge: Judge | None, pairs: int, size: float) -> tuple[int, float]:
+    """Questions to the judge about the pairs of a prompt of a size, and the tokens of each."""
+    reply = cfg.generate.max_new_tokens
+    if judge is None:
+        return 0, 0.0
+    if cfg.judge.kind == "function":
+        return 2 * pairs, 0.0
+    if cfg.judge.kind == "reward":  # of each reply, by each member; two of a pair of another kind
+        replies = cfg.generate.n_samples if "on_policy" in cfg.sources else 0
+        others = 2 * len(set(cfg.sources) - {"on_policy"})
+        return replies + others, len(judge.backend.members) * (size + TEMPLATE + reply)
+    return 2 * pairs * cfg.judging.principles_per_pair, size + TEMPLATE + 2 * reply + QUESTION
 
 
 def confirm(spend: dict) -> None:

@@ -76,7 +76,12 @@ class Judge:
     Args:
         settings: conf/cai.yaml, `judging`.
         seed: decides which principles a pair is judged under.
+
+    Attributes:
+        ordered: whether what it says may depend on the order of the replies.
     """
+
+    ordered = True
 
     def __init__(self, backend: Backend, constitution: Constitution, settings: DictConfig, seed: int):
         self.backend, self.constitution, self.settings, self.seed = backend, constitution, plain(settings), seed
@@ -128,6 +133,14 @@ class Judge:
             judgements.append(self._judgement(principles, orders[begin:end]))
             begin = end
         return judgements
+
+    def unclear(self, verdict: Judgement, limits: Any) -> str | None:
+        """Why a pair is not taken: `tie` or `disputed`, by the limits of conf/cai.yaml, `route`; or None."""
+        margin = abs(verdict.p - 0.5)
+        if margin < limits.tie_margin:
+            return "tie"
+        unsure = margin < limits.accept_margin or verdict.flip or verdict.spread > limits.max_spread
+        return "disputed" if unsure else None
 
     def _question(self, pair: Pair, principle: Principle, swapped: bool) -> Request:
         first, second = (pair.second, pair.first) if swapped else (pair.first, pair.second)
@@ -213,11 +226,16 @@ def validate_judge(judge: Judge, gold: list[dict], judgements: list[Judgement], 
         "baselines": baselines,
         "best_baseline": best,
         "gain": stats.difference(right, _baselines(gold)[best], ids),
+        "ordered": judge.ordered,
         **_calibration(p, ids),
     }
     checks = [
         _check("answers", found["parsed"].value, limits.min_parsed),
-        _check("same winner after a swap", found["swap_consistency"].value, limits.min_swap_consistency),
+        *(
+            [_check("same winner after a swap", found["swap_consistency"].value, limits.min_swap_consistency)]
+            if judge.ordered
+            else []
+        ),
         _check(f"gain over '{best}', lower bound", found["gain"].low, 0.0, strict=True),
     ]
     return {**found, "checks": checks, "passed": all(check["passed"] for check in checks)}

@@ -35,12 +35,11 @@ from rlhf_recipes.cai.backend import (
 )
 from rlhf_recipes.cai.constitution import Constitution
 from rlhf_recipes.cai.judge import Judge, Judgement, Pair
-from rlhf_recipes.cai.load import find_judge_adapter
+from rlhf_recipes.cai.load import Named, find_judge
 from rlhf_recipes.cai.overlap import Overlap
 from rlhf_recipes.config import part_of, plain
 from rlhf_recipes.errors import Refusal, nearest
 from rlhf_recipes.progress import Line
-from rlhf_recipes.references import ModelRef
 from rlhf_recipes.run import GATE, Run
 from rlhf_recipes.run_folder import write_atomically
 
@@ -49,14 +48,14 @@ Record = dict[str, Any]
 SOURCES = ("revision", "on_policy", "contrastive")
 
 
-def check(cfg: DictConfig) -> ModelRef | None:
+def check(cfg: DictConfig) -> Named:
     """Refuse what no run can be made of.
 
     Returns:
-        What `judge.adapter` names.
+        What the judge's node names.
 
     Raises:
-        Refusal: an unknown kind of pairs, a count that is too small, or an adapter that the judge cannot have.
+        Refusal: an unknown kind of pairs, a count that is too small, or what the judge cannot have.
     """
     for source in cfg.sources:
         if source not in SOURCES:
@@ -72,7 +71,10 @@ def check(cfg: DictConfig) -> ModelRef | None:
         raise Refusal(f"publish=true: not with shards={cfg.shards}, a part. Give it to the command without shards.")
     if not cfg.sources:
         raise Refusal(f"sources=[]: makes no pairs. Choose from {', '.join(SOURCES)}.")
-    return find_judge_adapter(cfg.judge)
+    for key in ("margin", "max_disagreement"):
+        if cfg.judge.kind == "reward" and cfg.judge[key] < 0:
+            raise Refusal(f"judge.{key}={cfg.judge[key]}: must be at least 0. Change it.")
+    return find_judge(cfg)
 
 
 @dataclass
@@ -101,9 +103,10 @@ class PairMaker:
         )
 
     def provenance(self) -> dict[str, Any]:
-        """What every row says of where it comes from."""
+        """What every row says of where it comes from; the constitution, where somebody read it."""
+        read = isinstance(self.judge, Judge) or {"revision", "contrastive"} & set(self.sources)
         return {
-            "constitution": self.constitution.sha256,
+            "constitution": self.constitution.sha256 if read else None,
             "generator": self.generator.name,
             "judge": self.judge.backend.name if self.judge else None,
             "seed": self.settings.seed,
@@ -119,6 +122,7 @@ class PairMaker:
         usd = self._usd(calls)
         return {
             "calls": calls["generator"] + calls["judge"],
+            "judged": calls["judge"],
             "prompt_tokens": calls["generator_prompt_tokens"] + calls["judge_prompt_tokens"],
             "completion_tokens": calls["generator_tokens"] + calls["judge_tokens"],
             "tokens_per_second": round(self.tokens / self.seconds, 1) if self.seconds else None,
@@ -208,6 +212,8 @@ class PairMaker:
             asked = (turn["content"] for turn in record["prompt"])
             pair["speaks_to_judge"] = filters.speaks_to_judge(*asked, pair["first"], pair["second"])
         yield from self._judge(record)
+        if self._generate.pairs == "best_worst":
+            _keep_best_and_worst(record)
         return record
 
     def _write(self, record: Record, step: str, messages: list[Message] | None) -> Work:
@@ -288,16 +294,12 @@ class PairMaker:
             pair["route"] = None if pair["unfit"] else self._route(pair, verdict)
 
     def _route(self, pair: dict, verdict: Judgement | None) -> str:
-        limits = self._limits
         if verdict is None:
             return "accepted"  # by construction: `PairMaker.judge` is None for contrastive pairs alone
         if verdict.p is None:
             return "unanswered"
-        margin = abs(verdict.p - 0.5)
-        if margin < limits.tie_margin:
-            return "tie"
-        if margin < limits.accept_margin or verdict.flip or verdict.spread > limits.max_spread:
-            return "disputed"
+        if unclear := self.judge.unclear(verdict, self._limits):
+            return unclear
         if pair["source"] == "revision" and verdict.p < 0.5:
             return "not_better"
         return "accepted"
@@ -358,7 +360,7 @@ def read(path: Path) -> Iterator[Record]:
 
 def price(node: DictConfig, prompt_tokens: float, completion_tokens: float) -> float | None:
     """USD; 0 for a model in this process and for people, None for an endpoint without a price."""
-    if node.kind in ("local", "people"):
+    if node.kind != "server":
         return 0.0
     if node.prompt_price is None or node.completion_price is None:
         return None
@@ -371,6 +373,21 @@ def _add(calls: Counter, step: str, answer: Answer) -> None:
     calls[kind] += 1
     calls[f"{kind}_prompt_tokens"] += token_count(answer.get("prompt_tokens"))
     calls[f"{kind}_tokens"] += token_count(answer.get("tokens"))
+
+
+def _keep_best_and_worst(record: Record) -> None:
+    """Of a record's pairs of two samples leave the one whose replies are furthest apart by the mean of p over all that
+    each was compared with; where none was compared, the first, which says why."""
+    sampled = [pair for pair in record["pairs"] if pair["source"] == "on_policy"]
+    chances: dict[str, list[float]] = {}
+    for pair in sampled:
+        if pair["p"] is not None:
+            chances.setdefault(pair["first"], []).append(pair["p"])
+            chances.setdefault(pair["second"], []).append(1 - pair["p"])
+    means = {text: sum(found) / len(found) for text, found in chances.items()}
+    compared = [pair for pair in sampled if pair["p"] is not None] or sampled[:1]
+    kept = max(compared, key=lambda pair: abs(means.get(pair["first"], 0) - means.get(pair["second"], 0)))
+    record["pairs"] = [pair for pair in record["pairs"] if pair["source"] != "on_policy" or pair is kept]
 
 
 def _under(system: str, prompt: list[Message]) -> list[Message]:

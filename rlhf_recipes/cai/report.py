@@ -42,12 +42,13 @@ ADVICE = {
     "no_op": "Generate at a higher temperature.",
 }
 SHOWN = 3
+# Judges that are no language model.
+SCORED = {"reward": "reward models", "function": "a function"}
 
 
 def card(result: dict[str, Any]) -> str:
     """README.md of the data set, with the metadata that `datasets.load_dataset` reads."""
-    funnel, constitution = result["funnel"], result["constitution"]
-    name, version, count = (markdown(constitution[key]) for key in ("name", "version", "principles"))
+    funnel = result["funnel"]
     written = funnel["written"]
     reasons = [(f"left out: {WORDS[name]}", n) for name, n in sorted(funnel["unfit"].items(), key=_by_count)]
     routes = [(WORDS[name], count) for name, count in sorted(funnel["routes"].items(), key=_by_count)]
@@ -61,10 +62,7 @@ def card(result: dict[str, Any]) -> str:
     ]
     parts = [
         "# AI preference pairs",
-        f"Replies written, critiqued and revised by language models, and judged by {_judges(result)}, under the "
-        f"constitution *{name}* (version {version}, {count} principles, SHA-256 "
-        f"`{code(constitution['sha256'][:16])}`), after Bai et al. 2022 "
-        "([arXiv:2212.08073](https://arxiv.org/abs/2212.08073)), by rlhf-recipes. The text is synthetic.",
+        _made(result),
         "![The funnel](funnel.png)",
         "## What the labels are worth",
         _worth(result),
@@ -84,8 +82,7 @@ def card(result: dict[str, Any]) -> str:
     parts += [
         "## Columns",
         "`prompt`, `chosen`, `rejected` (`completion` in the sft splits): conversations. `p`: the judge's probability "
-        "that `chosen` is better, null where the label is by construction; `by_principle`, `spread` (standard "
-        "deviation over principles), `position_gap`, `flip`, `mass` (what it put on the two letters). `family`, "
+        f"that `chosen` is better, null where the label is by construction; {_columns(result)} `family`, "
         "`source`, `principle`, `draft`, `critique`, `revision`, `constitution` (SHA-256), `generator`, `judge`, "
         "`seed`: where the row comes from.",
         "## How it was made",
@@ -94,6 +91,41 @@ def card(result: dict[str, Any]) -> str:
     ]
     text = "\n\n".join(part for part in parts if part)
     return f"---\n{_metadata(written).to_yaml()}\n---\n\n{text}\n"
+
+
+def _made(result: dict[str, Any]) -> str:
+    """Who wrote and who judged, in a paragraph."""
+    constitution, by = result["constitution"], result.get("judged_by")
+    name, version, count = (markdown(constitution[key]) for key in ("name", "version", "principles"))
+    under = f"the constitution *{name}* (version {version}, {count} principles, SHA-256 "
+    under += f"`{code(constitution['sha256'][:16])}`)"
+    bai = "Bai et al. 2022 ([arXiv:2212.08073](https://arxiv.org/abs/2212.08073))"
+    if by not in SCORED or result["labelled_by"] != "judge":
+        return (
+            f"Replies written, critiqued and revised by language models, and judged by {_judges(result)}, under {under}, "
+            f"after {bai}, by rlhf-recipes. The text is synthetic."
+        )
+    read = result["provenance"]["constitution"]
+    revised = f", some of them revised under {under}, after {bai}" if read else ""
+    return (
+        f"Replies sampled from a language model{revised}, and compared by {SCORED[by]}, who read no constitution, by "
+        "rlhf-recipes. The text is synthetic."
+    )
+
+
+def _columns(result: dict[str, Any]) -> str:
+    """What the columns of the judge mean."""
+    if result.get("judged_by") == "reward":
+        return (
+            "`by_principle` (the same by each member of an ensemble), `spread` (deviation over members of the "
+            "margin, over the mean of its size); `position_gap`, `flip` and `mass` say nothing of a reward model."
+        )
+    if result.get("judged_by") == "function":
+        return "`position_gap`, `flip`; `by_principle`, `spread` and `mass` say nothing of a function."
+    return (
+        "`by_principle`, `spread` (standard deviation over principles), `position_gap`, `flip`, `mass` (put on "
+        "the two letters)."
+    )
 
 
 def _metadata(written: dict[str, int]) -> Any:
@@ -206,11 +238,14 @@ def _worth(result: dict[str, Any]) -> str:
     gate = result["gate"]
     found = format_estimate(gate["agreement"], percent=True)
     best, error = gate["baselines"][gate["best_baseline"]], gate["calibration_error"]
+    swapped = format_estimate(gate["swap_consistency"], percent=True)
+    order = f"Its winner stays the same when the replies change places on {swapped}."
+    if not gate.get("ordered", True):
+        order = "It scores each reply by itself, so that their order has no say."
     pairs, rule = markdown(gate["agreement"].n), markdown(gate["best_baseline"])
     text = (
         f"On {pairs} pairs whose better reply is known the judge agrees with the label on {found}; '{rule}' alone on "
-        f"{format_estimate(best, percent=True)}. Its winner stays the same when the replies change places on "
-        f"{format_estimate(gate['swap_consistency'], percent=True)}. Cohen's kappa "
+        f"{format_estimate(best, percent=True)}. {order} Cohen's kappa "
         f"{format_estimate(gate['kappa'], digits=2)}. Calibration error {error['before']:.3f}, {error['after']:.3f} "
         f"after a temperature of {gate['temperature']:.2f} (n {markdown(error['n'])}, cross-fitted)."
     )

@@ -8,7 +8,6 @@ come, so that an interrupted evaluation asks nothing twice.
 
 from collections.abc import Callable
 from dataclasses import replace
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ from rlhf_recipes.cai import constitution, fingerprint, gate, prompt_templates
 from rlhf_recipes.cai.backend import Journal
 from rlhf_recipes.cai.judge import Judge, Judgement, Pair
 from rlhf_recipes.cai.load import find_judge_adapter, load_one
-from rlhf_recipes.errors import Refusal, users_function
+from rlhf_recipes.cai.scored import asked
+from rlhf_recipes.errors import Refusal
 from rlhf_recipes.evaluation.measurements import Measurements
 from rlhf_recipes.references import ModelRef
 
@@ -40,6 +40,9 @@ def check(cfg: DictConfig) -> ModelRef | None:
         return None
     if cfg.judge_function:
         raise Refusal(f"judge_function={cfg.judge_function}: there is a judge already. Give one of the two.")
+    if node.kind in ("reward", "function"):
+        instead = "reward_model=<run>" if node.kind == "reward" else "judge_function=<module:function>"
+        raise Refusal(f"judge={node.kind}: labels pairs in recipes/cai.py. Here give {instead}.")
     if cfg.judging.principles_per_pair < 1:
         raise Refusal(f"judging.principles_per_pair={cfg.judging.principles_per_pair}: must be at least 1. Change it.")
     constitution.load(cfg.constitution)
@@ -133,9 +136,10 @@ def verdict(prompt_id: str, judgement: Judgement | None, tie_margin: float) -> d
 
 def by_function(judge: Callable, prompts: list[dict], answers: dict, name: str, parent: str) -> list[dict]:
     """The same of a `judge_function`, which is asked of every pair; its mean probability is taken as it is."""
-    asked = [row["prompt"] for row in prompts]
+    conversations = [row["prompt"] for row in prompts]
     own, other = ([answer["text"] for answer in answers[key]] for key in (name, parent))
-    first, second = _asked(judge, asked, own, other), _asked(judge, asked, other, own)
+    where = f"judge_function={getattr(judge, '__name__', judge)}"
+    first, second = asked(judge, conversations, own, other, where), asked(judge, conversations, other, own, where)
     rows = []
     for row, a, b, p, q in zip(prompts, own, other, first, second, strict=True):
         mean = (p + 1 - q) / 2
@@ -144,24 +148,3 @@ def by_function(judge: Callable, prompts: list[dict], answers: dict, name: str, 
             found |= {"answered": True, "flip": (p - 0.5) * (0.5 - q) < 0, "gap": p + q - 1}
         rows.append(found)
     return rows
-
-
-def _asked(judge: Callable, prompts: list, first: list[str], second: list[str]) -> list[float]:
-    """What a `judge_function` says of each pair.
-
-    Raises:
-        Refusal: not as many probabilities as there are pairs.
-    """
-    where = f"judge_function={getattr(judge, '__name__', judge)}"
-
-    def ask() -> list[float]:
-        with users_function(where):
-            return list(judge(prompts, first, second))
-
-    said = ranks.by_first(ask)
-    if len(said) != len(prompts):
-        raise Refusal(f"{where}: gave {len(said)} probabilities for {len(prompts)} pairs. Give one for each.")
-    for p in said:
-        if not isinstance(p, Real) or not 0 <= p <= 1:
-            raise Refusal(f"{where}: gave {p!r:.40}. Give the probability that the first answer is better, 0 to 1.")
-    return said

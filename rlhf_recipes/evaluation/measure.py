@@ -367,6 +367,7 @@ def _settings(cfg: DictConfig, scorers: Scorers, pairs: Splits) -> dict[str, Any
         }
         | ({"chat_template_kwargs": told} if (told := models.template_kwargs(cfg.model)) else {})
         | ({"proxy": _hashed(scorers.proxy)} if scorers.proxy else {})
+        | ({"judge_function": cfg.judge_function} if scorers.judge else {})
         | ({"lm_eval": dict(cfg.lm_eval) | {"version": metadata.version("lm_eval")}} if scorers.tasks else {})
     )
 

@@ -164,7 +164,7 @@ def _system(measurements: Measurements, columns: dict, name: str, parent: str) -
         differences = {key: _paired(stats.difference, own[key], base[key]) for key in own if key in base}
         if tasks:
             differences["task_accuracy"] = _over_tasks(measurements.tasks, name, parent)
-    judge = measurements.settings.get("judge")
+    judge = measurements.settings.get("judge") or measurements.settings.get("judge_function")
     return {
         "info": info,
         "metrics": {key: metrics[key] for key in METRICS if key in metrics},

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from rlhf_recipes import config, ranks, run, run_folder, signals
 from rlhf_recipes.commands import as_typed, command
 from rlhf_recipes.data.load import check
 from rlhf_recipes.errors import Refusal, nearest
-from rlhf_recipes.launch import cards, forks, keys
+from rlhf_recipes.launch import cards, forks, keys, rounds
 from rlhf_recipes.launch.refusals import WANTS_TRACEBACK, as_refusal
 from rlhf_recipes.overrides import quoted
 
@@ -26,6 +27,7 @@ WIDTH = 110
 SHOWN_ANSWERS = 4
 SUMMARY = "summary.json"
 NAME = r"\w[\w.-]*"  # no path
+FILES = (run_folder.CONFIG, run_folder.PREFLIGHT, SUMMARY, rounds.FILE, rounds.PAGE)
 # By Ctrl-C, exit status of a recipe, of a process that could not catch it; told to end.
 INTERRUPTED = (130, -2, signals.EXIT)
 
@@ -91,7 +93,7 @@ def plan(cfg: DictConfig) -> Plan:
     lock = run_folder.Lock(here)
     recipes = {path.stem for path in (config.CONF.parent / "recipes").glob("*.py")} - {"__init__"}
     stages, before = [], _previous_seconds(here)
-    for entry in cfg.stages:
+    for entry in [*(cfg.stages or []), *(rounds.stages(cfg) if cfg.rounds else [])]:
         _check_entry(entry, [stage.name for stage in stages], recipes)
         shared = [text for text in cfg.shared if takes(entry.recipe, text)]
         shared += ["overwrite=true"] if cfg.overwrite else []
@@ -115,16 +117,23 @@ def plan(cfg: DictConfig) -> Plan:
     return Plan(here, stages, lock, started, cfg.launch)
 
 
-def execute(plan: Plan) -> int:
-    """Run the stages that have no result; the exit status of the first that fails, else 0."""
+def execute(plan: Plan, is_over: Callable[[], object] = bool) -> int:
+    """Run the stages that have no result; the exit status of the first that fails, else 0.
+
+    Args:
+        is_over: asked after each stage that is finished, whether those after it are left out.
+    """
     status = 0
     run_folder.mark(plan.dir, "pipeline")
     for number, stage in enumerate(plan.stages, 1):
         label = f"{number}/{len(plan.stages)} {stage.name}"
         if stage.status == "finished":
             print(f"[{label}] finished before, kept: {stage.dir}", flush=True)
+            if is_over():
+                break
             continue
-        print(f"\n[{label}] {command(stage.recipe)} {shlex.join(stage.overrides)}", flush=True)
+        line = shlex.join([*stage.overrides, f"hydra.run.dir={stage.dir}"])
+        print(f"\n[{label}] {command(stage.recipe)} {line}", flush=True)
         code, stage.seconds = _run(stage, label, plan.launch)
         stage.ran = True
         # A verdict has an exit status of its own: what makes a stage finished is its result.
@@ -140,6 +149,8 @@ def execute(plan: Plan) -> int:
         if stage.status != "finished":
             print(f"[{label}] failed. The same command starts again here.", file=sys.stderr)
             return code or 1
+        if is_over():
+            break
     plan.write()
     return status
 
@@ -223,7 +234,7 @@ def _check_entry(entry: DictConfig, names: list[str], recipes: set[str]) -> None
             raise Refusal(f"stages.{entry.name}.{key}: there is no such key. An entry is {shape}.")
     if entry.recipe not in recipes:
         raise Refusal(f"stages.{entry.name}.recipe={entry.recipe}: no such recipe{nearest(entry.recipe, recipes)}")
-    if not re.fullmatch(NAME, str(entry.name)) or entry.name in (run_folder.CONFIG, run_folder.PREFLIGHT, SUMMARY):
+    if not re.fullmatch(NAME, str(entry.name)) or entry.name in FILES:
         raise Refusal(f"stages.name={entry.name}: is the stage's folder. Use letters, digits, '_', '-' and '.'.")
     if entry.name in names:
         raise Refusal(f"stages.{entry.name}: two stages have this name, which is their folder. Rename one.")

@@ -105,9 +105,13 @@ class Roles:
         nn.init.zeros_(self.value_head.bias.requires_grad_(False))
         self.copies: dict[str, nn.Module] = {}
 
-    def add_reference(self, starts_from_adapter: bool) -> None:
-        """Freeze what the policy is before it trains. `starts_from_adapter`: else it is the model without LoRA."""
-        if not self.shared:
+    def add_reference(self, starts_from_adapter: bool, anchor: Path | None = None) -> None:
+        """Freeze what the policy is before it trains. `starts_from_adapter`: else it is the model without LoRA;
+        `anchor`: or the adapter in a folder."""
+        if anchor is not None:
+            weights = load_peft_weights(str(anchor), device="cpu")
+            self._add_adapter(REFERENCE, PeftConfig.from_pretrained(str(anchor)), weights, where=f"reference={anchor}")
+        elif not self.shared:
             self.copies[REFERENCE] = copy.deepcopy(self.causal).requires_grad_(False).eval()
         elif starts_from_adapter:
             self._add_adapter(REFERENCE, self.model.peft_config[POLICY], self._weights(POLICY))

@@ -94,6 +94,7 @@ class PPOTrainer(BaseTrainer):
         optimizers=(None, None),
         quantization_config=None,
         peft_config: PeftConfig | None = None,
+        reference: Path | None = None,
     ):
         args = args or PPOConfig(output_dir="ppo")
         if not isinstance(train_dataset, Dataset) or "prompt" not in train_dataset.column_names:
@@ -126,7 +127,7 @@ class PPOTrainer(BaseTrainer):
                 "rollout=server: a server is given the policy's LoRA, and there is none. Give a peft_config."
             )
         self.roles = Roles(model, args.value)
-        self.roles.add_reference(starts_from_adapter)
+        self.roles.add_reference(starts_from_adapter, reference)
         self.reward_funcs = self._load_rewards(reward_funcs, reward_processing_classes, processing_class, args)
         shared = next((f for f in self.reward_funcs if getattr(f, "adapter", None)), None)
         self.roles.add_critic(shared and shared.adapter, shared and shared.score)

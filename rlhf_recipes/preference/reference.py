@@ -14,16 +14,22 @@ from typing import TYPE_CHECKING
 
 from trl.trainer.utils import use_adapter
 
-from rlhf_recipes import inference, ranks
+from rlhf_recipes import inference, ranks, references
+from rlhf_recipes.errors import Refusal
+from rlhf_recipes.references import ModelRef
 from rlhf_recipes.run import Run
 from rlhf_recipes.run_folder import write_atomically
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from omegaconf import DictConfig
     from peft import PeftModel
     from trl import DPOConfig, KTOConfig
 
+    from rlhf_recipes.data.load import Splits
+
 FOLDER = ".reference"
+FROZEN = "ref"  # TRL's name of the adapter that is the reference
 # Rows of a file: what an interrupted run has computed is kept, and so many are in memory as tokens.
 ROWS = 4096
 # Of TRL's datasets: the column of an answer, and that of its log-probability under the reference.
@@ -35,6 +41,51 @@ COLUMNS = {
 }
 
 Encoded = tuple[list[int], int]
+
+
+def find(cfg: "DictConfig") -> ModelRef | None:
+    """The run that `reference` names; None: the frozen copy of what the run starts from.
+
+    Raises:
+        Refusal: it is no policy of this base.
+    """
+    if not cfg.reference:
+        return None
+    return references.find_policy(cfg.reference, "reference", cfg.model.id, cfg.model.adapter_base)
+
+
+def anchor(trainer, found: ModelRef | None) -> None:
+    """Put another run's adapter in the place of TRL's copy of the start, frozen: a chain of rounds stays near the
+    policy that the first one started from (Xiong et al. 2023, arXiv:2312.11456; Dong et al. 2024, arXiv:2405.07863).
+
+    Raises:
+        Refusal: TRL has read its own reference already.
+    """
+    if found is None:
+        return
+    if trainer.args.precompute_ref_log_probs:
+        raise Refusal(
+            f"{found.key}={found.reference}: not with trainer.precompute_ref_log_probs=true where TRL computes them "
+            "(fast_forward=false, trainer.precompute_ref_batch_size). Leave that out."
+        )
+    model = trainer.model
+    if FROZEN in model.peft_config:
+        model.delete_adapter(FROZEN)
+    model.load_adapter(str(found.adapter), adapter_name=FROZEN)
+    # Under the public name PEFT asks the hub for its config at every checkpoint.
+    model.peft_config[FROZEN].base_model_name_or_path = model.peft_config["default"].base_model_name_or_path
+    model.set_adapter("default")
+
+
+def pair_logps(trainer, found: ModelRef | None, before: list[dict], pairs: "Splits") -> list[dict]:
+    """What the reference says of the held-out pairs: `before`, what the start says of them, unless it is another run;
+    as of `inference.pair_logps`."""
+    if found is None:
+        return before
+    with use_adapter(trainer.model, adapter_name=FROZEN):
+        return inference.pair_logps(
+            trainer.model, trainer.processing_class, pairs.test, "Held out, reference", kept=pairs.kept
+        )
 
 
 def take_over(args: "DPOConfig | KTOConfig", fast_forward: bool) -> bool:
@@ -49,11 +100,12 @@ def take_over(args: "DPOConfig | KTOConfig", fast_forward: bool) -> bool:
     return taken
 
 
-def keep(trainer, run: Run) -> Callable[..., list[tuple[float, int]]]:
-    """Give the trainer's rows what its reference says of them; and `Kept.sums`, for rows that are held out."""
+def keep(trainer, run: Run, found: ModelRef | None = None) -> Callable[..., list[tuple[float, int]]]:
+    """Give the trainer's rows what its reference says of them; and what says it of rows that are held out before
+    training: `Kept.sums`, unless the reference is another run than the policy starts from."""
     kept = Kept(trainer, run)
     kept.add_columns()
-    return kept.sums
+    return inference.logp_sums if found else kept.sums
 
 
 class Kept:
@@ -139,7 +191,7 @@ def _encoded(prompt: list[int], answer: list[int], args: "DPOConfig | KTOConfig"
 
 def _adapter(model: "PeftModel") -> str | None:
     """TRL's frozen copy of an adapter that is continued, or the base alone."""
-    return "ref" if "ref" in model.peft_config else None
+    return FROZEN if FROZEN in model.peft_config else None
 
 
 def _of_reference(model: "PeftModel") -> str:

@@ -228,10 +228,11 @@ class Doctor(TrainerCallback):
     def facts(self) -> dict:
         """Of the tokenised training replies (labelled ones: the good): mean length in tokens, and share that ends with
         EOS within max_length."""
+        anchored = {"anchored": True} if self.run.config.get("reference") else {}
         data, limit = self.trainer.train_dataset, getattr(self.trainer.args, "max_length", None)
         key = methods.of(self.run.recipe, self.run.config["trainer"]["_target_"]).replies
         if not key or not hasattr(data, "select"):
-            return {}
+            return anchored
         from rlhf_recipes.inference import stop_ids
 
         generation_config = self.trainer.model.generation_config
@@ -243,8 +244,8 @@ class Doctor(TrainerCallback):
             ends.append(not stops.isdisjoint(ids[-3:]))  # a template may close a turn with a line break
             lengths.append(len(row[key]))
         if not lengths:
-            return {}
-        return {"reply_tokens": sum(lengths) / len(lengths), "ends_with_eos": sum(ends) / len(ends)}
+            return anchored
+        return anchored | {"reply_tokens": sum(lengths) / len(lengths), "ends_with_eos": sum(ends) / len(ends)}
 
     def on_train_begin(self, args, state, control, **kwargs):
         kept = Path(self.run.checkpoint or "") / self.FILE

@@ -112,6 +112,8 @@ def chain(base: str, result: dict) -> str:
     """`base -> sft -> dpo`, the runs with the first characters of their adapters' hashes; below, what an adapter from
     elsewhere calls the base."""
     links, parent, said = [f"**{recipe_of(result)}** ({_digest(result)})"], result.get("parent"), []
+    if isinstance(anchor := result.get("reference"), dict):
+        said.append(f"\n\nReference: {recipe_of(anchor)} ({_digest(anchor)}), not what it started from.")
     while parent:
         links.append(f"{recipe_of(parent)} ({_digest(parent)})")
         if parent.get("named_base"):

@@ -55,7 +55,7 @@ class Record:
         args: the trainer's arguments.
         max_steps: optimizer steps in all.
         facts: `reply_tokens` (mean of the chosen replies, tokens), `ends_with_eos` (share of the training replies);
-            what is not known is left out.
+            `anchored` where the reference is another run than the start; what is not known is left out.
         before: held-out metrics before training; empty while it trains.
         after: the same after training.
         stopped: why a trainer's own brake ended the run.
@@ -207,7 +207,7 @@ def wrong_reference(record: Record) -> Finding | None:
     Not zero at first, or nearly every pair ranked right before anything can have been learned: the reference is
     another model. Margin exactly zero, so loss at log 2, for good: policy and reference are one, or nothing trains.
     """
-    if not record.method.reference or not record.rows:
+    if not record.method.reference or not record.rows or record.facts.get("anchored"):
         return None
     first, means = record.rows[0], "the reference is not the model that the policy started from"
     change = "model.adapter=<the run to start from>: its frozen copy is the reference"

@@ -171,7 +171,7 @@ def _made_later(job: Job) -> list[str]:
     """What the job reads that an earlier stage of its pipeline has yet to write."""
     if job.later is None:
         return []
-    read = [job.cfg.data.path, job.cfg.model.adapter, *_rewards(job.cfg)]
+    read = [job.cfg.data.path, job.cfg.model.adapter, job.cfg.get("reference"), *_rewards(job.cfg)]
     return [str(each) for each in read if each and Path(each).is_relative_to(job.later) and not Path(each).exists()]
 
 

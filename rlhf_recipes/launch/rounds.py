@@ -1,0 +1,305 @@
+"""Rounds of sample, label, train, check, as stages of a pipeline, and the gates between them.
+
+Round k, with the policy p(k-1), the anchor p(0) and every label so far:
+
+    label      p(k-1) answers prompts, a judge says which answers are better           recipes/cai.py
+    reward     a reward model anew, on the labels of all rounds                        recipes/reward.py
+    policy     p(k), trained from p(k-1) on them, with the anchor as its reference     recipes/<method>.py
+    check      p(k) answers held-out prompts, the same judge labels them               recipes/cai.py
+    evaluate   p(k) against the anchor: the judge, the reward model (the proxy), KL    recipes/evaluate.py
+    last       p(k) against p(k-1), by the judge                                       recipes/evaluate.py
+    audit      the reward model on what `check` made; prompts to label next            recipes/audit.py
+
+The reference stays where the first round began and the pairs of all rounds are trained on, as in Xiong et al. 2023
+(arXiv:2312.11456) and Dong et al. 2024 (arXiv:2405.07863): what a round may move is measured from one place.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from rlhf_recipes import config, methods, run_folder, stats
+from rlhf_recipes.errors import Refusal, nearest
+from rlhf_recipes.launch import rounds_page
+from rlhf_recipes.stats import Estimate, format_estimate
+
+FILE, PAGE = "rounds.json", "rounds.html"
+# What may be the recipe of `policy`: a policy that learns from pairs or from a reward model.
+LEARNS_FROM = ("pairs", "prompts")
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What must hold for the rounds to go on.
+
+    Attributes:
+        name: in words.
+        found: the figure with its interval.
+        limit: of conf/pipeline.yaml.
+        key: of the limit.
+        side: min, max, or far: a distance that must not be shown to be more.
+        state: holds | fails.
+        why: what it means where it fails.
+    """
+
+    name: str
+    found: Estimate
+    limit: float
+    key: str
+    side: str
+    state: str
+    why: str
+
+    @property
+    def says(self) -> str:
+        sign = ">=" if self.side == "min" else "<="
+        return f"{self.name}: {format_estimate(self.found)} (n {self.found.n}), {self.key} {sign} {self.limit:g}"
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse rounds that cannot be.
+
+    Raises:
+        Refusal: an unknown method, or one whose reference would move; a count that is too small.
+    """
+    loop, names = cfg.loop, [name for name, each in methods.METHODS.items() if each.rows in LEARNS_FROM]
+    known = [name for name in names if name != "reward"]
+    if loop.method not in known:
+        raise Refusal(f"loop.method={loop.method}: not one of {', '.join(known)}{nearest(loop.method, known)}")
+    if methods.of(loop.method).reference and not _has_reference(loop.method):
+        raise Refusal(f"loop.method={loop.method}: its reference would be the last policy. Choose dpo or ppo.")
+    for key in ("labels", "held_out"):
+        if loop[key] < 1:
+            raise Refusal(f"loop.{key}={loop[key]}: must be at least 1. Change it.")
+    if not any(text.partition("=")[0].endswith("judge") or text.startswith("judge_function=") for text in loop.judge):
+        raise Refusal("loop.judge: names no judge. Give [judge_function=<module:function>], or judge=... of evaluate.")
+
+
+def _has_reference(recipe: str) -> bool:
+    return "reference" in OmegaConf.load(config.CONF / f"{recipe}.yaml")
+
+
+def stages(cfg: DictConfig) -> list[DictConfig]:
+    """The stages of all rounds, as entries of `stages`."""
+    check(cfg)
+    return [OmegaConf.create(entry) for k in range(1, cfg.rounds + 1) for entry in _round(cfg.loop, k)]
+
+
+def _round(loop: DictConfig, k: int) -> list[dict[str, Any]]:
+    anchor, last = loop.anchor, policy_of(loop, k - 1)
+    own = {part: f"{{dir}}/{name(k, part)}" for part in ("label", "reward", "policy", "check", "audit")}
+    pairs = ["data=cai_pairs", f"data.path={own['label']}"]
+    prompts = [] if loop.prompts == "clinic" else ["data=local", f"data.path={loop.prompts}"]
+    asked = [f"seed={k}", "sources=[on_policy]", *prompts, *loop.label]
+    people = {part: [f"judge.labels={folder}_people"] if "judge=people" in loop.label else []
+              for part, folder in own.items()}  # fmt: skip
+    before = ",".join(f"{{dir}}/{name(n, 'label')}" for n in range(1, k))
+    first = [f"first={{dir}}/{name(k - 1, 'audit')}/label_next.jsonl"] if k > 1 else []
+    sizes = [f"data.train_size={loop.labels}", f"data.eval_size={loop.held_out}"]
+    reference = [f"reference={anchor}"] if _has_reference(loop.method) else []
+    rewards = [f"reward_funcs={own['reward']}"] if methods.of(loop.method).rows == "prompts" else []
+    compared = [f"runs=[{own['policy']}]", "exit_codes.worse=0", *loop.judge]
+    audited = [f"reward_model={own['reward']}", f"data.test_path={own['check']}", f"model.adapter={own['policy']}"]
+    made = [
+        ("label", "cai", [f"model.adapter={last}", f"earlier=[{before}]", *first, *sizes, *asked, *people["label"]]),
+        ("reward", "reward", [f"model.adapter={anchor}", *pairs, *loop.reward]),
+        ("policy", loop.method, [f"model.adapter={last}", *reference, *rewards, *pairs, *loop.policy]),
+        ("check", "cai", [f"model.adapter={own['policy']}", "data.train_size=1", sizes[1], *asked, *people["check"]]),
+        ("evaluate", "evaluate", [f"parent={anchor}", f"reward_model={own['reward']}", *compared, *loop.evaluate]),
+        ("last", "evaluate", [f"parent={last}", *compared, *loop.evaluate]),
+        ("audit", "audit", [*audited, *pairs, f"deployment={loop.prompts}", *loop.audit]),
+    ]
+    return [
+        {"name": name(k, part), "recipe": recipe, "overrides": overrides}
+        for part, recipe, overrides in made
+        if part != "last" or k > 1  # the anchor is the last policy of the first round
+    ]
+
+
+def name(k: int, part: str) -> str:
+    """Of a stage, and so of its folder."""
+    return f"round_{k}_{part}"
+
+
+def policy_of(loop: DictConfig, k: int) -> str:
+    return f"{{dir}}/{name(k, 'policy')}" if k else loop.anchor
+
+
+class Rounds:
+    """What the finished stages of the rounds say, read anew from their folders.
+
+    Args:
+        cfg: the pipeline's, with `rounds` and `loop`.
+        folder: the pipeline's.
+        stages: those of the pipeline, of which only finished ones are read: a run that is made again has others lying
+            there. None: whatever has a result.
+    """
+
+    def __init__(self, cfg: DictConfig, folder: Path, stages: list | None = None):
+        self.count, self.loop, self.dir, self.stages = cfg.rounds, cfg.loop, folder, stages
+
+    def stop(self) -> dict[str, Any] | None:
+        """The first gate that fails, with its round, after what is finished; None where all hold. Writes what there
+        is to `rounds.json` and the page."""
+        found = self.read()
+        text = json.dumps(found, indent=2, ensure_ascii=False, default=asdict)
+        run_folder.write_atomically(self.dir / FILE, text + "\n")
+        rounds_page.write(found, self.dir / PAGE)
+        return found["stopped"]
+
+    def read(self) -> dict[str, Any]:
+        """`rounds`, each with its figures and gates as far as it has come; `stopped`; `keep`, the last policy of which
+        every gate holds."""
+        done, stopped, keep = [], None, self._typed(0)
+        for k in range(1, self.count + 1):
+            figures = self._figures(k)
+            if not figures:
+                break
+            gates = self._gates(k, figures)
+            done.append({"round": k, "policy": self._typed(k), **figures, "gates": gates})
+            failed = next((gate for gate in gates if gate.state == "fails"), None)
+            if failed:
+                stopped = {"round": k, "gate": failed.name, "says": failed.says, "why": failed.why}
+                break
+            if "over_length" not in figures:
+                break
+            keep = self._typed(k)
+        return {"rounds": done, "stopped": stopped, "keep": keep, "anchor": self._typed(0), "asked": self.count}
+
+    def _typed(self, k: int) -> str:
+        return policy_of(self.loop, k).replace("{dir}", str(self.dir))
+
+    def _figures(self, k: int) -> dict[str, Any]:
+        """What the stages of a round have measured; what is not finished is left out."""
+        results = {part: self._result(k, part) for part in ("label", "check", "evaluate", "last", "audit")}
+        figures: dict[str, Any] = {}
+        if label := results["label"]:
+            figures |= {"disputed": _disputed(self.dir / name(k, "label")), "labels": [_cost(label)]}
+            people = (label.get("people") or {}).get("people") or {}
+            lefts = [_off_centre(person["left"]) for person in people.values() if person["left"].low is not None]
+            if lefts:
+                figures["place"] = max(lefts, key=lambda found: found.low)
+            begun = self._result(1, "label") or label
+            if "gate" in label and "gate" in begun:  # people meet none
+                figures["known"] = _change(label["gate"]["agreement"], begun["gate"]["agreement"].value)
+        if check := results["check"]:
+            figures["labels"] = [*figures.get("labels", []), _cost(check)]
+            if not check["funnel"]["written"]["test_prefs"]:
+                figures["over_length"] = Estimate(None, None, None, 0)
+        if evaluation := results["evaluate"]:
+            figures |= _compared(evaluation, reward=True)
+        last = results["last"] if k > 1 else evaluation
+        if last:
+            figures["against_last"] = _compared(last)["judge"]
+        if audit := results["audit"]:
+            figures["over_length"] = _over_length(audit)
+        return figures
+
+    def _result(self, k: int, part: str) -> dict[str, Any] | None:
+        done = self.stages is None or any(s.name == name(k, part) and s.status == "finished" for s in self.stages)
+        return run_folder.read_result(self.dir / name(k, part)) if done else None
+
+    def _gates(self, k: int, figures: dict[str, Any]) -> list[Gate]:
+        """Of the figures that are there. A comparison fails where its whole interval is beyond the limit: fewer rows
+        stop nothing; the share of disputed pairs and the budget of KL fail by their value."""
+        limits = self.loop.gates
+        asked = [
+            ("disputed", "disputed pairs of the labeller", "max_disputed", "max",
+             "the labeller contradicts itself; look at disputed.parquet before anything learns from its labels"),
+            ("place", "the left one of the chosen, by the person who is furthest from one half", "max_place", "far",
+             "a person chooses by the place"),
+            ("known", "labeller on pairs whose better answer is known, less its share in the first round",
+             "min_known_change", "min", "the labeller is no longer the one that it was"),
+            ("kl", "KL to the anchor, nats an answer", "max_kl", "max",
+             "the policy has left the place in which its labels were given"),
+            ("against_last", "win rate against the last policy", "min_win_rate", "min",
+             "the round has made the policy worse"),
+            ("over_length", "reward model over the best rule of length, on the new policy's answers",
+             "min_over_length", "min", "what the reward model has learned no longer holds where the policy now is"),
+        ]  # fmt: skip
+        gates = []
+        for key, words, limit, side, why in asked:
+            if key in figures and limits[limit] is not None:
+                state = "fails" if _misses(figures[key], limits[limit], side) else "holds"
+                gates.append(Gate(words, figures[key], limits[limit], f"loop.gates.{limit}", side, state, why))
+        return gates
+
+
+def _misses(found: Estimate, limit: float, side: str) -> bool:
+    if found.value is None:
+        return True
+    if side == "max":
+        return found.value > limit
+    if side == "far":
+        return (found.low or 0.0) > limit
+    return (found.value if found.high is None else found.high) < limit
+
+
+def _disputed(folder: Path) -> Estimate:
+    """Share of the judged pairs that were disputed, or whose better answer changed with the order."""
+    from rlhf_recipes.cai import make_pairs
+
+    told, ids = [], []
+    for shard in sorted(folder.glob("shards/*/records.jsonl")):
+        for record in make_pairs.read(shard):
+            judged = [pair for pair in record["pairs"] if pair["route"]]
+            told += [pair["route"] == "disputed" or pair["flip"] for pair in judged]
+            ids += [record["prompt_id"]] * len(judged)
+    return stats.estimate(told, ids) if told else Estimate(None, None, None, 0)
+
+
+def _off_centre(share: Estimate) -> Estimate:
+    """How far a share is from one half, at either side."""
+    low, high = sorted((abs(share.low - 0.5), abs(share.high - 0.5)))
+    return Estimate(abs(share.value - 0.5), 0.0 if share.low <= 0.5 <= share.high else low, high, share.n)
+
+
+def _change(found: Estimate, begun: float | None) -> Estimate:
+    return found if begun is None else found.mapped(lambda share: share - begun)
+
+
+def _cost(result: dict[str, Any]) -> dict[str, Any]:
+    """Of a run of cai: pairs with a label, what the judge was asked, USD."""
+    pairs, spent = sum(result["funnel"]["routes"].values()), result["spent"]
+    return {"pairs": pairs, "questions": max(spent["judged"], pairs), "usd": spent["usd"]}
+
+
+def _compared(result: dict[str, Any], reward: bool = False) -> dict[str, Any]:
+    """Of an evaluation of one run: `judge`, its win rate over the parent; `proxy`, its wins by the reward model, and
+    `kl` in nats an answer."""
+    evaluation = result["evaluation"]
+    tuned = evaluation["recommended"]
+    metrics = evaluation["systems"][tuned]["metrics"]
+    found = {"judge": metrics["win_rate"], "kl": metrics["kl_k1"]}
+    if reward:
+        changes = [(row["systems"][tuned].get("change"), row["cluster"]) for row in evaluation["answers"]
+                   if row["systems"][tuned].get("change") is not None]  # fmt: skip
+        wins = [0.5 if not change else float(change > 0) for change, _ in changes]
+        found["proxy"] = stats.estimate(wins, [cluster for _, cluster in changes])
+    return found
+
+
+def _over_length(result: dict[str, Any]) -> Estimate:
+    gates = result["audit"]["verdict"]["gates"]
+    gate = next((gate for gate in gates if gate["figure"] == "accuracy_over_length"), None)
+    if gate is None:
+        return Estimate(None, None, None, 0)
+    return Estimate(gate["value"], gate["low"], gate["high"], gate["n"])
+
+
+def describe(found: dict[str, Any]) -> str:
+    """The rounds as a table, why they stopped, which policy to keep."""
+    rows = [["round", "judge", "proxy", "KL", "reward over length", "disputed", "labels"]]
+    for each in found["rounds"]:
+        shown = [format_estimate(each.get(key)) for key in ("judge", "proxy", "kl", "over_length", "disputed")]
+        rows.append([str(each["round"]), *shown, str(sum(cost["pairs"] for cost in each.get("labels", [])))])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    if stopped := found["stopped"]:
+        lines += ["", f"stopped  in round {stopped['round']} by {stopped['says']}: {stopped['why']}."]
+    elif len(found["rounds"]) == found["asked"]:
+        lines += ["", "every gate holds; loop more with a higher rounds="]
+    return "\n".join([*lines, f"keep     {found['keep']}"])

@@ -1,0 +1,235 @@
+"""Rounds of a pipeline: which stages they are, which gate stops them, killed and continued on a tiny model."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from conftest import TINY_ID
+
+from rlhf_recipes import references
+from rlhf_recipes.errors import Refusal
+from rlhf_recipes.launch import rounds
+from rlhf_recipes.run_folder import read_result
+
+PPO = (
+    "reward_funcs=warm_processes:short", "trainer.max_completion_length=4", "trainer.num_mini_batches=1",
+    "trainer.num_ppo_epochs=1",
+)  # fmt: skip
+LABELLER = '''"""Who labels: the shorter answer is better; `left` takes the first from the second round on."""
+
+import os
+
+
+def shorter(prompts, first, second):
+    return [0.5 if len(a) == len(b) else float(len(a) < len(b)) for a, b in zip(first, second)]
+
+
+def left(prompts, first, second):
+    return [1.0] * len(first) if "round_2" in os.environ["RLHF_RECIPES_STAGE"] else shorter(prompts, first, second)
+'''
+
+
+@pytest.fixture
+def cfg(compose):
+    return compose("pipeline", "experiment=pipeline/rounds", "rounds=2")
+
+
+def write(folder, name, result):
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    (folder / name / "result.json").write_text(json.dumps({"recipe": "cai", "status": "finished", **result}))
+
+
+def estimate(value, half=0.1, n=40):
+    return {"value": value, "low": value - half, "high": value + half, "n": n, "clusters": n}
+
+
+def finish_round(folder, k, *, left=0.5, flips=0, known=0.9, wins=0.7, kl=3.0, over=0.1, checked=9):
+    """What the stages of a round leave, as far as `rounds` reads it."""
+    funnel = {"routes": {"accepted": 20 - flips, "disputed": flips}, "written": {"test_prefs": checked}}
+    made = {"funnel": funnel, "spent": {"judged": 40, "usd": 0.0}, "gate": {"agreement": estimate(known)}}
+    made["people"] = {"people": {"anna": {"left": estimate(0.5)}, "ben": {"left": estimate(left)}}}
+    shard = folder / rounds.name(k, "label") / "shards" / "00000"
+    shard.mkdir(parents=True)
+    pairs = [{"route": "disputed" if n < flips else "accepted", "flip": n < flips} for n in range(20)]
+    records = [json.dumps({"prompt_id": str(n), "pairs": [pair]}) + "\n" for n, pair in enumerate(pairs)]
+    (shard / "records.jsonl").write_text("".join(records))
+    write(folder, rounds.name(k, "label"), made)
+    write(folder, rounds.name(k, "check"), made)
+    metrics = {"metrics": {"win_rate": estimate(wins), "kl_k1": estimate(kl)}}
+    answers = [{"cluster": n, "systems": {"new": {"change": 1.0 if n < 6 else -1.0}}} for n in range(10)]
+    evaluation = {"recommended": "new", "parent": "old", "systems": {"new": metrics}, "answers": answers}
+    for part in ("evaluate", *(["last"] if k > 1 else [])):
+        write(folder, rounds.name(k, part), {"evaluation": evaluation})
+    gate = {"figure": "accuracy_over_length", **estimate(over)}
+    write(folder, rounds.name(k, "audit"), {"audit": {"verdict": {"gates": [gate]}}})
+
+
+def test_rounds_are_stages_that_anybody_may_run(cfg):
+    entries = {entry.name: entry for entry in rounds.stages(cfg)}
+    assert list(entries)[:7] == [*(f"round_1_{part}" for part in
+        ("label", "reward", "policy", "check", "evaluate", "audit")), "round_2_label"]  # fmt: skip
+    first, second = entries["round_1_policy"].overrides, entries["round_2_policy"].overrides
+    assert "model.adapter={dir}/sft" in first and "model.adapter={dir}/round_1_policy" in second
+    assert "reference={dir}/sft" in first and "reference={dir}/sft" in second
+    label = entries["round_2_label"].overrides
+    assert "earlier=[{dir}/round_1_label]" in label and "first={dir}/round_1_audit/label_next.jsonl" in label
+    assert "parent={dir}/round_1_policy" in entries["round_2_last"].overrides
+    cfg.loop.method = "ppo"
+    ppo = {entry.name: entry for entry in rounds.stages(cfg)}["round_2_policy"]
+    assert ppo.recipe == "ppo" and "reward_funcs={dir}/round_2_reward" in ppo.overrides
+    assert "reference={dir}/sft" in ppo.overrides
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("loop.method=dpoo", "loop.method=dpoo: not one of .*did you mean 'dpo'"),
+        ("loop.method=kto", "loop.method=kto: not one of"),
+        ("loop.labels=0", "loop.labels=0: must be at least 1"),
+        ("loop.judge=[]", "loop.judge: names no judge"),
+    ],
+)
+def test_rounds_that_cannot_be_are_refused(compose, override, says):
+    with pytest.raises(Refusal, match=f"^{says}"):
+        rounds.stages(compose("pipeline", "experiment=pipeline/rounds", "rounds=2", override))
+
+
+@pytest.mark.parametrize(
+    ("second", "gate", "keep"),
+    [
+        ({}, None, "round_2_policy"),
+        ({"flips": 9}, "loop.gates.max_disputed", "round_1_policy"),
+        ({"left": 0.95}, "loop.gates.max_place", "round_1_policy"),
+        ({"left": 0.05}, "loop.gates.max_place", "round_1_policy"),
+        ({"left": 0.75}, None, "round_2_policy"),
+        ({"known": 0.6}, "loop.gates.min_known_change", "round_1_policy"),
+        ({"known": 0.85}, None, "round_2_policy"),
+        ({"kl": 30.0}, "loop.gates.max_kl", "round_1_policy"),
+        ({"wins": 0.3}, "loop.gates.min_win_rate", "round_1_policy"),
+        ({"wins": 0.45}, None, "round_2_policy"),  # not shown to be worse
+        ({"over": -0.2}, "loop.gates.min_over_length", "round_1_policy"),
+        ({"checked": 0, "over": 0.5}, None, "round_2_policy"),
+    ],
+)
+def test_the_gate_that_fails_stops_and_names_what_to_keep(cfg, tmp_path, second, gate, keep):
+    finish_round(tmp_path, 1)
+    finish_round(tmp_path, 2, **second)
+    loop = rounds.Rounds(cfg, tmp_path)
+    stopped = loop.stop()
+    assert (stopped and stopped["round"]) == (2 if gate else None)
+    assert not gate or gate in stopped["says"]
+    written = json.loads((tmp_path / rounds.FILE).read_text())
+    assert written["keep"] == f"{tmp_path}/{keep}" and len(written["rounds"]) == 2
+    said = rounds.describe(loop.read())
+    assert f"keep     {tmp_path}/{keep}" in said and ("stopped  in round 2" in said) == bool(gate)
+    page = (tmp_path / rounds.PAGE).read_text()
+    assert "<svg" in page and ("Stopped in round 2" in page) == bool(gate)
+
+
+def test_no_pair_to_check_on_stops_before_the_audit(cfg, tmp_path):
+    finish_round(tmp_path, 1, checked=0)
+    shutil.rmtree(tmp_path / rounds.name(1, "audit"))
+    stopped = rounds.Rounds(cfg, tmp_path).stop()
+    assert stopped["round"] == 1 and "min_over_length" in stopped["says"]
+
+
+def test_a_bad_labeller_is_stopped_as_soon_as_its_labels_are_there(cfg, tmp_path):
+    """Nothing is trained on them: of the second round the labels alone are made."""
+    finish_round(tmp_path, 1)
+    finish_round(tmp_path, 2, flips=12)
+    for part in ("check", "evaluate", "last", "audit"):
+        shutil.rmtree(tmp_path / rounds.name(2, part))
+    assert "max_disputed" in rounds.Rounds(cfg, tmp_path).stop()["says"]
+    cfg.loop.gates.max_disputed = None  # lifted, it goes on
+    assert rounds.Rounds(cfg, tmp_path).stop() is None
+
+
+@pytest.fixture(scope="module")
+def terse(tiny_model, tmp_path_factory):
+    """The tiny model, with every fifth token as one that ends a reply."""
+    folder = tmp_path_factory.mktemp("terse") / "model"
+    shutil.copytree(tiny_model, folder)
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [2, *range(300, 1000, 5)]}))
+    return folder
+
+
+def listed(*overrides):
+    return f"[{','.join(map(repr, overrides))}]"
+
+
+def command(model, count):
+    training = listed(
+        "trainer.max_steps=1", "trainer.per_device_train_batch_size=2", "trainer.gradient_accumulation_steps=1"
+    )
+    label = listed(
+        "judge=function", "judge.function=labeller:left", "generate.n_samples=3", "generate.pairs=best_worst",
+        "generate.max_new_tokens=12", "filters.min_words=1", "filters.max_length_ratio=9", "gate.pairs=2",
+        "gate.fails=ignore",
+    )  # fmt: skip
+    sft = listed("trainer.max_steps=1", "data.train_size=8", "data.eval_size=2")
+    audit = listed(
+        "prompts=4", "ledger_pairs=4", "stress_pairs=2", "probe_pairs=2", "credit_pairs=1", "stress=null",
+        "max_new_tokens=8",
+    )  # fmt: skip
+    return [
+        f"shared={listed(f'model.path={model}', f'model.id={TINY_ID}', 'quantization=none')}",
+        f"stages=[{{name:sft,recipe:sft,overrides:{sft}}}]", f"rounds={count}", "preflight.measure=false",
+        "loop.labels=8", "loop.held_out=8", f"loop.label={label}",
+        f"loop.judge={listed('judge_function=labeller:shorter')}", f"loop.reward={training}",
+        f"loop.policy={training}", f"loop.audit={audit}",
+        f"loop.evaluate={listed('data.eval_size=4', 'scored_pairs=2', 'max_new_tokens=8')}",
+        "loop.gates.min_over_length=-1", "loop.gates.min_win_rate=0",
+    ]  # fmt: skip
+
+
+def test_killed_it_goes_on_and_stops_at_the_labeller_who_takes_the_left(run_recipe, terse, tmp_path):
+    (tmp_path / "labeller.py").write_text(LABELLER)
+    folder = tmp_path / "outputs" / "pipeline" / "main"
+    killed = run_recipe("pipeline", *command(terse, 1), cwd=tmp_path, kill="stage round_1_policy")
+    assert killed.returncode == -signal.SIGKILL, killed
+    assert read_result(folder / "round_1_reward") and not read_result(folder / "round_1_policy")
+
+    done = run_recipe("pipeline", *command(terse, 1), cwd=tmp_path)
+    assert done.returncode == 0 and "round_1_reward] finished before, kept" in done.stdout, done
+    policy = read_result(folder / "round_1_policy")
+    sft = read_result(folder / "sft")
+    assert policy["reference"]["adapter_sha256"] == sft["adapter_sha256"] == policy["parent"]["adapter_sha256"]
+    found = json.loads((folder / rounds.FILE).read_text())
+    assert not found["stopped"] and found["keep"].endswith("round_1_policy")
+    assert {"disputed", "judge", "proxy", "kl", "over_length"} <= found["rounds"][0].keys()
+
+    again = run_recipe("pipeline", *command(terse, 2), cwd=tmp_path)
+    assert again.returncode == 1 and "stopped  in round 2 by disputed pairs" in again.stdout, again
+    assert read_result(folder / "round_2_label") and not (folder / "round_2_reward").exists()
+    assert "keep     outputs/pipeline/main/round_1_policy" in again.stdout
+
+
+def test_the_reference_stays_where_it_is_told(train, tmp_path, monkeypatch):
+    """Two runs of DPO in a row: the second starts from the first, and is measured from what that one started from."""
+    import torch
+
+    train("sft", tmp_path / "sft", "quantization=none", "lora.r=2", "trainer.learning_rate=0.1")
+    faster = ("quantization=none", "trainer.learning_rate=0.05")
+    train("dpo", tmp_path / "one", *faster, "model.adapter=sft")
+    done = train("dpo", tmp_path / "two", *faster, "model.adapter=one", "reference=sft")
+    weights = {name: value for name, value in done.trainer.model.state_dict().items() if ".ref." in name}
+    from safetensors.torch import load_file
+
+    kept = load_file(tmp_path / "sft" / "adapter" / "adapter_model.safetensors")
+    assert len(weights) == len(kept)
+    assert all(torch.equal(value, kept[name.replace(".ref.", ".")]) for name, value in weights.items())
+    assert done.result["reference"]["run"] == "sft" and done.result["parent"]["run"] == "one"
+    # before the first step it is what it started from, and the reference is another
+    assert done.result["before"]["reward_margin"].value != 0
+    assert not [f for f in done.result["doctor"]["findings"] if f["rule"] == "wrong_reference"]
+    assert "Reference: sft" in (tmp_path / "two" / "README.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    assert references.find_policy("two", "runs", TINY_ID).start == Path("sft/adapter")
+    ppo = train("ppo", tmp_path / "ppo", "quantization=none", "model.adapter=one", "reference=sft", *PPO)
+    weights = {name: value for name, value in ppo.trainer.model.state_dict().items() if ".reference." in name}
+    assert weights and all(
+        torch.equal(value, kept[name.replace(".reference.", ".")]) for name, value in weights.items()
+    )
