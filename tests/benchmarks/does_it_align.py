@@ -1,0 +1,399 @@
+"""Does a method raise what is good, or only its proxy?
+
+    python tests/benchmarks/does_it_align.py --folder runs                        # what is finished is not run again
+    python tests/benchmarks/does_it_align.py --folder runs --worlds plain --methods dpo ppo --seeds 0
+    python tests/benchmarks/does_it_align.py --table                              # of the cells that are there
+    python tests/benchmarks/does_it_align.py --alarms
+
+Gold is a rule on text (worlds.py). The embedded model learns to answer shortly (`recipes/sft.py`): the anchor. For a
+world and a seed it answers prompts of the clinic, labellers compare its answers, and four reward models learn from
+these labels (the cell `anchor`). Each method then trains on the same labels, by its own recipe; the rounds label their
+share of them anew, on answers of the policy that they have. All are measured on prompts that nobody trained on, at
+each checkpoint: gold, proxies, KL to the anchor. A finished cell is one file under does_it_align/.
+"""
+
+import argparse
+import json
+import os
+import random
+import sys
+import time
+from pathlib import Path
+
+from worlds import WORLDS, World
+
+HERE = Path(__file__).parent
+CELLS = HERE / "does_it_align"
+PROMPTS, HELD_OUT, WORDS = 32, 32, 20  # train and unseen prompts, of at most so many words
+SAMPLES, TOKENS = 4, 32  # answers of a prompt, which make two pairs; tokens of an answer
+ASKED = 2  # answers that a policy is measured by for each unseen prompt
+BEST_OF = 8
+ROUNDS = 3
+SHORT = 24  # words of what the anchor learns to answer
+LOCAL = [
+    "quantization=none", "model.dtype=float32", "data=local", "preflight.measure=false", "trainer.report_to=none",
+    "trainer.per_device_train_batch_size=4", "trainer.gradient_accumulation_steps=2", "overwrite=true",
+]  # fmt: skip
+ANCHOR = ["trainer.num_train_epochs=2", "trainer.learning_rate=5e-4", "trainer.save_strategy=no", "data.eval_size=8"]
+REWARD = [
+    "reward=ensemble", "trainer.learning_rate=5e-4", "trainer.num_train_epochs=2", "trainer.save_strategy=no",
+    "sweep.prompts=0", "data.eval_size=64",
+]  # fmt: skip
+STEPS, EVERY = 24, 8
+KEPT = [f"trainer.max_steps={STEPS}", f"trainer.save_steps={EVERY}", "trainer.save_total_limit=null"]
+OF_LABELS = [*KEPT, "trainer.logging_steps=1", "data.eval_size=8"]
+SAMPLED = [
+    *KEPT, "trainer.logging_steps=1", "data.eval_size=8", f"trainer.max_completion_length={TOKENS}",
+    "trainer.gradient_accumulation_steps=2",
+]  # fmt: skip
+PPO = [*SAMPLED, "trainer.num_mini_batches=1"]
+# Recipe and overrides of each method, with the learning rates of conf/experiment for this model.
+METHODS = {
+    "anchor": ("reward", REWARD),
+    "dpo": ("dpo", [*OF_LABELS, "trainer.learning_rate=5e-5"]),
+    "ppo": ("ppo", PPO),
+    "rloo": ("rloo", [*SAMPLED, "trainer.num_generations=4"]),
+    "best_of_n": ("", []),
+    "rounds_of_dpo": ("dpo", [*OF_LABELS, "trainer.learning_rate=5e-5"]),
+    "ppo_worst_of_four": ("ppo", [*PPO, "trainer.reward_ensemble=min"]),
+    "ppo_mean_of_four": ("ppo", [*PPO, "trainer.reward_ensemble=mean"]),
+    "sft": ("sft", [*OF_LABELS, "trainer.learning_rate=2e-4"]),
+    "kto": ("kto", [*OF_LABELS, "trainer.learning_rate=5e-5"]),
+    "simpo": ("simpo", [*OF_LABELS, "trainer.learning_rate=5e-5"]),
+    "orpo": ("orpo", [*OF_LABELS, "trainer.learning_rate=2e-4"]),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs"), help="of the runs, which can be removed later")
+    parser.add_argument("--worlds", nargs="+", choices=WORLDS, default=list(WORLDS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--table", action="store_true", help="print the table of the cells that are there")
+    parser.add_argument("--plot", type=Path, help="draw them here")
+    parser.add_argument("--alarms", action="store_true", help="print what the alarms said, beside gold")
+    options = parser.parse_args()
+    if options.table or options.plot or options.alarms:
+        import align_table
+
+        align_table.show(CELLS, options.table, options.plot, options.alarms)
+        return
+    options.folder.mkdir(parents=True, exist_ok=True)
+    os.chdir(options.folder)
+    CELLS.mkdir(exist_ok=True)
+    for seed in options.seeds:
+        for method in ["anchor", *(each for each in options.methods if each != "anchor")]:
+            for name in options.worlds:
+                if not cell_file(name, method, seed).exists():
+                    run_cell(WORLDS[name], method, seed)
+
+
+def cell_file(world: str, method: str, seed: int) -> Path:
+    return CELLS / f"{world}-{method}-{seed}.json"
+
+
+def run_cell(world: World, method: str, seed: int) -> None:
+    began = time.monotonic()
+    if not Path("outputs/sft/anchor/result.json").exists():
+        train_anchor()
+        began = time.monotonic()
+    cell = {"anchor": make_labels, "best_of_n": best_of_n, "rounds_of_dpo": rounds}.get(method, one_run)
+    found = {"world": world.name, "method": method, "seed": seed, **cell(world, method, seed)}
+    found["seconds"] = round(time.monotonic() - began)
+    cell_file(world.name, method, seed).write_text(json.dumps(found) + "\n", encoding="utf-8")
+    last = found["points"][-1]
+    shown = {key: f"{mean(last[key]):.3f}" for key in ("kl", "gold", "proxy", "tokens") if key in last}
+    print(f"cell {world.name} {method} {seed}: {found['seconds']} s; at its end {shown}", flush=True)
+
+
+# ---- What a cell is made of
+
+
+def train_anchor() -> None:
+    """SFT on the first sentences of the clinic's demonstrations."""
+    import rlhf_recipes
+
+    lines = (Path(rlhf_recipes.__file__).parent / "assets/clinic/demonstrations.jsonl").read_text().splitlines()
+    rows = []
+    for row in map(json.loads, lines):
+        if text := shortened(row["completion"]):
+            rows.append({"prompt": row["prompt"], "completion": text, "split": row["split"]})
+    Path("anchor.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe("sft", "anchor", [*LOCAL, "data.path=anchor.jsonl", *ANCHOR])
+
+
+def shortened(reply: str | list) -> str:
+    """The first sentences of a reply, up to SHORT words; "" where the first is longer."""
+    text, kept = reply if isinstance(reply, str) else reply[0]["content"], ""
+    for sentence in text.replace("! ", "!|").replace("? ", "?|").replace(". ", ".|").split("|"):
+        if len(f"{kept} {sentence}".split()) > SHORT:
+            break
+        kept = f"{kept} {sentence}".strip()
+    return kept
+
+
+def make_labels(world: World, method: str, seed: int) -> dict:
+    """The anchor's answers, labels on them, reward models of these labels, and the anchor itself, measured."""
+    train, test = prompts()
+    rows = []
+    for split, asked in (("train", train), ("test", test)):
+        texts = sample(ANCHOR_RUN, asked, SAMPLES, 2 * seed + (split == "test"))
+        rows += [row | {"split": split} for row in label(world, asked, texts, seed)]
+    write_rows(f"pairs_{world.name}_{seed}.jsonl", rows)
+    name = f"{world.name}_{seed}"
+    recipe("reward", name, [*LOCAL, f"data.path=pairs_{name}.jsonl", *REWARD])
+    results = [json.loads((each / "result.json").read_text()) for each in members(world, seed)]
+    reward_models = [
+        {"accuracy": r["metrics"]["preference_accuracy"], "doctor": r["doctor"]["findings"]} for r in results
+    ]
+    right = [world.gold(said(r, "prompt"), said(r, "chosen")) > world.gold(said(r, "prompt"), said(r, "rejected"))
+             for r in rows if r["split"] == "train"]  # fmt: skip
+    points = measured(world, seed, [(0, ANCHOR_RUN)], members(world, seed))
+    return {"labels": len(right), "agree_with_gold": mean(right), "reward_models": reward_models, "points": points}
+
+
+def one_run(world: World, method: str, seed: int) -> dict:
+    kind, overrides = METHODS[method]
+    name, proxies = f"{method}_{world.name}_{seed}", members(world, seed)[:2]
+    given = [*LOCAL, f"data.path=pairs_{world.name}_{seed}.jsonl", f"model.adapter={ANCHOR_RUN}", *overrides]
+    if kind in ("ppo", "rloo"):
+        several = "four" in method
+        proxies = members(world, seed) if several else proxies
+        given += [f"reward_funcs=outputs/reward/{world.name}_{seed}{'' if several else '/member_0'}"]
+        given += ["trainer.per_device_train_batch_size=8"]
+    recipe(kind, name, [*given, f"trainer.seed={seed}"])
+    run = Path("outputs") / kind / name
+    points = measured(world, seed, checkpoints(run), proxies, worst="worst" in method)
+    return {"points": points, "doctor": json.loads((run / "result.json").read_text())["doctor"]}
+
+
+def rounds(world: World, method: str, seed: int) -> dict:
+    """Rounds of: answer, label a share of the budget, DPO from the last policy, which is its reference."""
+    kind, overrides = METHODS[method]
+    train, policy, kept, findings = prompts()[0], ANCHOR_RUN, [], []
+    share = len(train) // ROUNDS
+    for turn in range(ROUNDS):
+        asked = train[turn * share : (turn + 1) * share]
+        texts = sample(policy, asked, SAMPLES, 100 * (turn + 1) + seed)
+        rows = [row | {"split": "train"} for row in label(world, asked, texts, 100 * (turn + 1) + seed)]
+        tests = [json.loads(line) for line in Path(f"pairs_{world.name}_{seed}.jsonl").read_text().splitlines()]
+        name = f"{method}_{world.name}_{seed}_{turn}"
+        write_rows(f"pairs_{name}.jsonl", rows + [row for row in tests if row["split"] == "test"])
+        given = [*LOCAL, f"data.path=pairs_{name}.jsonl", f"model.adapter={policy}", *overrides]
+        recipe(kind, name, [*given, f"trainer.seed={seed}", f"trainer.max_steps={STEPS // ROUNDS}"])
+        policy = f"outputs/{kind}/{name}"
+        kept.append(((turn + 1) * STEPS // ROUNDS, policy))
+        findings += json.loads(Path(policy, "result.json").read_text())["doctor"]["findings"]
+    return {"points": measured(world, seed, kept, members(world, seed)[:2]), "doctor": {"findings": findings}}
+
+
+def best_of_n(world: World, method: str, seed: int) -> dict:
+    """The anchor's answers, the best of n of each prompt by one reward model."""
+    import numpy as np
+
+    from rlhf_recipes.audit import overoptimisation
+
+    test = prompts()[1]
+    texts = sample(ANCHOR_RUN, test, BEST_OF, 1000 + seed)
+    proxy = np.reshape(scored(members(world, seed)[:1], test, texts)[0], (len(test), BEST_OF))
+    golds = [[world.gold(asked(row), text) for text in own] for row, own in zip(test, texts, strict=True)]
+    ns = [n for n in (1, 2, 4, 8) if n <= BEST_OF]
+    golds_PK, proxies_PK = overoptimisation.best_of_n(proxy, golds, ns)
+    points = [
+        {"step": n, "kl": [overoptimisation.kl_best_of_n(n)] * len(test), "gold": rounded(golds_PK[:, k]),
+         "proxy": rounded(proxies_PK[:, k])}
+        for k, n in enumerate(ns)
+    ]  # fmt: skip
+    return {"points": points, "doctor": {"findings": []}}
+
+
+# ---- Measuring
+
+ANCHOR_RUN = "outputs/sft/anchor"
+
+
+def measured(
+    world: World, seed: int, systems: list[tuple[int, str]], reward_models: list[Path], worst: bool = False
+) -> list[dict]:
+    """A point for each policy: `step` and, of each unseen prompt, the mean over its answers of `kl`, `gold`, `proxy`
+    (the first reward model, or all of them, standardised by their run), `other` (the second) and `tokens`."""
+    import numpy as np
+
+    from rlhf_recipes import adapters, inference
+
+    cfg, test = settings(), prompts()[1]
+    asked_twice = [row["prompt"] for row in test for _ in range(ASKED)]
+    tokenizer, how = load_tokenizer(), inference.Sampling(TOKENS, 1.0, 7000 + seed)
+    runs = [
+        adapters.System(f"step {step}", str(adapter_of(run)), reference=str(adapter_of(ANCHOR_RUN)))
+        for step, run in systems
+    ]
+    policies, answers = adapters.Policies(cfg.model, cfg.quantization, runs, fast=True), []
+    for run in runs:
+        said = policies.generate(run.adapter, tokenizer, asked_twice, how, f"{run.name}: answers")
+        encoded = [(answer["ids"], answer["start"]) for answer in said]
+        own = policies.token_logps(run.adapter, tokenizer, encoded, f"{run.name}: KL")
+        anchor = policies.token_logps(run.reference, tokenizer, encoded, f"{run.name}: KL, anchor")
+        for answer, p, q in zip(said, own, anchor, strict=True):
+            answer["kl"] = inference.kl_terms(p, q)[0]
+        answers.append(said)
+    del policies
+    texts = [[answer["text"] for answer in said] for said in answers]
+    columns = [[text for point in texts for text in point[n * ASKED : (n + 1) * ASKED]] for n in range(len(test))]
+    scores_MPR = np.reshape(scored(reward_models, test, columns), (len(reward_models), len(test), len(runs), ASKED))
+    scales = [standard(each) for each in reward_models]
+    unit_MPR = np.array([(scores - m) / sd for scores, (m, sd) in zip(scores_MPR, scales, strict=True)])
+    several = len(reward_models) > 2
+    kinds = {"one": (unit_MPR[0], unit_MPR[1])}
+    if several:
+        kinds |= {"mean": (unit_MPR.mean(0), unit_MPR.mean(0)), "worst": (unit_MPR.min(0), unit_MPR.mean(0))}
+    kind = ("worst" if worst else "mean") if several else "one"
+    points = []
+    for k, (step, _) in enumerate(systems):
+        golds = [world.gold(asked(test[i // ASKED]), text) for i, text in enumerate(texts[k])]
+        by_prompt = {
+            "kl": [answer["kl"] for answer in answers[k]],
+            "gold": golds,
+            "tokens": [answer["tokens"] for answer in answers[k]],
+        }
+        point = {key: rounded(np.reshape(values, (-1, ASKED)).mean(1)) for key, values in by_prompt.items()}
+        means = {
+            name: {"proxy": rounded(proxy[:, k].mean(1)), "other": rounded(other[:, k].mean(1))}
+            for name, (proxy, other) in kinds.items()
+        }
+        points.append({"step": step, **point, **means[kind], "said": texts[k][:2]})
+        if step == 0:  # the anchor, which every kind of proxy starts from
+            points[-1]["by"] = means
+    return points
+
+
+def scored(reward_models: list[Path], rows: list[dict], texts: list[list[str]]) -> list[list[float]]:
+    """Rewards by each of the models of the answers to each prompt, one after another."""
+    from rlhf_recipes import adapters, inference
+
+    cfg, tokenizer = settings(), load_tokenizer()
+    folders = [Path(adapter_of(each)) for each in reward_models]
+    several = adapters.RewardModels(cfg.model, cfg.quantization, folders, fast=True)
+    conversations = [row["prompt"] + [reply(text)] for row, own in zip(rows, texts, strict=True) for text in own]
+    return [
+        inference.rewards(several.using(each), tokenizer, conversations, f"rewards of {each.parent.name}")
+        for each in folders
+    ]
+
+
+def standard(reward_model: Path) -> tuple[float, float]:
+    """Mean and deviation of its rewards of held-out replies."""
+    metrics = json.loads((reward_model / "result.json").read_text())["metrics"]
+    return metrics["mean_reward"]["value"], metrics["sd_reward"]["value"] or 1.0
+
+
+def sample(run: str, rows: list[dict], count: int, seed: int) -> list[list[str]]:
+    """`count` answers of a policy to each prompt."""
+    from rlhf_recipes import adapters, inference
+
+    cfg, adapter = settings(), str(adapter_of(run))
+    policies = adapters.Policies(cfg.model, cfg.quantization, [adapters.System("policy", adapter)], fast=True)
+    asked_often = [row["prompt"] for row in rows for _ in range(count)]
+    how = inference.Sampling(TOKENS, 1.0, seed)
+    found = policies.generate(adapter, load_tokenizer(), asked_often, how, f"answers of {run}")
+    return [[answer["text"] for answer in found[n * count : (n + 1) * count]] for n in range(len(rows))]
+
+
+def label(world: World, rows: list[dict], texts: list[list[str]], seed: int) -> list[dict]:
+    """Two pairs of each prompt's answers, by the world's labellers; equal or empty answers make none."""
+    dice, pairs = random.Random(seed), []
+    for row, own in zip(rows, texts, strict=True):
+        for first, second in zip(own[::2], own[1::2], strict=False):
+            if not first or not second or first == second:
+                continue
+            better, worse = (first, second) if world.preferred(asked(row), first, second, dice) else (second, first)
+            pairs.append({"prompt": row["prompt"], "chosen": [reply(better)], "rejected": [reply(worse)]})
+    return pairs
+
+
+# ---- Small things
+
+
+def prompts() -> tuple[list[dict], list[dict]]:
+    """Train and unseen prompts, of few words."""
+    import hydra
+
+    from rlhf_recipes import config
+    from rlhf_recipes.data.load import load_prompts
+
+    with hydra.initialize_config_dir(str(config.CONF), version_base="1.3"):
+        splits = load_prompts(hydra.compose("evaluate").data)
+    short = [[row for row in rows if len(asked(row).split()) <= WORDS] for rows in (splits.train, splits.test)]
+    return short[0][:PROMPTS], short[1][:HELD_OUT]
+
+
+def settings():
+    import hydra
+
+    from rlhf_recipes import config
+
+    with hydra.initialize_config_dir(str(config.CONF), version_base="1.3"):
+        return hydra.compose("evaluate", overrides=["quantization=none", "model.dtype=float32"])
+
+
+def load_tokenizer():
+    from rlhf_recipes import models
+
+    return models.load_tokenizer(settings().model)
+
+
+def recipe(name: str, run_name: str, overrides: list[str]) -> None:
+    """A recipe by its command, in a fork that has the libraries; one that has finished is not run again."""
+    from rlhf_recipes.launch import forks
+
+    folder = Path("outputs") / name / run_name
+    if (folder / "result.json").exists() or (folder / "member_3" / "result.json").exists():
+        return
+    began = time.monotonic()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE)])}
+    status = forks.start(f"rlhf_recipes.recipes.{name}", [f"run_name={run_name}", *overrides], environment).wait()
+    if status:
+        sys.exit(f"recipes/{name}.py, run_name={run_name}: exit status {status}")
+    print(f"recipe {name} {run_name}: {time.monotonic() - began:.0f} s", flush=True)
+
+
+def members(world: World, seed: int) -> list[Path]:
+    return [Path(f"outputs/reward/{world.name}_{seed}/member_{n}") for n in range(4)]
+
+
+def checkpoints(run: Path) -> list[tuple[int, str]]:
+    found = {int(each.name.rpartition("-")[2]): str(each) for each in (run / "checkpoints").glob("checkpoint-*")}
+    return sorted(found.items())
+
+
+def adapter_of(run: str | Path) -> Path:
+    return Path(run, "adapter") if Path(run, "adapter").is_dir() else Path(run)
+
+
+def write_rows(file: str, rows: list[dict]) -> None:
+    Path(file).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def asked(row: dict) -> str:
+    return row["prompt"][-1]["content"]
+
+
+def said(row: dict, side: str) -> str:
+    return row[side][-1]["content"]
+
+
+def reply(text: str) -> dict:
+    return {"role": "assistant", "content": text}
+
+
+def rounded(values) -> list[float]:
+    return [round(float(value), 4) for value in values]
+
+
+def mean(values) -> float:
+    return sum(values) / len(values)
+
+
+if __name__ == "__main__":
+    main()
