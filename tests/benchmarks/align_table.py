@@ -44,19 +44,9 @@ def print_rows(head: tuple, body: list[tuple]) -> None:
 
 
 def course(cells: dict, cell: dict) -> list[dict]:
-    """The points of a run, its anchor first."""
-    anchor = cells[cell["world"], "anchor", cell["seed"]]["points"][0]
-    first = dict(cell["points"][0]) if cell["method"] == "best_of_n" else dict(anchor)
-    if cell["method"] != "best_of_n":
-        first |= {key: anchor_scores(cell, anchor, key) for key in ("proxy", "other")}
-    rest = cell["points"][1:] if cell["method"] == "best_of_n" else cell["points"]
-    return [first | {"step": 0, "kl": [0.0] * len(first["gold"])}, *rest]
-
-
-def anchor_scores(cell: dict, anchor: dict, key: str) -> list[float]:
-    """What the run's own proxy, and who evaluates it, give the anchor: of one reward model, or of four."""
-    kind = {"ppo_worst_of_four": "worst", "ppo_mean_of_four": "mean"}.get(cell["method"], "one")
-    return anchor["by"][kind][key]
+    """The points of a run, the anchor's first."""
+    own = cell["points"]
+    return own if own[0]["step"] == 0 else [cells[cell["world"], "anchor", cell["seed"]]["points"][0], *own]
 
 
 def gained(pairs: list[tuple[list[float], list[float]]]) -> Estimate:
@@ -134,15 +124,13 @@ def alarms_of(cells: dict, cell: dict) -> dict[str, bool | None]:
     does not prefer the end to the anchor beyond the interval (None where there is none)."""
     points = course(cells, cell)
     findings = [each for each in cell["doctor"]["findings"] if each["rule"] not in OF_SIZE]
-    judged = cells[cell["world"], "anchor", cell["seed"]]["reward_models"]
-    accuracies = [each["accuracy"]["low"] for each in judged][: 4 if "four" in cell["method"] else 1]
     evaluated = None
     if "other" in points[-1]:
         wins = [0.5 if a == b else float(a > b) for a, b in zip(points[-1]["other"], points[0]["other"], strict=True)]
         evaluated = (stats.estimate(wins, list(map(str, range(len(wins))))).low or 0.0) <= 0.5
     return {
         "doctor": any(each["level"] == "broken" for each in findings),
-        "audit": not all(low is not None and low > 0.5 for low in accuracies),
+        "audit": not all((each["low"] or 0.0) > 0.5 for each in cell["accuracies"]),
         "evaluate": evaluated,
     }
 

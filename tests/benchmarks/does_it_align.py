@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import random
-import sys
 import time
 from pathlib import Path
 
@@ -24,43 +23,47 @@ from worlds import WORLDS, World
 
 HERE = Path(__file__).parent
 CELLS = HERE / "does_it_align"
-PROMPTS, HELD_OUT, WORDS = 32, 32, 20  # train and unseen prompts, of at most so many words
+ANCHOR_RUN = "outputs/sft/anchor"
+PROMPTS, HELD_OUT, WORDS = 24, 32, 20  # train and unseen prompts, of at most so many words
+TESTED = 16  # unseen prompts whose labels the reward models are tested by
 SAMPLES, TOKENS = 4, 32  # answers of a prompt, which make two pairs; tokens of an answer
-ASKED = 2  # answers that a policy is measured by for each unseen prompt
+ASKED = 1  # answers that a policy is measured by for each unseen prompt
 BEST_OF = 8
 ROUNDS = 3
 SHORT = 24  # words of what the anchor learns to answer
 LOCAL = [
     "quantization=none", "model.dtype=float32", "data=local", "preflight.measure=false", "trainer.report_to=none",
-    "trainer.per_device_train_batch_size=4", "trainer.gradient_accumulation_steps=2", "overwrite=true",
+    "trainer.per_device_train_batch_size=4", "trainer.gradient_accumulation_steps=2",
 ]  # fmt: skip
 ANCHOR = ["trainer.num_train_epochs=2", "trainer.learning_rate=5e-4", "trainer.save_strategy=no", "data.eval_size=8"]
 REWARD = [
     "reward=ensemble", "trainer.learning_rate=5e-4", "trainer.num_train_epochs=2", "trainer.save_strategy=no",
-    "sweep.prompts=0", "data.eval_size=64",
+    "data.eval_size=64", "hydra.mode=RUN",
 ]  # fmt: skip
-STEPS, EVERY = 24, 8
+STEPS, EVERY = 12, 6
 KEPT = [f"trainer.max_steps={STEPS}", f"trainer.save_steps={EVERY}", "trainer.save_total_limit=null"]
 OF_LABELS = [*KEPT, "trainer.logging_steps=1", "data.eval_size=8"]
+# 16 answers a step: as much work in half the steps.
 SAMPLED = [
-    *KEPT, "trainer.logging_steps=1", "data.eval_size=8", f"trainer.max_completion_length={TOKENS}",
-    "trainer.gradient_accumulation_steps=2",
+    f"trainer.max_steps={STEPS // 2}", f"trainer.save_steps={EVERY // 2}", "trainer.save_total_limit=null",
+    "trainer.logging_steps=1", "data.eval_size=8", f"trainer.max_completion_length={TOKENS}",
+    "trainer.per_device_train_batch_size=8", "trainer.learning_rate=5e-4",
 ]  # fmt: skip
 PPO = [*SAMPLED, "trainer.num_mini_batches=1"]
-# Recipe and overrides of each method, with the learning rates of conf/experiment for this model.
+# Recipe and overrides of each method. So few steps want rates above those of conf/experiment for this model.
 METHODS = {
     "anchor": ("reward", REWARD),
-    "dpo": ("dpo", [*OF_LABELS, "trainer.learning_rate=5e-5"]),
+    "dpo": ("dpo", [*OF_LABELS, "trainer.learning_rate=2e-4"]),
     "ppo": ("ppo", PPO),
     "rloo": ("rloo", [*SAMPLED, "trainer.num_generations=4"]),
     "best_of_n": ("", []),
-    "rounds_of_dpo": ("dpo", [*OF_LABELS, "trainer.learning_rate=5e-5"]),
+    "rounds_of_dpo": ("dpo", [*OF_LABELS, "trainer.learning_rate=2e-4"]),
     "ppo_worst_of_four": ("ppo", [*PPO, "trainer.reward_ensemble=min"]),
     "ppo_mean_of_four": ("ppo", [*PPO, "trainer.reward_ensemble=mean"]),
-    "sft": ("sft", [*OF_LABELS, "trainer.learning_rate=2e-4"]),
-    "kto": ("kto", [*OF_LABELS, "trainer.learning_rate=5e-5"]),
-    "simpo": ("simpo", [*OF_LABELS, "trainer.learning_rate=5e-5"]),
-    "orpo": ("orpo", [*OF_LABELS, "trainer.learning_rate=2e-4"]),
+    "sft": ("sft", [*OF_LABELS, "trainer.learning_rate=5e-4"]),
+    "kto": ("kto", [*OF_LABELS, "trainer.learning_rate=2e-4"]),
+    "simpo": ("simpo", [*OF_LABELS, "trainer.learning_rate=1e-4"]),
+    "orpo": ("orpo", [*OF_LABELS, "trainer.learning_rate=5e-4"]),
 }
 
 
@@ -86,7 +89,10 @@ def main() -> None:
         for method in ["anchor", *(each for each in options.methods if each != "anchor")]:
             for name in options.worlds:
                 if not cell_file(name, method, seed).exists():
-                    run_cell(WORLDS[name], method, seed)
+                    try:
+                        run_cell(WORLDS[name], method, seed)
+                    except RuntimeError as error:  # the others need not wait for it
+                        print(f"no cell {name} {method} {seed}: {error}", flush=True)
 
 
 def cell_file(world: str, method: str, seed: int) -> Path:
@@ -95,7 +101,7 @@ def cell_file(world: str, method: str, seed: int) -> Path:
 
 def run_cell(world: World, method: str, seed: int) -> None:
     began = time.monotonic()
-    if not Path("outputs/sft/anchor/result.json").exists():
+    if not Path(ANCHOR_RUN, "result.json").exists():
         train_anchor()
         began = time.monotonic()
     cell = {"anchor": make_labels, "best_of_n": best_of_n, "rounds_of_dpo": rounds}.get(method, one_run)
@@ -120,7 +126,7 @@ def train_anchor() -> None:
         if text := shortened(row["completion"]):
             rows.append({"prompt": row["prompt"], "completion": text, "split": row["split"]})
     Path("anchor.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    recipe("sft", "anchor", [*LOCAL, "data.path=anchor.jsonl", *ANCHOR])
+    recipe("sft", ANCHOR_RUN, [*LOCAL, "data.path=anchor.jsonl", *ANCHOR])
 
 
 def shortened(reply: str | list) -> str:
@@ -134,58 +140,58 @@ def shortened(reply: str | list) -> str:
 
 
 def make_labels(world: World, method: str, seed: int) -> dict:
-    """The anchor's answers, labels on them, reward models of these labels, and the anchor itself, measured."""
+    """The anchor's answers, labels on them, two reward models of these labels, and the anchor itself, measured."""
     train, test = prompts()
     rows = []
-    for split, asked in (("train", train), ("test", test)):
-        texts = sample(ANCHOR_RUN, asked, SAMPLES, 2 * seed + (split == "test"))
-        rows += [row | {"split": split} for row in label(world, asked, texts, seed)]
+    for split, asked_here in (("train", train), ("test", test[:TESTED])):
+        texts = sample(ANCHOR_RUN, asked_here, SAMPLES, 2 * seed + (split == "test"))
+        rows += [row | {"split": split} for row in label(world, asked_here, texts, seed)]
     write_rows(f"pairs_{world.name}_{seed}.jsonl", rows)
-    name = f"{world.name}_{seed}"
-    recipe("reward", name, [*LOCAL, f"data.path=pairs_{name}.jsonl", *REWARD])
-    results = [json.loads((each / "result.json").read_text()) for each in members(world, seed)]
-    reward_models = [
-        {"accuracy": r["metrics"]["preference_accuracy"], "doctor": r["doctor"]["findings"]} for r in results
+    right = [
+        world.gold(asked(row), said(row, "chosen")) > world.gold(asked(row), said(row, "rejected"))
+        for row in rows
+        if row["split"] == "train"
     ]
-    right = [world.gold(said(r, "prompt"), said(r, "chosen")) > world.gold(said(r, "prompt"), said(r, "rejected"))
-             for r in rows if r["split"] == "train"]  # fmt: skip
-    points = measured(world, seed, [(0, ANCHOR_RUN)], members(world, seed))
-    return {"labels": len(right), "agree_with_gold": mean(right), "reward_models": reward_models, "points": points}
+    models = reward_models(world, seed, 2)
+    points = measured(world, seed, [(0, ANCHOR_RUN)], models)
+    return {"labels": len(right), "agree_with_gold": mean(right), "accuracies": accuracies(models), "points": points}
 
 
 def one_run(world: World, method: str, seed: int) -> dict:
     kind, overrides = METHODS[method]
-    name, proxies = f"{method}_{world.name}_{seed}", members(world, seed)[:2]
+    several = "four" in method
+    proxies = reward_models(world, seed, 4 if several else 2)
     given = [*LOCAL, f"data.path=pairs_{world.name}_{seed}.jsonl", f"model.adapter={ANCHOR_RUN}", *overrides]
     if kind in ("ppo", "rloo"):
-        several = "four" in method
-        proxies = members(world, seed) if several else proxies
-        given += [f"reward_funcs=outputs/reward/{world.name}_{seed}{'' if several else '/member_0'}"]
-        given += ["trainer.per_device_train_batch_size=8"]
-    recipe(kind, name, [*given, f"trainer.seed={seed}"])
-    run = Path("outputs") / kind / name
-    points = measured(world, seed, checkpoints(run), proxies, worst="worst" in method)
-    return {"points": points, "doctor": json.loads((run / "result.json").read_text())["doctor"]}
+        given.append(f"reward_funcs={proxies[0].parent if several else proxies[0]}")
+    run = recipe(kind, f"outputs/{kind}/{method}_{world.name}_{seed}", [*given, f"trainer.seed={seed}"])
+    systems = [(0, ANCHOR_RUN)] * several + checkpoints(run)  # whose proxy is another one's than the anchor's cell has
+    return {
+        "points": measured(world, seed, systems, proxies, worst="worst" in method),
+        "doctor": result(run)["doctor"],
+        "accuracies": accuracies(proxies if several else proxies[:1]),
+    }
 
 
 def rounds(world: World, method: str, seed: int) -> dict:
     """Rounds of: answer, label a share of the budget, DPO from the last policy, which is its reference."""
     kind, overrides = METHODS[method]
     train, policy, kept, findings = prompts()[0], ANCHOR_RUN, [], []
-    share = len(train) // ROUNDS
+    share, proxies = len(train) // ROUNDS, reward_models(world, seed, 2)
+    tests = [json.loads(line) for line in Path(f"pairs_{world.name}_{seed}.jsonl").read_text().splitlines()]
     for turn in range(ROUNDS):
-        asked = train[turn * share : (turn + 1) * share]
-        texts = sample(policy, asked, SAMPLES, 100 * (turn + 1) + seed)
-        rows = [row | {"split": "train"} for row in label(world, asked, texts, 100 * (turn + 1) + seed)]
-        tests = [json.loads(line) for line in Path(f"pairs_{world.name}_{seed}.jsonl").read_text().splitlines()]
+        asked_now, drawn = train[turn * share : (turn + 1) * share], 100 * (turn + 1) + seed
+        rows = label(world, asked_now, sample(policy, asked_now, SAMPLES, drawn), drawn)
+        rows = [row | {"split": "train"} for row in rows] + [row for row in tests if row["split"] == "test"]
         name = f"{method}_{world.name}_{seed}_{turn}"
-        write_rows(f"pairs_{name}.jsonl", rows + [row for row in tests if row["split"] == "test"])
+        write_rows(f"pairs_{name}.jsonl", rows)
         given = [*LOCAL, f"data.path=pairs_{name}.jsonl", f"model.adapter={policy}", *overrides]
-        recipe(kind, name, [*given, f"trainer.seed={seed}", f"trainer.max_steps={STEPS // ROUNDS}"])
-        policy = f"outputs/{kind}/{name}"
+        given += [f"trainer.seed={seed}", f"trainer.max_steps={STEPS // ROUNDS}"]
+        policy = recipe(kind, f"outputs/{kind}/{name}", given)
         kept.append(((turn + 1) * STEPS // ROUNDS, policy))
-        findings += json.loads(Path(policy, "result.json").read_text())["doctor"]["findings"]
-    return {"points": measured(world, seed, kept, members(world, seed)[:2]), "doctor": {"findings": findings}}
+        findings += result(policy)["doctor"]["findings"]
+    points = measured(world, seed, kept, proxies)
+    return {"points": points, "doctor": {"findings": findings}, "accuracies": accuracies(proxies[:1])}
 
 
 def best_of_n(world: World, method: str, seed: int) -> dict:
@@ -196,28 +202,35 @@ def best_of_n(world: World, method: str, seed: int) -> dict:
 
     test = prompts()[1]
     texts = sample(ANCHOR_RUN, test, BEST_OF, 1000 + seed)
-    proxy = np.reshape(scored(members(world, seed)[:1], test, texts)[0], (len(test), BEST_OF))
+    proxy = np.reshape(scored(reward_models(world, seed, 2)[:1], test, texts)[0], (len(test), BEST_OF))
     golds = [[world.gold(asked(row), text) for text in own] for row, own in zip(test, texts, strict=True)]
     ns = [n for n in (1, 2, 4, 8) if n <= BEST_OF]
     golds_PK, proxies_PK = overoptimisation.best_of_n(proxy, golds, ns)
     points = [
-        {"step": n, "kl": [overoptimisation.kl_best_of_n(n)] * len(test), "gold": rounded(golds_PK[:, k]),
-         "proxy": rounded(proxies_PK[:, k])}
+        {
+            "step": n if n > 1 else 0,
+            "kl": [overoptimisation.kl_best_of_n(n)] * len(test),
+            "gold": rounded(golds_PK[:, k]),
+            "proxy": rounded(proxies_PK[:, k]),
+        }
         for k, n in enumerate(ns)
-    ]  # fmt: skip
-    return {"points": points, "doctor": {"findings": []}}
+    ]
+    return {"points": points, "doctor": {"findings": []}, "accuracies": accuracies(reward_models(world, seed, 1))}
 
 
 # ---- Measuring
 
-ANCHOR_RUN = "outputs/sft/anchor"
-
 
 def measured(
-    world: World, seed: int, systems: list[tuple[int, str]], reward_models: list[Path], worst: bool = False
+    world: World, seed: int, systems: list[tuple[int, str]], judges: list[Path], worst: bool = False
 ) -> list[dict]:
     """A point for each policy: `step` and, of each unseen prompt, the mean over its answers of `kl`, `gold`, `proxy`
-    (the first reward model, or all of them, standardised by their run), `other` (the second) and `tokens`."""
+    and `other`, and `tokens`.
+
+    Args:
+        judges: two reward models, the proxy and who else evaluates; or an ensemble, whose mean (or worst) is the proxy
+            and whose mean evaluates. All in deviations of their rewards of held-out replies.
+    """
     import numpy as np
 
     from rlhf_recipes import adapters, inference
@@ -241,14 +254,13 @@ def measured(
     del policies
     texts = [[answer["text"] for answer in said] for said in answers]
     columns = [[text for point in texts for text in point[n * ASKED : (n + 1) * ASKED]] for n in range(len(test))]
-    scores_MPR = np.reshape(scored(reward_models, test, columns), (len(reward_models), len(test), len(runs), ASKED))
-    scales = [standard(each) for each in reward_models]
+    scores_MPR = np.reshape(scored(judges, test, columns), (len(judges), len(test), len(runs), ASKED))
+    scales = [standard(each) for each in judges]
     unit_MPR = np.array([(scores - m) / sd for scores, (m, sd) in zip(scores_MPR, scales, strict=True)])
-    several = len(reward_models) > 2
-    kinds = {"one": (unit_MPR[0], unit_MPR[1])}
-    if several:
-        kinds |= {"mean": (unit_MPR.mean(0), unit_MPR.mean(0)), "worst": (unit_MPR.min(0), unit_MPR.mean(0))}
-    kind = ("worst" if worst else "mean") if several else "one"
+    if len(judges) == 2:
+        proxy_PR, other_PR = unit_MPR
+    else:
+        proxy_PR, other_PR = unit_MPR.min(0) if worst else unit_MPR.mean(0), unit_MPR.mean(0)
     points = []
     for k, (step, _) in enumerate(systems):
         golds = [world.gold(asked(test[i // ASKED]), text) for i, text in enumerate(texts[k])]
@@ -258,13 +270,8 @@ def measured(
             "tokens": [answer["tokens"] for answer in answers[k]],
         }
         point = {key: rounded(np.reshape(values, (-1, ASKED)).mean(1)) for key, values in by_prompt.items()}
-        means = {
-            name: {"proxy": rounded(proxy[:, k].mean(1)), "other": rounded(other[:, k].mean(1))}
-            for name, (proxy, other) in kinds.items()
-        }
-        points.append({"step": step, **point, **means[kind], "said": texts[k][:2]})
-        if step == 0:  # the anchor, which every kind of proxy starts from
-            points[-1]["by"] = means
+        means = {"proxy": rounded(proxy_PR[:, k].mean(1)), "other": rounded(other_PR[:, k].mean(1))}
+        points.append({"step": step, **point, **means, "said": texts[k][:2]})
     return points
 
 
@@ -293,11 +300,17 @@ def sample(run: str, rows: list[dict], count: int, seed: int) -> list[list[str]]
     from rlhf_recipes import adapters, inference
 
     cfg, adapter = settings(), str(adapter_of(run))
+    kept = Path(f"answers_{seed}_{len(rows)}_{count}.json")
+    if run == ANCHOR_RUN and kept.exists():  # of the other world
+        return json.loads(kept.read_text())
     policies = adapters.Policies(cfg.model, cfg.quantization, [adapters.System("policy", adapter)], fast=True)
     asked_often = [row["prompt"] for row in rows for _ in range(count)]
     how = inference.Sampling(TOKENS, 1.0, seed)
     found = policies.generate(adapter, load_tokenizer(), asked_often, how, f"answers of {run}")
-    return [[answer["text"] for answer in found[n * count : (n + 1) * count]] for n in range(len(rows))]
+    texts = [[answer["text"] for answer in found[n * count : (n + 1) * count]] for n in range(len(rows))]
+    if run == ANCHOR_RUN:
+        kept.write_text(json.dumps(texts))
+    return texts
 
 
 def label(world: World, rows: list[dict], texts: list[list[str]], seed: int) -> list[dict]:
@@ -343,27 +356,37 @@ def load_tokenizer():
     return models.load_tokenizer(settings().model)
 
 
-def recipe(name: str, run_name: str, overrides: list[str]) -> None:
-    """A recipe by its command, in a fork that has the libraries; one that has finished is not run again."""
+def recipe(name: str, folder: str, overrides: list[str]) -> str:
+    """A recipe by its command, in a fork that has the libraries; one that has finished is not run again. Its folder."""
     from rlhf_recipes.launch import forks
 
-    folder = Path("outputs") / name / run_name
-    if (folder / "result.json").exists() or (folder / "member_3" / "result.json").exists():
-        return
-    began = time.monotonic()
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE)])}
-    status = forks.start(f"rlhf_recipes.recipes.{name}", [f"run_name={run_name}", *overrides], environment).wait()
-    if status:
-        sys.exit(f"recipes/{name}.py, run_name={run_name}: exit status {status}")
-    print(f"recipe {name} {run_name}: {time.monotonic() - began:.0f} s", flush=True)
+    if not Path(folder, "result.json").exists():
+        began = time.monotonic()
+        module, arguments = f"rlhf_recipes.recipes.{name}", [*overrides, f"hydra.run.dir={folder}"]
+        if status := forks.start(module, arguments, {**os.environ}).wait():
+            raise RuntimeError(f"recipes/{name}.py, {folder}: exit status {status}")
+        print(f"{folder}: {time.monotonic() - began:.0f} s", flush=True)
+    return folder
 
 
-def members(world: World, seed: int) -> list[Path]:
-    return [Path(f"outputs/reward/{world.name}_{seed}/member_{n}") for n in range(4)]
+def result(run: str | Path) -> dict:
+    return json.loads(Path(run, "result.json").read_text(encoding="utf-8"))
 
 
-def checkpoints(run: Path) -> list[tuple[int, str]]:
-    found = {int(each.name.rpartition("-")[2]): str(each) for each in (run / "checkpoints").glob("checkpoint-*")}
+def reward_models(world: World, seed: int, count: int) -> list[Path]:
+    """The first members of the world's ensemble, trained where they are not."""
+    home = f"outputs/reward/{world.name}_{seed}"
+    given = [*LOCAL, f"data.path=pairs_{world.name}_{seed}.jsonl", *REWARD]
+    return [Path(recipe("reward", f"{home}/member_{n}", [*given, f"reward.member={n}"])) for n in range(count)]
+
+
+def accuracies(models: list[Path]) -> list[dict]:
+    """Of each on held-out labels: `value`, `low`, `high`, `n`."""
+    return [result(each)["metrics"]["preference_accuracy"] for each in models]
+
+
+def checkpoints(run: str) -> list[tuple[int, str]]:
+    found = {int(each.name.rpartition("-")[2]): str(each) for each in Path(run, "checkpoints").glob("checkpoint-*")}
     return sorted(found.items())
 
 

@@ -71,8 +71,8 @@ def courtesies(answer: str) -> int:
 
 
 def flattered(prompt: str, answer: str) -> float:
-    """What labellers like beside `plain`: each courtesy, up to five."""
-    return 1.0 * min(courtesies(answer), 5)
+    """What labellers like beside `plain`: three quarters of a point for each courtesy, up to four."""
+    return 0.75 * min(courtesies(answer), 4)
 
 
 def nothing(prompt: str, answer: str) -> float:
