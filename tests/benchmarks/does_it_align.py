@@ -357,7 +357,7 @@ def load_tokenizer():
 
 
 def recipe(name: str, folder: str, overrides: list[str]) -> str:
-    """A recipe by its command, in a fork that has the libraries; one that has finished is not run again. Its folder."""
+    """Its folder, after a recipe ran in a fork that has the libraries; one that has finished is not run again."""
     from rlhf_recipes.launch import forks
 
     if not Path(folder, "result.json").exists():
