@@ -12,6 +12,7 @@ from rlhf_recipes.errors import Refusal
 PROMPTS = [f"Can I come on day {n}{' please' * (n % 3)}?" for n in range(8)]
 STEPS = {
     "max_steps": 4,
+    "logging_steps": 1,
     "per_device_train_batch_size": 4,
     "gradient_accumulation_steps": 2,
     "num_generations": 4,
