@@ -22,6 +22,8 @@ TRAINED = {
     "sft": [], "reward": [], "dpo": [], "orpo": [], "simpo": [],
     "kto": ["trainer.loss_type=apo_zero_unpaired"],  # the KL of `kto` is that of a micro-batch
     "ppo": [*PPO, "trainer.value=separate"],
+    "rloo": ["trainer.max_completion_length=6", "trainer.num_generations=2", "trainer.normalize_rewards=true",
+             "reward_funcs=warm_processes:short", "trainer.max_steps=4"],
     "ppo_head": [*PPO, "trainer.value=head"],
 }  # fmt: skip
 NF4 = "dpo_nf4"
@@ -167,7 +169,7 @@ def test_the_result_is_that_of_one_process(folders, name):
 def test_one_process_writes(folders):
     first, second = (seen["writes"] for seen in folders[2])
     assert {f"{name}/result.json" for name in (*TRAINED, *READING)} <= {*first}
-    own = re.compile(r"(\w+)/checkpoints/checkpoint-\d+/(rng_state|ppo)_1\.p(th|t)")  # the state of this rank
+    own = re.compile(r"(\w+)/checkpoints/checkpoint-\d+/(rng_state|ppo|rloo)_1\.p(th|t)")  # the state of this rank
     assert [path for path in second if not own.fullmatch(path)] == []
     assert any(own.fullmatch(path) for path in second)
 

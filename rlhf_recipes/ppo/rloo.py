@@ -136,7 +136,8 @@ class RLOOTrainer(trl.RLOOTrainer):
         if any(getattr(self.args, key) != plain for key, plain in OF_TRLS_SAMPLING.items()):
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
         training, first = self.model.training, self.args.process_index * len(prompt_ids)
-        seeds = [self._seed(TRAIN, self._step, first + i) for i in range(len(prompt_ids))]
+        rollout = self._step // (self.args.steps_per_generation * self.num_iterations)
+        seeds = [self._seed(TRAIN, rollout, first + i) for i in range(len(prompt_ids))]
         completions = self._sample(prompt_ids, seeds)
         self.model.train(training)
         return completions.ids
