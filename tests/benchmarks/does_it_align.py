@@ -82,6 +82,9 @@ def main() -> None:
 
         align_table.show(CELLS, options.table, options.plot, options.alarms)
         return
+    from rlhf_recipes import run
+
+    run.environment()
     options.folder.mkdir(parents=True, exist_ok=True)
     os.chdir(options.folder)
     CELLS.mkdir(exist_ok=True)
