@@ -104,14 +104,15 @@ def train_weights(folder):
 
 
 def test_nobody_moves_but_the_policy_which_learns(build, judge, parent):
-    trainer = build([str(judge), even], parent, reward_weights=[0.0, 1.0], max_steps=8)
+    own = {"per_device_train_batch_size": 16, "num_generations": 8, "beta": 0.0, "normalize_rewards": True}
+    trainer = build([str(judge), even], parent, reward_weights=[0.0, 1.0], max_steps=16, **own)
     before = weights(trainer)
     trainer.train()
     moved = {name for name, weight in weights(trainer).items() if not torch.equal(weight, before[name])}
     assert moved == {name for name in before if ".default." in name}
     assert set(trainer.model.peft_config) == {"default", "ref", "reward_0"}
     rewards = logged(trainer, "reward")
-    assert sum(rewards[-2:]) > sum(rewards[:2])
+    assert sum(rewards[-4:]) > sum(rewards[:4]) + 0.4
     assert logged(trainer, "rewards/even") == pytest.approx(rewards) and logged(trainer, "rewards/run")
 
 

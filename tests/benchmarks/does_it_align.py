@@ -16,12 +16,15 @@ import argparse
 import json
 import os
 import random
+import sys
 import time
 from pathlib import Path
 
-from worlds import WORLDS, World
-
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+from worlds import WORLDS, World  # noqa: E402
+
 CELLS = HERE / "does_it_align"
 ANCHOR_RUN = "outputs/sft/anchor"
 PROMPTS, HELD_OUT, WORDS = 24, 32, 20  # train and unseen prompts, of at most so many words
