@@ -189,6 +189,7 @@ def draw(cells: dict, path: Path) -> None:
         "#a88a2c",
         "#d16ba5",
         "#444",
+        "#7a4b2b",
     )
     methods = list(dict.fromkeys(method for _, method, _ in cells if method != "anchor"))
     for line, world in zip(grid, worlds, strict=True):

@@ -208,7 +208,9 @@ def best_of_n(world: World, method: str, seed: int) -> dict:
 
     test = prompts()[1]
     texts = sample(ANCHOR_RUN, test, BEST_OF, 1000 + seed)
-    proxy = np.reshape(scored(reward_models(world, seed, 2)[:1], test, texts)[0], (len(test), BEST_OF))
+    judge = reward_models(world, seed, 1)
+    middle, deviation = standard(judge[0])
+    proxy = (np.reshape(scored(judge, test, texts)[0], (len(test), BEST_OF)) - middle) / deviation
     golds = [[world.gold(asked(row), text) for text in own] for row, own in zip(test, texts, strict=True)]
     ns = [n for n in (1, 2, 4, 8) if n <= BEST_OF]
     golds_PK, proxies_PK = overoptimisation.best_of_n(proxy, golds, ns)
@@ -221,7 +223,7 @@ def best_of_n(world: World, method: str, seed: int) -> dict:
         }
         for k, n in enumerate(ns)
     ]
-    return {"points": points, "doctor": {"findings": []}, "accuracies": accuracies(reward_models(world, seed, 1))}
+    return {"points": points, "doctor": {"findings": []}, "accuracies": accuracies(judge)}
 
 
 # ---- Measuring
