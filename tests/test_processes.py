@@ -140,12 +140,13 @@ def differences(one, two, where="", absolute=1e-6):
 @pytest.mark.parametrize("name", TRAINED)
 def test_every_step_is_that_of_one_process(folders, name):
     one, two = (log(folder / name) for folder in folders[:2])
+    rounding = 1e-5 if name == "rloo" else 1e-6  # TRL pads a prompt to the longest of its process
     assert len(one) == len(two) >= 2
     for row, other in zip(one, two, strict=True):
         assert row["grad_norm"] > 0
         for key in ("loss", "grad_norm", "reward", "kl", "kl_coef", "entropy", "explained_variance"):
             if key in row:
-                assert other[key] == pytest.approx(row[key], rel=1e-5, abs=1e-6), (key, row["step"])
+                assert other[key] == pytest.approx(row[key], rel=1e-5, abs=rounding), (key, row["step"])
     first, second = (weights(folder / name) for folder in folders[:2])
     assert first.keys() == second.keys() and moved(first)
     for key, each in first.items():
