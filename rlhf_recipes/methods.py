@@ -28,6 +28,7 @@ class Method:
             both are at half the margin.
         margin_beyond: the argument that this margin is counted from.
         against_displacement, against_length, against_noise: overrides that the doctor names beside its others.
+        penalty: the argument that weighs the KL to the reference, of what samples.
     """
 
     name: str
@@ -47,11 +48,17 @@ class Method:
     against_displacement: str = ""
     against_length: str = ""
     against_noise: str = ""
+    penalty: str = ""
 
     @property
     def preferences(self) -> bool:
         """Whether it learns which answers are better."""
         return self.rows in ("pairs", "labelled answers")
+
+    @property
+    def samples(self) -> bool:
+        """Whether it trains on its own answers to prompts."""
+        return self.rows == "prompts"
 
     @property
     def cited(self) -> str:
@@ -106,7 +113,12 @@ METHODS = {
         Method(
             "ppo", "Proximal Policy Optimization", "1707.06347",
             trainer="rlhf_recipes.ppo.PPOTrainer",
-            rows="prompts", main="reward", change="reward_change", reference=True,
+            rows="prompts", main="reward", change="reward_change", reference=True, penalty="kl_coef",
+        ),
+        Method(
+            "rloo", "REINFORCE Leave-One-Out", "2402.14740",
+            trainer="rlhf_recipes.ppo.RLOOTrainer",
+            rows="prompts", main="reward", change="reward_change", reference=True, penalty="beta",
         ),
     )
 }  # fmt: skip

@@ -56,10 +56,10 @@ def check(cfg: DictConfig, recipe: str) -> None:
         )
     if recipe not in methods.METHODS:
         raise Refusal(f"distributed_type=FSDP: recipes/{recipe}.py does not train. {DDP}.")
-    if recipe == "ppo":
+    if methods.of(recipe).samples:
         raise Refusal(
-            "distributed_type=FSDP: PPO samples token by token, and every token would gather the whole base again. "
-            f"{DDP}, and where none has room for it choose dpo."
+            f"distributed_type=FSDP: {recipe.upper()} samples token by token, and every token would gather the whole "
+            f"base again. {DDP}, and where none has room for it choose dpo."
         )
     quantization, trainer = cfg.quantization, cfg.trainer
     if quantization.get("load_in_8bit"):

@@ -57,14 +57,16 @@ def made(compose, libraries, tiny_model_overrides, pairs, tmp_path):
 
     def make(recipe, template, *overrides):
         keys = ["data=local", f"data.path={pairs}", "data.test_size=8", "data.too_long=truncate"]
-        length = "max_prompt_length" if recipe == "ppo" else "trainer.max_length"
+        samples = METHODS[recipe].samples
+        length = "max_prompt_length" if samples else "trainer.max_length"
         small = ["trainer.per_device_train_batch_size=2", "trainer.gradient_accumulation_steps=1"]
-        needed = ["reward_funcs=[x]"] if recipe == "ppo" else []
+        needed = ["reward_funcs=[x]"] if samples else []
+        needed += ["trainer.num_generations=2"] if recipe == "rloo" else []
         cfg = compose(recipe, *tiny_model_overrides, *keys, *small, *needed, f"{length}={LIMIT}", *overrides)
         args = models.training_args(cfg.trainer, Run(Path("x"), recipe, {}))
         tokenizer = models.load_tokenizer(cfg.model)
         tokenizer.chat_template = template
-        limit = LIMIT if recipe == "ppo" else args.max_length
+        limit = LIMIT if samples else args.max_length
         mode = getattr(args, "truncation_mode", "keep_start")
         splits = fit(LOADERS[METHODS[recipe].rows](cfg.data), tokenizer, limit, cfg.data.too_long, mode)
         splits = micro_batches(splits, args) if recipe == "kto" else splits
@@ -84,7 +86,7 @@ def kept(splits, count=1):
 def test_the_trainer_holds_what_was_counted(made, recipe):
     for template, end in ENDS.items():
         trainer, splits, tokenizer = made(recipe, template)
-        answers = recipe != "ppo"
+        answers = not METHODS[recipe].samples
         assert (splits.report["dropped"].get("no_answer_left", 0) > 0) == answers
         assert splits.report["over_length_truncated"] > 0
         account.check(trainer, kept(splits))
@@ -92,9 +94,9 @@ def test_the_trainer_holds_what_was_counted(made, recipe):
             tokenizer, *preflight_rows._first(next(iter(trainer.get_train_dataloader())), trainer)
         )
         row = next(row for row in splits.train if row["prompt"][0]["content"] in text)
-        if recipe != "ppo":
+        if answers:
             assert row == splits.train[0]
-        if recipe not in ("ppo", "reward"):
+        if answers and recipe != "reward":
             said = (row.get("chosen") or row["completion"])[0]["content"]
             before, _, trained = text.removesuffix("⟧").partition("⟦")
             whole = splits.sizes["train"].longest[0] <= LIMIT
@@ -128,7 +130,8 @@ def test_settings_that_change_what_is_kept_are_counted_with(made, recipe, overri
 
 @pytest.mark.parametrize(
     ("recipe", "overrides"),
-    [(recipe, []) for recipe in METHODS if recipe != "ppo"] + [("dpo", ["trainer.truncation_mode=keep_end"])],
+    [(recipe, []) for recipe, method in METHODS.items() if not method.samples]
+    + [("dpo", ["trainer.truncation_mode=keep_end"])],
 )
 def test_what_is_measured_is_cut_as_what_is_trained(made, monkeypatch, recipe, overrides):
     _, splits, tokenizer = made(recipe, CHATML, *overrides)

@@ -26,7 +26,13 @@ EXPERIMENTS = sorted(
     str(file.relative_to(CONF / "experiment").with_suffix("")) for file in CONF.rglob("experiment/**/*.yaml")
 )
 # The keys that a user must give.
-OPEN = {"pipeline": {"stages"}, "ppo": {"reward_funcs"}, "audit": {"reward_model"}, "label": {"pairs"}}
+OPEN = {
+    "pipeline": {"stages"},
+    "ppo": {"reward_funcs"},
+    "rloo": {"reward_funcs"},
+    "audit": {"reward_model"},
+    "label": {"pairs"},
+}
 OPEN_OPTIONS = {
     ("data", "local"): {"data.path"},
     ("data", "cai_pairs"): {"data.path"},

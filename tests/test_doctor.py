@@ -84,7 +84,9 @@ OF_ANSWERS = {
 
 def record(recipe="dpo", log=None, args=None, facts=None, stopped=None, held_out=True, half=0.05, **changed):
     """A healthy run, and what `changed` says of its held-out metrics: name=(before, after), or after=estimate."""
-    of_recipe = {"ppo": OF_ANSWERS, "kto": OF_LABELS, "sft": {"perplexity": (50.0, 20.0)}}.get(recipe, HELD_OUT)
+    of_recipe = {"ppo": OF_ANSWERS, "rloo": OF_ANSWERS, "kto": OF_LABELS, "sft": {"perplexity": (50.0, 20.0)}}.get(
+        recipe, HELD_OUT
+    )
     both = {**of_recipe, **changed} if held_out else {}
     healthy = {
         "dpo": {"rewards/chosen": lambda t: 0.2 * t, "rewards/margins": lambda t: t, "entropy": 3.0,
@@ -92,6 +94,8 @@ def record(recipe="dpo", log=None, args=None, facts=None, stopped=None, held_out
         "ppo": {"reward": lambda t: t, "reward_std": 0.2, "kl": lambda t: 5 * t, "kl_k3": lambda t: 5 * t,
                 "entropy": 3.0, "completions/mean_length": 30.0, "completions/eos_rate": 0.5,
                 "completions/distinct_2": 0.95},
+        "rloo": {"reward": lambda t: t, "reward_std": 0.2, "kl": lambda t: 5 * t, "entropy": 3.0,
+                 "completions/mean_length": 30.0, "completions/eos_rate": 0.5, "completions/distinct_2": 0.95},
         "reward": {"accuracy": lambda t: 0.5 + 0.4 * t, "margin": lambda t: t},
         "sft": {"entropy": lambda t: 3 - 2.5 * t},
         "kto": {"rewards/chosen": lambda t: 0.2 * t, "rewards/margins": lambda t: t, "kl": 0.1, "entropy": 3.0},
@@ -123,6 +127,8 @@ def gone(row):
     return {key: value for key, value in row.items() if key not in ("rewards/chosen", "rewards/margins")}
 
 
+NO_TARGET = arguments()  # as TRL's RLOO has none
+del NO_TARGET.kl_target
 STOPPED_KL = "KL 31.0 nats, over 5 times kl_target=6 at step 12"
 OTHER_FACTS = {"reply_tokens": 40.0}
 NOISE = {"rewards/accuracies": 0.5}
@@ -216,6 +222,10 @@ CASES = {
     "kl of the last rollouts": (
         "kl_runaway", "watch", record("ppo", log={"kl": 13.0, "kl_k3": 0.0}, held_out=False),
         [record("ppo", log={"kl": lambda t: 26.0 * (t > 0.95), "kl_k3": 0.0}, held_out=False)],
+    ),
+    "kl of rloo": (
+        "kl_runaway", "watch", record("rloo", {"kl": lambda t: 21.0 * (t > 0)}, NO_TARGET, held_out=False),
+        [record("rloo", {"kl": lambda t: 19.0 * (t > 0)}, NO_TARGET, held_out=False)],
     ),
     "kl held out": ("kl_runaway", "broken", record("ppo", kl=(0.0, 31.0)), [record("ppo", kl=(0.0, 11.9))]),
     "the trainer's brake for the KL": (
@@ -378,7 +388,7 @@ def test_overrides_that_are_named_compose(compose):
     }
     assert len(named) > 10
     for recipe, override in sorted(named):
-        cfg = compose(recipe, override, *(["reward_funcs=a"] if recipe == "ppo" else []))
+        cfg = compose(recipe, override, *(["reward_funcs=a"] if METHODS[recipe].samples else []))
         config.build(cfg.trainer, "trainer", use_cpu=True, bf16=False)
 
 

@@ -35,7 +35,7 @@ def check(compose):
 
     def checked(recipe, overrides):
         if recipe not in composed:
-            composed[recipe] = compose(recipe, *(PPO if recipe == "ppo" else []))
+            composed[recipe] = compose(recipe, *(PPO if methods.of(recipe).samples else []))
         cfg = OmegaConf.merge(composed[recipe], OmegaConf.from_dotlist(overrides.split()))
         settings.check(cfg, recipe)
 
@@ -57,6 +57,11 @@ def refusal(check):
     ("recipe", "overrides", "says"),
     [
         ("dpo", "lora.r=0", "lora.r=0: must be at least 1."),
+        ("rloo", "trainer.num_generations=3", "trainer.num_generations=3: the 32 completions of a rollout"),
+        ("rloo", "trainer.num_generations=1", "trainer.num_generations=1: must be at least 2."),
+        ("rloo", "trainer.epsilon=0.1", "trainer.epsilon=0.1: a rollout is used for one step"),
+        ("rloo", "trainer.use_vllm=true", "trainer.use_vllm=true: TRL would merge the LoRA into the base"),
+        ("rloo", "trainer.sync_ref_model=true", "trainer.sync_ref_model=true: TRL cannot move the reference"),
         ("dpo", "lora.rank_pattern.q_proj=0", "lora.rank_pattern.q_proj=0: must be at least 1."),
         ("dpo", "lora.layers_to_transform=[0,-1]", "lora.layers_to_transform=[0, -1]: must be at least 0."),
         ("dpo", "lora.lora_dropout=1.0", "lora.lora_dropout=1.0: must be at least 0 and below 1."),
@@ -224,10 +229,10 @@ def test_every_range_is_of_a_key_that_is_there(compose):
     """A misspelled key in the table would check nothing."""
     from rlhf_recipes.typecheck import parameters
 
-    recipes = ("sft", "reward", "dpo", "kto", "orpo", "simpo", "ppo")
+    recipes = ("sft", "reward", "dpo", "kto", "orpo", "simpo", "ppo", "rloo")
     known = {key for recipe in (*recipes, "evaluate", "audit", "cai") for key in keys.defaults(recipe)}
     for recipe in recipes:
-        cfg = compose(recipe, *(PPO if recipe == "ppo" else []))
+        cfg = compose(recipe, *(PPO if methods.of(recipe).samples else []))
         for node in ("trainer", "lora"):
             known |= {f"{node}.{name}" for name in parameters(config.guard.find_class(cfg[node]._target_, node))}
     assert {key.removesuffix(".*") for key in settings.RANGES} <= known

@@ -102,8 +102,8 @@ def _made(result: dict[str, Any]) -> str:
     bai = "Bai et al. 2022 ([arXiv:2212.08073](https://arxiv.org/abs/2212.08073))"
     if by not in SCORED or result["labelled_by"] != "judge":
         return (
-            f"Replies written, critiqued and revised by language models, and judged by {_judges(result)}, under {under}, "
-            f"after {bai}, by rlhf-recipes. The text is synthetic."
+            f"Replies written, critiqued and revised by language models, and judged by {_judges(result)}, under "
+            f"{under}, after {bai}, by rlhf-recipes. The text is synthetic."
         )
     read = result["provenance"]["constitution"]
     revised = f", some of them revised under {under}, after {bai}" if read else ""

@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import methods, references
+from rlhf_recipes import methods, ranks, references
 from rlhf_recipes.config import CONF, flatten
 from rlhf_recipes.errors import Refusal, nearest
 from rlhf_recipes.run_folder import read_json
@@ -107,6 +107,13 @@ RANGES = {
     "trainer.entropy_floor": NATURAL,
     "trainer.uwo_coef": NOT_NEGATIVE,
     "trainer.soft_punish_cache": COUNT,
+    # Of RLOO.
+    "trainer.num_generations": Range(at_least=2),  # the others are the baseline
+    "trainer.num_iterations": COUNT,
+    "trainer.steps_per_generation": COUNT,
+    "trainer.generation_batch_size": COUNT,
+    "trainer.epsilon": POSITIVE,
+    "trainer.epsilon_high": POSITIVE,
     "lora.r": COUNT,
     "lora.lora_alpha": Range(above=0),
     "lora.lora_dropout": PART,
@@ -138,10 +145,12 @@ RANGES = {
     "lm_eval.limit": COUNT,
     "lm_eval.num_fewshot": NATURAL,
 }
-# Where a class takes another range: with lambda 0, ORPO's loss is the likelihood of the chosen answers.
+RLOO = "rlhf_recipes.ppo.RLOOConfig"
+# Where a class takes another range: with lambda 0, ORPO's loss is the likelihood of the chosen answers; with beta 0,
+# RLOO has no penalty.
 RANGES_OF = {
     target: {"trainer.beta": NOT_NEGATIVE}
-    for target in ("rlhf_recipes.preference.ORPOConfig", "trl.experimental.orpo.ORPOConfig")
+    for target in ("rlhf_recipes.preference.ORPOConfig", "trl.experimental.orpo.ORPOConfig", RLOO)
 }
 
 
@@ -248,6 +257,16 @@ READ = {
         "kl_horizon": Reads(10, "kl_controller", ("adaptive",)),
         "uwo_coef": Reads(0.5, "reward_ensemble", ("uwo",)),
     },
+    RLOO: SHARED | NO_SMOOTHER | {
+        "chat_template_kwargs": Reads(None, instead="Use model.chat_template_kwargs, which every recipe reads."),
+        "uwo_coef": Reads(0.5, "reward_ensemble", ("uwo",)),
+        "ref_model_mixup_alpha": Reads(0.6, "sync_ref_model", (True,)),
+        "ref_model_sync_steps": Reads(512, "sync_ref_model", (True,)),
+        "log_unique_prompts": Reads(False, "log_completions", (True,)),
+        "num_completions_to_print": Reads(None, "log_completions", (True,)),
+        "transformers_continuous_batching_config": Reads(None, "use_transformers_continuous_batching", (True,)),
+        "num_generations_eval": Reads(None, "eval_strategy", ("steps", "epoch")),
+    },
 }  # fmt: skip
 
 # Starts of LoRA that take their weights out of the base's.
@@ -327,7 +346,7 @@ def _refuse_unread(trainer: dict, recipe: str | None) -> None:
 def _refuse_clashes(trainer: dict) -> None:
     """What TRL refuses, or divides by zero on, when the model is loaded already."""
     target, given = trainer.get("_target_"), trainer.get
-    if target in ("trl.DPOConfig", "trl.KTOConfig") and given("sync_ref_model"):
+    if target in ("trl.DPOConfig", "trl.KTOConfig", RLOO) and given("sync_ref_model"):
         raise Refusal("trainer.sync_ref_model=true: TRL cannot move the reference of a LoRA. Leave it out.")
     if given("chat_template_path"):
         raise Refusal(
@@ -369,6 +388,33 @@ def _refuse_clashes(trainer: dict) -> None:
             )
     if target == "rlhf_recipes.ppo.PPOConfig":
         _refuse_ppo(trainer)
+    if target == RLOO:
+        _refuse_rloo(trainer)
+
+
+def _refuse_rloo(trainer: dict) -> None:
+    given, accumulated = trainer.get, trainer["gradient_accumulation_steps"]
+    if given("use_vllm"):
+        raise Refusal(
+            "trainer.use_vllm=true: TRL would merge the LoRA into the base, which the reward models share. Leave it "
+            "out; recipes/ppo.py samples from a vLLM server (trainer.rollout=server)."
+        )
+    batch, several = trainer["per_device_train_batch_size"], trainer["num_generations"]
+    steps, whole = given("steps_per_generation") or accumulated, given("generation_batch_size")
+    completions = whole or batch * steps * ranks.world_size()
+    if completions % several:
+        raise Refusal(
+            f"trainer.num_generations={several}: the {completions} completions of a rollout "
+            "(per_device_train_batch_size x steps_per_generation x processes) are no multiple of it. Change one."
+        )
+    steps = whole // (batch * ranks.world_size()) if whole else steps
+    if given("num_iterations", 1) == 1 and steps <= accumulated:
+        for key in ("epsilon", "epsilon_high"):
+            if given(key) not in (None, 0.2):
+                raise Refusal(
+                    f"trainer.{key}={given(key)}: a rollout is used for one step, in which the ratio is 1: nothing is "
+                    "clipped. Leave it out, or raise trainer.num_iterations."
+                )
 
 
 def _refuse_ppo(trainer: dict) -> None:

@@ -1,14 +1,13 @@
-"""PPO with four roles on one backbone: `PPOConfig`, `PPOTrainer`. What is imported here is cheap."""
+"""PPO with four roles on one backbone, and TRL's RLOO on the same: `PPOConfig`, `PPOTrainer`, `RLOOConfig`,
+`RLOOTrainer`. What is imported here is cheap."""
+
+HOMES = {"PPOConfig": "config", "PPOTrainer": "trainer", "RLOOConfig": "rloo", "RLOOTrainer": "rloo"}
 
 
 def __getattr__(name: str):
     # trl takes seconds to import; a recipe that is refused needs none of it
-    if name == "PPOConfig":
-        from rlhf_recipes.ppo.config import PPOConfig
+    if name not in HOMES:
+        raise AttributeError(name)
+    from importlib import import_module
 
-        return PPOConfig
-    if name == "PPOTrainer":
-        from rlhf_recipes.ppo.trainer import PPOTrainer
-
-        return PPOTrainer
-    raise AttributeError(name)
+    return getattr(import_module(f"{__name__}.{HOMES[name]}"), name)

@@ -37,6 +37,7 @@ LENGTH_GAP = 0.2  # of accuracy, between pairs whose chosen reply is the longer 
 LENGTH_RULE = 0.75  # share of the pairs that length alone ranks right
 LENGTH_RATIOS = (0.5, 1.5)  # of completions, over the start's: evaluate.py's limits
 KL_WATCH, KL_BROKEN, KL_ROLLOUTS = 2.0, 5.0, 3  # times trainer.kl_target; the trainer's own brake is 5
+KL_TARGET = 10.0  # nats a completion, where a trainer has no kl_target
 COLLAPSING, COLLAPSED = 0.5, 0.2  # of the entropy or of the distinct bigrams at the start
 EQUAL_REWARDS = 0.1  # of the rewards' standard deviation at the start
 FITTED, FITTED_PAIRS = 0.98, 16
@@ -98,9 +99,9 @@ class Mean:
 
 
 def points(record: Record, key: str) -> list[tuple[int, float]]:
-    """(step, value) of what was logged under `key`: a row of PPO's log counts once for each rollout."""
+    """(step, value) of what was logged under `key`: of what samples, a row counts once for each rollout."""
     rows = [row for row in record.rows if isinstance(row.get(key), int | float) and math.isfinite(row[key])]
-    if record.recipe == "ppo":
+    if record.method.samples:
         rows = list({(row["step"] - 1) // record.args.steps_per_rollout: row for row in reversed(rows)}.values())[::-1]
     return [(row["step"], row[key]) for row in rows]
 
@@ -211,14 +212,14 @@ def wrong_reference(record: Record) -> Finding | None:
         return None
     first, means = record.rows[0], "the reference is not the model that the policy started from"
     change = "model.adapter=<the run to start from>: its frozen copy is the reference"
-    if record.recipe == "ppo":
-        key, length = "kl_k3", first.get("completions/mean_length")
+    if record.method.samples:  # TRL's trainer logs no k3
+        key, length = "kl_k3" if "kl_k3" in first else "kl", first.get("completions/mean_length")
     else:
         key, length = "rewards/chosen", record.args.beta * record.facts.get("reply_tokens", math.inf)
     apart = abs(first.get(key, 0.0)) / (length or math.inf)
     if first["step"] == 1 and apart > REFERENCE_NATS:
         return Finding(BROKEN, f"{apart:.2f} nats a token from the reference before the first update", means, change)
-    if record.recipe == "ppo":
+    if record.method.samples:
         return None
     margins = [value for _, value in points(record, margin_key(record))]
     if record.rows[-1]["step"] > WARM_STEPS and margins and not any(margins):
@@ -293,7 +294,7 @@ def length_drift(record: Record) -> Finding | None:
         return Finding(WATCH, saw, "what follows these data follows length", _length_change(record))
     low, high = LENGTH_RATIOS
     found = ends(points(record, "completions/mean_length"))
-    change = "trainer.kl_coef higher, or a reward that ignores length"
+    change = f"trainer.{record.method.penalty} higher, or a reward that ignores length"
     before, after = record.before.get("completion_tokens"), record.after.get("completion_tokens")
     if decides(after) and (above(after, high * before.value) or below(after, low * before.value)):
         saw = f"held-out completions went from {before.value:.0f} to {after.value:.0f} tokens"
@@ -313,13 +314,13 @@ def _length_change(record: Record) -> str:
 
 
 def kl_runaway(record: Record) -> Finding | None:
-    """PPO: the KL to the reference (k1, nats a completion), mean of the last three rollouts, or held out, over twice
-    `trainer.kl_target`; broken over five times. A policy of a billion parameters is over-optimised at 50 to 85 nats
-    (Huang et al., arXiv:2403.17031).
+    """What samples: the KL to the reference (k1, nats a completion), mean of the last three rollouts, or held out, is
+    over twice `trainer.kl_target` (PPO's default where there is none); broken over five times. A policy of a billion
+    parameters is over-optimised at 50 to 85 nats (Huang et al., arXiv:2403.17031).
     """
-    if record.recipe != "ppo":
+    if not record.method.samples:
         return None
-    target, held_out = record.args.kl_target, record.after.get("kl")
+    target, held_out = getattr(record.args, "kl_target", KL_TARGET), record.after.get("kl")
     last = [value for _, value in points(record, "kl")][-KL_ROLLOUTS:]
     mean = sum(last) / len(last) if len(last) == KL_ROLLOUTS else 0.0
     braked = (record.stopped or "").startswith("KL") and " over " in record.stopped
@@ -327,7 +328,9 @@ def kl_runaway(record: Record) -> Finding | None:
         broken = braked or mean > KL_BROKEN * target or above(held_out, KL_BROKEN * target)
         saw = record.stopped if braked else f"KL {held_out.value if held_out else mean:.1f} nats a completion"
         means = f"the policy has left its reference (kl_target={target:g}), where no reward model has been"
-        change = f"trainer.kl_coef={max(record.args.kl_coef * 4, 0.05):g}, or trainer.kl_controller=adaptive"
+        penalty = record.method.penalty
+        change = f"trainer.{penalty}={max(getattr(record.args, penalty) * 4, 0.05):g}"
+        change += ", or trainer.kl_controller=adaptive" if record.recipe == "ppo" else ""
         return Finding(BROKEN if broken else WATCH, saw, means, change)
     return None
 
@@ -345,7 +348,8 @@ def collapse(record: Record) -> Finding | None:
             broken = braked or surely_below(found[1], COLLAPSED * found[0].value, COLLAPSED * found[0].error)
             saw = record.stopped if braked else f"{name} fell from {found[0].value:.2f} to {found[1].value:.2f}"
             change = _lower_rate(record)
-            change += ", or trainer.kl_coef higher, or trainer.entropy_coef=0.01" if record.recipe == "ppo" else ""
+            change += f", or trainer.{record.method.penalty} higher" if record.method.samples else ""
+            change += ", or trainer.entropy_coef=0.01" if record.recipe == "ppo" else ""
             return Finding(BROKEN if broken else WATCH, saw, "it says ever fewer things", change)
     return None
 
@@ -379,12 +383,13 @@ def reward_against_preference(record: Record) -> Finding | None:
     held_out = record.after.get(record.method.change)
     if not below(held_out, 0.0):
         return None
-    found = ends(points(record, "reward" if record.recipe == "ppo" else margin_key(record)))
+    found = ends(points(record, "reward" if record.method.samples else margin_key(record)))
     rose = found and surely_above(found[1], found[0].value, found[0].error)
     what = record.method.main.replace("_", " ")
     saw = f"held-out {what} changed by {_points(record, held_out)}" + (" while the training's rose" if rose else "")
     means = "it learns what the held-out prompts do not reward" if rose else "training made it worse"
-    change = "trainer.kl_coef higher" if record.recipe == "ppo" else "chosen and rejected the right way round"
+    weight, order = f"trainer.{record.method.penalty} higher", "chosen and rejected the right way round"
+    change = weight if record.method.samples else order
     return Finding(BROKEN, saw, means, f"{_lower_rate(record)}, or {change}")
 
 
@@ -444,7 +449,7 @@ def no_eos(record: Record) -> Finding | None:
         saw = f"{share:.0%} of the training replies end with EOS"
         change = "data.too_long=drop, or trainer.max_length higher"
         return Finding(BROKEN if share < EOS_SHARE else WATCH, saw, "it will not learn to stop", change)
-    if record.recipe != "ppo":
+    if not record.method.samples:
         return None
     before, after = record.before.get("eos_rate"), record.after.get("eos_rate")
     change = f"trainer.max_completion_length={record.args.max_completion_length * 2}, or trainer.missing_eos_penalty=1"
@@ -468,7 +473,7 @@ def too_little_data(record: Record) -> Finding | None:
         gain = record.after["preference_accuracy"].mapped(lambda accuracy: accuracy - 0.5)
     if not gain or gain.value is None or above(gain, 0.0) or below(gain, 0.0):
         return None
-    unit, scale = ("", 1) if record.recipe == "ppo" else (" points", 100)
+    unit, scale = ("", 1) if record.method.samples else (" points", 100)
     means = f"{gain.n} rows cannot show an effect below {scale * width(gain) / 2:.2g}{unit}"
     if not width(gain):  # all changed alike
         means = f"{gain.n} rows are too few for an interval"
@@ -523,7 +528,7 @@ def _nats(estimate: Estimate) -> str:
 
 def _points(record: Record, estimate: Estimate) -> str:
     """A change of accuracy in points of 100, or of a reward as it is."""
-    if record.recipe == "ppo":
+    if record.method.samples:
         return stats.format_estimate(estimate, sign=True)
     percent = estimate.mapped(lambda share: 100 * share)
     return stats.format_estimate(percent, digits=1, sign=True).replace(" [", " points [")

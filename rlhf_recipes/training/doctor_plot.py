@@ -116,14 +116,14 @@ def panels(record: Record) -> list[Panel]:
                   record.before["perplexity"].high if "perplexity" in record.before else None),
         ],
         "reward": pairs,
-        "ppo": [
+        "prompts": [
             Panel("Reward", "mean of a rollout", (), curve("reward"), held_out("reward")),
             Panel("Reward gained", "mean of the answers", ("too_little_data", "reward_against_preference"), [],
                   held_out("reward_change"), 0),
             Panel("Deviation of the rewards", "in a rollout", ("reward_saturation",), curve("reward_std"), [],
                   of_start("reward_std", doctor.EQUAL_REWARDS)),
             Panel("KL to the reference", "nats a completion", ("kl_runaway", "wrong_reference"), curve("kl"),
-                  held_out("kl"), None, doctor.KL_WATCH * record.args.kl_target if record.recipe == "ppo" else None),
+                  held_out("kl"), None, doctor.KL_WATCH * getattr(record.args, "kl_target", doctor.KL_TARGET)),
             Panel("Length", "tokens", ("length_drift",), curve("completions/mean_length"),
                   held_out("completion_tokens"),
                   *(of_start("completions/mean_length", ratio) for ratio in doctor.LENGTH_RATIOS)),
@@ -132,7 +132,7 @@ def panels(record: Record) -> list[Panel]:
             Panel("Distinct bigrams", "share", ("collapse",), curve("completions/distinct_2"), [],
                   of_start("completions/distinct_2", doctor.COLLAPSING)),
         ],
-    }.get(record.recipe) or [
+    }.get("prompts" if record.method.samples else record.recipe) or [
         Panel("Chosen replies", "change, nats a token", ("likelihood_displacement", "wrong_reference"),
               doctor.displacements(record), held_out("chosen_logp_change_per_token"), -doctor.DISPLACED),
         *pairs,

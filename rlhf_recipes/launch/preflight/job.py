@@ -121,7 +121,11 @@ def _look(job: Job, looked_at: Cache, found: JobReport) -> None:
     found.settings |= {"processes": looked_at.processes} if looked_at.processes > 1 else {}
     found.settings["steps"] = steps
     largest = _largest(recipe, args, sizes, steps)
-    if cfg.get("fast_forward") and recipe != "ppo" and not methods.of(recipe, cfg.trainer._target_).logit_bytes:
+    if (
+        cfg.get("fast_forward")
+        and not methods.of(recipe).samples
+        and not methods.of(recipe, cfg.trainer._target_).logit_bytes
+    ):
         largest = _fast(largest, args, splits.sizes["train"])
     _memory(found, job, args, largest, predict, looked_at.elsewhere)
     if looked_at.measure and sharding.is_on():
@@ -196,7 +200,7 @@ def _reward_models(cfg: DictConfig, later: list[str]) -> int:
 def _rows(job: Job, args, tokenizer, looked_at: Cache) -> tuple:
     """(key, splits, tokens of each train row, the report about them), read once for jobs with the same data."""
     cfg, recipe = job.cfg, job.recipe
-    max_length = cfg.max_prompt_length if recipe == "ppo" else args.max_length
+    max_length = cfg.max_prompt_length if methods.of(recipe).samples else args.max_length
     read = {key: OmegaConf.to_container(cfg[key], resolve=True) for key in ("data", "model")}
     load = LOADERS[methods.of(recipe).rows]
     how = {"truncation_mode": args.truncation_mode} if hasattr(args, "truncation_mode") else {}
@@ -211,7 +215,7 @@ def _rows(job: Job, args, tokenizer, looked_at: Cache) -> tuple:
         sizes = splits.sizes["train"].cut(max_length).longest.tolist()
         looked_at.rows[key] = splits, sizes, rows.examine(splits, sizes)
     splits, sizes, report = looked_at.rows[key]
-    if recipe == "ppo":
+    if methods.of(recipe).samples:
         args.check_prompts(len(splits.train))
     return key, splits, sizes, report
 
@@ -229,7 +233,7 @@ def _largest(recipe: str, args, sizes: list[int], steps: int) -> predict_memory.
     """The micro-batch with the longest row: every other is padded to it."""
     batch = args.per_device_train_batch_size
     count = steps * args.gradient_accumulation_steps
-    if recipe == "ppo":  # where a completion ends nobody knows
+    if methods.of(recipe).samples:  # where a completion ends nobody knows
         completion = args.max_completion_length
         tokens = max(sizes) + completion
         return predict_memory.Batch(batch, tokens, count, completion, args.prompts_per_rollout)
@@ -280,7 +284,7 @@ def _memory(
 
 def _in_parts(job: Job, args, base, batch: predict_memory.Batch, predict: Callable[..., dict], free: float) -> str:
     """The command that shards it over the fewest cards like this one that have room for it; "" where none does."""
-    if job.recipe == "ppo" or job.cfg.quantization.get("load_in_8bit") or sharding.is_on():
+    if methods.of(job.recipe).samples or job.cfg.quantization.get("load_in_8bit") or sharding.is_on():
         return ""
     for cards in CARDS:
         needs = partial(predict, cards=cards)
@@ -317,9 +321,9 @@ def proposal(
         batch = replace(batch, sequences=batch.sequences // 2)
     if not fits(args, batch) and not args.gradient_checkpointing:
         change("gradient_checkpointing", True)
-    if not fits(args, batch) and recipe == "ppo" and args.value == "separate":
+    if not fits(args, batch) and getattr(args, "value", "") == "separate":
         change("value", "head")
-    while not fits(args, batch) and recipe != "ppo" and batch.tokens // 2 >= SHORTEST:
+    while not fits(args, batch) and not methods.of(recipe).samples and batch.tokens // 2 >= SHORTEST:
         batch = replace(batch, tokens=batch.tokens // 2, packed=batch.packed // 2)
         change("max_length", batch.tokens)
     return [f"{key}={value}" for key, value in changes.items()] if fits(args, batch) else []
@@ -340,7 +344,7 @@ def _remarks(report: dict, example: dict, recipe: str) -> list[str]:
     said = []
     over = report["over_length"]
     if over["rows"] > MANY_CUT * over["of"]:
-        key = "max_prompt_length" if recipe == "ppo" else "trainer.max_length"
+        key = "max_prompt_length" if methods.of(recipe).samples else "trainer.max_length"
         share = over["rows"] / over["of"]
         said.append(f"{share:.0%} of the rows are over {key}={report['max_length']}{over['fate']}: raise it.")
     if example["ends"] and example["ends"].value < FEW_ENDS:

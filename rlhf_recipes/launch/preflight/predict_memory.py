@@ -152,7 +152,7 @@ def backbone(cfg: DictConfig, recipe: str) -> Backbone:
         item=dtype.itemsize,
         logit_bytes=logit_bytes,
         wide=wide,
-        fast=bool(cfg.get("fast_forward")) and recipe != "ppo" and not logit_bytes,
+        fast=bool(cfg.get("fast_forward")) and not methods.of(recipe).samples and not logit_bytes,
     )
     each = len(layers) / shape.num_hidden_layers
     kept = half * (10 * d + 8 * f + 4 * found.keys + 2 * each * rank) + 8 * d + 4 * shape.num_attention_heads
@@ -204,7 +204,7 @@ def predict(
         args: the built `trainer`.
         batch: the largest micro-batch that the data have.
         libraries: bytes of the process before it loads a model.
-        rewards: PPO's reward models that are adapters on the policy's base.
+        rewards: reward models that are adapters on the policy's base.
         cards: on how many GPUs the base and what is trained lie in parts (FSDP2); the peak is that of each.
 
     Returns:
@@ -222,12 +222,12 @@ def predict(
     )
     if where == "cpu" and base.item == 2:
         always["kernels"] = KERNEL_BYTES * min(batch.shapes, KERNELS_KEPT)
-    trained = base.lora * (1 + (recipe == "ppo" and args.value == "separate")) / cards
+    trained = base.lora * (1 + (getattr(args, "value", "") == "separate")) / cards
     always["LoRA"] = 4.0 * trained
     always["optimizer"] = state_bytes(args.optim) * trained
     if cfg.model.adapter and methods.of(recipe).reference:
         always["reference"] = 4.0 * base.lora / cards
-    if recipe == "ppo":
+    if methods.of(recipe).samples:
         always["reward"] = 4.0 * base.lora * rewards
     phases = {
         # On a GPU weights are quantized one by one: the largest, and what the quantization makes of it.
@@ -235,7 +235,7 @@ def predict(
         "held-out": _held_out(base, batch, where),
         "step": {"gradients": 4.0 * trained, **_step(base, batch, where, args)},
     }
-    if recipe == "ppo":
+    if methods.of(recipe).samples:
         phases["rollout"] = _rollout(base, batch, where, args)
         if where == "cpu":  # a process gives back what it freed when the step is over, not before
             phases["step"]["merged weights"] = phases["rollout"]["merged weights"]
@@ -296,7 +296,7 @@ def _held_out(base: Backbone, batch: Batch, where: str) -> dict[str, float]:
     times = inference.batches_beside(base.weights) if where == "cuda" else 1
     if base.recipe == "reward":
         return {"activations": times * inference.BATCH_TOKENS * base.kept}
-    if base.recipe == "ppo":  # it answers, as in a rollout
+    if methods.of(base.recipe).samples:  # it answers, as in a rollout
         return {"activations": batch.sequences * batch.tokens * base.kept}
     row = 4 * batch.tokens * base.config.vocab_size
     limit = inference.LOGITS_BYTES_ON_CPU if where == "cpu" else times * inference.LOGITS_BYTES
@@ -307,7 +307,8 @@ def _held_out(base: Backbone, batch: Batch, where: str) -> dict[str, float]:
 def _rollout(base: Backbone, batch: Batch, where: str, args) -> dict[str, float]:
     """Sampling: the cache of keys and values, the weights merged for it, and the last position's logits."""
     prompts = min(batch.prompts, args.local_rollout_forward_batch_size)
-    merged = args.merge_to_sample if args.merge_to_sample is not None else where == "cpu"
+    merge = getattr(args, "merge_to_sample", None)
+    merged = merge if merge is not None else where == "cpu"
     cached = 2 * base.config.num_hidden_layers * base.keys * base.item
     return {
         "KV cache": prompts * batch.tokens * cached,

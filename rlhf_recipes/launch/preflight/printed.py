@@ -105,6 +105,7 @@ def _example(seen: JobReport) -> list[str]:
     between = {
         "reward": "the token whose score is the reply's",
         "ppo": "what is sampled",
+        "rloo": "what is sampled",
     }.get(seen.recipe, "what is trained")
     if seen.recipe == "orpo" and not seen.settings.get("disable_prompt_loss"):  # TRL's own trainer has no such setting
         between = "the reply (the likelihood is that of its prompt, too)"

@@ -25,7 +25,7 @@ SIMULATED = 200  # micro-batches drawn to know what padding makes of the rows
 
 
 def measure(recipe: str, overrides: list[str], args, splits: Splits, sizes: list[int]) -> dict:
-    """Train the job's model on two micro-batches (PPO: one rollout).
+    """Train the job's model on two micro-batches (what samples: one rollout).
 
     Args:
         overrides: the job's, as on the command line.
@@ -35,7 +35,9 @@ def measure(recipe: str, overrides: list[str], args, splits: Splits, sizes: list
     Returns:
         `seconds` of an optimizer step on the data as they are, and `peak_gib`; or `error`, why the job cannot run.
     """
-    count = args.prompts_per_rollout if recipe == "ppo" else MICRO_BATCHES * args.per_device_train_batch_size
+    count = (
+        args.prompts_per_rollout if methods.of(recipe).samples else MICRO_BATCHES * args.per_device_train_batch_size
+    )
     longest = sorted(range(len(sizes)), key=lambda i: -sizes[i])[:count]
     with tempfile.TemporaryDirectory() as folder:
         for name, rows in (("train", [splits.train[i] for i in longest]), ("test", splits.test[:TEST_ROWS])):
@@ -57,7 +59,8 @@ def measure(recipe: str, overrides: list[str], args, splits: Splits, sizes: list
         run = Path(folder) / "run"
         peaks = json.loads((run / "result.json").read_text())["peak_memory_gib"]
         log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    seconds = _ppo_seconds(log, args) if recipe == "ppo" else _seconds(log, args, sizes, longest)
+    sampled = methods.of(recipe).samples
+    seconds = _sampled_seconds(log, args) if sampled else _seconds(log, args, sizes, longest)
     return {"seconds": seconds, "peak_gib": peaks.get("cuda", peaks["process"])}
 
 
@@ -72,6 +75,8 @@ def _overrides(recipe: str, overrides: list[str], args, folder: str) -> list[str
     own = [each for each in overrides if not each.lstrip("+~").startswith(NOT_THE_STEPS)]
     if recipe == "ppo":  # a clip that one step has no use for would be refused
         steps = {"max_steps": args.num_mini_batches, "num_ppo_epochs": 1, "cliprange": 0.2, "dual_clip": "null"}
+    elif methods.of(recipe).samples:
+        steps = {"max_steps": 1}
     else:
         steps = {"max_steps": MICRO_BATCHES, "gradient_accumulation_steps": 1}
     steps |= {"save_strategy": "no", "logging_steps": 1, "report_to": "none"}
@@ -92,8 +97,10 @@ def _seconds(log: list[dict], args, sizes: list[int], longest: list[int]) -> flo
     return micro * share * args.gradient_accumulation_steps
 
 
-def _ppo_seconds(log: list[dict], args) -> float:
+def _sampled_seconds(log: list[dict], args) -> float:
     """Of an optimizer step: its update, and its part of the rollout."""
+    if whole := next((row["step_time"] for row in log if "step_time" in row), None):  # TRL's, which begins with one
+        return whole
     row = next(row for row in log if "seconds/rollout" in row)
     return row["seconds/update"] + (row["seconds/rollout"] + row["seconds/scoring"]) / args.steps_per_rollout
 
@@ -110,8 +117,8 @@ def total_steps(recipe: str, args, rows: int, processes: int = 1) -> int:
     """Optimizer steps of a run over `rows` train rows, by so many processes."""
     if args.max_steps > 0:
         return args.max_steps
-    if recipe == "ppo":
-        rollouts = rows // (args.prompts_per_rollout * processes)
+    if methods.of(recipe).samples:
+        rollouts = rows * getattr(args, "num_generations", 1) // (args.prompts_per_rollout * processes)
         return math.ceil(args.num_train_epochs * rollouts * args.steps_per_rollout)
     micro_batches = math.ceil(rows / (args.per_device_train_batch_size * processes))
     return math.ceil(args.num_train_epochs * max(1, math.ceil(micro_batches / args.gradient_accumulation_steps)))

@@ -133,7 +133,7 @@ def _trainer(recipe: str, args, splits: Splits, tokenizer, folder: str, target: 
     if recipe == "reward":
         auto, task = (AutoModelForSequenceClassification, "SEQ_CLS")
     # Functions in place of reward models: nothing is scored.
-    kwargs = {"reward_funcs": [len] * len(args.reward_weights or [1.0])} if recipe == "ppo" else {}
+    kwargs = {"reward_funcs": [len] * len(args.reward_weights or [1.0])} if methods.of(recipe).samples else {}
     count = max(LOOKED_AT, getattr(args, "prompts_per_rollout", 0))
     few = replace(splits, train=splits.train[:count], test=splits.test[:1])
     train_dataset, eval_dataset = few.to_datasets()
@@ -152,7 +152,7 @@ def _first(batch, trainer) -> tuple[list[int], list[bool]]:
     """Tokens of the first row of a batch, padding left out, and which of them are trained."""
     import torch
 
-    if isinstance(batch, list):  # PPO's: rows
+    if isinstance(batch, list):  # of what samples: rows
         ids = trainer._prompt_ids(batch[0]["prompt"])
         return ids, [False] * len(ids)
     side = "chosen_" if "chosen_input_ids" in batch else ""
