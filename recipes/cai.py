@@ -36,8 +36,10 @@ def main(cfg):
     make_pairs.adopt(run)
 
     rows = written({**row, "split": name} for name in ("test", "train") for row in getattr(prompts, name))
+    taken = [(each.shards, each.provenance) for each in before]
     if cfg.judge.kind == "people":
-        return report.finish(run, people.make(run, cfg, generator, principles, rows) | {"counts": prompts.report})
+        made = people.make(run, cfg, generator, principles, rows, taken)
+        return report.finish(run, made | {"counts": prompts.report})
 
     asked = judge.backend
     journal = backend.Journal(run.dir / GATE)
@@ -52,7 +54,6 @@ def main(cfg):
         gate.confirm(gate.estimate(cfg, sources, rows, generator, judge))
         maker = make_pairs.PairMaker(generator, judge, principles, sources, cfg)
         shards = maker.shards(rows, run.dir / "shards")
-        taken = [(each.shards, each.provenance) for each in before]
         made = {"shards": cfg.shards} if cfg.shards else dataset.write(shards, run.dir, maker.provenance(), taken)
         result |= {"generator": generator.name, "labelled_by": "judge" if judge else "construction", **made}
         result |= {"provenance": maker.provenance(), "judged_by": cfg.judge.kind}

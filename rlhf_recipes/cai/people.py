@@ -7,7 +7,7 @@ orders chose by the place. A pair that everybody skipped is not answered.
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
@@ -18,7 +18,7 @@ from rlhf_recipes import ranks
 from rlhf_recipes.cai import dataset, gate
 from rlhf_recipes.cai.backend import Backend, Journal, Work
 from rlhf_recipes.cai.constitution import Constitution
-from rlhf_recipes.cai.judge import Judgement, Pair
+from rlhf_recipes.cai.judge import Judge, Judgement, Pair
 from rlhf_recipes.cai.make_pairs import PairMaker
 from rlhf_recipes.commands import command
 from rlhf_recipes.data import readers
@@ -48,6 +48,7 @@ class People:
     """With the interface of `judge.Judge`, as far as pairs are made with it."""
 
     places = 0
+    unclear = Judge.unclear
 
     def __init__(self, cfg: DictConfig, constitution: Constitution, families: dict[str, str | None]):
         self.labels, self.constitution, self.seed, self.families = cfg.judge.labels, constitution, cfg.seed, families
@@ -107,9 +108,13 @@ class People:
 
 
 def make(
-    run: Run, cfg: DictConfig, generator: Backend, principles: Constitution, rows: Sequence[dict]
-) -> dict[str, Any]:
+    run: Run, cfg: DictConfig, generator: Backend, principles: Constitution, rows: Sequence[dict],
+    earlier: Iterable[tuple[list[Path], dict]],
+) -> dict[str, Any]:  # fmt: skip
     """The pairs of a run, as entries of its result.
+
+    Args:
+        earlier: of `dataset.write`.
 
     Raises:
         TakenBack: they wait for people; the answers are kept, and the same command goes on.
@@ -128,8 +133,9 @@ def make(
     told = people.result["labels"]
     return {
         "main": people.result["main"], "people": told, "constitution": principles.summary(), "judge": people.name,
-        "generator": generator.name, "labelled_by": "people",
-        **dataset.write(shards, run.dir, maker.provenance()), "spent": maker.spent(run.dir / GATE, shards),
+        "generator": generator.name, "labelled_by": "people", "judged_by": "people",
+        "provenance": maker.provenance(), **dataset.write(shards, run.dir, maker.provenance(), earlier),
+        "spent": maker.spent(run.dir / GATE, shards),
     }  # fmt: skip
 
 
