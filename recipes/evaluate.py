@@ -50,7 +50,7 @@ def main(cfg):
 
     run.create()
     if judge:
-        found = judges.compare(judge, found, pairs.test, run.dir / GATE, cfg.judging.tie_margin)
+        found = measure.judged(judge, found, pairs.test, run.dir / GATE, cfg.judging)
     if cfg.shards:
         found.write(run.dir)
         run.write_result(run.record(shards=cfg.shards, counts=pairs.report, **named_bases))

@@ -144,6 +144,8 @@ def build(node: DictConfig, where: str, **derived) -> Any:
     # into its own; a plain call keeps them readable.
     try:
         return target(**{**{k: v for k, v in derived.items() if k in known}, **given})
+    except Refusal as error:  # a class of ours, which begins with the argument
+        raise Refusal(f"{where}.{error}") from error
     except (ValueError, TypeError) as error:
         raise Refusal(f"{where}: {node._target_} refuses it: {first_line(error)}") from error
 

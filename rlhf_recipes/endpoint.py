@@ -66,22 +66,6 @@ def addresses(given: str | Sequence[str], role: str = "") -> list[str]:
     return found
 
 
-def client_of(who: str) -> Any:
-    """The openai package.
-
-    Args:
-        who: needs it.
-
-    Raises:
-        Refusal: it is not installed.
-    """
-    try:
-        import openai
-    except ImportError:
-        raise Refusal(f'{who} needs openai. pip install "rlhf-recipes[server]".') from None
-    return openai
-
-
 class Endpoint:
     """An address, and connections to it. Shutting them down is what ends a request that another thread waits for.
 
@@ -106,7 +90,10 @@ class Endpoint:
 
     def __init__(self, base_url: str, api_key_env: str | None = None, timeout: float = 120.0,
                  who: str = "The server backend"):  # fmt: skip
-        openai = client_of(who)
+        try:
+            import openai
+        except ImportError:
+            raise Refusal(f'{who} needs openai. pip install "rlhf-recipes[server]".') from None
         self.base_url, self.host = base_url, URL.fullmatch(base_url)[1]
         self.api_key_env, self._timeout, self._who = api_key_env, timeout, who
         # Without a key something must be sent, which is none's secret.
@@ -147,7 +134,8 @@ class Endpoint:
         Raises:
             Failure: there is none.
         """
-        openai, failure = client_of(self._who), None
+        import openai
+
         client = self._client.with_options(timeout=timeout) if timeout else self._client
         self._asked.bytes = most
         try:
@@ -164,7 +152,10 @@ class Endpoint:
         except (ValueError, RecursionError):
             failure = Failure("no JSON in its answer", unread=True)
         # Raised here, not above, no error has one of the client's, which hold the key, as its context.
-        raise failure
+        try:
+            raise failure
+        finally:
+            del failure  # with its traceback it would keep this frame, and all that called
 
     def plain(self, told: str) -> str:
         """On one line, without secrets."""

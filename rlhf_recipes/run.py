@@ -303,6 +303,8 @@ _ADDED = {
     "judge.chat_template_kwargs": {},
     "scored_pairs": None,
     "judging.votes": False,
+    "judging.asked_again": 0.25,
+    "baseline_answers": None,
     "data.text": "auto",
     "data.preference": "auto",
     "data.ignore": [],

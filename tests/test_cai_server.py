@@ -768,6 +768,7 @@ def test_an_answer_cannot_be_begun_by_us(endpoint):
         ({"base_url": f"http://localhost/v1?key={KEY}"}, "api_key_env"),
         ({"base_url": ["http://localhost/v1", f"http://user:{KEY}@localhost/v1"]}, "api_key_env"),
         ({"base_url": ["http://localhost/v1", "http://localhost/v1/"]}, "base_url: names an endpoint twice"),
+        ({"base_url": ["http://a/v1", "http://a/v1"], "role": "judge"}, "judge.base_url: names an endpoint twice"),
         ({"base_url": []}, "base_url: must be like"),
         ({"api_key_env": "CAI_UNSET"}, "CAI_UNSET: not set, or not a key. export CAI_UNSET="),
         ({"api_key_env": "CAI_BAD"}, "CAI_BAD: not set, or not a key"),

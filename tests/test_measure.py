@@ -716,6 +716,32 @@ def test_evaluate_with_a_server_as_judge(runs, compose, tiny_model_overrides, mo
 
 
 @pytest.mark.parametrize(
+    ("how", "overrides", "says"),
+    [
+        ({}, ["judge.model=other"], r"judge\.model=other: 127\.0\.0\.1:\d+ serves tiny"),
+        ({"max_model_len": 64}, [], r"judge\.model=tiny: the longest request with its answer may have \d\d\d tokens"),
+        ({}, ["judge.base_url=[http://a/v1,http://a/v1/]"], r"judge\.base_url: names an endpoint twice\."),
+        ({"plain": True}, [], r"judge\.base_url=http://127\.0\.0\.1:\d+/v1: gives no log-probabilities of answers\."),
+    ],
+)  # fmt: skip
+def test_a_judge_that_is_served_badly_is_refused_before_anything_is_measured(
+    compose, pairs, tiny_model_overrides, engine, monkeypatch, how, overrides, says
+):
+    from rlhf_recipes.evaluation import judges
+
+    if how.pop("plain", False):
+        spoken = {"message": {"content": "Waves."}, "finish_reason": "stop"}
+        monkeypatch.setattr(Engine, "chat_completions", lambda self, body: {"model": "tiny", "choices": [spoken]})
+    served = engine(**how)
+    node = ["judge=server", "judge.model=tiny", f"judge.base_url={served.url}", "judge.max_attempts=1"]
+    with pytest.raises(Refusal, match=f"^{says}") as caught:
+        judges.look(compose("evaluate", "runs=[x]", *tiny_model_overrides, *node, *overrides), pairs.test, [])
+    assert "\n" not in str(caught.value)
+    questions = [body["messages"][0]["content"] for body in served.bodies if "messages" in body]
+    assert all("story about the sea" in question for question in questions)
+
+
+@pytest.mark.parametrize(
     ("overrides", "says"),
     [
         ((*JUDGE, "judge_function=a:b"), "judge_function=a:b: there is a judge already."),
@@ -914,6 +940,85 @@ def test_an_engine_that_cannot_be_measured_is_refused(
     assert "\n" not in str(caught.value)
     # Whether it has log-probabilities of a prompt is asked of one; nothing else is paid for.
     assert sum(count for (path, _), count in served.asked.items() if path == "/v1/completions") <= 1
+
+
+def test_a_job_of_a_sweep_is_measured_at_an_engine(runs, compose, tiny_model_overrides, engine, monkeypatch):
+    from rlhf_recipes.evaluation import measurements
+    from rlhf_recipes.launch import sweep
+
+    served = engine()
+    told = {"recipe": "sft", "parent": None, "adapter_sha256": "a"}
+    monkeypatch.setattr(sweep.run_folder, "read_result", lambda folder: told)
+    cfg = compose(
+        "sft", *tiny_model_overrides, "data.eval_size=4", "quantization=none", "model.dtype=float32",
+        "sweep.prompts=2", "sweep.max_new_tokens=4", f"sweep.generator={{base_url: '{served.url}', model: tiny}}",
+    )  # fmt: skip
+    sweep._look(cfg)
+    assert not [body for body in served.bodies if "lora_name" in body]
+    name = sweep._measure(Path("sft"), Path("."), cfg)
+    found = measurements.read(Path("sft"))
+    assert found.settings["quantization"] == "as tiny at 127.0.0.1 serves it" and len(found.answers) == 2
+    assert name in found.systems and found.answers[0]["systems"][name]["k1"] is not None
+    assert [model for _, model in served.asked if (model or "").startswith("sft-")]
+    cfg.sweep.generator.model = "other"
+    with pytest.raises(Refusal, match=r"generator\.model=other: not served"):
+        sweep._look(cfg)
+    cfg.sweep.generator = {"model": "tiny", "modell": "x"}
+    with pytest.raises(Refusal, match=r"sweep\.generator=modell: not one of .*did you mean 'model'"):
+        sweep._look(cfg)
+
+
+ALPACA = [{"instruction": f"Say {n}.", "output": f"It is {n}, of course, as you asked me to say.", "generator": "x"}
+          for n in range(6)]  # fmt: skip
+
+
+def test_answers_of_others_are_what_is_to_be_beaten(
+    runs, compose, tiny_model_overrides, tmp_path, monkeypatch, capsys
+):
+    """A judge who likes the system's answer to even numbers, and changes its mind on one when asked again."""
+    (tmp_path / "alpaca.json").write_text(json.dumps(ALPACA))
+    (tmp_path / "evens.py").write_text(
+        "asked = []\n"
+        "def wins(prompts, first, second):\n"
+        "    asked.append(len(prompts))\n"
+        "    theirs = [text.startswith('It is') for text in first]\n"
+        "    said = [p[-1]['content'] for p in prompts]\n"
+        "    likes = [int(text[4]) % 2 == 0 if text.startswith('Say') else True for text in said]\n"
+        "    likes[0] ^= len(prompts) == 3\n"
+        "    return [0.8 if like != other else 0.2 for like, other in zip(likes, theirs)]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    evaluate(
+        compose, "alpaca", *tiny_model_overrides, "judge_function=evens:wins", "judging.asked_again=0.5",
+        f"baseline_answers={tmp_path}/alpaca.json", "prompts=6",
+    )  # fmt: skip
+    found = evaluation_of(runs / "alpaca")["baseline_answers"]
+    assert found["n"] == 6 and list(found["systems"]) == ["base", "sft", "dpo"]
+    for own in found["systems"].values():
+        assert own["win_rate"]["value"] == pytest.approx(0.5)
+        assert own["asked_again"] == {"n": 3, "moved": pytest.approx(-0.2), "same_winner": pytest.approx(2 / 3)}
+        assert own["win_rate"]["high"] - own["win_rate"]["value"] > 1.96 * 0.2 / math.sqrt(2)
+    assert "3 asked twice: moved by -20.0 points, the same winner in 67%" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("rows", "overrides", "says"),
+    [
+        (ALPACA, [], "nobody compares the answers"),
+        ([{"instruction": "Hi"}], ["judge_function=a:b"], "output is no text. Give instruction and output"),
+        (ALPACA, ["judge_function=a:b", "shards=1/2"], "not with shards"),
+        (None, ["judge_function=a:b"], r"baseline_answers=.*: .*does not exist|no such file"),
+    ],
+)
+def test_answers_of_others_that_cannot_be_compared_are_refused(compose, tmp_path, rows, overrides, says):
+    from rlhf_recipes.evaluation import fixed_answers
+
+    path = tmp_path / "alpaca.json"
+    if rows is not None:
+        path.write_text(json.dumps(rows))
+    with pytest.raises(Refusal, match=says) as caught:
+        fixed_answers.load(compose("evaluate", "runs=[x]", f"baseline_answers={path}", *overrides))
+    assert "\n" not in str(caught.value)
 
 
 def test_an_audit_samples_at_an_engine_as_in_this_process(

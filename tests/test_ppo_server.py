@@ -177,16 +177,27 @@ def test_settings_that_cannot_be(given, message, tmp_path):
         PPOConfig(str(tmp_path), use_cpu=True, bf16=False, **{"rollout": "server", **given})
 
 
+def test_a_setting_of_ours_is_refused_as_it_is_typed(tmp_path):
+    from omegaconf import OmegaConf
+
+    from rlhf_recipes.config import build
+
+    given = {"_target_": "rlhf_recipes.ppo.PPOConfig", "rollout": "server", "output_dir": str(tmp_path)}
+    with pytest.raises(Refusal, match=r"^trainer\.rollout=server: vllm_server_base_url=None; give http"):
+        build(OmegaConf.create(given), "trainer", use_cpu=True, bf16=False)
+
+
 @contextmanager
 def answering(pages, post=None):
-    """A server of these pages, and of what `post(path, body)` gives, status and text: its URL."""
+    """A server of these pages, and of what `post(path, body, headers)` gives, status and text: its URL."""
 
     class Pages(BaseHTTPRequestHandler):
         def do_GET(self):
             self.answer(200 if self.path in pages else 404, pages.get(self.path, "nothing"))
 
         def do_POST(self):
-            self.answer(*post(self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self.answer(*post(self.path, body, self.headers))
 
         def answer(self, status, text):
             self.send_response(status)
@@ -237,6 +248,28 @@ def test_servers_are_looked_at_before_a_model_is_loaded(pages, message):
     assert "\n" not in str(refusal.value)
 
 
+def test_the_key_of_a_server_is_sent_and_never_said(monkeypatch):
+    from rlhf_recipes.ppo.engines import Engines
+
+    with pytest.raises(
+        Refusal, match=r"^PPO_KEY: not set, or not a key\. export PPO_KEY=<the key for 127\.0\.0\.1:1>"
+    ):
+        Engines(["http://127.0.0.1:1"], 1, "PPO_KEY")
+    monkeypatch.setenv("PPO_KEY", "key-0123456789")
+    seen = []
+
+    def post(path, body, headers):
+        seen.append(headers["Authorization"])
+        return 401, f"wrong key {headers['Authorization']}"
+
+    with answering({"/v1/models": listed(24)}, post) as address:
+        engines = Engines([address], 1, "PPO_KEY")
+        engines.look(24)
+        with pytest.raises(Refusal, match="status 401: wrong key") as refusal:
+            engines._post(address, "/v1/completions", {})
+    assert seen == ["Bearer key-0123456789"] and "key-0123456789" not in str(refusal.value)
+
+
 @pytest.mark.parametrize(
     ("first", "message"),
     [
@@ -258,7 +291,7 @@ def test_what_a_server_may_answer(first, message, tmp_path, monkeypatch):
     monkeypatch.setattr(engines, "PAUSE", 0.01)
     answers, loaded, weights = [first], [], iter((1, 1, 2))
 
-    def post(path, body):
+    def post(path, body, headers):
         if path == "/v1/unload_lora_adapter":
             return 200, loaded.remove(body["lora_name"]) or "Success"
         if path == "/v1/load_lora_adapter":

@@ -185,8 +185,8 @@ class Sampler:
             return known["answers"]
         how = inference.Sampling(self.cfg.max_new_tokens, temperature=1.0, seed=self.cfg.seed)
         policies = self._loaded(asked)
-        if kl and not policies.scores:
-            raise Refusal(f"checkpoints: {policies.name} gives no log-probabilities of a prompt, so no KL. Use vLLM.")
+        if kl:
+            refuse_without_kl(policies)
         answers = policies.generate(used and str(used), self.tokenizer, asked, how, f"{part}: answers")
         if kl:
             encoded = [(answer["ids"], answer["start"]) for answer in answers]
@@ -215,6 +215,16 @@ class Sampler:
             else:
                 self._policies = Policies(self.cfg.model, self.cfg.quantization, found, self.cfg.fast_forward)
         return self._policies
+
+
+def refuse_without_kl(policies: Any) -> None:
+    """KL needs log-probabilities of given texts.
+
+    Raises:
+        Refusal: an endpoint has none.
+    """
+    if not policies.scores:
+        raise Refusal(f"checkpoints: {policies.name} gives no log-probabilities of a prompt, so no KL. Use vLLM.")
 
 
 FIRST = "first"

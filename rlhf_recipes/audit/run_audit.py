@@ -18,6 +18,7 @@ from rlhf_recipes.audit.scoring import Ensemble
 from rlhf_recipes.data.formats import clusters
 from rlhf_recipes.data.load import Splits, load_prompts
 from rlhf_recipes.errors import Refusal
+from rlhf_recipes.evaluation import served_policies
 from rlhf_recipes.references import ModelRef
 from rlhf_recipes.run import SCORES, Run
 
@@ -113,6 +114,7 @@ def take(cfg: DictConfig, found: Sources, pairs: Splits, tokenizer, run: Run) ->
     )
 
     rows, train = [*pairs.test], pairs.train
+    _look(cfg, found, rows)
     members = Ensemble(cfg.model, cfg.quantization, tokenizer, found.reward_models, run.dir / SCORES, cfg.fast_forward)
     held_out = members.score(_turns(rows), "held-out pairs", features=True, kept=pairs.kept)
     scored = Scored(members, held_out.rewards_MC)
@@ -177,6 +179,17 @@ def take(cfg: DictConfig, found: Sources, pairs: Splits, tokenizer, run: Run) ->
         _label_next(candidates, novelty_N2.max(1), len(chosen_MN)),
         disagreement.disputed(told, rows, chosen_MN, rejected_MN),
     )
+
+
+def _look(cfg: DictConfig, found: Sources, rows: list[dict]) -> None:
+    """An endpoint that will answer is asked what it can do before anything is scored.
+
+    Raises:
+        Refusal: it cannot do it.
+    """
+    asked = [row["prompt"] for row in (*(rows if found.gold else ()), *(found.deployment or ()))]
+    if asked and (served := served_policies.look(cfg, asked)) and found.gold and found.checkpoints:
+        answers.refuse_without_kl(served)
 
 
 @dataclass(frozen=True)

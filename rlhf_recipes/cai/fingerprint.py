@@ -21,24 +21,27 @@ MOST_MOVED = 0.1
 SHOWN = 5  # names of models
 
 
-def check(backends: dict[str, Backend], needed: dict[str, int], journal: Journal, votes: bool = False) -> None:
+def check(
+    backends: dict[str, Backend], needed: dict[str, int], journal: Journal | None = None, votes: bool = False
+) -> None:
     """Refuse endpoints that cannot do what a run will ask of them.
 
     Args:
         backends: of `generator` and `judge`; those that are in this process are not looked at.
         needed: tokens of the longest request to each, with its answer.
-        journal: in which the fingerprints are kept.
+        journal: in which the fingerprints are kept; None: they are not.
         votes: a judge may answer without log-probabilities.
 
     Raises:
         Refusal: a model is not served, its context is too small, it gives no log-probabilities where it judges, or it
             is another than the run began with; endpoints of a list serve different models.
     """
+    known = journal.answers if journal else {}
     for role, server in backends.items():
         if not server.places:
             continue
         question = Request("", f"{role}.served", QUESTION, max_new_tokens=TOKENS, seed=role == "judge")
-        first = journal.answers.get(question.key, {}).get("served")
+        first = known.get(question.key, {}).get("served")
         for endpoint in server.connected():
             try:
                 _check_listed(role, server, endpoint, needed[role])
@@ -54,14 +57,14 @@ def check(backends: dict[str, Backend], needed: dict[str, int], journal: Journal
                     "names then counts 99 %."
                 )
             if first and (why := changed(first, found)):
-                begun = question.key in journal.answers
+                begun = question.key in known
                 raise Refusal(
                     f"{role}.base_url={endpoint.base_url}: serves another model than "
                     f"{'this run began with' if begun else 'the endpoint before it'} ({why}). Serve that one again, "
                     "or start afresh with overwrite=true or another run_name."
                 )
             first = first or found
-        if question.key not in journal.answers:
+        if journal and question.key not in known:
             journal.write([(question, answer)])
         server.served = first
 

@@ -100,17 +100,22 @@ def decide(found: dict[str, Any], judge: Judge, cfg: DictConfig) -> tuple[list[s
 
 def longest(cfg: DictConfig, sources: list[str], prompts: Iterable[dict], gold: list[dict]) -> dict[str, int]:
     """Tokens that the longest request to `generator` and `judge` may have, with its answer, about."""
-    most = max((_tokens(row["prompt"]) for row in prompts), default=0)
+    most = max((tokens(row["prompt"]) for row in prompts), default=0)
     generations, _ = _generations(cfg, sources, most)
-    shown = [_tokens(row["prompt"]) + _tokens(row["chosen"]) + _tokens(row["rejected"]) for row in gold]
-    thought = cfg.judging.cot_tokens if cfg.judging.mode == "cot" else 0
+    shown = [tokens(row["prompt"]) + tokens(row["chosen"]) + tokens(row["rejected"]) for row in gold]
     return {
         "generator": round(max(sum(each) for each in generations)),
-        "judge": round(max([most + 2 * cfg.generate.max_new_tokens, *shown]) + QUESTION + thought),
+        "judge": asked_of_judge(max([most + 2 * cfg.generate.max_new_tokens, *shown]), cfg.judging),
     }
 
 
-def _tokens(messages: list[dict]) -> float:
+def asked_of_judge(shown: float, judging: DictConfig) -> int:
+    """Tokens of a question about a prompt and two replies that have `shown`, with the answer, about."""
+    return round(shown + QUESTION + (judging.cot_tokens if judging.mode == "cot" else 0))
+
+
+def tokens(messages: list[dict]) -> float:
+    """Of a conversation, about."""
     return sum(len(turn["content"].encode("utf-8", "replace")) for turn in messages) / CHARS_PER_TOKEN + TEMPLATE
 
 

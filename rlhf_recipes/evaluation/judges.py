@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from rlhf_recipes import ranks
-from rlhf_recipes.cai import constitution, prompt_templates
+from rlhf_recipes.cai import constitution, fingerprint, gate, prompt_templates
 from rlhf_recipes.cai.backend import Journal
 from rlhf_recipes.cai.judge import Judge, Judgement, Pair
 from rlhf_recipes.cai.load import find_judge_adapter, load_one
@@ -48,6 +48,28 @@ def check(cfg: DictConfig) -> ModelRef | None:
     return find_judge_adapter(node)
 
 
+def look(cfg: DictConfig, rows: list[dict], fixed: list[dict]) -> None:
+    """Ask a judge's endpoint what it serves, before anything is measured.
+
+    Args:
+        rows: the held-out rows, which have the `prompt` of each `prompt_id` as a conversation.
+        fixed: of `fixed_answers.load`.
+
+    Raises:
+        Refusal: of `fingerprint.check`.
+    """
+    if cfg.get("judge") is None or cfg.judge.kind != "server":
+        return
+    prompts = list({row["prompt_id"]: row["prompt"] for row in rows}.values())[: cfg.prompts]
+    shown = max(map(gate.tokens, prompts), default=0) + 2 * cfg.max_new_tokens
+    for row in fixed:
+        theirs = gate.tokens([{"role": "assistant", "content": row["output"]}])
+        shown = max(shown, gate.tokens(row["prompt"]) + theirs + cfg.max_new_tokens)
+    needed = {"judge": gate.asked_of_judge(shown, cfg.judging)}
+    backends = {"judge": load_one(cfg.judge, cfg, None)}
+    ranks.by_first(fingerprint.check, backends, needed, votes=cfg.judging.votes)
+
+
 def load(cfg: DictConfig, adapter: ModelRef | None) -> Judge | None:
     """The judge, ready to be asked; None without one.
 
@@ -68,6 +90,8 @@ def compare(judge: Judge, measurements: Measurements, rows: list[dict], path: Pa
     """
     prompts = {row["prompt_id"]: row["prompt"] for row in rows}
     parent, journal = measurements.parent, Journal(path)
+    # Of a run that goes on: whether the model is the one that it began with.
+    ranks.by_first(fingerprint.check, {"judge": judge.backend}, {"judge": 0}, journal, votes=True)
     judge.learn_priors(journal)
     judgements, typed = {}, 0
     for name in measurements.systems:

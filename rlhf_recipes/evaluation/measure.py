@@ -12,13 +12,15 @@ from omegaconf import DictConfig
 from rlhf_recipes import ensemble, methods, models, ranks, references
 from rlhf_recipes import inference as m
 from rlhf_recipes.adapters import BASE, Policies, RewardModels, System
+from rlhf_recipes.cai.backend import Journal
+from rlhf_recipes.cai.judge import Judge
 from rlhf_recipes.config import part_of
 from rlhf_recipes.data.fit import fit
 from rlhf_recipes.data.formats import clusters
 from rlhf_recipes.data.load import Splits
 from rlhf_recipes.data.tokens import neutralise
 from rlhf_recipes.errors import Refusal
-from rlhf_recipes.evaluation import judges, served_policies
+from rlhf_recipes.evaluation import fixed_answers, judges, served_policies
 from rlhf_recipes.evaluation import tasks as harness
 from rlhf_recipes.evaluation.measurements import Measurements
 from rlhf_recipes.references import ModelRef, adapter_sha256, folder_of
@@ -103,11 +105,13 @@ def measure(
         before: measurements on the same pairs with the same settings; what they say of the parent is not measured
             again.
     """
+    fixed = fixed_answers.load(cfg)
+    judges.look(cfg, pairs.test, fixed)
     tokenizer = models.load_tokenizer(cfg.model)
     rows, prompts, kept = _rows(cfg, tokenizer, pairs)
     first, parts = part_of(cfg.shards)
     rows = rows[first::parts]
-    policies = _policies(cfg, tokenizer, systems, rows, kept, prompts)
+    policies = _policies(cfg, tokenizer, systems, rows, kept, [*prompts, *fixed])
     texts = NEUTRAL.read_text(encoding="utf-8").strip().split("\n\n")[first::parts]
     parent, fresh = systems[0], systems[1:] if before else systems
     logps, neutral, answers = _known(before, parent) if before else ({}, {}, {})
@@ -125,12 +129,13 @@ def measure(
     for s in fresh if chosen else []:
         with policies.using(s.adapter) as model, m.measuring(model):
             scored[s.name] = ranks.by_first(harness.score, model, tokenizer, chosen, cfg.lm_eval, s.name)
+    others = _fixed(cfg, fixed, policies, tokenizer, systems) if fixed else {}
     del policies  # its memory is the reward models'
     given = {s.name: answers[s.name] for s in fresh}
     known = before.reward_models if before else {}
     reward_models = _reward(cfg, scorers, tokenizer, rows, kept, prompts, given, known)
     judged = systems[1:] if scorers.judge else []
-    return Measurements(
+    found = Measurements(
         parent=parent.name,
         systems=[s.name for s in systems],
         info={s.name: _info(s) | _optimised(s, parent, scorers.reward_models) for s in systems},
@@ -140,8 +145,20 @@ def measure(
         reward_models=reward_models,
         neutral=neutral,
         tasks=_tasks(scored),
+        fixed=others,
         settings=_settings(cfg, scorers, pairs),
     )
+    return fixed_answers.compare(scorers.judge, found, None, cfg.judging) if scorers.judge else found
+
+
+def judged(judge: Judge, found: Measurements, rows: list[dict], path: Path, judging: DictConfig) -> Measurements:
+    """What a model says of the answers, against the parent's and those of `baseline_answers`.
+
+    Args:
+        rows, path: as of `judges.compare`.
+    """
+    found = judges.compare(judge, found, rows, path, judging.tie_margin)
+    return fixed_answers.compare(judge, found, Journal(path), judging)
 
 
 def difference(measurements: list[Measurements]) -> str | None:
@@ -165,6 +182,8 @@ def join(cfg: DictConfig, parts: list[Measurements], pairs: Splits) -> Measureme
     Raises:
         Refusal: they were not measured alike, or not on these pairs.
     """
+    if cfg.baseline_answers:
+        raise Refusal(f"baseline_answers={cfg.baseline_answers}: parts that are joined have none. Leave it out.")
     rows, prompts, _ = _rows(cfg, models.load_tokenizer(cfg.model), pairs)
     typed = sum(part.settings.pop(judges.TYPED, 0) for part in parts)
     whole = parts[0]
@@ -254,7 +273,12 @@ def _known(before: Measurements, parent: System) -> tuple[dict, dict, dict]:
 
 
 def _policies(
-    cfg: DictConfig, tokenizer, systems: list[System], rows: list[dict], kept: slice, prompts: list[dict]
+    cfg: DictConfig,
+    tokenizer,
+    systems: list[System],
+    rows: list[dict],
+    kept: slice,
+    prompts: list[dict],
 ) -> Policies:
     """The systems in this process, or at an endpoint."""
     if not served_policies.is_asked(cfg):
@@ -265,6 +289,13 @@ def _policies(
     policies = served_policies.Served(cfg, tokenizer, systems, lengths)
     served_policies.refuse_unscored(cfg, policies)
     return policies
+
+
+def _fixed(cfg: DictConfig, rows: list[dict], policies: Policies, tokenizer, systems: list[System]) -> dict:
+    """Each system's answers to instructions that a file has answers to."""
+    how, asked = m.Sampling(cfg.max_new_tokens, cfg.temperature, cfg.seed), [row["prompt"] for row in rows]
+    answers = {s.name: policies.generate(s.adapter, tokenizer, asked, how, f"{s.name}: instructions") for s in systems}
+    return fixed_answers.answered(cfg.baseline_answers, rows, tokenizer, answers)
 
 
 def _rows(cfg: DictConfig, tokenizer, pairs: Splits) -> tuple[list[dict], list[dict], slice]:

@@ -26,6 +26,7 @@ class Measurements:
         reward_models: name -> its scores of the pairs.
         neutral: name -> (negative log-likelihood, tokens) of each neutral paragraph.
         tasks: lm-eval task -> `metric`, `ids` of its examples, and the `values` of each system.
+        fixed: answers to instructions of a file, and what a judge said of them against the file's (`fixed_answers`).
         settings: under which all of it was measured.
         fingerprint: in a sweep's measurements.json, of the adapter, the parent and the settings.
     """
@@ -39,6 +40,7 @@ class Measurements:
     reward_models: dict[str, list[dict]] = field(default_factory=dict)
     neutral: dict[str, list] = field(default_factory=dict)
     tasks: dict[str, dict] = field(default_factory=dict)
+    fixed: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     fingerprint: dict[str, Any] = field(default_factory=dict)
 

@@ -32,10 +32,12 @@ def write_page(evaluation: dict, path: str | Path) -> None:
     write(
         Path(__file__).with_name("page.html.jinja"),
         path,
-        **{key: value for key, value in evaluation.items() if key != "checkpoints"},
+        **{key: value for key, value in evaluation.items() if key not in ("checkpoints", "baseline_answers")},
+        baseline_answers=evaluation.get("baseline_answers"),
         checkpoints=found,
         checkpoint_rows=_checkpoint_rows(found, evaluation["systems"]) if found else [],
         task_rows=_task_rows(evaluation["systems"]),
+        against_rows=_against_rows(evaluation.get("baseline_answers")),
         family_models=_family_models(evaluation["reward_models"]),
         family_rows=_family_rows(_family_models(evaluation["reward_models"])),
         headline=_headline(evaluation),
@@ -102,6 +104,17 @@ def _baseline_rows(evaluation: dict) -> list[tuple[str, str, int]]:
     named = {f"Reward model {name}": model["accuracy"] for name, model in evaluation["reward_models"].items()}
     named |= {BASELINES[key].capitalize(): e for key, e in evaluation["baselines"].items()}
     return [(title, format_estimate(e, percent=True), e.n) for title, e in named.items()]
+
+
+def _against_rows(found: dict | None) -> list[dict]:
+    """A row for each system against fixed answers: its win rates and what asking twice moved."""
+    rows = []
+    for name, own in found["systems"].items() if found else ():
+        rates = [format_estimate(own[key], percent=True) for key in ("win_rate", "win_rate_length_controlled")]
+        again = own["asked_again"]
+        moved = f"{100 * again['moved']:+.1f} points, n {again['n']}" if again else "–"
+        rows.append({"name": name, "cells": [*map(_split, rates), (moved, "")]})
+    return rows
 
 
 def _task_rows(systems: dict) -> list[dict]:

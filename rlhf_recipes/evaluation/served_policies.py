@@ -42,6 +42,23 @@ def quantization(cfg: DictConfig) -> str | dict:
     return "none" if "_target_" not in cfg.quantization else dict(cfg.quantization)
 
 
+def look(cfg: DictConfig, prompts: list[list[dict]] = ()) -> "Served | None":
+    """Ask the endpoint, where one generates, whether it can do what will be asked of it, before anything else takes
+    its time; no adapter is loaded.
+
+    Args:
+        prompts: that it will answer.
+
+    Raises:
+        Refusal: see `Served`.
+    """
+    if not is_asked(cfg):
+        return None
+    tokenizer = models.load_tokenizer(cfg.model)
+    lengths = [len(m.encode(tokenizer, prompt, None)[0]) + cfg.max_new_tokens + 1 for prompt in prompts]
+    return Served(cfg, tokenizer, [], lengths)
+
+
 def refuse_unscored(cfg: DictConfig, policies: "Served") -> None:
     """An endpoint without log-probabilities of given texts needs another measure of what is better.
 
@@ -275,7 +292,7 @@ class Served(Policies):
                 told = self.endpoint.ask(path, body, **how)
                 return told if isinstance(told, dict) else {}
             except Failure as failed:
-                failure = failed
+                failure = failed.with_traceback(None)
             if failure.final or failure.unread or attempt == attempts:
                 break
             time.sleep(endpoint.pause(attempt, min(failure.wait, LONGEST_WAIT), chance))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from rlhf_recipes import ensemble, stats
 from rlhf_recipes.data.formats import clusters
 from rlhf_recipes.errors import Refusal
-from rlhf_recipes.evaluation import verdict
+from rlhf_recipes.evaluation import fixed_answers, verdict
 from rlhf_recipes.evaluation.definitions import METRICS
 from rlhf_recipes.evaluation.measurements import Measurements
 from rlhf_recipes.evaluation.win_rate import TIE, judged
@@ -37,7 +37,7 @@ def summarise(measurements: Measurements, thresholds: dict | None = None) -> dic
         score and that it was trained on), `labelled_by` (the judge, where it labelled what it was trained on) and
         `verdict`; `correction` of the verdicts for their number, in a sentence;
         `baselines`; `reward_models`; `recommended` and its `verdict`; `regressions`, worst first; `answers`, with what
-        is odd about each.
+        is odd about each; `baseline_answers`, of `fixed_answers.summarise`, where there are any.
     """
     unknown = set(thresholds or {}) - set(verdict.THRESHOLDS)
     if unknown:
@@ -73,7 +73,7 @@ def summarise(measurements: Measurements, thresholds: dict | None = None) -> dic
         },
         "settings": measurements.settings,
         "thresholds": thresholds,
-    }
+    } | ({"baseline_answers": fixed_answers.summarise(measurements.fixed)} if measurements.fixed else {})
 
 
 def compare(measurements: Measurements, metric: str, a: str, b: str) -> Estimate:

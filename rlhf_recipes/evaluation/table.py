@@ -3,6 +3,7 @@
 import textwrap
 
 from rlhf_recipes import stats
+from rlhf_recipes.evaluation import fixed_answers
 from rlhf_recipes.evaluation.summary import SHOWN_FAMILY
 from rlhf_recipes.text import line
 
@@ -23,6 +24,8 @@ def as_text(evaluation: dict) -> str:
     notes = [_task_line(task, tasks) for task in tasks[evaluation["parent"]]]
     last = list(models)[-1:]  # of several, their mean
     notes += [said for name, model in last if (said := _family_line(name, model["families"]))]
+    for said in fixed_answers.as_text(against) if (against := evaluation.get("baseline_answers")) else ():
+        notes.append(textwrap.fill(line(said), 110, subsequent_indent="  "))
     notes += [
         "[95 % interval, bootstrap over prompts] · LC: win rate at equal length · KL: nats per answer",
         f"refuses: % of harmful/harmless prompts · n: pairs/answers · parent: {line(evaluation['parent'])[:50]}",

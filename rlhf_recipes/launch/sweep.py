@@ -47,6 +47,8 @@ def run_job(main, cfg: DictConfig) -> float:
         if result:
             print(f"{folder / own}: finished before, kept.", flush=True)
         else:
+            if cfg.sweep.generator and cfg.sweep.prompts:
+                _look(cfg)
             main(cfg)
             result = run_folder.read_result(folder / own)
         row |= {"recipe": result["recipe"], "main": result["main"], "seconds": result["seconds"]}
@@ -147,10 +149,7 @@ def _measure(folder: Path, sweep: Path, cfg: DictConfig) -> str | None:
 
     if cfg.sweep.prompts == 0 or not (folder / "adapter").is_dir():
         return None
-    settings = OmegaConf.load(config.CONF / "evaluate.yaml")
-    shared = {key: cfg[key] for key in ("model", "quantization", "data", "fast_forward") if key in cfg}
-    asked = {key: cfg.sweep[key] for key in ("prompts", "max_new_tokens", "reward_model")}
-    settings = OmegaConf.merge(settings, shared, asked)
+    settings = _settings(cfg)
     result = run_folder.read_result(folder)
     if result["recipe"] == "reward":
         return None
@@ -174,6 +173,37 @@ def _measure(folder: Path, sweep: Path, cfg: DictConfig) -> str | None:
         known.fingerprint = fingerprint
         known.write(folder)
     return found[1].name
+
+
+def _settings(cfg: DictConfig) -> DictConfig:
+    """Of the measurement: conf/evaluate.yaml, with what the job and its sweep say.
+
+    Raises:
+        Refusal: `sweep.generator` is no endpoint's.
+    """
+    settings = OmegaConf.load(config.CONF / "evaluate.yaml")
+    shared = {key: cfg[key] for key in ("model", "quantization", "data", "fast_forward") if key in cfg}
+    asked = {key: cfg.sweep[key] for key in ("prompts", "max_new_tokens", "reward_model")}
+    if cfg.sweep.generator:
+        server, given = OmegaConf.load(config.CONF / "generator" / "server.yaml"), cfg.sweep.generator
+        if not OmegaConf.is_dict(given) or not given.get("model"):
+            raise Refusal(f"sweep.generator={given}: must be like {{base_url: http://localhost:8000/v1, model: x}}.")
+        for key in given:
+            config.check_value("sweep.generator", key, tuple(server))
+        asked["generator"] = OmegaConf.merge(server, given)
+    return OmegaConf.merge(settings, shared, asked)
+
+
+def _look(cfg: DictConfig) -> None:
+    """Whether the endpoint that will measure the job can do it, before it is trained.
+
+    Raises:
+        Refusal: it cannot.
+    """
+    from rlhf_recipes.evaluation import served_policies
+
+    settings = _settings(cfg)
+    served_policies.refuse_unscored(settings, served_policies.look(settings))
 
 
 def _measured_as(fingerprint: dict[str, Any]) -> dict[str, Any]:
