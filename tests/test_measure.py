@@ -971,7 +971,7 @@ def test_a_job_of_a_sweep_is_measured_at_an_engine(runs, compose, tiny_model_ove
     cfg.sweep.generator.model = "other"
     with pytest.raises(Refusal, match=r"generator\.model=other: not served"):
         sweep._look(cfg)
-    cfg.sweep.generator.modell = "x"
+    cfg.sweep.generator = {"model": "tiny", "modell": "x"}
     with pytest.raises(Refusal, match=r"sweep\.generator=modell: not one of .*did you mean 'model'"):
         sweep._look(cfg)
 

@@ -57,6 +57,7 @@ KEYS = {
     "proxy": ("first", "mean", "min", "uwo", "trained"),
     "ppo_run": str | None,
     "sweep.reward_model": str | None,
+    "sweep.generator": dict | None,
     "sweep.max_kl": int | float | None,
     "sweep.max_length_ratio": int | float | None,
     "stages": list,
