@@ -37,6 +37,14 @@ def parse_yaml_once() -> None:
     yaml.load, _utils.get_yaml_loader = load_once, lambda: loader
 
 
+def copies(node) -> functools.partial:
+    """What copies it: pickle, in a fifth of the time of a deep copy, but where submitit has brought a class again."""
+    try:
+        return functools.partial(pickle.loads, pickle.dumps(node))
+    except pickle.PicklingError:
+        return functools.partial(copy.deepcopy, node)
+
+
 @functools.cache
 def compose_once() -> None:
     """Hydra lists the same defaults and merges the same files anew, whichever single keys are set afterwards.
@@ -94,8 +102,8 @@ def compose_once() -> None:
         if key is None:
             return merge(self, defaults, repo)
         if key not in merged:
-            merged[key] = pickle.dumps(merge(self, defaults, repo))
-        return pickle.loads(merged[key])  # a fifth of the time of a deep copy
+            merged[key] = copies(merge(self, defaults, repo))
+        return merged[key]()
 
     config_loader_impl.create_defaults_list, loader._compose_config_from_defaults_list = list_once, merge_once
     loader._load_single_config = load_apart
