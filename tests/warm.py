@@ -41,7 +41,8 @@ PRELOADED = (
     "peft.utils.transformers_weight_conversion", "torch.distributed.launcher.api", "torch.profiler._cupti_monitor",
     "torch.utils.serialization", "transformers.integrations.bitsandbytes",
     "transformers.models.llama.modeling_llama", "trl.experimental.cpo", "trl.experimental.orpo",
-    "trl.trainer.dpo_trainer", "trl.trainer.kto_trainer", "trl.trainer.reward_trainer", "trl.trainer.sft_trainer",
+    "trl.trainer.dpo_trainer", "trl.trainer.kto_trainer", "trl.trainer.reward_trainer",
+    "trl.trainer.rloo_trainer", "trl.trainer.sft_trainer",
 )  # fmt: skip
 # Of the audit, and of who asks a server.
 OTHERS = (
