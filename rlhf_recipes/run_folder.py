@@ -392,10 +392,11 @@ def _is_folder(path: Path) -> bool:
 
 def _inputs(leaves: list[tuple[str, Any]]) -> list[tuple[str, str]]:
     """Those that may be paths, and the entries of lists one by one: with a slash, or under a key that takes a path, so
-    that `trainer.loss_type=simpo` is no folder of this name."""
+    that `trainer.loss_type=simpo` is no folder of this name, nor `data.columns.first=first`."""
     single = [(key, each) for key, leaf in leaves for each in (leaf if isinstance(leaf, list) else [leaf])]
     texts = [(key, each) for key, each in single if isinstance(each, str) and key != "run_name"]
-    return [(key, each) for key, each in texts if "/" in each or key.rpartition(".")[2] in PLACES]
+    places = {key for key, _ in texts if key.rpartition(".")[2] in PLACES and not key.startswith("data.columns.")}
+    return [(key, each) for key, each in texts if "/" in each or key in places]
 
 
 def _lies_in(value: str, folder: Path) -> bool:

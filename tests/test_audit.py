@@ -113,7 +113,7 @@ def test_it_ends_with_a_page_and_the_way_to_it(audited):
     assert result["audit"]["verdict"] == audit["verdict"] and result["main"]["name"] == "preference_accuracy"
     assert len((folder / "label_next.jsonl").read_text().splitlines()) == 3
     assert json.loads((folder / "disputed.jsonl").read_text().splitlines()[0])["label"] is None
-    assert "'judgements=[outputs/audit/main/disputed.jsonl]' run_name=labelled" in done.stdout
+    assert "'judgements=[outputs/label/main/judgements.jsonl]' run_name=labelled" in done.stdout
 
 
 def test_a_checkpoint_is_held_against_gold(audited, here):

@@ -1,6 +1,7 @@
 """Conversations that open alike are one cluster, wherever an interval is bootstrapped."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -79,7 +80,7 @@ def told():
 
 def judged():
     said = [Judgement(float(p), {}, 0.1, 0.0, bool(i % 3), 1.0) for i, p in enumerate(RNG.uniform(0.2, 0.9, N))]
-    return validate_judge(None, ROWS, said, LIMITS)
+    return validate_judge(SimpleNamespace(ordered=True), ROWS, said, LIMITS)
 
 
 MEASURED = {

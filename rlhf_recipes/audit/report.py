@@ -90,7 +90,7 @@ def describe(run: Run, audit: dict[str, Any], disputed: bool) -> str:
         path = run.dir / "disputed.jsonl"
         lines.append(f"  disputed  {path}: for people to label first, second or tie")
         lines.append(f"  next      {command('label')} {written('pairs', str(path))}; then this command again with its")
-        lines.append("            judgements=[outputs/label/main/judgements.jsonl] run_name=labelled")
+        lines.append("            'judgements=[outputs/label/main/judgements.jsonl]' run_name=labelled")
     elif audit["counts"]["reward models"] == 1:
         lines.append(f"  next      {command('reward')} reward=ensemble: one reward model does not know its errors")
     return "\n".join(map(line, lines))

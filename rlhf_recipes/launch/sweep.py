@@ -160,7 +160,8 @@ def _measure(folder: Path, sweep: Path, cfg: DictConfig) -> str | None:
     if known is None or _measured_as(known.fingerprint) != _measured_as(fingerprint):
         others = (measurements.find(path.parent) for path in sorted(sweep.glob(f"*/{measurements.FILE}")))
         alike = {**_measured_as(fingerprint), "adapter": None}
-        before = next((m for m in others if {**_measured_as(m.fingerprint), "adapter": None} == alike), None)
+        measured = (m for m in others if m and m.fingerprint)  # recipes/evaluate.py writes none
+        before = next((m for m in measured if {**_measured_as(m.fingerprint), "adapter": None} == alike), None)
         before = ranks.from_first(before)
         scorer = measure.find_scorer(settings.reward_model, cfg.model.id, adapter_base=cfg.model.adapter_base)
         models.check_templates(cfg.model, [each.adapter for each in scorer], reward=True)
