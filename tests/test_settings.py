@@ -230,7 +230,9 @@ def test_every_range_is_of_a_key_that_is_there(compose):
     from rlhf_recipes.typecheck import parameters
 
     recipes = ("sft", "reward", "dpo", "kto", "orpo", "simpo", "ppo", "rloo")
-    known = {key for recipe in (*recipes, "evaluate", "audit", "cai", "label", "pipeline") for key in keys.defaults(recipe)}
+    known = {
+        key for recipe in (*recipes, "evaluate", "audit", "cai", "label", "pipeline") for key in keys.defaults(recipe)
+    }
     for recipe in recipes:
         cfg = compose(recipe, *(PPO if methods.of(recipe).samples else []))
         for node in ("trainer", "lora"):
