@@ -828,3 +828,10 @@ def test_a_real_server_answers(real_server, tiny_model, capsys):
     assert capsys.readouterr().err.count("gives no log-probabilities") == 1
     with pytest.raises(ValueError, match=r"status 400, it does not take the request: .*pinned"):
         answers(server.Server(base_url=real_server, model="another/model"), generations(1))
+
+
+def test_a_key_that_an_endpoint_repeats_is_not_shown(monkeypatch):
+    """Whatever it looks like, and whatever its variable is called."""
+    monkeypatch.setenv("OF_THE_DESK", "quiet horse")
+    told = rlhf_recipes.endpoint.Endpoint("http://127.0.0.1:9/v1", "OF_THE_DESK").plain("who is\nquiet horse?")
+    assert told == "who is <secret>?"

@@ -159,6 +159,18 @@ def test_people_are_asked_for_the_pairs_of_a_whole_run_alone(compose):
         people.check(compose("cai", "judge=people", "shards=1/2"))
 
 
+def test_people_have_labelled_a_run_when_they_have_labelled_all_that_waits(compose, tmp_path):
+    """Not when they are done with fewer pairs, of a run that was smaller then."""
+    from rlhf_recipes.cai import people
+
+    (tmp_path / "result.json").write_text(json.dumps({"labels": {"pairs": 1}}))
+    judge = people.People(compose("cai", "judge=people", f"judge.labels={tmp_path}"), None, {})
+    judge.waiting = {"a": {}}
+    assert judge.finished()
+    judge.waiting = {"a": {}, "b": {}}
+    assert not judge.finished()
+
+
 def test_what_there_is_nothing_to_label_in(tmp_path):
     (tmp_path / "audit").mkdir()
     (tmp_path / "audit" / "config.yaml").write_text("rlhf_recipes: audit\n")
