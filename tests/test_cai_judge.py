@@ -10,6 +10,8 @@ from omegaconf import OmegaConf
 from rlhf_recipes.cai import constitution, gate, judge, prompt_templates
 from rlhf_recipes.cai.backend import Journal
 from rlhf_recipes.cai.judge import Judge, Pair
+from rlhf_recipes.evaluation import fixed_answers, page
+from rlhf_recipes.evaluation.measurements import Measurements
 
 USER = [{"role": "user", "content": "a question"}]
 
@@ -292,3 +294,36 @@ def test_layout_names_the_options_that_are_read(cfg):
         "content"
     ]
     assert all(f"({letter}) Reply {letter}" in asked for letter in prompt_templates.LETTERS)
+
+
+def test_a_judge_compares_with_the_answers_of_others_and_is_asked_again(make, cfg):
+    """One that likes the system's texts by 0.8, and by 0.7 under the draws of the second asking; of the same text it
+    is not asked."""
+    critic, journal = make(lambda a, b, text: own(a) - own(b))
+    odds = {0: math.log(4), 1: math.log(7 / 3)}
+    asking = []
+
+    def own(text):
+        return odds[asking[-1]] / 2 * (1 if text.startswith("own") else -1)
+
+    def again(number):
+        asking.append(number)
+        return Judge.again(critic, number)
+
+    rows = [
+        {"prompt_id": f"p{n}", "prompt": USER, "output": "same" if n == 0 else f"other {n}", "tokens": 2,
+         "systems": {"dpo": {"text": "same" if n == 0 else f"own {n}", "tokens": 2, "finished": True}}}
+        for n in range(6)
+    ]  # fmt: skip
+    found = Measurements("base", ["dpo"], fixed={"name": "a.json", "rows": rows})
+    asked_before = len(critic.backend.asked)
+    critic.again = again
+    judging = OmegaConf.create({"tie_margin": 0.0, "asked_again": 0.5})
+    judged = fixed_answers.compare(critic, found, journal, judging).fixed["systems"]["dpo"]
+    assert [each["p"] for each in judged["judged"]] == pytest.approx([0.5, *[0.8] * 5])
+    assert [each["p"] for each in judged["again"]] == pytest.approx([0.5, 0.7, 0.7])
+    assert [each["asked"] for each in judged["judged"]] == [False, *[True] * 5]
+    principles = cfg.judging.principles_per_pair
+    assert len(critic.backend.asked) - asked_before == 2 * principles * (5 + 2)
+    [row] = page._against_rows(fixed_answers.summarise(found.fixed | {"systems": {"dpo": judged}}))
+    assert row["name"] == "dpo" and row["cells"][0][0] == "75.0 %" and row["cells"][2] == ("-6.7 points, n 3", "")

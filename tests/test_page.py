@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 import pytest
 from test_evaluation_summary import by_ensemble, by_hand, fake, steps, with_tasks
 
+from rlhf_recipes import stats
 from rlhf_recipes.evaluation import checkpoints, page, summary
 from rlhf_recipes.training.curves import _series, plot_curves
 
@@ -116,6 +117,19 @@ def test_what_comes_from_data_is_escaped(tmp_path):
     text = written(summary.summarise(measured), tmp_path)
     assert "<script" not in text and "<b>" not in text
     assert "&lt;script&gt;" in text
+
+
+def test_answers_of_others_have_a_table(tmp_path):
+    rate = stats.estimate([1.0, 0.0, 1.0, 1.0], list("abcd"))
+    again = {"n": 2, "moved": 0.031, "same_winner": 1.0}
+    own = {"win_rate": rate, "win_rate_length_controlled": rate, "asked_again": again}
+    against = {"name": EVIL, "n": 4, "systems": {"dpo": own, "base": own | {"asked_again": None}}}
+    text = written(summary.summarise(fake()) | {"baseline_answers": against}, tmp_path)
+    section = re.search(r'<h2 id="against">.*?</table>', text, re.DOTALL)[0]
+    assert EVIL not in section and "n 4" in section
+    dpo, base = re.findall(r'<tr><th scope="row">(.*?)</tr>', section)
+    assert dpo.startswith("dpo</th><td>75.0 %<small") and dpo.endswith("<td>+3.1 points, n 2</td>")
+    assert base.startswith("base</th>") and base.endswith("<td>–</td>")
 
 
 def test_little_measured_still_makes_a_page(tmp_path):

@@ -27,13 +27,13 @@ from worlds import WORLDS, World  # noqa: E402
 
 CELLS = HERE / "does_it_align"
 ANCHOR_RUN = "outputs/sft/anchor"
-PROMPTS, HELD_OUT, WORDS = 24, 32, 20  # train and unseen prompts, of at most so many words
+PROMPTS, HELD_OUT, WORDS = 48, 32, 20  # train and unseen prompts, of at most so many words
 TESTED = 16  # unseen prompts whose labels the reward models are tested by
-SAMPLES, TOKENS = 4, 32  # answers of a prompt, which make two pairs; tokens of an answer
+SAMPLES, TOKENS = 4, 24  # answers of a prompt, which make two pairs; tokens of an answer
 ASKED = 1  # answers that a policy is measured by for each unseen prompt
 BEST_OF = 8
 ROUNDS = 3
-SHORT = 24  # words of what the anchor learns to answer
+SHORT = 16  # words of what the anchor learns to answer
 LOCAL = [
     "quantization=none", "model.dtype=float32", "data=local", "preflight.measure=false", "trainer.report_to=none",
     "trainer.per_device_train_batch_size=4", "trainer.gradient_accumulation_steps=2",
