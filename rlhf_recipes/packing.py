@@ -36,7 +36,7 @@ class Packed:
     Attributes:
         ids_PL: token ids.
         positions_PL: of each token in its own sequence.
-        part_PL: 0 the common start, n the rest of a row's n-th sequence, `PADDING`.
+        part_PL: 0 the common start, n the rest of the n-th sequence that begins so, `PADDING`.
         index_BT: where in the flat (P L) the state of each token of each sequence lies; 0 for padding, which is on the
             right. The sequences are in the order of the rows.
     """
@@ -54,69 +54,87 @@ class Packed:
         """
         L = self.ids_PL.shape[1]
         queries, keys = self.part_PL[:, :, None], self.part_PL[:, None, :]
+        begun_PL = (self.positions_PL == 0).cumsum(1)  # what begins alike starts at 0, and so does padding
         seen = torch.ones(L, L, dtype=torch.bool, device=queries.device).tril() & ((keys == 0) | (keys == queries))
+        seen &= begun_PL[:, :, None] == begun_PL[:, None, :]
         if window:
             seen &= self.positions_PL[:, :, None] - self.positions_PL[:, None, :] < window
         return seen[:, None]
 
 
-def pack(rows: list[list[list[int]]], device: torch.device, width: int | None = None) -> Packed:
-    """Each list of sequences as one row.
+def pack(
+    alike: list[list[list[int]]], device: torch.device, width: int | None = None, rows: list[list[int]] | None = None
+) -> Packed:
+    """Lists of sequences, what those of a list begin with once.
 
     Args:
         width: T; None: that of the longest sequence.
+        rows: indices of the lists of each row, as `find_rows` gives them; none: each is a row.
     """
-    ids: list[list[int]] = []
-    positions: list[list[int]] = []
-    parts: list[list[int]] = []
-    places: list[list[int]] = []  # of the states of each sequence in its row
-    for sequences in rows:
-        same = count_shared(sequences)
-        row, at, part = sequences[0][:same], [*range(same)], [0] * same
-        for number, sequence in enumerate(sequences, 1):
-            places.append([*range(same), *range(len(row), len(row) + len(sequence) - same)])
-            row += sequence[same:]
-            at += range(same, len(sequence))
-            part += [number] * (len(sequence) - same)
-        ids.append(row)
-        positions.append(at)
-        parts.append(part)
-    L = -(-max(map(len, ids)) // SPAN) * SPAN
-    T = width or max(map(len, places))
-    row_of = [number for number, sequences in enumerate(rows) for _ in sequences]
+    rows = rows or [[n] for n in range(len(alike))]
+    ids: list[list[int]] = [[] for _ in rows]
+    positions: list[list[int]] = [[] for _ in rows]
+    parts: list[list[int]] = [[] for _ in rows]
+    places: list[list[list[int]]] = [[] for _ in alike]  # of the states of each sequence in its row
+    for number, row in enumerate(rows):
+        for n in row:
+            same, begin = count_shared(alike[n]), len(ids[number])
+            ids[number] += alike[n][0][:same]
+            positions[number] += range(same)
+            parts[number] += [0] * same
+            for part, sequence in enumerate(alike[n], 1):
+                end, rest = len(ids[number]), len(sequence) - same
+                places[n].append([*range(begin, begin + same), *range(end, end + rest)])
+                ids[number] += sequence[same:]
+                positions[number] += range(same, len(sequence))
+                parts[number] += [part] * rest
+    L = _filled_up(max(map(len, ids)))
+    T = width or max(len(each) for own in places for each in own)
+    row_of = {n: number for number, row in enumerate(rows) for n in row}
 
     def tensor(lists: list[list[int]], length: int, padding: int = 0) -> Tensor:
         return torch.tensor([each + [padding] * (length - len(each)) for each in lists], device=device)
 
-    index_BT = tensor([[number * L + k for k in each] for number, each in zip(row_of, places, strict=True)], T)
+    index_BT = tensor([[row_of[n] * L + k for k in each] for n, own in enumerate(places) for each in own], T)
     return Packed(tensor(ids, L), tensor(positions, L), tensor(parts, L, PADDING), index_BT)
 
 
-def find_rows(sequences: list[list[int]], hidden_size: int) -> list[list[int]]:
-    """Indices of the sequences of each row, rows about as long as each other; none where a row for each sequence,
-    padded, costs less.
+def find_rows(lengths: list[int], hidden_size: int, shared: int = 0) -> list[list[int]]:
+    """Which of them are to lie in a row, rows about as long as each other; none where a row for each, padded, costs
+    less.
 
     A token takes 24 H^2 operations in the matrices of a layer (of 12 H^2 weights), and 4 L H in attention, which a
     processor does at a third of their speed: a row costs L (2 H + L).
+
+    Args:
+        lengths: tokens of each.
+        shared: with how many all of them begin, which a row has once.
+
+    Returns:
+        Indices, a list for each row.
     """
-    shared, longest_first = count_shared(sequences), sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
 
     def cost(rows: int, L: int) -> int:
         return rows * L * (2 * hidden_size + L)
 
     found: list[list[int]] = []
-    least = cost(len(sequences), len(sequences[longest_first[0]]))
-    for count in range(1, len(sequences) + 1):
+    least = cost(len(lengths), max(lengths))
+    for count in range(1, len(lengths) + 1):
         rows: list[list[int]] = [[] for _ in range(count)]
-        lengths = [shared] * count
+        filled = [shared] * count
         for i in longest_first:
-            place = lengths.index(min(lengths))
+            place = filled.index(min(filled))
             rows[place].append(i)
-            lengths[place] += len(sequences[i]) - shared
-        own = cost(count, -(-max(lengths) // SPAN) * SPAN)
+            filled[place] += lengths[i] - shared
+        own = cost(count, _filled_up(max(filled)))
         if own < least:
             found, least = rows, own
     return found
+
+
+def _filled_up(length: int) -> int:
+    return -(-length // SPAN) * SPAN
 
 
 class Packing:
@@ -171,9 +189,9 @@ class Packing:
         self.proven, device, training = True, backbone.device, backbone.training
         backbone.eval()
         try:
-            packed = pack([sequences], device)
+            packed = pack([sequences, sequences[:1]], device, rows=[[0, 1]])
             packed_LH = states(**self.inputs(packed, computed_in(backbone)))[0]
-            for index_T, ids in zip(packed.index_BT, sequences, strict=True):
+            for index_T, ids in zip(packed.index_BT, [*sequences, sequences[0]], strict=True):
                 ids_1T = torch.tensor([ids], device=device)
                 alone_TH = states(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T))[0].float()
                 off_TH = packed_LH[index_T[: len(ids)]].float() - alone_TH

@@ -299,12 +299,12 @@ def test_layout_names_the_options_that_are_read(cfg):
 def test_a_judge_compares_with_the_answers_of_others_and_is_asked_again(make, cfg):
     """One that likes the system's texts by 0.8, and by 0.7 under the draws of the second asking; of the same text it
     is not asked."""
-    critic, journal = make(lambda a, b, text: own(a) - own(b))
-    odds = {0: math.log(4), 1: math.log(7 / 3)}
-    asking = []
+    odds, asking = {0: math.log(4), 1: math.log(7 / 3)}, [0]
 
     def own(text):
         return odds[asking[-1]] / 2 * (1 if text.startswith("own") else -1)
+
+    critic, journal = make(lambda a, b, text: own(a) - own(b))
 
     def again(number):
         asking.append(number)

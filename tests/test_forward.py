@@ -8,6 +8,7 @@ import torch
 from families import FAMILIES, family
 
 from rlhf_recipes.packing import PADDING, pack
+from rlhf_recipes.preference import shared_prefix
 from rlhf_recipes.preference.shared_prefix import SharedPrefixes
 
 WORDS = ("call", "the", "clinic", "pain", "today", "no", "Friday", "why")
@@ -41,6 +42,18 @@ def test_sequences_are_packed_by_hand():
     assert near == [{0}, {0, 1}, {1, 2}, {1, 3}, {3, 4}]
 
 
+def test_lists_that_share_nothing_lie_in_one_row_and_see_their_own_alone():
+    packed = pack([[[1, 2, 3], [1, 2, 4]], [[6]], [[7], [8, 9]]], "cpu", rows=[[2, 0], [1]])
+    assert packed.ids_PL[:, :8].tolist() == [[7, 8, 9, 1, 2, 3, 4, 0], [6, *[0] * 7]]
+    assert packed.positions_PL[0, :7].tolist() == [0, 0, 1, 0, 1, 2, 2]
+    L = packed.ids_PL.shape[1]
+    assert packed.index_BT.tolist() == [[3, 4, 5], [3, 4, 6], [L, 0, 0], [0, 0, 0], [1, 2, 0]]
+    seen = [set(row.nonzero().flatten().tolist()) for row in packed.visible()[0, 0, :9]]
+    assert seen == [{0}, {1}, {1, 2}, {3}, {3, 4}, {3, 4, 5}, {3, 4, 6}, {7}, {8}]
+    near = [set(row.nonzero().flatten().tolist()) for row in packed.visible(2)[0, 0, :7]]
+    assert near == [{0}, {1}, {1, 2}, {3}, {3, 4}, {4, 5}, {4, 6}]
+
+
 def batch(P=5, T=150):
     """Random pairs that share nothing, some, all of one answer, and all."""
     drawn = torch.Generator().manual_seed(0)
@@ -56,8 +69,10 @@ def batch(P=5, T=150):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", [*FAMILIES, *(f"{name} windowed" for name in WINDOWED)])
-def test_states_and_gradients_are_those_of_two_rows(tmp_path, name, attention):
+def test_states_and_gradients_are_those_of_two_rows(tmp_path, monkeypatch, name, attention):
     from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr(shared_prefix, "find_rows", lambda lengths, hidden_size: [[0, 3], [1, 2, 4]])
 
     folder = family(name.partition(" ")[0], tmp_path / "model")
     settings = {"sliding_window": 40} if "windowed" in name else {}

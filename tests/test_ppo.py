@@ -247,7 +247,7 @@ def test_rows_are_made_where_they_cost_less():
     from rlhf_recipes.packing import find_rows
 
     def found(shared, lengths, hidden_size=64):
-        return find_rows([[0] * shared + [n] * (length - shared) for n, length in enumerate(lengths, 1)], hidden_size)
+        return find_rows(lengths, hidden_size, shared)
 
     assert found(0, [32, 32, 32, 32]) == []
     assert found(16, [40, 24, 40, 24]) == [[0, 2, 1, 3]]  # 80 tokens, filled up to 96; each padded, 160

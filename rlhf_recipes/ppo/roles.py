@@ -167,7 +167,8 @@ class Roles:
         own = getattr(self.decoder, "packing", None)
         if own is None or own.refused:
             return []
-        rows = packing.find_rows(sequences, self.head.weight.shape[1])
+        shared = packing.count_shared(sequences)
+        rows = packing.find_rows(list(map(len, sequences)), self.head.weight.shape[1], shared)
         several = [[sequences[i] for i in row] for row in rows if len(row) > 1]
         if several and not own.proven:
             # A window is met by long ones alone; else short ones tell as much, and cost less.

@@ -1,10 +1,11 @@
 """What the two answers of a pair have in common goes through the model once.
 
-A batch of TRL's preference trainers is [chosen; rejected], padded on the right. Rows i and i + P of it become one row
-of `packing`; the states are put back where the rows of the batch had them, and the backward of that adds the gradients
-of both. Collator, head, loss, metrics and reference are the trainer's.
+A batch of TRL's preference trainers is [chosen; rejected], padded on the right. Rows i and i + B / 2 of it are packed
+into one, with other pairs where that costs less than padding; the states are put back where the rows of the batch had
+them, and the backward of that adds the gradients of both. Collator, head, loss, metrics and reference are the
+trainer's.
 
-Shapes: P pairs, B = 2 P sequences of T tokens, L tokens of a row that holds a pair.
+Shapes: B sequences of T tokens.
 """
 
 from inspect import Parameter, signature
@@ -13,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rlhf_recipes import packing
-from rlhf_recipes.packing import Packed, pack
+from rlhf_recipes.packing import Packed, count_shared, find_rows, pack
 
 
 class SharedPrefixes:
@@ -46,7 +47,8 @@ class SharedPrefixes:
             longest = max(pairs, key=lambda pair: sum(map(len, pair)))
             # without the hooks of the module itself
             self.packing.prove(lambda **own: backbone.forward(**own).last_hidden_state, longest, backbone)
-        packed = _pack(pairs, given["input_ids"]) if pairs and not self.refused else None
+        width = self.packing.config.hidden_size
+        packed = _pack(pairs, given["input_ids"], width) if pairs and not self.refused else None
         self._packed.append(packed)
         if backbone.training:
             self.batches["packed" if packed else "whole"] += 1
@@ -77,9 +79,10 @@ def _pairs(given: dict[str, Any]) -> list[list[list[int]]]:
     return [list(pair) for pair in zip(rows[: len(rows) // 2], rows[len(rows) // 2 :], strict=True)]
 
 
-def _pack(pairs: list[list[list[int]]], ids_BT: Tensor) -> Packed | None:
+def _pack(pairs: list[list[list[int]]], ids_BT: Tensor, hidden_size: int) -> Packed | None:
     """The pairs, their sequences in the order of the batch; None where nothing would be saved."""
-    packed = pack(pairs, ids_BT.device, ids_BT.shape[1])
+    rows = find_rows([sum(map(len, pair)) - count_shared(pair) for pair in pairs], hidden_size)
+    packed = pack(pairs, ids_BT.device, ids_BT.shape[1], rows)
     if packed.ids_PL.numel() >= ids_BT.numel():
         return None
     packed.index_BT = packed.index_BT.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1)

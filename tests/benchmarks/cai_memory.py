@@ -73,8 +73,9 @@ def text(seed, count: int) -> str:
 def work(path: Path) -> None:
     """One process: the recipe on prompts.jsonl of the working directory; what it took goes to a file."""
     from rlhf_recipes.cai import load
+    from rlhf_recipes.cai.judge import Judge
 
-    load.load = lambda *_: (Engine(), Grader())
+    load.load = lambda cfg, parent, named, principles: (Engine(), Judge(Grader(), principles, cfg.judging, cfg.seed))
     sys.argv = ["cai.py", *SMALL]
     begin = time.monotonic()
     runpy.run_path(str(ROOT / "recipes" / "cai.py"), run_name="__main__")
