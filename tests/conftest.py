@@ -37,16 +37,18 @@ LIMIT = 300  # seconds: where a test waits for what must come, a busy machine is
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # as Run.start does
 os.environ["OMP_NUM_THREADS"] = "1"  # matrices of 64 rows: threads would wait for each other
 compiling.when_called()  # as Run.start does
-# What takes longest starts first, so that no core idles at the end.
+# What takes longest starts first, so that no core idles at the end; one of the first two trains in its own process,
+# while the other waits for the warm Python.
 LONGEST = (
-    "test_processes.py", "test_resume.py", "test_sweep.py", "test_families.py", "test_audit.py", "test_ppo.py",
-    "test_recipes.py", "test_hub_faults.py", "test_fsdp.py", "test_engine.py", "test_forward.py", "test_trainers.py",
-    "test_conf.py", "test_kept_runs.py", "test_cai.py", "test_doctor.py", "test_publish.py", "test_run_folder.py",
-    "test_measure.py", "test_bad_input.py", "test_preflight.py", "test_stages.py", "test_code.py", "test_docs.py",
-    "test_references.py", "test_cai_server.py", "test_hub.py", "test_limits.py", "test_account.py", "test_extras.py",
-    "test_warm.py", "test_wheel.py", "test_cai_local.py", "test_planted_secrets.py", "test_audit_calibration.py",
-    "test_data.py", "test_cai_data.py", "test_audit_consistency.py", "test_audit_coverage.py", "test_secrets.py",
-    "test_page.py", "test_audit_page.py", "test_audit_uncertainty.py", "test_cai_judge.py", "test_fuzz_data.py",
+    "test_processes.py", "test_forward.py", "test_measure.py", "test_resume.py", "test_sweep.py", "test_hub_faults.py",
+    "test_recipes.py", "test_ppo.py", "test_engine.py", "test_fsdp.py", "test_conf.py", "test_preflight.py",
+    "test_publish.py", "test_rounds.py", "test_stages.py", "test_audit.py", "test_families.py", "test_doctor.py",
+    "test_trainers.py", "test_browser.py", "test_bad_input.py", "test_code.py", "test_cai.py", "test_kept_runs.py",
+    "test_planted_secrets.py", "test_cai_data.py", "test_cai_server.py", "test_cai_local.py", "test_ppo_server.py",
+    "test_account.py", "test_run_folder.py", "test_publish_files.py", "test_data.py", "test_cards.py", "test_hub.py",
+    "test_limits.py", "test_extras.py", "test_others_text.py", "test_label_models.py", "test_fuzz_data.py",
+    "test_template.py", "test_cai_reward.py", "test_label.py", "test_kto.py", "test_warm.py", "test_wheel.py",
+    "test_reward.py", "test_evaluation_summary.py", "test_embedded.py", "test_page.py", "test_audit_page.py",
 )  # fmt: skip
 # Files that simulate, serve or parse for long, most of their tests.
 SLOW = (
@@ -55,7 +57,7 @@ SLOW = (
     "test_limits.py", "test_page.py", "test_preflight.py",
 )  # fmt: skip
 
-SHARED_ROOM = pytest.StashKey[dict[str, str]]()
+SHARED_ROOM = pytest.StashKey[dict]()
 
 
 def pytest_configure(config):
@@ -70,7 +72,7 @@ def pytest_configure(config):
     (room / "hf_home").mkdir()
     env = offline(room / "hf_home")
     pythons = {kind: str(offered.enter_context(warm.offer(room / kind, env, kind))) for kind in ("warm", "light")}
-    config.stash[SHARED_ROOM] = {"hf_home": str(room / "hf_home"), **pythons}
+    config.stash[SHARED_ROOM] = {"env": env, **pythons}
 
 
 @pytest.hookimpl(optionalhook=True)  # of xdist
@@ -192,7 +194,8 @@ def offline(hf_home):
 
 @pytest.fixture(scope="session")
 def clean_env(pytestconfig):
-    return offline(pytestconfig.stash[SHARED_ROOM]["hf_home"])
+    """That of the warm Pythons: with what libraries set in this process there would be none."""
+    return dict(pytestconfig.stash[SHARED_ROOM]["env"])
 
 
 @pytest.fixture(scope="session")
