@@ -6,7 +6,7 @@ import gc
 import pickle
 import sys
 from base64 import b64decode
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -151,11 +151,25 @@ def collect_less() -> None:
 
 @contextmanager
 def pictures_sketched():
-    """A run's own pictures are an empty one: to lay them out takes longer than two steps."""
+    """A run's own pictures, and those of its page, are empty ones: to lay them out takes longer than what is drawn."""
+    from markupsafe import Markup
+
+    from rlhf_recipes import drawing
+    from rlhf_recipes.audit import page as audits_page
+    from rlhf_recipes.cai import report
+    from rlhf_recipes.evaluation import checkpoints, frontier, page
     from rlhf_recipes.training import curves, doctor_plot
 
     def sketch(*given):
         next(each for each in given if isinstance(each, Path)).write_bytes(EMPTY)
 
-    with patch.object(curves, "plot_curves", sketch), patch.object(doctor_plot, "plot", sketch):
+    def figure(caption, alt, *_, **__):
+        return {"caption": caption, "alt": alt, "svg": Markup("<svg></svg>")}
+
+    files = ((curves, "plot_curves"), (doctor_plot, "plot"), (frontier, "plot"), (report, "draw_funnel"))
+    with ExitStack() as sketched:
+        for owner, name in files:
+            sketched.enter_context(patch.object(owner, name, sketch))
+        for owner in (drawing, page, checkpoints, audits_page):
+            sketched.enter_context(patch.object(owner, "figure", figure))
         yield
