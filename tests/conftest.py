@@ -170,12 +170,13 @@ def tiny_model_overrides(tiny_model):
 
 @pytest.fixture(scope="session")
 def tiny_overrides(tiny_model_overrides):
-    """Two optimiser steps of four rows each on the tiny model: for any recipe that trains."""
+    """Two optimiser steps of four rows each on the tiny model, and one checkpoint: for any recipe that trains."""
     return [
         *tiny_model_overrides,
         "data.train_size=8",
         "data.eval_size=4",
         "trainer.max_steps=2",
+        "trainer.save_steps=0.9",
         "trainer.per_device_train_batch_size=2",
         "trainer.gradient_accumulation_steps=2",
     ]
@@ -354,13 +355,14 @@ def libraries():
 def train(compose, tiny_overrides, libraries):
     """train(recipe, folder, *overrides, drawn=False): a training recipe in this process, two steps on the tiny model.
 
-    It runs in the parent of `folder`, so that a chain is named by relative paths as on a command line. `drawn`: with
-    its pictures.
+    It runs in the parent of `folder`, so that a chain is named by relative paths as on a command line. It writes
+    checkpoints where an override says which. `drawn`: with its pictures.
     """
 
     def trained(recipe, folder, *overrides, drawn=False):
         module = import_module(f"rlhf_recipes.recipes.{recipe}")
-        cfg = compose(recipe, *tiny_overrides, *overrides)
+        saves = any(override.startswith("trainer.save_") for override in overrides)
+        cfg = compose(recipe, *tiny_overrides, *overrides, *([] if saves else ["trainer.save_strategy=no"]))
         cfg.output_dir = folder.name
         seen = []
 

@@ -53,7 +53,7 @@ def trained(request, train, tmp_path_factory):
     recipe, quantization = request.param
     folder = tmp_path_factory.mktemp(f"{recipe}_{quantization}") / "trained"
     drawn = (recipe, quantization) in (("sft", "none"), ("kto", "none"))  # dpo's and ppo's are by other tests
-    return train(recipe, folder, f"quantization={quantization}", *STRONG, drawn=drawn)
+    return train(recipe, folder, f"quantization={quantization}", *STRONG, "trainer.save_steps=1", drawn=drawn)
 
 
 @pytest.fixture(scope="module")
