@@ -124,16 +124,19 @@ def settle() -> None:
 
 
 def name_maps_by_chance() -> None:
-    """What `Dataset.map` makes of rows in memory is looked up by nobody; datasets pickles its function for a name."""
+    """What `Dataset.map` makes of a run's own rows, which go with its process, is looked up by nobody; for a name
+    datasets pickles the function and all that it reads, and it writes a file."""
     from datasets import Dataset
     from datasets.fingerprint import generate_random_fingerprint
+
+    from rlhf_recipes.data.rows import PREFIX
 
     original = Dataset.map
 
     @functools.wraps(original)
     def mapped(self, *args, **kwargs):
-        if not self.cache_files:
-            kwargs.setdefault("new_fingerprint", generate_random_fingerprint())
+        if all(PREFIX in file["filename"] for file in self.cache_files):
+            kwargs = {"new_fingerprint": generate_random_fingerprint(), "keep_in_memory": True} | kwargs
         return original(self, *args, **kwargs)
 
     Dataset.map = mapped
