@@ -247,6 +247,9 @@ def start_recipe(clean_env, warm_python):
     def start(name, *overrides, cwd, env=None, cold=False, python=None, holds=None):
         if holds:
             env = {"PYTHONPATH": TESTS / "held", "RLHF_TEST_HOLDS": holds}
+        # Ignored in what a shell put behind itself, and so in what that starts. A `preexec_fn` that changes this would
+        # have all memory of this process copied.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         process = subprocess.Popen(
             [python or (sys.executable if cold else warm_python), "-m", f"rlhf_recipes.recipes.{name}", *overrides],
             cwd=cwd,
@@ -255,9 +258,6 @@ def start_recipe(clean_env, warm_python):
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,  # a signal to its group is what Ctrl-C sends
-            preexec_fn=lambda: signal.signal(
-                signal.SIGINT, signal.SIG_DFL
-            ),  # ignored in what a shell put behind itself
         )
         started.append(process)
         return process
