@@ -40,7 +40,7 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Give the kernel back what no buffer uses, once this process has grown by more than a little since it last did."""
+    """Give the kernel back what no buffer uses, once the process has grown by more than a little since it last did."""
     if resident() >= _left["resident"] + LITTLE:
         _return()
 
