@@ -1,6 +1,7 @@
 """Shared fixtures: a model that trains in seconds, a recipe as a subprocess, the embedded model."""
 
 import contextlib
+import functools
 import gc
 import hashlib
 import json
@@ -379,6 +380,17 @@ def train(compose, tiny_overrides, libraries):
         return Trained(folder, cfg, seen[0])
 
     return trained
+
+
+@pytest.fixture(scope="session")
+def trained_once(train, tmp_path_factory):
+    """trained_once(recipe, *overrides): of `train`, in a folder `run` that is only read; made once by a worker."""
+
+    @functools.cache
+    def once(recipe, *overrides):
+        return train(recipe, tmp_path_factory.mktemp(recipe) / "run", *overrides)
+
+    return once
 
 
 def stir(model):
