@@ -288,6 +288,7 @@ def shared_data():
 @pytest.fixture(scope="session", autouse=True)
 def composing():
     quick.compose_once()
+    quick.sync_nothing()
 
 
 @pytest.fixture(autouse=True)

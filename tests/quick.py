@@ -3,6 +3,7 @@
 import copy
 import functools
 import gc
+import os
 import pickle
 import sys
 from base64 import b64decode
@@ -108,6 +109,11 @@ def compose_once() -> None:
     config_loader_impl.create_defaults_list, loader._compose_config_from_defaults_list = list_once, merge_once
     loader._load_single_config = load_apart
     base.parse = _utils.parse = functools.cache(base.parse)  # of interpolations
+
+
+def sync_nothing() -> None:
+    """Here processes are killed, and no machine loses its power: what they have written stays."""
+    os.fsync = lambda _: None
 
 
 @functools.cache

@@ -355,6 +355,7 @@ def _main(descriptor: str, program: str, kind: str) -> None:
     if kind == "warm":
         quick.settle()
         _look_up(configs)
+    quick.sync_nothing()
     quick.collect_less()
     sys.stdout.flush()
     _become(_serve(socket.socket(fileno=int(descriptor)), known), known, program)
