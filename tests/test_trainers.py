@@ -227,6 +227,22 @@ def test_bitsandbytes_still_loses_gradients(train, tmp_path, monkeypatch):
     assert still(trained.weights) == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
 
 
+def test_a_base_loads_no_tokenizer_that_was_loaded(compose, tiny_model_overrides, monkeypatch):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from rlhf_recipes import models
+
+    def padding(*overrides):
+        cfg = compose("dpo", *tiny_model_overrides, "quantization=none", *overrides)
+        return cfg.model, lambda: models.load_base(cfg.model, cfg.quantization, AutoModelForCausalLM).config.pad_token_id
+
+    model, padding_of_base = padding()
+    assert padding("model.pad_token='<|im_end|>'")[1]() == 2  # of another one, which nobody has loaded
+    expected = models.load_tokenizer(model).pad_token_id
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", None)
+    assert padding_of_base() == expected == 0
+
+
 def test_trainer_arguments_follow_the_hardware(compose, tmp_path):
     """Precision and checkpointing are derived where nothing is said, and obeyed where something is."""
     from rlhf_recipes import models
