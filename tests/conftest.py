@@ -50,6 +50,8 @@ LONGEST = (
     "test_limits.py", "test_extras.py", "test_others_text.py", "test_label_models.py", "test_fuzz_data.py",
     "test_template.py", "test_cai_reward.py", "test_label.py", "test_kto.py", "test_warm.py", "test_wheel.py",
     "test_reward.py", "test_evaluation_summary.py", "test_embedded.py", "test_page.py", "test_audit_page.py",
+    "test_audit_calibration.py", "test_audit_consistency.py", "test_audit_coverage.py", "test_docs.py",
+    "test_forks.py", "test_audit_uncertainty.py", "test_cai_judge.py", "test_publish_private.py", "test_preference.py",
 )  # fmt: skip
 # Files that simulate, serve or parse for long, most of their tests.
 SLOW = (
