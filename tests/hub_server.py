@@ -339,11 +339,9 @@ class Handler(BaseHTTPRequestHandler):
         return None
 
     def do_yaml(self):
-        import yaml
-
         content = json.loads(self.body)["content"]
         head = re.match(r"\ufeff?---\n(.*?)\n---", content, re.S)
-        fine = head and isinstance(yaml.safe_load(head[1]), dict)
+        fine = head and isinstance(head_of(head[1].encode()), dict)
         errors = [] if fine else [{"message": "no metadata"}]
         self.answer(200 if fine else 400, {"errors": errors, "warnings": []})
 
