@@ -64,6 +64,21 @@ def copies(node) -> functools.partial:
         return functools.partial(copy.deepcopy, node)
 
 
+def mask_copies() -> None:
+    """A part of a config is a copy by `copies`, less the rest."""
+    from omegaconf import OmegaConf
+
+    def masked_copy(conf, keys):
+        copied = copies(conf)()
+        for flag in ("struct", "readonly"):
+            copied._set_flag(flag, None)
+        for key in set(copied) - ({keys} if isinstance(keys, str) else set(keys)):
+            del copied.__dict__["_content"][key]
+        return copied
+
+    OmegaConf.masked_copy = staticmethod(masked_copy)
+
+
 @functools.cache
 def compose_once() -> None:
     """Hydra lists the same defaults and merges the same files anew, whichever single keys are set afterwards.
@@ -79,6 +94,7 @@ def compose_once() -> None:
 
     parse_yaml_once()
     parse_overrides_once()
+    mask_copies()
     loader = config_loader_impl.ConfigLoaderImpl
     list_defaults, merge = config_loader_impl.create_defaults_list, loader._compose_config_from_defaults_list
     load_single, listed, merged, looked_up = loader._load_single_config, {}, {}, {}

@@ -358,7 +358,7 @@ def _main(descriptor: str, program: str, kind: str) -> None:
         configs = [hydra.compose(name, groups) for name, *groups in COMPOSED]
     config.trainer_recipes()
     for name, *_ in COMPOSED:
-        keys._primary(name)
+        keys.defaults(name)
     if kind == "warm":
         quick.settle()
         _look_up(configs, str(Path(program).parent))
