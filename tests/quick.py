@@ -199,7 +199,7 @@ def name_maps_by_chance() -> None:
 
     @functools.wraps(original)
     def mapped(self, *args, **kwargs):
-        if all(PREFIX in file["filename"] for file in self.cache_files):
+        if "cache_file_name" not in kwargs and all(PREFIX in file["filename"] for file in self.cache_files):
             kwargs = {"new_fingerprint": generate_random_fingerprint(), "keep_in_memory": True} | kwargs
         return original(self, *args, **kwargs)
 

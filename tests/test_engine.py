@@ -37,15 +37,16 @@ def node(name, url):
 
 @pytest.fixture(scope="module")
 def rows():
-    """Pairs, the shortest first: one core multiplies 135 million numbers for each token."""
+    """Pairs, the shortest first, those of test last: one core multiplies 135 million numbers for each token."""
     from rlhf_recipes.data.sources import CLINIC
 
-    lines = (CLINIC / "pairs.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in sorted(lines, key=len)]
+    lines = sorted((CLINIC / "pairs.jsonl").read_text().splitlines(), key=len)
+    return sorted(map(json.loads, lines), key=lambda row: row["split"] == "test")
 
 
 def test_cai_generates_and_judges_by_it(url, rows, run_recipe, tmp_path):
-    for name, some in {"prompts": rows[:1], "test": rows[1:2], "gold": rows[2:4]}.items():
+    test = next(row for row in rows if row["split"] == "test")
+    for name, some in {"prompts": rows[:1], "test": [test], "gold": rows[2:4]}.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
     done = run_recipe(
         "cai", *node("generator", url), *node("judge", url), "data=local", "data.path=prompts.jsonl",
