@@ -235,8 +235,8 @@ def test_losses_and_gradients_of_200_random_pairs(train, tmp_path, recipe):
     def words(least, most):
         return " ".join(drawn.choices(WORDS, k=drawn.randint(least, most)))
 
-    asked = [words(1, 30) for _ in range(200)]  # some of them twice
-    pairs = [{"prompt": asked[i % 200], "chosen": words(1, 20), "rejected": words(1, 20)} for i in range(240)]
+    asked = [words(2, 15) for _ in range(200)]  # some of them twice
+    pairs = [{"prompt": asked[i % 200], "chosen": words(1, 10), "rejected": words(1, 10)} for i in range(240)]
     rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     more = ["quantization=none", "trainer.bf16=false", "data=local", f"data.path={rows}"]
     more += ["trainer.learning_rate=1e-2", "trainer.per_device_train_batch_size=20"]

@@ -158,7 +158,7 @@ def test_kill_from_outside(start_recipe, run_recipe, undisturbed, tiny_model_ove
     """The real command line and a signal from another process, when the second checkpoint is being written."""
     arguments = [*tiny_model_overrides, *STEPS, *CASES["sft"][1]]
     holds = "checkpoint-6/trainer_state.json"
-    process = start_recipe("sft", *arguments, "run_name=killed", cwd=tmp_path, cold=True, holds=holds)
+    process = start_recipe("sft", *arguments, "run_name=killed", cwd=tmp_path, holds=holds)
     folder = tmp_path / "outputs" / "sft" / "killed"
     wait_for(tmp_path / "held", process)
     os.killpg(process.pid, signal.SIGKILL)
