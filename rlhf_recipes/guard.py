@@ -64,11 +64,11 @@ def refuse(cfg: DictConfig) -> None:
     Raises:
         Refusal: the first offence, naming its key.
     """
-    found = list(leaves(OmegaConf.to_container(cfg, resolve=False)))
-    refuse_secrets(found)
+    found, held = list(leaves(OmegaConf.to_container(cfg, resolve=False))), secrets.in_environment()
+    refuse_secrets(found, held)
     for key in ("hydra.run.dir", "hydra.sweep.dir"):
         with suppress(OmegaConfBaseException):  # a value that is not set yet is not there yet either
-            refuse_secrets([(key, str(OmegaConf.select(cfg, key)))])
+            refuse_secrets([(key, str(OmegaConf.select(cfg, key)))], held)
     _refuse_target_from_file(cfg, found)
     allowed, typed = _allowed([*cfg.hydra.overrides.task]), [*cfg.hydra.overrides.hydra]
     for key, value in found:
@@ -76,16 +76,17 @@ def refuse(cfg: DictConfig) -> None:
             _refuse_hydra(key, value, allowed, typed)
 
 
-def refuse_secrets(found: list[tuple[str, Any]]) -> None:
+def refuse_secrets(found: list[tuple[str, Any]], held: dict[str, str] | None = None) -> None:
     """Refuse keys that name a secret, whatever they hold but null, and texts that hold one or lead to one.
 
     Args:
         found: dotted keys and values, as `leaves` gives them.
+        held: `secrets.in_environment`, for many calls; None: as it is.
 
     Raises:
         Refusal: it names the key and, where there is one, the variable; never the value.
     """
-    held = secrets.in_environment()
+    held = secrets.in_environment() if held is None else held
     for key, value in found:
         if what := secrets.find(key, held):
             raise Refusal(f"a key of the config holds {what}. {NO_SECRETS}")
@@ -147,16 +148,19 @@ def find_class(target: str, where: str) -> Any:
 
 def _allowed(overrides: list[str]) -> list[str]:
     """What `allow_target` lists on the command line."""
-    typed = OverridesParser.create().parse_overrides([each for each in overrides if "allow_target" in each])
+    if not (given := [each for each in overrides if "allow_target" in each]):
+        return []
+    typed = OverridesParser.create().parse_overrides(given)
     values = [each.value() for each in typed if each.key_or_group == "allow_target"]
     return [str(name) for value in values if isinstance(value, list) for name in value]
 
 
 def _refuse_overrides(overrides: list[str]) -> None:
     """What Hydra would act on while it composes, or write as it was typed."""
+    held = secrets.in_environment()
     for override in overrides:
         key, _, value = override.partition("=")
-        refuse_secrets([(key.lstrip("+~"), None if value in ("", "null") else value)])
+        refuse_secrets([(key.lstrip("+~"), None if value in ("", "null") else value)], held)
         if "hydra.searchpath" in key and re.search(r"(?!file)\b\w+://", value):
             raise Refusal("hydra.searchpath: names a package, which would be imported. Give folders.")
 

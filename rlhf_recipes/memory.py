@@ -2,8 +2,8 @@
 
 By default glibc maps every buffer over 32 MiB from the kernel and hands it back when it is freed, page faults and all:
 on a CPU, where logits are that large, a third of a training step. Kept for the next step instead, the heap grows with
-the variety of shapes. Keeping inside a step and returning between steps is fast and small. Where a GPU computes, its
-own allocator does this, and glibc's is left as it is.
+the variety of shapes. Keeping inside a step and returning between steps is fast and small; what is little is kept from
+step to step. Where a GPU computes, its own allocator does this, and glibc's is left as it is.
 """
 
 import ctypes
@@ -16,6 +16,8 @@ from pathlib import Path
 from rlhf_recipes import ranks
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of <malloc.h>
+LITTLE = 2**26  # bytes
+_left = {"resident": 0}  # bytes, when memory was last returned
 # Where a container says how much memory it may have, and has: version 2, version 1.
 CGROUP = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -38,10 +40,16 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Give the kernel back what no buffer uses."""
+    """Give the kernel back what no buffer uses, once the process has grown by more than a little since it last did."""
+    if resident() >= _left["resident"] + LITTLE:
+        _return()
+
+
+def _return() -> None:
     libc = None if on_gpu() else _glibc()
     if libc:
         libc.malloc_trim(0)
+        _left["resident"] = resident()
 
 
 def peak_gib() -> dict[str, float]:
@@ -82,7 +90,7 @@ def free() -> int:
 def make_room() -> None:
     """Free what nothing refers to any more; on a GPU, what this process keeps for itself, too."""
     gc.collect()
-    return_freed_memory()
+    _return()
     if on_gpu():
         sys.modules["torch"].cuda.empty_cache()
 

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # Of the jobs of a sweep that share a process.
 _bases: dict[tuple[type, str], "PreTrainedModel"] = {}
+# Padding tokens of the tokenizers that this process has loaded: to load one of a large vocabulary takes a second.
+_pads: dict[tuple[str | None, ...], int] = {}
 
 
 def training_args(node: DictConfig, run: Run) -> "TrainingArguments":
@@ -186,7 +188,19 @@ def load_tokenizer(model: DictConfig) -> "PreTrainedTokenizerBase":
         )
     if tokenizer.chat_template is None:
         raise Refusal(f"model.id={model.id}: its tokenizer has no chat template. Choose an instruction-tuned model.")
+    _pads[_of_tokenizer(model)] = tokenizer.pad_token_id
     return template.bind(tokenizer, template_kwargs(model), _where(model))
+
+
+def _pad_id(model: DictConfig) -> int:
+    """That of `load_tokenizer`, which nobody may have called yet."""
+    return _pads[key] if (key := _of_tokenizer(model)) in _pads else load_tokenizer(model).pad_token_id
+
+
+def _of_tokenizer(model: DictConfig) -> tuple[str | None, ...]:
+    """What tells the tokenizers of models apart."""
+    path = model_path(model)
+    return str(Path(path).resolve()) if Path(path).is_dir() else path, model.revision, model.pad_token
 
 
 def _where(model: DictConfig) -> str:
@@ -371,7 +385,7 @@ def _load_base(model: DictConfig, quantization: DictConfig, auto_class: type, **
     with sharding.quantized_on_card():
         base = _from_hub(model, auto_class.from_pretrained, model_path(model), **kwargs)
     memory.keep_freed_memory()  # of steps; what the loading has freed goes back
-    base.config.get_text_config().pad_token_id = load_tokenizer(model).pad_token_id
+    base.config.get_text_config().pad_token_id = _pad_id(model)
     if kwargs.get("num_labels") == 1 and base.score.weight.dtype != torch.float32:
         base.score.float()  # trained in full: rounded to bfloat16 it would not move at a usual learning rate
     keep_gradients_on_cpu(base)

@@ -74,7 +74,8 @@ def in_environment(environment: Mapping[str, str] | None = None) -> dict[str, st
 
 def search(text: str) -> re.Match | None:
     """The first match of VALUE, by way of the places where one may be."""
-    if len(max(text.split(), key=len, default="")) < WORD and not any(sign in text for sign in SIGNS):
+    is_short = len(text) < WORD or len(max(text.split(), key=len, default="")) < WORD
+    if is_short and not any(sign in text for sign in SIGNS):
         return None
     begin = end = 0  # of candidates so near to each other that they are searched at once
     for found in CANDIDATE.finditer(text):

@@ -22,6 +22,7 @@ from rlhf_recipes.errors import Refusal
 Z95 = 1.959963984540054  # 97.5 % quantile of the standard normal
 Z80 = 0.8416212335729143  # 80 % quantile: the power that `needed` asks for
 BLOCK = 2**20  # numbers of a block of resamples
+FEW = 16  # clusters, of which many of a thousand draws are the same
 RIDGE = 1e-2  # keeps the logistic fit finite where lengths separate wins from losses
 
 
@@ -139,9 +140,11 @@ def pearson(x, y, clusters=None, resamples: int = 1000, seed: int = 0) -> Estima
 def resampled(statistic: Callable, n: int, clusters=None, resamples: int = 1000, seed: int = 0) -> Estimate:
     """Any statistic of weighted rows, with a 95 % interval over clusters; one resample at a time, so in flat memory.
 
+    Few clusters are drawn alike again and again: each draw is looked at once.
+
     Args:
         statistic: weights of the n rows (how often each was drawn, all 1 for the value itself) -> a number, or nan
-            where such a draw does not define it; those resamples are left out.
+            where such a draw does not define it; those resamples are left out. The same weights give the same number.
     """
     ids = _codes(clusters, n)
     value = statistic(np.ones(n)) if n else math.nan
@@ -150,8 +153,18 @@ def resampled(statistic: Callable, n: int, clusters=None, resamples: int = 1000,
         return _result(None, None, None, n, groups)
     if groups < 2:
         return _result(value, None, None, n, groups)
-    draws = (weights_G for weights_RG in _weights(groups, resamples, seed) for weights_G in weights_RG)
-    found = [x for x in (statistic(weights_G[ids]) for weights_G in draws) if not math.isnan(x)]
+    known: dict[bytes, float] = {}
+
+    def of(weights_G: np.ndarray) -> float:
+        if groups > FEW:
+            return statistic(weights_G[ids])
+        draw = weights_G.tobytes()
+        if draw not in known:
+            known[draw] = statistic(weights_G[ids])
+        return known[draw]
+
+    drawn = (of(weights_G) for weights_RG in _weights(groups, resamples, seed) for weights_G in weights_RG)
+    found = [x for x in drawn if not math.isnan(x)]
     return _result(value, *np.quantile(found, (0.025, 0.975)), n, groups)
 
 

@@ -1,6 +1,7 @@
 """Shared fixtures: a model that trains in seconds, a recipe as a subprocess, the embedded model."""
 
 import contextlib
+import functools
 import gc
 import hashlib
 import json
@@ -37,16 +38,20 @@ LIMIT = 300  # seconds: where a test waits for what must come, a busy machine is
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # as Run.start does
 os.environ["OMP_NUM_THREADS"] = "1"  # matrices of 64 rows: threads would wait for each other
 compiling.when_called()  # as Run.start does
-# What takes longest starts first, so that no core idles at the end.
+# What takes longest starts first, so that no core idles at the end; one of the first two trains in its own process,
+# while the other waits for the warm Python.
 LONGEST = (
-    "test_processes.py", "test_resume.py", "test_sweep.py", "test_families.py", "test_audit.py", "test_ppo.py",
-    "test_recipes.py", "test_hub_faults.py", "test_fsdp.py", "test_engine.py", "test_forward.py", "test_trainers.py",
-    "test_conf.py", "test_kept_runs.py", "test_cai.py", "test_doctor.py", "test_publish.py", "test_run_folder.py",
-    "test_measure.py", "test_bad_input.py", "test_preflight.py", "test_stages.py", "test_code.py", "test_docs.py",
-    "test_references.py", "test_cai_server.py", "test_hub.py", "test_limits.py", "test_account.py", "test_extras.py",
-    "test_warm.py", "test_wheel.py", "test_cai_local.py", "test_planted_secrets.py", "test_audit_calibration.py",
-    "test_data.py", "test_cai_data.py", "test_audit_consistency.py", "test_audit_coverage.py", "test_secrets.py",
-    "test_page.py", "test_audit_page.py", "test_audit_uncertainty.py", "test_cai_judge.py", "test_fuzz_data.py",
+    "test_processes.py", "test_forward.py", "test_measure.py", "test_resume.py", "test_sweep.py", "test_hub_faults.py",
+    "test_recipes.py", "test_ppo.py", "test_engine.py", "test_fsdp.py", "test_conf.py", "test_preflight.py",
+    "test_publish.py", "test_rounds.py", "test_stages.py", "test_audit.py", "test_families.py", "test_doctor.py",
+    "test_trainers.py", "test_browser.py", "test_bad_input.py", "test_code.py", "test_cai.py", "test_kept_runs.py",
+    "test_planted_secrets.py", "test_cai_data.py", "test_cai_server.py", "test_cai_local.py", "test_ppo_server.py",
+    "test_account.py", "test_run_folder.py", "test_publish_files.py", "test_data.py", "test_cards.py", "test_hub.py",
+    "test_limits.py", "test_extras.py", "test_others_text.py", "test_label_models.py", "test_fuzz_data.py",
+    "test_template.py", "test_cai_reward.py", "test_label.py", "test_kto.py", "test_warm.py", "test_wheel.py",
+    "test_reward.py", "test_evaluation_summary.py", "test_embedded.py", "test_page.py", "test_audit_page.py",
+    "test_audit_calibration.py", "test_audit_consistency.py", "test_audit_coverage.py", "test_docs.py",
+    "test_forks.py", "test_audit_uncertainty.py", "test_cai_judge.py", "test_publish_private.py", "test_preference.py",
 )  # fmt: skip
 # Files that simulate, serve or parse for long, most of their tests.
 SLOW = (
@@ -55,7 +60,7 @@ SLOW = (
     "test_limits.py", "test_page.py", "test_preflight.py",
 )  # fmt: skip
 
-SHARED_ROOM = pytest.StashKey[dict[str, str]]()
+SHARED_ROOM = pytest.StashKey[dict]()
 
 
 def pytest_configure(config):
@@ -70,7 +75,7 @@ def pytest_configure(config):
     (room / "hf_home").mkdir()
     env = offline(room / "hf_home")
     pythons = {kind: str(offered.enter_context(warm.offer(room / kind, env, kind))) for kind in ("warm", "light")}
-    config.stash[SHARED_ROOM] = {"hf_home": str(room / "hf_home"), **pythons}
+    config.stash[SHARED_ROOM] = {"env": env, **pythons}
 
 
 @pytest.hookimpl(optionalhook=True)  # of xdist
@@ -168,12 +173,13 @@ def tiny_model_overrides(tiny_model):
 
 @pytest.fixture(scope="session")
 def tiny_overrides(tiny_model_overrides):
-    """Two optimiser steps of four rows each on the tiny model: for any recipe that trains."""
+    """Two optimiser steps of four rows each on the tiny model, and one checkpoint: for any recipe that trains."""
     return [
         *tiny_model_overrides,
         "data.train_size=8",
         "data.eval_size=4",
         "trainer.max_steps=2",
+        "trainer.save_steps=0.9",
         "trainer.per_device_train_batch_size=2",
         "trainer.gradient_accumulation_steps=2",
     ]
@@ -192,7 +198,8 @@ def offline(hf_home):
 
 @pytest.fixture(scope="session")
 def clean_env(pytestconfig):
-    return offline(pytestconfig.stash[SHARED_ROOM]["hf_home"])
+    """That of the warm Pythons: with what libraries set in this process there would be none."""
+    return dict(pytestconfig.stash[SHARED_ROOM]["env"])
 
 
 @pytest.fixture(scope="session")
@@ -243,6 +250,9 @@ def start_recipe(clean_env, warm_python):
     def start(name, *overrides, cwd, env=None, cold=False, python=None, holds=None):
         if holds:
             env = {"PYTHONPATH": TESTS / "held", "RLHF_TEST_HOLDS": holds}
+        # Ignored in what a shell put behind itself, and so in what that starts. A `preexec_fn` that changes this would
+        # have all memory of this process copied.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         process = subprocess.Popen(
             [python or (sys.executable if cold else warm_python), "-m", f"rlhf_recipes.recipes.{name}", *overrides],
             cwd=cwd,
@@ -251,9 +261,6 @@ def start_recipe(clean_env, warm_python):
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,  # a signal to its group is what Ctrl-C sends
-            preexec_fn=lambda: signal.signal(
-                signal.SIGINT, signal.SIG_DFL
-            ),  # ignored in what a shell put behind itself
         )
         started.append(process)
         return process
@@ -283,6 +290,7 @@ def shared_data():
 @pytest.fixture(scope="session", autouse=True)
 def composing():
     quick.compose_once()
+    quick.sync_nothing()
 
 
 @pytest.fixture(autouse=True)
@@ -351,13 +359,14 @@ def libraries():
 def train(compose, tiny_overrides, libraries):
     """train(recipe, folder, *overrides, drawn=False): a training recipe in this process, two steps on the tiny model.
 
-    It runs in the parent of `folder`, so that a chain is named by relative paths as on a command line. `drawn`: with
-    its pictures.
+    It runs in the parent of `folder`, so that a chain is named by relative paths as on a command line. It writes
+    checkpoints where an override says which. `drawn`: with its pictures.
     """
 
     def trained(recipe, folder, *overrides, drawn=False):
         module = import_module(f"rlhf_recipes.recipes.{recipe}")
-        cfg = compose(recipe, *tiny_overrides, *overrides)
+        saves = any(override.startswith("trainer.save_") for override in overrides)
+        cfg = compose(recipe, *tiny_overrides, *overrides, *([] if saves else ["trainer.save_strategy=no"]))
         cfg.output_dir = folder.name
         seen = []
 
@@ -374,6 +383,17 @@ def train(compose, tiny_overrides, libraries):
         return Trained(folder, cfg, seen[0])
 
     return trained
+
+
+@pytest.fixture(scope="session")
+def trained_once(train, tmp_path_factory):
+    """trained_once(recipe, *overrides): of `train`, in a folder `run` that is only read; made once by a worker."""
+
+    @functools.cache
+    def once(recipe, *overrides):
+        return train(recipe, tmp_path_factory.mktemp(recipe) / "run", *overrides)
+
+    return once
 
 
 def stir(model):

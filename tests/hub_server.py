@@ -10,6 +10,7 @@ SHA-256 checked, verify, and a redirect to /cdn on the way back, which takes ran
 """
 
 import base64
+import functools
 import hashlib
 import json
 import re
@@ -196,9 +197,7 @@ class Handler(BaseHTTPRequestHandler):
                     "lastModified": "2026-01-01T00:00:00.000Z", "createdAt": "2026-01-01T00:00:00.000Z",
                     "tags": [], "siblings": siblings}  # fmt: skip
             if card:
-                import yaml
-
-                said["cardData"] = yaml.safe_load(card[1])
+                said["cardData"] = head_of(card[1])
                 said["tags"] = said["cardData"].get("tags") or []
             self.answer(200, said)
 
@@ -340,11 +339,9 @@ class Handler(BaseHTTPRequestHandler):
         return None
 
     def do_yaml(self):
-        import yaml
-
         content = json.loads(self.body)["content"]
         head = re.match(r"\ufeff?---\n(.*?)\n---", content, re.S)
-        fine = head and isinstance(yaml.safe_load(head[1]), dict)
+        fine = head and isinstance(head_of(head[1].encode()), dict)
         errors = [] if fine else [{"message": "no metadata"}]
         self.answer(200 if fine else 400, {"errors": errors, "warnings": []})
 
@@ -442,6 +439,13 @@ ROUTES = [
     (r"/cdn/(\w+)", "download"),
     (rf"/(datasets/|spaces/)?{REPO}/resolve/([^/]+)/(.+)", "resolve"),
 ]
+
+
+@functools.cache  # it is asked for many times
+def head_of(card: bytes) -> dict:
+    import yaml
+
+    return yaml.safe_load(card)
 
 
 def large(path: str, size: int) -> bool:

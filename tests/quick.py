@@ -1,12 +1,15 @@
 """What a test process does once, or less of, because no test sees the difference."""
 
 import copy
+import dataclasses
 import functools
 import gc
+import json
+import os
 import pickle
 import sys
 from base64 import b64decode
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,12 +40,43 @@ def parse_yaml_once() -> None:
     yaml.load, _utils.get_yaml_loader = load_once, lambda: loader
 
 
+def parse_overrides_once() -> None:
+    """The same few, by a parser in Python; and the types of the same dataclasses."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import _utils
+
+    parse, parsed = OverridesParser.parse_rule, {}
+
+    def parse_once(self, s, rule_name):
+        if (s, rule_name) not in parsed:
+            parsed[s, rule_name] = parse(self, s, rule_name)
+        return copy.copy(parsed[s, rule_name])  # whose loader is set by who reads it
+
+    OverridesParser.parse_rule = parse_once
+    _utils.get_type_hints = functools.cache(_utils.get_type_hints)
+
+
 def copies(node) -> functools.partial:
     """What copies it: pickle, in a fifth of the time of a deep copy, but where submitit has brought a class again."""
     try:
         return functools.partial(pickle.loads, pickle.dumps(node))
     except pickle.PicklingError:
         return functools.partial(copy.deepcopy, node)
+
+
+def mask_copies() -> None:
+    """A part of a config is a copy by `copies`, less the rest."""
+    from omegaconf import OmegaConf
+
+    def masked_copy(conf, keys):
+        copied = copies(conf)()
+        for flag in ("struct", "readonly"):
+            copied._set_flag(flag, None)
+        for key in set(copied) - ({keys} if isinstance(keys, str) else set(keys)):
+            del copied.__dict__["_content"][key]
+        return copied
+
+    OmegaConf.masked_copy = staticmethod(masked_copy)
 
 
 @functools.cache
@@ -59,6 +93,8 @@ def compose_once() -> None:
     from rlhf_recipes.config import CONF
 
     parse_yaml_once()
+    parse_overrides_once()
+    mask_copies()
     loader = config_loader_impl.ConfigLoaderImpl
     list_defaults, merge = config_loader_impl.create_defaults_list, loader._compose_config_from_defaults_list
     load_single, listed, merged, looked_up = loader._load_single_config, {}, {}, {}
@@ -110,6 +146,11 @@ def compose_once() -> None:
     base.parse = _utils.parse = functools.cache(base.parse)  # of interpolations
 
 
+def sync_nothing() -> None:
+    """Here processes are killed, and no machine loses its power: what they have written stays."""
+    os.fsync = lambda _: None
+
+
 @functools.cache
 def settle() -> None:
     """Once the libraries are imported: what they do again for every run."""
@@ -120,20 +161,46 @@ def settle() -> None:
     installed.from_name = functools.cache(installed.from_name)
     installed.metadata = property(functools.cache(installed.metadata.fget))
     name_maps_by_chance()
+    read_the_clinic_once()
     collect_less()
 
 
+def read_the_clinic_once() -> None:
+    """The rows inside the package, which most runs take, are read and looked at anew by each."""
+    from omegaconf import OmegaConf
+
+    from rlhf_recipes import ranks
+    from rlhf_recipes.data import load
+
+    read, known = load._load, {}
+
+    @functools.wraps(read)
+    def read_once(node, sides, labelled=False):
+        data = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+        if data.get("path") != "clinic" or ranks.world_size() > 1:
+            return read(node, sides, labelled)
+        key = json.dumps([data, sides, labelled], sort_keys=True)
+        if key not in known:
+            known[key] = read(node, sides, labelled)
+        return dataclasses.replace(known[key], report=copy.deepcopy(known[key].report))
+
+    load._load = read_once
+
+
 def name_maps_by_chance() -> None:
-    """What `Dataset.map` makes of rows in memory is looked up by nobody; datasets pickles its function for a name."""
+    """What `Dataset.map` makes of a run's own rows, which go with its process, is looked up by nobody; for a name
+    datasets pickles the function and all that it reads, and it writes a file."""
     from datasets import Dataset
     from datasets.fingerprint import generate_random_fingerprint
+
+    from rlhf_recipes.data.rows import PREFIX
 
     original = Dataset.map
 
     @functools.wraps(original)
     def mapped(self, *args, **kwargs):
-        if not self.cache_files:
-            kwargs.setdefault("new_fingerprint", generate_random_fingerprint())
+        if "cache_file_name" not in kwargs and all(PREFIX in file["filename"] for file in self.cache_files):
+            kwargs = {"new_fingerprint": generate_random_fingerprint(), "keep_in_memory": True} | kwargs
         return original(self, *args, **kwargs)
 
     Dataset.map = mapped
@@ -151,11 +218,25 @@ def collect_less() -> None:
 
 @contextmanager
 def pictures_sketched():
-    """A run's own pictures are an empty one: to lay them out takes longer than two steps."""
+    """A run's own pictures, and those of its page, are empty ones: to lay them out takes longer than what is drawn."""
+    from markupsafe import Markup
+
+    from rlhf_recipes import drawing
+    from rlhf_recipes.audit import page as audits_page
+    from rlhf_recipes.cai import report
+    from rlhf_recipes.evaluation import checkpoints, frontier, page
     from rlhf_recipes.training import curves, doctor_plot
 
     def sketch(*given):
         next(each for each in given if isinstance(each, Path)).write_bytes(EMPTY)
 
-    with patch.object(curves, "plot_curves", sketch), patch.object(doctor_plot, "plot", sketch):
+    def figure(caption, alt, *_, **__):
+        return {"caption": caption, "alt": alt, "svg": Markup("<svg></svg>")}
+
+    files = ((curves, "plot_curves"), (doctor_plot, "plot"), (frontier, "plot"), (report, "draw_funnel"))
+    with ExitStack() as sketched:
+        for owner, name in files:
+            sketched.enter_context(patch.object(owner, name, sketch))
+        for owner in (drawing, page, checkpoints, audits_page):
+            sketched.enter_context(patch.object(owner, "figure", figure))
         yield

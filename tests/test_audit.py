@@ -7,6 +7,7 @@ import signal
 
 import numpy as np
 import pytest
+import warm
 from conftest import TINY_ID, snapshot, wait_for, write_adapter
 from omegaconf import OmegaConf
 
@@ -64,7 +65,7 @@ def everything(tiny_model_overrides):
 @pytest.fixture(scope="module")
 def audited(run_recipe, everything, here):
     """(what it printed, its folder, audit.json)."""
-    done = run_recipe("audit", *everything, cwd=here)
+    done = run_recipe("audit", *everything, cwd=here, env={warm.DRAWN: "1"})
     assert done.returncode == 0, done
     folder = here / "outputs" / "audit" / "main"
     return done, folder, json.loads((folder / "audit.json").read_text())

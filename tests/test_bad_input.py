@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -454,9 +453,9 @@ def test_ctrl_c_is_one_line(start_recipe, tiny_overrides, tmp_path):
 # ---- the witness itself
 
 
-@pytest.mark.slow
-def test_the_witness_sees_torch(site, tmp_path):
+def test_the_witness_sees_torch(site, warm_python, clean_env, tmp_path):
     seen = tmp_path / "modules"
-    env = {**os.environ, "PYTHONPATH": str(site), "RLHF_TEST_MODULES": str(seen)}
-    subprocess.run([sys.executable, "-c", "import torch"], env=env, check=True)
+    (tmp_path / "warm_torch.py").write_text("import torch")
+    env = {**clean_env, "PYTHONPATH": str(site), "RLHF_TEST_MODULES": str(seen)}
+    subprocess.run([warm_python, "-m", "warm_torch"], cwd=tmp_path, env=env, check=True)
     assert "torch" in seen.read_text().splitlines()

@@ -5,6 +5,7 @@ import shutil
 import signal
 
 import pytest
+import warm
 from conftest import TINY_ID
 
 from rlhf_recipes.cai import make_pairs
@@ -40,7 +41,7 @@ def terse(tiny_model, tmp_path_factory):
 def finished(run_recipe, terse, tmp_path_factory):
     """The folder in which `cai` ran to its end, and what it printed."""
     folder = tmp_path_factory.mktemp("cai")
-    done = run_recipe("cai", *SMALL, *terse, cwd=folder)
+    done = run_recipe("cai", *SMALL, *terse, cwd=folder, env={warm.DRAWN: "1"})
     assert done.returncode == 0, done
     return folder, done
 

@@ -2,10 +2,10 @@
 
 import copy
 import dataclasses
+import functools
 import itertools
 import random
 import shutil
-from functools import partial
 
 import pytest
 import torch
@@ -134,16 +134,20 @@ def encoded(tokenizer, request):
     return tokenizer(text + request.prefix, add_special_tokens=False)["input_ids"]
 
 
+@functools.cache  # the same questions are asked in several ways
+def generated(model, ids, max_new_tokens, stops, pad_id):
+    with torch.inference_mode():
+        out = model.generate(
+            input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+            max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=list(stops), pad_token_id=pad_id,
+        )  # fmt: skip
+    return out[0, len(ids) :].tolist()
+
+
 def alone(backend, request):
     """The greedy answer by `model.generate`, one prompt, no padding."""
-    ids = encoded(backend.tokenizer, request)
-    with torch.inference_mode():
-        out = backend.model.generate(
-            input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-            max_new_tokens=request.max_new_tokens, do_sample=False, eos_token_id=backend.stops,
-            pad_token_id=backend.tokenizer.pad_token_id,
-        )  # fmt: skip
-    own = out[0, len(ids) :].tolist()
+    ids = tuple(encoded(backend.tokenizer, request))
+    own = generated(backend.model, ids, request.max_new_tokens, tuple(backend.stops), backend.tokenizer.pad_token_id)
     return {
         "text": " ".join(map(str, own)),
         "finished": own[-1] in backend.stops,
@@ -490,7 +494,7 @@ def test_the_head_is_copied_once_for_many_batches(backend, monkeypatch):
     monkeypatch.setattr(torch.nn.Parameter, "float", lambda own: copied.append(own) or to_float(own), raising=False)
     answers(backend, choices(5, "A", "B", variants=2))
     assert len([own for own in copied if own is backend.model.lm_head.weight]) == 1
-    assert not any(isinstance(held, partial) for held in vars(backend).values()), "a copy is kept"
+    assert not any(isinstance(held, functools.partial) for held in vars(backend).values()), "a copy is kept"
 
 
 def test_the_head_is_restored_after_an_error(backend, monkeypatch):

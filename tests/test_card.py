@@ -10,9 +10,8 @@ from huggingface_hub import ModelCard
 
 
 @pytest.fixture(scope="module", params=("dpo", "reward"))
-def trained(request, train, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(request.param) / "run"
-    return train(request.param, folder, "quantization=none", "trainer.learning_rate=0.01", "trainer.warmup_steps=0")
+def trained(request, trained_once):
+    return trained_once(request.param, "quantization=none", "trainer.learning_rate=0.01", "trainer.warmup_steps=0")
 
 
 def rows(text, heading):

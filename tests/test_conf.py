@@ -51,11 +51,18 @@ def groups_of(recipe):
 
 def choices(recipe):
     """One option of each group at a time, until each has had its turn: what one sets, no other refers to. Of sweep/
-    its own alone, and of trainer/, as `Run.start` insists."""
+    its own alone, and of trainer/, as `Run.start` insists.
+
+    Of groups that all recipes have, dpo takes every option; others take some, each recipe those behind the last one's.
+    """
     own = {"trainer": [recipe], "sweep": [name for name in GROUPS["sweep"] if name.partition("_")[0] == recipe]}
     options = {group: own.get(group, GROUPS[group]) for group in groups_of(recipe)}
-    turns = max(map(len, options.values()), default=0)
-    return [(recipe, {group: each[n % len(each)] for group, each in options.items() if each}) for n in range(turns)]
+    counts = [len(each) for group, each in options.items() if recipe == "dpo" or group not in ("data", "model")]
+    turns, first = max(counts, default=0), 4 * RECIPES.index(recipe)
+    return [
+        (recipe, {group: each[n % len(each)] for group, each in options.items() if each})
+        for n in range(first, first + turns)
+    ]
 
 
 @pytest.mark.slow

@@ -106,8 +106,24 @@ def test_the_allocator_of_the_host_is_left_alone_on_a_gpu(gpu, monkeypatch, ther
     if there:
         gpu(80)
     memory.keep_freed_memory()
+    monkeypatch.setattr(memory, "_left", {"resident": 0})
     memory.return_freed_memory()
     assert called == ([] if there else ["mallopt", "mallopt", "trim"])
+
+
+def test_little_memory_is_kept_for_the_next_step(monkeypatch):
+    """It is returned when the process has grown by 64 MiB since that was last done."""
+    returned, sizes = [], iter([100, 50, 80, 113, 114, 60, 120, 124, 62])  # before and after, where it is
+    libc = SimpleNamespace(malloc_trim=lambda _: returned.append(True))
+    monkeypatch.setattr(memory, "_glibc", lambda: libc)
+    monkeypatch.setattr(memory, "on_gpu", lambda: False)
+    monkeypatch.setattr(memory, "_left", {"resident": 0})
+    monkeypatch.setattr(memory, "resident", lambda: next(sizes) * 2**20)
+    found = []
+    for _ in range(6):
+        memory.return_freed_memory()
+        found.append(len(returned))
+    assert found == [1, 1, 1, 2, 2, 3]
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])

@@ -398,7 +398,6 @@ LONG = (
     "quantization=none",
     "trainer.max_steps=8",
     "trainer.logging_steps=1",
-    "trainer.save_steps=3",
     "trainer.learning_rate=1e-3",
     "trainer.lr_scheduler_type=constant",
     "data.train_size=40",
@@ -476,7 +475,7 @@ def test_a_resumed_run_has_the_same_verdict(train, tmp_path, monkeypatch):
     from rlhf_recipes.training import callbacks
 
     monkeypatch.setattr(doctor, "RULES", (*doctor.RULES, broken_from(4)))
-    arguments = (*LONG, "trainer.logging_steps=2", "doctor=strict")
+    arguments = (*LONG, "trainer.logging_steps=2", "trainer.save_steps=3", "doctor=strict")
     whole = train("dpo", tmp_path / "whole", *arguments)
 
     def interrupt(self, args, state, control, **kwargs):
@@ -495,7 +494,7 @@ def test_a_resumed_run_has_the_same_verdict(train, tmp_path, monkeypatch):
 
 def test_strict_stops_a_run_that_really_breaks(train, tmp_path, capsys):
     """A rate at which the first real step is the last: what is kept are the weights before it."""
-    done = train("dpo", tmp_path / "run", *LONG, "trainer.learning_rate=1e20", "doctor=strict")
+    done = train("dpo", tmp_path / "run", *LONG, "trainer.learning_rate=1e20", "trainer.save_steps=3", "doctor=strict")
     assert done.result["steps"] < 8 and done.result["stopped"] == f"doctor: not finite at step {done.result['steps']}"
     assert done.result["doctor"]["findings"][0]["rule"] == "not_finite"
     assert all(weight.isfinite().all() and weight.abs().max() < 1 for weight in done.weights.values())

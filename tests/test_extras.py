@@ -14,8 +14,9 @@ from conftest import ROOT
 from rlhf_recipes.launch import keys
 
 HIDDEN = {module for _, packages in keys.EXTRAS.values() for module in packages.values()}
-# Found by no import and by no `find_spec`, as if they were not there.
+# Found by no import and by no `find_spec`, as if they were not there. At its end a process says what it has loaded.
 HIDE = f"""
+import atexit, os, sys
 from importlib.machinery import PathFinder
 
 find_spec = PathFinder.find_spec
@@ -26,6 +27,8 @@ def find_others(name, *rest):
 
 
 PathFinder.find_spec = find_others
+if "RLHF_TEST_MODULES" in os.environ:
+    atexit.register(lambda: print(*sys.modules))
 """
 IMPORT_ALL = """
 import importlib, importlib.util, pkgutil, sys
@@ -98,15 +101,14 @@ def test_every_other_module_is_imported_without_them(base_env, tmp_path):
         ("label", ["pairs=x"], 'The page needs fastapi. pip install "rlhf-recipes[label]".'),
     ],
 )
-def test_what_needs_them_is_refused_before_anything_loads(recipe, arguments, said, base_env, tmp_path):
+def test_what_needs_them_is_refused_before_anything_loads(recipe, arguments, said, base_env, light_python, tmp_path):
     """A pipeline's, before its first stage."""
-    command = [sys.executable, "-X", "importtime", str(ROOT / "recipes" / f"{recipe}.py"), *arguments]
-    done = subprocess.run(command, cwd=tmp_path, env=base_env, capture_output=True, text=True)
-    lines = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
-    assert done.returncode == 2
-    assert lines == [f"error: {said}"]
-    assert re.search(r"\| +hydra$", done.stderr, re.MULTILINE)
-    assert not re.search(r"\| +torch$", done.stderr, re.MULTILINE)
+    command = [light_python, "-m", f"rlhf_recipes.recipes.{recipe}", *arguments]
+    env = {**base_env, "RLHF_TEST_MODULES": "said"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, f"error: {said}\n")
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert "hydra" in loaded and "torch" not in loaded
 
 
 @pytest.mark.parametrize("package", keys.AUDIT_PACKAGES)

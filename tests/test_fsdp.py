@@ -24,16 +24,18 @@ STEPS = (
     "trainer.logging_steps=1",
     "trainer.save_steps=1",
 )
+# Of a policy's LoRA and of a reward model's, which has its head, there are checkpoints.
+WHOLE = ("quantization=none", *EXACT, "trainer.save_strategy=no")
 # Recipe, overrides, and how near its numbers must come; `reward` computes in bfloat16 where the processor does.
 RUNS = {
-    "none": ("dpo", ("quantization=none", *EXACT, "trainer.save_strategy=no"), 1e-5),
+    "none": ("dpo", WHOLE, 1e-5),
     "nf4": ("dpo", ("quantization=nf4_fsdp", *EXACT), 1e-5),
     "reward": ("reward", ("quantization=nf4_fsdp",), 3e-2),
-    "sft": ("sft", ("quantization=none", *EXACT), 1e-5),
-    "orpo": ("orpo", ("quantization=none", *EXACT), 1e-5),
-    "simpo": ("simpo", ("quantization=none", *EXACT), 1e-5),
+    "sft": ("sft", WHOLE, 1e-5),
+    "orpo": ("orpo", WHOLE, 1e-5),
+    "simpo": ("simpo", WHOLE, 1e-5),
     # The KL of `kto` is that of a micro-batch.
-    "kto": ("kto", ("quantization=none", *EXACT, "trainer.loss_type=apo_zero_unpaired"), 1e-5),
+    "kto": ("kto", (*WHOLE, "trainer.loss_type=apo_zero_unpaired"), 1e-5),
 }
 
 

@@ -19,13 +19,13 @@ BASE = {"README.md": b"---\nlicense: apache-2.0\n---\n# Tiny\n"}
 
 
 @pytest.fixture(scope="module")
-def trained(train, tmp_path_factory):
+def trained(trained_once, tmp_path_factory):
     """A finished run of dpo that got better, with its 32 numbers."""
     from rlhf_recipes.publish import contents
     from rlhf_recipes.publish import publish as publishing
 
-    folder = tmp_path_factory.mktemp("trained") / "dpo"
-    train("dpo", folder, "quantization=none", "trainer.learning_rate=0.01", "trainer.warmup_steps=0")
+    made = trained_once("dpo", "quantization=none", "trainer.learning_rate=0.01", "trainer.warmup_steps=0")
+    folder = shutil.copytree(made.dir, tmp_path_factory.mktemp("trained") / "dpo")
     change(folder / "result.json", lambda result: result["main"]["after"].update(value=0.75))
     publishing._probe(contents.find(str(folder), None))
     return folder

@@ -51,8 +51,14 @@ def test_a_step_that_fails(server, run, refused, capsys, step, fault):
     assert repo is None or repo.private
 
 
-@pytest.mark.parametrize("fault", [500, "lost", "applied"])
-@pytest.mark.parametrize("step", STEPS)
+# An answer to them that is lost is as good as none.
+READS = ("whoami", "info", "tree", "yaml", "resolve", "download", "commits", "refs")
+
+
+@pytest.mark.parametrize(
+    ("step", "fault"),
+    [(step, fault) for step in STEPS for fault in (500, "lost", "applied") if fault != "applied" or step not in READS],
+)
 def test_a_step_that_fails_once(server, run, publish, step, fault):
     """It is tried again, and ends with one commit for the files and one for the proof."""
     server.fault = lambda name, number, path: fault if name == step and number == 1 else None

@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import quick
 import torch
 from conftest import TINY_ID, stir
 from omegaconf import OmegaConf
@@ -391,14 +392,15 @@ def evaluation(compose, folder, *overrides):
     return cfg
 
 
-def evaluate(compose, folder, *overrides):
-    with pytest.raises(SystemExit) as stop:
+def evaluate(compose, folder, *overrides, drawn=False):
+    sketched = contextlib.nullcontext() if drawn else quick.pictures_sketched()
+    with pytest.raises(SystemExit) as stop, sketched:
         import_module("rlhf_recipes.recipes.evaluate").main.__wrapped__(evaluation(compose, folder, *overrides))
     return stop.value.code
 
 
 def test_evaluate_with_a_reward_model(runs, compose, tiny_model_overrides):
-    code = evaluate(compose, "by_reward", *tiny_model_overrides, "reward_model=reward")
+    code = evaluate(compose, "by_reward", *tiny_model_overrides, "reward_model=reward", drawn=True)
     result = json.loads((runs / "by_reward" / "result.json").read_text())
     evaluation = result["evaluation"]
     assert code == {"ship": 3, "hold": 4, "worse": 5}[evaluation["verdict"]]
@@ -650,7 +652,8 @@ def test_an_interrupted_judge_goes_on_from_its_answers(runs, compose, tiny_model
     kept = (runs / "judged" / "gate.jsonl").read_bytes()
     assert kept and not (runs / "judged" / "result.json").exists()
     monkeypatch.setattr(Journal, "write", written)
-    main(cfg)
+    with quick.pictures_sketched():
+        main(cfg)
     whole = (runs / "judged" / "gate.jsonl").read_bytes()
     assert whole.startswith(kept) and len(whole) > len(kept)
     evaluation = evaluation_of(runs / "judged")

@@ -45,15 +45,15 @@ def tokenizer(tiny_model):
 
 
 @pytest.fixture(scope="module")
-def judge(train, tmp_path_factory):
+def judge(trained_once):
     """A reward run."""
-    return train("reward", tmp_path_factory.mktemp("judge") / "run", "trainer.learning_rate=0.01").dir
+    return trained_once("reward", "trainer.learning_rate=0.01").dir
 
 
 @pytest.fixture(scope="module")
-def parent(train, tmp_path_factory):
+def parent(trained_once):
     """A run to continue."""
-    return train("sft", tmp_path_factory.mktemp("parent") / "run").dir
+    return trained_once("sft").dir
 
 
 @pytest.fixture

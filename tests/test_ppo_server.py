@@ -117,6 +117,7 @@ def test_it_learns_the_same_from_served_completions(train, serving, tmp_path):
 def test_a_server_that_dies_is_waited_for_and_the_run_goes_on(train, serving, tmp_path):
     """At the second rollout; the one that answers again later was started anew and has forgotten the adapter."""
     more = ["trainer.max_steps=3", "trainer.num_mini_batches=1", "trainer.vllm_server_timeout=0.2"]
+    more += ["trainer.save_steps=1"]
     whole = train("ppo", tmp_path / "whole", *SERVED, *more, url(serving()))
     with pytest.raises(Refusal) as refusal:
         train("ppo", tmp_path / "run", *SERVED, *more, url(dead := serving(lives=9)))

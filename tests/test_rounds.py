@@ -1,11 +1,13 @@
 """Rounds of a pipeline: which stages they are, which gate stops them, killed and continued on a tiny model."""
 
+import contextlib
 import json
 import shutil
 import signal
 from pathlib import Path
 
 import pytest
+import quick
 from conftest import TINY_ID
 
 from rlhf_recipes import references
@@ -117,7 +119,9 @@ def test_the_gate_that_fails_stops_and_names_what_to_keep(cfg, tmp_path, second,
     finish_round(tmp_path, 1)
     finish_round(tmp_path, 2, **second)
     loop = rounds.Rounds(cfg, tmp_path)
-    stopped = loop.stop()
+    drawn = "flips" in second  # alike, whatever stops it
+    with contextlib.nullcontext() if drawn else quick.pictures_sketched():
+        stopped = loop.stop()
     assert (stopped and stopped["round"]) == (2 if gate else None)
     assert not gate or gate in stopped["says"]
     written = json.loads((tmp_path / rounds.FILE).read_text())

@@ -276,6 +276,21 @@ def test_auroc_is_that_of_scikit_learn_for_any_weights():
     )
 
 
+def test_a_draw_of_few_clusters_is_looked_at_once():
+    """Of four clusters there are 35: the interval is that of all thousand."""
+    x, ids, seen = np.array([0.1, 0.7, 0.2, 0.9, 0.4, 0.3]), np.array([0, 0, 1, 2, 3, 3]), []
+
+    def mean(weights):
+        seen.append(weights.tobytes())
+        return float((weights * x).sum() / weights.sum())
+
+    found = stats.resampled(mean, 6, ids.tolist())
+    once = seen[1:]  # behind the value itself
+    drawn = np.random.default_rng(0).multinomial(4, np.full(4, 1 / 4), size=1000).astype(float)[:, ids]
+    assert len(once) == len({*once}) == len(np.unique(drawn, axis=0)) <= 35
+    assert (found.low, found.high) == tuple(np.quantile([mean(weights) for weights in drawn], (0.025, 0.975)))
+
+
 def test_resampled_covers_as_the_bootstrap_of_a_mean_does():
     x = np.random.default_rng(5).normal(size=400)
     clusters = np.arange(400) // 2

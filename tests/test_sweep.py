@@ -10,6 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import quick
+import warm
 from conftest import wait_for
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
@@ -35,7 +37,7 @@ def command(tiny_overrides):
 def swept(run_recipe, command, tmp_path_factory):
     """(working folder, sweep folder, what the command printed)."""
     here = tmp_path_factory.mktemp("sweep")
-    done = run_recipe("dpo", *command, BETAS, cwd=here)
+    done = run_recipe("dpo", *command, BETAS, cwd=here, env={warm.DRAWN: "1"})
     assert done.returncode == 0, done
     return here, here / "outputs/dpo/betas", done
 
@@ -255,7 +257,7 @@ def test_what_was_measured_differently_is_not_compared(change, said):
 
 @pytest.fixture
 def written(tmp_path):
-    """written(name, skills): the folder of a sweep whose jobs have answers of these skills."""
+    """written(name, skills): the folder of a sweep whose jobs have answers of these skills. Pictures are sketched."""
 
     def write(name, skills, **rows):
         folder = tmp_path / name
@@ -269,7 +271,8 @@ def written(tmp_path):
             write_atomically(folder / "rows" / f"{job}.json", json.dumps(row | rows.get(job, {})))
         return folder
 
-    return write
+    with quick.pictures_sketched():
+        yield write
 
 
 def only(measurements, job):

@@ -137,9 +137,22 @@ def ends_with_eos(tiny_model, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def by_trl(tmp_path_factory):
+    """by_trl(recipe, quantization, model, cfg): of `by_hand`, made once."""
+    known = {}
+
+    def once(recipe, quantization, model, cfg):
+        if (recipe, quantization) not in known:
+            known[recipe, quantization] = by_hand(recipe, quantization, model, cfg, tmp_path_factory.mktemp("by_trl"))
+        return known[recipe, quantization]
+
+    return once
+
+
 @pytest.mark.parametrize("quantization", ("nf4", "none"))
 @pytest.mark.parametrize("recipe", TRAINERS)
-def test_parity_with_trl(train, tiny_model, ends_with_eos, tmp_path, recipe, quantization):
+def test_parity_with_trl(train, by_trl, tiny_model, ends_with_eos, tmp_path, recipe, quantization):
     """With TRL's own forward, loss and gradient norm of the first step are TRL's, of orpo and simpo those of TRL's own
     trainers, which are one switch away; tests/test_preference.py holds ours against them, and tests/test_forward.py
     our forward.
@@ -153,7 +166,7 @@ def test_parity_with_trl(train, tiny_model, ends_with_eos, tmp_path, recipe, qua
     if ARGUMENTS[recipe][0] in TRLS_OWN:
         overrides += [f"trainer._target_={ARGUMENTS[recipe][0]}"]
     ours = train(recipe, tmp_path / "ours", *overrides)
-    theirs = by_hand(recipe, quantization, model, ours.cfg, tmp_path / "theirs")
+    theirs = by_trl(recipe, quantization, model, ours.cfg)
     rounded = {p.dtype for p in theirs.model.parameters() if p.requires_grad} == {torch.bfloat16}
     assert rounded == (quantization == "nf4" and recipe in ("sft", "reward", "dpo", "kto"))
     first, reference = ours.log[0], theirs.state.log_history[0]
@@ -166,14 +179,14 @@ def test_parity_with_trl(train, tiny_model, ends_with_eos, tmp_path, recipe, qua
 
 
 @pytest.mark.parametrize("recipe", ("sft", "reward", "dpo", "kto"))
-def test_parity_is_exact_without_our_float32(train, tiny_model, tmp_path, monkeypatch, recipe):
+def test_parity_is_exact_without_our_float32(train, by_trl, tiny_model, tmp_path, monkeypatch, recipe):
     """The float32 adapter is the only thing that a recipe adds: without it the norm is TRL's to the last bit too."""
     from rlhf_recipes import models
 
     skip_what_trl_cannot_do(recipe, "nf4")
     monkeypatch.setattr(models, "keep_adapter_in_float32", lambda model, parent: None)
     ours = train(recipe, tmp_path / "ours", "fast_forward=false")
-    theirs = by_hand(recipe, "nf4", tiny_model, ours.cfg, tmp_path / "theirs")
+    theirs = by_trl(recipe, "nf4", tiny_model, ours.cfg)
     for row, reference in zip(ours.log[:2], theirs.state.log_history[:2], strict=True):
         assert (row["loss"], row["grad_norm"]) == (reference["loss"], reference["grad_norm"])
 
@@ -212,6 +225,21 @@ def test_bitsandbytes_still_loses_gradients(train, tmp_path, monkeypatch):
     monkeypatch.setattr(models, "keep_gradients_on_cpu", lambda model: None)
     trained = train("sft", tmp_path / "run", *EVALUATED, "trainer.max_steps=1")
     assert still(trained.weights) == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
+
+
+def test_a_base_loads_no_tokenizer_that_was_loaded(compose, tiny_model_overrides, monkeypatch):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from rlhf_recipes import models
+
+    def pads(*overrides):
+        cfg = compose("dpo", *tiny_model_overrides, "quantization=none", *overrides)
+        return models.load_base(cfg.model, cfg.quantization, AutoModelForCausalLM).config.pad_token_id
+
+    assert models.load_tokenizer(compose("dpo", *tiny_model_overrides).model).pad_token_id == 0
+    assert pads("model.pad_token='<|im_end|>'") == 2  # of one that nobody has loaded
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", None)
+    assert pads() == 0
 
 
 def test_trainer_arguments_follow_the_hardware(compose, tmp_path):

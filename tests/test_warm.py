@@ -62,6 +62,17 @@ def python(warm_python, clean_env, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["warm_python", "light_python"])
+def test_it_is_warm(kind, request, clean_env, tmp_path):
+    """A cold one does the same, later: no other test would notice."""
+    if (own := request.getfixturevalue(kind)) == sys.executable:
+        pytest.skip("no fork survives here")
+    (tmp_path / "warm_module.py").write_text("import sys; print('quick' in sys.modules)")
+    done = subprocess.run([own, "-m", "warm_module"], cwd=tmp_path, env=clean_env, capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
+
+
+@pytest.mark.slow
 def test_it_has_read_the_same_environment(python, tmp_path):
     env = {
         "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0", "HF_TOKEN": "x",

@@ -311,8 +311,9 @@ def _import_again() -> None:
     hub.HF_MODULES_CACHE = os.path.join(constants.HF_HOME, "modules")
 
 
-def _look_up(configs: list) -> None:
-    """What each run would look up anew, and keep: the types of arguments, templates of cards, names of weights."""
+def _look_up(configs: list, folder: str) -> None:
+    """What each run would look up anew, and keep: the types of arguments, templates of cards, names of weights, and
+    the rows of conftest's `tiny_overrides`, in files of the folder."""
     import jinja2
     import trl
     from huggingface_hub import ModelCard
@@ -320,9 +321,15 @@ def _look_up(configs: list) -> None:
     from omegaconf import OmegaConf
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-    from rlhf_recipes import run
+    from rlhf_recipes import methods, run
+    from rlhf_recipes.data.load import LOADERS
     from rlhf_recipes.typecheck import parameters
 
+    tempfile.tempdir = folder
+    for (recipe, *_), cfg in zip(COMPOSED, configs, strict=True):
+        if recipe in methods.METHODS:
+            cfg.data.train_size, cfg.data.eval_size = 8, 4
+            LOADERS[methods.METHODS[recipe].rows](cfg.data)
     run.versions()
     get_checkpoint_conversion_mapping("llama")  # for which it parses 900 expressions
     for card in (ModelCard.default_template_path, *Path(trl.__file__).parent.glob("templates/*_model_card.md")):
@@ -351,10 +358,11 @@ def _main(descriptor: str, program: str, kind: str) -> None:
         configs = [hydra.compose(name, groups) for name, *groups in COMPOSED]
     config.trainer_recipes()
     for name, *_ in COMPOSED:
-        keys._primary(name)
+        keys.defaults(name)
     if kind == "warm":
         quick.settle()
-        _look_up(configs)
+        _look_up(configs, str(Path(program).parent))
+    quick.sync_nothing()
     quick.collect_less()
     sys.stdout.flush()
     _become(_serve(socket.socket(fileno=int(descriptor)), known), known, program)

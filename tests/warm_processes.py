@@ -93,25 +93,17 @@ def count_draws() -> Counter:
     return made
 
 
-def undrawn(caption: str, alt: str, *_, **__) -> dict:
-    """In place of `drawing.figure`, which takes longer than what is drawn."""
-    return {"caption": caption, "alt": alt, "svg": ""}
-
-
 def main(jobs: str, seen: str) -> None:
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
     import rlhf_recipes.config  # noqa: F401  registers the nodes that the groups start from
     from rlhf_recipes import inference, ranks, run
-    from rlhf_recipes.audit import page as audits_page
     from rlhf_recipes.cai import local
-    from rlhf_recipes.evaluation import page
 
     run.environment()
     writes, draws = note_writes(), count_draws()
     inference.BATCH_TOKENS, local.BATCH_ROWS = 600, 2  # so that there is something to share
-    page.figure = audits_page.figure = undrawn
     for folder, (recipe, *overrides) in json.loads(jobs).items():
         draws.job = folder
         GlobalHydra.instance().clear()

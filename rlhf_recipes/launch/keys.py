@@ -154,6 +154,7 @@ def check(cfg: DictConfig, recipe: str | None = None) -> None:
                 raise Refusal(f'{what} needs {package}. pip install "rlhf-recipes[{extra}]".')
 
 
+@functools.cache
 def defaults(recipe: str) -> dict[str, Any]:
     """Our own keys of a recipe, dotted, and their defaults."""
     node, groups = _primary(recipe)
@@ -193,9 +194,9 @@ def _refuse_unknown(keys: list[str], recipe: str | None) -> None:
 def _refuse_missing_tracker(report_to: Any) -> None:
     """The trainer would find out when the model is loaded."""
     names = list(report_to) if OmegaConf.is_list(report_to) else [report_to]
-    installed = {name for name, packages in TRACKERS.items() if any(map(_installed, packages))}
     if names in (["none"], [None]):
         return
+    installed = {name for name, packages in TRACKERS.items() if any(map(_installed, packages))}
     if names == ["all"]:
         if not installed:
             raise Refusal(

@@ -4,6 +4,7 @@ What the tables say of the libraries was read in TRL 1.16, PEFT 0.21 and transfo
 compares them with the installed source.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -326,8 +327,8 @@ def _refuse_losses(trainer: dict) -> None:
 
 def _refuse_unread(trainer: dict, recipe: str | None) -> None:
     """An argument that differs from its default, and would change nothing."""
-    ours = OmegaConf.load(CONF / "trainer" / f"{recipe}.yaml") if recipe in methods.METHODS else {}
-    common = OmegaConf.load(CONF / "trainer" / "common.yaml")
+    ours = _written("trainer", recipe) if recipe in methods.METHODS else {}
+    common = _written("trainer", "common")
     for key, reads in READ.get(trainer.get("_target_"), {}).items():
         if key not in trainer or trainer[key] in (reads.default, ours.get(key), common.get(key)):
             continue
@@ -479,7 +480,7 @@ def _refuse_lora_beside_adapter(node: dict) -> None:
     adapter = reference and references.adapter_in(reference)
     if not adapter:
         return
-    defaults = OmegaConf.to_container(OmegaConf.load(CONF / "lora" / "all_linear.yaml"), resolve=False)
+    defaults = _written("lora", "all_linear")
     own = read_json(adapter / references.ADAPTER_CONFIG)
     for key, value in node["lora"].items():
         if key in ("_target_", "target_modules") and isinstance(value, str):  # words for modules that it lists
@@ -490,6 +491,12 @@ def _refuse_lora_beside_adapter(node: dict) -> None:
                 f"lora.{key}={value}{members}: model.adapter={reference} is continued as it is, with {own.get(key)}. "
                 "Give that, or leave it out."
             )
+
+
+@functools.cache
+def _written(group: str, name: str) -> dict[str, Any]:
+    """A file below conf/, its references as they are."""
+    return OmegaConf.to_container(OmegaConf.load(CONF / group / f"{name}.yaml"), resolve=False)
 
 
 def _unordered(value: Any) -> Any:

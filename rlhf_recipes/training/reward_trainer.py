@@ -2,6 +2,7 @@
 
 import copy
 
+import pyarrow.compute as pc
 from datasets import Features, List, Value
 from trl import RewardTrainer
 
@@ -28,6 +29,8 @@ class SoftLabelRewardTrainer(RewardTrainer):
         uncut = copy.copy(args)
         uncut.max_length = None
         dataset = super()._prepare_dataset(dataset, processing_class, uncut, dataset_name)
+        if args.max_length is None or _longest(dataset) <= args.max_length:
+            return dataset
         return dataset.map(_cut, batched=True, fn_kwargs={"max_length": args.max_length})
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -44,10 +47,19 @@ class SoftLabelRewardTrainer(RewardTrainer):
 # The one column of numbers that TRL's dataset preparation and collator let through: here p and the margin of a row.
 CARRIER = "margin"
 WITHOUT = {"p": 1.0, CARRIER: 0.0}
+TOKENS = ("chosen_ids", "rejected_ids")
+BATCH = 10_000  # rows that are looked at together
 
 
-def _cut(rows: dict, max_length: int | None) -> dict:
-    return {side: [ids[:max_length] for ids in rows[side]] for side in ("chosen_ids", "rejected_ids")}
+def _longest(dataset) -> int:
+    """Tokens of the longest conversation, from the lengths of the columns."""
+    tables = dataset.select_columns(list(TOKENS)).with_format("arrow").iter(BATCH)
+    lengths = (pc.max(pc.list_value_length(table[side])).as_py() for table in tables for side in TOKENS)
+    return max(lengths, default=0)
+
+
+def _cut(rows: dict, max_length: int) -> dict:
+    return {side: [ids[:max_length] for ids in rows[side]] for side in TOKENS}
 
 
 def _carried(dataset):
