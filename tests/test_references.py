@@ -135,7 +135,8 @@ def test_who_was_trained_on_the_reward_that_judges(here, policy, scorer, parent,
         write_adapter(here / name, recipe="reward", parent=None)
     of_ppo = {"run": "ppo", "recipe": "ppo", "adapter_sha256": "of ppo", "parent": OF_SFT}
     write_adapter(here / "later", recipe="dpo", parent=of_ppo)
-    write_adapter(here / "recorded", recipe="ppo", parent=OF_SFT, rewards=[hashlib.sha256(weights("gone")).hexdigest()])
+    gone = hashlib.sha256(weights("gone")).hexdigest()
+    write_adapter(here / "recorded", recipe="ppo", parent=OF_SFT, rewards=[gone])
     weigh("gone", "gone")
     weigh("other", "other")
     for folder in ("reward", "copied", "ensemble/a"):

@@ -285,6 +285,10 @@ def _parquet_rows(path: str, file: Path, kind: str) -> Iterator[Located]:
     try:
         table = pyarrow.parquet.ParquetFile(file)
         _refuse_huge_rows(path, table.metadata)
+        columns = [table.metadata.schema.column(i) for i in range(table.metadata.num_columns)]
+        # A text that a thousand rows repeat lies in the file once, and so it is left until they are looked at.
+        repeated = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
+        table = pyarrow.parquet.ParquetFile(file, metadata=table.metadata, read_dictionary=repeated)
         yield from _batches(path, table.iter_batches(BATCH))
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         if getattr(error, "strerror", None):
@@ -302,7 +306,7 @@ def _arrow_rows(path: str, file: Path, kind: str) -> Iterator[Located]:
     try:
         with pyarrow.memory_map(str(file)) as source:
             is_file = source.read(6) == b"ARROW1"
-            _refuse_huge_batches(path, source, 8 if is_file else 0)
+            refuse_huge_batches(path, source, 8 if is_file else 0)
             source.seek(0)
             if is_file:
                 reader = pyarrow.ipc.open_file(source)
@@ -325,10 +329,49 @@ def _batches(path: str, batches) -> Iterator[Located]:
             raise Refusal(f"{path}: column {twice!r} appears twice. Rename one.")
         if batch.nbytes > LINE_LIMIT * max(batch.num_rows, 1):
             raise _too_long(path, number + 1, "rows")
-        for begin in range(0, batch.num_rows, BATCH):
-            for row in _unpacked_rows(path, number, batch.slice(begin, BATCH)):
+        for part in _parts(path, number, batch):
+            for row in _unpacked_rows(path, number, part):
                 number += 1
                 yield f"{path}:{number}", row
+
+
+def _parts(path: str, number: int, batch) -> Iterator[Any]:
+    """A batch in parts of so many rows that their texts come to no more than `LINE_LIMIT`.
+
+    Args:
+        number: of the rows before it.
+
+    Raises:
+        Refusal: a row alone comes to more.
+    """
+    begin, size = 0, BATCH
+    while begin < batch.num_rows:
+        part = batch.slice(begin, size)
+        if sum(map(_bytes, part.columns)) > LINE_LIMIT:
+            if part.num_rows == 1:
+                raise _too_long(path, number + begin + 1, "a row")
+            size = part.num_rows // 2
+            continue
+        yield part
+        begin, size = begin + part.num_rows, min(2 * size, BATCH)
+
+
+def _bytes(array) -> int:
+    """What Python makes of an array's texts, those that are repeated as often as they are."""
+    import pyarrow
+    import pyarrow.compute
+
+    if isinstance(array, pyarrow.DictionaryArray):
+        kind = array.type.value_type
+        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_binary(kind) or pyarrow.types.is_large_string(kind)):
+            return 0
+        sizes = pyarrow.compute.binary_length(array.dictionary)
+        return pyarrow.compute.sum(sizes.take(array.indices)).as_py() or 0
+    if isinstance(array, pyarrow.ListArray | pyarrow.LargeListArray):
+        return _bytes(array.flatten())
+    if isinstance(array, pyarrow.StructArray):
+        return sum(map(_bytes, array.flatten()))
+    return array.nbytes
 
 
 def _unpacked_rows(path: str, number: int, batch) -> list[dict[str, Any]]:
@@ -344,11 +387,14 @@ def _unpacked_rows(path: str, number: int, batch) -> list[dict[str, Any]]:
         raise
 
 
-def _refuse_huge_batches(path: str, source, begin: int) -> None:
+def refuse_huge_batches(path: str, source, begin: int) -> None:
     """By what the header of each batch says, before one is unpacked.
 
     Args:
         begin: of the messages in the file.
+
+    Raises:
+        Refusal: its rows are too large.
     """
     import pyarrow.ipc
 
