@@ -41,6 +41,9 @@ def flaw(config: dict[str, Any], weights: Path) -> str | None:
     Args:
         config: its adapter_config.json.
         weights: its adapter_model.safetensors.
+
+    Raises:
+        Refusal: the weights cannot be read.
     """
     kind = config.get("peft_type") or "LORA"
     if config.get("megatron_config") is not None:
@@ -51,10 +54,7 @@ def flaw(config: dict[str, Any], weights: Path) -> str | None:
         return f"{found} changes the base, which others stand on. Convert the adapter to plain LoRA."
     if found := _endless(config):
         return f"{found}. List the modules by their names."
-    try:
-        tensors = shapes(weights)
-    except Refusal as refusal:
-        return str(refusal).removeprefix(f"{weights}: ")
+    tensors = shapes(weights)
     for name in tensors:
         if _is_the_bases(name, kind.upper(), config):
             return (
@@ -75,9 +75,8 @@ def shapes(weights: Path) -> dict[str, list[int]]:
     try:
         with safe_open(weights, framework="numpy") as file:
             return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  not a dict
-    except (SafetensorError, OSError) as error:
-        said = first_line(error).rstrip(".")
-        raise Refusal(f"{weights}: its weights cannot be read ({said}). Fetch or save it again.") from error
+    except SafetensorError as error:
+        raise Refusal(f"{weights}: is cut off or damaged. Copy it again, or train it again.") from error
 
 
 def _is_known(kind: str) -> bool:

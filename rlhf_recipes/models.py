@@ -14,6 +14,7 @@ from rlhf_recipes.data import template
 from rlhf_recipes.errors import Refusal, first_line
 from rlhf_recipes.references import ModelRef, adapter_in, folder_of, trained_with
 from rlhf_recipes.run import Run
+from rlhf_recipes.text import line
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -242,7 +243,7 @@ def load_config(model: DictConfig) -> "PretrainedConfig":
     """What the model's config.json says, of its text part where it has several; no weights.
 
     Raises:
-        Refusal: the model cannot be found or fetched.
+        Refusal: the model cannot be found or fetched, or names code that would be run.
     """
     from transformers import AutoConfig
 
@@ -363,6 +364,7 @@ def _load_base(model: DictConfig, quantization: DictConfig, auto_class: type, **
         kwargs["device_map"] = {"": ranks.local_rank() % torch.cuda.device_count()}
     if model.attn_implementation:
         kwargs["attn_implementation"] = model.attn_implementation
+    load_config(model)  # refuses what its config.json would run
     dtype = compute_dtype(model)
     quantization_config = build_quantization(quantization, dtype)
     if quantization_config is not None:
@@ -536,7 +538,8 @@ def model_path(model: DictConfig) -> str:
 
 def _from_hub(model: DictConfig, load, path: str, **kwargs):
     from huggingface_hub.errors import HTTPError
-    from transformers import dynamic_module_utils
+    from safetensors import SafetensorError
+    from transformers import PreTrainedConfig, dynamic_module_utils
 
     dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # what a library loads by itself is refused, too, not asked about
 
@@ -551,19 +554,42 @@ def _from_hub(model: DictConfig, load, path: str, **kwargs):
     try:
         if not Path(path).is_dir():
             _ask_hub(path, model.revision)
-        return load(path, trust_remote_code=model.get("trust_remote_code") is True, **kwargs)
+        found = load(path, trust_remote_code=model.get("trust_remote_code") is True, **kwargs)
+        if isinstance(found, PreTrainedConfig) and not model.get("trust_remote_code"):
+            refuse_kernels(found, "model.path" if Path(path).is_dir() else "model.id", path)
+        return found
     except ValueError as error:
-        if "trust_remote_code" not in str(error):
+        if isinstance(error, Refusal) or "trust_remote_code" not in str(error):
             raise
         where = f"model.path={path}" if Path(path).is_dir() else f"model.id={model.id}"
         raise Refusal(
             f"{where}: brings Python code of its own, which would run here (auto_map). Read it; if you trust it, add "
             "model.trust_remote_code=true."
         ) from error
+    except SafetensorError as error:
+        key = "model.path" if Path(path).is_dir() else "model.id"
+        said = first_line(error).rstrip(".")
+        raise Refusal(f"{key}={path}: its weights are cut off or damaged ({said}). Fetch them again.") from error
     except (OSError, HTTPError) as error:
         if Path(path).is_dir():
             raise Refusal(f"model.path={path}: {first_line(error)}") from error
         raise Refusal(f"model.id={model.id}: {_hub_refusal(error)}") from error
+
+
+def refuse_kernels(config: "PretrainedConfig", key: str, path: str) -> None:
+    """Refuse a config.json that names a kernel on the Hub, which transformers would fetch and run.
+
+    Raises:
+        Refusal: it does.
+    """
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        for kind in ("attn", "experts"):
+            named = str(getattr(part, f"_{kind}_implementation", None))
+            if "/" in named:
+                raise Refusal(
+                    f"{key}={path}: its config.json names a kernel on the Hub, code that would be run here "
+                    f"({kind}_implementation: {line(named)}). Take it out."
+                )
 
 
 def _ask_hub(repo: str, revision: str | None) -> None:

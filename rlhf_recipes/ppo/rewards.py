@@ -232,13 +232,15 @@ def _look_at(found: ModelRef) -> None:
 
 
 def _load_classifier(path: str, args):
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModelForSequenceClassification
 
     if places.on_hub(path, "reward_funcs", bare=True):
         places.say_from_hub("reward model", path)
     elif not Path(path).is_dir():
         raise Refusal(f"reward_funcs={path}: no such folder, and no id of the Hub. Check it.")
     try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        models.refuse_kernels(config, "reward_funcs", path)
         return AutoModelForSequenceClassification.from_pretrained(
             path, num_labels=1, **{"trust_remote_code": False, **(args.model_init_kwargs or {})}
         ).to(args.device)
