@@ -628,16 +628,6 @@ def test_a_file_name_of_the_hub_leads_nowhere(name, tmp_path, monkeypatch):
     assert not outside and not Path("evil.json").exists()
 
 
-@pytest.mark.parametrize(
-    "name", ["..", "../..", "a/..", ".git/config", "a\n/b", "a/b\x1b[2J", "--help/x", "http://x/y"]
-)
-def test_a_name_that_is_no_repository_is_never_asked_for(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    if name != "a/..":
-        assert not places.on_hub(name, "data.path") or places.HUB_ID.fullmatch(name)
-    assert not places.HUB_ID.fullmatch(name) or not re.search(r"[\s\x1b]", name)
-
-
 # ---- pages
 
 
@@ -648,7 +638,7 @@ def test_no_template_of_a_page_lets_markup_through():
     for file in files:
         assert not re.search(r"\|\s*safe\b|autoescape|Markup", file.read_text(encoding="utf-8")), file
     code = {file: file.read_text(encoding="utf-8") for file in (ROOT / "rlhf_recipes").rglob("*.py")}
-    assert [file.name for file, text in code.items() if re.search(r"\bMarkup\(", text)] == ["drawing.py"]
+    assert [file.name for file, text in code.items() if "import Markup" in text] == ["drawing.py"]
     assert [file.name for file, text in code.items() if "jinja2.Environment(" in text] == ["drawing.py"]
 
 

@@ -155,9 +155,9 @@ def _find(path: str, folder: Path, name: str | None) -> Folder:
 
 
 def _saved(path: str, folder: Path) -> dict[str, Any]:
+    _refuse_saved(path, folder)
     from datasets import DatasetDict, load_from_disk
 
-    _refuse_saved(path, folder)
     try:
         data = load_from_disk(str(folder))
         for split in data.values() if isinstance(data, DatasetDict) else [data]:
