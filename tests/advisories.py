@@ -1,8 +1,8 @@
 """Known faults of the packages that constraints.txt pins, as far as the package index tells: `make advisories`.
 
-pip-audit asks the index for each version; it is installed beside the environment, not into it. Where there is no network,
-or the index has no advisories, that is said, and nothing fails. `make lint` shows the same and never fails by it: what
-was found out this morning is no fault of a change.
+pip-audit asks the index for each version; it is installed beside the environment, not into it. Where there is no
+network, or the index has no advisories, that is said, and nothing fails. `make lint` shows the same and never fails by
+it: what was found out this morning is no fault of a change.
 """
 
 import json
@@ -42,33 +42,12 @@ def skipped(report: dict) -> list[str]:
 def ask() -> tuple[dict | None, str]:
     """pip-audit's report, or None and why there is none."""
     if not TOOL.is_dir():
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--retries",
-            "0",
-            "--target",
-            str(TOOL),
-            "pip-audit",
-        ]
-        done = _run(command)
+        done = _run("-m", "pip", "install", "--quiet", "--retries", "0", "--target", str(TOOL), "pip-audit")
         if done is None or done.returncode:
             return None, "pip-audit cannot be installed from here"
-    options = [
-        "--requirement",
-        str(PINS),
-        "--no-deps",
-        "--disable-pip",
-        "--format",
-        "json",
-        "--progress-spinner",
-        "off",
-    ]
-    done = _run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(TOOL)!r}); "
-                 "from pip_audit._cli import audit; audit()", *options])  # fmt: skip
+    start = f"import sys; sys.path.insert(0, {str(TOOL)!r}); from pip_audit._cli import audit; audit()"
+    plain = ("--no-deps", "--disable-pip", "--progress-spinner", "off", "--format", "json")
+    done = _run("-c", start, "--requirement", str(PINS), *plain)
     try:
         return json.loads(done.stdout), ""
     except (ValueError, AttributeError):
@@ -76,9 +55,9 @@ def ask() -> tuple[dict | None, str]:
         return None, f"the index does not answer ({said[-1][:120] if said else 'no answer in time'})"
 
 
-def _run(command: list[str]) -> subprocess.CompletedProcess | None:
+def _run(*arguments: str) -> subprocess.CompletedProcess | None:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+        return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:
         return None
 
