@@ -131,3 +131,20 @@ def test_a_type_of_arrow_s_that_is_a_pickle_is_not_made(tmp_path):
         writer.write_batch(pa.record_batch([pa.array(["a"])], schema=schema))
     assert [row for _, row in readers.read_file(str(tmp_path / "rows.arrow"))] == [{"prompt": "a"}]
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_picture_that_a_row_names_is_not_fetched(monkeypatch):
+    """By an address, or a path of this machine; at any depth. JSON, which `datasets` keeps as text, is read."""
+    from datasets import Dataset, Features, Image, Json, List, Value
+
+    opened = []
+    monkeypatch.setattr(Image, "decode_example", lambda self, value, **_: opened.append(value))
+    picture = {"bytes": None, "path": "http://127.0.0.1:9/internal?x=1"}
+    turn = {"role": "user", "content": "a", "image": picture}
+    row = {"image": picture, "messages": [turn], "more": {"deep": [picture]}, "note": {"a": 1}}
+    text = Value("string")
+    turns = List({"role": text, "content": text, "image": Image()})
+    kinds = Features({"image": Image(), "messages": turns, "more": {"deep": List(Image())}, "note": Json()})
+    data = Dataset.from_dict({key: [value] for key, value in row.items()}, features=kinds)
+    [(where, read)] = readers.numbered("x", readers.undecoded(data))
+    assert (where, read) == ("x:1", row) and opened == []

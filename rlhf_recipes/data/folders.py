@@ -74,7 +74,7 @@ class Folder:
             Refusal: a configuration must be chosen first; files of the split are missing, or there twice.
         """
         if split in self.saved:
-            return readers.numbered(f"{self.path}/{split}", self.saved[split])
+            return readers.numbered(f"{self.path}/{split}", readers.undecoded(self.saved[split]))
         if split in self.files:
             if not self.files[split]:
                 raise Refusal(f"{self.path}: none of the files that README.md names for {split} is here. Fetch them.")

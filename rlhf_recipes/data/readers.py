@@ -129,7 +129,7 @@ class Hub:
                 "Check data.name and data.revision, or give a local file."
             ) from error
         self.names = tuple(getattr(getattr(data, "info", None), "splits", None) or self.names)
-        return numbered(f"{self.path}[{split}]", data)
+        return numbered(f"{self.path}[{split}]", undecoded(data))
 
     def unused(self, read: tuple[str, ...]) -> list[str]:
         """The splits there are beside these."""
@@ -415,6 +415,21 @@ def _refuse_huge_rows(path: str, metadata) -> None:
         if group.total_byte_size > LINE_LIMIT * max(group.num_rows, 1):
             raise _too_long(path, number, "rows")
         number += group.num_rows
+
+
+def undecoded(data):
+    """A Dataset whose pictures, sound and the like are what lies in its files: decoded, a row would have whatever file
+    or address it names opened, and no recipe reads them."""
+    found = [*data.info.features.values()]
+    while found:
+        feature = found.pop()
+        if isinstance(feature, dict | list | tuple):
+            found += feature.values() if isinstance(feature, dict) else feature
+        elif inner := getattr(feature, "feature", None):
+            found.append(inner)
+        elif type(feature).__name__ != "Json" and hasattr(feature, "decode"):
+            feature.decode = False
+    return data
 
 
 def numbered(name: str, rows) -> Iterator[Located]:
