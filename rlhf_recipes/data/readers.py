@@ -420,7 +420,7 @@ def _refuse_huge_rows(path: str, metadata) -> None:
 def undecoded(data):
     """A Dataset whose pictures, sound and the like are what lies in its files: decoded, a row would have whatever file
     or address it names opened, and no recipe reads them."""
-    found = [*data.info.features.values()]
+    found = [getattr(getattr(data, "info", None), "features", None) or {}]
     while found:
         feature = found.pop()
         if isinstance(feature, dict | list | tuple):
