@@ -87,6 +87,23 @@ def test_a_kernel_that_a_model_names_is_not_fetched(compose, model, what, kind):
     )
 
 
+@pytest.mark.parametrize("what", ["config", "empty", "weights"])
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"num_hidden_layers": 10**9},
+        {"hidden_size": 1e300},
+        {"vocab_size": 10**300},
+        {"text_config": {"head_dim": 10**9}},
+    ],
+)
+def test_a_size_that_no_model_has_is_refused(compose, model, what, entries):
+    """Before a list or a module is made for each layer."""
+    folder = model(**entries)
+    said = refused(loads()[what], compose("dpo", f"model.path={folder}").model)
+    assert said.startswith(f"model.path={folder}: its config.json says ") and "more than any model has" in said
+
+
 def test_a_kernel_that_a_reward_model_names_is_not_fetched(model):
     from rlhf_recipes.ppo import rewards
 
