@@ -17,7 +17,7 @@ import struct
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from rlhf_recipes import places
 from rlhf_recipes.data import arrow_headers, csv_rows, json_rows
 from rlhf_recipes.errors import Refusal, first_line, nearest
 from rlhf_recipes.secrets import redact
+from rlhf_recipes.text import line as one_line
 
 Located = tuple[str, dict[str, Any]]
 
@@ -110,7 +111,10 @@ class Hub:
         from datasets import load_dataset
 
         try:
-            data = load_dataset(self.path, self.name, revision=self.revision, split=split)
+            with _from_there_alone(where):
+                data = load_dataset(self.path, self.name, revision=self.revision, split=split)
+        except Refusal:
+            raise
         except ValueError as error:
             if "unknown split" in str(error).lower():
                 self.names = _listed(r"Should be one of (\[.*\])", error)
@@ -139,6 +143,34 @@ class Hub:
     def unread(self, read: tuple[str, ...]) -> list[str]:
         """They, as rows of theirs would be named."""
         return [f"{self.path}[{name}]" for name in self.unused(read)]
+
+
+@contextmanager
+def _from_there_alone(where: str) -> Iterator[None]:
+    """Meanwhile `datasets` looks for the files that a card names on the Hub alone: it would take any path of this
+    machine for rows of the data set, and ask any address for them.
+
+    Raises:
+        Refusal: the card names one.
+    """
+    from datasets import data_files
+
+    resolve = data_files.resolve_pattern
+
+    @functools.wraps(resolve)
+    def resolved(pattern: str, *args, **kwargs) -> list[str]:
+        place = str(pattern).rpartition("::")[2]  # of an archive, that itself
+        if place.startswith(("/", "~", "\\")) or re.match(r"(?!hf:)\w+:", place):
+            raise Refusal(
+                f"{where}: its card names files elsewhere ({line(pattern)[:80]}). Fetch it, and mend the card."
+            )
+        return resolve(pattern, *args, **kwargs)
+
+    data_files.resolve_pattern = resolved
+    try:
+        yield
+    finally:
+        data_files.resolve_pattern = resolve
 
 
 def _listed(pattern: str, error: Exception) -> tuple[str, ...]:

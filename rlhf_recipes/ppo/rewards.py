@@ -240,6 +240,7 @@ def _load_classifier(path: str, args):
         raise Refusal(f"reward_funcs={path}: no such folder, and no id of the Hub. Check it.")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        models.refuse_sizes(config.to_dict(), "reward_funcs", path)
         models.refuse_kernels(config, "reward_funcs", path)
         return AutoModelForSequenceClassification.from_pretrained(
             path, num_labels=1, **{"trust_remote_code": False, **(args.model_init_kwargs or {})}
