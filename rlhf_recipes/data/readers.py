@@ -162,7 +162,7 @@ def _from_there_alone(where: str) -> Iterator[None]:
         place = str(pattern).rpartition("::")[2]  # of an archive, that itself
         if place.startswith(("/", "~", "\\")) or re.match(r"(?!hf:)\w+:", place):
             raise Refusal(
-                f"{where}: its card names files elsewhere ({line(pattern)[:80]}). Fetch it, and mend the card."
+                f"{where}: its card names files elsewhere ({one_line(pattern)[:80]}). Fetch it, and mend the card."
             )
         return resolve(pattern, *args, **kwargs)
 
