@@ -217,6 +217,23 @@ def test_yaml_with_a_few_aliases_is_read(tmp_path):
     assert run_folder.read_config(tmp_path) == {"a": {"b": 1}, "c": {"b": 1}, "d": "x *b* **c**"}
 
 
+# ---- results
+
+
+@pytest.mark.parametrize("value", ["<script>", [1], {"a": 1}, True, 10**400])
+@pytest.mark.parametrize("key", ["value", "low", "high", "n", "clusters"])
+def test_an_estimate_without_numbers_is_none(tmp_path, key, value):
+    """Of a result.json: what computes with it would not say whose fault it is."""
+    from rlhf_recipes.ppo import rewards
+    from rlhf_recipes.stats import Estimate
+
+    good = {"value": 0.5, "low": None, "high": 1, "n": 3, "clusters": 2}
+    (tmp_path / "result.json").write_text(json.dumps({"mean_reward": good, "sd_reward": good | {key: value}}))
+    found = run_folder.read_result(tmp_path)
+    assert isinstance(found["mean_reward"], Estimate) and not isinstance(found["sd_reward"], Estimate)
+    assert rewards._scale(found) is None
+
+
 # ---- pages
 
 

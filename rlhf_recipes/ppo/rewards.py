@@ -256,5 +256,5 @@ def _load_classifier(path: str, args):
 
 
 def _scale(metrics: dict) -> tuple[float, float] | None:
-    mean, sd = metrics.get("mean_reward"), metrics.get("sd_reward")
-    return (mean.value, sd.value) if mean and sd and mean.value is not None and sd.value else None
+    mean, sd = (getattr(metrics.get(name), "value", None) for name in ("mean_reward", "sd_reward"))
+    return (mean, sd) if mean is not None and sd else None
