@@ -212,6 +212,16 @@ def test_yaml_that_grows_is_not_read(tmp_path, compose, written):
         )
 
 
+def test_a_trainer_writes_into_its_run_s_folder_alone(compose):
+    """transformers removes what is called checkpoint-*, whoever wrote it, in the folder that it is given."""
+    from rlhf_recipes.launch import keys
+    from rlhf_recipes.methods import METHODS
+
+    for recipe in METHODS:
+        said = refused(keys.check, compose(recipe, "trainer.output_dir=/somebody/project"), recipe)
+        assert said.startswith("trainer.output_dir=/somebody/project: a trainer writes, and removes old checkpoints,")
+
+
 def test_yaml_with_a_few_aliases_is_read(tmp_path):
     (tmp_path / "config.yaml").write_text("a: &a {b: 1}\nc: *a\nd: 'x *b* **c**'\n")
     assert run_folder.read_config(tmp_path) == {"a": {"b": 1}, "c": {"b": 1}, "d": "x *b* **c**"}
