@@ -137,8 +137,8 @@ def check(cfg: DictConfig, recipe: str | None = None) -> None:
         raise Refusal(f"publish=true: not in a sweep. Publish its best job: {command('publish')} run=<job>.")
     if elsewhere := OmegaConf.select(cfg, "trainer.output_dir"):
         raise Refusal(
-            f"trainer.output_dir={elsewhere}: a trainer writes, and removes old checkpoints, in its run's folder alone. "
-            "Use run_name=<name>, or hydra.run.dir=<folder>."
+            f"trainer.output_dir={elsewhere}: a trainer writes, and removes old checkpoints, in its run's folder "
+            "alone. Use run_name=<name>, or hydra.run.dir=<folder>."
         )
     if OmegaConf.select(cfg, "trainer.push_to_hub"):
         raise Refusal(
