@@ -16,7 +16,7 @@ RUN apt-get update \
 USER 1000
 WORKDIR /app
 ENV HOME=/app XDG_CACHE_HOME=/cache HF_HOME=/cache/huggingface PIP_NO_CACHE_DIR=1 PATH=/app/.venv/bin:$PATH
-COPY --chown=1000:1000 pyproject.toml constraints.txt README.md LICENSE Makefile ./
+COPY --chown=1000:1000 pyproject.toml constraints.txt README.md SECURITY.md LICENSE Makefile ./
 COPY --chown=1000:1000 conf conf
 COPY --chown=1000:1000 recipes recipes
 COPY --chown=1000:1000 rlhf_recipes rlhf_recipes

@@ -3,6 +3,7 @@ answers, or in a few words why not."""
 
 import email.utils
 import json
+import math
 import os
 import random
 import re
@@ -10,7 +11,7 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 from urllib.parse import urljoin, urlsplit
@@ -70,11 +71,11 @@ class Endpoint:
     """An address, and connections to it. Shutting them down is what ends a request that another thread waits for.
 
     It follows no redirect, which would send a prompt to whatever address an answer names, and reads no answer beyond
-    the bytes that were asked for.
+    the bytes that were asked for, nor beyond its time: a byte a minute would keep it reading for years.
 
     Args:
         api_key_env: environment variable that holds the key; None: the endpoint wants none.
-        timeout: seconds that a request waits for an answer.
+        timeout: seconds that a request waits for the whole of an answer.
         who: needs the openai package, for a message.
 
     Attributes:
@@ -137,7 +138,7 @@ class Endpoint:
         import openai
 
         client = self._client.with_options(timeout=timeout) if timeout else self._client
-        self._asked.bytes = most
+        self._asked.bytes, self._asked.until = most, time.monotonic() + (timeout or self._timeout)
         try:
             told = client.get(path, cast_to=str) if body is None else client.post(path, body=body, cast_to=str)
             return told if words else json.loads(told)
@@ -178,10 +179,23 @@ class Endpoint:
 
     def _note(self, event: str, info: dict) -> None:
         if event.endswith(("connect_tcp.complete", "start_tls.complete")):
+            stream = info["return_value"]
+            stream.read = self._in_time(stream.read)
             with self._lock:
-                self._sockets.add(info["return_value"].get_extra_info("socket"))
+                self._sockets.add(stream.get_extra_info("socket"))
             if self.closed.is_set():
                 self.close()
+
+    def _in_time(self, read: Callable) -> Callable:
+        """What reads from a connection, until the request of this thread has had its time: httpx's own limit begins
+        anew with each byte."""
+
+        def read_in_time(max_bytes: int, timeout: float | None = None) -> bytes:
+            left = getattr(self._asked, "until", math.inf) - time.monotonic()
+            left = left if timeout is None else min(left, timeout)
+            return read(max_bytes, None if left == math.inf else max(left, 1e-3))
+
+        return read_in_time
 
     def _refused(self, response: Any) -> Failure:
         told, headers = response.text, response.headers

@@ -14,6 +14,7 @@ from rlhf_recipes.data import template
 from rlhf_recipes.errors import Refusal, first_line
 from rlhf_recipes.references import ModelRef, adapter_in, folder_of, trained_with
 from rlhf_recipes.run import Run
+from rlhf_recipes.text import line
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
     )
 
 
+# Of a config.json, ten times what the largest models have and more.
+LARGEST = {
+    "num_hidden_layers": 10_000, "hidden_size": 10**6, "intermediate_size": 10**7, "num_attention_heads": 10**4,
+    "num_key_value_heads": 10**4, "head_dim": 10**5, "vocab_size": 10**8, "num_experts": 10**5, "num_labels": 10**6,
+}  # fmt: skip
 # Of the jobs of a sweep that share a process.
 _bases: dict[tuple[type, str], "PreTrainedModel"] = {}
 # Padding tokens of the tokenizers that this process has loaded: to load one of a large vocabulary takes a second.
@@ -256,7 +262,7 @@ def load_config(model: DictConfig) -> "PretrainedConfig":
     """What the model's config.json says, of its text part where it has several; no weights.
 
     Raises:
-        Refusal: the model cannot be found or fetched.
+        Refusal: the model cannot be found or fetched, or names code that would be run.
     """
     from transformers import AutoConfig
 
@@ -377,6 +383,7 @@ def _load_base(model: DictConfig, quantization: DictConfig, auto_class: type, **
         kwargs["device_map"] = {"": ranks.local_rank() % torch.cuda.device_count()}
     if model.attn_implementation:
         kwargs["attn_implementation"] = model.attn_implementation
+    load_config(model)  # refuses what its config.json would run
     dtype = compute_dtype(model)
     quantization_config = build_quantization(quantization, dtype)
     if quantization_config is not None:
@@ -550,7 +557,8 @@ def model_path(model: DictConfig) -> str:
 
 def _from_hub(model: DictConfig, load, path: str, **kwargs):
     from huggingface_hub.errors import HTTPError
-    from transformers import dynamic_module_utils
+    from safetensors import SafetensorError
+    from transformers import PreTrainedConfig, dynamic_module_utils
 
     dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # what a library loads by itself is refused, too, not asked about
 
@@ -558,6 +566,7 @@ def _from_hub(model: DictConfig, load, path: str, **kwargs):
         raise Refusal(f"model.path={model.path}: no such folder. Give a folder with a model, or leave it out.")
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise Refusal(f"model.path={path}: no config.json in it, so no model. Give a folder saved by transformers.")
+    key = "model.path" if Path(path).is_dir() else "model.id"
     if not Path(path).is_dir():
         if not places.on_hub(path, "model.id", bare=True):
             raise Refusal(f"model.id={path}: no folder here, and no id of the Hub. Check it; a folder may be given.")
@@ -565,19 +574,67 @@ def _from_hub(model: DictConfig, load, path: str, **kwargs):
     try:
         if not Path(path).is_dir():
             _ask_hub(path, model.revision)
-        return load(path, trust_remote_code=model.get("trust_remote_code") is True, **kwargs)
+        refuse_sizes(_config_in(path), key, path)
+        found = load(path, trust_remote_code=model.get("trust_remote_code") is True, **kwargs)
+        if isinstance(found, PreTrainedConfig):
+            refuse_sizes(found.to_dict(), key, path)
+            if not model.get("trust_remote_code"):
+                refuse_kernels(found, key, path)
+        return found
     except ValueError as error:
-        if "trust_remote_code" not in str(error):
+        if isinstance(error, Refusal) or "trust_remote_code" not in str(error):
             raise
-        where = f"model.path={path}" if Path(path).is_dir() else f"model.id={model.id}"
         raise Refusal(
-            f"{where}: brings Python code of its own, which would run here (auto_map). Read it; if you trust it, add "
-            "model.trust_remote_code=true."
+            f"{key}={path}: brings Python code of its own, which would run here (auto_map). Read it; if you trust "
+            "it, add model.trust_remote_code=true."
         ) from error
+    except SafetensorError as error:
+        said = first_line(error).rstrip(".")
+        raise Refusal(f"{key}={path}: its weights are cut off or damaged ({said}). Fetch them again.") from error
     except (OSError, HTTPError) as error:
         if Path(path).is_dir():
             raise Refusal(f"model.path={path}: {first_line(error)}") from error
         raise Refusal(f"model.id={model.id}: {_hub_refusal(error)}") from error
+
+
+def _config_in(folder: str) -> dict:
+    """What a folder's config.json says; nothing of an id of the Hub, and of what transformers refuses by itself."""
+    file = Path(folder) / "config.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def refuse_sizes(config: dict, key: str, path: str) -> None:
+    """Refuse a config.json of more than any model has, before a module is made for each.
+
+    Raises:
+        Refusal: it says so.
+    """
+    for part in (config, *(each for each in config.values() if isinstance(each, dict))):
+        for name, most in LARGEST.items():
+            size = part.get(name)
+            if isinstance(size, int | float) and not size <= most:
+                said = f"{name}={str(size)[:20]}"
+                raise Refusal(f"{key}={path}: its config.json says {said}, more than any model has. Mend it.")
+
+
+def refuse_kernels(config: "PretrainedConfig", key: str, path: str) -> None:
+    """Refuse a config.json that names a kernel on the Hub, which transformers would fetch and run.
+
+    Raises:
+        Refusal: it does.
+    """
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        for kind in ("attn", "experts"):
+            named = str(getattr(part, f"_{kind}_implementation", None))
+            if "/" in named:
+                raise Refusal(
+                    f"{key}={path}: its config.json names a kernel on the Hub, code that would be run here "
+                    f"({kind}_implementation: {line(named)}). Take it out."
+                )
 
 
 def _ask_hub(repo: str, revision: str | None) -> None:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from rlhf_recipes import embedded, same_weights
-from rlhf_recipes.errors import Refusal, first_line, nearest
+from rlhf_recipes.adapter_files import shapes
+from rlhf_recipes.errors import Refusal, nearest
 from rlhf_recipes.references import ADAPTER_CONFIG, WEIGHTS
 from rlhf_recipes.run_folder import read_json
 from rlhf_recipes.text import line
@@ -127,7 +128,7 @@ def compare(model: DictConfig, bases: dict[str, str | None], network: "PreTraine
                     f"model.adapter_base=same: {base}, the base of {adapter}, has {key} {theirs[key]}, and {model.id} "
                     f"has {ours[key]}. Choose the model it belongs to."
                 )
-        for name, shape in _shapes(Path(adapter) / WEIGHTS).items():
+        for name, shape in shapes(Path(adapter) / WEIGHTS).items():
             if ".lora_" not in name:  # a module that was trained in full
                 continue
             path, _, part = name.removeprefix("base_model.model.").partition(".lora_")
@@ -152,16 +153,6 @@ def compare(model: DictConfig, bases: dict[str, str | None], network: "PreTraine
             f"Its modules{and_config} fit; {weights}.",
             flush=True,
         )
-
-
-def _shapes(weights: Path) -> dict[str, list[int]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(weights, framework="numpy") as file:
-            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  not a dict
-    except (SafetensorError, OSError) as error:
-        raise Refusal(f"{weights}: cannot be read ({first_line(error)}). Fetch or save it again.") from error
 
 
 def _at_hand(base: str) -> Path | None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes import places, run_folder
+from rlhf_recipes import adapter_files, places, run_folder
 from rlhf_recipes.config import import_function, trainer_recipes
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.run_folder import read_config, read_json, read_result
@@ -108,8 +108,8 @@ def find(reference: str, key: str, base_model: str | None = None, adapter_base: 
         adapter_base: `model.adapter_base`; with `same`, whatever base it names is `base_model`.
 
     Raises:
-        Refusal: none is there; its weights are not in safetensors; it belongs to another base model; or its run does
-            not say where it comes from.
+        Refusal: none is there; its weights are not in safetensors; it would change the base or run code
+            (`adapter_files`); it belongs to another base model; or its run does not say where it comes from.
     """
     adapter = adapter_in(reference)
     config = read_json(adapter / ADAPTER_CONFIG) if adapter else {}
@@ -262,7 +262,8 @@ def find_checkpoints(reference: str, base_model: str) -> list[ModelRef]:
         reference: a run folder, or the folder of its checkpoints.
 
     Raises:
-        Refusal: there are none; the run is of another base or of a reward model; or what it started from is gone.
+        Refusal: there are none; one would change the base or run code; the run is of another base or of a reward
+            model; or what it started from is gone.
     """
     key, home, config = "checkpoints", _home(reference), config_of(reference)
     finished = (home / run_folder.RESULT).is_file()
@@ -272,6 +273,10 @@ def find_checkpoints(reference: str, base_model: str) -> list[ModelRef]:
         # trainer_state.json comes last: without it, the run was killed while the checkpoint was written
         if (folder / ADAPTER_CONFIG).is_file() and (finished or (folder / "trainer_state.json").is_file())
     }
+    for folder in folders.values():
+        given = (folder / WEIGHTS).is_file()
+        if given and (flaw := adapter_files.flaw(read_json(folder / ADAPTER_CONFIG), folder / WEIGHTS)):
+            raise Refusal(f"{key}={reference}: {folder.name}: {flaw}")
     if not folders:
         raise Refusal(
             f"{key}={reference}: holds no checkpoint. A run keeps them all with trainer.save_total_limit=null "
@@ -479,9 +484,7 @@ def _flaw(reference: str) -> str | None:
         pickled = (adapter / "adapter_model.bin").exists()
         what = "adapter_model.bin is a pickle, which can run code" if pickled else "the weights are missing"
         return f"has no {WEIGHTS}; {what}. Save the adapter as safetensors."
-    if read_json(adapter / ADAPTER_CONFIG).get("megatron_config") is not None:
-        return f"its megatron_config names a module that PEFT would import. Take it out of {ADAPTER_CONFIG}."
-    return None
+    return adapter_files.flaw(read_json(adapter / ADAPTER_CONFIG), adapter / WEIGHTS)
 
 
 def _refuse_other_base(reference: str, key: str, base: str | None, base_model: str) -> None:

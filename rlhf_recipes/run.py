@@ -392,7 +392,9 @@ def environment() -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if "OMP_NUM_THREADS" not in os.environ or ranks.launcher_set("OMP_NUM_THREADS"):
         os.environ["OMP_NUM_THREADS"] = str(_threads(cores))  # accelerate would set 1
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if "HF_HUB_DISABLE_TELEMETRY" not in os.environ:
+        os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+        os.environ.setdefault("DO_NOT_TRACK", "1")  # of trackers, and of engines that a reward function starts
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizer is used before and after forks
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # reports that a new score head is new

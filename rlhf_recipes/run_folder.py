@@ -54,6 +54,8 @@ PLACES = (
     "judgements", "gold", "deployment", "stress", "sweeps", "run", "pairs", "evaluation", "resume_from_checkpoint",
     "earlier", "first", "reference",
 )  # fmt: skip
+# Of YAML: what may be an alias, which stands for what was written elsewhere, and entries that a file may come to.
+ALIAS, MOST_ENTRIES = re.compile(r"(?m)(?:^|[\s\[{,:-])\*[^\s,\]}]"), 100_000
 # How some network file systems answer.
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 LOCK_SECONDS = 1.0  # a process that was just killed may leave a child that lives on for a moment
@@ -163,6 +165,7 @@ def read_config(run_dir: Path) -> dict:
     """
     path = run_dir / CONFIG
     try:
+        refuse_growth(path.read_text(encoding="utf-8"))
         config = OmegaConf.to_container(OmegaConf.load(path))
     except Exception as error:  # yaml's and omegaconf's share no base
         raise Refusal(f"{path}: cannot be read ({first_line(error)}). Restore it.") from error
@@ -170,6 +173,38 @@ def read_config(run_dir: Path) -> dict:
         raise Refusal(f"{path}: is no mapping. Restore it.")
     config.pop(MARK, None)
     return config
+
+
+def refuse_growth(written: str) -> None:
+    """Refuse YAML whose aliases make it much more than it is: nine that each stand ten times for the one before are a
+    thousand million entries once they are copied, as OmegaConf does.
+
+    Raises:
+        ValueError: it comes to more than `MOST_ENTRIES`, or an alias stands in what it stands for.
+        yaml.YAMLError: it is no YAML.
+    """
+    if not ALIAS.search(written):
+        return
+    import yaml
+
+    sizes, opened, total = {}, [], 0
+    for event in yaml.parse(written, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor not in sizes:
+                raise ValueError(f"line {event.start_mark.line + 1}: an alias of what it stands in, or of nothing")
+            total += sizes[event.anchor]
+        elif isinstance(event, yaml.ScalarEvent):
+            total += 1
+            sizes[event.anchor] = 1
+        elif isinstance(event, yaml.CollectionStartEvent):
+            opened.append((event.anchor, total))
+            sizes.pop(event.anchor, None)
+            total += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, begin = opened.pop()
+            sizes[anchor] = total - begin
+        if total > MOST_ENTRIES:
+            raise ValueError(f"its aliases come to more than {MOST_ENTRIES:,} entries")
 
 
 def mark(folder: Path, recipe: str, config: str = "") -> None:

@@ -2,11 +2,16 @@
 
 A training ends after the step at hand, with a checkpoint; anything else at once. The exit status is 75, and the same
 command goes on: a batch script requeues by it.
+
+And SIGALRM, which ends what somebody else's file makes this process compute.
 """
 
 import signal
 import sys
-from contextlib import suppress
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from rlhf_recipes import ranks
 from rlhf_recipes.errors import Refusal
@@ -89,3 +94,36 @@ def _hear(number: int, frame) -> None:
 
 def exit_status(error: KeyboardInterrupt) -> int:
     return EXIT if isinstance(error, TakenBack) else 130
+
+
+@contextmanager
+def ended(seconds: float, says: str) -> Iterator[None]:
+    """End what computes for longer: Python's own code, and a regular expression. A single call of another library is
+    not interrupted, and in other threads, or on a system without timers, nothing is.
+
+    Args:
+        seconds: that this thread computes; what others take meanwhile is waited for.
+
+    Raises:
+        Refusal: `says`.
+    """
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    begin, started = time.thread_time(), time.monotonic()
+
+    def ring(*_) -> None:
+        left = seconds - (time.thread_time() - begin)
+        if left <= 0:
+            raise Refusal(says)
+        signal.setitimer(signal.ITIMER_REAL, left)
+
+    handler = signal.signal(signal.SIGALRM, ring)
+    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        if left:
+            signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - started), 1e-3), interval)

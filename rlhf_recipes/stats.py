@@ -46,9 +46,13 @@ class Estimate:
 
     @classmethod
     def of(cls, entry: dict) -> "Estimate | dict":
-        """The estimate that an object of a JSON file is; any other object as it is."""
+        """The estimate that an object of a JSON file is; any other object, and one without numbers, as it is."""
         names = {field.name for field in fields(cls)}
-        return cls(**entry) if names - {"clusters"} <= entry.keys() <= names else entry
+        if not names - {"clusters"} <= entry.keys() <= names:
+            return entry
+        measured = all(_is_number(entry[name]) or entry[name] is None for name in ("value", "low", "high"))
+        counted = all(_is_number(entry.get(name, 0)) for name in ("n", "clusters"))
+        return cls(**entry) if measured and counted else entry
 
     def mapped(self, f: Callable[[float], float | None]) -> "Estimate":
         """Value and interval in another unit.
@@ -58,6 +62,10 @@ class Estimate:
         """
         value, low, high = (None if x is None else f(x) for x in (self.value, self.low, self.high))
         return replace(self, value=value, low=low, high=high)
+
+
+def _is_number(value) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) < 2**1000)
 
 
 def estimate(values, clusters=None, resamples: int = 1000, seed: int = 0) -> Estimate:

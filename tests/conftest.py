@@ -452,11 +452,17 @@ def write_pairs(path, count=24):
     return path
 
 
+def weights(named="weights"):
+    """The bytes of a safetensors file without a tensor, for each name others."""
+    header = json.dumps({"__metadata__": {"name": named}}).encode()
+    return len(header).to_bytes(8, "little") + header
+
+
 def write_adapter(folder, base=TINY_ID, **result):
     """A folder that passes for a run: adapter_config.json, weights, and result.json with `result`."""
     (folder / "adapter").mkdir(parents=True)
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
-    (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
+    (folder / "adapter" / "adapter_model.safetensors").write_bytes(weights())
     if result:
         (folder / "result.json").write_text(json.dumps(result))
     return folder

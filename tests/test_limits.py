@@ -76,7 +76,7 @@ def says(endpoint, written):
 
 
 def asked(endpoint, options=(), **settings):
-    return server.Server(base_url=endpoint.url, model="m", timeout=30, **{"max_attempts": 2, **settings}), [
+    return server.Server(base_url=endpoint.url, model="m", **{"timeout": 30, "max_attempts": 2, **settings}), [
         Request("p", "judge" if options else "draft", [{"role": "user", "content": "Hi"}], "", options, 5)
     ]
 

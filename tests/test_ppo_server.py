@@ -281,6 +281,8 @@ def test_the_key_of_a_server_is_sent_and_never_said(monkeypatch):
         ((200, '{"choices": []}'), r"its completions lack token ids, or a log-probability of each\."),
         ((200, '{"choices": [{"token_ids": [5], "logprobs": null}]}'), r"its completions lack token ids"),
         ((200, '{"choices": [{"token_ids": [5], "logprobs": {"token_logprobs": [0.5]}}]}'), r"its completions lack"),
+        ((200, '{"choices": [{"token_ids": [9], "logprobs": {"token_logprobs": [-1]}}]}'), r"wrote the token 9, "),
+        ((200, '{"choices": [{"token_ids": [5], "logprobs": {"token_logprobs": [-1e400]}}]}'), r"its completions"),
         ((401, "no key"), r"status 401: no key\. See its log"),
         ("LoRA rank 16 is greater than max_lora_rank 8.", r"does not load .*rank 8\)\. It must see .*--max-lora-rank"),
     ],
@@ -312,10 +314,10 @@ def test_what_a_server_may_answer(first, message, tmp_path, monkeypatch):
         asked = {"max_tokens": 4}
         if message:
             with pytest.raises(Refusal, match=f"^trainer.vllm_server_base_url={address}: {message}"):
-                served.sample(save, tmp_path, [[7, 8]], [3], asked)
+                served.sample(save, tmp_path, [[7, 8]], [3], asked, 9)
             return
         for _ in range(3):
-            assert served.sample(save, tmp_path, [[7, 8]], [3], asked) == [engines.Sampled([7, 8], [-1.0, -1.0])]
+            assert served.sample(save, tmp_path, [[7, 8]], [3], asked, 9) == [engines.Sampled([7, 8], [-1.0, -1.0])]
         assert [path.name for path in tmp_path.iterdir()] == loaded[-1:] and loaded[-1].endswith("-v2")
         del served  # as at the end of the process
     assert not list(tmp_path.iterdir())

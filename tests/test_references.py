@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import TINY_ID, write_adapter
+from conftest import TINY_ID, weights, write_adapter
 from omegaconf import OmegaConf
 
 from rlhf_recipes import references
@@ -13,7 +13,7 @@ from rlhf_recipes.evaluation import measure
 from rlhf_recipes.launch.refusals import as_refusal
 from rlhf_recipes.references import ADAPTER, FUNCTION, HUB, MODEL, ModelRef
 
-SHA = hashlib.sha256(b"weights").hexdigest()  # of write_adapter's
+SHA = hashlib.sha256(weights()).hexdigest()  # of write_adapter's
 OF_SFT = {"run": "sft", "recipe": "sft", "adapter_sha256": SHA, "parent": None}
 SCALE = {"mean_reward": {"value": 0.5}}
 
@@ -22,7 +22,7 @@ def write_weights(folder, **config):
     """An adapter without a run around it."""
     folder.mkdir(parents=True)
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": TINY_ID, **config}))
-    (folder / "adapter_model.safetensors").write_bytes(b"weights")
+    (folder / "adapter_model.safetensors").write_bytes(weights())
 
 
 @pytest.fixture
@@ -128,19 +128,20 @@ def test_the_proxy_of_a_run_is_its_reward_model_or_none(here):
     ],
 )
 def test_who_was_trained_on_the_reward_that_judges(here, policy, scorer, parent, optimised):
-    def weigh(folder, weights):
-        (here / folder / "adapter" / "adapter_model.safetensors").write_bytes(weights)
+    def weigh(folder, name):
+        (here / folder / "adapter" / "adapter_model.safetensors").write_bytes(weights(name))
 
     for name in ("copied", "other", "gone"):
         write_adapter(here / name, recipe="reward", parent=None)
     of_ppo = {"run": "ppo", "recipe": "ppo", "adapter_sha256": "of ppo", "parent": OF_SFT}
     write_adapter(here / "later", recipe="dpo", parent=of_ppo)
-    write_adapter(here / "recorded", recipe="ppo", parent=OF_SFT, rewards=[hashlib.sha256(b"gone").hexdigest()])
-    weigh("gone", b"gone")
-    weigh("other", b"other")
+    gone = hashlib.sha256(weights("gone")).hexdigest()
+    write_adapter(here / "recorded", recipe="ppo", parent=OF_SFT, rewards=[gone])
+    weigh("gone", "gone")
+    weigh("other", "other")
     for folder in ("reward", "copied", "ensemble/a"):
-        weigh(folder, b"a reward")
-    weigh("ensemble/b", b"b")
+        weigh(folder, "a reward")
+    weigh("ensemble/b", "b")
     if parent:
         result = json.loads((here / "later" / "result.json").read_text())
         result["parent"]["adapter_sha256"] = references.adapter_sha256(Path("ppo/adapter"))
@@ -325,7 +326,7 @@ def test_a_run_keeps_what_it_continues(here, compose, tiny_model_overrides):
     from rlhf_recipes.run import Run
 
     run = Run.start(compose("simpo", *tiny_model_overrides, "model.adapter=dpo"), "simpo")
-    (here / "dpo" / "adapter" / "adapter_model.safetensors").write_bytes(b"others")
+    (here / "dpo" / "adapter" / "adapter_model.safetensors").write_bytes(weights("others"))
     assert run.parent == references.ModelRef(
         "dpo", "model.adapter", adapter=run.parent.adapter, base=TINY_ID, sha256=SHA, recipe="dpo",
         started_from="sft", parent=OF_SFT,

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_recipes.errors import Refusal, first_line, nearest
+from rlhf_recipes.run_folder import refuse_growth
 
 FRAMINGS = ("positive", "negative")
 FIELDS = {
@@ -128,6 +129,7 @@ def _read(path: str) -> dict:
     if not file.is_file():
         raise Refusal(f"constitution.path={path}: no such file. Give a YAML file.")
     try:
+        refuse_growth(file.read_text(encoding="utf-8"))
         content = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
     except (OmegaConfBaseException, OSError, ValueError) as error:
         raise Refusal(f"{path}: cannot be read ({first_line(error)}). Mend it.") from error

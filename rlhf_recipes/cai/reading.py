@@ -27,7 +27,9 @@ def logps(tokens: list[dict], options: tuple[str, ...], begun: bool = False) -> 
     """
     for token in tokens[:1] if begun else tokens:
         if (begun or token["token"].strip(AROUND) in options) and token["top_logprobs"]:
-            likes = [(other["token"].strip(AROUND), _logp(other["logprob"])) for other in token["top_logprobs"]]
+            likes = [
+                (other["token"].strip(AROUND), log_probability(other["logprob"])) for other in token["top_logprobs"]
+            ]
             lowest = min(logp for _, logp in likes)
             own = [[logp for name, logp in likes if name == option] for option in options]
             return [_log_sum(found) if found else lowest - 1 for found in own] if any(own) else None
@@ -44,14 +46,19 @@ def vote(text: str, options: tuple[str, ...]) -> list[float] | None:
 
 def listed(token: dict) -> dict[str, float]:
     """The tokens that are listed beside one, each with its log-probability in nats."""
-    return {other["token"]: _logp(other["logprob"]) for other in token["top_logprobs"]}
+    return {other["token"]: log_probability(other["logprob"]) for other in token["top_logprobs"]}
 
 
 def _log_sum(logps: list[float]) -> float:
     return max(logps) + math.log(sum(math.exp(logp - max(logps)) for logp in logps))
 
 
-def _logp(value: Any) -> float:
+def log_probability(value: Any) -> float:
+    """In nats, of what stands for one in JSON.
+
+    Raises:
+        TypeError: it is none.
+    """
     if type(value) not in (int, float) or not value <= HIGHEST:  # NaN neither
         raise TypeError("no log-probability")
     return float(max(value, LOWEST))

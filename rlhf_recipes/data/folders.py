@@ -14,6 +14,7 @@ Folders beside these are configurations, which `data.name` chooses.
 """
 
 import itertools
+import json
 import os
 import re
 from collections import Counter
@@ -24,6 +25,8 @@ from typing import Any
 
 from rlhf_recipes.data import readers
 from rlhf_recipes.errors import Refusal, first_line, nearest
+from rlhf_recipes.run_folder import refuse_growth
+from rlhf_recipes.text import line
 
 # What people call the rows to test on, in the order in which they are looked for.
 HELD_OUT = ("test", "validation", "valid", "val", "dev", "eval", "evaluation", "held_out", "heldout", "holdout")
@@ -71,7 +74,7 @@ class Folder:
             Refusal: a configuration must be chosen first; files of the split are missing, or there twice.
         """
         if split in self.saved:
-            return readers.numbered(f"{self.path}/{split}", self.saved[split])
+            return readers.numbered(f"{self.path}/{split}", readers.undecoded(self.saved[split]))
         if split in self.files:
             if not self.files[split]:
                 raise Refusal(f"{self.path}: none of the files that README.md names for {split} is here. Fetch them.")
@@ -152,15 +155,45 @@ def _find(path: str, folder: Path, name: str | None) -> Folder:
 
 
 def _saved(path: str, folder: Path) -> dict[str, Any]:
+    _refuse_saved(path, folder)
     from datasets import DatasetDict, load_from_disk
 
     try:
         data = load_from_disk(str(folder))
+        for split in data.values() if isinstance(data, DatasetDict) else [data]:
+            # What is mapped is as it lies on the disk: an offset that points elsewhere would be followed.
+            split.data.validate(full=True)
     except Exception as error:
         raise Refusal(
             f"{path}: a damaged save_to_disk folder ({type(error).__name__}: {readers.reason(error)}). Save it again."
         ) from error
     return dict(data) if isinstance(data, DatasetDict) else {"train": data}  # a single saved Dataset has no splits
+
+
+def _refuse_saved(path: str, folder: Path) -> None:
+    """Refuse files elsewhere that a saved folder names as its own, and rows that are too large, before `datasets` maps
+    them; what else is wrong it says itself."""
+    import pyarrow
+
+    listed = _entries(folder / "dataset_dict.json", "splits")
+    for split in [""] if listed is None else filter(None, listed):
+        _refuse_outside(f"{path}/dataset_dict.json: {split}", str(split))
+        place = folder / str(split)
+        for entry in _entries(place / "state.json", "_data_files") or ():
+            name = str(entry.get("filename") if isinstance(entry, dict) else entry)
+            _refuse_outside(f"{path}: {line(split)} state.json: {line(name)}", name)
+            if (place / name).is_file():
+                with pyarrow.memory_map(str(place / name)) as source:
+                    readers.refuse_huge_batches(f"{path}/{name}", source, 0)
+
+
+def _entries(file: Path, key: str) -> list | None:
+    """A list in a JSON file; None where there is none."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))[key]
+    except (OSError, ValueError, RecursionError, LookupError, TypeError):
+        return None
+    return found if isinstance(found, list) else None
 
 
 def _data_files(path: str, folder: Path) -> Iterator[Path]:
@@ -251,6 +284,7 @@ def _of_readme(path: str, folder: Path) -> tuple[dict[str, dict[str, list[Path]]
         text = stream.read(HEAD_LIMIT)
     head = re.match(r"\s*---[ \t]*\n(.*?)\n---", text, re.DOTALL)
     try:
+        refuse_growth(head[1] if head else "")
         card = yaml.safe_load(head[1]) if head else None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise Refusal(

@@ -17,7 +17,7 @@ import struct
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from rlhf_recipes import places
 from rlhf_recipes.data import arrow_headers, csv_rows, json_rows
 from rlhf_recipes.errors import Refusal, first_line, nearest
 from rlhf_recipes.secrets import redact
+from rlhf_recipes.text import line as one_line
 
 Located = tuple[str, dict[str, Any]]
 
@@ -110,7 +111,10 @@ class Hub:
         from datasets import load_dataset
 
         try:
-            data = load_dataset(self.path, self.name, revision=self.revision, split=split)
+            with _from_there_alone(where):
+                data = load_dataset(self.path, self.name, revision=self.revision, split=split)
+        except Refusal:
+            raise
         except ValueError as error:
             if "unknown split" in str(error).lower():
                 self.names = _listed(r"Should be one of (\[.*\])", error)
@@ -129,7 +133,7 @@ class Hub:
                 "Check data.name and data.revision, or give a local file."
             ) from error
         self.names = tuple(getattr(getattr(data, "info", None), "splits", None) or self.names)
-        return numbered(f"{self.path}[{split}]", data)
+        return numbered(f"{self.path}[{split}]", undecoded(data))
 
     def unused(self, read: tuple[str, ...]) -> list[str]:
         """The splits there are beside these."""
@@ -139,6 +143,34 @@ class Hub:
     def unread(self, read: tuple[str, ...]) -> list[str]:
         """They, as rows of theirs would be named."""
         return [f"{self.path}[{name}]" for name in self.unused(read)]
+
+
+@contextmanager
+def _from_there_alone(where: str) -> Iterator[None]:
+    """Meanwhile `datasets` looks for the files that a card names on the Hub alone: it would take any path of this
+    machine for rows of the data set, and ask any address for them.
+
+    Raises:
+        Refusal: the card names one.
+    """
+    from datasets import data_files
+
+    resolve = data_files.resolve_pattern
+
+    @functools.wraps(resolve)
+    def resolved(pattern: str, *args, **kwargs) -> list[str]:
+        place = str(pattern).rpartition("::")[2]  # of an archive, that itself
+        if place.startswith(("/", "~", "\\")) or re.match(r"(?!hf:)\w+:", place):
+            raise Refusal(
+                f"{where}: its card names files elsewhere ({one_line(pattern)[:80]}). Fetch it, and mend the card."
+            )
+        return resolve(pattern, *args, **kwargs)
+
+    data_files.resolve_pattern = resolved
+    try:
+        yield
+    finally:
+        data_files.resolve_pattern = resolve
 
 
 def _listed(pattern: str, error: Exception) -> tuple[str, ...]:
@@ -285,6 +317,10 @@ def _parquet_rows(path: str, file: Path, kind: str) -> Iterator[Located]:
     try:
         table = pyarrow.parquet.ParquetFile(file)
         _refuse_huge_rows(path, table.metadata)
+        columns = [table.metadata.schema.column(i) for i in range(table.metadata.num_columns)]
+        # A text that a thousand rows repeat lies in the file once, and so it is left until they are looked at.
+        repeated = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
+        table = pyarrow.parquet.ParquetFile(file, metadata=table.metadata, read_dictionary=repeated)
         yield from _batches(path, table.iter_batches(BATCH))
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         if getattr(error, "strerror", None):
@@ -302,7 +338,7 @@ def _arrow_rows(path: str, file: Path, kind: str) -> Iterator[Located]:
     try:
         with pyarrow.memory_map(str(file)) as source:
             is_file = source.read(6) == b"ARROW1"
-            _refuse_huge_batches(path, source, 8 if is_file else 0)
+            refuse_huge_batches(path, source, 8 if is_file else 0)
             source.seek(0)
             if is_file:
                 reader = pyarrow.ipc.open_file(source)
@@ -325,10 +361,49 @@ def _batches(path: str, batches) -> Iterator[Located]:
             raise Refusal(f"{path}: column {twice!r} appears twice. Rename one.")
         if batch.nbytes > LINE_LIMIT * max(batch.num_rows, 1):
             raise _too_long(path, number + 1, "rows")
-        for begin in range(0, batch.num_rows, BATCH):
-            for row in _unpacked_rows(path, number, batch.slice(begin, BATCH)):
+        for part in _parts(path, number, batch):
+            for row in _unpacked_rows(path, number, part):
                 number += 1
                 yield f"{path}:{number}", row
+
+
+def _parts(path: str, number: int, batch) -> Iterator[Any]:
+    """A batch in parts of so many rows that their texts come to no more than `LINE_LIMIT`.
+
+    Args:
+        number: of the rows before it.
+
+    Raises:
+        Refusal: a row alone comes to more.
+    """
+    begin, size = 0, BATCH
+    while begin < batch.num_rows:
+        part = batch.slice(begin, size)
+        if sum(map(_bytes, part.columns)) > LINE_LIMIT:
+            if part.num_rows == 1:
+                raise _too_long(path, number + begin + 1, "a row")
+            size = part.num_rows // 2
+            continue
+        yield part
+        begin, size = begin + part.num_rows, min(2 * size, BATCH)
+
+
+def _bytes(array) -> int:
+    """What Python makes of an array's texts, those that are repeated as often as they are."""
+    import pyarrow
+    import pyarrow.compute
+
+    if isinstance(array, pyarrow.DictionaryArray):
+        kind = array.type.value_type
+        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_binary(kind) or pyarrow.types.is_large_string(kind)):
+            return 0
+        sizes = pyarrow.compute.binary_length(array.dictionary)
+        return pyarrow.compute.sum(sizes.take(array.indices)).as_py() or 0
+    if isinstance(array, pyarrow.ListArray | pyarrow.LargeListArray):
+        return _bytes(array.flatten())
+    if isinstance(array, pyarrow.StructArray):
+        return sum(map(_bytes, array.flatten()))
+    return array.nbytes
 
 
 def _unpacked_rows(path: str, number: int, batch) -> list[dict[str, Any]]:
@@ -344,11 +419,14 @@ def _unpacked_rows(path: str, number: int, batch) -> list[dict[str, Any]]:
         raise
 
 
-def _refuse_huge_batches(path: str, source, begin: int) -> None:
+def refuse_huge_batches(path: str, source, begin: int) -> None:
     """By what the header of each batch says, before one is unpacked.
 
     Args:
         begin: of the messages in the file.
+
+    Raises:
+        Refusal: its rows are too large.
     """
     import pyarrow.ipc
 
@@ -369,6 +447,21 @@ def _refuse_huge_rows(path: str, metadata) -> None:
         if group.total_byte_size > LINE_LIMIT * max(group.num_rows, 1):
             raise _too_long(path, number, "rows")
         number += group.num_rows
+
+
+def undecoded(data):
+    """A Dataset whose pictures, sound and the like are what lies in its files: decoded, a row would have whatever file
+    or address it names opened, and no recipe reads them."""
+    found = [getattr(getattr(data, "info", None), "features", None) or {}]
+    while found:
+        feature = found.pop()
+        if isinstance(feature, dict | list | tuple):
+            found += feature.values() if isinstance(feature, dict) else feature
+        elif inner := getattr(feature, "feature", None):
+            found.append(inner)
+        elif type(feature).__name__ != "Json" and hasattr(feature, "decode"):
+            feature.decode = False
+    return data
 
 
 def numbered(name: str, rows) -> Iterator[Located]:

@@ -5,17 +5,13 @@ import functools
 import inspect
 import json
 import re
-import signal
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import traceback
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes import text
-from rlhf_recipes.errors import Refusal, nearest
+from rlhf_recipes import signals, text
+from rlhf_recipes.errors import Refusal, first_line, nearest
 
 SECONDS = 10.0  # of computing, for one conversation
 TODAY = date(2024, 7, 26)  # in every template: the day that Llama 3's fall back on
@@ -26,6 +22,9 @@ GENERATION = re.compile(r"{%[+-]?\s*(?:end)?generation\s*[+-]?%}")
 # What transformers gives to every template.
 GIVEN = {"messages", "add_generation_prompt", "raise_exception", "strftime_now", "tools", "documents"}
 FILE = "chat_template.jinja"
+FAILURES = (
+    ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError,
+)  # fmt: skip
 PROBE = "system-7f3a"  # a text that no template writes of itself
 
 Message = dict[str, str]
@@ -41,7 +40,7 @@ def bind(tokenizer, kwargs: dict[str, Any], where: str = "model.chat_template_kw
     Raises:
         Refusal: the template reads no such name.
     """
-    template = tokenizer.get_chat_template()
+    template = _text(tokenizer)
     given = {key: value for key, value in kwargs.items() if value is not None}
     if given:
         _check(given, template, where)
@@ -60,7 +59,7 @@ def bind(tokenizer, kwargs: dict[str, Any], where: str = "model.chat_template_kw
 
 def dated(tokenizer):
     """The tokenizer with `TODAY` in the place of a date that its template asks the clock for."""
-    template = tokenizer.get_chat_template()
+    template = _text(tokenizer)
     pinned = CLOCK.sub(lambda call: _literal(TODAY.strftime(call[2])), template)
     if pinned == template:
         return tokenizer
@@ -68,6 +67,21 @@ def dated(tokenizer):
     other = copy.copy(tokenizer)
     other.chat_template = pinned
     return other
+
+
+def _text(tokenizer) -> str:
+    """The template that is rendered, of several the default.
+
+    Raises:
+        Refusal: there are several, and none is.
+    """
+    given = tokenizer.chat_template
+    if isinstance(given, dict) and "default" not in given:
+        raise Refusal(
+            f"{text.line(tokenizer.name_or_path)}: its tokenizer has the chat templates "
+            f"{text.line(', '.join(map(str, given)))}, and none is the default. Name one of them default."
+        )
+    return tokenizer.get_chat_template()
 
 
 def bound(tokenizer) -> dict[str, Any]:
@@ -129,9 +143,24 @@ def render(tokenizer, conversation: list, **kwargs) -> Any:
 
     Raises:
         Refusal: it takes longer.
+        jinja2.TemplateError: it refuses the conversation, or fails: divides by 0, adds a number to a text.
     """
-    with _ended(f"the chat template of {text.line(tokenizer.name_or_path)}"):
-        return tokenizer.apply_chat_template(conversation, **kwargs)
+    what = f"the chat template of {text.line(tokenizer.name_or_path)}"
+    says = f"{what}: takes more than {SECONDS:g} s for a conversation. Mend it, or choose another model."
+    with signals.ended(SECONDS, says):
+        try:
+            return tokenizer.apply_chat_template(conversation, **kwargs)
+        except FAILURES as error:
+            from jinja2 import TemplateError
+
+            if isinstance(error, TemplateError | Refusal) or not _in_template(error):
+                raise
+            raise TemplateError(f"{type(error).__name__}: {first_line(error)}") from error
+
+
+def _in_template(error: Exception) -> bool:
+    """Whether the template's own code raised it, which jinja2 shows as a file of this name."""
+    return any(frame.filename == "<template>" for frame in traceback.extract_tb(error.__traceback__))
 
 
 def _check(given: dict[str, Any], template: str, where: str) -> None:
@@ -170,29 +199,3 @@ def _literal(value: Any) -> str:
 def _say(what: str) -> None:
     """Once a process: a tokenizer is loaded again with its model."""
     print(text.line(what), flush=True)
-
-
-@contextmanager
-def _ended(what: str) -> Iterator[None]:
-    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    begin, started = time.thread_time(), time.monotonic()
-
-    def ring(*_: Any) -> None:
-        left = SECONDS - (time.thread_time() - begin)
-        if left <= 0:
-            raise Refusal(
-                f"{what}: takes more than {SECONDS:g} s for a conversation. Mend it, or choose another model."
-            )
-        signal.setitimer(signal.ITIMER_REAL, left)  # others computed meanwhile
-
-    handler = signal.signal(signal.SIGALRM, ring)
-    left, interval = signal.setitimer(signal.ITIMER_REAL, SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler)
-        if left:
-            signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - started), 1e-3), interval)

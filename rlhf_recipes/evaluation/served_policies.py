@@ -18,11 +18,13 @@ from rlhf_recipes import endpoint, models, ranks
 from rlhf_recipes import inference as m
 from rlhf_recipes.adapters import Policies, System
 from rlhf_recipes.cai.load import load_one
+from rlhf_recipes.cai.reading import log_probability
 from rlhf_recipes.config import part_of
 from rlhf_recipes.endpoint import TOLD, Endpoint, Failure
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.progress import Line
 from rlhf_recipes.references import adapter_sha256, folder_of
+from rlhf_recipes.text import line
 
 LONGEST_WAIT = 60.0  # seconds; an endpoint that asks for more is asked again all the same
 TOKEN_BYTES = 2**10  # of each token, its text, id and log-probability in JSON
@@ -127,13 +129,13 @@ class Served(Policies):
         bodies = {i: {"prompt": ids, "seed": m.draw_seed(how.seed, i), **asked} for i, ids in encoded.items()}
         results: list[dict | None] = [None] * len(prompts)
         for i, choice, usage in self._completions(folder, bodies, what):
-            ids = choice.get("token_ids")
+            ids = self._written(choice)
             written = tokenizer.decode(ids, skip_special_tokens=True) if ids else choice["text"]
             results[i] = {
-                "ids": encoded[i] + (ids or []),
+                "ids": encoded[i] + ids,
                 "start": len(encoded[i]),
                 "text": written.strip(),
-                "tokens": len(ids) if ids else usage.get("completion_tokens"),
+                "tokens": len(ids) or _count(usage.get("completion_tokens")),
                 "finished": choice.get("finish_reason") == "stop",
             }
         return results
@@ -149,7 +151,7 @@ class Served(Policies):
         for i, choice, _ in self._completions(folder, bodies, what):
             (ids, start), listed = encoded[i], choice.get("prompt_logprobs") or []
             try:
-                own = [listed[place][str(ids[place])]["logprob"] for place in range(start, len(ids))]
+                own = [log_probability(listed[place][str(ids[place])]["logprob"]) for place in range(start, len(ids))]
             except (LookupError, TypeError):
                 raise Refusal(f"{self.host}: log-probabilities of other tokens than were sent. See its log.") from None
             results[i] = torch.tensor(own, dtype=torch.float64)
@@ -191,7 +193,8 @@ class Served(Policies):
             raise Refusal(f"generator.model={self.model}: not served at {self.host}, which has {', '.join(cards)}.")
         if base.get("parent"):
             raise Refusal(f"generator.model={self.model}: is an adapter there. Give its base, {base['parent']}.")
-        most = base.get("max_model_len") or (base.get("meta") or {}).get("n_ctx")
+        meta = base.get("meta")
+        most = _count(base.get("max_model_len") or (meta.get("n_ctx") if isinstance(meta, dict) else None))
         if most and most < longest:
             raise Refusal(
                 f"{self.name}: reads {most} tokens, and the longest text with its answer has {longest}. Serve it with "
@@ -215,7 +218,8 @@ class Served(Policies):
             choice = self._choice(self._told("/completions", body))
         except _Rejected:
             choice = {}
-        return len(choice.get("prompt_logprobs") or []) == len(ids)
+        listed = choice.get("prompt_logprobs")
+        return isinstance(listed, list) and len(listed) == len(ids)
 
     def _named(self, folders: list[str]) -> dict[str | None, str]:
         """What the endpoint calls the base and the adapters of these folders."""
@@ -228,7 +232,9 @@ class Served(Policies):
             told = self._told("/models")
         except _Rejected as error:
             raise Refusal(f"{error}. See that generator.base_url is right; mostly it ends in /v1.") from None
-        return {str(card.get("id")): card for card in told.get("data") or [] if isinstance(card, dict)}
+        data = told.get("data")
+        cards = [card for card in data if isinstance(card, dict)] if isinstance(data, list) else []
+        return {str(card.get("id")): card for card in cards}
 
     def _adapter(self, folder: str, cards: dict[str, dict]) -> str:
         """What the endpoint calls an adapter, which is loaded there unless it is served."""
@@ -239,11 +245,10 @@ class Served(Policies):
         try:
             self._told("/load_lora_adapter", {"lora_name": name, "lora_path": str(path)}, words=True, attempts=1)
         except _Rejected as error:
-            served = [
-                card["id"] for card in cards.values() if card.get("root") and Path(card["root"]).resolve() == path
-            ]
+            served = [each for each, card in cards.items() if _lies_at(card.get("root"), path)]
             if served:
-                print(f"  answers   of {folder} by {served[0]}, as it was when the endpoint loaded it", flush=True)
+                said = f"  answers   of {folder} by {served[0]}, as it was when the endpoint loaded it"
+                print(line(said), flush=True)
                 return served[0]
             raise Refusal(
                 f"{folder}: not served at {self.host} ({error}). Serve it with --enable-lora --lora-modules "
@@ -267,7 +272,8 @@ class Served(Policies):
             try:
                 for i, future in futures:
                     told = future.result()
-                    answered.append((i, self._choice(told), told.get("usage") or {}))
+                    usage = told.get("usage")
+                    answered.append((i, self._choice(told), usage if isinstance(usage, dict) else {}))
                     line.update(len(answered))
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -276,9 +282,19 @@ class Served(Policies):
 
     def _choice(self, told: dict) -> dict:
         choices = told.get("choices")
-        if not (isinstance(choices, list) and choices and isinstance(choices[0].get("text"), str)):
+        first = choices[0] if isinstance(choices, list) and choices else None
+        if not (isinstance(first, dict) and isinstance(first.get("text"), str)):
             raise Refusal(f"{self.host}: no completion in its answer. See that generator.base_url is right.")
-        return choices[0]
+        return first
+
+    def _written(self, choice: dict) -> list[int]:
+        """The token ids of an answer; none from an endpoint that gives none."""
+        ids = choice.get("token_ids") or []
+        if not isinstance(ids, list) or not all(type(each) is int and 0 <= each < 2**31 for each in ids):
+            raise Refusal(
+                f"{self.host}: what its answer calls token ids are none. See that generator.base_url is right."
+            )
+        return ids
 
     def _told(self, path: str, body: dict | None = None, attempts: int | None = None, **how) -> dict:
         """What the endpoint answers, as JSON; {} for words.
@@ -308,6 +324,16 @@ class Served(Policies):
 
 class _Rejected(Refusal):
     """The endpoint does not do what is asked."""
+
+
+def _count(value: Any) -> int | None:
+    """A whole number that is no less than 0, and None of anything else that an endpoint may write there."""
+    return value if type(value) is int and value >= 0 else None
+
+
+def _lies_at(root: Any, path: Path) -> bool:
+    """Whether what an endpoint writes of a model's place is this one."""
+    return isinstance(root, str) and "\0" not in root and Path(root).resolve() == path
 
 
 def _most_bytes(body: dict) -> int:

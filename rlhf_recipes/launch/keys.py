@@ -135,6 +135,11 @@ def check(cfg: DictConfig, recipe: str | None = None) -> None:
         raise Refusal(f"publish={str(cfg.publish).lower()}: goes with repo_id=<user/name>. Give both, or none.")
     if cfg.get("publish") and in_sweep():
         raise Refusal(f"publish=true: not in a sweep. Publish its best job: {command('publish')} run=<job>.")
+    if elsewhere := OmegaConf.select(cfg, "trainer.output_dir"):
+        raise Refusal(
+            f"trainer.output_dir={elsewhere}: a trainer writes, and removes old checkpoints, in its run's folder "
+            "alone. Use run_name=<name>, or hydra.run.dir=<folder>."
+        )
     if OmegaConf.select(cfg, "trainer.push_to_hub"):
         raise Refusal(
             "trainer.push_to_hub=true: would upload every checkpoint as it is. Use publish=true repo_id=<user/name>, "

@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import methods, ranks, references
+from rlhf_recipes.adapter_files import REWRITES_BASE
 from rlhf_recipes.config import CONF, flatten
 from rlhf_recipes.errors import Refusal, nearest
 from rlhf_recipes.run_folder import read_json
@@ -269,9 +270,6 @@ READ = {
         "num_generations_eval": Reads(None, "eval_strategy", ("steps", "epoch")),
     },
 }  # fmt: skip
-
-# Starts of LoRA that take their weights out of the base's.
-REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def check(cfg: DictConfig, recipe: str | None) -> None:

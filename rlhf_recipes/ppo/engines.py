@@ -33,7 +33,7 @@ LOOK_SECONDS = 10.0  # the same, before the run
 METRICS_BYTES = 2**24
 PAUSE = 1.0  # seconds between two attempts
 LAST_SECONDS = 5.0  # for each request of a process that ends
-HIGHEST = 0.01  # a log-probability may be above 0 by rounding
+LOWEST, HIGHEST = -1e4, 0.01  # of a log-probability: vLLM writes -9999 for none, and rounding may be above 0
 # Else the engine would take these from the model's generation_config.json.
 WHOLE_DISTRIBUTION = {
     "top_p": 1.0, "top_k": -1, "min_p": 0.0,
@@ -71,7 +71,7 @@ class Engines:
     """
 
     def __init__(self, urls: list[str], timeout: float, api_key_env: str | None = None):
-        self.timeout, self.compared = timeout, False
+        self.timeout, self.compared, self._vocabulary = timeout, False, 0
         self._engines = {url: Endpoint(url, api_key_env, ANSWER_SECONDS, "trainer.rollout=server") for url in urls}
         # A run that goes on where another ended finds that one's names taken.
         self._name, self._version, self._digest = f"policy-{secrets.token_hex(4)}", 0, ""
@@ -118,8 +118,9 @@ class Engines:
                 )
 
     def sample(
-        self, save: Callable[[Path], None], folder: Path, prompts: list[list[int]], seeds: list[int], asked: dict
-    ) -> list[Sampled]:
+        self, save: Callable[[Path], None], folder: Path, prompts: list[list[int]], seeds: list[int], asked: dict,
+        vocabulary: int,
+    ) -> list[Sampled]:  # fmt: skip
         """One completion of each prompt of this process; the others have as many.
 
         Args:
@@ -127,11 +128,13 @@ class Engines:
             folder: where it is published; the engines see it under the same path.
             seeds: one for each prompt.
             asked: `max_tokens`, `temperature`, `stop_token_ids`.
+            vocabulary: token ids that the policy has.
 
         Raises:
             Gone: on every process.
-            Refusal: an engine does not take the adapter, or a request.
+            Refusal: an engine does not take the adapter, or a request, or writes other tokens.
         """
+        self._vocabulary = vocabulary
         everyones = ranks.gather(list(zip(prompts, seeds, strict=True)))
 
         def attempt() -> tuple[list[Sampled], str]:
@@ -207,13 +210,18 @@ class Engines:
             ids, logps = choice["token_ids"], choice["logprobs"]["token_logprobs"]
             good = 0 < len(ids) == len(logps) <= body["max_tokens"]
             good &= all(type(token) is int and token >= 0 for token in ids)
-            good &= all(type(logp) in (int, float) and logp <= HIGHEST for logp in logps)
+            good &= all(type(logp) in (int, float) and LOWEST <= logp <= HIGHEST for logp in logps)
         except (TypeError, LookupError):
             good = False
         if not good:
             raise Refusal(
                 f"{KEY}={url}: its completions lack token ids, or a log-probability of each. Give the address of a "
                 "vLLM that knows return_token_ids (0.10.2 or later)."
+            )
+        if max(ids) >= self._vocabulary:
+            raise Refusal(
+                f"{KEY}={url}: wrote the token {max(ids)}, and model.id has {self._vocabulary}. Serve the model of "
+                "model.id."
             )
         return Sampled(ids, [float(logp) for logp in logps])
 

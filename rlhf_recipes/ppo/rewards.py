@@ -232,13 +232,16 @@ def _look_at(found: ModelRef) -> None:
 
 
 def _load_classifier(path: str, args):
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModelForSequenceClassification
 
     if places.on_hub(path, "reward_funcs", bare=True):
         places.say_from_hub("reward model", path)
     elif not Path(path).is_dir():
         raise Refusal(f"reward_funcs={path}: no such folder, and no id of the Hub. Check it.")
     try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        models.refuse_sizes(config.to_dict(), "reward_funcs", path)
+        models.refuse_kernels(config, "reward_funcs", path)
         return AutoModelForSequenceClassification.from_pretrained(
             path, num_labels=1, **{"trust_remote_code": False, **(args.model_init_kwargs or {})}
         ).to(args.device)
@@ -253,5 +256,5 @@ def _load_classifier(path: str, args):
 
 
 def _scale(metrics: dict) -> tuple[float, float] | None:
-    mean, sd = metrics.get("mean_reward"), metrics.get("sd_reward")
-    return (mean.value, sd.value) if mean and sd and mean.value is not None and sd.value else None
+    mean, sd = (getattr(metrics.get(name), "value", None) for name in ("mean_reward", "sd_reward"))
+    return (mean, sd) if mean is not None and sd else None

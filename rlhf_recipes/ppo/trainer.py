@@ -375,8 +375,9 @@ class PPOTrainer(BaseTrainer):
             "max_tokens": args.max_completion_length, "temperature": args.temperature, "stop_token_ids": self.eos_ids,
         }  # fmt: skip
         save = partial(self.model.save_pretrained, selected_adapters=[POLICY], save_embedding_layers=False)
+        vocabulary = self.roles.causal.get_input_embeddings().weight.shape[0]
         try:
-            found = self.engines.sample(save, Path(args.output_dir), prompts, seeds, asked)
+            found = self.engines.sample(save, Path(args.output_dir), prompts, seeds, asked, vocabulary)
         except Gone as gone:
             raise Refusal(f"{gone} {self._saved()} Start it again, then run the same command.") from None
         ids = [each.ids for each in found]

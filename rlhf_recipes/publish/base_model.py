@@ -1,6 +1,5 @@
 """The base model of what is published: which revision, under which licence, and whether it is what was trained on."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from omegaconf import OmegaConf
 from rlhf_recipes import models
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.publish import contents
+from rlhf_recipes.run_folder import read_json
 from rlhf_recipes.training.card import without_folder
 
 # Licences that let a work built on theirs have another one.
@@ -104,14 +104,14 @@ def _origin(folder: Path | None) -> str | None:
     file = folder / "ORIGIN.json" if folder else None
     if not file or not file.is_file():
         return None
-    origin = json.loads(file.read_text())
-    return f"{origin['weights']} (package {origin['package']})"
+    origin = read_json(file)
+    return f"{origin.get('weights')} (package {origin.get('package')})"
 
 
 def _local_terms(folder: Path | None) -> dict[str, str]:
     """Licence that a model folder states: in ORIGIN.json, or in the metadata of its card."""
     if folder and (folder / "ORIGIN.json").is_file():
-        return {"license": json.loads((folder / "ORIGIN.json").read_text())["license"]}
+        return {"license": read_json(folder / "ORIGIN.json").get("license")}
     if folder and (folder / "README.md").is_file():
         from huggingface_hub import ModelCard
 

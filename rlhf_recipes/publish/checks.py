@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from rlhf_recipes import models
+from rlhf_recipes import adapter_files, models
 from rlhf_recipes.config import flatten
 from rlhf_recipes.errors import Refusal, first_line
 from rlhf_recipes.publish import contents, manifest, scan
@@ -118,6 +118,8 @@ def _weights(where: str, source: contents.Source) -> None:
             f"{where}: adapter/{weights.name} is not the file that the run wrote (SHA-256 {digest[:12]}, not "
             f"{str(source.result.get('adapter_sha256'))[:12]}). Restore it, or train it again."
         )
+    if flaw := adapter_files.flaw(adapter, weights):
+        raise Refusal(f"{where}: the adapter is not published: {flaw}")
     if digest == (source.result.get("parent") or {}).get("adapter_sha256"):
         raise Refusal(f"{where}: the adapter is its parent's, unchanged. Train it first.")
     _tensors(where, weights, source.recipe)

@@ -21,7 +21,7 @@ from rlhf_recipes.cai.dataset import PREFS, SFT
 from rlhf_recipes.config import CONF, flatten, trainer_recipes
 from rlhf_recipes.errors import Refusal, first_line, nearest
 from rlhf_recipes.methods import METHODS
-from rlhf_recipes.run_folder import read_result, write_atomically
+from rlhf_recipes.run_folder import read_result, refuse_growth, write_atomically
 from rlhf_recipes.stats import Estimate
 from rlhf_recipes.text import line
 from rlhf_recipes.training.card import without_folder
@@ -122,6 +122,7 @@ def _read(where: str, path: Path) -> dict:
         if path.suffix == ".json":
             content = json.loads(text, object_hook=Estimate.of)
         else:
+            refuse_growth(text)
             content = OmegaConf.to_container(OmegaConf.create(text))
     except Exception as error:  # json's, yaml's and omegaconf's share no base
         raise Refusal(f"{where}: {path.name} cannot be read ({first_line(error)}).") from error
