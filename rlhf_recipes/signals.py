@@ -4,6 +4,7 @@ A training ends after the step at hand, with a checkpoint; anything else at once
 command goes on: a batch script requeues by it.
 """
 
+import os
 import signal
 import sys
 from contextlib import suppress
@@ -58,6 +59,13 @@ def ignore() -> None:
         numbers += [signal.SIGINT] if ranks.world_size() > 1 else []
     for number in numbers:
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_at_once(code: int) -> None:
+    """All is said, and libraries end what they began: Ctrl-C once more ends this process with the same exit status,
+    not with a traceback of whatever it meets."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(code))
 
 
 def told() -> bool:
