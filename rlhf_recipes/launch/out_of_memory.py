@@ -9,7 +9,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from rlhf_recipes import memory, methods, ranks, run, sharding
+from rlhf_recipes import config, memory, methods, ranks, run, sharding
 from rlhf_recipes.errors import Refusal, first_line
 from rlhf_recipes.references import adapter_in, rewarding
 
@@ -23,8 +23,8 @@ SHOWN = 5  # roles
 
 
 @contextmanager
-def told(cfg: DictConfig, recipe: str) -> Iterator[None]:
-    """Around a run.
+def told(cfg: DictConfig) -> Iterator[None]:
+    """Around a run of this config.
 
     Raises:
         Refusal: in place of what the libraries raise where there is no memory.
@@ -36,7 +36,7 @@ def told(cfg: DictConfig, recipe: str) -> Iterator[None]:
             raise
         traceback.clear_frames(error.__traceback__)  # which hold the model
         memory.make_room()
-        raise Refusal(_said(error, cfg, recipe)) from error
+        raise Refusal(_said(error, cfg)) from error
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -45,28 +45,27 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, kinds) or (isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS))
 
 
-def _said(error: Exception, cfg: DictConfig, recipe: str) -> str:
+def _said(error: Exception, cfg: DictConfig) -> str:
     place = "GPU memory" if any(kind in str(error) for kind in ("CUDA", "CUBLAS", "MPS")) else "main memory"
     said = f"out of {place} ({first_line(error)[:160].rstrip('.')})."
     try:
-        roles, changes = _predicted(cfg, recipe)
+        roles, changes = _predicted(cfg) if "trainer" in cfg else ("", [])
     except Exception:  # there may be too little memory to say more
         roles, changes = "", []
     if roles:
-        said += f" At its peak, on rows of the greatest length, {recipe} takes about {roles} GiB."
+        said += f" At the peak, on rows of the greatest length, are needed about {roles} GiB."
     if changes:
         return f"{said} Less is taken with {' '.join(changes)} overwrite=true; preflight=true looks before a start."
     return f"{said} Choose a smaller model or quantization=nf4, or end what else takes memory of this machine."
 
 
-def _predicted(cfg: DictConfig, recipe: str) -> tuple[str, list[str]]:
+def _predicted(cfg: DictConfig) -> tuple[str, list[str]]:
     """What each role takes, the largest first, and the overrides nearest to the config that take less."""
     from rlhf_recipes import models
     from rlhf_recipes.launch.preflight import predict_memory
     from rlhf_recipes.launch.preflight.job import proposal
 
-    if recipe not in methods.METHODS:
-        return "", []
+    recipe = config.trainer_recipes()[cfg.trainer._target_]
     args = models.training_args(cfg.trainer, run.Run(Path(), recipe, {}))
     base, batch = predict_memory.backbone(cfg, recipe), _largest(cfg, recipe, args, predict_memory.Batch)
     predict = partial(

@@ -38,7 +38,7 @@ def recipe(name: str):
 
                 return sweep.run_job(main, cfg)
             # Inside Hydra, which would announce the failure on a line of its own.
-            with OneLine(), _no_empty_folder(), out_of_memory.told(cfg, name):
+            with OneLine(), _no_empty_folder(), out_of_memory.told(cfg):
                 check(cfg)
                 if name != "publish" and not OmegaConf.select(cfg, "trainer.use_cpu"):
                     cards.take_one(name, list(HydraConfig.get().overrides.task))

@@ -49,7 +49,7 @@ def run_job(main, cfg: DictConfig) -> float:
         else:
             if cfg.sweep.generator and cfg.sweep.prompts:
                 _look(cfg)
-            with out_of_memory.told(cfg, hydra.job.config_name):
+            with out_of_memory.told(cfg):
                 main(cfg)
             result = run_folder.read_result(folder / own)
         row |= {"recipe": result["recipe"], "main": result["main"], "seconds": result["seconds"]}
