@@ -17,6 +17,11 @@ BARE_ID = re.compile(r"[\w-][\w.-]*")  # of the Hub's first models (gpt2); nobod
 # Of a folder of data: rows lie in files that end so, as deep, in no more of them.
 ROWS = re.compile(r".+\.(jsonl|ndjson|json|csv|tsv|parquet|arrow|feather)(\.gz|\.zst)?", re.IGNORECASE)
 DEEPEST, MOST_FILES = 4, 10_000
+# Of a folder that a library or a recipe has written: what it says of the rows, and of how they were made.
+NO_ROWS = (
+    "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json", "config.json", "metadata.json",
+    "result.json", "preflight.json", "funnel.json", "ledger.json", "measurements.json", "probe.json", "published.json",
+)  # fmt: skip
 
 
 def on_hub(reference: str, key: str, bare: bool = False) -> bool:
@@ -70,7 +75,8 @@ def _files_of_rows(folder: Path) -> list[Path]:
     for place, folders, names in os.walk(folder):
         depth = len(Path(place).relative_to(folder).parts)
         folders[:] = sorted(each for each in folders if not each.startswith((".", "_")) and depth + 1 < DEEPEST)
-        found += [Path(place, name) for name in sorted(names) if ROWS.fullmatch(name) and name[0] not in "._"]
+        names = [name for name in sorted(names) if ROWS.fullmatch(name) and name[0] not in "._"]
+        found += [Path(place, name) for name in names if name not in NO_ROWS]
         if len(found) > MOST_FILES:
             return []
     return found

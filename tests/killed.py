@@ -4,8 +4,9 @@
 "stage dpo" ends a pipeline before that stage; "operation 7" at its seventh change of a file below the current folder.
 
 With other faults it may live: "nothing 0" has none, but counts these changes, into the file `operations`; "limit 4096"
-lets no file grow beyond so many bytes; "memory in 5" finds no memory in step 5; "no number in 5" is a gradient of NaN;
-"clock back at 5" sets the clock back by a day when that step is saved.
+lets no file grow beyond so many bytes, "more 100" the process by so many MiB; "memory in 5" finds no memory of a device
+in step 5; "no number in 5" is a gradient of NaN;
+"clock back at 5" sets the clock back by a day when that step is saved, and kills two steps later.
 """
 
 import atexit
@@ -139,6 +140,12 @@ def limit_files(moment):
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(moment), resource.RLIM_INFINITY))
 
 
+def limit_memory(moment):
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = pages * resource.getpagesize() + int(moment) * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
+
+
 def before_update(moment, fault):
     """When the gradients of that step are there; the doctor is asked first."""
     from rlhf_recipes.training.callbacks import Doctor
@@ -180,6 +187,7 @@ def clock_back(moment):
         return save(self, *args, **kwargs)
 
     Trainer._save_checkpoint = later
+    kill_at_step(int(moment) + 2)
 
 
 ARMS = {
@@ -193,6 +201,7 @@ ARMS = {
     "operation": kill_at_operation,
     "nothing": kill_at_operation,
     "limit": limit_files,
+    "more": limit_memory,
     "memory in": no_memory,
     "no number in": no_number,
     "clock back at": clock_back,

@@ -316,6 +316,7 @@ def cut_off(path):
         (lambda half: (half / "adapter_model.safetensors").write_bytes(b""), "its adapter_model.safetensors is cut"),
         (lambda half: cut_off(half / "optimizer.pt"), "its optimizer.pt is cut off or damaged."),
         (lambda half: cut_off(half / "rng_state.pth"), "its rng_state.pth is cut off or damaged."),
+        (lambda half: (half / "adapter_config.json").write_text("{"), "its adapter_config.json is cut off or damaged"),
         (lambda half: (half / "optimizer.pt").unlink(), "it has no state of the optimizer."),
         (lambda half: (half / "rng_state.pth").unlink(), "it has no state of the generators."),
     ],

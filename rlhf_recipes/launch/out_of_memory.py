@@ -13,10 +13,10 @@ from rlhf_recipes import config, memory, methods, ranks, run, sharding
 from rlhf_recipes.errors import Refusal, first_line
 from rlhf_recipes.references import adapter_in, rewarding
 
-# How torch says it of main memory and of a device; each a RuntimeError.
+# How torch says it of a device and of main memory, and the system of main memory.
 SIGNS = (
     "CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "MPS backend out of memory",
-    "can't allocate memory", "not enough memory: you tried to allocate",
+    "can't allocate memory", "not enough memory: you tried to allocate", "Cannot allocate memory",
 )  # fmt: skip
 LESS = 0.8  # of what was predicted, where it did not fit
 SHOWN = 5  # roles
@@ -41,8 +41,9 @@ def told(cfg: DictConfig) -> Iterator[None]:
 
 def _is_out_of_memory(error: Exception) -> bool:
     torch = sys.modules.get("torch")
-    kinds = (MemoryError, *([torch.OutOfMemoryError] if torch else []))
-    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS))
+    if isinstance(error, (MemoryError, *([torch.OutOfMemoryError] if torch else []))):
+        return True
+    return not isinstance(error, Refusal) and any(sign in str(error) for sign in SIGNS)
 
 
 def _said(error: Exception, cfg: DictConfig) -> str:
