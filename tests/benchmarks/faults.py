@@ -127,7 +127,9 @@ class Room:
             rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
             figures += [{k: v for k, v in r.items() if k not in TIMES and not k.startswith("seconds/")} for r in rows]
         names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
-        names = [name for name in names if not name.startswith("checkpoints")]  # who is killed while they go leaves some
+        names = [
+            name for name in names if not name.startswith("checkpoints")
+        ]  # who is killed while they go leaves some
         return {
             "bits": digest(*(path.read_bytes() for path in sorted(files))),
             "figures": digest(json.dumps(figures, sort_keys=True).encode()),
