@@ -77,6 +77,11 @@ class Ended:
         """The one line that says why, of what is no progress."""
         return next((each for each in self.err.splitlines() if each.startswith(("error: ", "Ended", "Interr"))), "")
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the run is finished, by this start or before it."""
+        return self.code == 0 or (self.code == 2 and "holds a finished run" in self.line)
+
     def expect(self, is_so: bool, what: str) -> None:
         if not is_so or "Traceback" in self.err:
             raise Lost(f"{what}: exit {self.code}; {self.out[-300:]} | {self.err[-1500:]}")
@@ -113,8 +118,7 @@ class Room:
 
     def goes_on(self, recipe: str, run: str) -> Ended:
         done = self.run(recipe, run)
-        finished = done.code == 2 and "holds a finished run" in done.err
-        done.expect(done.code == 0 or finished, "the same command")
+        done.expect(done.is_over, "the same command")
         return done
 
     def found(self, recipe: str, run: str) -> dict[str, str]:
@@ -126,10 +130,8 @@ class Room:
         if (folder / "metrics.jsonl").exists():
             rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
             figures += [{k: v for k, v in r.items() if k not in TIMES and not k.startswith("seconds/")} for r in rows]
-        names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
-        names = [
-            name for name in names if not name.startswith("checkpoints")
-        ]  # who is killed while they go leaves some
+        # Who is killed while the checkpoints of a finished run go leaves some of them.
+        names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if "checkpoints" not in str(path))
         return {
             "bits": digest(*(path.read_bytes() for path in sorted(files))),
             "figures": digest(json.dumps(figures, sort_keys=True).encode()),
@@ -206,7 +208,7 @@ def killed(room: Room, recipe: str, run: str, rng: random.Random) -> int:
         process = room.start(recipe, run)
         done = ended(process, rng.uniform(0.05, room.whole[recipe]["seconds"]), process.kill)
         if done.code != -signal.SIGKILL:
-            done.expect(done.code == 0, "killed at a moment")
+            done.expect(done.is_over, "killed at a moment")
             break
         tried += 1
     return tried
@@ -218,7 +220,7 @@ def killed_at_a_file(room: Room, recipe: str, run: str, rng: random.Random) -> i
     while tried < CHAIN:
         done = room.run(recipe, run, fault=f"operation {rng.randint(1, room.whole[recipe]['operations'])}")
         if done.code != -signal.SIGKILL:
-            done.expect(done.code == 0, "killed at a file")
+            done.expect(done.is_over, "killed at a file")
             break
         tried += 1
     return tried
