@@ -338,7 +338,7 @@ def _flaw(checkpoint: Path) -> str | None:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a file of safetensors, or of torch, is as long as its own header says, and one of JSON can be read; of any
+    """Whether a file of safetensors, or of torch, is as long as its header says, and one of JSON can be read; of any
     other, True."""
     try:
         if path.suffix == ".json" and path.stat().st_size < 2**20:  # not a tokenizer's, which nobody reads again

@@ -4,9 +4,9 @@
 "stage dpo" ends a pipeline before that stage; "operation 7" at its seventh change of a file below the current folder.
 
 With other faults it may live: "nothing 0" has none, but counts these changes, into the file `operations`; "limit 4096"
-lets no file grow beyond so many bytes, "more 100" the process by so many MiB; "memory in 5" finds no memory of a device
-in step 5; "no number in 5" is a gradient of NaN;
-"clock back at 5" sets the clock back by a day when that step is saved, and kills two steps later.
+lets no file grow beyond so many bytes, "more 100" the process by so many MiB; "memory in 5" finds no memory of a
+device in step 5; "no number in 5" is a gradient of NaN; "clock back at 5" sets the clock back by a day when that step
+is saved, and kills two steps later.
 """
 
 import atexit

@@ -5,11 +5,11 @@
     python tests/benchmarks/faults.py --json faults.json --only killed edited --recipes dpo cai
     python tests/benchmarks/faults.py --json faults.json --minutes 0           # the table of what was done
 
-Each recipe runs on the tiny model of the tests, as a fork of a Python that has imported the libraries, once undisturbed
-and then with one fault after another; each time the same command is given again, and what it comes to is compared with
-the undisturbed run: weights (cai: rows) and held-out figures bit for bit, and the names of all files. A kill is one of
-up to five of a run. Counted are faults that were tried, those after which exit status and lines were as documented and
-the run came to its end, and those after which it ended with the same bits.
+Each recipe runs on the tiny model of the tests, as a fork of a Python that has imported the libraries, once
+undisturbed and then with one fault after another; each time the same command is given again, and what it comes to is
+compared with the undisturbed run: weights (cai: rows) and held-out figures bit for bit, and the names of all files. A
+kill is one of up to five of a run. Counted are faults that were tried, those after which exit status and lines were as
+documented and the run came to its end, and those after which it ended with the same bits.
 """
 
 import argparse
