@@ -71,6 +71,12 @@ def test_a_gradient_that_is_no_number_costs_its_step_alone(run_recipe, tiny_mode
     assert json.loads((folder / "result.json").read_text())["steps_left_out"] == 1
 
 
+@pytest.mark.parametrize("recipe", ["dpo", "kto"])
+def test_a_training_that_diverged_says_so(train, tmp_path, recipe):
+    with pytest.raises(ValueError, match=r"^held-out rows: what the trained model says of them is not finite, so the"):
+        train(recipe, tmp_path / "run", "quantization=none", "trainer.learning_rate=1e30", "trainer.warmup_steps=0")
+
+
 def test_the_newest_checkpoints_are_those_of_the_last_steps(train, tmp_path, monkeypatch):
     """Whatever the clock says: it is set back by a day at each of them."""
     left, age = [], os.path.getmtime
