@@ -22,8 +22,8 @@ SMALL = (
 SAMPLED = ("reward_funcs=warm_processes:short", "trainer.num_generations=2", "trainer.max_completion_length=6",
            "trainer.num_iterations=2", "trainer.per_device_train_batch_size=4")  # fmt: skip
 CASES = {"orpo": (), "simpo": (), "rloo": SAMPLED}
-# Of the file operations of a whole run: in a checkpoint, then what is left of it before another, and near its end.
-SHARES = (0.5, 0.25, 0.3)
+# Of the file operations of a whole run; the second and the third are counted from where the run goes on.
+SHARES = (0.5, 0.2, 0.1)
 
 
 def adapter(folder):

@@ -399,12 +399,12 @@ def case(room: Room, recipe: str, fault: str, number: int) -> dict:
     """One run with faults: how many were `tried`, `survived` and left the bits `equal`; and what went wrong."""
     if recipe == "cai" and FAULTS[fault] in TRAINED and fault != "half_a_parent":
         raise Impossible
-    room.undisturbed(recipe)
     place, run = room.folder / "disk", f"{fault}_{number}"
     with mounted(place) if fault == "read_only" else contextlib.nullcontext(False) as is_mounted:
         run = f"disk/{run}" if is_mounted else run
         tried, said = 0, ""
         try:
+            room.undisturbed(recipe)
             tried = FAULTS[fault](room, recipe, run, random.Random(f"{recipe} {fault} {number}"))
             if fault == "no_number":
                 return {"tried": tried, "survived": tried, "equal": 0}
@@ -413,7 +413,9 @@ def case(room: Room, recipe: str, fault: str, number: int) -> dict:
             said = ", ".join(f"{key}: {found[key]} is not {whole[key]}" for key in whole if found[key] != whole[key])
             equal = all(found[key] == whole[key] for key in ("bits", "figures"))
             return {"tried": tried, "survived": tried, "equal": tried * equal, "said": said}
-        except (Lost, OSError) as error:
+        except Impossible:
+            raise
+        except Exception as error:  # of this program, too: the others go on
             return {"tried": max(tried, 1), "survived": 0, "equal": 0, "said": f"{type(error).__name__} {error}"}
         finally:
             shutil.rmtree(room.folder / run, ignore_errors=True)
@@ -456,26 +458,28 @@ def main() -> None:
     kept = json.loads(options.json.read_text()) if options.json.exists() else {"whole": {}, "cells": {}, "wrong": []}
     cells, until = kept["cells"], time.monotonic() + 60 * options.minutes
     todo = [(recipe, fault) for fault in options.only for recipe in options.recipes]
+    for each in todo:
+        cells.setdefault(" ".join(each), {"cases": 0, "tried": 0, "survived": 0, "equal": 0})
     with prepared(kept["whole"]) if options.minutes else contextlib.nullcontext() as room:
-        while options.minutes and todo:
-            for recipe, fault in list(todo):
-                cell = cells.setdefault(f"{recipe} {fault}", {"cases": 0, "tried": 0, "survived": 0, "equal": 0})
-                most = options.kills if fault in KILLS else options.tries
-                if cell["tried"] >= most or cell["cases"] >= 4 * most or time.monotonic() > until:
-                    todo.remove((recipe, fault))
-                    continue
-                try:
-                    found = case(room, recipe, fault, cell["cases"])
-                except Impossible:
-                    todo.remove((recipe, fault))
-                    continue
-                if said := found.pop("said", ""):
-                    kept["wrong"].append(f"{recipe} {fault} {cell['cases']}: {said}")
-                    print(kept["wrong"][-1], flush=True)
-                cell["cases"] += 1
-                for key, count in found.items():
-                    cell[key] += count
-                options.json.write_text(json.dumps(kept, indent=1) + "\n")
+        while todo and time.monotonic() < until:
+            recipe, fault = min(todo, key=lambda each: cells[" ".join(each)]["cases"])
+            cell = cells[f"{recipe} {fault}"]
+            most = options.kills if fault in KILLS else options.tries
+            if cell["tried"] >= most or cell["cases"] >= 4 * most:
+                todo.remove((recipe, fault))
+                continue
+            try:
+                found = case(room, recipe, fault, cell["cases"])
+            except Impossible:
+                todo.remove((recipe, fault))
+                continue
+            if said := found.pop("said", ""):
+                kept["wrong"].append(f"{recipe} {fault} {cell['cases']}: {said}")
+                print(kept["wrong"][-1], flush=True)
+            cell["cases"] += 1
+            for key, count in found.items():
+                cell[key] += count
+            options.json.write_text(json.dumps(kept, indent=1) + "\n")
     print(f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores; tried, survived, equal\n")
     print(table(cells, options.recipes))
     print(f"\n{sum(cell['cases'] for cell in cells.values())} runs; what went wrong: {len(kept['wrong'])}")
