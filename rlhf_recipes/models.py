@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from rlhf_recipes import config, embedded, memory, modules, places, ranks, sharding
 from rlhf_recipes.data import template
 from rlhf_recipes.errors import Refusal, first_line
-from rlhf_recipes.references import ModelRef, adapter_in, folder_of, trained_with
+from rlhf_recipes.references import ModelRef, adapter_in, folder_of, refuse_damaged, trained_with
 from rlhf_recipes.run import Run
 from rlhf_recipes.text import line
 
@@ -111,8 +111,11 @@ def check_named_bases(model: DictConfig, adapters: Iterable[str | Path]) -> dict
         For result.json: `named_bases`, by the folder of each adapter; nothing where none names another.
 
     Raises:
-        Refusal: see `modules.compare`.
+        Refusal: see `modules.compare`; or the weights of one are not whole.
     """
+    adapters = list(adapters)
+    for adapter in adapters:
+        refuse_damaged(adapter)
     named = modules.other_bases(model, adapters) if model.get("adapter_base") == "same" else {}
     if not named:
         return {}
@@ -140,6 +143,9 @@ def check_templates(model: DictConfig, adapters: Iterable[str | Path], reward: b
 def check_rewards(model: DictConfig, rewards: Sequence[ModelRef]) -> None:
     """`check_named_bases` of adapters; `check_templates` of those that read what the policy says with its tokenizer,
     adapters on its base."""
+    for each in rewards:
+        if each.adapter:
+            refuse_damaged(each.adapter)
     check_named_bases(model, [each.adapter for each in rewards if each.named_base])
     check_templates(model, [each.adapter for each in rewards if each.base == model.id], reward=True)
 

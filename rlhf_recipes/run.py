@@ -21,10 +21,10 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import compiling, memory, ranks, run_folder
+from rlhf_recipes import compiling, memory, places, ranks, run_folder
 from rlhf_recipes.config import flatten, in_sweep, trainer_recipes
 from rlhf_recipes.errors import Refusal
-from rlhf_recipes.references import ADAPTER_CONFIG, WEIGHTS, ModelRef, find
+from rlhf_recipes.references import ADAPTER_CONFIG, WEIGHTS, ModelRef, adapter_in, adapter_sha256, find, rewarding
 from rlhf_recipes.run_folder import read_config, read_json, write_atomically
 
 LIBRARIES = (
@@ -69,6 +69,7 @@ class Run:
         checkpoint: folder of the last complete checkpoint to continue from, or None.
         parent: what `model.adapter` names, whose adapter this run continues, or None.
         shared: in a sweep, the folder of what its jobs have in common, or None.
+        inputs: `key=value` -> SHA-256 of the rows and adapters here that a training, or cai, reads.
         lock: keeps other processes from writing the folder; None where this is not the first of several processes.
     """
 
@@ -78,6 +79,7 @@ class Run:
     checkpoint: str | None = None
     parent: ModelRef | None = None
     shared: Path | None = None
+    inputs: dict[str, str] = field(default_factory=dict)
     lock: run_folder.Lock | None = None
     started: float = field(default_factory=time.monotonic)
 
@@ -96,10 +98,10 @@ class Run:
         decides for all.
 
         Raises:
-            Refusal: the folder holds a finished run, an interrupted one with another config, or foreign files; another
-                process writes it; it would be replaced and something that the command reads lies in it;
-                `model.adapter` names no adapter, or one that was trained on another base model; or `trainer` belongs
-                to another recipe.
+            Refusal: the folder holds a finished run, an interrupted one with another config or of other rows, or
+                foreign files; another job of its sweep has read other rows; another process writes it; it would be
+                replaced and something that the command reads lies in it; `model.adapter` names no adapter, or one that
+                was trained on another base model; or `trainer` belongs to another recipe.
         """
         hide_gpus([cfg])
         environment()
@@ -126,12 +128,15 @@ class Run:
                 f"run_name={cfg.run_name}: {self.dir} holds a finished run. Choose another run_name, or replace it "
                 "with overwrite=true."
             )
+        self.inputs = _inputs(self.config) if "trainer" in self.config or self.recipe == "cai" else {}
+        if self.shared and not cfg.overwrite:
+            _refuse_other_rows_than_beside(self)
         found = None
         # What has begun to replace another run is continued like any other.
         if cfg.resume == "auto" and not finished and (not cfg.overwrite or run_folder.replaced(self.dir).is_dir()):
             kept = [self.dir / name for name in KEPT if (self.dir / name).exists()]
             found = str(kept[0]) if kept else run_folder.last_checkpoint(self.dir)
-        if found and (other := _other_config(self) or _other_world(self.dir, found)):
+        if found and (other := _other_config(self) or _other_world(self.dir, found) or _other_inputs(self)):
             if not cfg.overwrite:
                 raise Refusal(other)
             found = None
@@ -166,6 +171,7 @@ class Run:
         if not self.checkpoint:
             run_folder.refuse_to_replace(self.dir, flatten(self.config))
             run_folder.clear(self.dir)
+        run_folder.drop_scratch(self.dir)
         self.write_config()
 
     def parts(self) -> list[Path]:
@@ -251,8 +257,9 @@ class Run:
         }
 
     def write_config(self) -> None:
-        """config.yaml, as what it was resolved to, under the mark of a run's folder."""
-        run_folder.mark(self.dir, self.recipe, OmegaConf.to_yaml(OmegaConf.create(self.config)))
+        """config.yaml, as what it was resolved to, under the mark of a run's folder and what it read."""
+        inputs = f"{run_folder.INPUTS}: {json.dumps(self.inputs)}\n" if self.inputs else ""
+        run_folder.mark(self.dir, self.recipe, inputs + OmegaConf.to_yaml(OmegaConf.create(self.config)))
 
     def write_result(self, result: dict) -> None:
         """The last file that a recipe writes: a run with it is a finished run, and takes the place of another."""
@@ -440,6 +447,47 @@ def _other_world(folder: Path, checkpoint: str) -> str | None:
         f"WORLD_SIZE={given}: {folder} holds an interrupted run of {saved} processes, whose batches were others. "
         f"Start it with {saved}, choose another run_name, or start afresh with overwrite=true."
     )
+
+
+def _inputs(config: dict) -> dict[str, str]:
+    """`key=value` -> SHA-256, of rows and adapters that lie here; the package's own rows are its version's."""
+    data, model = config.get("data") or {}, config.get("model") or {}
+    rows = {f"data.{key}": data.get(key) for key in ("path", "test_path") if data.get(key) not in (None, "clinic")}
+    found = {f"{key}={path}": places.sha256(str(path)) for key, path in rows.items()}
+    adapters = [("model.adapter", model.get("adapter")), ("reference", config.get("reference"))]
+    for key, reference in [*adapters, *(("reward_funcs", each) for each in rewarding(config))]:
+        adapter = adapter_in(reference) if reference else None
+        found[f"{key}={reference}"] = adapter and adapter_sha256(adapter)
+    return {named: sha256 for named, sha256 in found.items() if sha256}
+
+
+def _other_inputs(run: Run) -> str | None:
+    """Why the interrupted run in the folder cannot go on with what the command reads; None where it can."""
+    kept = run_folder.inputs(run.dir)
+    for named, sha256 in run.inputs.items():
+        if kept.get(named, sha256) != sha256:
+            return (
+                f"{named}: has changed since {run.dir} began, which was interrupted. Put it back to continue, choose "
+                "another run_name, or start afresh with overwrite=true."
+            )
+    return None
+
+
+def _refuse_other_rows_than_beside(run: Run) -> None:
+    """What the jobs of a sweep come to is compared: all of them read the same.
+
+    Raises:
+        Refusal: a job that has begun read something else under the same name.
+    """
+    for beside in sorted(path.parent for path in run.dir.parent.glob(f"*/{run_folder.CONFIG}")):
+        kept = run_folder.inputs(beside) if beside != run.dir else {}
+        begun = (beside / run_folder.RESULT).exists() or run_folder.checkpoints(beside)
+        for named, sha256 in run.inputs.items():
+            if begun and kept.get(named, sha256) != sha256:
+                raise Refusal(
+                    f"{named}: has changed since the job {beside.name} of this sweep read it, so that their figures "
+                    "could not be compared. Put it back, or start another sweep with another run_name."
+                )
 
 
 def _largest(peaks: list[dict[str, float]]) -> dict[str, float]:

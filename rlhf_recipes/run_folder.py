@@ -16,6 +16,7 @@ import shutil
 import socket
 import sys
 import weakref
+import zipfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from rlhf_recipes import ranks
 from rlhf_recipes.errors import Refusal, first_line
 
 MARK = "rlhf_recipes"
+INPUTS = "inputs_sha256"  # of config.yaml, behind the mark: what the run read when it began
 CONFIG, RESULT, PREFLIGHT = "config.yaml", "result.json", "preflight.json"
 PUBLISHED = "published.json"  # the manifest of what was published into a folder
 CHECKPOINTS = "checkpoints"
@@ -44,6 +46,14 @@ FOLDERS = ("adapter", "scores", "shards")
 CHECKPOINT = re.compile(r"checkpoint-\d+")
 # Of PPO's policy, as a server is given it.
 VERSION = re.compile(r"policy-[0-9a-f]{8}-v\d+|\.policy-[0-9a-f]{8}\.part")
+# What a checkpoint holds, by its files: of transformers, in one of these shapes where the model lies in parts. It goes
+# on without the last three where they are not there, and to another end.
+PARTS = {
+    "weights": ("adapter_model.*", "model*.safetensors", "pytorch_model*"),
+    "state of the optimizer": ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*"),
+    "state of the schedule": ("scheduler.pt", "global_step*"),
+    "state of the generators": ("rng_state.pth", "rng_state_*.pth"),
+}
 # Beside them: TRL's card, and what TensorBoard reads, which stays.
 CARD, LOGS = "README.md", "runs"
 # Of an unfinished run these alone are worth nothing: they are written again.
@@ -172,6 +182,7 @@ def read_config(run_dir: Path) -> dict:
     if not isinstance(config, dict):
         raise Refusal(f"{path}: is no mapping. Restore it.")
     config.pop(MARK, None)
+    config.pop(INPUTS, None)
     return config
 
 
@@ -205,6 +216,18 @@ def refuse_growth(written: str) -> None:
             sizes[anchor] = total - begin
         if total > MOST_ENTRIES:
             raise ValueError(f"its aliases come to more than {MOST_ENTRIES:,} entries")
+
+
+def inputs(run_dir: Path) -> dict[str, str]:
+    """What a run read when it began, `key=value` -> SHA-256: the second line of its config.yaml, or nothing."""
+    try:
+        with (run_dir / CONFIG).open(encoding="utf-8") as file:
+            _, second = file.readline(), file.readline()
+        name, _, text = second.partition(": ")
+        kept = json.loads(text) if name == INPUTS else {}
+        return kept if isinstance(kept, dict) else {}
+    except (OSError, ValueError):
+        return {}
 
 
 def mark(folder: Path, recipe: str, config: str = "") -> None:
@@ -312,8 +335,9 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint to continue from: one that was written to its end (`trainer_state.json` comes last), and
-    not the last step of all where that lies inside an epoch, since transformers would train one step too many.
+    """The newest checkpoint to continue from: one that was written to its end (`trainer_state.json` comes last) and is
+    whole, and not the last step of all where that lies inside an epoch, since transformers would train one step too
+    many.
 
     What cannot be read is skipped with a line, and stays where it is.
 
@@ -323,7 +347,10 @@ def last_checkpoint(folder: Path) -> str | None:
     for checkpoint in reversed(checkpoints(folder)):
         try:
             state = json.loads((checkpoint / "trainer_state.json").read_text())
-            if state["global_step"] < state["max_steps"] or state["epoch"] % 1 == 0:
+            if state["global_step"] >= state["max_steps"] and state["epoch"] % 1:
+                continue
+            reason = _flaw(checkpoint)
+            if reason is None:
                 return str(checkpoint)
         except FileNotFoundError:
             reason = "it was not written to its end"
@@ -331,10 +358,43 @@ def last_checkpoint(folder: Path) -> str | None:
             reason = error.strerror
         except (ValueError, LookupError, TypeError):
             reason = "its trainer_state.json is damaged"
-        else:
-            continue
         print(f"{checkpoint}: is skipped, {reason}.", file=sys.stderr, flush=True)
     return None
+
+
+def _flaw(checkpoint: Path) -> str | None:
+    """Why a checkpoint that was written to its end is not whole; None where it is."""
+    names = [path.name for path in checkpoint.iterdir()]
+    for part, shapes in PARTS.items():
+        if not any(fnmatch.fnmatchcase(name, shape) for name in names for shape in shapes):
+            return f"it has no {part}"
+    cut_off = (path.name for path in sorted(checkpoint.rglob("*")) if path.is_file() and not is_whole(path))
+    return next((f"its {name} is cut off or damaged" for name in cut_off), None)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file of safetensors, or of torch, is as long as its header says, and one of JSON can be read; of any
+    other, True."""
+    try:
+        if path.suffix == ".json" and path.stat().st_size < 2**20:  # not a tokenizer's, which nobody reads again
+            json.loads(path.read_bytes())
+        if path.suffix in (".pt", ".pth"):
+            zipfile.ZipFile(path).close()
+        elif path.suffix == ".safetensors":
+            with path.open("rb") as file:
+                size = min(int.from_bytes(file.read(8), "little"), path.stat().st_size)
+                tensors = {**json.loads(file.read(size)), "__metadata__": {"data_offsets": (0, 0)}}
+            return 8 + size + max(each["data_offsets"][1] for each in tensors.values()) == path.stat().st_size
+        return True
+    except (ValueError, LookupError, TypeError, zipfile.BadZipFile):
+        return False
+
+
+def drop_scratch(folder: Path) -> None:
+    """Remove what a process that was killed had begun to write: files of `write_atomically` that took no place."""
+    for path in folder.rglob(".*.tmp"):
+        if path.is_file() and not path.is_symlink():
+            path.unlink()
 
 
 def processes_of(checkpoint: Path) -> int | None:

@@ -6,6 +6,7 @@ command goes on: a batch script requeues by it.
 And SIGALRM, which ends what somebody else's file makes this process compute.
 """
 
+import os
 import signal
 import sys
 import threading
@@ -63,6 +64,13 @@ def ignore() -> None:
         numbers += [signal.SIGINT] if ranks.world_size() > 1 else []
     for number in numbers:
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_at_once(code: int) -> None:
+    """All is said, and libraries end what they began: Ctrl-C once more ends this process with the same exit status,
+    not with a traceback of whatever it meets."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(code))
 
 
 def told() -> bool:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -466,6 +467,19 @@ def write_adapter(folder, base=TINY_ID, **result):
     if result:
         (folder / "result.json").write_text(json.dumps(result))
     return folder
+
+
+def write_checkpoint(folder, step, state='{"global_step": %d, "max_steps": 900, "epoch": 0.5}'):
+    """What passes for a whole checkpoint of the run in a folder; `state`: its trainer_state.json, None for none."""
+    path = folder / "checkpoints" / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    header = json.dumps({"__metadata__": {"of": f"step {step}"}}).encode()
+    (path / "adapter_model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        zipfile.ZipFile(path / name, "w").close()
+    if state:
+        (path / "trainer_state.json").write_text(state % step if "%d" in state else state)
+    return path
 
 
 @dataclass

@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import LIMIT, TINY_ID, snapshot, wait_for, write_adapter, write_pairs
+from conftest import LIMIT, TINY_ID, snapshot, wait_for, write_adapter, write_checkpoint, write_pairs
 
 # Read by every Python that has it on its path: which modules were loaded, on the way out.
 WITNESS = """
@@ -213,6 +213,12 @@ def test_adapters(refuse, tmp_path):
     assert line.startswith("model.adapter=unfinished: has no adapter in it (is the run finished?)")
 
 
+def test_an_adapter_that_is_cut_off(refuse, tiny_model_overrides, tmp_path):
+    write_adapter(tmp_path / "cut")
+    line = refuse("dpo", *tiny_model_overrides, "model.adapter=cut", cwd=tmp_path, torch=True)
+    assert line.startswith("cut/adapter/adapter_model.safetensors: is cut off or damaged. Copy it again")
+
+
 @pytest.fixture
 def finished(tmp_path):
     folder = write_adapter(tmp_path / "outputs" / "dpo" / "main", recipe="dpo")
@@ -236,10 +242,7 @@ def test_an_interrupted_run_with_other_settings(refuse, compose, tmp_path):
     from rlhf_recipes import run, run_folder
 
     folder = tmp_path / "outputs" / "dpo" / "main"
-    (folder / "checkpoints" / "checkpoint-3").mkdir(parents=True)
-    (folder / "checkpoints" / "checkpoint-3" / "trainer_state.json").write_text(
-        '{"global_step": 3, "max_steps": 10, "epoch": 0.3}'
-    )
+    write_checkpoint(folder, 3)
     run_folder.mark(folder, "dpo", OmegaConf.to_yaml(run.resolved(compose("dpo", "trainer.beta=0.2"))))
     line = refuse("dpo", "trainer.beta=0.3", cwd=tmp_path)
     assert line.startswith(

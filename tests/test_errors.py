@@ -1,5 +1,7 @@
 """What is one line, and what keeps its traceback."""
 
+import errno
+import os
 import pickle
 
 import pytest
@@ -67,6 +69,13 @@ def test_a_config_that_is_read_wrongly_inside_a_run_is_a_bug_and_a_command_that_
         cfg.b  # noqa: B018
     assert as_refusal(raised.value) is None
     assert as_refusal(raised.value, "dpo")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS])
+def test_a_file_that_could_not_be_written_is_one_line(code):
+    """Of an open file nobody tells the name."""
+    said = as_refusal(OSError(code, os.strerror(code)))
+    assert said and os.strerror(code) in said and said.endswith("free space, then run the same command again.")
 
 
 def test_a_refusal_survives_pickling():

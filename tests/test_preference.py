@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import CHATML, skip_without, stir
+from conftest import CHATML, skip_without, stir, write_checkpoint
 
 from rlhf_recipes import config, inference, methods, models
 from rlhf_recipes.errors import Refusal
@@ -221,9 +221,7 @@ def test_a_run_of_trls_own_is_not_continued_by_ours(compose, tmp_path, monkeypat
     from rlhf_recipes import run, run_folder
 
     monkeypatch.chdir(tmp_path)
-    begun = tmp_path / "main" / "checkpoints" / "checkpoint-3"
-    begun.mkdir(parents=True)
-    (begun / "trainer_state.json").write_text('{"global_step": 3, "max_steps": 10, "epoch": 0.3}')
+    write_checkpoint(tmp_path / "main", 3)
     cfg, theirs = compose(recipe), compose(recipe, f"trainer._target_={OWN[recipe]}")
     run_folder.mark(tmp_path / "main", recipe, OmegaConf.to_yaml(OmegaConf.create(run.resolved(theirs))))
     cfg.output_dir = theirs.output_dir = "main"

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,9 +14,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import LIMIT, snapshot, wait_for, write_adapter, write_pairs
+from conftest import LIMIT, snapshot, wait_for, write_adapter, write_checkpoint, write_pairs
 
-from rlhf_recipes import ranks, references, run_folder
+from rlhf_recipes import places, ranks, references, run_folder
 from rlhf_recipes.config import flatten
 from rlhf_recipes.run import Run
 
@@ -269,20 +270,11 @@ def started(compose, tmp_path):
         yield start
 
 
-def checkpoint(folder, step, state='{"global_step": %d, "max_steps": 900, "epoch": 0.5}'):
-    path = folder / "checkpoints" / f"checkpoint-{step}"
-    path.mkdir(parents=True)
-    (path / "adapter_model.safetensors").write_text(f"weights of {step}")
-    if state:
-        (path / "trainer_state.json").write_text(state % step if "%d" in state else state)
-    return path
-
-
 def test_an_unreadable_checkpoint_is_skipped_with_a_line(started, monkeypatch, capsys):
     run = started()
     run.create()
     for step in (100, 200, 300):
-        checkpoint(run.dir, step)
+        write_checkpoint(run.dir, step)
     before = snapshot(run.dir)
     read, folder = Path.read_text, run.dir
     del run
@@ -306,25 +298,120 @@ def test_an_unreadable_checkpoint_is_skipped_with_a_line(started, monkeypatch, c
 def test_a_checkpoint_without_its_end_is_skipped(started, state, capsys):
     run = started()
     run.create()
-    checkpoint(run.dir, 3)
-    half = checkpoint(run.dir, 6, state)
+    write_checkpoint(run.dir, 3)
+    half = write_checkpoint(run.dir, 6, state)
     run = started() if (run := None) is None else None
     assert run.checkpoint == "outputs/dpo/main/checkpoints/checkpoint-3" and half.is_dir()
     assert "checkpoint-6: is skipped" in capsys.readouterr().err
+
+
+def cut_off(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (lambda half: cut_off(half / "adapter_model.safetensors"), "its adapter_model.safetensors is cut off"),
+        (lambda half: (half / "adapter_model.safetensors").write_bytes(b""), "its adapter_model.safetensors is cut"),
+        (lambda half: cut_off(half / "optimizer.pt"), "its optimizer.pt is cut off or damaged."),
+        (lambda half: cut_off(half / "rng_state.pth"), "its rng_state.pth is cut off or damaged."),
+        (lambda half: (half / "adapter_config.json").write_text("{"), "its adapter_config.json is cut off or damaged"),
+        (lambda half: (half / "optimizer.pt").unlink(), "it has no state of the optimizer."),
+        (lambda half: (half / "rng_state.pth").unlink(), "it has no state of the generators."),
+    ],
+)
+def test_a_checkpoint_that_is_not_whole_is_skipped(started, harm, says, capsys):
+    """Whatever its trainer_state.json says: transformers goes on with what is there."""
+    run = started()
+    run.create()
+    write_checkpoint(run.dir, 3)
+    harm(write_checkpoint(run.dir, 6))
+    del run
+    assert started().checkpoint == "outputs/dpo/main/checkpoints/checkpoint-3"
+    assert f"checkpoint-6: is skipped, {says}" in capsys.readouterr().err
+
+
+def test_what_was_half_written_goes_when_the_run_goes_on(started):
+    run = started()
+    run.create()
+    write_checkpoint(run.dir, 3)
+    scratch = run.dir / ".metrics.jsonl.4711.tmp"
+    scratch.write_text('{"loss"')
+    del run
+    run = started()
+    assert run.checkpoint and scratch.exists()
+    run.create()
+    assert not scratch.exists()
+
+
+# ---- what a run reads
+
+
+def test_rows_that_changed_are_refused_by_name(started):
+    """Between the start and the start that would continue it; a file that is the same again is none."""
+    rows = write_pairs(Path("mine.jsonl"))
+    given = ("data=local", "data.path=mine.jsonl", "model.id=tests/tiny", "model.adapter=parent")
+    weights = write_adapter(Path("parent")) / "adapter" / "adapter_model.safetensors"
+    run = started(*given)
+    run.create()
+    write_checkpoint(run.dir, 3)
+    assert "inputs_sha256" not in run_folder.read_config(run.dir)
+    del run
+    before = rows.read_text()
+    for changed, named in ((rows, "data.path=mine.jsonl"), (weights, "model.adapter=parent")):
+        kept = changed.read_bytes()
+        changed.write_bytes(kept + b" ")
+        with pytest.raises(ValueError, match=f"^{named}: has changed since outputs/dpo/main began, which was inter"):
+            started(*given)
+        run = started(*given, "overwrite=true")
+        assert run.checkpoint is None
+        del run
+        changed.write_bytes(kept)
+    rows.unlink()
+    write_pairs(rows)
+    assert rows.read_text() == before and started(*given).checkpoint
+
+
+def test_jobs_of_a_sweep_read_the_same_rows(started, monkeypatch):
+    monkeypatch.setattr("rlhf_recipes.run.in_sweep", lambda: True)
+    rows = write_pairs(Path("mine.jsonl"))
+    given = ("data=local", "data.path=mine.jsonl")
+    first = started(*given)
+    first.create()
+    write_checkpoint(first.dir, 3)
+    rows.write_text(rows.read_text() + "\n")
+    refusal = "^data.path=mine.jsonl: has changed since the job main of this sweep read it, so that their figures"
+    with pytest.raises(ValueError, match=refusal):
+        started(*given, "run_name=other")
+    write_pairs(rows)
+    started(*given, "run_name=other")
+
+
+def test_a_folder_of_rows_is_what_its_files_hold(tmp_path):
+    (tmp_path / "train").mkdir()
+    rows = write_pairs(tmp_path / "train" / "0.jsonl")
+    (tmp_path / "notes.md").write_text("mine")
+    before = places.sha256(str(tmp_path))
+    (tmp_path / "notes.md").write_text("others")
+    os.utime(rows, (0, 0))
+    assert before and places.sha256(str(tmp_path)) == before
+    rows.rename(tmp_path / "train" / "1.jsonl")
+    assert places.sha256(str(tmp_path)) not in (None, before)
+    assert places.sha256(str(tmp_path / "nothing")) is None
 
 
 def test_a_checkpoint_of_more_processes_is_not_continued_by_one(started):
     """Each process has left the state of its generators."""
     run = started()
     run.create()
-    kept = checkpoint(run.dir, 3)
-    (kept / "rng_state.pth").touch()
+    kept = write_checkpoint(run.dir, 3)
     del run
     run = started()
     assert run.checkpoint == str(kept)
     del run
     (kept / "rng_state.pth").rename(kept / "rng_state_0.pth")
-    (kept / "rng_state_1.pth").touch()
+    shutil.copy(kept / "rng_state_0.pth", kept / "rng_state_1.pth")
     refusal = r"^WORLD_SIZE=1: outputs/dpo/main holds an interrupted run of 2 processes, .* Start it with 2, choose"
     with pytest.raises(ValueError, match=refusal):
         started()
@@ -336,7 +423,7 @@ def test_weights_without_a_result_are_set_aside(started, tmp_path, capsys):
     run = started()
     run.create()
     for step in (100, 200):
-        checkpoint(run.dir, step, state=None)
+        write_checkpoint(run.dir, step, state=None)
     kept = {name: content for name, content in snapshot(run.dir).items() if "adapter" in name}
     del run
     run = started()
@@ -361,7 +448,7 @@ def test_a_run_is_replaced_when_the_other_has_its_result(started, tmp_path):
     run.create()
     aside = Path("outputs/dpo/.replaced/main")
     assert snapshot(aside) == before and os.listdir(old) == ["config.yaml"]
-    checkpoint(old, 5)
+    write_checkpoint(old, 5)
     del run  # killed
 
     again = started("overwrite=true")
@@ -411,7 +498,7 @@ def test_what_no_run_writes_stays_with_what_was_replaced(started, capsys):
 
 
 def test_finished_checkpoints_go_by_name(tmp_path):
-    checkpoint(tmp_path, 3)
+    write_checkpoint(tmp_path, 3)
     logs = tmp_path / "checkpoints" / "runs" / "Nov28" / "events.out.tfevents.1"
     logs.parent.mkdir(parents=True)
     logs.write_text("scalars")

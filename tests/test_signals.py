@@ -53,6 +53,21 @@ def test_ctrl_c_that_a_launcher_sends_again_changes_nothing(monkeypatch, capsys)
     assert end.value.code == 130 and capsys.readouterr().err.startswith("Interrupted. ")
 
 
+def test_ctrl_c_twice_is_one_line_too(capfd):
+    """The second meets a process that ends, in whatever it does then."""
+    child = os.fork()
+    if child == 0:
+        try:
+            with OneLine():
+                raise KeyboardInterrupt
+        except SystemExit:
+            os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+    assert capfd.readouterr().err == "Interrupted. The same command continues from the last checkpoint.\n"
+
+
 def test_what_is_finished_was_not_taken_back(monkeypatch):
     monkeypatch.setattr(hydra, "main", lambda **asked: lambda job: signals.listen)
     for name, value in {"argv": ["rlhf-cai"], "path": [*sys.path], "excepthook": sys.excepthook}.items():

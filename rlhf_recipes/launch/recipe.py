@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from rlhf_recipes import commands, overrides, ranks, run_folder, sharding, signals
 from rlhf_recipes.config import in_sweep
 from rlhf_recipes.errors import Refusal
-from rlhf_recipes.launch import cards, composing
+from rlhf_recipes.launch import cards, composing, out_of_memory
 from rlhf_recipes.launch.keys import check
 from rlhf_recipes.launch.refusals import OneLine, print_bug
 
@@ -37,7 +37,8 @@ def recipe(name: str):
                 from rlhf_recipes.launch import sweep
 
                 return sweep.run_job(main, cfg)
-            with OneLine(), _no_empty_folder():  # inside Hydra, which would announce the failure on a line of its own
+            # Inside Hydra, which would announce the failure on a line of its own.
+            with OneLine(), _no_empty_folder(), out_of_memory.told(cfg):
                 check(cfg)
                 if name != "publish" and not OmegaConf.select(cfg, "trainer.use_cpu"):
                     cards.take_one(name, list(HydraConfig.get().overrides.task))

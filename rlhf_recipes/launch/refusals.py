@@ -24,8 +24,9 @@ PARTS = ("base", "common")
 # Begins what is said below a traceback.
 NOTE = "note: "
 BUG = "this is a bug of rlhf-recipes. Report it where you have rlhf-recipes from, with these lines and the command."
-# How the libraries (safetensors, torch) say that a file could not be written.
-UNWRITTEN = ("No space left on device", "Read-only file system", "iostream error", "inline_container")
+# How the system, and libraries (safetensors, torch), say that a file could not be written.
+UNWRITTEN = ("No space left on device", "Disk quota exceeded", "File too large", "Read-only file system",
+             "iostream error", "inline_container")  # fmt: skip
 
 
 class OneLine:
@@ -57,6 +58,7 @@ class OneLine:
             below = "\n" if sys.stderr.isatty() else ""  # the progress line is still being written
             said = str(error) or "Interrupted. The same command continues from the last checkpoint."
             print(f"{below}{text.line(secrets.redact(said))}", file=sys.stderr)
+            signals.end_at_once(code)
             sys.exit(code)
         print_error(error, self.config_name)
 
@@ -126,8 +128,8 @@ def _refusal(error: BaseException, config_name: str | None) -> str | None:
         return f"{error.filename}: {error.strerror}. What was saved before is untouched."
     if any(sign in str(error) for sign in UNWRITTEN):
         return (
-            f"a file could not be written ({first_line(error).rstrip('.')}): the disk is full or read-only. What was "
-            "saved before is untouched; free space, then run the same command again."
+            f"a file could not be written ({first_line(error).rstrip('.')}): the disk is full, read-only or over a "
+            "quota. What was saved before is untouched; free space, then run the same command again."
         )
     return None
 

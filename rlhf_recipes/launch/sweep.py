@@ -18,7 +18,7 @@ from rlhf_recipes import config, memory, ranks, run, run_folder
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.evaluation import measurements
 from rlhf_recipes.evaluation.sweeps import ROWS, check, describe, may_be_best, rebuild
-from rlhf_recipes.launch import cards, keys
+from rlhf_recipes.launch import cards, keys, out_of_memory
 from rlhf_recipes.launch.preflight import look
 from rlhf_recipes.launch.refusals import as_refusal, print_error
 from rlhf_recipes.secrets import redact
@@ -49,7 +49,8 @@ def run_job(main, cfg: DictConfig) -> float:
         else:
             if cfg.sweep.generator and cfg.sweep.prompts:
                 _look(cfg)
-            main(cfg)
+            with out_of_memory.told(cfg):
+                main(cfg)
             result = run_folder.read_result(folder / own)
         row |= {"recipe": result["recipe"], "main": result["main"], "seconds": result["seconds"]}
         row |= {"peak_memory_gib": max(result["peak_memory_gib"].values()), "stopped": result.get("stopped")}

@@ -21,7 +21,7 @@ from rlhf_recipes.cai.dataset import PREFS, SFT
 from rlhf_recipes.config import CONF, flatten, trainer_recipes
 from rlhf_recipes.errors import Refusal, first_line, nearest
 from rlhf_recipes.methods import METHODS
-from rlhf_recipes.run_folder import read_result, refuse_growth, write_atomically
+from rlhf_recipes.run_folder import INPUTS, read_result, refuse_growth, write_atomically
 from rlhf_recipes.stats import Estimate
 from rlhf_recipes.text import line
 from rlhf_recipes.training.card import without_folder
@@ -128,6 +128,7 @@ def _read(where: str, path: Path) -> dict:
         raise Refusal(f"{where}: {path.name} cannot be read ({first_line(error)}).") from error
     if not isinstance(content, dict):
         raise Refusal(f"{where}: {path.name} is no mapping. Restore the file, or run the recipe again.")
+    content.pop(INPUTS, None)  # paths of this machine
     return content
 
 

@@ -1,6 +1,7 @@
 """What a run says while it trains: a progress line with ETA, metrics on disk, and what the doctor sees."""
 
 import json
+import shutil
 from functools import cached_property
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
-from rlhf_recipes import memory, methods, progress, ranks, signals, text
+from rlhf_recipes import memory, methods, progress, ranks, run_folder, signals, text
 from rlhf_recipes.errors import Refusal, first_line
 from rlhf_recipes.run_folder import write_atomically
 from rlhf_recipes.secrets import redact
@@ -29,8 +30,11 @@ def watch(trainer, run) -> None:
     if run.config["doctor"] != "none":
         # before MetricsFile: it adds to the row
         trainer.add_callback(Doctor(run, trainer, strict=run.config["doctor"] == "strict"))
+    if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or trainer.args.fp16):
+        trainer.add_callback(LeaveOut(trainer))
     trainer.add_callback(MetricsFile(run.dir / "metrics.jsonl"))
     trainer.add_callback(ReturnFreedMemory())
+    trainer.add_callback(KeepNewest(trainer.args))
     trainer.add_callback(EndWhenTold())
     if trainer.args.report_to:
         trainer.add_callback(Tracker(trainer))
@@ -76,6 +80,55 @@ class EndWhenTold(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         signals.train(False)
+
+
+class KeepNewest(TrainerCallback):
+    """Of the checkpoints, those of the last `save_total_limit` steps.
+
+    transformers goes by the times of their folders: where the clock was set back in between, it removes the newest.
+    """
+
+    def __init__(self, args):
+        self.limit, args.save_total_limit = args.save_total_limit, None
+
+    def on_save(self, args, state, control, **kwargs):
+        if not (args.should_save and self.limit):
+            return
+        there = run_folder.checkpoints(Path(args.output_dir).parent)
+        older = [path for path in there if int(path.name.rpartition("-")[2]) <= state.global_step][: -self.limit]
+        for path in older:
+            if path != Path(state.best_model_checkpoint or ""):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+class LeaveOut(TrainerCallback):
+    """A step whose gradient is not finite changes nothing: every weight, and all that comes after, would be NaN.
+
+    Each row of the log has their number as `steps_left_out`, from the first on. In float16 the scaler does this; PPO
+    ends.
+    """
+
+    KEY = "steps_left_out"
+
+    def __init__(self, trainer):
+        self.trainer, self.count = trainer, 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.count = next((row[self.KEY] for row in reversed(state.log_history) if self.KEY in row), 0)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        trained = [p for group in self.trainer.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if torch.nn.utils.get_total_norm([parameter.grad for parameter in trained]).isfinite():
+            return
+        for parameter in trained:
+            parameter.grad = None
+        self.count += 1
+        if state.is_world_process_zero:
+            print(f"step {state.global_step + 1}: is left out, its gradient is not finite.", flush=True)
+
+    def on_log(self, args, state, control, **kwargs):
+        if self.count:
+            state.log_history[-1][self.KEY] = self.count
 
 
 class MetricsFile(TrainerCallback):

@@ -17,9 +17,9 @@ from rlhf_recipes.text import line
 
 
 def finish(run: Run, trainer, *, main: str, before: dict, metrics: dict, counts: dict, **entries) -> float:
-    """Write result.json of a training, then its card and pictures, end its checkpoints, print the summary.
+    """Write card and pictures of a training, then its result.json, end its checkpoints, print the summary.
 
-    A card or picture that fails costs a warning, never the run.
+    A card or picture that fails costs a warning, never the run; who is killed at one has not finished.
 
     Args:
         trainer: after training; its log history becomes curves.png.
@@ -42,6 +42,9 @@ def finish(run: Run, trainer, *, main: str, before: dict, metrics: dict, counts:
         entries["doctor"] = {**doctor.examine(seen), "facts": seen.facts}
         if watching.stopped:
             entries["stopped"] = watching.stopped
+    left_out = next((c.count for c in trainer.callback_handler.callbacks if isinstance(c, callbacks.LeaveOut)), 0)
+    if left_out:
+        entries[callbacks.LeaveOut.KEY] = left_out
     result = run.record(
         main={"name": main, "before": before[main], "after": metrics[main]},
         before=before,
@@ -55,16 +58,17 @@ def finish(run: Run, trainer, *, main: str, before: dict, metrics: dict, counts:
         parent=run.parent and run.parent.lineage,
         **entries,
     )
+    if ranks.is_first():
+        with _spared("README.md"):
+            write_atomically(run.dir / "README.md", card.write(result, run.config))
+        with _spared("curves.png"):
+            plot_curves(trainer.state.log_history, run.dir / "curves.png", title)
+        if watching:
+            with _spared("doctor.png"):
+                doctor_plot.plot(seen, entries["doctor"]["findings"], run.dir / "doctor.png", title)
     run.write_result(result)
     if not ranks.is_first():
         return metrics[main].value
-    with _spared("README.md"):
-        write_atomically(run.dir / "README.md", card.write(result, run.config))
-    with _spared("curves.png"):
-        plot_curves(trainer.state.log_history, run.dir / "curves.png", title)
-    if watching:
-        with _spared("doctor.png"):
-            doctor_plot.plot(seen, entries["doctor"]["findings"], run.dir / "doctor.png", title)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, callbacks.Tracker):
             with _spared("the tracker's last table"):
@@ -96,6 +100,8 @@ def _print_summary(run: Run, result: dict) -> None:
     print(f"  {name}: {format_estimate(before)} -> {format_estimate(after)}")
     if result.get("stopped"):
         print(f"  stopped   {line(result['stopped'])}")
+    if result.get("steps_left_out"):
+        print(f"  left out  {result['steps_left_out']} of {result['steps']} steps, whose gradient was not finite")
     if result.get("doctor"):
         findings = [doctor.line(finding) for finding in result["doctor"]["findings"]]
         print("\n".join(f"  doctor    {said}" for said in findings or [result["doctor"]["verdict"]]))

@@ -1,12 +1,27 @@
 """What a training recipe reports of its held-out rows: estimates with n and a 95 % interval, beside a baseline."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
 from rlhf_recipes import stats
 from rlhf_recipes.data.formats import clusters
 from rlhf_recipes.data.load import shorter_wins
+from rlhf_recipes.errors import Refusal
+
+
+def _refuse_diverged(numbers: Iterable[float]) -> None:
+    """Refuse what a model says of held-out rows where it is NaN or infinite: no metric can be made of it.
+
+    Raises:
+        Refusal: says what to lower.
+    """
+    if not np.isfinite(np.fromiter(numbers, dtype=float)).all():
+        raise Refusal(
+            "held-out rows: what the trained model says of them is not finite, so the training has diverged. Start "
+            "again with a lower trainer.learning_rate and overwrite=true; doctor=strict ends such a run with its last "
+            "good weights."
+        )
 
 
 def preference_margins(logps: list[dict], reference: list[dict], reward: str) -> list[float]:
@@ -26,6 +41,7 @@ def preference_margins(logps: list[dict], reference: list[dict], reward: str) ->
 
 def preference_metrics(rows: list[dict], logps: list[dict], reference: list[dict], reward: str) -> dict:
     """Held-out metrics of a policy on preference pairs; `reference` are the log-probabilities before training."""
+    _refuse_diverged(pair[f"{side}_logp"] for pair in logps for side in ("chosen", "rejected"))
     prompts = clusters(rows)
     margins = preference_margins(logps, reference, reward)
     pairs = list(zip(logps, reference, strict=True))
@@ -49,6 +65,7 @@ def preference_metrics(rows: list[dict], logps: list[dict], reference: list[dict
 def reward_metrics(rows: list[dict], scores: list[dict], before: list[dict]) -> dict:
     """Held-out metrics of a reward model: accuracy on pairs, margin, mean and standard deviation of its rewards;
     `before` are the scores before training."""
+    _refuse_diverged(pair[side] for pair in scores for side in ("chosen", "rejected"))
     prompts = clusters(rows)
     margins, margins_before = ([s["chosen"] - s["rejected"] for s in each] for each in (scores, before))
     return {
@@ -68,6 +85,7 @@ def label_metrics(rows: list[dict], logps: list[tuple[float, int]], reference: l
     characters. `reward_margin` is the good ones' mean of log pi/pi_ref less that of the bad ones, in nats. Where both
     halves of a pair are held out, the metrics of pairs follow.
     """
+    _refuse_diverged(logp for logp, _ in logps)
     prompts, good = clusters(rows), np.array([row["label"] for row in rows], dtype=bool)
     changes = np.array([p[0] - q[0] for p, q in zip(logps, reference, strict=True)])
     ranked, still = stats.area(changes, good), stats.area(np.zeros(len(rows)), good)
@@ -112,6 +130,7 @@ def _whole_pairs(rows: list[dict], changes) -> tuple[list[dict], list[float]]:
 
 def demonstration_metrics(rows: list[dict], logps: list[tuple[float, int]]) -> dict:
     """Perplexity of held-out completions: exp of the mean negative log-probability per token."""
+    _refuse_diverged(logp for logp, _ in logps)
     prompts = clusters(rows)
     losses, tokens = [-logp for logp, _ in logps], [tokens for _, tokens in logps]
     return {"perplexity": stats.ratio_of_sums(losses, tokens, prompts, exponential=True)}
@@ -123,6 +142,7 @@ def episode_metrics(rows: list[dict], episodes: list[dict], before: list[dict]) 
     `before` are the answers before training; `reward_change` pairs the two answers to each prompt, so that its
     interval is free of how much prompts differ.
     """
+    _refuse_diverged(each["kl"] for each in episodes)
     prompts = clusters(rows)
     names = {"reward": "reward", "kl": "kl", "kl_k3": "kl_k3", "completion_tokens": "completions/mean_length"}
     means = {k: _mean([e[key] for e in episodes], prompts) for k, key in names.items()}
