@@ -4,6 +4,7 @@
 #        docker run -it --gpus all -v "$PWD/outputs:/app/outputs" rlhf-recipes python recipes/dpo.py model=qwen3_4b
 # What a run needs to know of you (HF_TOKEN) is given to `docker run`, never to the build. A folder of yours that is
 # mounted must be writable by user 1000.
+# Without an engine: tests/container.py carries the steps out in a folder.
 ARG BASE=python:3.11-slim
 FROM ${BASE}
 ARG TORCH_INDEX=
