@@ -5,7 +5,7 @@
 debootstrap makes the root, a Debian with nothing else in it, in place of the image in FROM; the rest is carried out as
 the Dockerfile says it, by its users, in a chroot, which root alone may do. What is done is not done again: the file
 <root>.steps counts. What pip and apt are told here (settings, certificates, proxies) they are told there; --mount
-shows the root a folder that such settings name. It does not show an engine's layers and volumes, nor an image with CUDA.
+shows the root a folder that such settings name. Not shown by it: layers and volumes, an image with CUDA.
 """
 
 import argparse

@@ -646,7 +646,8 @@ def test_keys_and_values_go_by_the_name_that_a_forward_has_for_them(tiny_model):
             return super().forward(**{name: cache}, **kwargs)
 
     def greedy():
-        return decoding.Decoder(model, 0).decode([[1, 500, 9], [1, 7]], [2], 6, lambda logits_BV, _: logits_BV.argmax(1))
+        prompts = [[1, 500, 9], [1, 7]]
+        return decoding.Decoder(model, 0).decode(prompts, [2], 6, lambda logits_BV, _: logits_BV.argmax(1))
 
     model, given = stir(LlamaForCausalLM.from_pretrained(tiny_model)), []
     name, expected = decoding.cache_keyword(model), greedy()
