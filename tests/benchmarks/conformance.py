@@ -191,7 +191,7 @@ def run_cells(
 
 
 def environment(processes: int) -> dict[str, str]:
-    own = {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    own = {"HF_HUB_OFFLINE": "1"}
     if processes > 1:
         own["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // processes))
     return {**os.environ, **own}
