@@ -9,6 +9,8 @@ ARG BASE=python:3.11-slim
 FROM ${BASE}
 ARG TORCH_INDEX=
 ENV DEBIAN_FRONTEND=noninteractive
+# Another base has other versions of these.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends git make python3 python3-venv \
     && rm -rf /var/lib/apt/lists/* \

@@ -16,6 +16,7 @@ test: $(VENV)/dev
 
 lint: $(VENV)/dev
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@test ! -x $(BIN)/hadolint || $(BIN)/hadolint Dockerfile
 
 bench: $(VENV)/dev
 	@$(BIN)/python tests/benchmarks/dpo_versus_trl.py
