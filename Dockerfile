@@ -4,10 +4,13 @@
 #        docker run -it --gpus all -v "$PWD/outputs:/app/outputs" rlhf-recipes python recipes/dpo.py model=qwen3_4b
 # What a run needs to know of you (HF_TOKEN) is given to `docker run`, never to the build. A folder of yours that is
 # mounted must be writable by user 1000.
+# Without an engine: tests/container.py carries the steps out in a folder.
 ARG BASE=python:3.11-slim
 FROM ${BASE}
 ARG TORCH_INDEX=
 ENV DEBIAN_FRONTEND=noninteractive
+# Another base has other versions of these.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends git make python3 python3-venv \
     && rm -rf /var/lib/apt/lists/* \

@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint advisories bench gpu-wheels clean
+.PHONY: demo test lint advisories bench conformance gpu-wheels dist clean
 
 demo: $(VENV)/demo
 	@$(BIN)/python recipes/pipeline.py experiment=pipeline/demo
@@ -16,6 +16,7 @@ test: $(VENV)/dev
 
 lint: $(VENV)/dev
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@test ! -x $(BIN)/hadolint || $(BIN)/hadolint Dockerfile
 	@$(BIN)/python tests/advisories.py || true
 
 # Known faults of what constraints.txt pins, where the index tells of them; one that is not accepted is an error here.
@@ -25,6 +26,19 @@ advisories: $(VENV)/dev
 bench: $(VENV)/dev
 	@$(BIN)/python tests/benchmarks/dpo_versus_trl.py
 	@$(BIN)/python tests/benchmarks/ppo_vs_trl.py
+
+# Every training recipe in every quantization, on constraints.txt and on the newest releases. It goes on where it ended.
+conformance: $(VENV)/dev
+	@$(BIN)/python tests/benchmarks/conformance.py
+	@$(BIN)/python tests/benchmarks/conformance.py --newest
+	@$(BIN)/python tests/benchmarks/conformance.py --table
+
+# What a release uploads: the source, and the wheel that is built from it.
+dist: $(VENV)/dev
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt "twine>=7"
+	@rm -rf build dist
+	@$(BIN)/python -m build --outdir dist .
+	@$(BIN)/python -m twine check --strict dist/*
 
 # What tests/gpu/run.sh installs on a machine with a card and no network.
 gpu-wheels:

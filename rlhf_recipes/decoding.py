@@ -8,6 +8,7 @@ longer stem. A row that has ended leaves the batch.
 Shapes: B rows, T tokens, V vocabulary.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 
@@ -35,6 +36,7 @@ class Decoder:
 
     def __init__(self, model, pad_id: int):
         self.model, self.pad_id = model, pad_id
+        self.cache_keyword = cache_keyword(model)
         # Padding behind a stem takes places of a sliding window, so stems are for what fits into it, padding included.
         # A layer without attention (a recurrent state) cannot mask padding: its window of 0 allows no stem.
         self.window = min(
@@ -93,11 +95,18 @@ class Decoder:
             input_ids=ids_BT,
             attention_mask=state.mask_BT,
             position_ids=(state.mask_BT.cumsum(1) - 1).clamp(min=0)[:, -ids_BT.shape[1] :],
-            past_key_values=state.cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self.cache_keyword: state.cache},
         )
         state.logits = output.logits[:, -1].float()
+
+
+def cache_keyword(model) -> str:
+    """What the model's forward calls keys and values: `cache` from transformers 5.24 on, which warns of the name
+    before; a model of other code may have the one or the other."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "cache" if "cache" in inspect.signature(type(base).forward).parameters else "past_key_values"
 
 
 class State:

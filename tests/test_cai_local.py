@@ -638,3 +638,23 @@ def test_eight_bits_generate(cfg, compose):
     backend = local.load(cfg.model, cfg.quantization, None)
     assert {weight.dtype for weight in backend.model.parameters()} == {torch.bfloat16}
     assert all(answer["tokens"] for answer in answers(backend, questions(3, max_new_tokens=4)))
+
+
+@torch.no_grad()
+def test_keys_and_values_go_by_the_name_that_a_forward_has_for_them(tiny_model):
+    from transformers import LlamaForCausalLM
+
+    class Renamed(LlamaForCausalLM):
+        def forward(self, cache=None, **kwargs):
+            given.append(cache)
+            return super().forward(**{name: cache}, **kwargs)
+
+    def greedy():
+        prompts = [[1, 500, 9], [1, 7]]
+        return decoding.Decoder(model, 0).decode(prompts, [2], 6, lambda logits_BV, _: logits_BV.argmax(1))
+
+    model, given = stir(LlamaForCausalLM.from_pretrained(tiny_model)), []
+    name, expected = decoding.cache_keyword(model), greedy()
+    model.__class__ = Renamed
+    assert decoding.cache_keyword(model) == "cache" and greedy() == expected
+    assert len(given) > 1 and None not in given and name in ("cache", "past_key_values")

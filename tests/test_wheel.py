@@ -1,8 +1,9 @@
-"""The wheel has all that a recipe needs, and runs from an empty folder."""
+"""The source has what the wheel needs, the wheel has all that a recipe needs, and runs from an empty folder."""
 
 import shutil
 import subprocess
 import sys
+import tarfile
 
 import pytest
 from conftest import ROOT
@@ -12,15 +13,33 @@ LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "outputs", "build", "dist", "
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    """Folder into which the wheel of a copy of this tree is installed."""
-    source, wheels, target = (tmp_path_factory.mktemp("wheel") / name for name in ("source", "wheels", "target"))
+def built(tmp_path_factory):
+    """Folder of the source distribution of a copy of this tree, and of the wheel that is built from it."""
+    source, built = (tmp_path_factory.mktemp("release") / name for name in ("source", "dist"))
     shutil.copytree(ROOT, source, ignore=LEFT_OUT)
+    subprocess.run([sys.executable, "-m", "build", "--no-isolation", "--outdir", built, source], check=True)
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(built, tmp_path_factory):
+    """Folder into which the wheel is installed."""
+    target = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", wheels, source], check=True)
-    (wheel,) = wheels.glob("rlhf_recipes-*.whl")
+    (wheel,) = built.glob("rlhf_recipes-*.whl")
     subprocess.run([*pip, "install", "--no-deps", "--target", target, wheel], check=True)
     return target
+
+
+def test_the_source_has_nothing_else(built):
+    (source,) = built.glob("rlhf_recipes-*.tar.gz")
+    with tarfile.open(source) as archive:
+        names = [name.partition("/")[2] for name in archive.getnames()]
+    assert {name.partition("/")[0] for name in names} - {""} == {
+        "CHANGELOG.md", "CITATION.cff", "LICENSE", "MANIFEST.in", "PKG-INFO", "README.md", "conf", "constraints.txt",
+        "pyproject.toml", "recipes", "rlhf_recipes", "rlhf_recipes.egg-info", "setup.cfg",
+    }  # fmt: skip
+    assert not [name for name in names if name.endswith((".pyc", ".whl")) or "__pycache__" in name]
 
 
 def test_it_has_every_file(installed):

@@ -71,7 +71,8 @@ def _pairs(given: dict[str, Any]) -> list[list[list[int]]]:
         return []
     tensors = {key: value for key, value in given.items() if isinstance(value, Tensor)}
     of_tokens = {key for key, value in tensors.items() if value.shape[:2] == ids_BT.shape}
-    if of_tokens != {"input_ids", "attention_mask"} or given.get("past_key_values") is not None:
+    cached = any(given.get(name) is not None for name in ("past_key_values", "cache"))
+    if of_tokens != {"input_ids", "attention_mask"} or cached:
         return []
     if not mask_BT[:, 0].all():  # padded on the left
         return []
