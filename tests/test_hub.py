@@ -503,6 +503,7 @@ def test_every_setting_that_is_no_default(run):
     from rlhf_recipes.publish import card, contents
 
     source = contents.find("dpo", None)
+    source.config["trainer"]["save_strategy"] = "steps"  # as in conf/
     table = card._settings(source.config)
     assert "| `trainer.learning_rate` | `0.01` |" in table and "| `trainer.max_steps` | `2` |" in table
     for default in ("trainer.beta", "lora.lora_dropout", "data.reduce", "data.columns", "trainer.save_strategy"):
