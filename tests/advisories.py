@@ -42,7 +42,8 @@ def skipped(report: dict) -> list[str]:
 def ask() -> tuple[dict | None, str]:
     """pip-audit's report, or None and why there is none."""
     if not TOOL.is_dir():
-        done = _run("-m", "pip", "install", "--quiet", "--retries", "0", "--target", str(TOOL), "pip-audit")
+        plainly = ("--quiet", "--no-compile", "--retries", "0")
+        done = _run("-m", "pip", "install", *plainly, "--target", str(TOOL), "pip-audit")
         if done is None or done.returncode:
             return None, "pip-audit cannot be installed from here"
     start = f"import sys; sys.path.insert(0, {str(TOOL)!r}); from pip_audit._cli import audit; audit()"
@@ -68,6 +69,9 @@ def main() -> int:
         print(f"advisories: not looked at, {why}.")
         return 0
     lines, unknown = found(report), skipped(report)
+    if len(unknown) == len(report["dependencies"]):  # a mirror, which has the packages alone
+        print(f"advisories: not looked at, the index tells of none of {len(unknown)} packages.")
+        return 0
     print(*lines, sep="\n", end="\n" if lines else "")
     accepted = f"; {len(ACCEPTED)} accepted, see tests/advisories.py" if ACCEPTED else ""
     silent = f"; nothing is known of {', '.join(unknown)}" if unknown else ""

@@ -349,3 +349,6 @@ def test_without_an_index_that_knows_nothing_fails(monkeypatch, capsys, tmp_path
         assert capsys.readouterr().out == "advisories: not looked at, pip-audit cannot be installed from here.\n"
     (tmp_path / "none").mkdir()
     assert advisories.main() == 0 and "does not answer (ConnectionError: no)" in capsys.readouterr().out
+    done.stdout = json.dumps({"dependencies": [{"name": "a", "skip_reason": "not found"}]})
+    assert advisories.main() == 0
+    assert capsys.readouterr().out == "advisories: not looked at, the index tells of none of 1 packages.\n"
