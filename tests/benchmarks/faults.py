@@ -52,7 +52,7 @@ RECIPES = {
             "revise.max_new_tokens=8", "filters.min_words=1", "filters.max_length_ratio=9", "shard_size=3",
             "judging.principles_per_pair=1"),
 }  # fmt: skip
-TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "tokens_per_second")
+TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "tokens_per_second", "step_time")
 FOUND = ("main", "before", "metrics", "steps", "adapter_sha256", "funnel", "gate")  # of result.json
 
 
