@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import LIMIT, snapshot, wait_for, write_adapter, write_checkpoint, write_pairs
+from conftest import weights as other_weights
 
 from rlhf_recipes import places, ranks, references, run_folder
 from rlhf_recipes.config import flatten
@@ -359,9 +360,12 @@ def test_rows_that_changed_are_refused_by_name(started):
     assert "inputs_sha256" not in run_folder.read_config(run.dir)
     del run
     before = rows.read_text()
-    for changed, named in ((rows, "data.path=mine.jsonl"), (weights, "model.adapter=parent")):
+    for changed, named, other in (
+        (rows, "data.path=mine.jsonl", rows.read_bytes() + b" "),
+        (weights, "model.adapter=parent", other_weights("others")),
+    ):
         kept = changed.read_bytes()
-        changed.write_bytes(kept + b" ")
+        changed.write_bytes(other)
         with pytest.raises(ValueError, match=f"^{named}: has changed since outputs/dpo/main began, which was inter"):
             started(*given)
         run = started(*given, "overwrite=true")

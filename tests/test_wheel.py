@@ -36,8 +36,8 @@ def test_the_source_has_nothing_else(built):
     with tarfile.open(source) as archive:
         names = [name.partition("/")[2] for name in archive.getnames()]
     assert {name.partition("/")[0] for name in names} - {""} == {
-        "CHANGELOG.md", "CITATION.cff", "LICENSE", "MANIFEST.in", "PKG-INFO", "README.md", "conf", "constraints.txt",
-        "pyproject.toml", "recipes", "rlhf_recipes", "rlhf_recipes.egg-info", "setup.cfg",
+        "CHANGELOG.md", "CITATION.cff", "LICENSE", "MANIFEST.in", "PKG-INFO", "README.md", "SECURITY.md", "conf",
+        "constraints.txt", "pyproject.toml", "recipes", "rlhf_recipes", "rlhf_recipes.egg-info", "setup.cfg",
     }  # fmt: skip
     assert not [name for name in names if name.endswith((".pyc", ".whl")) or "__pycache__" in name]
 
