@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import LIMIT, TINY_ID, snapshot, wait_for, write_adapter, write_checkpoint, write_pairs
+from conftest import LIMIT, TINY_ID, snapshot, wait_for, weights, write_adapter, write_checkpoint, write_pairs
 
 # Read by every Python that has it on its path: which modules were loaded, on the way out.
 WITNESS = """
@@ -215,6 +215,7 @@ def test_adapters(refuse, tmp_path):
 
 def test_an_adapter_that_is_cut_off(refuse, tiny_model_overrides, tmp_path):
     write_adapter(tmp_path / "cut")
+    (tmp_path / "cut" / "adapter" / "adapter_model.safetensors").write_bytes(weights()[:-1])
     line = refuse("dpo", *tiny_model_overrides, "model.adapter=cut", cwd=tmp_path, torch=True)
     assert line.startswith("cut/adapter/adapter_model.safetensors: is cut off or damaged. Copy it again")
 
