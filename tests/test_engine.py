@@ -46,7 +46,7 @@ def rows():
 
 def test_cai_generates_and_judges_by_it(url, rows, run_recipe, tmp_path):
     tests = [row for row in rows if row["split"] == "test"]
-    for name, some in {"prompts": rows[:1], "test": tests[:1], "gold": tests[1:3]}.items():
+    for name, some in {"prompts": rows[:1], "test": tests[:1], "gold": [rows[1], tests[1]]}.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
     done = run_recipe(
         "cai", *node("generator", url), *node("judge", url), "data=local", "data.path=prompts.jsonl",
