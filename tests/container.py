@@ -1,6 +1,6 @@
 """The steps of the Dockerfile in a clean root folder, where no container engine is at hand.
 
-    python tests/container.py /tmp/root --build-arg TORCH_INDEX= --command "make test"
+    python tests/container.py <root> --build-arg TORCH_INDEX= --command "make test"
 
 debootstrap makes the root, a Debian with nothing else in it, in place of the image in FROM; the rest is carried out as
 the Dockerfile says it, by its users, in a chroot, which root alone may do. What is done is not done again: the file

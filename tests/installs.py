@@ -1,6 +1,6 @@
 """Whether what `make dist` has built installs where there is nothing, and each extra by itself.
 
-    python tests/installs.py dist --environment /tmp/empty --constraint constraints.txt
+    python tests/installs.py dist --environment <folder> --constraint constraints.txt
 
 The wheel goes into an environment of its own, which --environment keeps for the next time; there, without git, each of
 its commands shows its help in an empty folder, and one refuses. Then pip says what each extra would install beside it.

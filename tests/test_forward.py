@@ -80,9 +80,12 @@ def test_states_and_gradients_are_those_of_two_rows(tmp_path, monkeypatch, name,
         folder, dtype=torch.float32, attn_implementation=attention, **settings
     )
     logits, gradients = one_pass(model)
-    prefixes = SharedPrefixes(model.base_model)
+    prefixes, rows = SharedPrefixes(model.base_model), []
+    model.base_model.register_forward_pre_hook(
+        lambda _, args, given: rows.append(len(given["input_ids"])), with_kwargs=True
+    )
     packed_logits, packed_gradients = one_pass(model)
-    assert prefixes.batches == {"packed": 1, "whole": 0}
+    assert prefixes.batches == {"packed": 1, "whole": 0} and rows == [2]
     torch.testing.assert_close(packed_logits, logits, atol=1e-5, rtol=1e-4)
     assert (packed_gradients - gradients).norm() < 1e-5 * gradients.norm()
 
