@@ -11,6 +11,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import quick
@@ -1047,3 +1048,35 @@ def test_an_audit_samples_at_an_engine_as_in_this_process(
         for answer, other in zip(here, there, strict=True):
             assert near(other, answer)
     assert any(answer["k1"] for answer in found[1][1])
+
+
+@pytest.mark.parametrize(
+    ("how", "sources", "says"),
+    [
+        ({"prompt_logprobs": False}, {"gold": "a.b", "checkpoints": ["run"]}, "checkpoints: tiny at .* so no KL"),
+        ({"max_model_len": 64}, {"gold": "a.b"}, "reads 64 tokens, and the longest text with its answer has"),
+        ({"max_model_len": 64}, {"deployment": [{"prompt": asked("When?")}]}, "reads 64 tokens, and the longest text"),
+        ({"prompt_logprobs": False}, {"gold": "a.b"}, None),
+        ({"max_model_len": 64}, {}, None),
+    ],
+)
+def test_an_audit_looks_at_its_engine_before_anything_is_scored(
+    compose, pairs, tiny_model_overrides, engine, monkeypatch, how, sources, says
+):
+    from rlhf_recipes.audit import run_audit
+
+    class Begun(Exception):
+        pass
+
+    def begin(*_):
+        raise Begun
+
+    monkeypatch.setattr(run_audit, "Ensemble", begin)
+    served, kept = engine(**how), {"gold": None, "checkpoints": [], "deployment": None, **sources}
+    cfg = compose("audit", *tiny_model_overrides, "reward_model=x", "max_new_tokens=128", *at(served))
+    found = SimpleNamespace(reward_models=[], **kept)
+    with pytest.raises(Refusal if says else Begun, match=says):
+        run_audit.take(cfg, found, pairs, None, SimpleNamespace(dir=Path(".")))
+    # Without answers to ask for, no endpoint is asked.
+    assert bool(served.asked) == bool(sources)
+    assert sum(count for (path, _), count in served.asked.items() if path == "/v1/completions") <= 1

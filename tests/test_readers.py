@@ -124,6 +124,15 @@ def test_every_shape_of_json_is_read(shape, ending, tmp_path):
     assert [row for _, row in readers.read_file(str(path))] == ROWS
 
 
+def test_conversations_in_several_groups_of_rows_are_read(tmp_path, monkeypatch):
+    """As `datasets` and `recipes/cai.py` write them; a group ends in the midst of what is unpacked at a time."""
+    monkeypatch.setattr(readers, "BATCH", 3)
+    rows = [{"prompt": [{"role": "user", "content": f"question {n % 2}"}] * (n % 3), "n": n} for n in range(10)]
+    path = tmp_path / "p.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=4)
+    assert [row for _, row in readers.read_file(str(path))] == rows
+
+
 FILES = {
     "semicolon.csv": table(delimiter=";"),
     "tab.csv": table(delimiter="\t"),

@@ -317,15 +317,45 @@ def _parquet_rows(path: str, file: Path, kind: str) -> Iterator[Located]:
     try:
         table = pyarrow.parquet.ParquetFile(file)
         _refuse_huge_rows(path, table.metadata)
-        columns = [table.metadata.schema.column(i) for i in range(table.metadata.num_columns)]
-        # A text that a thousand rows repeat lies in the file once, and so it is left until they are looked at.
-        repeated = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
-        table = pyarrow.parquet.ParquetFile(file, metadata=table.metadata, read_dictionary=repeated)
-        yield from _batches(path, table.iter_batches(BATCH))
+        yield from _batches(path, _parquet_batches(table, file))
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         if getattr(error, "strerror", None):
             raise
         raise Refusal(f"{path}: not a readable parquet file ({reason(error)}). Write it again.") from error
+
+
+def _parquet_batches(table, file: Path) -> Iterator[Any]:
+    """What a parquet file holds, of a group of rows at a time, in batches whose columns unpack to no more than about
+    `LINE_LIMIT` each.
+
+    A text that a thousand rows repeat lies in the file once, in its group's dictionary of the column, whose longest
+    entry says how many rows that may be. Other texts lie there as often as they are unpacked.
+    """
+    import pyarrow.parquet
+
+    columns = [table.metadata.schema.column(i) for i in range(table.metadata.num_columns)]
+    texts = [i for i, column in enumerate(columns) if column.physical_type == "BYTE_ARRAY"]
+    named = [columns[i].path for i in texts]
+    encoded = pyarrow.parquet.ParquetFile(file, metadata=table.metadata, read_dictionary=named)
+    for number in range(table.num_row_groups):
+        group, rows = table.metadata.row_group(number), BATCH
+        for i, name in zip(texts, named, strict=True):
+            chunk = group.column(i)
+            values = -(-chunk.num_values // max(group.num_rows, 1))  # of a row, in the mean
+            if rows * values * chunk.total_uncompressed_size > LINE_LIMIT:
+                found = (max(map(_longest, batch.columns)) for batch in
+                         encoded.iter_batches(BATCH, row_groups=[number], columns=[name]))  # fmt: skip
+                rows = min(rows, max(LINE_LIMIT // (values * next(filter(None, found), 1)), 1))
+        yield from table.iter_batches(rows, row_groups=[number])
+
+
+def _longest(array) -> int:
+    """Bytes of the longest text in the dictionaries of an array."""
+    import pyarrow
+    import pyarrow.compute
+
+    found = [leaf.dictionary for leaf in _leaves(array) if isinstance(leaf, pyarrow.DictionaryArray)]
+    return max((pyarrow.compute.max(pyarrow.compute.binary_length(each)).as_py() or 0 for each in found), default=0)
 
 
 def _arrow_rows(path: str, file: Path, kind: str) -> Iterator[Located]:
@@ -393,17 +423,24 @@ def _bytes(array) -> int:
     import pyarrow
     import pyarrow.compute
 
-    if isinstance(array, pyarrow.DictionaryArray):
-        kind = array.type.value_type
-        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_binary(kind) or pyarrow.types.is_large_string(kind)):
-            return 0
-        sizes = pyarrow.compute.binary_length(array.dictionary)
-        return pyarrow.compute.sum(sizes.take(array.indices)).as_py() or 0
-    if isinstance(array, pyarrow.ListArray | pyarrow.LargeListArray):
-        return _bytes(array.flatten())
-    if isinstance(array, pyarrow.StructArray):
-        return sum(map(_bytes, array.flatten()))
-    return array.nbytes
+    size, texts = 0, (pyarrow.string(), pyarrow.large_string(), pyarrow.binary(), pyarrow.large_binary())
+    for leaf in _leaves(array):
+        if not isinstance(leaf, pyarrow.DictionaryArray):
+            size += leaf.nbytes
+        elif leaf.type.value_type in texts:
+            sizes = pyarrow.compute.binary_length(leaf.dictionary)
+            size += pyarrow.compute.sum(sizes.take(leaf.indices)).as_py() or 0
+    return size
+
+
+def _leaves(array) -> Iterator[Any]:
+    """The arrays of texts and numbers in one of lists and structures."""
+    inner = array.flatten() if hasattr(array, "flatten") else None
+    if inner is None:
+        yield array
+    else:
+        for each in inner if isinstance(inner, list) else [inner]:
+            yield from _leaves(each)
 
 
 def _unpacked_rows(path: str, number: int, batch) -> list[dict[str, Any]]:
