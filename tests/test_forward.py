@@ -8,8 +8,8 @@ import torch
 from families import FAMILIES, family
 
 from rlhf_recipes.packing import PADDING, pack
-from rlhf_recipes.preference import shared_prefix
-from rlhf_recipes.preference.shared_prefix import SharedPrefixes
+from rlhf_recipes.preference import packed_batches
+from rlhf_recipes.preference.packed_batches import PackedBatches
 
 WORDS = ("call", "the", "clinic", "pain", "today", "no", "Friday", "why")
 WINDOWED = ("mistral", "phi3")  # whose window is that of all layers
@@ -67,12 +67,20 @@ def batch(P=5, T=150):
     return {"input_ids": ids_BT, "attention_mask": mask_BT, "labels": ids_BT.masked_fill(mask_BT == 0, -100)}
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("attention", "rows_of"),
+    [
+        ("sdpa", {2: [[0, 3], [1, 2, 4]]}),  # pairs
+        ("eager", {2: [[0, 3], [1, 2, 4]]}),
+        ("sdpa", {1: [[0, 2, 6], [3, 4, 7], [1, 5, 8, 9]]}),  # answers
+    ],
+)
 @pytest.mark.parametrize("name", [*FAMILIES, *(f"{name} windowed" for name in WINDOWED)])
-def test_states_and_gradients_are_those_of_two_rows(tmp_path, monkeypatch, name, attention):
+def test_states_and_gradients_are_those_of_two_rows(tmp_path, monkeypatch, name, attention, rows_of):
     from transformers import AutoModelForCausalLM
 
-    monkeypatch.setattr(shared_prefix, "find_rows", lambda lengths, hidden_size: [[0, 3], [1, 2, 4]])
+    [(together, wanted)] = rows_of.items()
+    monkeypatch.setattr(packed_batches, "find_rows", lambda lengths, hidden_size: wanted)
 
     folder = family(name.partition(" ")[0], tmp_path / "model")
     settings = {"sliding_window": 40} if "windowed" in name else {}
@@ -80,12 +88,12 @@ def test_states_and_gradients_are_those_of_two_rows(tmp_path, monkeypatch, name,
         folder, dtype=torch.float32, attn_implementation=attention, **settings
     )
     logits, gradients = one_pass(model)
-    prefixes, rows = SharedPrefixes(model.base_model), []
+    prefixes, rows = PackedBatches(model.base_model, together), []
     model.base_model.register_forward_pre_hook(
         lambda _, args, given: rows.append(len(given["input_ids"])), with_kwargs=True
     )
     packed_logits, packed_gradients = one_pass(model)
-    assert prefixes.batches == {"packed": 1, "whole": 0} and rows == [2]
+    assert prefixes.batches == {"packed": 1, "whole": 0} and rows == [len(wanted)]
     torch.testing.assert_close(packed_logits, logits, atol=1e-5, rtol=1e-4)
     assert (packed_gradients - gradients).norm() < 1e-5 * gradients.norm()
 
@@ -112,7 +120,7 @@ def test_experts_are_balanced_over_the_tokens_of_both_rows():
     model.config.output_router_logits = True
     logits, gradients = one_pass(model)
     balance = model(**batch(), output_router_logits=True).aux_loss
-    prefixes = SharedPrefixes(model.base_model)
+    prefixes = PackedBatches(model.base_model)
     packed_logits, packed_gradients = one_pass(model)
     assert prefixes.batches == {"packed": 1, "whole": 0}
     torch.testing.assert_close(packed_logits, logits, atol=1e-5, rtol=1e-4)
@@ -127,7 +135,7 @@ def test_what_is_no_attention_is_found_by_running_it(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(family("smollm2", tmp_path / "model"), dtype=torch.float32)
     model.model.layers[0].register_forward_hook(lambda module, args, states_BTH: states_BTH + states_BTH.roll(1, 1))
     logits, _ = one_pass(model)
-    prefixes = SharedPrefixes(model.base_model)
+    prefixes = PackedBatches(model.base_model)
     assert torch.equal(one_pass(model)[0], logits)
     assert prefixes.batches == {"packed": 0, "whole": 1}
     assert prefixes.refused.startswith("its hidden states are others when packed (by ")
@@ -149,7 +157,7 @@ def test_what_cannot_be_packed_goes_through_whole(settings, reason):
     backbone = LlamaModel(config)
     for key, value in settings.items():
         setattr(config, "_attn_implementation_internal" if key.startswith("attn") else key, value)
-    assert SharedPrefixes(backbone).refused == reason
+    assert PackedBatches(backbone).refused == reason
 
 
 def conversations():

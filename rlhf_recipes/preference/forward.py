@@ -1,7 +1,7 @@
 """The forward pass of TRL's trainers of answers, without what nobody reads.
 
-TRL's fused head scores, off a GPU, every position of a batch; a loss reads the answers'. Its trainers of pairs compute
-the common start of the two answers twice; `shared_prefix` computes it once.
+TRL's fused head scores, off a GPU, every position of a batch; a loss reads the answers'. Its batches are padded, and
+its trainers of pairs compute the common start of the two answers twice; `packed_batches` does neither.
 
 Shapes: B sequences, T tokens, N labels that count.
 """
@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from trl.trainer import utils
 
 from rlhf_recipes import packing
-from rlhf_recipes.preference.shared_prefix import SharedPrefixes
+from rlhf_recipes.preference.packed_batches import PackedBatches
 
 TILE = 8192  # words of the vocabulary
 PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
@@ -62,7 +62,7 @@ def _states_alone(causal: nn.Module, scored_BT: Tensor):
 
 
 def speed_up(trainer, wanted: bool) -> None:
-    """Let a trainer score the answers alone and, where its rows are pairs, compute what they share once.
+    """Let a trainer score the answers alone, and compute no padding where that costs more, nor twice what pairs share.
 
     Args:
         trainer: of TRL, with a LoRA.
@@ -77,7 +77,9 @@ def speed_up(trainer, wanted: bool) -> None:
     if not hasattr(model, "score"):  # a reward model has no words to score
         score_answers_alone(model)
     if "chosen_ids" in trainer.train_dataset.column_names:
-        trainer.add_callback(_Say(SharedPrefixes(model.base_model)))
+        trainer.add_callback(_Say(PackedBatches(model.base_model)))
+    else:
+        PackedBatches(model.base_model, together=1)
 
 
 def _give_lengths(trainer) -> None:
@@ -103,11 +105,11 @@ def _give_lengths(trainer) -> None:
 class _Say(TrainerCallback):
     """Which batches went through whole, when the training ends."""
 
-    def __init__(self, prefixes: SharedPrefixes):
-        self.prefixes = prefixes
+    def __init__(self, packed: PackedBatches):
+        self.packed = packed
 
     def on_train_end(self, args, state, control, **_):
-        packed, whole = self.prefixes.batches["packed"], self.prefixes.batches["whole"]
+        packed, whole = self.packed.batches["packed"], self.packed.batches["whole"]
         if whole:
-            reason = self.prefixes.refused or "the answers of their pairs share too little, or nothing"
+            reason = self.packed.refused or "the answers of their pairs share too little, or nothing"
             print(f"fast_forward: {whole:,} of {packed + whole:,} batches went through whole: {reason}.", flush=True)

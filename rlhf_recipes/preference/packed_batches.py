@@ -1,11 +1,11 @@
-"""What the two answers of a pair have in common goes through the model once.
+"""Batches of TRL's trainers of answers go through the model without most of their padding.
 
-A batch of TRL's preference trainers is [chosen; rejected], padded on the right. Rows i and i + B / 2 of it are packed
-into one, with other pairs where that costs less than padding; the states are put back where the rows of the batch had
-them, and the backward of that adds the gradients of both. Collator, head, loss, metrics and reference are the
+Sequences lie in one row where that costs less than padding each, and what the two answers of a pair have in common is
+there once: rows i and i + B / 2 of a batch of pairs, [chosen; rejected]. The states are put back where the rows of the
+batch had them, and the backward of that adds the gradients of both. Collator, head, loss, metrics and reference are the
 trainer's.
 
-Shapes: B sequences of T tokens.
+Shapes: B sequences of T tokens, padded on the right.
 """
 
 from inspect import Parameter, signature
@@ -17,17 +17,20 @@ from rlhf_recipes import packing
 from rlhf_recipes.packing import Packed, count_shared, find_rows, pack
 
 
-class SharedPrefixes:
-    """Hooks on a backbone under which it packs batches of pairs.
+class PackedBatches:
+    """Hooks on a backbone under which it packs batches.
 
-    A batch that it cannot pack, or whose rows share too little, goes through whole.
+    A batch that it cannot pack, or that would be no smaller, goes through whole.
+
+    Args:
+        together: rows of a batch that begin alike: 2, pairs; 1, answers each by itself.
 
     Attributes:
         batches: of training, how many were `packed`, and how many went through `whole`.
     """
 
-    def __init__(self, backbone: nn.Module):
-        self.packing = packing.allow(backbone)
+    def __init__(self, backbone: nn.Module, together: int = 2):
+        self.packing, self._together = packing.allow(backbone), together
         self.batches = {"packed": 0, "whole": 0}
         dropouts = (module for module in backbone.modules() if isinstance(module, nn.Dropout) and module.p)
         self._drops = bool(next(dropouts, None) or getattr(self.packing.config, "attention_dropout", 0))
@@ -38,17 +41,18 @@ class SharedPrefixes:
     @property
     def refused(self) -> str:
         """Why none is packed, or ""."""
-        return self.packing.refused or ("dropout would fall on both answers alike" if self._drops else "")
+        drops = "dropout would fall on both answers alike" if self._drops and self._together > 1 else ""
+        return self.packing.refused or drops
 
     def _before(self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any]):
         given = _named(backbone, args, kwargs)
-        pairs = [] if self.refused else _pairs(given)
-        if pairs and not self.packing.proven:  # by every process, whose layers may lie with the others
-            longest = max(pairs, key=lambda pair: sum(map(len, pair)))
+        alike = [] if self.refused else _alike(given, self._together)
+        if alike and not self.packing.proven:  # by every process, whose layers may lie with the others
+            longest = max(alike, key=lambda each: sum(map(len, each)))
             # without the hooks of the module itself
             self.packing.prove(lambda **own: backbone.forward(**own).last_hidden_state, longest, backbone)
         width = self.packing.config.hidden_size
-        packed = _pack(pairs, given["input_ids"], width) if pairs and not self.refused else None
+        packed = _pack(alike, given["input_ids"], width) if alike and not self.refused else None
         self._packed.append(packed)
         if backbone.training:
             self.batches["packed" if packed else "whole"] += 1
@@ -64,29 +68,31 @@ class SharedPrefixes:
         return output
 
 
-def _pairs(given: dict[str, Any]) -> list[list[list[int]]]:
-    """The ids of both rows of each pair of a batch; none of a batch of another kind."""
+def _alike(given: dict[str, Any], together: int) -> list[list[list[int]]]:
+    """The ids of the rows of each pair of a batch, or of each row; none of a batch of another kind."""
     ids_BT, mask_BT = given.get("input_ids"), given.get("attention_mask")
-    if ids_BT is None or not isinstance(mask_BT, Tensor) or mask_BT.shape != ids_BT.shape or len(ids_BT) % 2:
+    if ids_BT is None or not isinstance(mask_BT, Tensor) or mask_BT.shape != ids_BT.shape or len(ids_BT) % together:
         return []
     tensors = {key: value for key, value in given.items() if isinstance(value, Tensor)}
     of_tokens = {key for key, value in tensors.items() if value.shape[:2] == ids_BT.shape}
     cached = any(given.get(name) is not None for name in ("past_key_values", "cache"))
-    if of_tokens != {"input_ids", "attention_mask"} or cached:
+    if of_tokens != {"input_ids", "attention_mask"} or cached or len(ids_BT) < 2:
         return []
     if not mask_BT[:, 0].all():  # padded on the left
         return []
     rows = [ids[:n] for ids, n in zip(ids_BT.tolist(), mask_BT.sum(1).tolist(), strict=True)]
-    return [list(pair) for pair in zip(rows[: len(rows) // 2], rows[len(rows) // 2 :], strict=True)]
+    count = len(rows) // together
+    return [rows[i::count] for i in range(count)]
 
 
-def _pack(pairs: list[list[list[int]]], ids_BT: Tensor, hidden_size: int) -> Packed | None:
-    """The pairs, their sequences in the order of the batch; None where nothing would be saved."""
-    rows = find_rows([sum(map(len, pair)) - count_shared(pair) for pair in pairs], hidden_size)
-    packed = pack(pairs, ids_BT.device, ids_BT.shape[1], rows)
+def _pack(alike: list[list[list[int]]], ids_BT: Tensor, hidden_size: int) -> Packed | None:
+    """Their sequences in the order of the batch; None where nothing would be saved."""
+    shared = [count_shared(each) for each in alike]
+    lengths = [same + sum(len(ids) - same for ids in each) for same, each in zip(shared, alike, strict=True)]
+    packed = pack(alike, ids_BT.device, ids_BT.shape[1], find_rows(lengths, hidden_size))
     if packed.ids_PL.numel() >= ids_BT.numel():
         return None
-    packed.index_BT = packed.index_BT.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1)
+    packed.index_BT = packed.index_BT.unflatten(0, (len(alike), -1)).transpose(0, 1).flatten(0, 1)
     return packed
 
 
