@@ -416,7 +416,7 @@ def stop_ids(generation_config, tokenizer) -> list[int]:
     """Every token that ends an answer: those that the model declares, and the tokenizer's.
 
     Args:
-        generation_config: the model's, or without its weights what `models.load_generation_config` gives.
+        generation_config: the model's, or without its weights what `model_files.load_generation_config` gives.
     """
     configured = generation_config.eos_token_id
     stops = configured if isinstance(configured, list) else [configured]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlhf_recipes import inference, memory, models
+from rlhf_recipes import inference, memory, model_files, models
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.launch.preflight import predict_memory
 from rlhf_recipes.run import Run
@@ -72,12 +72,12 @@ def test_a_process_loads_onto_its_own_gpu(gpu, compose, monkeypatch, launcher, d
         monkeypatch.setenv(name, value)
     gpu(80)
 
-    def from_hub(model, load, path, device_map=None, **kwargs):
+    def read(model, load, device_map=None, **kwargs):
         if device_map:
             raise Asked(device_map)
         return SimpleNamespace(get_text_config=lambda: None)  # of config.json
 
-    monkeypatch.setattr(models, "_from_hub", from_hub)
+    monkeypatch.setattr(model_files, "read", read)
     with pytest.raises(Asked) as asked:
         models._load_base(compose("dpo", "model.path=here").model, {}, SimpleNamespace(from_pretrained=None))
     assert asked.value.args == ({"": device},)

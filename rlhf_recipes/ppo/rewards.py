@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rlhf_recipes import inference, models, packing, places
+from rlhf_recipes import inference, model_files, models, packing, places
 from rlhf_recipes.data.template import as_taken, render
 from rlhf_recipes.data.tokens import neutralise
 from rlhf_recipes.errors import Refusal, first_line, users_function
@@ -240,8 +240,8 @@ def _load_classifier(path: str, args):
         raise Refusal(f"reward_funcs={path}: no such folder, and no id of the Hub. Check it.")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        models.refuse_sizes(config.to_dict(), "reward_funcs", path)
-        models.refuse_kernels(config, "reward_funcs", path)
+        model_files.refuse_sizes(config.to_dict(), "reward_funcs", path)
+        model_files.refuse_kernels(config, "reward_funcs", path)
         return AutoModelForSequenceClassification.from_pretrained(
             path, num_labels=1, **{"trust_remote_code": False, **(args.model_init_kwargs or {})}
         ).to(args.device)

@@ -14,7 +14,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from rlhf_recipes import inference, methods, models, stats
+from rlhf_recipes import inference, methods, model_files, stats
 from rlhf_recipes.data.account import told
 from rlhf_recipes.data.formats import clusters
 from rlhf_recipes.data.load import Splits, shorter_wins
@@ -97,7 +97,7 @@ def example(recipe: str, args, splits: Splits, tokenizer, model: DictConfig, tar
     Returns:
         `text`; `eos`, the tokens that end a reply; `ends`, an estimate over the first rows (None for prompts alone).
     """
-    stops = inference.stop_ids(models.load_generation_config(model), tokenizer)
+    stops = inference.stop_ids(model_files.load_generation_config(model), tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(recipe, args, splits, tokenizer, folder, target)
         batch = next(iter(trainer.get_train_dataloader()))
