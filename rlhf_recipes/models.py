@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from rlhf_recipes import config, memory, model_files, modules, ranks, sharding
 from rlhf_recipes.data import template
 from rlhf_recipes.errors import Refusal
-from rlhf_recipes.references import ModelRef, adapter_in, folder_of, refuse_damaged, trained_with
+from rlhf_recipes.references import ModelRef, adapter_in, folder_of, trained_with
 from rlhf_recipes.run import Run
 
 if TYPE_CHECKING:
@@ -98,11 +98,8 @@ def check_named_bases(model: DictConfig, adapters: Iterable[str | Path]) -> dict
         For result.json: `named_bases`, by the folder of each adapter; nothing where none names another.
 
     Raises:
-        Refusal: see `modules.compare`; or the weights of one are not whole.
+        Refusal: see `modules.compare`.
     """
-    adapters = list(adapters)
-    for adapter in adapters:
-        refuse_damaged(adapter)
     named = modules.other_bases(model, adapters) if model.get("adapter_base") == "same" else {}
     if not named:
         return {}
@@ -130,9 +127,6 @@ def check_templates(model: DictConfig, adapters: Iterable[str | Path], reward: b
 def check_rewards(model: DictConfig, rewards: Sequence[ModelRef]) -> None:
     """`check_named_bases` of adapters; `check_templates` of those that read what the policy says with its tokenizer,
     adapters on its base."""
-    for each in rewards:
-        if each.adapter:
-            refuse_damaged(each.adapter)
     check_named_bases(model, [each.adapter for each in rewards if each.named_base])
     check_templates(model, [each.adapter for each in rewards if each.base == model.id], reward=True)
 

@@ -474,18 +474,6 @@ def adapter_sha256(adapter: Path) -> str | None:
     return hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None
 
 
-def refuse_damaged(adapter: str | Path) -> None:
-    """Refuse weights that were not written, or not copied, to their end; a library would say it of its own terms, when
-    the base is loaded.
-
-    Raises:
-        Refusal: names the file.
-    """
-    weights = Path(adapter) / WEIGHTS
-    if weights.is_file() and not run_folder.is_whole(weights):
-        raise Refusal(f"{weights}: is cut off or damaged. Copy it again, or train it again.")
-
-
 def _flaw(reference: str) -> str | None:
     """Why a string names no adapter that may be loaded, and what to do; None where it does."""
     adapter = adapter_in(reference)
