@@ -21,7 +21,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import compiling, memory, places, ranks, run_folder
+from rlhf_recipes import compiling, locks, memory, places, ranks, run_folder
 from rlhf_recipes.config import flatten, in_sweep, trainer_recipes
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.references import ADAPTER_CONFIG, WEIGHTS, ModelRef, adapter_in, adapter_sha256, find, rewarding
@@ -80,7 +80,7 @@ class Run:
     parent: ModelRef | None = None
     shared: Path | None = None
     inputs: dict[str, str] = field(default_factory=dict)
-    lock: run_folder.Lock | None = None
+    lock: locks.Lock | None = None
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -157,7 +157,7 @@ class Run:
             Refusal: it holds foreign files, or another process writes it.
         """
         run_folder.refuse_foreign(self.dir, only)
-        self.lock = run_folder.Lock(self.dir)
+        self.lock = locks.Lock(self.dir)
 
     def create(self) -> None:
         """Make the folder this run's: what it does not continue is set aside, and config.yaml is written.

@@ -1,4 +1,4 @@
-"""Whose a run's folder is: who writes it at the moment, what of it may be replaced, and what is only set aside.
+"""Whose a run's folder is: what of it may be replaced, and what is only set aside.
 
 A folder is a run's if its config.yaml begins with `rlhf_recipes: <recipe>`, a key that nobody else writes. Of such a
 folder only what a run writes is ever removed, by name; whatever else lies there is refused. A run that is replaced is
@@ -6,18 +6,13 @@ first renamed to `.replaced/<run>` beside it, and goes when the other one has it
 damaged is refused by the name of the file.
 """
 
-import atexit
-import errno
 import fnmatch
 import json
 import os
 import re
 import shutil
-import socket
 import sys
-import weakref
 import zipfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,68 +61,6 @@ PLACES = (
 )  # fmt: skip
 # Of YAML: what may be an alias, which stands for what was written elsewhere, and entries that a file may come to.
 ALIAS, MOST_ENTRIES = re.compile(r"(?m)(?:^|[\s\[{,:-])\*[^\s,\]}]"), 100_000
-# How some network file systems answer.
-NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
-LOCK_SECONDS = 1.0  # a process that was just killed may leave a child that lives on for a moment
-
-
-class Lock:
-    """Says to other processes that this one writes a run's folder, until the object or the process is gone.
-
-    The file `.<name>.lock` beside the folder holds host and process id.
-
-    Attributes:
-        release: ends it.
-
-    Raises:
-        Refusal: another process holds it.
-    """
-
-    def __init__(self, folder: Path):
-        from filelock import FileLock, Timeout
-
-        path = folder.with_name(f".{folder.name}.lock")
-        made = [above for above in path.parents if not above.exists()]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # One for the process: a job of a sweep that is started again does not wait for what it left behind.
-        lock = FileLock(path, timeout=LOCK_SECONDS, thread_local=False, is_singleton=True)
-        try:
-            lock.acquire()
-        except Timeout:
-            holder = " ".join(path.read_text(errors="replace").split()[:4]) or "another process"
-            raise Refusal(
-                f"{folder}: is being written by {holder}. Wait for it or end it, or choose another run_name."
-            ) from None
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            self.release = lambda: None
-            said = f"this file system has no locks ({error.strerror})"
-            print(f"{folder}: {said}. Start no second command that writes it.", flush=True)
-            return
-        self.release = weakref.finalize(self, _release, lock, path, made)
-        atexit.register(self.release)  # before filelock's own, which lets go of locks and leaves their files
-        _locks.add(self)
-        path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
-
-
-_locks: weakref.WeakSet[Lock] = weakref.WeakSet()  # of this process
-
-
-def release_locks() -> None:
-    """Let go of every folder, before libraries end what they began: that may end the process at once, where another
-    one of its run is gone."""
-    for lock in list(_locks):
-        lock.release()
-
-
-def _release(lock, path: Path, made: list[Path]) -> None:
-    if lock.lock_counter == 1:
-        path.unlink(missing_ok=True)  # while it is held: whoever has opened it meanwhile sees that it has no name
-    lock.release()
-    for folder in made:  # of what was refused nothing is left
-        with suppress(OSError):  # not empty
-            folder.rmdir()
 
 
 def write_atomically(path: Path, text: str, by_any: bool = False) -> None:

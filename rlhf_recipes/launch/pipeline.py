@@ -15,7 +15,7 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import config, ranks, run, run_folder, signals
+from rlhf_recipes import config, locks, ranks, run, run_folder, signals
 from rlhf_recipes.commands import as_typed, command
 from rlhf_recipes.data.load import check
 from rlhf_recipes.errors import Refusal, nearest
@@ -61,7 +61,7 @@ class Plan:
 
     dir: Path
     stages: list[Stage]
-    lock: run_folder.Lock
+    lock: locks.Lock
     started: float
     launch: str | None = None
 
@@ -90,7 +90,7 @@ def plan(cfg: DictConfig) -> Plan:
         raise Refusal(f"launch={cfg.launch}: no such file. Give one of Accelerate's, conf/accelerate/ddp.yaml say.")
     here = run.relative(Path(cfg.output_dir))
     run_folder.refuse_foreign(here, only="pipeline")
-    lock = run_folder.Lock(here)
+    lock = locks.Lock(here)
     recipes = {path.stem for path in (config.CONF.parent / "recipes").glob("*.py")} - {"__init__"}
     stages, before = [], _previous_seconds(here)
     for entry in [*(cfg.stages or []), *(rounds.stages(cfg) if cfg.rounds else [])]:

@@ -14,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import config, memory, ranks, run, run_folder
+from rlhf_recipes import config, locks, memory, ranks, run, run_folder
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.evaluation import measurements
 from rlhf_recipes.evaluation.sweeps import ROWS, check, describe, may_be_best, rebuild
@@ -113,7 +113,7 @@ class Summary(Callback):
                     "hydra.launcher.tasks_per_node=2)."
                 )
             run_folder.refuse_foreign(here, only="sweep")
-            self.lock = run_folder.Lock(here)
+            self.lock = locks.Lock(here)
             if "slurm" not in config.hydra.launcher._target_.lower():  # whose jobs run elsewhere
                 cards.take_one(config.hydra.job.config_name)
             if "trainer" in config:
