@@ -24,8 +24,8 @@ class System:
         recipe: the recipe that made it.
         reference: adapter folder of what it started from, None for the base model.
         step: of a checkpoint, else None.
-        rewards: of `references.trained_on`.
-        judges: of `references.labelled_by`.
+        rewards: of `lineage.trained_on`.
+        judges: of `lineage.labelled_by`.
     """
 
     name: str

@@ -24,7 +24,8 @@ from omegaconf import DictConfig, OmegaConf
 from rlhf_recipes import compiling, locks, memory, places, ranks, run_folder
 from rlhf_recipes.config import flatten, in_sweep, trainer_recipes
 from rlhf_recipes.errors import Refusal
-from rlhf_recipes.references import ADAPTER_CONFIG, WEIGHTS, ModelRef, adapter_in, adapter_sha256, find, rewarding
+from rlhf_recipes.lineage import rewarding
+from rlhf_recipes.references import ADAPTER_CONFIG, WEIGHTS, ModelRef, adapter_in, adapter_sha256, find
 from rlhf_recipes.run_folder import read_config, read_json, write_atomically
 
 LIBRARIES = (

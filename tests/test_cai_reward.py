@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import TINY_ID
 
-from rlhf_recipes import references
+from rlhf_recipes import lineage
 from rlhf_recipes.cai import make_pairs, scored
 from rlhf_recipes.cai.judge import Pair
 from rlhf_recipes.errors import Refusal
@@ -148,8 +148,8 @@ def test_a_run_is_labelled_by_its_reward_models(here):
 def test_what_is_trained_on_such_pairs_was_optimised_against_their_judge(here, monkeypatch):
     monkeypatch.chdir(here)
     members = [f"outputs/reward/two/member_{n}" for n in (0, 1)]
-    assert references._labelling({"data": {"path": "outputs/cai/main"}}) == members
-    assert references._labelling({"data": {"path": members[0]}}) == []
+    assert lineage._labelling({"data": {"path": "outputs/cai/main"}}) == members
+    assert lineage._labelling({"data": {"path": members[0]}}) == []
 
 
 def test_killed_and_in_shards_it_comes_to_the_same(here, run_recipe, terse, tmp_path):

@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from rlhf_recipes import ensemble, methods, models, ranks, references
+from rlhf_recipes import ensemble, lineage, methods, models, ranks, references
 from rlhf_recipes import inference as m
 from rlhf_recipes.adapters import BASE, Policies, RewardModels, System
 from rlhf_recipes.cai.backend import Journal
@@ -404,7 +404,7 @@ def _system(found: ModelRef) -> System:
     else:
         name = found.name if found.recipe in (None, found.name) else f"{found.recipe}/{found.name}"
     start = found.start and str(found.start)
-    rewards, judges = references.trained_on(found), references.labelled_by(found)
+    rewards, judges = lineage.trained_on(found), lineage.labelled_by(found)
     return System(name, str(found.adapter), found.recipe, start, found.step, rewards, judges)
 
 
