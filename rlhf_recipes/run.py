@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import compiling, locks, memory, places, ranks, run_folder
 from rlhf_recipes.config import flatten, in_sweep, trainer_recipes
+from rlhf_recipes.config_hash import computed, config_sha256
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.lineage import rewarding
 from rlhf_recipes.references import ADAPTER_CONFIG, WEIGHTS, ModelRef, adapter_in, adapter_sha256, find
@@ -38,13 +38,6 @@ LIBRARIES = (
     "accelerate",
     "huggingface_hub",
 )
-# Where a run lies, whether it may continue, by which forward and in which parts say nothing about what it computes.
-_NOT_COMPUTED = (
-    *("run_name", "resume", "overwrite", "sweep", "preflight", "allow_target"),
-    *("fast_forward", "shards", "annotator", "host", "port"),
-)
-# Of `trainer`, in the same way.
-_NOT_TRAINED = ("report_to", "vllm_server_base_url", "vllm_server_api_key_env", "vllm_server_timeout")
 # What an interrupted cai, audit or label goes on from: the first file or folder of many that it keeps.
 GATE, SCORES, CHOICES, ANSWERS = "gate.jsonl", "scores", "choices.jsonl", "answers.jsonl"
 KEPT = {
@@ -302,62 +295,6 @@ def _end_checkpoints(run: Run) -> None:
         if path.exists():  # where it was trained is no name that another machine knows
             adapter = {**read_json(path), "base_model_name_or_path": run.config["model"]["id"]}
             write_atomically(path, json.dumps(adapter, indent=2, sort_keys=True) + "\n")
-
-
-def config_sha256(config: dict) -> str:
-    """Hash of what a run computes: the config without its place and name."""
-    return hashlib.sha256(json.dumps(computed(config), sort_keys=True, default=str).encode()).hexdigest()
-
-
-# Keys that earlier runs lack, at the values with which these compute the same.
-_ADDED = {
-    "model.adapter_base": None,
-    "judge.adapter_base": None,
-    "model.chat_template_kwargs": {},
-    "generator.chat_template_kwargs": {},
-    "judge.chat_template_kwargs": {},
-    "scored_pairs": None,
-    "judging.votes": False,
-    "judging.asked_again": 0.25,
-    "baseline_answers": None,
-    "generate.pairs": "all",
-    "earlier": [],
-    "first": None,
-    "reference": None,
-    "data.text": "auto",
-    "data.preference": "auto",
-    "data.ignore": [],
-    "benchmark": None,
-    **{
-        f"data.columns.{key}": key
-        for key in ("label", "system", "input", "history", "first", "second", "preference", "margin")
-    },
-}
-
-
-def _without(config: dict, path: list[str], value: Any) -> dict:
-    """The config without the key at a path, where it has this value."""
-    key, *rest = path
-    if key not in config or (rest and not isinstance(config[key], dict)):
-        return config
-    if rest:
-        return {**config, key: _without(config[key], rest, value)}
-    return config if config[key] != value else {each: held for each, held in config.items() if each != key}
-
-
-def computed(config: dict) -> dict:
-    """The config without what says nothing about the result: unless it is strict, the doctor only reads, and a tracker
-    is only told."""
-    watched = () if config.get("doctor") == "strict" else ("doctor",)
-    published = ("publish", "repo_id") if "publish" in config else ()
-    kept = {key: value for key, value in config.items() if key not in (*_NOT_COMPUTED, *watched, *published)}
-    if "trainer" in kept:
-        kept["trainer"] = {key: value for key, value in kept["trainer"].items() if key not in _NOT_TRAINED}
-    for path, value in _ADDED.items():
-        kept = _without(kept, path.split("."), value)
-    if (kept.get("data") or {}).get("format") == "auto":
-        kept["data"] = {**kept["data"], "format": "pairs"}  # the default of runs that lack the keys above
-    return kept
 
 
 def versions() -> dict[str, str]:

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from rlhf_recipes import config
+from rlhf_recipes.config_hash import config_sha256
 from rlhf_recipes.launch import keys as launch_keys
 from rlhf_recipes.methods import METHODS
 from rlhf_recipes.stats import Estimate
@@ -524,12 +525,12 @@ def test_the_doctor_computes_nothing(compose):
     from rlhf_recipes import run
 
     def sha(*overrides):
-        return run.config_sha256(run.resolved(compose("dpo", *overrides)))
+        return config_sha256(run.resolved(compose("dpo", *overrides)))
 
     assert sha() == sha("doctor=none") == sha("doctor=warn") != sha("doctor=strict")
     config = run.resolved(compose("dpo"))
     del config["doctor"]
-    assert run.config_sha256(config) == sha()  # of a run from before there was the key
+    assert config_sha256(config) == sha()  # of a run from before there was the key
 
 
 def test_words_are_checked(compose):

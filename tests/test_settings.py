@@ -15,6 +15,7 @@ from conftest import TINY_ID, skip_without, write_adapter
 from omegaconf import OmegaConf
 
 from rlhf_recipes import config, methods, references
+from rlhf_recipes.config_hash import config_sha256
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.launch import keys, ranges, settings
 from rlhf_recipes.launch.settings import LOSSES, OF_SCORES, READ
@@ -562,8 +563,8 @@ def test_the_key_is_no_part_of_a_run_that_does_not_set_it(compose, refusal):
 
     config = run.resolved(compose("dpo"))
     before = {**config, "model": {key: value for key, value in config["model"].items() if key != "adapter_base"}}
-    assert run.config_sha256(config) == run.config_sha256(before)
-    assert run.config_sha256(run.resolved(compose("dpo", "model.adapter_base=same"))) != run.config_sha256(config)
+    assert config_sha256(config) == config_sha256(before)
+    assert config_sha256(run.resolved(compose("dpo", "model.adapter_base=same"))) != config_sha256(config)
     assert refusal("dpo", "model.adapter_base=other").startswith(
         "model.adapter_base=other: must be same, or left out."
     )

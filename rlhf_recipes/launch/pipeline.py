@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import config, locks, ranks, run, run_folder, signals
 from rlhf_recipes.commands import as_typed, command
+from rlhf_recipes.config_hash import config_sha256
 from rlhf_recipes.data.load import check
 from rlhf_recipes.errors import Refusal, nearest
 from rlhf_recipes.launch import cards, forks, keys, rounds
@@ -99,7 +100,7 @@ def plan(cfg: DictConfig) -> Plan:
         shared += ["overwrite=true"] if cfg.overwrite else []
         overrides = [quoted(text.replace("{dir}", str(here))) for text in [*shared, *entry.get("overrides", [])]]
         own = _compose(entry, overrides)
-        sha256 = run.config_sha256(run.resolved(own))
+        sha256 = config_sha256(run.resolved(own))
         stage = Stage(entry.name, entry.recipe, here / entry.name, overrides, own, sha256)
         result = None if cfg.overwrite else stage.result()
         if result and result["config_sha256"] != stage.config_sha256:

@@ -15,6 +15,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import config, locks, memory, ranks, run, run_folder
+from rlhf_recipes.config_hash import computed, config_sha256
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.evaluation import measurements
 from rlhf_recipes.evaluation.sweeps import ROWS, check, describe, may_be_best, rebuild
@@ -137,7 +138,7 @@ class Summary(Callback):
 def _finished(folder: Path, cfg: DictConfig) -> dict | None:
     """result.json of the job where it is done already with this config; another config is refused by `Run.start`."""
     result = None if cfg.overwrite else run_folder.read_result(folder)
-    same = result and result["config_sha256"] == run.config_sha256(run.resolved(cfg))
+    same = result and result["config_sha256"] == config_sha256(run.resolved(cfg))
     return result if same else None
 
 
@@ -210,7 +211,5 @@ def _look(cfg: DictConfig) -> None:
 
 def _measured_as(fingerprint: dict[str, Any]) -> dict[str, Any]:
     """What of a fingerprint decides what is measured: a key that is added to the configs, or its help, does not."""
-    asked = {
-        key: value for key, value in run.computed(fingerprint["asked"]).items() if key not in ("defaults", "hydra")
-    }
+    asked = {key: value for key, value in computed(fingerprint["asked"]).items() if key not in ("defaults", "hydra")}
     return {**fingerprint, "asked": asked}
