@@ -69,6 +69,22 @@ class LearnedReward:
         return render(self.tokenizer, as_taken(self.tokenizer, row["prompt"]) + row["completion"], return_dict=False)
 
 
+def load_all(references, tokenizers, roles: Roles, tokenizer, args) -> list[Callable]:
+    """What `reward_funcs` names, one or a list of what `load` takes.
+
+    Args:
+        tokenizers: one or a list of `reward_processing_classes`.
+
+    Raises:
+        Refusal: as `load`; none is named, or not as many tokenizers.
+    """
+    references = references if isinstance(references, list) else [references]
+    tokenizers = tokenizers if isinstance(tokenizers, list) else [tokenizers] * len(references)
+    if not references or len(tokenizers) != len(references):
+        raise Refusal("reward_funcs: at least one, and as many reward_processing_classes if these are given.")
+    return [load(each, roles, tokenizer, own, args) for each, own in zip(references, tokenizers, strict=True)]
+
+
 def load(reference, roles: Roles, tokenizer, reward_tokenizer, args) -> Callable:
     """What `reward_funcs` names, as something to call.
 

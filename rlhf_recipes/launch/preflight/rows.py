@@ -18,6 +18,7 @@ from rlhf_recipes import inference, methods, model_files, stats
 from rlhf_recipes.data.account import told
 from rlhf_recipes.data.formats import clusters
 from rlhf_recipes.data.load import Splits, shorter_wins
+from rlhf_recipes.data.template import encode_prompt
 from rlhf_recipes.text_metrics import refuses
 
 # Train rows that are looked at for the end of their replies.
@@ -153,7 +154,7 @@ def _first(batch, trainer) -> tuple[list[int], list[bool]]:
     import torch
 
     if isinstance(batch, list):  # of what samples: rows
-        ids = trainer._prompt_ids(batch[0]["prompt"])
+        ids = encode_prompt(trainer.processing_class, batch[0]["prompt"])
         return ids, [False] * len(ids)
     side = "chosen_" if "chosen_input_ids" in batch else ""
     ids = batch[f"{side}input_ids"][0].tolist()
