@@ -52,15 +52,13 @@ def find(
     return _named_apart(found)
 
 
-def find_scorer(
-    reference: str | list[str] | None, base_model: str, key: str = "reward_model", adapter_base: str | None = None
-) -> list[System]:
-    """The reward models that `key=reference` names: none, one, or the members of an ensemble.
+def find_scorer(reference: str | list[str] | None, base_model: str, adapter_base: str | None = None) -> list[System]:
+    """The reward models that `reward_model` names: none, one, or the members of an ensemble.
 
     Raises:
         Refusal: a run is not there, is no reward model, or was trained on another base.
     """
-    found = references.find_reward_models(reference, key, base_model, adapter_base)
+    found = references.find_reward_models(reference, "reward_model", base_model, adapter_base)
     return _named_apart([_system(each) for each in found])
 
 

@@ -156,7 +156,7 @@ def _measure(folder: Path, sweep: Path, cfg: DictConfig) -> str | None:
     if result["recipe"] == "reward":
         return None
     parent = (result["parent"] or {}).get("run") or BASE
-    found = measure.find([str(folder)], parent, cfg.model.id, adapter_base=cfg.model.adapter_base)
+    found = measure.find([str(folder)], parent, cfg.model.id, cfg.model.adapter_base)
     fingerprint = {"adapter": result["adapter_sha256"], "parent": parent, "asked": OmegaConf.to_container(settings)}
     known = measurements.find(folder)
     if known is None or _measured_as(known.fingerprint) != _measured_as(fingerprint):
@@ -165,7 +165,7 @@ def _measure(folder: Path, sweep: Path, cfg: DictConfig) -> str | None:
         measured = (m for m in others if m and m.fingerprint)  # recipes/evaluate.py writes none
         before = next((m for m in measured if {**_measured_as(m.fingerprint), "adapter": None} == alike), None)
         before = ranks.from_first(before)
-        scorer = measure.find_scorer(settings.reward_model, cfg.model.id, adapter_base=cfg.model.adapter_base)
+        scorer = measure.find_scorer(settings.reward_model, cfg.model.id, cfg.model.adapter_base)
         models.check_templates(cfg.model, [each.adapter for each in scorer], reward=True)
         try:
             pairs = load_pairs(cfg.data)
