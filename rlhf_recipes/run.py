@@ -103,11 +103,12 @@ class Run:
         ranks.join((config.get("trainer") or {}).get("ddp_timeout") or ranks.SECONDS)
         _refuse_other_trainer(config, recipe)
         folder, model = relative(Path(cfg.output_dir)), config["model"]
+        given = model.get("adapter")
         run = cls(
             folder,
             recipe,
             config,
-            parent=_parent(model) if model.get("adapter") else None,
+            parent=find(given, "model.adapter", model["id"], model.get("adapter_base")) if given else None,
             shared=folder.parent / SHARED if in_sweep() else None,
         )
         run.checkpoint = ranks.by_first(run._found, cfg)
@@ -357,10 +358,6 @@ def _threads(cores: int) -> int:
     jobs = launcher.get("n_jobs", 1)  # joblib's; -1: as many as there are cores
     jobs = (cores if jobs < 0 else jobs) * ranks.local_world_size()
     return launcher.get("cpus_per_task") or max(1, cores // jobs)
-
-
-def _parent(model: dict) -> ModelRef:
-    return find(model["adapter"], "model.adapter", model["id"], model.get("adapter_base"))
 
 
 def _other_config(run: Run) -> str | None:
