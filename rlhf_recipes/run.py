@@ -20,7 +20,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import compiling, locks, memory, places, ranks, run_folder
+from rlhf_recipes import compiling, last_checkpoint, locks, memory, places, ranks, run_folder
 from rlhf_recipes.config import flatten, in_sweep, trainer_recipes
 from rlhf_recipes.config_hash import computed, config_sha256
 from rlhf_recipes.errors import Refusal
@@ -130,7 +130,7 @@ class Run:
         # What has begun to replace another run is continued like any other.
         if cfg.resume == "auto" and not finished and (not cfg.overwrite or run_folder.replaced(self.dir).is_dir()):
             kept = [self.dir / name for name in KEPT if (self.dir / name).exists()]
-            found = str(kept[0]) if kept else run_folder.last_checkpoint(self.dir)
+            found = str(kept[0]) if kept else last_checkpoint.find(self.dir)
         if found and (other := _other_config(self) or _other_world(self.dir, found) or _other_inputs(self)):
             if not cfg.overwrite:
                 raise Refusal(other)
@@ -375,7 +375,7 @@ def _other_config(run: Run) -> str | None:
 def _other_world(folder: Path, checkpoint: str) -> str | None:
     """Why a checkpoint of another number of processes is not continued: each has its share of every batch, and its
     own generators; None where it is not one."""
-    saved, given = run_folder.processes_of(Path(checkpoint)), ranks.world_size()
+    saved, given = last_checkpoint.processes_of(Path(checkpoint)), ranks.world_size()
     if saved in (None, given):
         return None
     return (
