@@ -31,7 +31,7 @@ def main(cfg):
     from rlhf_recipes.evaluation import checkpoints, judges, measure, measurements, page, summary, table, tasks
 
     candidates = measure.find(cfg.runs, cfg.parent, cfg.model.id, cfg.checkpoints, cfg.model.adapter_base)
-    scorers = measure.find_scorer(cfg.reward_model, cfg.model.id, adapter_base=cfg.model.adapter_base)
+    scorers = measure.find_scorer(cfg.reward_model, cfg.model.id, cfg.model.adapter_base)
     given = [each.adapter for each in [*candidates, *scorers] if each.adapter and each.step is None]
     named_bases = models.check_named_bases(cfg.model, given)
     proxy = measure.find_proxy(cfg.checkpoints, cfg.model.id)

@@ -1,6 +1,6 @@
 """Several adapters on one base model, switched on in turn."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,8 +24,8 @@ class System:
         recipe: the recipe that made it.
         reference: adapter folder of what it started from, None for the base model.
         step: of a checkpoint, else None.
-        rewards: of `references.trained_on`.
-        judges: of `references.labelled_by`.
+        rewards: of `lineage.trained_on`.
+        judges: of `lineage.labelled_by`.
     """
 
     name: str
@@ -72,7 +72,7 @@ class Policies:
     def using(self, folder: str | None):
         """The model as the adapter of `folder`, or as the base."""
         if folder is None:
-            with self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else _nothing():
+            with self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else nullcontext():
                 yield self.model
         else:
             self.model.set_adapter(self._name(folder))
@@ -151,8 +151,3 @@ class RewardModels:
 
 def short_name(folder: str | None) -> str:
     return BASE if folder is None else folder_of(folder).name
-
-
-@contextmanager
-def _nothing():
-    yield

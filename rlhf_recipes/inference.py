@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_recipes import memory, progress, ranks, sharding
-from rlhf_recipes.data.template import render
+from rlhf_recipes.data.template import encode_prompt, render
 from rlhf_recipes.data.tokens import common_prefix
 
 Message = dict[str, str]
@@ -282,7 +282,7 @@ def kl_terms(policy_logps_K, reference_logps_K) -> tuple[float, float]:
 
 def encode(tokenizer, prompt: list[Message], completion: list[Message] | None) -> tuple[list[int], int]:
     """Token ids of the rendered conversation, and where the completion starts in them."""
-    prompt_ids = render(tokenizer, prompt, add_generation_prompt=True, return_dict=False)
+    prompt_ids = encode_prompt(tokenizer, prompt)
     if completion is None:
         return prompt_ids, len(prompt_ids)
     ids = render(tokenizer, prompt + completion, return_dict=False)
@@ -416,7 +416,7 @@ def stop_ids(generation_config, tokenizer) -> list[int]:
     """Every token that ends an answer: those that the model declares, and the tokenizer's.
 
     Args:
-        generation_config: the model's, or without its weights what `models.load_generation_config` gives.
+        generation_config: the model's, or without its weights what `model_files.load_generation_config` gives.
     """
     configured = generation_config.eos_token_id
     stops = configured if isinstance(configured, list) else [configured]

@@ -10,8 +10,7 @@ It is asked once, when a command starts; what is found, a `ModelRef`, is passed 
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -143,7 +142,7 @@ def find(reference: str, key: str, base_model: str | None = None, adapter_base: 
         started_from=(parent or {}).get("run"),
         parent=parent,
         metrics=metrics if isinstance(metrics, dict) else {},
-        rewards=_names(result.get("rewards")),
+        rewards=names_in(result.get("rewards")),
         anchored_to=anchor.get("run") if isinstance(anchor := result.get("reference"), dict) else None,
     )
 
@@ -288,7 +287,7 @@ def find_checkpoints(reference: str, base_model: str) -> list[ModelRef]:
     recipe = trainer_recipes().get(config["trainer"].get("_target_"))
     if recipe == "reward":
         raise Refusal(f"{key}={reference}: is a run of reward, not a policy. Give one of ppo or dpo, say.")
-    rewards = _names((read_result(home) or {}).get("rewards"))
+    rewards = names_in((read_result(home) or {}).get("rewards"))
     found = [
         ModelRef(
             str(reference),
@@ -320,101 +319,7 @@ def config_of(reference: str) -> dict:
     return config
 
 
-def trained_on(found: ModelRef) -> frozenset[tuple[str | None, str]]:
-    """(adapter's hash, `identity` of a reward) for each reward that the run, and every run that it continues, was
-    optimised against, or that labelled its pairs.
-
-    What no result says, of a checkpoint among others, is looked up in the run's config, as far as what that names is
-    still there.
-    """
-    pairs = set()
-    for node, config in _runs(found):
-        rewards = _names(node.get("rewards"))
-        if rewards is None:
-            rewards = [_identity(each) for each in rewarding(config)]
-        rewards = [*rewards, *map(_identity, _labelling(config))]
-        pairs |= {(node["adapter_sha256"], each) for each in rewards}
-    return frozenset(pairs)
-
-
-def labelled_by(found: ModelRef) -> frozenset[tuple[str | None, str]]:
-    """(adapter's hash, judge) for each judge of recipes/cai.py that labelled what the run, and every run that it
-    continues, was trained on, or what a reward model learned from that it was optimised against; as far as what their
-    configs name is still there."""
-    pairs = set()
-    for node, config in _runs(found):
-        configs = [config, *map(_config_beside, filter(adapter_in, rewarding(config)))]
-        pairs |= {(node["adapter_sha256"], judge) for judge in filter(None, map(_judge_of, configs))}
-    return frozenset(pairs)
-
-
-def _runs(found: ModelRef) -> Iterator[tuple[dict, dict]]:
-    """What is known of a run, and of every run that it continues, with the config of each."""
-    node, seen = {**found.lineage, "rewards": found.rewards}, set()
-    while node and node.get("run") not in seen:
-        seen.add(node.get("run"))
-        config = _config_beside(node.get("run"))
-        yield node, config
-        start = config["model"].get("adapter") if isinstance(config.get("model"), dict) else None
-        node = node["parent"] or (find(start, "model.adapter").lineage if start and is_adapter(start) else None)
-
-
-def _judge_of(config: dict) -> str | None:
-    """The judge that labelled the pairs of a run of recipes/cai.py, where those are the data of the config."""
-    made, _ = _labels(config)
-    return made.get("judge") if made.get("labelled_by") == "judge" else None
-
-
-def _labelling(config: dict) -> list[str]:
-    """The reward models that labelled the pairs of a run of recipes/cai.py, where those are the data of the config."""
-    made, judge = _labels(config)
-    if made.get("labelled_by") != "judge" or judge.get("kind") != "reward":
-        return []
-    given = judge.get("reward_model")
-    return [
-        str(member)
-        for each in ([given] if isinstance(given, str) else _names(given) or [])
-        for member in jobs_of(each) or [each]
-    ]
-
-
-def _labels(config: dict) -> tuple[dict, dict]:
-    """Result, and judge of the config, of the folder that is the data of a config; empty where it is no run."""
-    data = config.get("data")
-    path = data.get("path") if isinstance(data, dict) else None
-    with suppress(Refusal):  # a folder of the user's own may have a file of that name
-        made = read_result(Path(path)) if isinstance(path, str) else None
-        if made:
-            judge = _config_beside(path).get("judge")
-            return made, judge if isinstance(judge, dict) else {}
-    return {}, {}
-
-
-def _config_beside(reference: str | None) -> dict:
-    """Config of the run that an adapter, or a checkpoint, lies in; empty where there is none."""
-    if reference is None:
-        return {}
-    folder = folder_of(adapter_in(reference) or reference)
-    home = folder.parents[1] if folder.parent.name == run_folder.CHECKPOINTS else _home(str(folder))
-    return read_config(home) if (home / run_folder.CONFIG).is_file() else {}
-
-
-def rewarding(config: dict) -> list[str]:
-    """What `reward_funcs` of a run's config names, each member of an ensemble; without what weighs nothing."""
-    given, trainer = config.get("reward_funcs"), config.get("trainer")
-    given = [given] if isinstance(given, str) else _names(given) or []
-    named = [str(member) for each in given for member in jobs_of(each) or [each]]
-    weights = (trainer.get("reward_weights") if isinstance(trainer, dict) else None) or [1.0] * len(named)
-    return [each for each, weight in zip(named, weights, strict=False) if weight]
-
-
-def _identity(reference: str) -> str:
-    """`ModelRef.identity` of what `reward_funcs` names, without loading anything."""
-    adapter = adapter_in(reference)
-    return (adapter and adapter_sha256(adapter)) or reference
-
-
-def _names(found: Any) -> list[str] | None:
+def names_in(found: Any) -> list[str] | None:
     """A list of texts, which a file may lack or hold wrongly."""
     return found if isinstance(found, list) and all(isinstance(each, str) for each in found) else None
 
@@ -459,11 +364,15 @@ def folder_of(adapter: str | Path) -> Path:
     return Path(adapter).parent if Path(adapter).name == "adapter" else Path(adapter)
 
 
+def home_of(reference: str | Path) -> Path:
+    """The run that an adapter, or a checkpoint, lies in; else the folder itself."""
+    folder = folder_of(adapter_in(reference) or reference)
+    return folder.parents[1] if folder.parent.name == run_folder.CHECKPOINTS else _home(str(folder))
+
+
 def trained_with(adapter: str | Path) -> dict[str, Any] | None:
     """`model.chat_template_kwargs` of the run that an adapter, or a checkpoint, lies in; None where no run tells."""
-    home = folder_of(adapter)
-    if home.parent.name == run_folder.CHECKPOINTS:
-        home = home.parent.parent
+    home = home_of(adapter)
     model = read_config(home).get("model") if run_folder.marked(home) else None
     return (model.get("chat_template_kwargs") or {}) if isinstance(model, dict) else None
 
@@ -472,18 +381,6 @@ def adapter_sha256(adapter: Path) -> str | None:
     """SHA-256 of the adapter's weights file; None where it has none."""
     weights = adapter / WEIGHTS
     return hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None
-
-
-def refuse_damaged(adapter: str | Path) -> None:
-    """Refuse weights that were not written, or not copied, to their end; a library would say it of its own terms, when
-    the base is loaded.
-
-    Raises:
-        Refusal: names the file.
-    """
-    weights = Path(adapter) / WEIGHTS
-    if weights.is_file() and not run_folder.is_whole(weights):
-        raise Refusal(f"{weights}: is cut off or damaged. Copy it again, or train it again.")
 
 
 def _flaw(reference: str) -> str | None:

@@ -16,15 +16,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import compiling, memory, places, ranks, run_folder
+from rlhf_recipes import compiling, last_checkpoint, locks, memory, places, ranks, run_folder
 from rlhf_recipes.config import flatten, in_sweep, trainer_recipes
+from rlhf_recipes.config_hash import computed, config_sha256
 from rlhf_recipes.errors import Refusal
-from rlhf_recipes.references import ADAPTER_CONFIG, WEIGHTS, ModelRef, adapter_in, adapter_sha256, find, rewarding
+from rlhf_recipes.lineage import rewarding
+from rlhf_recipes.references import ADAPTER_CONFIG, WEIGHTS, ModelRef, adapter_in, adapter_sha256, find
 from rlhf_recipes.run_folder import read_config, read_json, write_atomically
 
 LIBRARIES = (
@@ -37,13 +38,6 @@ LIBRARIES = (
     "accelerate",
     "huggingface_hub",
 )
-# Where a run lies, whether it may continue, by which forward and in which parts say nothing about what it computes.
-_NOT_COMPUTED = (
-    *("run_name", "resume", "overwrite", "sweep", "preflight", "allow_target"),
-    *("fast_forward", "shards", "annotator", "host", "port"),
-)
-# Of `trainer`, in the same way.
-_NOT_TRAINED = ("report_to", "vllm_server_base_url", "vllm_server_api_key_env", "vllm_server_timeout")
 # What an interrupted cai, audit or label goes on from: the first file or folder of many that it keeps.
 GATE, SCORES, CHOICES, ANSWERS = "gate.jsonl", "scores", "choices.jsonl", "answers.jsonl"
 KEPT = {
@@ -80,7 +74,7 @@ class Run:
     parent: ModelRef | None = None
     shared: Path | None = None
     inputs: dict[str, str] = field(default_factory=dict)
-    lock: run_folder.Lock | None = None
+    lock: locks.Lock | None = None
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -109,11 +103,12 @@ class Run:
         ranks.join((config.get("trainer") or {}).get("ddp_timeout") or ranks.SECONDS)
         _refuse_other_trainer(config, recipe)
         folder, model = relative(Path(cfg.output_dir)), config["model"]
+        given = model.get("adapter")
         run = cls(
             folder,
             recipe,
             config,
-            parent=_parent(model) if model.get("adapter") else None,
+            parent=find(given, "model.adapter", model["id"], model.get("adapter_base")) if given else None,
             shared=folder.parent / SHARED if in_sweep() else None,
         )
         run.checkpoint = ranks.by_first(run._found, cfg)
@@ -135,7 +130,7 @@ class Run:
         # What has begun to replace another run is continued like any other.
         if cfg.resume == "auto" and not finished and (not cfg.overwrite or run_folder.replaced(self.dir).is_dir()):
             kept = [self.dir / name for name in KEPT if (self.dir / name).exists()]
-            found = str(kept[0]) if kept else run_folder.last_checkpoint(self.dir)
+            found = str(kept[0]) if kept else last_checkpoint.find(self.dir)
         if found and (other := _other_config(self) or _other_world(self.dir, found) or _other_inputs(self)):
             if not cfg.overwrite:
                 raise Refusal(other)
@@ -157,7 +152,7 @@ class Run:
             Refusal: it holds foreign files, or another process writes it.
         """
         run_folder.refuse_foreign(self.dir, only)
-        self.lock = run_folder.Lock(self.dir)
+        self.lock = locks.Lock(self.dir)
 
     def create(self) -> None:
         """Make the folder this run's: what it does not continue is set aside, and config.yaml is written.
@@ -303,62 +298,6 @@ def _end_checkpoints(run: Run) -> None:
             write_atomically(path, json.dumps(adapter, indent=2, sort_keys=True) + "\n")
 
 
-def config_sha256(config: dict) -> str:
-    """Hash of what a run computes: the config without its place and name."""
-    return hashlib.sha256(json.dumps(computed(config), sort_keys=True, default=str).encode()).hexdigest()
-
-
-# Keys that earlier runs lack, at the values with which these compute the same.
-_ADDED = {
-    "model.adapter_base": None,
-    "judge.adapter_base": None,
-    "model.chat_template_kwargs": {},
-    "generator.chat_template_kwargs": {},
-    "judge.chat_template_kwargs": {},
-    "scored_pairs": None,
-    "judging.votes": False,
-    "judging.asked_again": 0.25,
-    "baseline_answers": None,
-    "generate.pairs": "all",
-    "earlier": [],
-    "first": None,
-    "reference": None,
-    "data.text": "auto",
-    "data.preference": "auto",
-    "data.ignore": [],
-    "benchmark": None,
-    **{
-        f"data.columns.{key}": key
-        for key in ("label", "system", "input", "history", "first", "second", "preference", "margin")
-    },
-}
-
-
-def _without(config: dict, path: list[str], value: Any) -> dict:
-    """The config without the key at a path, where it has this value."""
-    key, *rest = path
-    if key not in config or (rest and not isinstance(config[key], dict)):
-        return config
-    if rest:
-        return {**config, key: _without(config[key], rest, value)}
-    return config if config[key] != value else {each: held for each, held in config.items() if each != key}
-
-
-def computed(config: dict) -> dict:
-    """The config without what says nothing about the result: unless it is strict, the doctor only reads, and a tracker
-    is only told."""
-    watched = () if config.get("doctor") == "strict" else ("doctor",)
-    published = ("publish", "repo_id") if "publish" in config else ()
-    kept = {key: value for key, value in config.items() if key not in (*_NOT_COMPUTED, *watched, *published)}
-    if "trainer" in kept:
-        kept["trainer"] = {key: value for key, value in kept["trainer"].items() if key not in _NOT_TRAINED}
-    for path, value in _ADDED.items():
-        kept = _without(kept, path.split("."), value)
-    if (kept.get("data") or {}).get("format") == "auto":
-        kept["data"] = {**kept["data"], "format": "pairs"}  # the default of runs that lack the keys above
-    return kept
-
-
 def versions() -> dict[str, str]:
     found = {"python": sys.version.split()[0]}
     for name in ("rlhf-recipes", *LIBRARIES):
@@ -421,10 +360,6 @@ def _threads(cores: int) -> int:
     return launcher.get("cpus_per_task") or max(1, cores // jobs)
 
 
-def _parent(model: dict) -> ModelRef:
-    return find(model["adapter"], "model.adapter", model["id"], model.get("adapter_base"))
-
-
 def _other_config(run: Run) -> str | None:
     """Why the interrupted run in the folder is not this one; None where it is."""
     stored, given = (dict(flatten(computed(config))) for config in (read_config(run.dir), run.config))
@@ -440,7 +375,7 @@ def _other_config(run: Run) -> str | None:
 def _other_world(folder: Path, checkpoint: str) -> str | None:
     """Why a checkpoint of another number of processes is not continued: each has its share of every batch, and its
     own generators; None where it is not one."""
-    saved, given = run_folder.processes_of(Path(checkpoint)), ranks.world_size()
+    saved, given = last_checkpoint.processes_of(Path(checkpoint)), ranks.world_size()
     if saved in (None, given):
         return None
     return (

@@ -1,4 +1,4 @@
-"""Whose a run's folder is: who writes it at the moment, what of it may be replaced, and what is only set aside.
+"""Whose a run's folder is: what of it may be replaced, and what is only set aside.
 
 A folder is a run's if its config.yaml begins with `rlhf_recipes: <recipe>`, a key that nobody else writes. Of such a
 folder only what a run writes is ever removed, by name; whatever else lies there is refused. A run that is replaced is
@@ -6,18 +6,12 @@ first renamed to `.replaced/<run>` beside it, and goes when the other one has it
 damaged is refused by the name of the file.
 """
 
-import atexit
-import errno
 import fnmatch
 import json
 import os
 import re
 import shutil
-import socket
 import sys
-import weakref
-import zipfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +40,6 @@ FOLDERS = ("adapter", "scores", "shards")
 CHECKPOINT = re.compile(r"checkpoint-\d+")
 # Of PPO's policy, as a server is given it.
 VERSION = re.compile(r"policy-[0-9a-f]{8}-v\d+|\.policy-[0-9a-f]{8}\.part")
-# What a checkpoint holds, by its files: of transformers, in one of these shapes where the model lies in parts. It goes
-# on without the last three where they are not there, and to another end.
-PARTS = {
-    "weights": ("adapter_model.*", "model*.safetensors", "pytorch_model*"),
-    "state of the optimizer": ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*"),
-    "state of the schedule": ("scheduler.pt", "global_step*"),
-    "state of the generators": ("rng_state.pth", "rng_state_*.pth"),
-}
 # Beside them: TRL's card, and what TensorBoard reads, which stays.
 CARD, LOGS = "README.md", "runs"
 # Of an unfinished run these alone are worth nothing: they are written again.
@@ -66,68 +52,6 @@ PLACES = (
 )  # fmt: skip
 # Of YAML: what may be an alias, which stands for what was written elsewhere, and entries that a file may come to.
 ALIAS, MOST_ENTRIES = re.compile(r"(?m)(?:^|[\s\[{,:-])\*[^\s,\]}]"), 100_000
-# How some network file systems answer.
-NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
-LOCK_SECONDS = 1.0  # a process that was just killed may leave a child that lives on for a moment
-
-
-class Lock:
-    """Says to other processes that this one writes a run's folder, until the object or the process is gone.
-
-    The file `.<name>.lock` beside the folder holds host and process id.
-
-    Attributes:
-        release: ends it.
-
-    Raises:
-        Refusal: another process holds it.
-    """
-
-    def __init__(self, folder: Path):
-        from filelock import FileLock, Timeout
-
-        path = folder.with_name(f".{folder.name}.lock")
-        made = [above for above in path.parents if not above.exists()]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # One for the process: a job of a sweep that is started again does not wait for what it left behind.
-        lock = FileLock(path, timeout=LOCK_SECONDS, thread_local=False, is_singleton=True)
-        try:
-            lock.acquire()
-        except Timeout:
-            holder = " ".join(path.read_text(errors="replace").split()[:4]) or "another process"
-            raise Refusal(
-                f"{folder}: is being written by {holder}. Wait for it or end it, or choose another run_name."
-            ) from None
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            self.release = lambda: None
-            said = f"this file system has no locks ({error.strerror})"
-            print(f"{folder}: {said}. Start no second command that writes it.", flush=True)
-            return
-        self.release = weakref.finalize(self, _release, lock, path, made)
-        atexit.register(self.release)  # before filelock's own, which lets go of locks and leaves their files
-        _locks.add(self)
-        path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
-
-
-_locks: weakref.WeakSet[Lock] = weakref.WeakSet()  # of this process
-
-
-def release_locks() -> None:
-    """Let go of every folder, before libraries end what they began: that may end the process at once, where another
-    one of its run is gone."""
-    for lock in list(_locks):
-        lock.release()
-
-
-def _release(lock, path: Path, made: list[Path]) -> None:
-    if lock.lock_counter == 1:
-        path.unlink(missing_ok=True)  # while it is held: whoever has opened it meanwhile sees that it has no name
-    lock.release()
-    for folder in made:  # of what was refused nothing is left
-        with suppress(OSError):  # not empty
-            folder.rmdir()
 
 
 def write_atomically(path: Path, text: str, by_any: bool = False) -> None:
@@ -334,73 +258,11 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint to continue from: one that was written to its end (`trainer_state.json` comes last) and is
-    whole, and not the last step of all where that lies inside an epoch, since transformers would train one step too
-    many.
-
-    What cannot be read is skipped with a line, and stays where it is.
-
-    Args:
-        folder: the run's.
-    """
-    for checkpoint in reversed(checkpoints(folder)):
-        try:
-            state = json.loads((checkpoint / "trainer_state.json").read_text())
-            if state["global_step"] >= state["max_steps"] and state["epoch"] % 1:
-                continue
-            reason = _flaw(checkpoint)
-            if reason is None:
-                return str(checkpoint)
-        except FileNotFoundError:
-            reason = "it was not written to its end"
-        except OSError as error:
-            reason = error.strerror
-        except (ValueError, LookupError, TypeError):
-            reason = "its trainer_state.json is damaged"
-        print(f"{checkpoint}: is skipped, {reason}.", file=sys.stderr, flush=True)
-    return None
-
-
-def _flaw(checkpoint: Path) -> str | None:
-    """Why a checkpoint that was written to its end is not whole; None where it is."""
-    names = [path.name for path in checkpoint.iterdir()]
-    for part, shapes in PARTS.items():
-        if not any(fnmatch.fnmatchcase(name, shape) for name in names for shape in shapes):
-            return f"it has no {part}"
-    cut_off = (path.name for path in sorted(checkpoint.rglob("*")) if path.is_file() and not is_whole(path))
-    return next((f"its {name} is cut off or damaged" for name in cut_off), None)
-
-
-def is_whole(path: Path) -> bool:
-    """Whether a file of safetensors, or of torch, is as long as its header says, and one of JSON can be read; of any
-    other, True."""
-    try:
-        if path.suffix == ".json" and path.stat().st_size < 2**20:  # not a tokenizer's, which nobody reads again
-            json.loads(path.read_bytes())
-        if path.suffix in (".pt", ".pth"):
-            zipfile.ZipFile(path).close()
-        elif path.suffix == ".safetensors":
-            with path.open("rb") as file:
-                size = min(int.from_bytes(file.read(8), "little"), path.stat().st_size)
-                tensors = {**json.loads(file.read(size)), "__metadata__": {"data_offsets": (0, 0)}}
-            return 8 + size + max(each["data_offsets"][1] for each in tensors.values()) == path.stat().st_size
-        return True
-    except (ValueError, LookupError, TypeError, zipfile.BadZipFile):
-        return False
-
-
 def drop_scratch(folder: Path) -> None:
     """Remove what a process that was killed had begun to write: files of `write_atomically` that took no place."""
     for path in folder.rglob(".*.tmp"):
         if path.is_file() and not path.is_symlink():
             path.unlink()
-
-
-def processes_of(checkpoint: Path) -> int | None:
-    """How many processes wrote a checkpoint: each leaves the state of its generators; None where there is none."""
-    found = [path for path in _children(checkpoint) if _is_named(path, ("rng_state.pth", "rng_state_*.pth"))]
-    return len(found) or None
 
 
 def strip(checkpoint: Path, kept: tuple[str, ...]) -> None:

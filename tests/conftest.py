@@ -6,6 +6,7 @@ import gc
 import hashlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -170,6 +171,21 @@ def tiny_model(tmp_path_factory):
 def tiny_model_overrides(tiny_model):
     """The tiny model instead of the embedded one: for any recipe that has a model."""
     return [f"model.path={tiny_model}", f"model.id={TINY_ID}"]
+
+
+def build_terse(tiny: Path, folder: Path) -> Path:
+    """The tiny model, which never ends by itself, with every fifth token as one that ends a reply."""
+    shutil.copytree(tiny, folder)
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [2, *range(300, 1000, 5)]}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def terse(tiny_model, tmp_path_factory):
+    """See `build_terse`."""
+    folder = build_terse(tiny_model, tmp_path_factory.mktemp("terse") / "model")
+    return [f"model.path={folder}", f"model.id={TINY_ID}"]
 
 
 @pytest.fixture(scope="session")

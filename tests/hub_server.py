@@ -10,12 +10,15 @@ SHA-256 checked, verify, and a redirect to /cdn on the way back, which takes ran
 """
 
 import base64
+import contextlib
 import functools
 import hashlib
 import json
 import re
+import ssl
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -472,3 +475,34 @@ def start() -> Hub:
     hub = Hub()
     threading.Thread(target=hub.serve_forever, args=(0.01,), daemon=True).start()
     return hub
+
+
+@contextlib.contextmanager
+def spoken_to(monkeypatch, folder: Path) -> Iterator[Hub]:
+    """A Hub that this process's client speaks to, with an empty cache in the folder and no pauses."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _http, close_session
+
+    from rlhf_recipes.publish import upload
+
+    started = start()
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setenv("HF_ENDPOINT", started.url)
+    for name, value in (
+        ("ENDPOINT", started.url),
+        ("HUGGINGFACE_CO_URL_TEMPLATE", started.url + "/{repo_id}/resolve/{revision}/{filename}"),
+        ("HF_HUB_OFFLINE", False),
+        ("HF_HUB_DISABLE_XET", True),
+        ("HF_HUB_CACHE", str(folder / "cache")),
+        ("HF_TOKEN_PATH", str(folder / "no token")),
+    ):
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(upload, "WAIT_SECONDS", 0.0)
+    monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", lambda *_, **__: None)  # 40 ms, and nothing for http
+    close_session()
+    yield started
+    close_session()
+    started.shutdown()
+    started.server_close()

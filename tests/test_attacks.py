@@ -67,10 +67,10 @@ def loads():
     from omegaconf import OmegaConf
     from transformers import AutoModelForCausalLM
 
-    from rlhf_recipes import models
+    from rlhf_recipes import model_files, models
 
     return {
-        "config": models.load_config,
+        "config": model_files.load_config,
         "empty": models.without_weights,
         "weights": lambda node: models.load_base(node, OmegaConf.create(), AutoModelForCausalLM),
     }

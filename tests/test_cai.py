@@ -1,12 +1,10 @@
 """recipes/cai.py as a user runs it: to its end, killed and continued, wrongly called; what the next recipes get."""
 
 import json
-import shutil
 import signal
 
 import pytest
 import warm
-from conftest import TINY_ID
 
 from rlhf_recipes.cai import make_pairs
 from rlhf_recipes.errors import Refusal
@@ -25,16 +23,6 @@ SMALL = (
     "shard_size=4",
     "quantization=none",
 )
-
-
-@pytest.fixture(scope="module")
-def terse(tiny_model, tmp_path_factory):
-    """The tiny model, which never ends by itself, with every fifth token as one that ends a reply."""
-    folder = tmp_path_factory.mktemp("terse") / "model"
-    shutil.copytree(tiny_model, folder)
-    path = folder / "generation_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [2, *range(300, 1000, 5)]}))
-    return [f"model.path={folder}", f"model.id={TINY_ID}"]
 
 
 @pytest.fixture(scope="module")

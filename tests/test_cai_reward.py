@@ -1,15 +1,13 @@
 """Pairs that reward models or a function label: what is chosen, set aside, kept, refused; whole and in shards."""
 
 import json
-import shutil
 import signal
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import TINY_ID
 
-from rlhf_recipes import references
+from rlhf_recipes import lineage
 from rlhf_recipes.cai import make_pairs, scored
 from rlhf_recipes.cai.judge import Pair
 from rlhf_recipes.errors import Refusal
@@ -21,16 +19,6 @@ SMALL = (
     "gate.fails=ignore", "shard_size=4", "quantization=none",
 )  # fmt: skip
 TRAINED = ("data.train_size=8", "data.eval_size=4", "trainer.max_steps=2", "quantization=none", "lora.r=2")
-
-
-@pytest.fixture(scope="module")
-def terse(tiny_model, tmp_path_factory):
-    """The tiny model, with every fifth token as one that ends a reply."""
-    folder = tmp_path_factory.mktemp("terse") / "model"
-    shutil.copytree(tiny_model, folder)
-    path = folder / "generation_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [2, *range(300, 1000, 5)]}))
-    return [f"model.path={folder}", f"model.id={TINY_ID}"]
 
 
 @pytest.fixture(scope="module")
@@ -148,8 +136,8 @@ def test_a_run_is_labelled_by_its_reward_models(here):
 def test_what_is_trained_on_such_pairs_was_optimised_against_their_judge(here, monkeypatch):
     monkeypatch.chdir(here)
     members = [f"outputs/reward/two/member_{n}" for n in (0, 1)]
-    assert references._labelling({"data": {"path": "outputs/cai/main"}}) == members
-    assert references._labelling({"data": {"path": members[0]}}) == []
+    assert lineage._labelling({"data": {"path": "outputs/cai/main"}}) == members
+    assert lineage._labelling({"data": {"path": members[0]}}) == []
 
 
 def test_killed_and_in_shards_it_comes_to_the_same(here, run_recipe, terse, tmp_path):

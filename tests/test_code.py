@@ -390,11 +390,11 @@ def _change(path, **entries):
 def _loads():
     from transformers import AutoModelForCausalLM
 
-    from rlhf_recipes import models
+    from rlhf_recipes import model_files, models
 
     none = OmegaConf.create()
     return {
-        "config": models.load_config,
+        "config": model_files.load_config,
         "tokenizer": models.load_tokenizer,
         "weights": lambda model: models.load_base(model, none, AutoModelForCausalLM),
     }

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlhf_recipes import inference, memory, models
+from rlhf_recipes import inference, memory, model_files, models
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.launch.preflight import predict_memory
 from rlhf_recipes.run import Run
@@ -72,12 +72,12 @@ def test_a_process_loads_onto_its_own_gpu(gpu, compose, monkeypatch, launcher, d
         monkeypatch.setenv(name, value)
     gpu(80)
 
-    def from_hub(model, load, path, device_map=None, **kwargs):
+    def read(model, load, device_map=None, **kwargs):
         if device_map:
             raise Asked(device_map)
         return SimpleNamespace(get_text_config=lambda: None)  # of config.json
 
-    monkeypatch.setattr(models, "_from_hub", from_hub)
+    monkeypatch.setattr(model_files, "read", read)
     with pytest.raises(Asked) as asked:
         models._load_base(compose("dpo", "model.path=here").model, {}, SimpleNamespace(from_pretrained=None))
     assert asked.value.args == ({"": device},)
@@ -302,27 +302,20 @@ def test_an_8b_is_loaded_weight_by_weight_onto_a_gpu(gpu, compose, tmp_path):
 
 
 def test_gradients_are_summed_in_few_calls():
-    from rlhf_recipes.ppo import trainer as ppo
+    from rlhf_recipes.ppo import gradients
 
     parameters = {str(i): torch.nn.Parameter(torch.zeros(16, 64 + i)) for i in range(300)}
     parameters["half"] = torch.nn.Parameter(torch.zeros(8, dtype=torch.bfloat16))
-    parameters["large"] = torch.nn.Parameter(torch.zeros(ppo.BUCKET // 2))
+    parameters["large"] = torch.nn.Parameter(torch.zeros(gradients.BUCKET // 2))
     for i, parameter in enumerate(parameters.values()):
         parameter.grad = None if i == 5 else torch.full_like(parameter, i)
     sizes = []
 
-    def reduce(values, reduction):
-        assert reduction == "sum"
+    def reduce(values):
         sizes.append(values.nbytes)
         return 2 * values
 
-    trainer = SimpleNamespace(
-        roles=SimpleNamespace(trained=lambda: parameters),
-        args=SimpleNamespace(world_size=2, fp16=False),
-        accelerator=SimpleNamespace(reduce=reduce),
-    )
-    trainer._sum = lambda values: ppo.PPOTrainer._sum(trainer, values)
-    ppo.PPOTrainer._sum_gradients(trainer)
+    gradients.add_up(parameters.values(), reduce)
     assert len(sizes) == 3 and sum(sizes) == sum(p.nbytes for p in parameters.values())
     for i, parameter in enumerate(parameters.values()):
         assert parameter.grad.dtype == parameter.dtype
@@ -330,7 +323,7 @@ def test_gradients_are_summed_in_few_calls():
 
 
 def test_buckets_hold_up_to_their_size():
-    from rlhf_recipes.ppo.trainer import buckets
+    from rlhf_recipes.ppo.gradients import buckets
 
     tensors = [torch.zeros(n) for n in (3, 3, 3, 20, 1, 9)]
     found = [[len(tensor) for tensor in bucket] for bucket in buckets(tensors, 40)]

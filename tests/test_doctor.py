@@ -10,10 +10,12 @@ import torch
 import yaml
 
 from rlhf_recipes import config
+from rlhf_recipes.config_hash import config_sha256
 from rlhf_recipes.launch import keys as launch_keys
 from rlhf_recipes.methods import METHODS
 from rlhf_recipes.stats import Estimate
 from rlhf_recipes.training import doctor
+from rlhf_recipes.training.doctor_record import Finding, Record, points
 
 STEPS = 24
 
@@ -104,7 +106,7 @@ def record(recipe="dpo", log=None, args=None, facts=None, stopped=None, held_out
     sides = [{key: pair[side] if isinstance(pair[side], Estimate) else estimate(pair[side], half if side else 0.0)
               for key, pair in both.items()} for side in (0, 1)]  # fmt: skip
     facts = facts or {"reply_tokens": 40.0, "ends_with_eos": 1.0}
-    return doctor.Record(recipe, log, args or arguments(), STEPS, facts, *sides, stopped)
+    return Record(recipe, log, args or arguments(), STEPS, facts, *sides, stopped)
 
 
 @pytest.mark.parametrize("recipe", METHODS)
@@ -372,7 +374,7 @@ def test_no_rule_reads_the_loss_of_another_beta():
 
 def test_rollouts_count_once():
     log = [{"loss": 0.0, "step": step, "kl": float((step - 1) // 2)} for step in range(1, 9)]
-    assert doctor.points(record("ppo", log=log), "kl") == [(1, 0.0), (3, 1.0), (5, 2.0), (7, 3.0)]
+    assert points(record("ppo", log=log), "kl") == [(1, 0.0), (3, 1.0), (5, 2.0), (7, 3.0)]
 
 
 @pytest.mark.slow
@@ -408,7 +410,7 @@ def broken_from(step):
     def rule(record):
         """Broken from a step on."""
         if record.rows[-1]["step"] >= step:
-            return doctor.Finding("broken", "a cough", "a cold", "trainer.learning_rate=0.0")
+            return Finding("broken", "a cough", "a cold", "trainer.learning_rate=0.0")
         return None
 
     rule.__name__ = "cough"
@@ -420,7 +422,7 @@ def test_what_a_run_leaves(train, tmp_path, capsys):
     report, said = done.result["doctor"], capsys.readouterr().out
     log, facts = [row for row in done.log if "loss" in row], report.pop("facts")
     assert report == doctor.examine(
-        doctor.Record("dpo", log, done.trainer.args, 8, facts, done.result["before"], done.result["metrics"])
+        Record("dpo", log, done.trainer.args, 8, facts, done.result["before"], done.result["metrics"])
     )
     assert facts["ends_with_eos"] == 1 and facts["reply_tokens"] > 10
     # Four held-out pairs show nothing.
@@ -523,12 +525,12 @@ def test_the_doctor_computes_nothing(compose):
     from rlhf_recipes import run
 
     def sha(*overrides):
-        return run.config_sha256(run.resolved(compose("dpo", *overrides)))
+        return config_sha256(run.resolved(compose("dpo", *overrides)))
 
     assert sha() == sha("doctor=none") == sha("doctor=warn") != sha("doctor=strict")
     config = run.resolved(compose("dpo"))
     del config["doctor"]
-    assert run.config_sha256(config) == sha()  # of a run from before there was the key
+    assert config_sha256(config) == sha()  # of a run from before there was the key
 
 
 def test_words_are_checked(compose):

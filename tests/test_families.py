@@ -423,7 +423,7 @@ def test_every_look_at_the_end_of_a_reply_knows_what_generation_stops_at(
     """The preflight, which loads no model, and whoever has one; also where only config.json says it."""
     from transformers import AutoModelForCausalLM
 
-    from rlhf_recipes import inference
+    from rlhf_recipes import inference, model_files
     from rlhf_recipes import models as loading
     from rlhf_recipes.data.fit import fit
     from rlhf_recipes.data.load import load_pairs
@@ -438,7 +438,7 @@ def test_every_look_at_the_end_of_a_reply_knows_what_generation_stops_at(
     tokenizer = loading.load_tokenizer(cfg.model)
     model = AutoModelForCausalLM.from_pretrained(folder)
     stops = inference.stop_ids(model.generation_config, tokenizer)
-    assert inference.stop_ids(loading.load_generation_config(cfg.model), tokenizer) == stops
+    assert inference.stop_ids(model_files.load_generation_config(cfg.model), tokenizer) == stops
     if written:
         assert set(stops) == spoken(name).stops
     args = loading.training_args(cfg.trainer, Run(Path("x"), "reward", {}))

@@ -2,7 +2,6 @@
 
 import json
 import re
-import ssl
 import time
 import tracemalloc
 from contextlib import suppress
@@ -128,28 +127,10 @@ def test_what_an_endpoint_calls_an_adapter_is_shown_as_text(tmp_path, capsys):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A Hub that this process's client speaks to, with an empty cache and no pauses."""
     import hub_server
-    from huggingface_hub import constants
-    from huggingface_hub.utils import close_session
 
-    from rlhf_recipes.publish import upload
-
-    started = hub_server.start()
-    monkeypatch.setenv("NO_PROXY", "*")
-    for key, value in (
-        ("ENDPOINT", started.url), ("HF_HUB_OFFLINE", False), ("HF_HUB_DISABLE_XET", True),
-        ("HUGGINGFACE_CO_URL_TEMPLATE", started.url + "/{repo_id}/resolve/{revision}/{filename}"),
-        ("HF_HUB_CACHE", str(tmp_path / "hub")),
-    ):  # fmt: skip
-        monkeypatch.setattr(constants, key, value)
-    monkeypatch.setattr(upload, "WAIT_SECONDS", 0.0)
-    monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", lambda *_, **__: None)  # 40 ms, and nothing for http
-    close_session()
-    yield started
-    close_session()
-    started.shutdown()
-    started.server_close()
+    with hub_server.spoken_to(monkeypatch, tmp_path) as started:
+        yield started
 
 
 @pytest.mark.parametrize("name", ["../../../../../evil.json", "{}/evil.json", "a/../../../../../../evil.json"])

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import ssl
 from pathlib import Path
 
 import hub_server
@@ -41,34 +40,10 @@ def run(trained, tmp_path, monkeypatch):
 
 @pytest.fixture
 def server(tiny_model, tmp_path, monkeypatch):
-    """A Hub that this process's client speaks to, with an empty cache and no pauses."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import _http, close_session
-
-    from rlhf_recipes.publish import upload
-
-    started = hub_server.start()
-    started.put(TINY_ID, tiny_model, **BASE)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setenv("NO_PROXY", "*")
-    monkeypatch.setenv("HF_ENDPOINT", started.url)
-    for name, value in (
-        ("ENDPOINT", started.url),
-        ("HUGGINGFACE_CO_URL_TEMPLATE", started.url + "/{repo_id}/resolve/{revision}/{filename}"),
-        ("HF_HUB_OFFLINE", False),
-        ("HF_HUB_DISABLE_XET", True),
-        ("HF_HUB_CACHE", str(tmp_path / "cache")),
-        ("HF_TOKEN_PATH", str(tmp_path / "no token")),
-    ):
-        monkeypatch.setattr(constants, name, value)
-    monkeypatch.setattr(upload, "WAIT_SECONDS", 0.0)
-    monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", lambda *_, **__: None)  # 40 ms, and nothing for http
-    close_session()
-    yield started
-    close_session()
-    started.shutdown()
-    started.server_close()
+    """A Hub that this process's client speaks to, with the base model."""
+    with hub_server.spoken_to(monkeypatch, tmp_path) as started:
+        started.put(TINY_ID, tiny_model, **BASE)
+        yield started
 
 
 @pytest.fixture

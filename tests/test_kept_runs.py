@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import quick
 import yaml
-from conftest import snapshot
+from conftest import build_terse, snapshot
 
 KEPT = Path(__file__).parent / "kept"
 # Folder -> recipe and overrides; in the order in which one reads what another has left.
@@ -25,14 +25,6 @@ COMMANDS = json.loads((KEPT / "commands.json").read_text())
 TRAINED = ("sft", "dpo", "reward", "ppo", "orpo", "simpo")
 PASSING = ("peak_memory_gib", "device", "versions", "machine", "local_files_only")
 LEARNING_RATE = 0.01
-
-
-def build_model(tiny, folder):
-    """The tiny model, which never ends by itself, with every fifth token as one that ends a reply."""
-    shutil.copytree(tiny, folder)
-    path = folder / "generation_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [2, *range(300, 1000, 5)]}))
-    return folder
 
 
 def reading(model):
@@ -63,7 +55,7 @@ def reading(model):
 
 @pytest.fixture(scope="module")
 def model(tiny_model, tmp_path_factory):
-    return build_model(tiny_model, tmp_path_factory.mktemp("kept") / "model")
+    return build_terse(tiny_model, tmp_path_factory.mktemp("kept") / "model")
 
 
 @pytest.fixture(scope="module")

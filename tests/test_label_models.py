@@ -5,7 +5,7 @@ import json
 import re
 
 import pytest
-from test_cai import SMALL, terse  # noqa: F401
+from test_cai import SMALL
 from test_label import Browser, address, kill, lines, write_rows
 
 from rlhf_recipes.audit import judgements
@@ -25,7 +25,7 @@ def label(at: Browser, word: str | None = None, most: int = 1000) -> int:
     return count
 
 
-def test_a_run_of_cai_waits_for_people_and_goes_on(run_recipe, start_recipe, light_python, terse, tmp_path):  # noqa: F811
+def test_a_run_of_cai_waits_for_people_and_goes_on(run_recipe, start_recipe, light_python, terse, tmp_path):
     command = ("cai", *SMALL, *terse, "judge=people", "sources=[on_policy]")
     done = run_recipe(*command, cwd=tmp_path)
     waiting = lines(tmp_path / "outputs" / "cai" / "main" / "to_label.jsonl")
@@ -66,7 +66,7 @@ def test_a_run_of_cai_waits_for_people_and_goes_on(run_recipe, start_recipe, lig
         assert first == second or (pair["p"] > 0.5) == (first > second)
 
 
-def test_prompts_are_answered_first_and_answers_are_kept(start_recipe, terse, tmp_path):  # noqa: F811
+def test_prompts_are_answered_first_and_answers_are_kept(start_recipe, terse, tmp_path):
     asked = [
         {"prompt": f"Can I come on day {n}?", "family": None, "why": "far from the train pairs"} for n in range(4)
     ]

@@ -489,8 +489,8 @@ def renders(tokenizer):
 
     from rlhf_recipes import inference
     from rlhf_recipes.cai.local import Local
+    from rlhf_recipes.data.template import encode_prompt
     from rlhf_recipes.ppo.rewards import LearnedReward
-    from rlhf_recipes.ppo.trainer import PPOTrainer
 
     request = Request("p", "draft", ANSWER[:1], "", (), 5)
     return {
@@ -499,9 +499,7 @@ def renders(tokenizer):
         "measure": lambda: inference.encode(tokenizer, ANSWER[:1], ANSWER[1:]),
         "prompt": lambda: inference.encode(tokenizer, ANSWER[:1], None),
         "reward": lambda: LearnedReward("r", tokenizer, None, None)._encode(ANSWER[:1], ANSWER[1:]),
-        "ppo": lambda: PPOTrainer._prompt_ids(
-            SimpleNamespace(processing_class=tokenizer, args=SimpleNamespace(chat_template_kwargs=None)), ANSWER[:1]
-        ),
+        "ppo": lambda: encode_prompt(tokenizer, ANSWER[:1]),
     }
 
 

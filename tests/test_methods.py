@@ -5,8 +5,8 @@ from conftest import ROOT
 from omegaconf import OmegaConf
 
 from rlhf_recipes import methods
+from rlhf_recipes.config_hash import config_sha256
 from rlhf_recipes.data.load import LOADERS
-from rlhf_recipes.run import config_sha256
 
 
 def test_every_training_recipe_has_a_row():

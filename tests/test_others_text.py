@@ -567,7 +567,7 @@ def test_pictures_draw_any_name(said, tmp_path):
     from rlhf_recipes.evaluation import frontier
     from rlhf_recipes.training import doctor_plot
     from rlhf_recipes.training.curves import plot_curves
-    from rlhf_recipes.training.doctor import Record
+    from rlhf_recipes.training.doctor_record import Record
 
     plot_curves([{"step": 1, "loss": 1.0}], tmp_path / "curves.png", said)
     args = SimpleNamespace(beta=0.1, kl_target=1.0)

@@ -533,10 +533,12 @@ def test_a_reward_that_is_none_is_refused(build, answer, message):
 
 def test_the_arguments_tell_the_chat_template(build, judge, tokenizer):
     """Of prompts, and of what a reward model on the policy's backbone reads."""
+    from rlhf_recipes.data.template import encode_prompt
+
     tokenizer.chat_template = "{{ mood }}" + tokenizer.chat_template
     trainer = build(str(judge), chat_template_kwargs={"mood": "calm"})
     prompt, answer = [{"role": "user", "content": "hello"}], [{"role": "assistant", "content": "there"}]
-    for ids in (trainer._prompt_ids(prompt), trainer.reward_funcs[0]._encode(prompt, answer)):
+    for ids in (encode_prompt(trainer.processing_class, prompt), trainer.reward_funcs[0]._encode(prompt, answer)):
         assert tokenizer.decode(ids).startswith("calm<|im_start|>")
 
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from omegaconf import OmegaConf
 
-from rlhf_recipes import config, memory, models, references
+from rlhf_recipes import config, memory, model_files, models, references
 from rlhf_recipes.data.fit import fit
 from rlhf_recipes.data.load import load_pairs
 from rlhf_recipes.launch.preflight import job as examination
@@ -293,7 +293,7 @@ def test_it_says_on_how_many_cards_a_large_model_fits(compose, tmp_path, monkeyp
 
 
 def test_a_model_that_the_counts_are_not_of_is_no_reason_to_stop(compose, tiny_overrides, tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "load_config", lambda model: SimpleNamespace(hidden_size=64))
+    monkeypatch.setattr(model_files, "load_config", lambda model: SimpleNamespace(hidden_size=64))
     seen = look(compose, tmp_path, *tiny_overrides)["jobs"][0]
     assert seen["stops"] == [] and seen["memory"] is None and "no intermediate_size" in seen["watch"][0]
 

@@ -8,8 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import LIMIT, ROOT, free_port, merged, wait_for
-from test_kept_runs import build_model
+from conftest import LIMIT, ROOT, build_terse, free_port, merged, wait_for
 
 pytestmark = pytest.mark.slow
 TESTS = Path(__file__).parent
@@ -95,7 +94,7 @@ def folders(start, tiny_model, tmp_path_factory):
     """Folders in which one and two processes have run the same recipes, what was seen of each of the two, and what the
     two were asked."""
     room = tmp_path_factory.mktemp("processes")
-    model = build_model(tiny_model, room / "model")  # replies end
+    model = build_terse(tiny_model, room / "model")  # replies end
     for launcher, processes, name in ((PYTHON, 1, "one"), (ACCELERATE, 2, "two")):
         (room / name).mkdir()
         arguments = ["-m", "warm_processes", json.dumps(jobs(model, processes)), str(room / name)]

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from conftest import LIMIT, TINY_ID, merged
 from hub_server import TOKEN
-from test_cai import SMALL, terse  # noqa: F401  a fixture
+from test_cai import SMALL
 
 LEARNS = ("trainer.learning_rate=0.01", "trainer.warmup_steps=0", "data.eval_size=24")
 WITHOUT_US = """
@@ -199,7 +199,7 @@ def test_merged_weights(hub, publish, plain):
 
 
 @pytest.fixture(scope="module")
-def pairs(run_recipe, terse, here):  # noqa: F811
+def pairs(run_recipe, terse, here):
     done = run_recipe("cai", *SMALL, *terse, "gate.fails=contrastive", cwd=here)
     assert done.returncode == 0, done
     return here / "outputs" / "cai" / "main"

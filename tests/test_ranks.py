@@ -11,7 +11,7 @@ import pytest
 from rlhf_recipes import ranks, run
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.launch.preflight import real_steps
-from rlhf_recipes.training import doctor
+from rlhf_recipes.training import doctor_record
 
 TORCHRUN = {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "2"}
 SRUN = {
@@ -114,10 +114,10 @@ def test_what_counts_steps_and_rows_counts_processes():
         max_steps=-1, num_train_epochs=1, per_device_train_batch_size=2, gradient_accumulation_steps=2
     )
     assert [real_steps.total_steps("dpo", args, 64, processes) for processes in (1, 16)] == [16, 1]
-    record = doctor.Record("dpo", [], args, 16, {}, {}, {})
-    assert doctor._pairs_a_step(record) == 4
+    record = doctor_record.Record("dpo", [], args, 16, {}, {}, {})
+    assert doctor_record.pairs_a_step(record) == 4
     os.environ |= TORCHRUN
-    assert doctor._pairs_a_step(record) == 64
+    assert doctor_record.pairs_a_step(record) == 64
 
 
 def test_one_process_needs_no_torch():

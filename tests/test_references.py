@@ -8,7 +8,7 @@ import pytest
 from conftest import TINY_ID, weights, write_adapter
 from omegaconf import OmegaConf
 
-from rlhf_recipes import references
+from rlhf_recipes import lineage, references
 from rlhf_recipes.evaluation import measure
 from rlhf_recipes.launch.refusals import as_refusal
 from rlhf_recipes.references import ADAPTER, FUNCTION, HUB, MODEL, ModelRef
@@ -187,13 +187,13 @@ def test_gold_that_a_run_was_trained_on_is_known(here):
     OmegaConf.save(config, here / "ppo" / "config.yaml")
     assert answers.find_run("ppo", TINY_ID).rewards == {"json:loads"}
     # by the folder of a checkpoint, too, which has no result; and whatever stands in a config of somebody else's
-    assert {each for _, each in references.trained_on(references.find("ppo/checkpoints/checkpoint-2", "runs"))} == {
+    assert {each for _, each in lineage.trained_on(references.find("ppo/checkpoints/checkpoint-2", "runs"))} == {
         "json:loads"
     }
     for broken in ({"a": 1}, [1, None], None, 3):
         OmegaConf.save({"model": {"id": TINY_ID, "adapter": "ppo"}, "trainer": {}, "reward_funcs": broken},
                        here / "ppo" / "config.yaml")  # fmt: skip
-        assert references.trained_on(references.find("ppo", "runs")) == frozenset()
+        assert lineage.trained_on(references.find("ppo", "runs")) == frozenset()
 
 
 RUN = "Give a run folder such as outputs/sft/main."

@@ -150,21 +150,11 @@ def test_a_bad_labeller_is_stopped_as_soon_as_its_labels_are_there(cfg, tmp_path
     assert rounds.Rounds(cfg, tmp_path).stop() is None
 
 
-@pytest.fixture(scope="module")
-def terse(tiny_model, tmp_path_factory):
-    """The tiny model, with every fifth token as one that ends a reply."""
-    folder = tmp_path_factory.mktemp("terse") / "model"
-    shutil.copytree(tiny_model, folder)
-    path = folder / "generation_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [2, *range(300, 1000, 5)]}))
-    return folder
-
-
 def listed(*overrides):
     return f"[{','.join(map(repr, overrides))}]"
 
 
-def command(model, count):
+def command(terse, count):
     training = listed(
         "trainer.max_steps=1", "trainer.per_device_train_batch_size=2", "trainer.gradient_accumulation_steps=1"
     )
@@ -179,7 +169,7 @@ def command(model, count):
         "max_new_tokens=8",
     )  # fmt: skip
     return [
-        f"shared={listed(f'model.path={model}', f'model.id={TINY_ID}', 'quantization=none')}",
+        f"shared={listed(*terse, 'quantization=none')}",
         f"stages=[{{name:sft,recipe:sft,overrides:{sft}}}]", f"rounds={count}", "preflight.measure=false",
         "loop.labels=8", "loop.held_out=8", f"loop.label={label}",
         f"loop.judge={listed('judge_function=labeller:shorter')}", f"loop.reward={training}",

@@ -17,7 +17,7 @@ import pytest
 from conftest import LIMIT, snapshot, wait_for, write_adapter, write_checkpoint, write_pairs
 from conftest import weights as other_weights
 
-from rlhf_recipes import places, ranks, references, run_folder
+from rlhf_recipes import locks, places, ranks, references, run_folder
 from rlhf_recipes.config import flatten
 from rlhf_recipes.run import Run
 
@@ -165,7 +165,7 @@ def test_a_sweep_keeps_to_its_folder(refused, tmp_path, name, text, says):
 
 
 def _hold(folder, held, told):
-    lock = run_folder.Lock(Path(folder))
+    lock = locks.Lock(Path(folder))
     held.put(os.getpid())
     told.get()
     del lock
@@ -188,7 +188,7 @@ def holder(tmp_path):
 def test_the_second_start_says_who_holds_the_folder(holder, tmp_path):
     process, _ = holder
     with pytest.raises(ValueError, match="main: is being written by") as refusal:
-        run_folder.Lock(tmp_path / "main")
+        locks.Lock(tmp_path / "main")
     assert f"is being written by process {process.pid} on {socket.gethostname()}." in str(refusal.value)
 
 
@@ -198,7 +198,7 @@ def test_who_was_killed_holds_nothing(holder, tmp_path):
     process.join()
     stale = tmp_path / ".main.lock"
     assert stale.read_text() == f"process {process.pid} on {socket.gethostname()}\n"
-    lock = run_folder.Lock(tmp_path / "main")
+    lock = locks.Lock(tmp_path / "main")
     assert stale.read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
     del lock
     assert not stale.exists()
@@ -209,14 +209,14 @@ def test_who_has_ended_leaves_no_lock(holder, tmp_path):
     told.put("end")
     process.join(60)
     assert list(tmp_path.iterdir()) == []
-    run_folder.Lock(tmp_path / "main")
+    locks.Lock(tmp_path / "main")
 
 
 HOLDS = """
 import pathlib, weakref
 weakref.finalize(weakref.WeakSet, print)
-from rlhf_recipes import run_folder
-held = run_folder.Lock(pathlib.Path("main"))
+from rlhf_recipes import locks
+held = locks.Lock(pathlib.Path("main"))
 """
 
 
@@ -233,7 +233,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
-    run_folder.Lock(tmp_path / "main").release()
+    locks.Lock(tmp_path / "main").release()
     assert "main: this file system has no locks (No locks available)." in capsys.readouterr().out
 
 

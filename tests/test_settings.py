@@ -15,9 +15,10 @@ from conftest import TINY_ID, skip_without, write_adapter
 from omegaconf import OmegaConf
 
 from rlhf_recipes import config, methods, references
+from rlhf_recipes.config_hash import config_sha256
 from rlhf_recipes.errors import Refusal
-from rlhf_recipes.launch import keys, settings
-from rlhf_recipes.launch.settings import LOSSES, OF_SCORES, READ, Range
+from rlhf_recipes.launch import keys, ranges, settings
+from rlhf_recipes.launch.settings import LOSSES, OF_SCORES, READ
 from rlhf_recipes.overrides import quoted
 
 PPO = ["reward_funcs=json:loads"]
@@ -220,9 +221,10 @@ def test_lora_of_an_adapter_that_is_continued(compose, check, refusal, tmp_path,
 
 
 def test_ranges():
-    assert 0 in settings.NATURAL and -1 not in settings.NATURAL and math.nan not in settings.NATURAL
-    assert math.inf not in settings.POSITIVE and math.inf in settings.NATURAL and 1e-30 in settings.POSITIVE
-    assert -1 in Range(at_least=1, beside=(-1,)) and 0 not in Range(at_least=1, beside=(-1,))
+    assert 0 in ranges.NATURAL and -1 not in ranges.NATURAL and math.nan not in ranges.NATURAL
+    assert math.inf not in ranges.POSITIVE and math.inf in ranges.NATURAL and 1e-30 in ranges.POSITIVE
+    some = ranges.Range(at_least=1, beside=(-1,))
+    assert -1 in some and 0 not in some
 
 
 def test_every_range_is_of_a_key_that_is_there(compose):
@@ -237,7 +239,7 @@ def test_every_range_is_of_a_key_that_is_there(compose):
         cfg = compose(recipe, *(PPO if methods.of(recipe).samples else []))
         for node in ("trainer", "lora"):
             known |= {f"{node}.{name}" for name in parameters(config.guard.find_class(cfg[node]._target_, node))}
-    assert {key.removesuffix(".*") for key in settings.RANGES} <= known
+    assert {key.removesuffix(".*") for key in ranges.RANGES} <= known
 
 
 # ---- the tables, against the installed source
@@ -561,8 +563,8 @@ def test_the_key_is_no_part_of_a_run_that_does_not_set_it(compose, refusal):
 
     config = run.resolved(compose("dpo"))
     before = {**config, "model": {key: value for key, value in config["model"].items() if key != "adapter_base"}}
-    assert run.config_sha256(config) == run.config_sha256(before)
-    assert run.config_sha256(run.resolved(compose("dpo", "model.adapter_base=same"))) != run.config_sha256(config)
+    assert config_sha256(config) == config_sha256(before)
+    assert config_sha256(run.resolved(compose("dpo", "model.adapter_base=same"))) != config_sha256(config)
     assert refusal("dpo", "model.adapter_base=other").startswith(
         "model.adapter_base=other: must be same, or left out."
     )

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from rlhf_recipes import models, references, run, run_folder
 from rlhf_recipes.audit import run_audit
+from rlhf_recipes.config_hash import config_sha256
 from rlhf_recipes.data.load import LOADERS
 from rlhf_recipes.data.template import as_taken, bind, dated, folded, keep
 from rlhf_recipes.errors import Refusal
@@ -211,7 +212,7 @@ def test_a_run_that_tells_nothing_computes_what_it_did(compose):
     config = run.resolved(compose("dpo"))
     del (before := json.loads(json.dumps(config)))["model"]["chat_template_kwargs"]
     told = run.resolved(compose("dpo", "model.chat_template_kwargs.enable_thinking=false"))
-    assert run.config_sha256(config) == run.config_sha256(before) != run.config_sha256(told)
+    assert config_sha256(config) == config_sha256(before) != config_sha256(told)
 
 
 @pytest.mark.parametrize("recipe", ["dpo", "reward"])

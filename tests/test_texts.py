@@ -8,7 +8,8 @@ import pytest
 from conftest import ROOT
 
 from rlhf_recipes.data.formats import parse_transcript
-from rlhf_recipes.data.texts import LITERAL_LIMIT, Drop, Raw, look
+from rlhf_recipes.data.raw import LITERAL_LIMIT, Raw
+from rlhf_recipes.data.texts import Drop, look
 from rlhf_recipes.errors import Refusal
 
 TOPICS = ("the lamp", "a kite", "our well", "the ferry", "some glue")

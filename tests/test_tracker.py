@@ -9,6 +9,7 @@ from transformers import integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from rlhf_recipes import run
+from rlhf_recipes.config_hash import config_sha256
 from rlhf_recipes.launch import keys
 from rlhf_recipes.stats import Estimate
 from rlhf_recipes.training import callbacks
@@ -66,7 +67,7 @@ def test_a_tracker_is_no_part_of_what_a_run_computes(compose, tmp_path, before):
     """A run is continued with another, also one whose config.yaml has no such key."""
     given = run.resolved(compose("dpo", "tracker=tensorboard"))
     kept = given | {"trainer": {key: value for key, value in given["trainer"].items() if key != "report_to"} | before}
-    assert run.config_sha256(kept) == run.config_sha256(given)
+    assert config_sha256(kept) == config_sha256(given)
     run.Run(tmp_path, "dpo", kept).write_config()
     assert run._other_config(run.Run(tmp_path, "dpo", given)) is None
     given["trainer"]["beta"] = 0.7

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
-from rlhf_recipes import config, ensemble, ranks, references
+from rlhf_recipes import config, ensemble, lineage, ranks, references
 from rlhf_recipes.audit.scoring import Ensemble
 from rlhf_recipes.data import formats
 from rlhf_recipes.errors import Refusal, users_function
@@ -153,7 +153,7 @@ def find_run(folder: str, base_model: str) -> KeptRun:
     end = (read_result(Path(folder)) or {}).get("steps")
     if isinstance(end, int):
         steps.setdefault(end, Path(folder) / "adapter")
-    rewards = frozenset(reward for _, reward in references.trained_on(found[-1]))
+    rewards = frozenset(reward for _, reward in lineage.trained_on(found[-1]))
     return KeptRun(folder, sorted(steps.items()), found[0].start, rewards)
 
 
@@ -249,7 +249,7 @@ def _proxy(cfg: DictConfig, folder: str, reward_models: list[ModelRef]) -> str |
     if cfg.proxy != "trained":
         return cfg.proxy
     config = references.config_of(folder)
-    paid = references.rewarding(config)
+    paid = lineage.rewarding(config)
     if not all(map(references.is_adapter, paid)):  # a function, or not there
         return "mean"
     hashes = [adapter_sha256(references.adapter_in(each)) for each in paid]

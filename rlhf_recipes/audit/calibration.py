@@ -78,14 +78,14 @@ def debiased_error(confidences, correct, ids) -> stats.Estimate:
     return found.mapped(lambda square: math.sqrt(max(0.0, square)))
 
 
-def chance_ece(confidences, bins: int = BINS, draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
+def chance_ece(confidences, bins: int = BINS, seed: int = 0) -> tuple[float, float]:
     """Mean and 95 % quantile of the ECE that a perfectly calibrated model with these confidences has by chance.
 
     ECE is a sum of absolute values, so it is above 0 for any finite N: correct ~ Bernoulli(confidence), drawn anew.
     """
     confidences, rng = np.asarray(confidences, float), np.random.default_rng(seed)
     codes = stats.equal_mass_bins(confidences, bins)
-    drawn = [(rng.random(len(codes)) < confidences) - confidences for _ in range(draws)]
+    drawn = [(rng.random(len(codes)) < confidences) - confidences for _ in range(DRAWS)]
     found = [stats.calibration_error(codes, gaps) for gaps in drawn]
     return float(np.mean(found)), float(np.quantile(found, 0.95))
 

@@ -81,10 +81,10 @@ def cases(judgements: Sequence[Judgement], rows=None, chosen_MN=None, rejected_M
     return found
 
 
-def disputed(judgements: Sequence[Judgement], rows=None, chosen_MN=None, rejected_MN=None, limits=None) -> list[Case]:
+def disputed(judgements: Sequence[Judgement], rows=None, chosen_MN=None, rejected_MN=None) -> list[Case]:
     """The cases (see `cases`) with a reason to keep them, those with the most reasons and the widest opinions first:
     what `judgements.export` writes for people to label."""
-    return _ranked(cases(judgements, rows, chosen_MN, rejected_MN, limits))
+    return _ranked(cases(judgements, rows, chosen_MN, rejected_MN))
 
 
 def audit(judgements: Sequence[Judgement], rows=None, chosen_MN=None, rejected_MN=None, limits=None) -> dict:

@@ -129,16 +129,7 @@ def take(cfg: DictConfig, found: Sources, pairs: Splits, tokenizer, run: Run) ->
     validation = np.array([_in_first_half(each) for each in ids])
     test = [row for row, first in zip(rows, validation, strict=True) if not first]
 
-    made = {
-        "stress": stress.make(rows, *found.stress, limit=cfg.stress_pairs, seed=cfg.seed),
-        "probes": probes.make(rows, limit=cfg.probe_pairs, seed=cfg.seed),
-        "credit": credit.make(rows, limit=cfg.credit_pairs, seed=cfg.seed),
-    }
-    is_whole = pairs.sizes["test"].longest <= cfg.max_length  # beyond a cut an edit would be none
-    made = {
-        part: [each for each in edits if each["source"] is None or is_whole[each["source"]]]
-        for part, edits in made.items()
-    }
+    made = _edited(cfg, found, pairs, rows)
     stressed = scored.pairs(made["stress"], "stress")
     edited_MK, parts_MK = (scored.answers(made[name], name) for name in ("probes", "credit"))
     told = [*judgements.from_pairs(chain(train, rows)), *found.judgements]
@@ -166,12 +157,7 @@ def take(cfg: DictConfig, found: Sources, pairs: Splits, tokenizer, run: Run) ->
         "credit": partial(credit.audit, made["credit"], parts_MK, rows, found.ppo),
     }  # fmt: skip
     if found.questions:
-        asked = benchmark.fitting(found.questions, tokenizer, cfg.max_length)
-        rewards_C = scored.conversations([turns for each in asked for turns in each.conversations], "benchmark").mean(
-            0
-        )
-        left_out = len(found.questions) - len(asked)
-        parts["benchmark"] = partial(benchmark.audit, cfg.benchmark, asked, rewards_C, left_out)
+        parts["benchmark"] = _benchmark(cfg, found, scored, tokenizer)
     done = []
     for names in progress.batches("figures", len(parts), [[name] for name in parts]):
         done += [ranks.by_first(parts[name]) for name in names]  # of numbers that all have
@@ -258,6 +244,30 @@ class Scored:
 
     def conversations(self, turns: list[list[dict]], part: str) -> np.ndarray:
         return ensemble.aligned(self.ensemble.score(turns, part).rewards_MC, self.reference_MK)
+
+
+def _edited(cfg: DictConfig, found: Sources, pairs: Splits, rows: list[dict]) -> dict[str, list[dict]]:
+    """The edits of the held-out pairs that each of three parts scores."""
+    from rlhf_recipes.audit import probes
+
+    made = {
+        "stress": stress.make(rows, *found.stress, limit=cfg.stress_pairs, seed=cfg.seed),
+        "probes": probes.make(rows, limit=cfg.probe_pairs, seed=cfg.seed),
+        "credit": credit.make(rows, limit=cfg.credit_pairs, seed=cfg.seed),
+    }
+    is_whole = pairs.sizes["test"].longest <= cfg.max_length  # beyond a cut an edit would be none
+    return {
+        part: [each for each in edits if each["source"] is None or is_whole[each["source"]]]
+        for part, edits in made.items()
+    }
+
+
+def _benchmark(cfg: DictConfig, found: Sources, scored: "Scored", tokenizer) -> partial:
+    """The part that a benchmark's questions make, those that fit."""
+    asked = benchmark.fitting(found.questions, tokenizer, cfg.max_length)
+    rewards_MC = scored.conversations([turns for each in asked for turns in each.conversations], "benchmark")
+    left_out = len(found.questions) - len(asked)
+    return partial(benchmark.audit, cfg.benchmark, asked, rewards_MC.mean(0), left_out)
 
 
 def _turns(rows: list[dict]) -> list[list[dict]]:

@@ -92,14 +92,7 @@ def fit(
         "max_length": max_length,
         "tokens": tokens,
     }
-    if dropped["template"] and not all(kept.values()):
-        raise Refusal(
-            f"{report['source']}: the model's chat template refuses {dropped['template']} rows, e.g. "
-            f"{examples['template'][0]}, and nothing is left. Choose a model whose template takes such turns, or "
-            "take them out of the rows."
-        )
-    if report.get("text") != "plain":
-        _check_rendered(report, len(lengths))
+    _check_rendered(report, len(lengths), nothing_left=not all(kept.values()))
     return _sized(finished(kept["train"], kept["test"], report), sizes, truncation_mode)
 
 
@@ -165,14 +158,22 @@ def _reasons(found: Measured, max_length: int | None, too_long: str, truncation_
     return reasons
 
 
-def _check_rendered(report: dict[str, Any], rows: int) -> None:
-    """Refuse rows of which the template leaves out, or rewrites, what they are for.
+def _check_rendered(report: dict[str, Any], rows: int, nothing_left: bool) -> None:
+    """Refuse rows that the template refuses, or of which it leaves out, or rewrites, what they are for.
 
     Thoughts in a prompt are no such thing: templates leave out those of earlier turns by design.
 
     Raises:
-        Refusal: it does so with most rows.
+        Refusal: it refuses what would be left; or it does the other with most rows.
     """
+    if report["dropped"]["template"] and nothing_left:
+        raise Refusal(
+            f"{report['source']}: the model's chat template refuses {report['dropped']['template']} rows, e.g. "
+            f"{report['examples']['template'][0]}, and nothing is left. Choose a model whose template takes such "
+            "turns, or take them out of the rows."
+        )
+    if report.get("text") == "plain":
+        return
     lost = {what: count for what, count in report["altered"].items() if what != PROMPT_THOUGHTS}
     if sum(lost.values()) > MOST * rows:
         what = " and ".join(f"the {what} of {count}" for what, count in lost.items())

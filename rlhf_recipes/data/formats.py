@@ -13,9 +13,10 @@ from typing import Any
 
 from rlhf_recipes.data import preference
 from rlhf_recipes.data.messages import Drop, Messages
+from rlhf_recipes.data.raw import Raw, says_much
 from rlhf_recipes.data.recognise import Layout
 from rlhf_recipes.data.row import Row, at, is_blank
-from rlhf_recipes.data.texts import Raw, Reading, says_much
+from rlhf_recipes.data.texts import Reading
 from rlhf_recipes.errors import Refusal
 
 SIDES = ("chosen", "rejected", "completion")

@@ -52,9 +52,7 @@ def is_messages(value: Any) -> bool:
     return isinstance(value, dict) and _keys(value) is not None
 
 
-def as_messages(
-    at: str, value: list | dict, unread: Counter, ignore: Collection[str] = (), what: str = "a message"
-) -> Messages:
+def as_messages(at: str, value: list | dict, unread: Counter, ignore: Collection[str] = ()) -> Messages:
     """The messages of a value, in order.
 
     Args:

@@ -158,6 +158,17 @@ def render(tokenizer, conversation: list, **kwargs) -> Any:
             raise TemplateError(f"{type(error).__name__}: {first_line(error)}") from error
 
 
+def encode_prompt(tokenizer, prompt: str | list) -> list[int]:
+    """Token ids of a prompt, text or messages, at whose end an answer begins.
+
+    Raises:
+        Refusal, jinja2.TemplateError: as `render`.
+    """
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    return render(tokenizer, prompt, add_generation_prompt=True, return_dict=False)
+
+
 def _in_template(error: Exception) -> bool:
     """Whether the template's own code raised it, which jinja2 shows as a file of this name."""
     return any(frame.filename == "<template>" for frame in traceback.extract_tb(error.__traceback__))

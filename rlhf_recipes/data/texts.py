@@ -27,50 +27,37 @@ lists whose own does not parse: as text it would teach the markup. Started turns
 with (`Assistant: Sure,`) are put in front of the answers.
 """
 
-import json
 import re
 import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from rlhf_recipes.data.markups import ENDS, MARKUPS, NO_THOUGHT, Markup, Parsed, without_begins, without_ends
 from rlhf_recipes.data.messages import Drop
-from rlhf_recipes.data.row import LITERAL_LIMIT, as_literal
+from rlhf_recipes.data.raw import (
+    FEW,
+    SHOWN,
+    STRUCTURE,
+    Raw,
+    Text,
+    answer_text,
+    like_messages,
+    list_in,
+    messages_in,
+    prompt_text,
+    rest_after,
+    texts_of,
+    unquoted,
+    with_text,
+)
+from rlhf_recipes.data.row import LITERAL_LIMIT
 from rlhf_recipes.data.tokens import TEMPLATE_MARKER
 from rlhf_recipes.errors import Refusal
 
 LOOKED_AT = 300  # rows
 CHARACTERS, HEAD = 2_000_000, 20_000  # that decide, in all and of each text
-FEW = 3  # words of an answer that may be a label
 
-Messages = list[dict[str, Any]]
-Text = str | Messages | None
-
-
-@dataclass(frozen=True)
-class Raw:
-    """One row after its columns are mapped.
-
-    Attributes:
-        prompt: text, messages, or None where the answers are whole conversations.
-        answers: text or messages each.
-    """
-
-    prompt: Text
-    answers: tuple[Text, ...]
-
-
-# A message list as json, str(list), str(array) or repr(array) writes it; a message alone.
-STRUCTURE = re.compile(r"\s*+(?:array\()?\[?\s{0,9}\{\s{0,9}['\"](?:role|from|content|value)['\"]\s{0,9}:")
-NAMED = re.compile(r"['\"](?:role|from)['\"]\s{0,9}:")
-# Strings of Python's notation (an open one to the end: linear), and what numpy writes otherwise.
-NUMPY = re.compile(
-    r"""('(?:[^'\\]++|\\.)*+(?:'|\\?\Z)|"(?:[^"\\]++|\\.)*+(?:"|\\?\Z))|(\}\s*(?=\{))|(array\()|(,\s*dtype=object\))""",
-    re.DOTALL,
-)
-NAMES, PARTS = ("role", "from"), ("content", "value")
 MISSING = ("nan", "NaN", "NAN", "None", "NONE", "null", "NULL", "Null", "<NA>", "NA", "NaT", "#N/A", "undefined")
 _MISSING = rf"(?P<missing>(?:{'|'.join(map(re.escape, MISSING))})\s*+\Z)"
 _MARKUP = rf"(?P<markup>(?:<s>)?(?!</?s>)(?:{TEMPLATE_MARKER.pattern}))"  # <s> alone is HTML's
@@ -86,7 +73,6 @@ ANSWER_START = re.compile(
     rf"(?P<heading>{_FRAME}(?i:answer|output|a|model){_COLON}))"
 )
 LABEL = re.compile(rf"\s*+{_FRAME}(?i:assistant|ai|bot|chatbot|response|gpt|助手){_COLON}(?:\*\*)?[ \t]*\n?")
-SHOWN = re.compile(r"b['\"]|\['")
 USER_HEADING = re.compile(r"###? ?(?:Human|User|Instruction) ?:")
 FIRST = 24  # characters at which a text that is only text is told
 SIGNS = " \t\r\n[]{<>#*"  # what such a text seldom begins or ends with
@@ -207,31 +193,31 @@ class Reading:
     def _list(self, text: Text) -> Text | Drop:
         if not isinstance(text, str) or not text.strip():
             return text
-        messages = _messages(text)
-        if messages is None and _like_messages(text):
+        messages = messages_in(text)
+        if messages is None and like_messages(text):
             return Drop("unreadable", "messages written as text that do not parse")
         self._unlike |= messages is None
         return text if messages is None else messages
 
     def _unquote(self, raw: Raw) -> Raw:
-        answers = tuple(_taken(answer, _unquoted) for answer in raw.answers)
+        answers = tuple(_taken(answer, unquoted) for answer in raw.answers)
         self._unlike |= any(one == other for one, other in zip(answers, raw.answers, strict=True))
-        is_written = "prompt" in self.quoted and _prompt_text(raw.prompt)
-        return Raw(_taken(raw.prompt, _unquoted) if is_written else raw.prompt, answers)
+        is_written = "prompt" in self.quoted and prompt_text(raw.prompt)
+        return Raw(_taken(raw.prompt, unquoted) if is_written else raw.prompt, answers)
 
     def _cut_prompts(self, raw: Raw) -> Raw:
-        prompt = _prompt_text(raw.prompt)
-        rests = [_rest(prompt, _answer_text(answer)) for answer in raw.answers]
+        prompt = prompt_text(raw.prompt)
+        rests = [rest_after(prompt, answer_text(answer)) for answer in raw.answers]
         self._unlike |= None in rests
         answers = [
-            answer if rest is None else _with_text(answer, rest)
+            answer if rest is None else with_text(answer, rest)
             for answer, rest in zip(raw.answers, rests, strict=True)
         ]
         return replace(raw, answers=tuple(answers))
 
     def _parse_markup(self, raw: Raw) -> Raw | Drop:
         prompt, started = raw.prompt, ""
-        text = _prompt_text(prompt)
+        text = prompt_text(prompt)
         if self.in_prompts and text.strip():
             parsed = self.markup.parse(text)
             if isinstance(parsed, Drop):
@@ -252,7 +238,7 @@ class Reading:
         return Raw(prompt, tuple(answers))
 
     def _answer(self, answer: Text, started: str) -> Text | Drop:
-        text = _answer_text(answer)
+        text = answer_text(answer)
         if not text.strip():
             return answer
         text = without_begins(without_ends(text)[0]) if self.markup.token else text
@@ -267,7 +253,7 @@ class Reading:
         else:
             self._unlike |= not self.in_prompts
         text = started + text
-        return _with_text(answer, (NO_THOUGHT.sub("", text, count=1) if self.markup.token else text).strip())
+        return with_text(answer, (NO_THOUGHT.sub("", text, count=1) if self.markup.token else text).strip())
 
 
 def look(rows: Sequence[Raw]) -> Reading:
@@ -280,7 +266,7 @@ def look(rows: Sequence[Raw]) -> Reading:
     sample, size = [], 0
     for raw in rows[:LOOKED_AT]:
         sample.append(raw)
-        size += sum(min(len(text), HEAD) for text in _texts(raw))
+        size += sum(min(len(text), HEAD) for text in texts_of(raw))
         if size > CHARACTERS:
             break
     for part, cells in (
@@ -288,7 +274,7 @@ def look(rows: Sequence[Raw]) -> Reading:
         ("answers", [answer for raw in sample for answer in raw.answers]),
     ):
         cells = [cell for cell in cells if isinstance(cell, list) or (cell and len(cell) <= LITERAL_LIMIT)]
-        if _most(isinstance(cell, str) and _messages(cell) is not None for cell in cells):
+        if _most(isinstance(cell, str) and messages_in(cell) is not None for cell in cells):
             reading.listed |= {part}
     if reading.listed:
         what = {"prompt": "prompts", "answers": "answers"}
@@ -300,7 +286,7 @@ def look(rows: Sequence[Raw]) -> Reading:
         reading.notes.append("prompts and answers are lists of texts: read as turns")
         sample = _kept(map(_zip_turns, sample))
     if _most(_is_quoted(raw) for raw in sample):
-        in_prompts = _most(_unquoted(_prompt_text(raw.prompt)) != _prompt_text(raw.prompt) for raw in sample)
+        in_prompts = _most(unquoted(prompt_text(raw.prompt)) != prompt_text(raw.prompt) for raw in sample)
         reading.quoted = frozenset({"answers", *["prompt"] * in_prompts})
         what = "prompts and answers" if in_prompts else "answers"
         reading.notes.append(f"{what} are texts as Python or JSON writes them down: parsed")
@@ -317,7 +303,7 @@ def look(rows: Sequence[Raw]) -> Reading:
         name = f"({reading.markup.name})" if kind else f"{reading.markup.name}"
         reading.notes.append(f"{part} are {kind}{name}: {how}")
         sample = _kept(map(reading._parse_markup, sample))
-    answers = [[_answer_text(answer) for answer in raw.answers] for raw in sample]
+    answers = [[answer_text(answer) for answer in raw.answers] for raw in sample]
     if _most(any(without_ends(text)[1] for text in texts) for texts in answers):
         reading.ended = True
         reading.notes.append("answers end with a token that ends a turn: it is taken off")
@@ -339,83 +325,9 @@ def _kept(found) -> list[Raw]:
     return [each for each in found if isinstance(each, Raw)]
 
 
-def _texts(raw: Raw) -> list[str]:
-    return [_prompt_text(raw.prompt), *map(_answer_text, raw.answers)]
-
-
-def _prompt_text(prompt: Text) -> str:
-    """A prompt's text, that of its only message too; '' for what is in turns already."""
-    if isinstance(prompt, str):
-        return prompt
-    return _answer_text(prompt) if prompt and len(prompt) == 1 else ""
-
-
-def _answer_text(answer: Text) -> str:
-    """An answer's text: of a conversation, its last message's."""
-    if isinstance(answer, str):
-        return answer
-    last = answer[-1] if answer else None
-    if not isinstance(last, dict):
-        return ""
-    content = last["content"] if "content" in last else last.get("value")
-    return content if isinstance(content, str) else ""
-
-
-def _with_text(answer: Text, text: str) -> Text:
-    if isinstance(answer, str):
-        return text
-    key = "content" if "content" in answer[-1] else "value"
-    return [*answer[:-1], {**answer[-1], key: text}]
-
-
-def _like_messages(text: str) -> bool:
-    """Whether a text is messages written down, be it that they do not parse; not what else JSON is written for."""
-    if not STRUCTURE.match(text) or not NAMED.search(text):
-        return False
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return True
-    return _messages(text) is not None
-
-
-def _messages(text: str) -> Messages | None:
-    """The messages that a text writes down as JSON or as Python or numpy show them; None for other text."""
-    if not STRUCTURE.match(text):
-        return None
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        found = _literal(text)
-    found = [found] if isinstance(found, dict) else found
-    if not isinstance(found, list) or not found:
-        return None
-    good = all(
-        isinstance(turn, dict) and any(name in turn for name in NAMES) and any(part in turn for part in PARTS)
-        for turn in found
-    )
-    return found if good else None
-
-
-def _literal(text: str) -> Any:
-    if len(text) > LITERAL_LIMIT:
-        return None
-    return as_literal(NUMPY.sub(lambda each: each[1] or (each[2] and "},") or (each[3] and "(") or ")", text))
-
-
-def _list_of_texts(text: Text) -> list[str] | None:
-    if not isinstance(text, str) or not re.match(r"\s*+\[\s{0,9}\"", text):
-        return None
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, list) and found and all(isinstance(each, str) for each in found) else None
-
-
 def _in_turns(raw: Raw) -> list[list[str]] | None:
     """The turns of prompt and answers where all are lists of as many texts."""
-    lists = [_list_of_texts(text) for text in (raw.prompt, *raw.answers)]
+    lists = [list_in(text) for text in (raw.prompt, *raw.answers)]
     return lists if raw.answers and None not in lists and len({*map(len, lists)}) == 1 else None
 
 
@@ -440,56 +352,20 @@ def _zip_turns(raw: Raw) -> Raw:
 
 def _is_quoted(raw: Raw) -> bool:
     """Whether every answer is a text written down; one in quotes may be a quotation, if its prompt is none too."""
-    texts = _texts(raw)
-    answers = bool(raw.answers) and all(_unquoted(text) != text for text in texts[1:])
-    return answers and (all(map(SHOWN.match, texts[1:])) or _unquoted(texts[0]) != texts[0])
-
-
-def _unquoted(text: str) -> str:
-    """What bytes, a list of one text, or a text in quotes say as Python or JSON write them; other text as it is."""
-    if not (SHOWN.match(text) or text[:1] == '"') or len(text) > LITERAL_LIMIT:
-        return text
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        found = as_literal(text)
-    found = found[0] if isinstance(found, list) and len(found) == 1 else found
-    if isinstance(found, bytes):
-        found = found.decode(errors="replace")
-    return found if isinstance(found, str) else text
+    texts = texts_of(raw)
+    answers = bool(raw.answers) and all(unquoted(text) != text for text in texts[1:])
+    return answers and (all(map(SHOWN.match, texts[1:])) or unquoted(texts[0]) != texts[0])
 
 
 def _begin_with_prompt(raw: Raw) -> bool:
-    prompt = _prompt_text(raw.prompt)
-    return bool(raw.answers) and all(_rest(prompt, _answer_text(answer)) is not None for answer in raw.answers)
-
-
-def says_much(text: str) -> bool:
-    """Whether a text has more words than what many texts may hold by chance."""
-    text = text.strip()
-    return len(text.split(None, FEW - 1)) >= FEW or (not text.isascii() and len(text) >= 8)
-
-
-def _rest(prompt: str, answer: str) -> str | None:
-    """What follows the prompt in an answer that begins with it, at the end of a word; None for other answers.
-
-    A prompt of one or two words says nothing: an answer may begin with what it is about.
-    """
-    bare = prompt.strip()
-    if not bare or not answer.lstrip().startswith(bare) or not says_much(bare):
-        return None
-    rest = answer.lstrip()[len(bare) :]
-    if rest[:1].isalnum() and bare[-1].isalnum():
-        return None
-    rest = rest.removeprefix(prompt[len(prompt.rstrip()) :])
-    first = rest.lstrip("\r\n")
-    return rest[1:] if first == rest and rest[:1] == " " and rest[1:2].strip() else first
+    prompt = prompt_text(raw.prompt)
+    return bool(raw.answers) and all(rest_after(prompt, answer_text(answer)) is not None for answer in raw.answers)
 
 
 def _markup(sample: list[Raw]) -> tuple[Markup | None, bool]:
     """The markup of most prompts (and whether it is theirs), else of most answers."""
-    prompts = [_prompt_text(raw.prompt) for raw in sample]
-    answers = [_answer_text(answer) for raw in sample for answer in raw.answers if isinstance(answer, str)]
+    prompts = [prompt_text(raw.prompt) for raw in sample]
+    answers = [answer_text(answer) for raw in sample for answer in raw.answers if isinstance(answer, str)]
     for markup in MARKUPS:
         if _is_in_most(markup, prompts):
             return markup, True
@@ -528,20 +404,20 @@ def _take_labels(raw: Raw) -> Raw:
 
 
 def _taken(answer: Text, take) -> Text:
-    text = _answer_text(answer)
+    text = answer_text(answer)
     rest = take(text)
-    return answer if rest == text else _with_text(answer, rest)
+    return answer if rest == text else with_text(answer, rest)
 
 
 def _suspicions(raw: Raw) -> list[str]:
     """What a row's texts hold that may not be what it seems."""
-    prompt = _prompt_text(raw.prompt)
+    prompt = prompt_text(raw.prompt)
     kinds = _seen(prompt, PROMPT_START)
     begin = prompt.strip()[:FIRST] or "\0"
     repeats = bool(raw.answers)
     escaped = broken = False
     for answer in raw.answers:
-        text = _answer_text(answer)
+        text = answer_text(answer)
         escaped, broken = escaped or "\\n" in text, broken or "\n" in text
         kinds = kinds + _seen(text, ANSWER_START)
         if (
@@ -551,7 +427,7 @@ def _suspicions(raw: Raw) -> list[str]:
             or ("###" in text and USER_HEADING.search(text))
         ):
             kinds = [*kinds, "user_speaks"]
-        repeats = repeats and text.lstrip().startswith(begin) and _rest(prompt, text) is not None
+        repeats = repeats and text.lstrip().startswith(begin) and rest_after(prompt, text) is not None
     kinds = [*kinds, *["prompt_in_answer"] * repeats, *["escaped"] * (escaped and not broken)]
     return list(dict.fromkeys(kinds))
 
@@ -562,7 +438,7 @@ def _seen(text: str, start: re.Pattern) -> list[str]:
     head = text[:FIRST]
     if ":" in head or "：" in head or head[:1] in SIGNS or len(text) < FIRST:
         begins = start.match(text)
-        if begins and (begins.lastgroup != "structure" or _like_messages(text)):
+        if begins and (begins.lastgroup != "structure" or like_messages(text)):
             kinds.append(begins.lastgroup)
     if ("<|" in text and TEMPLATE_MARKER.search(text)) or (text[-1:] in SIGNS and text.rstrip().endswith(ENDS)):
         kinds.append("markup")
@@ -571,9 +447,9 @@ def _seen(text: str, start: re.Pattern) -> list[str]:
 
 def _missing(raw: Raw, short: bool) -> Drop | None:
     """A Drop where an empty cell was written out as a word; None where the word may be an answer."""
-    if _prompt_text(raw.prompt).strip() in MISSING:
-        return Drop("missing", f"prompt is '{_prompt_text(raw.prompt).strip()}'")
-    texts = [_answer_text(answer).strip() for answer in raw.answers]
+    if prompt_text(raw.prompt).strip() in MISSING:
+        return Drop("missing", f"prompt is '{prompt_text(raw.prompt).strip()}'")
+    texts = [answer_text(answer).strip() for answer in raw.answers]
     missing = [text for text in texts if text in MISSING]
     others = [text for text in texts if text and text not in MISSING]
     if not missing or short or any(len(text.split()) <= FEW for text in others):

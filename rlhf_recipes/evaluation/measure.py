@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from rlhf_recipes import ensemble, methods, models, ranks, references
+from rlhf_recipes import ensemble, lineage, methods, models, ranks, references
 from rlhf_recipes import inference as m
 from rlhf_recipes.adapters import BASE, Policies, RewardModels, System
 from rlhf_recipes.cai.backend import Journal
@@ -52,15 +52,13 @@ def find(
     return _named_apart(found)
 
 
-def find_scorer(
-    reference: str | list[str] | None, base_model: str, key: str = "reward_model", adapter_base: str | None = None
-) -> list[System]:
-    """The reward models that `key=reference` names: none, one, or the members of an ensemble.
+def find_scorer(reference: str | list[str] | None, base_model: str, adapter_base: str | None = None) -> list[System]:
+    """The reward models that `reward_model` names: none, one, or the members of an ensemble.
 
     Raises:
         Refusal: a run is not there, is no reward model, or was trained on another base.
     """
-    found = references.find_reward_models(reference, key, base_model, adapter_base)
+    found = references.find_reward_models(reference, "reward_model", base_model, adapter_base)
     return _named_apart([_system(each) for each in found])
 
 
@@ -404,7 +402,7 @@ def _system(found: ModelRef) -> System:
     else:
         name = found.name if found.recipe in (None, found.name) else f"{found.recipe}/{found.name}"
     start = found.start and str(found.start)
-    rewards, judges = references.trained_on(found), references.labelled_by(found)
+    rewards, judges = lineage.trained_on(found), lineage.labelled_by(found)
     return System(name, str(found.adapter), found.recipe, start, found.step, rewards, judges)
 
 

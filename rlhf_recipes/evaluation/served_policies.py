@@ -14,7 +14,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from rlhf_recipes import endpoint, models, ranks
+from rlhf_recipes import endpoint, model_files, models, ranks
 from rlhf_recipes import inference as m
 from rlhf_recipes.adapters import Policies, System
 from rlhf_recipes.cai.load import load_one
@@ -105,7 +105,7 @@ class Served(Policies):
         self.model, self.name, self.host = node.model, checked.name, checked.host
         self.concurrency, self.max_attempts = node.concurrency, node.max_attempts
         self.endpoint = Endpoint(node.base_url.rstrip("/"), node.api_key_env, node.timeout)
-        self.stops = m.stop_ids(models.load_generation_config(cfg.model), tokenizer)
+        self.stops = m.stop_ids(model_files.load_generation_config(cfg.model), tokenizer)
         self.scores = ranks.by_first(self._look, tokenizer, max(lengths, default=0))
         asked = [folder for s in systems for folder in ((s.reference, s.adapter) if self.scores else (s.adapter,))]
         self.names = ranks.by_first(self._named, [folder for folder in dict.fromkeys(asked) if folder])

@@ -27,7 +27,7 @@ from rlhf_recipes.overrides import written
 from rlhf_recipes.run import Run
 from rlhf_recipes.run_folder import read_json, write_atomically
 from rlhf_recipes.text import cell, line
-from rlhf_recipes.training import doctor
+from rlhf_recipes.training.doctor_record import BROKEN
 
 ROWS = "rows"
 DIFFERENT = "the jobs have different models or data"
@@ -211,7 +211,7 @@ def _objective(asked: str, rows: list[dict]) -> str:
 
 def may_be_best(row: dict) -> bool:
     """Whether a job may be the best: it was measured, and the doctor does not call it broken."""
-    return row["value"] is not None and row.get("doctor") != doctor.BROKEN
+    return row["value"] is not None and row.get("doctor") != BROKEN
 
 
 def _best(rows: list[dict], objective: str, node: DictConfig, apart: Callable[[dict, dict, int], bool]) -> dict:

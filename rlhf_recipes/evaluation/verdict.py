@@ -109,29 +109,8 @@ def decide(system: dict, parent: str, thresholds: dict, comparisons: int = 1) ->
         reasons.append(
             _optimised(system["optimised"]) if system.get("optimised") else _labelled(system["labelled_by"])
         )
-    crossed, unchecked = [], []
-    checks = [
-        (guard, where == "differences", *METRICS[metric][:2], system[where].get(metric), side, sign)
-        for guard, where, metric, side, sign in GUARDS
-    ]
-    tasks = system.get("tasks") or {None: {"difference": None}}
-    checks += [
-        ("max_task_drop", True, f"Accuracy on {task}", "%", each["difference"], -1, -1) for task, each in tasks.items()
-    ]
-    for guard, change, title, unit, e, side, sign in checks:
-        limit = thresholds[guard]
-        if limit is None:
-            continue
-        if e is None or e.value is None:
-            unchecked += [guard] if guard not in ON_REQUEST else []
-        elif side * (e.value - sign * limit) > 0:
-            bound = e.low if side > 0 else e.high
-            few = change and e.clusters < (thresholds["min_prompts"] or 0)
-            beyond = not few and bound is not None and side * (bound - sign * limit) > 0
-            crossed.append(beyond)
-            doubt = f"{e.clusters} prompts are too few to be sure" if few else "the interval includes the limit"
-            said = _crossed(title, unit, change, e, sign * limit, side)
-            reasons.append(f"{said}." if beyond else f"{said} ({doubt}).")
+    said, crossed, unchecked = _limits(system, thresholds)
+    reasons += said
     if standing == "below" or any(crossed):
         decision = "worse"
     elif standing == "above" and not crossed:
@@ -203,6 +182,35 @@ def _main(
         if key == "win_rate" and thresholds[switch] and e and (low is None or low <= target):
             return key, estimate, "level", [said, doubt.format(stats.format_estimate(e, percent=True))]
     return key, estimate, "above", [said]
+
+
+def _limits(system: dict, thresholds: dict) -> tuple[list[str], list[bool], list[str]]:
+    """Of the limits that are crossed what is said, and whether by more than the interval; those whose metric was not
+    measured."""
+    reasons, crossed, unchecked = [], [], []
+    checks = [
+        (guard, where == "differences", *METRICS[metric][:2], system[where].get(metric), side, sign)
+        for guard, where, metric, side, sign in GUARDS
+    ]
+    tasks = system.get("tasks") or {None: {"difference": None}}
+    checks += [
+        ("max_task_drop", True, f"Accuracy on {task}", "%", each["difference"], -1, -1) for task, each in tasks.items()
+    ]
+    for guard, change, title, unit, e, side, sign in checks:
+        limit = thresholds[guard]
+        if limit is None:
+            continue
+        if e is None or e.value is None:
+            unchecked += [guard] if guard not in ON_REQUEST else []
+        elif side * (e.value - sign * limit) > 0:
+            bound = e.low if side > 0 else e.high
+            few = change and e.clusters < (thresholds["min_prompts"] or 0)
+            beyond = not few and bound is not None and side * (bound - sign * limit) > 0
+            crossed.append(beyond)
+            doubt = f"{e.clusters} prompts are too few to be sure" if few else "the interval includes the limit"
+            said = _crossed(title, unit, change, e, sign * limit, side)
+            reasons.append(f"{said}." if beyond else f"{said} ({doubt}).")
+    return reasons, crossed, unchecked
 
 
 def _unfit_judge(metrics: dict, thresholds: dict) -> str | None:

@@ -11,7 +11,8 @@ from omegaconf import DictConfig
 
 from rlhf_recipes import config, memory, methods, ranks, run, sharding
 from rlhf_recipes.errors import Refusal, first_line
-from rlhf_recipes.references import adapter_in, rewarding
+from rlhf_recipes.lineage import rewarding
+from rlhf_recipes.references import adapter_in
 
 # How torch says it of a device and of main memory, and the system of main memory.
 SIGNS = (

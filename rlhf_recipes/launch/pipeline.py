@@ -15,8 +15,9 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import config, ranks, run, run_folder, signals
+from rlhf_recipes import config, locks, ranks, run, run_folder, signals
 from rlhf_recipes.commands import as_typed, command
+from rlhf_recipes.config_hash import config_sha256
 from rlhf_recipes.data.load import check
 from rlhf_recipes.errors import Refusal, nearest
 from rlhf_recipes.launch import cards, forks, keys, rounds
@@ -61,7 +62,7 @@ class Plan:
 
     dir: Path
     stages: list[Stage]
-    lock: run_folder.Lock
+    lock: locks.Lock
     started: float
     launch: str | None = None
 
@@ -90,7 +91,7 @@ def plan(cfg: DictConfig) -> Plan:
         raise Refusal(f"launch={cfg.launch}: no such file. Give one of Accelerate's, conf/accelerate/ddp.yaml say.")
     here = run.relative(Path(cfg.output_dir))
     run_folder.refuse_foreign(here, only="pipeline")
-    lock = run_folder.Lock(here)
+    lock = locks.Lock(here)
     recipes = {path.stem for path in (config.CONF.parent / "recipes").glob("*.py")} - {"__init__"}
     stages, before = [], _previous_seconds(here)
     for entry in [*(cfg.stages or []), *(rounds.stages(cfg) if cfg.rounds else [])]:
@@ -99,7 +100,7 @@ def plan(cfg: DictConfig) -> Plan:
         shared += ["overwrite=true"] if cfg.overwrite else []
         overrides = [quoted(text.replace("{dir}", str(here))) for text in [*shared, *entry.get("overrides", [])]]
         own = _compose(entry, overrides)
-        sha256 = run.config_sha256(run.resolved(own))
+        sha256 = config_sha256(run.resolved(own))
         stage = Stage(entry.name, entry.recipe, here / entry.name, overrides, own, sha256)
         result = None if cfg.overwrite else stage.result()
         if result and result["config_sha256"] != stage.config_sha256:

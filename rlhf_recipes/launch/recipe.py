@@ -11,7 +11,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import commands, overrides, ranks, run_folder, sharding, signals
+from rlhf_recipes import commands, locks, overrides, ranks, sharding, signals
 from rlhf_recipes.config import in_sweep
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.launch import cards, composing, out_of_memory
@@ -109,7 +109,7 @@ def _no_empty_folder():
     try:
         yield
     finally:
-        run_folder.release_locks()
+        locks.release_all()
         with suppress(OSError):  # not empty
             Path(HydraConfig.get().runtime.output_dir).rmdir()
 

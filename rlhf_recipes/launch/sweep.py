@@ -14,7 +14,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import config, memory, ranks, run, run_folder
+from rlhf_recipes import config, locks, memory, ranks, run, run_folder
+from rlhf_recipes.config_hash import computed, config_sha256
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.evaluation import measurements
 from rlhf_recipes.evaluation.sweeps import ROWS, check, describe, may_be_best, rebuild
@@ -113,7 +114,7 @@ class Summary(Callback):
                     "hydra.launcher.tasks_per_node=2)."
                 )
             run_folder.refuse_foreign(here, only="sweep")
-            self.lock = run_folder.Lock(here)
+            self.lock = locks.Lock(here)
             if "slurm" not in config.hydra.launcher._target_.lower():  # whose jobs run elsewhere
                 cards.take_one(config.hydra.job.config_name)
             if "trainer" in config:
@@ -137,7 +138,7 @@ class Summary(Callback):
 def _finished(folder: Path, cfg: DictConfig) -> dict | None:
     """result.json of the job where it is done already with this config; another config is refused by `Run.start`."""
     result = None if cfg.overwrite else run_folder.read_result(folder)
-    same = result and result["config_sha256"] == run.config_sha256(run.resolved(cfg))
+    same = result and result["config_sha256"] == config_sha256(run.resolved(cfg))
     return result if same else None
 
 
@@ -155,7 +156,7 @@ def _measure(folder: Path, sweep: Path, cfg: DictConfig) -> str | None:
     if result["recipe"] == "reward":
         return None
     parent = (result["parent"] or {}).get("run") or BASE
-    found = measure.find([str(folder)], parent, cfg.model.id, adapter_base=cfg.model.adapter_base)
+    found = measure.find([str(folder)], parent, cfg.model.id, cfg.model.adapter_base)
     fingerprint = {"adapter": result["adapter_sha256"], "parent": parent, "asked": OmegaConf.to_container(settings)}
     known = measurements.find(folder)
     if known is None or _measured_as(known.fingerprint) != _measured_as(fingerprint):
@@ -164,7 +165,7 @@ def _measure(folder: Path, sweep: Path, cfg: DictConfig) -> str | None:
         measured = (m for m in others if m and m.fingerprint)  # recipes/evaluate.py writes none
         before = next((m for m in measured if {**_measured_as(m.fingerprint), "adapter": None} == alike), None)
         before = ranks.from_first(before)
-        scorer = measure.find_scorer(settings.reward_model, cfg.model.id, adapter_base=cfg.model.adapter_base)
+        scorer = measure.find_scorer(settings.reward_model, cfg.model.id, cfg.model.adapter_base)
         models.check_templates(cfg.model, [each.adapter for each in scorer], reward=True)
         try:
             pairs = load_pairs(cfg.data)
@@ -210,7 +211,5 @@ def _look(cfg: DictConfig) -> None:
 
 def _measured_as(fingerprint: dict[str, Any]) -> dict[str, Any]:
     """What of a fingerprint decides what is measured: a key that is added to the configs, or its help, does not."""
-    asked = {
-        key: value for key, value in run.computed(fingerprint["asked"]).items() if key not in ("defaults", "hydra")
-    }
+    asked = {key: value for key, value in computed(fingerprint["asked"]).items() if key not in ("defaults", "hydra")}
     return {**fingerprint, "asked": asked}

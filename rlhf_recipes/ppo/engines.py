@@ -149,6 +149,29 @@ class Engines:
             raise Gone(gone)
         return found[ranks.rank() * len(prompts) :][: len(prompts)]
 
+    def hold(self, difference: float, most: float) -> None:
+        """Refuse engines that are another model, by their first completions.
+
+        Args:
+            difference: between their log-probabilities and the policy's, in nats a token.
+            most: of it that is allowed.
+
+        Raises:
+            Refusal: it is more.
+        """
+        if self.compared:
+            return
+        if not difference <= most:  # NaN neither
+            raise Refusal(
+                f"trainer.rollout=server: its log-probabilities differ from the policy's by {difference:.3f} nats a "
+                f"token (trainer.max_logp_difference={most:g}). It must serve model.id in "
+                "the precision that is trained (a 4-bit base is another model: quantization=none), and where "
+                "trainer.temperature is not 1 with --logprobs-mode processed_logprobs."
+            )
+        self.compared = True
+        if ranks.is_first():
+            print(f"rollout=server: {difference:.1g} nats a token between server and policy.", flush=True)
+
     def _publish(self, save: Callable[[Path], None], folder: Path) -> None:
         """Let every engine load the adapter where it is another than the last, which they then drop."""
         part = folder / f".{self._name}.part"

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rlhf_recipes import inference, models, packing, places
+from rlhf_recipes import inference, model_files, models, packing, places
 from rlhf_recipes.data.template import as_taken, render
 from rlhf_recipes.data.tokens import neutralise
 from rlhf_recipes.errors import Refusal, first_line, users_function
@@ -67,6 +67,22 @@ class LearnedReward:
             text = row["prompt"][0]["content"] + row["completion"][0]["content"]
             return [*self.tokenizer(text)["input_ids"], self.tokenizer.eos_token_id]
         return render(self.tokenizer, as_taken(self.tokenizer, row["prompt"]) + row["completion"], return_dict=False)
+
+
+def load_all(references, tokenizers, roles: Roles, tokenizer, args) -> list[Callable]:
+    """What `reward_funcs` names, one or a list of what `load` takes.
+
+    Args:
+        tokenizers: one or a list of `reward_processing_classes`.
+
+    Raises:
+        Refusal: as `load`; none is named, or not as many tokenizers.
+    """
+    references = references if isinstance(references, list) else [references]
+    tokenizers = tokenizers if isinstance(tokenizers, list) else [tokenizers] * len(references)
+    if not references or len(tokenizers) != len(references):
+        raise Refusal("reward_funcs: at least one, and as many reward_processing_classes if these are given.")
+    return [load(each, roles, tokenizer, own, args) for each, own in zip(references, tokenizers, strict=True)]
 
 
 def load(reference, roles: Roles, tokenizer, reward_tokenizer, args) -> Callable:
@@ -240,8 +256,8 @@ def _load_classifier(path: str, args):
         raise Refusal(f"reward_funcs={path}: no such folder, and no id of the Hub. Check it.")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        models.refuse_sizes(config.to_dict(), "reward_funcs", path)
-        models.refuse_kernels(config, "reward_funcs", path)
+        model_files.refuse_sizes(config.to_dict(), "reward_funcs", path)
+        model_files.refuse_kernels(config, "reward_funcs", path)
         return AutoModelForSequenceClassification.from_pretrained(
             path, num_labels=1, **{"trust_remote_code": False, **(args.model_init_kwargs or {})}
         ).to(args.device)

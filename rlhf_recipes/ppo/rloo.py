@@ -15,18 +15,15 @@ from peft.utils import load_peft_weights
 from torch import Tensor
 
 from rlhf_recipes import models, progress
-from rlhf_recipes.data.template import render
+from rlhf_recipes.data.template import encode_prompt
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.ppo import rewards
 from rlhf_recipes.ppo.algorithm import ENSEMBLES
 from rlhf_recipes.ppo.roles import POLICY, REFERENCE, Batch, Roles
-from rlhf_recipes.ppo.rollout import Completions, sample
+from rlhf_recipes.ppo.rollout import EVALUATE, SAMPLES, TRAIN, Completions, sample, seed_of
 from rlhf_recipes.ppo.scores import Scores
 from rlhf_recipes.sampling import kl_estimates
-from rlhf_recipes.text_metrics import distinct_2
 
-TRAIN, EVALUATE = 0, 1  # streams of random numbers
-SAMPLES = 4  # completions of each rollout to show
 TRLS_REFERENCE = "ref"
 # Arguments that change how completions are drawn, by TRL's own sampling alone, and their values without effect.
 OF_TRLS_SAMPLING = {
@@ -117,27 +114,21 @@ class RLOOTrainer(trl.RLOOTrainer):
         args.reward_weights = weights
         self.roles = Roles(self.model, "head")
         self.reference = TRLS_REFERENCE if TRLS_REFERENCE in getattr(self.model, "peft_config", {}) else REFERENCE
-        functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        functions = [rewards.load(each, self.roles, processing_class, None, args) for each in functions]
+        functions = rewards.load_all(reward_funcs, None, self.roles, processing_class, args)
         self.scores = Scores(functions, args)
         self.samples: list[dict] = []
 
     # ---- What TRL's trainer asks for
 
     def _tokenize_prompts(self, prompts: list):
-        return [self._prompt_ids(prompt) for prompt in prompts], None, {}
-
-    def _prompt_ids(self, prompt) -> list[int]:
-        if isinstance(prompt, str):
-            return self.processing_class(prompt)["input_ids"]
-        return render(self.processing_class, prompt, add_generation_prompt=True, return_dict=False)
+        return [encode_prompt(self.processing_class, prompt) for prompt in prompts], None, {}
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields):
         if any(getattr(self.args, key) != plain for key, plain in OF_TRLS_SAMPLING.items()):
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
         training, first = self.model.training, self.args.process_index * len(prompt_ids)
         rollout = self._step // (self.args.steps_per_generation * self.num_iterations)
-        seeds = [self._seed(TRAIN, rollout, first + i) for i in range(len(prompt_ids))]
+        seeds = [seed_of(self.args.seed, TRAIN, rollout, first + i) for i in range(len(prompt_ids))]
         completions = self._sample(prompt_ids, seeds)
         self.model.train(training)
         return completions.ids
@@ -147,10 +138,11 @@ class RLOOTrainer(trl.RLOOTrainer):
         """What the completions of all processes earn, (B, 1)."""
         texts = [each if isinstance(each, str) else each[-1]["content"] for each in completions]
         finished = [ids[-1] in self.eos_token_ids for ids in completion_ids_list]
+        sampled = Completions(completion_ids_list, texts, [], finished)
         with self.accelerator.autocast():
-            parts = self.scores.rewards(inputs, Completions(completion_ids_list, texts, [], finished), self.state)
+            parts = self.scores.rewards(inputs, sampled, self.state)
         earned_B = self.scores.earned(parts, finished, self._gather)
-        columns = _columns(completion_ids_list, texts, finished, parts)
+        columns = sampled.columns(parts)
         found = self._metrics["train" if self.model.training else "eval"]
         for name, values in zip(columns, self._gather(torch.stack(list(columns.values()), 1)).T, strict=True):
             if name == "reward":
@@ -158,16 +150,8 @@ class RLOOTrainer(trl.RLOOTrainer):
                 found["plain_reward_std"].append(values[~values.isnan()].std(correction=0).item())
             elif name != "completions/mean_length":  # which TRL has logged
                 found[name].append(values.nanmean().item())
-        shown = range(0, len(inputs), max(1, len(inputs) // SAMPLES))[:SAMPLES]  # of several prompts
-        self.samples += [
-            {
-                "step": self.state.global_step,
-                "prompt": inputs[i]["prompt"],
-                "completion": texts[i].strip(),
-                **{name: round(values[i].item(), 4) for name, values in columns.items()},
-            }
-            for i in shown
-        ]
+        which = range(0, len(inputs), max(1, len(inputs) // SAMPLES))[:SAMPLES]  # of several prompts
+        self.samples += sampled.shown(which, inputs, columns, self.state.global_step)
         return self._gather(earned_B)[:, None].to(self.args.device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -194,15 +178,14 @@ class RLOOTrainer(trl.RLOOTrainer):
         for start in range(0, len(data), size):
             indices = range(start, min(start + size, len(data)))
             rows = [data[i] for i in indices]
-            prompts = [self._prompt_ids(row["prompt"]) for row in rows]
-            completions = self._sample(prompts, [self._seed(EVALUATE, 0, i) for i in indices])
+            prompts = [encode_prompt(self.processing_class, row["prompt"]) for row in rows]
+            completions = self._sample(prompts, [seed_of(self.args.seed, EVALUATE, 0, i) for i in indices])
             with self.accelerator.autocast():
                 parts = self.scores.rewards(rows, completions, self.state)
             batch = Batch.of(prompts, completions.ids, self.processing_class.pad_token_id, self.args.device)
             logps_N, reference_N = self._logps(POLICY, batch), self._logps(self.reference, batch)
             k1, _, k3 = (batch.padded(k).sum(1).cpu() for k in kl_estimates(logps_N, reference_N))
-            columns = _columns(completions.ids, completions.texts, completions.finished, parts)
-            columns |= {"kl": k1, "kl_k3": k3}
+            columns = completions.columns(parts) | {"kl": k1, "kl_k3": k3}
             rows_BF = torch.stack([column.float() for column in columns.values()], 1)
             found += [dict(zip(columns, values, strict=True)) for values in rows_BF.tolist()]
             line.update(len(found))
@@ -216,9 +199,8 @@ class RLOOTrainer(trl.RLOOTrainer):
             return sample(self.roles, self.processing_class, prompts, seeds, self.eos_token_ids, self.args)
 
     def _logps(self, role: str, batch: Batch) -> Tensor:
-        with self.roles.acting(role) as decoder, self.accelerator.autocast():
-            hidden_NH = self.roles.answer_states(decoder, batch)
-            return self.roles.token_logps(role, hidden_NH, batch.tokens_N, self.args.temperature)[0]
+        with self.accelerator.autocast():
+            return self.roles.answer_logps(role, batch, self.args.temperature)[1]
 
     # ---- Checkpoints
 
@@ -254,9 +236,6 @@ class RLOOTrainer(trl.RLOOTrainer):
 
     # ---- Small things
 
-    def _seed(self, stream: int, rollout: int, completion: int) -> int:
-        return hash((self.args.seed, stream, rollout, completion)) % 2**63
-
     def _gather(self, values: Tensor) -> Tensor:
         return self.accelerator.gather(values.float().to(self.args.device)).cpu()
 
@@ -264,13 +243,3 @@ class RLOOTrainer(trl.RLOOTrainer):
 def _earned(**_) -> list[float]:
     """In the place of the reward that TRL's trainer is given; `_calculate_rewards` has those of ours."""
     raise NotImplementedError
-
-
-def _columns(ids: list[list[int]], texts: list[str], finished: list[bool], parts: dict[str, Tensor]) -> dict:
-    """What is known of each completion; the first is its reward."""
-    distinct = [torch.nan if d is None else d for d in map(distinct_2, texts)]
-    return {name: values.float() for name, values in parts.items()} | {
-        "completions/mean_length": torch.tensor([float(len(each)) for each in ids]),
-        "completions/eos_rate": torch.tensor([float(each) for each in finished]),
-        "completions/distinct_2": torch.tensor(distinct, dtype=torch.float),
-    }

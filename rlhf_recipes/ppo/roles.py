@@ -193,6 +193,14 @@ class Roles:
         """The hidden states that predict the completion tokens, (N, H)."""
         return self.states(decoder, batch.ids_BT, batch.shared)[batch.rows_N, batch.columns_N]
 
+    def answer_logps(
+        self, role: str, batch: Batch, temperature: float, entropy: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Hidden states that predict the completion tokens, (N, H), and what `token_logps` makes of them."""
+        with self.acting(role) as decoder:
+            hidden_NH = self.answer_states(decoder, batch)
+            return hidden_NH, *self.token_logps(role, hidden_NH, batch.tokens_N, temperature, entropy)
+
     @contextmanager
     def acting(self, role: str):
         """The decoder that plays `role`. A backward pass belongs inside: checkpointed activations are computed again

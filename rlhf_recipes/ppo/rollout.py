@@ -1,8 +1,9 @@
-"""Sampling: completions of the policy, with the log-probability of every token.
+"""Sampling: completions of the policy, with the log-probability of every token, and what is known of them.
 
 Shapes: B episodes, K completion tokens, V vocabulary.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,10 @@ from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 from rlhf_recipes.decoding import Decoder
 from rlhf_recipes.ppo.roles import Roles
 from rlhf_recipes.sampling import Draws
+from rlhf_recipes.text_metrics import distinct_2
+
+TRAIN, EVALUATE = 0, 1  # streams of random numbers
+SAMPLES = 4  # completions of each rollout to show
 
 
 @dataclass
@@ -29,6 +34,31 @@ class Completions:
     texts: list[str]
     logps: list[Tensor]
     finished: list[bool]
+
+    def columns(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What is known of each, (B,); the first is its reward.
+
+        Args:
+            parts: what `Scores.rewards` returned.
+        """
+        distinct = [torch.nan if d is None else d for d in map(distinct_2, self.texts)]
+        return {name: values.float() for name, values in parts.items()} | {
+            "completions/mean_length": torch.tensor([float(len(ids)) for ids in self.ids]),
+            "completions/eos_rate": torch.tensor([float(finished) for finished in self.finished]),
+            "completions/distinct_2": torch.tensor(distinct, dtype=torch.float),
+        }
+
+    def shown(self, which: Iterable[int], rows: list[dict], columns: dict[str, Tensor], step: int) -> list[dict]:
+        """Some of them, with their prompts and what is known of them."""
+        return [
+            {
+                "step": step,
+                "prompt": rows[i]["prompt"],
+                "completion": self.texts[i].strip(),
+                **{name: round(values[i].item(), 4) for name, values in columns.items()},
+            }
+            for i in which
+        ]
 
 
 class Sampler:
@@ -55,6 +85,16 @@ class Sampler:
         for row, logp in zip(rows, logps_B.tolist(), strict=True):
             self.logps[row].append(logp)
         return chosen_B
+
+
+def seed_of(seed: int, stream: int, rollout: int, episode: int) -> int:
+    """A seed of its own for every episode.
+
+    Args:
+        seed: of the run.
+        stream: TRAIN or EVALUATE.
+    """
+    return hash((seed, stream, rollout, episode)) % 2**63
 
 
 def sample(

@@ -8,11 +8,9 @@ Shapes: B episodes, K completion tokens, N completion tokens of a batch, R rewar
 
 import os
 import time
-from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
 
@@ -26,10 +24,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import speed_metrics
 
 from rlhf_recipes import models, progress
-from rlhf_recipes.data.template import bind, render
+from rlhf_recipes.data.template import bind, encode_prompt
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.inference import stop_ids
-from rlhf_recipes.ppo import algorithm, rewards
+from rlhf_recipes.ppo import algorithm, gradients, rewards
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.engines import Gone
 from rlhf_recipes.ppo.experience import (
@@ -44,15 +42,10 @@ from rlhf_recipes.ppo.experience import (
     whiten_rewards,
 )
 from rlhf_recipes.ppo.roles import CRITIC, POLICY, REFERENCE, Batch, Roles
-from rlhf_recipes.ppo.rollout import Completions, sample
+from rlhf_recipes.ppo.rollout import EVALUATE, SAMPLES, TRAIN, Completions, sample, seed_of
 from rlhf_recipes.ppo.scores import Scores
 from rlhf_recipes.ppo.trl_private import BaseTrainer, create_model_from_path, get_config_model_id
 from rlhf_recipes.sampling import kl_estimates
-from rlhf_recipes.text_metrics import distinct_2
-
-TRAIN, EVALUATE = 0, 1  # streams of random numbers
-SAMPLES = 4  # completions of each rollout to show
-BUCKET = 2**25  # bytes of gradients that are summed over processes in one call: an adapter has hundreds of small ones
 
 
 class PPOTrainer(BaseTrainer):
@@ -101,19 +94,8 @@ class PPOTrainer(BaseTrainer):
             raise Refusal("train_dataset: must be a datasets.Dataset with a column `prompt`.")
         args.check_prompts(len(train_dataset))
         set_seed(args.seed)
-        if isinstance(model, str):
-            kwargs = dict(args.model_init_kwargs or {})
-            if quantization_config is not None:
-                kwargs["quantization_config"] = quantization_config
-            model = create_model_from_path(model, **kwargs)
-        elif quantization_config is not None:
-            raise Refusal("quantization_config: the model is loaded already. Give its id, or leave this out.")
-        if processing_class is None:
-            processing_class = models.tokenizer_in(get_config_model_id(model.config))
-        if args.chat_template_kwargs:
-            processing_class = bind(processing_class, args.chat_template_kwargs, "chat_template_kwargs")
-        if processing_class.pad_token_id is None:
-            processing_class.pad_token = processing_class.eos_token
+        model = _loaded(model, args, quantization_config)
+        processing_class = _tokenizer(processing_class, model, args)
         starts_from_adapter = isinstance(model, PeftModel)
         if starts_from_adapter and peft_config is not None:
             raise Refusal("peft_config: the model has an adapter, which is trained. Leave one of them out.")
@@ -128,7 +110,9 @@ class PPOTrainer(BaseTrainer):
             )
         self.roles = Roles(model, args.value)
         self.roles.add_reference(starts_from_adapter, reference)
-        self.reward_funcs = self._load_rewards(reward_funcs, reward_processing_classes, processing_class, args)
+        self.reward_funcs = rewards.load_all(
+            reward_funcs, reward_processing_classes, self.roles, processing_class, args
+        )
         shared = next((f for f in self.reward_funcs if getattr(f, "adapter", None)), None)
         self.roles.add_critic(shared and shared.adapter, shared and shared.score)
         if args.disable_dropout:
@@ -303,14 +287,7 @@ class PPOTrainer(BaseTrainer):
         """Sum the gradients over processes (each has its share of the tokens), and drop a step that is not finite."""
         parameters = self.roles.trained().values()
         if self.args.world_size > 1:
-            for parameter in parameters:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-            for bucket in buckets([parameter.grad for parameter in parameters], BUCKET):
-                summed = self._sum(torch.cat([gradient.flatten() for gradient in bucket]))
-                parts = summed.split([gradient.numel() for gradient in bucket])
-                for gradient, part in zip(bucket, parts, strict=True):
-                    gradient.copy_(part.view_as(gradient))
+            gradients.add_up(parameters, self._sum)
         if not all(p.grad is None or p.grad.isfinite().all() for p in parameters) and not self.args.fp16:
             self._stop("the gradient is not finite", restore=True)
 
@@ -327,7 +304,7 @@ class PPOTrainer(BaseTrainer):
         args, begin = self.args, time.monotonic()
         rollout = self.state.global_step // args.steps_per_rollout
         first = args.process_index * len(rows)
-        seeds = [self._seed(TRAIN, rollout, first + i) for i in range(len(rows))]
+        seeds = [seed_of(args.seed, TRAIN, rollout, first + i) for i in range(len(rows))]
         prompts, completions = self._complete(rows, seeds)
         sampled = time.monotonic()
         with self.accelerator.autocast():
@@ -352,7 +329,8 @@ class PPOTrainer(BaseTrainer):
         if self.state.global_step == 0:
             self.roles.rescale_values(*fit_values(micro_batches, args.gamma, self._sum))
         self._rollout_log = compare_policies(micro_batches, self._sum)
-        self._hold_to_engines(self._rollout_log["sampling/logp_difference"])
+        if self.engines:
+            self.engines.hold(self._rollout_log["sampling/logp_difference"], args.max_logp_difference)
         self._rollout_log |= compute_advantages(micro_batches, args, self._sum)
         seconds = {"rollout": sampled - begin, "scoring": time.monotonic() - sampled}
         self._record(rows, completions, parts, seconds)
@@ -360,7 +338,7 @@ class PPOTrainer(BaseTrainer):
 
     def _complete(self, rows: list[dict], seeds: list[int]) -> tuple[list[list[int]], Completions]:
         self.model.eval()
-        prompts = [self._prompt_ids(row["prompt"]) for row in rows]
+        prompts = [encode_prompt(self.processing_class, row["prompt"]) for row in rows]
         if self.engines:
             return prompts, self._sampled_elsewhere(prompts, seeds)
         merge = self.args.merge_to_sample
@@ -397,37 +375,14 @@ class PPOTrainer(BaseTrainer):
             self._save_checkpoint(self.model, trial=None)
         return f"Step {step} of {self.state.max_steps} is saved."
 
-    def _hold_to_engines(self, difference: float) -> None:
-        """Refuse engines that are another model.
-
-        Args:
-            difference: of log-probabilities, in nats a token, on the engines' first completions.
-        """
-        if not self.engines or self.engines.compared:
-            return
-        if not difference <= self.args.max_logp_difference:  # NaN neither
-            raise Refusal(
-                f"trainer.rollout=server: its log-probabilities differ from the policy's by {difference:.3f} nats a "
-                f"token (trainer.max_logp_difference={self.args.max_logp_difference:g}). It must serve model.id in "
-                "the precision that is trained (a 4-bit base is another model: quantization=none), and where "
-                "trainer.temperature is not 1 with --logprobs-mode processed_logprobs."
-            )
-        self.engines.compared = True
-        if self.is_world_process_zero():
-            print(f"rollout=server: {difference:.1g} nats a token between server and policy.", flush=True)
-
     def _logps(self, role: str, batch: Batch) -> Tensor:
-        with self.roles.acting(role) as decoder, self.accelerator.autocast():
-            hidden_NH = self.roles.answer_states(decoder, batch)
-            return self.roles.token_logps(role, hidden_NH, batch.tokens_N, self.args.temperature)[0]
+        with self.accelerator.autocast():
+            return self.roles.answer_logps(role, batch, self.args.temperature)[1]
 
     def _forward(self, batch: Batch, entropy: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Hidden states, (N, H), log-probabilities and entropies of the policy, (N,) each."""
-        with self.roles.acting(POLICY) as decoder, self.accelerator.autocast():
-            hidden_NH = self.roles.answer_states(decoder, batch)
-            return hidden_NH, *self.roles.token_logps(
-                POLICY, hidden_NH, batch.tokens_N, self.args.temperature, entropy
-            )
+        """See `Roles.answer_logps`, of the policy."""
+        with self.accelerator.autocast():
+            return self.roles.answer_logps(POLICY, batch, self.args.temperature, entropy)
 
     def _act(self, batch: Batch, keep: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities and entropies of the policy, and V, as its update will compute them; (N,) each.
@@ -448,7 +403,7 @@ class PPOTrainer(BaseTrainer):
 
     def _record(self, rows: list[dict], completions: Completions, parts: dict[str, Tensor], seconds: dict) -> None:
         """Log the rollout of all processes."""
-        columns = self._columns(completions, parts)
+        columns = completions.columns(parts)
         episodes_BF = self._gathered(columns)
         self._rollout_log |= dict(zip(columns, episodes_BF.nanmean(0).tolist(), strict=True)) | {
             "reward_std": episodes_BF[:, 0].std(correction=0).item(),
@@ -456,24 +411,8 @@ class PPOTrainer(BaseTrainer):
             **{f"seconds/{name}": value for name, value in seconds.items()},
             "tokens_per_second": sum(map(len, completions.ids)) * self.args.world_size / sum(seconds.values()),
         }
-        self.samples += [
-            {
-                "step": self.state.global_step,
-                "prompt": rows[i]["prompt"],
-                "completion": completions.texts[i].strip(),
-                **{name: round(values[i].item(), 4) for name, values in columns.items()},
-            }
-            for i in range(min(SAMPLES, len(rows)))
-        ]
-
-    def _columns(self, completions: Completions, parts: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What is known of each episode; the first is its reward."""
-        distinct = [torch.nan if d is None else d for d in map(distinct_2, completions.texts)]
-        return parts | {
-            "completions/mean_length": torch.tensor([float(len(ids)) for ids in completions.ids]),
-            "completions/eos_rate": torch.tensor([float(f) for f in completions.finished]),
-            "completions/distinct_2": torch.tensor(distinct),
-        }
+        which = range(min(SAMPLES, len(rows)))
+        self.samples += completions.shown(which, rows, columns, self.state.global_step)
 
     def _govern(self) -> None:
         """After the forward passes of a rollout's first step, before its update: how far the policy is from its
@@ -537,16 +476,17 @@ class PPOTrainer(BaseTrainer):
                 everyones[self.args.process_index * size :][:size] if world > 1 else everyones[: len(data) - start]
             )
             rows = [data[i] for i in indices]
-            prompts, completions = self._complete(rows, [self._seed(EVALUATE, 0, i) for i in indices])
+            prompts, completions = self._complete(rows, [seed_of(self.args.seed, EVALUATE, 0, i) for i in indices])
             with self.accelerator.autocast():
                 parts = self.scores.rewards(rows, completions, self.state)
             batch = self._batch(prompts, completions.ids)
             logps_N, reference_N = self._logps(POLICY, batch), self._logps(REFERENCE, batch)
             drawn_N = torch.cat(completions.logps)
             apart = self._sum(torch.stack([(logps_N - drawn_N).abs().sum(), drawn_N.new_tensor(len(drawn_N))]))
-            self._hold_to_engines((apart[0] / apart[1]).item())
+            if self.engines:
+                self.engines.hold((apart[0] / apart[1]).item(), self.args.max_logp_difference)
             k1, _, k3 = (batch.padded(k).sum(1).cpu() for k in kl_estimates(logps_N, reference_N))
-            columns = self._columns(completions, parts) | {"kl": k1, "kl_k3": k3}
+            columns = completions.columns(parts) | {"kl": k1, "kl_k3": k3}
             found += [dict(zip(columns, values, strict=True)) for values in self._gathered(columns).tolist()]
             line.update(min(len(found), len(data)))
         return found[: len(data)]
@@ -599,15 +539,6 @@ class PPOTrainer(BaseTrainer):
 
     # ---- Small things
 
-    def _seed(self, stream: int, rollout: int, episode: int) -> int:
-        """A seed of its own for every episode."""
-        return hash((self.args.seed, stream, rollout, episode)) % 2**63
-
-    def _prompt_ids(self, prompt) -> list[int]:
-        if isinstance(prompt, str):
-            return self.processing_class(prompt)["input_ids"]
-        return render(self.processing_class, prompt, add_generation_prompt=True, return_dict=False)
-
     def _batch(self, prompts: list[list[int]], completions: list[list[int]]) -> Batch:
         with self.accelerator.autocast():
             rows = self.roles.find_rows([p + c for p, c in zip(prompts, completions, strict=True)])
@@ -623,21 +554,22 @@ class PPOTrainer(BaseTrainer):
         """Episodes of all processes, (B, columns)."""
         return self._gather(torch.stack([c.float() for c in columns.values()], 1))
 
-    def _load_rewards(self, reward_funcs, tokenizers, tokenizer, args: PPOConfig) -> list[Callable]:
-        functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        tokenizers = tokenizers if isinstance(tokenizers, list) else [tokenizers] * len(functions)
-        if not functions or len(tokenizers) != len(functions):
-            raise Refusal("reward_funcs: at least one, and as many reward_processing_classes if these are given.")
-        return [rewards.load(f, self.roles, tokenizer, t, args) for f, t in zip(functions, tokenizers, strict=True)]
+
+def _loaded(model: "str | PreTrainedModel | PeftModel", args: PPOConfig, quantization_config):
+    """The model, by its id where it is not loaded already."""
+    if not isinstance(model, str):
+        if quantization_config is not None:
+            raise Refusal("quantization_config: the model is loaded already. Give its id, or leave this out.")
+        return model
+    quantization = {} if quantization_config is None else {"quantization_config": quantization_config}
+    return create_model_from_path(model, **{**(args.model_init_kwargs or {}), **quantization})
 
 
-def buckets(tensors: list[Tensor], size: int) -> Iterator[list[Tensor]]:
-    """Tensors of one dtype that follow each other, up to `size` bytes together, a larger one alone."""
-    for _, alike in groupby(tensors, key=lambda tensor: tensor.dtype):
-        bucket: list[Tensor] = []
-        for tensor in alike:
-            if bucket and sum(each.nbytes for each in bucket) + tensor.nbytes > size:
-                yield bucket
-                bucket = []
-            bucket.append(tensor)
-        yield bucket
+def _tokenizer(given: PreTrainedTokenizerBase | None, model, args: PPOConfig) -> PreTrainedTokenizerBase:
+    """The one given, or beside the model, with a padding token and what the chat template is told."""
+    tokenizer = models.tokenizer_in(get_config_model_id(model.config)) if given is None else given
+    if args.chat_template_kwargs:
+        tokenizer = bind(tokenizer, args.chat_template_kwargs, "chat_template_kwargs")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from rlhf_recipes import models
+from rlhf_recipes import model_files
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.publish import contents
 from rlhf_recipes.run_folder import read_json
@@ -65,7 +65,7 @@ def describe_generator(source: contents.Source, licence: str | None, api) -> dic
 def local_folder(node) -> Path | None:
     """Where the weights that were trained on lie, None where this machine does not have them."""
     if node.path:
-        folder = Path(models.model_path(node))
+        folder = Path(model_files.folder_or_id(node))
         return folder if folder.is_dir() else None
     from huggingface_hub import try_to_load_from_cache
 

@@ -177,7 +177,7 @@ def _rows(name: str, file: Path) -> Iterator[tuple[int, str]]:
         raise Refusal(f"{name}: is no parquet file. Run recipes/cai.py again.") from error
 
 
-def _printable(file: Path, size: int = 2**24) -> Iterator[str]:
+def _printable(file: Path) -> Iterator[str]:
     """The printable ASCII of a binary file in pieces that are longer than a block, and are together where they touch.
 
     Numbers have such bytes by chance; that eight in a row fill a block is rare, and what `secrets` looks for does.
@@ -187,7 +187,7 @@ def _printable(file: Path, size: int = 2**24) -> Iterator[str]:
     margin = 2**12  # longer than any secret: it is looked at twice rather than cut
     with file.open("rb") as opened:
         rest = b""
-        while read := opened.read(size):
+        while read := opened.read(2**24):
             data = rest + read
             bytes_N = np.frombuffer(data, np.uint8)
             plain_N = ((bytes_N - 32) < 95) | ((bytes_N - 9) < 5)  # unsigned: what is below wraps around

@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from rlhf_recipes.data.load import Splits
+from rlhf_recipes.data.template import encode_prompt
 from rlhf_recipes.data.tokens import Sizes
 
 BATCH = 10_000  # rows that are looked at together
@@ -23,9 +24,9 @@ def check(trainer, splits: Splits) -> None:
     cut = None if uncut else splits.report["max_length"], getattr(args, "truncation_mode", "keep_start")
     for name, dataset in (("train", trainer.train_dataset), ("test", trainer.eval_dataset)):
         counted = splits.sizes[name].cut(*cut).totals()
-        if hasattr(trainer, "_prompt_ids"):
+        if hasattr(trainer, "samples"):
             first = dataset.select(range(min(PROMPTS, len(dataset))))
-            tokens = sum(len(trainer._prompt_ids(prompt)) for prompt in first["prompt"])
+            tokens = sum(len(encode_prompt(trainer.processing_class, prompt)) for prompt in first["prompt"])
             held = {"rows": len(dataset), "tokens": tokens}
             counted["tokens"] = splits.sizes[name][: len(first)].totals()["tokens"]
         else:

@@ -14,6 +14,7 @@ from rlhf_recipes.errors import Refusal, first_line
 from rlhf_recipes.run_folder import write_atomically
 from rlhf_recipes.secrets import redact
 from rlhf_recipes.training import doctor
+from rlhf_recipes.training.doctor_record import BROKEN, Record
 
 # What TRL and transformers count since the launch: wrong after a resume.
 SINCE_LAUNCH = ("num_tokens", "train_loss")
@@ -264,9 +265,9 @@ class Doctor(TrainerCallback):
         self._before: list[torch.Tensor] = []  # the weights before the running step
         self._good: list[torch.Tensor] = []
 
-    def record(self, before: dict | None = None, after: dict | None = None) -> doctor.Record:
+    def record(self, before: dict | None = None, after: dict | None = None) -> Record:
         """What is known of the run; `before` and `after`, its held-out metrics, when it is over."""
-        return doctor.Record(
+        return Record(
             self.run.recipe,
             [row for row in self.trainer.state.log_history if "loss" in row],
             self.trainer.args,
@@ -325,7 +326,7 @@ class Doctor(TrainerCallback):
             if state.is_world_process_zero and (finding["rule"], finding["level"]) not in self._said:
                 print(f"doctor: {doctor.line(finding)}", flush=True)
             self._said.add((finding["rule"], finding["level"]))
-        broken = [finding for finding in findings if finding["level"] == doctor.BROKEN]
+        broken = [finding for finding in findings if finding["level"] == BROKEN]
         if not broken:
             self._good = self._before
         elif self.strict and not self.stopped and not getattr(self.trainer, "stopped", None):

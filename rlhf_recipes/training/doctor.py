@@ -4,32 +4,39 @@ A rule is a function of a `Record` (the rows of the trainer's log, the held-out 
 that returns a `Finding` or None. While a run trains it sees the log alone; at the end it sees both. `RULES` lists them
 all, `examine` asks them. Nothing here needs a model or a forward pass.
 
-The rewards of one training step are noise from few pairs. A rule about the log therefore compares the means of its
-first and last quarter and asks for SIGMAS standard errors beyond the limit; a rule about held-out metrics asks for
-their whole 95 % interval beyond it, and for 20 prompts at least: with fewer it is too narrow. No rule compares losses,
-whose scale depends on beta.
-
 Log-probabilities and KL are in nats.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
 
-from rlhf_recipes import methods, ranks, stats, text
+from rlhf_recipes import stats, text
 from rlhf_recipes.stats import Estimate
+from rlhf_recipes.training.doctor_record import (
+    BROKEN,
+    HEALTHY,
+    LEVELS,
+    MIN_PROMPTS,
+    MIN_ROWS,
+    WATCH,
+    Finding,
+    Record,
+    above,
+    accuracy_key,
+    below,
+    decides,
+    ends,
+    margin_key,
+    pairs_a_step,
+    points,
+    surely_above,
+    surely_below,
+    width,
+)
 
-HEALTHY, WATCH, BROKEN = LEVELS = ("healthy", "watch", "broken")
-
-SIGMAS = 3.0  # standard errors: the log is looked at some 50 times in a run, by a dozen rules
-MIN_ROWS = 4  # of a quarter: fewer have no standard error to speak of
-MIN_PROMPTS = 20  # held out: evaluate.py's limit
 DEAD_SHARE = 0.25  # of the trained tensors; below, a layer that the data never reach explains it
 WARM_STEPS = 3  # before a margin of exactly zero is odd: the first rate of a warm-up is zero
-REFERENCE_NATS = (
-    0.01  # a token, between a policy and its reference before the first update: in these recipes exactly 0
-)
+REFERENCE_NATS = 0.01  # a token, between a policy and its reference before the first update: here exactly 0
 AT_ONCE, AT_ONCE_ACCURACY, AT_ONCE_PAIRS = 0.02, 0.95, 16  # share of the steps; 16 pairs right by luck: 2^-16
 # Perplexity of the chosen replies times 1.15, evaluate.py's limit on any text, and times 2.
 DISPLACED, DISPLACED_FAR = math.log(1.15), math.log(2)
@@ -44,124 +51,6 @@ FITTED, FITTED_PAIRS = 0.98, 16
 NOISE_ACCURACY, NOISE_PAIRS, NOISE_MOVED, NOISE_WIDENED = 0.65, 48, 0.02, 1.5  # see label_noise
 EOS_REPLIES = 0.25  # of the training replies keep their EOS
 EOS_SHARE, EOS_EPISODES = 0.05, 60  # none of 60: under 5 % with 95 % confidence (rule of three)
-
-
-@dataclass
-class Record:
-    """What is known of a run.
-
-    Attributes:
-        recipe: its name.
-        rows: rows of the log that have a `loss`, under TRL's names.
-        args: the trainer's arguments.
-        max_steps: optimizer steps in all.
-        facts: `reply_tokens` (mean of the chosen replies, tokens), `ends_with_eos` (share of the training replies);
-            `anchored` where the reference is another run than the start; what is not known is left out.
-        before: held-out metrics before training; empty while it trains.
-        after: the same after training.
-        stopped: why a trainer's own brake ended the run.
-        method: its row of `methods`.
-    """
-
-    recipe: str
-    rows: list[dict]
-    args: Any
-    max_steps: int
-    facts: dict = field(default_factory=dict)
-    before: dict[str, Estimate] = field(default_factory=dict)
-    after: dict[str, Estimate] = field(default_factory=dict)
-    stopped: str | None = None
-
-    @property
-    def method(self) -> methods.Method:
-        return methods.of(self.recipe)
-
-
-@dataclass
-class Finding:
-    """What a rule sees, what it means, and which override changes it."""
-
-    level: str
-    saw: str
-    means: str
-    change: str
-
-
-# ---- Reading the log
-
-
-@dataclass
-class Mean:
-    """Mean of a quarter of the rows, and its standard error."""
-
-    value: float
-    error: float
-
-
-def points(record: Record, key: str) -> list[tuple[int, float]]:
-    """(step, value) of what was logged under `key`: of what samples, a row counts once for each rollout."""
-    rows = [row for row in record.rows if isinstance(row.get(key), int | float) and math.isfinite(row[key])]
-    if record.method.samples:
-        rows = list({(row["step"] - 1) // record.args.steps_per_rollout: row for row in reversed(rows)}.values())[::-1]
-    return [(row["step"], row[key]) for row in rows]
-
-
-def ends(series: list[tuple[int, float]]) -> tuple[Mean, Mean] | None:
-    """Means of the first and of the last quarter of what `points` gives; None where a quarter has too few."""
-    values = [value for _, value in series]
-    size = len(values) // 4
-    return (_mean(values[:size]), _mean(values[-size:])) if size >= MIN_ROWS else None
-
-
-def _mean(values: list[float]) -> Mean:
-    mean = sum(values) / len(values)
-    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return Mean(mean, math.sqrt(variance / len(values)))
-
-
-def surely_below(mean: Mean, limit: float, other_error: float = 0.0) -> bool:
-    return mean.value + SIGMAS * math.hypot(mean.error, other_error) < limit
-
-
-def surely_above(mean: Mean, limit: float, other_error: float = 0.0) -> bool:
-    return mean.value - SIGMAS * math.hypot(mean.error, other_error) > limit
-
-
-def below(estimate: Estimate | None, limit: float | None) -> bool:
-    """Whether the whole interval lies below."""
-    return decides(estimate) and limit is not None and estimate.high < limit
-
-
-def above(estimate: Estimate | None, limit: float | None) -> bool:
-    return decides(estimate) and limit is not None and estimate.low > limit
-
-
-def decides(estimate: Estimate | None) -> bool:
-    return bool(estimate) and estimate.low is not None and estimate.clusters >= MIN_PROMPTS
-
-
-def width(estimate: Estimate) -> float:
-    return 0.0 if None in (estimate.low, estimate.high) else estimate.high - estimate.low
-
-
-def accuracy_key(record: Record) -> str:
-    return "accuracy" if record.recipe == "reward" else "rewards/accuracies"
-
-
-def margin_key(record: Record) -> str:
-    return "margin" if record.recipe == "reward" else "rewards/margins"
-
-
-def _pairs_a_step(record: Record) -> int:
-    args = record.args
-    return args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks.world_size()
-
-
-def _lower_rate(record: Record) -> str:
-    return f"trainer.learning_rate={record.args.learning_rate / 10:.0e}"
-
-
-# ---- The rules
 
 
 def not_finite(record: Record) -> Finding | None:
@@ -227,7 +116,7 @@ def wrong_reference(record: Record) -> Finding | None:
         saw = f"margin exactly 0 and loss at {record.method.untrained_loss} for {record.rows[-1]['step']} steps"
         return Finding(BROKEN, saw, still, change)
     early = [row for row in record.rows if row["step"] <= max(1, AT_ONCE * record.max_steps)]
-    if early and early[-1]["step"] * _pairs_a_step(record) >= AT_ONCE_PAIRS:
+    if early and early[-1]["step"] * pairs_a_step(record) >= AT_ONCE_PAIRS:
         accuracy = sum(row.get("rewards/accuracies", 0.0) for row in early) / len(early)
         if accuracy >= AT_ONCE_ACCURACY:
             saw = f"{accuracy:.0%} of the pairs ranked right within {early[-1]['step']} steps"
@@ -406,7 +295,7 @@ def over_fitting(record: Record) -> Finding | None:
     size = max(1, len(rows) // 4)
     if not record.method.preferences or not gain or not rows or (decides(gain) and gain.low > 0):
         return None
-    pairs = size * record.rows[-1]["step"] / len(rows) * _pairs_a_step(record)
+    pairs = size * record.rows[-1]["step"] / len(rows) * pairs_a_step(record)
     accuracy = sum(rows[-size:]) / size
     if accuracy >= FITTED and pairs >= FITTED_PAIRS:
         saw = f"train accuracy {accuracy:.2f}, held out {_points(record, gain)}"
@@ -426,7 +315,7 @@ def label_noise(record: Record) -> Finding | None:
     if not record.method.preferences or not record.after or not rows:
         return None
     share = len(rows) / len(record.rows)
-    pairs = share * record.rows[-1]["step"] * _pairs_a_step(record)
+    pairs = share * record.rows[-1]["step"] * pairs_a_step(record)
     accuracy = sum(row[accuracy_key(record)] for row in rows) / len(rows)
     if record.recipe == "reward":
         before, after = (width(metrics["reward_margin"]) for metrics in (record.before, record.after))
@@ -519,6 +408,10 @@ def line(finding: dict) -> str:
         f"{finding['level']}: {name} (step {finding['step']}): {finding['saw']}; {finding['means']}. "
         f"To change it: {finding['change']}"
     )
+
+
+def _lower_rate(record: Record) -> str:
+    return f"trainer.learning_rate={record.args.learning_rate / 10:.0e}"
 
 
 def _nats(estimate: Estimate) -> str:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from rlhf_recipes.drawing import COLOURS, INK, PARENT_COLOUR, TITLE, clip
 from rlhf_recipes.training import doctor
-from rlhf_recipes.training.doctor import Record
+from rlhf_recipes.training.doctor_record import BROKEN, WATCH, Record, accuracy_key, margin_key, points
 
 COLUMNS = 3
 REACH = 3  # a limit further from the curve than this many times its range is out of sight
 HEALTHY = "#2e9b73"
-LEVELS = {doctor.WATCH: "#c9731a", doctor.BROKEN: "#b03a48"}
+LEVELS = {WATCH: "#c9731a", BROKEN: "#b03a48"}
 
 
 @dataclass
@@ -89,7 +89,7 @@ def panels(record: Record) -> list[Panel]:
     end = record.rows[-1]["step"] if record.rows else 0
 
     def curve(key):
-        return doctor.points(record, key)
+        return points(record, key)
 
     def held_out(key):
         both = [(0, record.before.get(key)), (end, record.after.get(key))]
@@ -101,9 +101,9 @@ def panels(record: Record) -> list[Panel]:
         return share * sum(first) / len(first) if first else None
 
     pairs = [
-        Panel("Reward margin", "as trained", ("reward_saturation",), curve(doctor.margin_key(record)), [],
+        Panel("Reward margin", "as trained", ("reward_saturation",), curve(margin_key(record)), [],
               0, record.method.saturated),
-        Panel("Accuracy", "share of pairs", ("label_noise", "over_fitting"), curve(doctor.accuracy_key(record)),
+        Panel("Accuracy", "share of pairs", ("label_noise", "over_fitting"), curve(accuracy_key(record)),
               held_out("preference_accuracy"), doctor.NOISE_ACCURACY, 1),
         Panel("Accuracy gained", "share of pairs", ("too_little_data", "reward_against_preference"), [],
               held_out("accuracy_change"), 0),

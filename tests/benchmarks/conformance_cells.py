@@ -206,7 +206,7 @@ def tell(name: str, **found) -> None:
 
 def attempt(name: str, model: str) -> str:
     """What has failed, by the check; "" where nothing has."""
-    from rlhf_recipes import run_folder
+    from rlhf_recipes import locks
     from rlhf_recipes.errors import first_line
 
     cell = Cell(name, model)
@@ -218,7 +218,7 @@ def attempt(name: str, model: str) -> str:
         sys.excepthook(type(error), error, error.__traceback__)  # whole in the log
         return f"{cell.at}: {type(error).__name__}: {first_line(error)}"
     finally:
-        run_folder.release_locks()
+        locks.release_all()
     return ""
 
 

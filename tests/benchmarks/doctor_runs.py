@@ -209,13 +209,14 @@ def examined(folder: Path) -> dict:
     from rlhf_recipes.config import build
     from rlhf_recipes.run_folder import read_result
     from rlhf_recipes.training import doctor
+    from rlhf_recipes.training.doctor_record import Record
 
     result = read_result(folder)
     config = OmegaConf.load(folder / "config.yaml")
     args = build(config.trainer, "trainer", output_dir="unused", use_cpu=True, bf16=False, report_to="none")
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return doctor.examine(
-        doctor.Record(
+        Record(
             result["recipe"],
             [row for row in log if "loss" in row],
             args,
@@ -236,6 +237,7 @@ def describe(name: str, seed, rule: str | None, report: dict, seconds: float) ->
 
 def table(rows: list[tuple]) -> str:
     from rlhf_recipes.training import doctor
+    from rlhf_recipes.training.doctor_record import HEALTHY
 
     good = [report for _, _, rule, report in rows if rule is None]
     lines = ["| rule | bad runs named | good runs with an alarm |", "| --- | --- | --- |"]
@@ -246,7 +248,7 @@ def table(rows: list[tuple]) -> str:
             for reports in (made, good)
         )
         lines.append(f"| {rule.replace('_', ' ')} | {named} of {len(made)} | {alarms} of {len(good)} |")
-    healthy = sum(report["verdict"] == doctor.HEALTHY for report in good)
+    healthy = sum(report["verdict"] == HEALTHY for report in good)
     return "\n".join([*lines, f"{healthy} of {len(good)} good runs healthy."])
 
 

@@ -203,27 +203,28 @@ def signalled(room: Room, recipe: str, run: str, rng: random.Random, number: int
 
 def killed(room: Room, recipe: str, run: str, rng: random.Random) -> int:
     """SIGKILL at a random moment."""
-    tried = 0
-    while tried < CHAIN:
+
+    def kill() -> Ended:
         process = room.start(recipe, run)
-        done = ended(process, rng.uniform(0.05, room.whole[recipe]["seconds"]), process.kill)
-        if done.code != -signal.SIGKILL:
-            done.expect(done.is_over, "killed at a moment")
-            break
-        tried += 1
-    return tried
+        return ended(process, rng.uniform(0.05, room.whole[recipe]["seconds"]), process.kill)
+
+    return chain(kill)
 
 
 def killed_at_a_file(room: Room, recipe: str, run: str, rng: random.Random) -> int:
     """SIGKILL at the n-th change of a file."""
-    tried = 0
-    while tried < CHAIN:
-        done = room.run(recipe, run, fault=f"operation {rng.randint(1, room.whole[recipe]['operations'])}")
+    most = room.whole[recipe]["operations"]
+    return chain(lambda: room.run(recipe, run, fault=f"operation {rng.randint(1, most)}"))
+
+
+def chain(kill: Callable[[], Ended]) -> int:
+    """How many kills of one run came before its end, of up to CHAIN."""
+    for tried in range(CHAIN):
+        done = kill()
         if done.code != -signal.SIGKILL:
-            done.expect(done.is_over, "killed at a file")
-            break
-        tried += 1
-    return tried
+            done.expect(done.is_over, "a run that is killed")
+            return tried
+    return CHAIN
 
 
 def told(room: Room, recipe: str, run: str, rng: random.Random) -> int:
@@ -501,9 +502,7 @@ def prepared(whole: dict[str, dict]):
         class Folder:
             mktemp = staticmethod(lambda _: folder)
 
-        model = conftest.tiny_model.__wrapped__(Folder)
-        path = model / "generation_config.json"  # every fifth token ends a reply, which the tiny model never does
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [2, *range(300, 1000, 5)]}))
+        model = conftest.build_terse(conftest.tiny_model.__wrapped__(Folder), folder / "terse")
         env = {**conftest.offline(folder / "hf_home"), "OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1",
                "TMPDIR": str(folder / "tmp")}  # fmt: skip
         python = stack.enter_context(warm.offer(folder / "warm", env))

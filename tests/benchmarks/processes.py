@@ -86,7 +86,7 @@ def folders(room: Path) -> None:
     from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from rlhf_recipes import models, ranks
+    from rlhf_recipes import model_files, models, ranks
     from rlhf_recipes.run import Run
 
     cfg, count = composed("dpo", "overwrite=true"), {"starts": 0, "ends": 0, "died": 0}
@@ -94,7 +94,7 @@ def folders(room: Path) -> None:
     shape = LlamaConfig(vocab_size=1000, hidden_size=64, intermediate_size=128, num_hidden_layers=8,
                         num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
     model = get_peft_model(LlamaForCausalLM(shape), LoraConfig(r=64, target_modules="all-linear"))
-    tokenizer = AutoTokenizer.from_pretrained(models.model_path(cfg.model))
+    tokenizer = AutoTokenizer.from_pretrained(model_files.folder_or_id(cfg.model))
     os.chdir(ranks.by_first(lambda: str(room.mkdir() or room)))
     while count["starts"] < STARTS:
         try:

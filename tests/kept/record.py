@@ -11,7 +11,8 @@ import shutil
 import signal
 import time
 
-from test_kept_runs import COMMANDS, KEPT, build_model, reading
+from conftest import build_terse
+from test_kept_runs import COMMANDS, KEPT, reading
 
 LARGEST_PAGE = 50_000
 # Nothing reads them, nor what the jobs of a sweep share, a cache.
@@ -19,7 +20,7 @@ NOT_KEPT = ("*.png", "*.lock", "multirun.yaml", "preflight.json", "checkpoints/*
 
 
 def test_record(tiny_model, run_recipe, start_recipe, tmp_path):
-    model = build_model(tiny_model, tmp_path / "model")
+    model = build_terse(tiny_model, tmp_path / "model")
     named = os.environ.get("RECORD", " ".join(COMMANDS)).split()
     for run in (KEPT / "runs").iterdir():
         if run.name not in named and len(named) < len(COMMANDS):

@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import config, memory, methods, models, ranks, references, run, sharding
+from rlhf_recipes import config, memory, methods, model_files, models, ranks, references, run, sharding
 from rlhf_recipes.commands import launched
 from rlhf_recipes.data.fit import fit
 from rlhf_recipes.data.labelled import micro_batches
@@ -100,7 +100,7 @@ def _look(job: Job, looked_at: Cache, found: JobReport) -> None:
     models.check(cfg.model, cfg.quantization, cfg.lora)
     tokenizer = models.load_tokenizer(cfg.model)
     found.settings = _settings(cfg, args)
-    found.model = {"id": cfg.model.id, "download_gib": models.download_bytes(cfg.model) / GIB}
+    found.model = {"id": cfg.model.id, "download_gib": model_files.download_bytes(cfg.model) / GIB}
     later = _made_later(job)
     if cfg.model.adapter and str(cfg.model.adapter) not in later:  # as `Run.start` will
         references.find(cfg.model.adapter, "model.adapter", cfg.model.id, cfg.model.adapter_base)

@@ -19,7 +19,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from rlhf_recipes import config, methods, models, references
+from rlhf_recipes import config, methods, model_files, models, references
 from rlhf_recipes.errors import Refusal
 
 GIB = 2**30
@@ -121,7 +121,7 @@ def backbone(cfg: DictConfig, recipe: str) -> Backbone:
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    shape = models.load_config(cfg.model)
+    shape = model_files.load_config(cfg.model)
     for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
         if not isinstance(getattr(shape, name, None), int):
             raise Refusal(f"model.id={cfg.model.id}: its config has no {name}, so its memory cannot be predicted.")

@@ -14,10 +14,11 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from rlhf_recipes import inference, methods, models, stats
+from rlhf_recipes import inference, methods, model_files, stats
 from rlhf_recipes.data.account import told
 from rlhf_recipes.data.formats import clusters
 from rlhf_recipes.data.load import Splits, shorter_wins
+from rlhf_recipes.data.template import encode_prompt
 from rlhf_recipes.text_metrics import refuses
 
 # Train rows that are looked at for the end of their replies.
@@ -97,7 +98,7 @@ def example(recipe: str, args, splits: Splits, tokenizer, model: DictConfig, tar
     Returns:
         `text`; `eos`, the tokens that end a reply; `ends`, an estimate over the first rows (None for prompts alone).
     """
-    stops = inference.stop_ids(models.load_generation_config(model), tokenizer)
+    stops = inference.stop_ids(model_files.load_generation_config(model), tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(recipe, args, splits, tokenizer, folder, target)
         batch = next(iter(trainer.get_train_dataloader()))
@@ -153,7 +154,7 @@ def _first(batch, trainer) -> tuple[list[int], list[bool]]:
     import torch
 
     if isinstance(batch, list):  # of what samples: rows
-        ids = trainer._prompt_ids(batch[0]["prompt"])
+        ids = encode_prompt(trainer.processing_class, batch[0]["prompt"])
         return ids, [False] * len(ids)
     side = "chosen_" if "chosen_input_ids" in batch else ""
     ids = batch[f"{side}input_ids"][0].tolist()

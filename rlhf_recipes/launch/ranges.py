@@ -1,0 +1,166 @@
+"""The numbers that each setting can work with."""
+
+import math
+from dataclasses import dataclass
+
+from rlhf_recipes.config import flatten
+from rlhf_recipes.errors import Refusal
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a setting can work with; NaN is never one.
+
+    Attributes:
+        beside: numbers outside that have a meaning of their own.
+    """
+
+    at_least: float | None = None
+    above: float | None = None
+    below: float | None = None
+    at_most: float | None = None
+    beside: tuple[float, ...] = ()
+
+    def __contains__(self, number: float) -> bool:
+        inside = (
+            (self.at_least is None or number >= self.at_least)
+            and (self.above is None or number > self.above)
+            and (self.below is None or number < self.below)
+            and (self.at_most is None or number <= self.at_most)
+        )
+        return number in self.beside or (inside and not math.isnan(number))
+
+    def __str__(self) -> str:
+        ends = {name: getattr(self, name) for name in ("at_least", "above", "below", "at_most")}
+        said = [f"{name.replace('_', ' ')} {end:g}" for name, end in ends.items() if end not in (None, math.inf)]
+        said += ["finite"] if self.below == math.inf else []
+        return " and ".join(said) + "".join(f", or {number:g}" for number in self.beside)
+
+
+COUNT, NATURAL = Range(at_least=1), Range(at_least=0)
+POSITIVE, NOT_NEGATIVE = Range(above=0, below=math.inf), Range(at_least=0, below=math.inf)
+SHARE, PART = Range(at_least=0, at_most=1), Range(at_least=0, below=1)
+SAMPLED = Range(above=0, at_most=1)
+# Keys whose number cannot work, or does nothing, outside of its range.
+RANGES = {
+    "trainer.per_device_train_batch_size": COUNT,
+    "trainer.per_device_eval_batch_size": COUNT,
+    "trainer.gradient_accumulation_steps": COUNT,
+    "trainer.precompute_ref_batch_size": COUNT,
+    "trainer.max_steps": Range(at_least=1, beside=(-1,)),
+    "trainer.num_train_epochs": POSITIVE,
+    "trainer.max_length": Range(at_least=2),  # a token of the prompt and one of the answer
+    "trainer.max_completion_length": COUNT,
+    "trainer.learning_rate": POSITIVE,
+    "trainer.weight_decay": NOT_NEGATIVE,
+    "trainer.adam_beta1": PART,
+    "trainer.adam_beta2": PART,
+    "trainer.adam_epsilon": NOT_NEGATIVE,
+    "trainer.max_grad_norm": NATURAL,  # 0: none is clipped
+    "trainer.warmup_steps": NOT_NEGATIVE,
+    "trainer.logging_steps": POSITIVE,
+    "trainer.save_steps": POSITIVE,
+    "trainer.eval_steps": POSITIVE,
+    "trainer.save_total_limit": COUNT,
+    "trainer.dataset_num_proc": COUNT,
+    "trainer.dataloader_num_workers": NATURAL,
+    "trainer.seed": Range(at_least=0, below=2**32),
+    "trainer.data_seed": Range(at_least=0, below=2**32),
+    "trainer.pad_to_multiple_of": COUNT,
+    "trainer.neftune_noise_alpha": POSITIVE,
+    "trainer.label_smoothing_factor": PART,
+    # Of the losses of pairs and of labelled answers: beta 0 is a constant loss, and one below learns the reverse.
+    "trainer.beta": POSITIVE,
+    "trainer.label_smoothing": PART,
+    "trainer.ld_alpha": SHARE,
+    "trainer.discopop_tau": POSITIVE,
+    "trainer.cpo_alpha": NOT_NEGATIVE,
+    "trainer.desirable_weight": NOT_NEGATIVE,
+    "trainer.undesirable_weight": NOT_NEGATIVE,
+    "trainer.center_rewards_coefficient": NOT_NEGATIVE,
+    # Of PPO.
+    "trainer.value_learning_rate": NOT_NEGATIVE,
+    "trainer.temperature": POSITIVE,
+    "trainer.top_p": SAMPLED,
+    "trainer.top_k": NATURAL,
+    "trainer.num_ppo_epochs": COUNT,
+    "trainer.num_mini_batches": COUNT,
+    "trainer.local_rollout_forward_batch_size": COUNT,
+    "trainer.cliprange": POSITIVE,
+    "trainer.cliprange_value": POSITIVE,
+    "trainer.dual_clip": Range(above=1),
+    "trainer.gamma": SHARE,
+    "trainer.lam": SHARE,
+    "trainer.kl_coef": NOT_NEGATIVE,
+    "trainer.kl_target": POSITIVE,
+    "trainer.kl_horizon": COUNT,
+    "trainer.kl_brake": Range(above=0),
+    "trainer.entropy_floor": NATURAL,
+    "trainer.uwo_coef": NOT_NEGATIVE,
+    "trainer.soft_punish_cache": COUNT,
+    # Of RLOO.
+    "trainer.num_generations": Range(at_least=2),  # the others are the baseline
+    "trainer.num_iterations": COUNT,
+    "trainer.steps_per_generation": COUNT,
+    "trainer.generation_batch_size": COUNT,
+    "trainer.epsilon": POSITIVE,
+    "trainer.epsilon_high": POSITIVE,
+    "lora.r": COUNT,
+    "lora.lora_alpha": Range(above=0),
+    "lora.lora_dropout": PART,
+    "lora.rank_pattern.*": COUNT,
+    "lora.alpha_pattern.*": Range(above=0),
+    "lora.layers_to_transform": NATURAL,
+    "max_prompt_length": COUNT,
+    "max_length": Range(at_least=2),
+    "max_new_tokens": COUNT,
+    "scored_pairs": COUNT,
+    "prompts": COUNT,
+    "samples": COUNT,
+    "twice": SHARE,
+    "swapped": SHARE,
+    "port": Range(at_least=0, at_most=65535),
+    "top_p": SAMPLED,
+    "temperature": NOT_NEGATIVE,
+    "seed": NATURAL,
+    "sweep.prompts": NATURAL,
+    "sweep.max_new_tokens": COUNT,
+    "generate.temperature": NOT_NEGATIVE,
+    "generate.top_p": SAMPLED,
+    "revise.temperature": NOT_NEGATIVE,
+    "revise.top_p": SAMPLED,
+    "revise.few_shot": NATURAL,
+    "judging.min_option_mass": SHARE,
+    "judging.cot_tokens": COUNT,
+    "lm_eval.batch_size": COUNT,
+    "lm_eval.limit": COUNT,
+    "lm_eval.num_fewshot": NATURAL,
+}
+# Where a class takes another range: with lambda 0, ORPO's loss is the likelihood of the chosen answers; with beta 0,
+# RLOO has no penalty.
+RANGES_OF = {
+    target: {"trainer.beta": NOT_NEGATIVE}
+    for target in (
+        "rlhf_recipes.preference.ORPOConfig",
+        "trl.experimental.orpo.ORPOConfig",
+        "rlhf_recipes.ppo.RLOOConfig",
+    )
+}
+
+
+def check(node: dict, target: str | None) -> None:
+    """Refuse a number out of its range.
+
+    Args:
+        node: the config as plain containers.
+        target: the class behind `trainer`.
+
+    Raises:
+        Refusal: the first, naming its key as typed.
+    """
+    ranges = RANGES | RANGES_OF.get(target, {})
+    for key, value in flatten(node):
+        allowed = ranges.get(key) or ranges.get(key.rpartition(".")[0] + ".*")
+        for number in value if isinstance(value, list) else [value]:
+            if allowed and type(number) in (int, float) and number not in allowed:
+                raise Refusal(f"{key}={value}: must be {allowed}. Change it.")

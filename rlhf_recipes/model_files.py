@@ -1,0 +1,188 @@
+"""The files of a model, others' mostly: where they lie, what is fetched, and that they run nothing here."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from rlhf_recipes import embedded, places
+from rlhf_recipes.errors import Refusal, first_line
+from rlhf_recipes.text import line
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PretrainedConfig
+
+
+# Of a config.json, ten times what the largest models have and more.
+LARGEST = {
+    "num_hidden_layers": 10_000, "hidden_size": 10**6, "intermediate_size": 10**7, "num_attention_heads": 10**4,
+    "num_key_value_heads": 10**4, "head_dim": 10**5, "vocab_size": 10**8, "num_experts": 10**5, "num_labels": 10**6,
+}  # fmt: skip
+
+
+def folder_or_id(model: DictConfig) -> str:
+    """Where the weights are: the prepared embedded model, a local folder, or the Hub id."""
+    if model.path == "embedded":
+        return str(embedded.prepare())
+    return model.path or model.id
+
+
+def load_config(model: DictConfig) -> "PretrainedConfig":
+    """What the model's config.json says, of its text part where it has several; no weights.
+
+    Raises:
+        Refusal: the model cannot be found or fetched, or names code that would be run.
+    """
+    from transformers import AutoConfig
+
+    return read(model, AutoConfig.from_pretrained).get_text_config()
+
+
+def load_generation_config(model: DictConfig) -> "GenerationConfig":
+    """What the model will be loaded with: its generation_config.json, or without one what its config.json says.
+
+    Raises:
+        Refusal: the model cannot be found or fetched.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(folder_or_id(model), revision=model.revision)
+    except OSError:
+        shape = read(model, AutoConfig.from_pretrained)
+        return GenerationConfig.from_model_config(shape)
+
+
+def download_bytes(model: DictConfig) -> int:
+    """What is to be fetched before the model can be loaded: its weights on the Hub, where the cache lacks them.
+
+    Raises:
+        Refusal: they cannot be found.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HTTPError
+
+    path = folder_or_id(model)
+    names = ("model.safetensors", "model.safetensors.index.json")
+    if Path(path).is_dir() or any(
+        isinstance(try_to_load_from_cache(path, n, revision=model.revision), str) for n in names
+    ):
+        return 0
+    try:
+        files = HfApi().model_info(path, revision=model.revision, files_metadata=True).siblings or []
+    except (OSError, HTTPError) as error:
+        raise Refusal(f"model.id={model.id}: {_hub_refusal(error)}") from error
+    return sum(file.size or 0 for file in files if file.rfilename.endswith(".safetensors"))
+
+
+def read(model: DictConfig, load: Callable, **kwargs) -> Any:
+    """What `load`, a `from_pretrained` of transformers, makes of the model's files.
+
+    Raises:
+        Refusal: the model cannot be found, fetched or read, is larger than any, or names code that would be run.
+    """
+    from huggingface_hub.errors import HTTPError
+    from safetensors import SafetensorError
+    from transformers import PreTrainedConfig, dynamic_module_utils
+
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # what a library loads by itself is refused, too, not asked about
+    path = folder_or_id(model)
+    if model.path not in (None, "embedded") and not Path(path).is_dir():
+        raise Refusal(f"model.path={model.path}: no such folder. Give a folder with a model, or leave it out.")
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise Refusal(f"model.path={path}: no config.json in it, so no model. Give a folder saved by transformers.")
+    key = "model.path" if Path(path).is_dir() else "model.id"
+    if not Path(path).is_dir():
+        if not places.on_hub(path, "model.id", bare=True):
+            raise Refusal(f"model.id={path}: no folder here, and no id of the Hub. Check it; a folder may be given.")
+        places.say_from_hub("model", path)
+    try:
+        if not Path(path).is_dir():
+            _ask_hub(path, model.revision)
+        refuse_sizes(_config_in(path), key, path)
+        found = load(path, revision=model.revision, trust_remote_code=model.get("trust_remote_code") is True, **kwargs)
+        if isinstance(found, PreTrainedConfig):
+            refuse_sizes(found.to_dict(), key, path)
+            if not model.get("trust_remote_code"):
+                refuse_kernels(found, key, path)
+        return found
+    except ValueError as error:
+        if isinstance(error, Refusal) or "trust_remote_code" not in str(error):
+            raise
+        raise Refusal(
+            f"{key}={path}: brings Python code of its own, which would run here (auto_map). Read it; if you trust "
+            "it, add model.trust_remote_code=true."
+        ) from error
+    except SafetensorError as error:
+        said = first_line(error).rstrip(".")
+        raise Refusal(f"{key}={path}: its weights are cut off or damaged ({said}). Fetch them again.") from error
+    except (OSError, HTTPError) as error:
+        if Path(path).is_dir():
+            raise Refusal(f"model.path={path}: {first_line(error)}") from error
+        raise Refusal(f"model.id={model.id}: {_hub_refusal(error)}") from error
+
+
+def _config_in(folder: str) -> dict:
+    """What a folder's config.json says; nothing of an id of the Hub, and of what transformers refuses by itself."""
+    file = Path(folder) / "config.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def refuse_sizes(config: dict, key: str, path: str) -> None:
+    """Refuse a config.json of more than any model has, before a module is made for each.
+
+    Raises:
+        Refusal: it says so.
+    """
+    for part in (config, *(each for each in config.values() if isinstance(each, dict))):
+        for name, most in LARGEST.items():
+            size = part.get(name)
+            if isinstance(size, int | float) and not size <= most:
+                said = f"{name}={str(size)[:20]}"
+                raise Refusal(f"{key}={path}: its config.json says {said}, more than any model has. Mend it.")
+
+
+def refuse_kernels(config: "PretrainedConfig", key: str, path: str) -> None:
+    """Refuse a config.json that names a kernel on the Hub, which transformers would fetch and run.
+
+    Raises:
+        Refusal: it does.
+    """
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        for kind in ("attn", "experts"):
+            named = str(getattr(part, f"_{kind}_implementation", None))
+            if "/" in named:
+                raise Refusal(
+                    f"{key}={path}: its config.json names a kernel on the Hub, code that would be run here "
+                    f"({kind}_implementation: {line(named)}). Take it out."
+                )
+
+
+def _ask_hub(repo: str, revision: str | None) -> None:
+    """Raise at once for a model that can be neither fetched nor found in the cache; `transformers` would retry."""
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+
+    cached = isinstance(try_to_load_from_cache(repo, "config.json", revision=revision), str)
+    if not cached and not constants.HF_HUB_OFFLINE:
+        HfApi().auth_check(repo)
+
+
+def _hub_refusal(error: Exception) -> str:
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    cause = error.__cause__ or error
+    missing = isinstance(cause, RepositoryNotFoundError) and not isinstance(cause, GatedRepoError)  # its subclass
+    if missing or "is not a valid model identifier" in str(error):
+        return "the Hub has no such model, or your token may not see it. Check the name; a folder goes to model.path."
+    if isinstance(cause, GatedRepoError) or "gated repo" in str(error):
+        return "is gated. Accept its terms on its page, then `hf auth login` (or HF_TOKEN)."
+    return (
+        "the Hub cannot be reached and the cache does not hold it. Check the network, or use model=smollm2_135m, "
+        "which needs none."
+    )
