@@ -2,8 +2,8 @@
 
 Sequences lie in one row where that costs less than padding each, and what the two answers of a pair have in common is
 there once: rows i and i + B / 2 of a batch of pairs, [chosen; rejected]. The states are put back where the rows of the
-batch had them, and the backward of that adds the gradients of both. Collator, head, loss, metrics and reference are the
-trainer's.
+batch had them, and the backward of that adds the gradients of both. Collator, head, loss, metrics and reference are
+those of the trainer.
 
 Shapes: B sequences of T tokens, padded on the right.
 """
