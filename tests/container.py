@@ -141,7 +141,8 @@ class Root:
 
 
 def make(folder: Path, suite: str, mirror: list[str]) -> None:
-    command = ["debootstrap", "--variant=minbase", "--include=ca-certificates", suite, folder, *mirror]
+    command = ["unshare", "--mount", "debootstrap", "--variant=minbase", "--include=ca-certificates"]
+    command += [suite, folder, *mirror]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     for name in TOLD:
         source, target = Path("/", name), folder / name
