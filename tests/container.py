@@ -40,13 +40,15 @@ mount -t tmpfs -o mode=1777 tmpfs "$root/dev/shm"
 while [ "$shown" -gt 0 ]; do mkdir -p "$root$1"; mount -o bind,ro "$1" "$root$1"; shift; shown=$((shown - 1)); done
 exec "$@"
 """
+SHORT = "data.train_size=4 data.eval_size=2 trainer.max_steps=2"
 # By the user of the image, as its commands are: what is asked, and a command that fails where it is not so.
 LOOKS = {
     "the user is not root": 'test "$(id -u)" != 0 && test "$(id -g)" != 0',
     "none of the code can be written": 'test -z "$(find . -path ./outputs -prune -o ! -type l -writable -print)"',
     "outputs and cache can": "test -w outputs && test -w /cache",
+    "the demo would install nothing": "make --question .venv/demo",
     "a command answers": "rlhf-dpo --help > /dev/null",
-    "a short training ends": "rlhf-dpo run_name=container data.train_size=4 data.eval_size=2 trainer.max_steps=2",
+    "a short training ends": f"rlhf-dpo run_name=container overwrite=true {SHORT}",
     "and has left an adapter": "test -s outputs/dpo/container/adapter/adapter_model.safetensors",
 }
 # Folders of version control, and files in which secrets are kept.
