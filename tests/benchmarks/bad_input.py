@@ -43,9 +43,9 @@ CLASSES = {
                 "test_hub_faults.py", "test_hub_ids.py"),
     "publishing": ("test_publish.py", "test_publish_files.py", "test_publish_private.py"),
     "servers": ("test_cai_server.py", "test_ppo_server.py", "test_hostile_servers.py"),
-    "evaluate, audit, judges": ("test_bad_input.py::test_evaluate", "test_measure.py", "test_evaluation_summary.py",
-                                "test_audit", "test_cai_reward.py", "test_cai_judge.py", "test_label.py",
-                                "test_ppo.py"),
+    "evaluate, rewards": ("test_bad_input.py::test_evaluate", "test_measure.py", "test_evaluation_summary.py",
+                          "test_cai_reward.py", "test_ppo.py"),
+    "audit, judges, labels": ("test_audit", "test_cai_judge.py", "test_label.py"),
     "pipelines, sweeps, preflight": ("test_bad_input.py::test_pipeline", "test_stages.py", "test_rounds.py",
                                      "test_sweep.py", "test_preflight.py"),
 }  # fmt: skip
