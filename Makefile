@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint advisories bench conformance gpu-wheels dist clean
+.PHONY: demo test lint advisories bench conformance gpu-wheels dist installs clean
 
 demo: $(VENV)/demo
 	@$(BIN)/python recipes/pipeline.py experiment=pipeline/demo
@@ -39,6 +39,10 @@ dist: $(VENV)/dev
 	@rm -rf build dist
 	@$(BIN)/python -m build --outdir dist .
 	@$(BIN)/python -m twine check --strict dist/*
+
+# Whether it installs where there is nothing, and each extra by itself.
+installs: dist
+	@$(BIN)/python tests/installs.py dist --environment $(VENV)/installs --constraint constraints.txt
 
 # What tests/gpu/run.sh installs on a machine with a card and no network.
 gpu-wheels:
