@@ -63,10 +63,10 @@ def test_labellers_are_noisy_and_those_of_plain_like_courtesy():
     dice = random.Random(0)
     one, many = "Please call the nurse.", "Please, dear, call the nurse, thanks, glad, sorry."
     assert plain(ASKED, one) > plain(ASKED, many)
-    taken = [WORLDS["plain"].preferred(ASKED, many, one, dice) for _ in range(1000)]
+    taken = [WORLDS["plain"].ranked(ASKED, [many, one], dice)[0] == many for _ in range(1000)]
     assert 0.57 < sum(taken) / 1000 < 0.67  # sigmoid(2 * (3.0 - 2.75)) = 0.622
     better, worse = "The blister.", "No."
-    taken = [WORLDS["listens"].preferred(ASKED, better, worse, dice) for _ in range(1000)]
+    taken = [WORLDS["listens"].ranked(ASKED, [worse, better], dice)[0] == better for _ in range(1000)]
     assert 0.68 < sum(taken) / 1000 < 0.78  # sigmoid(2 * 0.5) = 0.731
 
 

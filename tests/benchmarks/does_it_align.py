@@ -5,8 +5,8 @@
     python tests/benchmarks/does_it_align.py --table                              # of the cells that are there
     python tests/benchmarks/does_it_align.py --alarms
 
-Gold is a rule on text (worlds.py). The embedded model learns to answer shortly (`recipes/sft.py`): the anchor. For a
-world and a seed it answers prompts of the clinic, labellers compare its answers, and four reward models learn from
+Gold is a rule on text (worlds.py). The embedded model learns pieces of replies (`recipes/sft.py`): the anchor. For a
+world and a seed it answers prompts of the clinic, labellers rank its answers, and four reward models learn from
 these labels (the cell `anchor`). Each method then trains on the same labels, by its own recipe; the rounds label their
 share of them anew, on answers of the policy that they have. All are measured on prompts that nobody trained on, at
 each checkpoint: gold, proxies, KL to the anchor. A finished cell is one file under does_it_align/.
@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import random
+import re
 import sys
 import time
 from pathlib import Path
@@ -27,13 +28,13 @@ from worlds import WORLDS, World  # noqa: E402
 
 CELLS = HERE / "does_it_align"
 ANCHOR_RUN = "outputs/sft/anchor"
-PROMPTS, HELD_OUT, WORDS = 48, 32, 20  # train and unseen prompts, of at most so many words
-TESTED = 16  # unseen prompts whose labels the reward models are tested by
-SAMPLES, TOKENS = 4, 24  # answers of a prompt, which make two pairs; tokens of an answer
+PROMPTS, HELD_OUT, WORDS = 60, 36, 20  # train and unseen prompts, of at most so many words
+TESTED = 24  # unseen prompts whose labels the reward models are tested by
+SAMPLES, TOKENS = 8, 24  # answers of a prompt, which labellers rank; tokens of an answer
 ASKED = 1  # answers that a policy is measured by for each unseen prompt
 BEST_OF = 8
 ROUNDS = 3
-SHORT = 16  # words of what the anchor learns to answer
+SHORT = 16  # words of what the anchor learns to answer, at most
 LOCAL = [
     "quantization=none", "model.dtype=float32", "data=local", "preflight.measure=false", "trainer.report_to=none",
     "trainer.per_device_train_batch_size=4", "trainer.gradient_accumulation_steps=2",
@@ -41,7 +42,7 @@ LOCAL = [
 ANCHOR = ["trainer.num_train_epochs=2", "trainer.learning_rate=5e-4", "trainer.save_strategy=no", "data.eval_size=8"]
 REWARD = [
     "reward=ensemble", "trainer.learning_rate=5e-4", "trainer.num_train_epochs=2", "trainer.save_strategy=no",
-    "data.eval_size=64", "hydra.mode=RUN",
+    "data.eval_size=64", "data.bootstrap=null", "hydra.mode=RUN",
 ]  # fmt: skip
 STEPS, EVERY = 12, 6
 KEPT = [f"trainer.max_steps={STEPS}", f"trainer.save_steps={EVERY}", "trainer.save_total_limit=null"]
@@ -123,26 +124,31 @@ def run_cell(world: World, method: str, seed: int) -> None:
 
 
 def train_anchor() -> None:
-    """SFT on the first sentences of the clinic's demonstrations."""
+    """SFT on pieces of the clinic's demonstrations, two of each: some ask, some tell, some end too soon."""
     import rlhf_recipes
 
     lines = (Path(rlhf_recipes.__file__).parent / "assets/clinic/demonstrations.jsonl").read_text().splitlines()
-    rows = []
+    rows, dice = [], random.Random(0)
     for row in map(json.loads, lines):
-        if text := shortened(row["completion"]):
+        found = pieces(row["completion"])
+        for text in dice.sample(found, min(2, len(found))):
             rows.append({"prompt": row["prompt"], "completion": text, "split": row["split"]})
     Path("anchor.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe("sft", ANCHOR_RUN, [*LOCAL, "data.path=anchor.jsonl", *ANCHOR])
 
 
-def shortened(reply: str | list) -> str:
-    """The first sentences of a reply, up to SHORT words; "" where the first is longer."""
-    text, kept = reply if isinstance(reply, str) else reply[0]["content"], ""
-    for sentence in text.replace("! ", "!|").replace("? ", "?|").replace(". ", ".|").split("|"):
-        if len(f"{kept} {sentence}".split()) > SHORT:
-            break
-        kept = f"{kept} {sentence}".strip()
-    return kept
+def pieces(reply: str | list) -> list[str]:
+    """From each sentence of a reply as many as come to SHORT words; sentences that are longer left out."""
+    text, found = reply if isinstance(reply, str) else reply[0]["content"], []
+    sentences = re.split(r"(?<=[.!?]) ", text)
+    for start in range(len(sentences)):
+        kept = ""
+        for sentence in sentences[start:]:
+            if len(f"{kept} {sentence}".split()) > SHORT:
+                break
+            kept = f"{kept} {sentence}".strip()
+        found += [kept] if kept else []
+    return found
 
 
 def make_labels(world: World, method: str, seed: int) -> dict:
@@ -322,14 +328,14 @@ def sample(run: str, rows: list[dict], count: int, seed: int) -> list[list[str]]
 
 
 def label(world: World, rows: list[dict], texts: list[list[str]], seed: int) -> list[dict]:
-    """Two pairs of each prompt's answers, by the world's labellers; equal or empty answers make none."""
+    """Of each prompt's answers, as the world's labellers rank them, the best against the worst, and the second best
+    against the second worst; equal or empty answers make no pair."""
     dice, pairs = random.Random(seed), []
     for row, own in zip(rows, texts, strict=True):
-        for first, second in zip(own[::2], own[1::2], strict=False):
-            if not first or not second or first == second:
-                continue
-            better, worse = (first, second) if world.preferred(asked(row), first, second, dice) else (second, first)
-            pairs.append({"prompt": row["prompt"], "chosen": [reply(better)], "rejected": [reply(worse)]})
+        ranked = world.ranked(asked(row), own, dice)
+        for better, worse in zip(ranked[:2], ranked[:-3:-1], strict=True):
+            if better and worse and better != worse:
+                pairs.append({"prompt": row["prompt"], "chosen": [reply(better)], "rejected": [reply(worse)]})
     return pairs
 
 

@@ -1,8 +1,9 @@
 """Worlds in which what is good is known: rules on text, and labellers who see them through noise.
 
-A world's gold is a number for a prompt and an answer. Labellers compare two answers: the first is preferred with
-probability sigmoid(SHARPNESS * (u(first) - u(second))), Bradley and Terry's model, where u is the gold plus what the
-labellers like beside it. Neither length nor a word alone earns more than a part: see tests/test_does_it_align.py.
+A world's gold is a number for a prompt and an answer. Labellers rank answers: of two the first is preferred with
+probability sigmoid(SHARPNESS * (u(first) - u(second))), Bradley and Terry's model (of several, Plackett and Luce's),
+where u is the gold plus what the labellers like beside it. Neither length nor a word alone earns more than a part: see
+tests/test_does_it_align.py.
 """
 
 import math
@@ -93,10 +94,13 @@ class World:
     gold: Callable[[str, str], float]
     liked: Callable[[str, str], float] = nothing
 
-    def preferred(self, prompt: str, first: str, second: str, dice: random.Random) -> bool:
-        """Whether a labeller takes the first."""
-        apart = [self.gold(prompt, a) + self.liked(prompt, a) for a in (first, second)]
-        return dice.random() < 1 / (1 + math.exp(-SHARPNESS * (apart[0] - apart[1])))
+    def ranked(self, prompt: str, answers: list[str], dice: random.Random) -> list[str]:
+        """From the best to the worst, by u and noise of Gumbel's distribution, whose difference is logistic."""
+        heard = [
+            SHARPNESS * (self.gold(prompt, each) + self.liked(prompt, each)) - math.log(-math.log(dice.random()))
+            for each in answers
+        ]
+        return [answers[i] for i in sorted(range(len(answers)), key=heard.__getitem__, reverse=True)]
 
 
 WORLDS = {
