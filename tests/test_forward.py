@@ -2,13 +2,14 @@
 
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 from families import FAMILIES, family
 
 from rlhf_recipes.packing import PADDING, pack
-from rlhf_recipes.preference import packed_batches
+from rlhf_recipes.preference import forward, packed_batches
 from rlhf_recipes.preference.packed_batches import PackedBatches
 
 WORDS = ("call", "the", "clinic", "pain", "today", "no", "Friday", "why")
@@ -158,6 +159,17 @@ def test_what_cannot_be_packed_goes_through_whole(settings, reason):
     for key, value in settings.items():
         setattr(config, "_attn_implementation_internal" if key.startswith("attn") else key, value)
     assert PackedBatches(backbone).refused == reason
+
+
+@pytest.mark.parametrize(
+    ("together", "refused", "reason"),
+    [(2, "", "the answers of their pairs share too little"), (2, "why", "why"), (1, "why", "why"), (1, "", None)],
+)
+def test_what_went_through_whole_is_said(capsys, together, refused, reason):
+    batches = {"packed": 2, "whole": 3}
+    forward._Say(SimpleNamespace(batches=batches, together=together, refused=refused)).on_train_end(None, None, None)
+    said = capsys.readouterr().out
+    assert said.startswith(f"fast_forward: 3 of 5 batches went through whole: {reason}") if reason else not said
 
 
 def conversations():

@@ -93,7 +93,8 @@ def test_a_text_that_many_rows_repeat_is_unpacked_in_parts(tmp_path, monkeypatch
         tracemalloc.stop()
     assert peak < 12 * MIB
     monkeypatch.setattr(readers, "LINE_LIMIT", MIB // 2)
-    assert re.search(r":\d+: (a row|rows) of more than 0 MiB", refused(list, readers.read_file(str(path))))
+    first = 3001 if "late" in kind else 1
+    assert re.search(rf":{first}: (a row|rows) of more than 0 MiB", refused(list, readers.read_file(str(path))))
 
 
 def test_parquet_that_lies_about_its_size_is_not_kept(tmp_path, monkeypatch):
@@ -114,7 +115,7 @@ def test_parquet_that_lies_about_its_size_is_not_kept(tmp_path, monkeypatch):
     assert bytes(varint) in data
     path.write_bytes(data.replace(bytes(varint), small))
     assert pq.read_metadata(path).row_group(0).total_byte_size == 1
-    assert re.search(r":\d+: (a row|rows) of more than 1 MiB", refused(list, readers.read_file(str(path))))
+    assert re.search(r":1: (a row|rows) of more than 1 MiB", refused(list, readers.read_file(str(path))))
 
 
 def test_a_type_of_arrow_s_that_is_a_pickle_is_not_made(tmp_path):

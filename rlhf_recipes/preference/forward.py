@@ -76,10 +76,8 @@ def speed_up(trainer, wanted: bool) -> None:
     packing.allow(model)  # where held-out rows are measured
     if not hasattr(model, "score"):  # a reward model has no words to score
         score_answers_alone(model)
-    if "chosen_ids" in trainer.train_dataset.column_names:
-        trainer.add_callback(_Say(PackedBatches(model.base_model)))
-    else:
-        PackedBatches(model.base_model, together=1)
+    together = 2 if "chosen_ids" in trainer.train_dataset.column_names else 1
+    trainer.add_callback(_Say(PackedBatches(model.base_model, together)))
 
 
 def _give_lengths(trainer) -> None:
@@ -110,6 +108,8 @@ class _Say(TrainerCallback):
 
     def on_train_end(self, args, state, control, **_):
         packed, whole = self.packed.batches["packed"], self.packed.batches["whole"]
-        if whole:
-            reason = self.packed.refused or "the answers of their pairs share too little, or nothing"
+        reason = self.packed.refused
+        if self.packed.together > 1 and not reason:  # an answer by itself loses nothing by it
+            reason = "the answers of their pairs share too little, or nothing"
+        if whole and reason:
             print(f"fast_forward: {whole:,} of {packed + whole:,} batches went through whole: {reason}.", flush=True)

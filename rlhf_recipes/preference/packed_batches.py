@@ -30,7 +30,7 @@ class PackedBatches:
     """
 
     def __init__(self, backbone: nn.Module, together: int = 2):
-        self.packing, self._together = packing.allow(backbone), together
+        self.packing, self.together = packing.allow(backbone), together
         self.batches = {"packed": 0, "whole": 0}
         dropouts = (module for module in backbone.modules() if isinstance(module, nn.Dropout) and module.p)
         self._drops = bool(next(dropouts, None) or getattr(self.packing.config, "attention_dropout", 0))
@@ -41,12 +41,12 @@ class PackedBatches:
     @property
     def refused(self) -> str:
         """Why none is packed, or ""."""
-        drops = "dropout would fall on both answers alike" if self._drops and self._together > 1 else ""
+        drops = "dropout would fall on both answers alike" if self._drops and self.together > 1 else ""
         return self.packing.refused or drops
 
     def _before(self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any]):
         given = _named(backbone, args, kwargs)
-        alike = [] if self.refused else _alike(given, self._together)
+        alike = [] if self.refused else _alike(given, self.together)
         if alike and not self.packing.proven:  # by every process, whose layers may lie with the others
             longest = max(alike, key=lambda each: sum(map(len, each)))
             # without the hooks of the module itself
