@@ -171,9 +171,11 @@ def test_a_card_quantizes_what_stays_on_the_cpu(monkeypatch):
     assert again.equal(packed) and its_state == state
 
 
-# By how much a process's own memory (no mapped file) grows at most while a base is read, the second of its life.
+# By how much a process's own memory (no mapped file) grows at most while a base is read, the second of its life. Each of
+# its weights is a piece of memory by itself, as those of a large base are: in glibc's heap the gaps that they leave may
+# be too small for the next, which is chance.
 LOADS = """
-import gc, json, os, sys, threading, time
+import ctypes, gc, json, os, sys, threading, time
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -201,6 +203,8 @@ def read(folder):
 
 os.environ |= json.loads(sys.argv[1])
 memory.keep_freed_memory = lambda: None
+M_MMAP_THRESHOLD = -3
+getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)(M_MMAP_THRESHOLD, 2**14)
 load, given = AutoModelForCausalLM.from_pretrained, {}
 AutoModelForCausalLM.from_pretrained = loaded
 read(sys.argv[3])
