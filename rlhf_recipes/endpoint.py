@@ -2,6 +2,7 @@
 answers, or in a few words why not."""
 
 import email.utils
+import functools
 import json
 import math
 import os
@@ -10,9 +11,8 @@ import re
 import socket
 import threading
 import time
-import weakref
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
@@ -76,7 +76,6 @@ class Endpoint:
     Args:
         api_key_env: environment variable that holds the key; None: the endpoint wants none.
         timeout: seconds that a request waits for the whole of an answer.
-        who: needs the openai package, for a message.
 
     Attributes:
         host: with its port.
@@ -86,40 +85,20 @@ class Endpoint:
             asks.
 
     Raises:
-        Refusal: the openai package is missing, or the variable is not set.
+        Refusal: the variable is not set.
     """
 
-    def __init__(self, base_url: str, api_key_env: str | None = None, timeout: float = 120.0,
-                 who: str = "The server backend"):  # fmt: skip
-        try:
-            import openai
-        except ImportError:
-            raise Refusal(f'{who} needs openai. pip install "rlhf-recipes[server]".') from None
+    def __init__(self, base_url: str, api_key_env: str | None = None, timeout: float = 120.0):
         self.base_url, self.host = base_url, URL.fullmatch(base_url)[1]
-        self.api_key_env, self._timeout, self._who = api_key_env, timeout, who
-        # Without a key something must be sent, which is none's secret.
-        self._key = os.environ.get(api_key_env, "").strip() if api_key_env else "none"
-        if not (self._key and self._key.isascii() and self._key.isprintable()):
+        self.api_key_env, self._timeout = api_key_env, timeout
+        self._key = os.environ.get(api_key_env, "").strip() if api_key_env else ""
+        if api_key_env and not (self._key and self._key.isascii() and self._key.isprintable()):
             raise Refusal(f"{api_key_env}: not set, or not a key. export {api_key_env}=<the key for {self.host}>.")
         self.failures, self.is_out, self.looked_at = 0, False, 0.0
         self.named: str | None = None
-
-        def watch(request: Any) -> None:
-            request.extensions["trace"] = self._note  # httpx then tells of each step of the request
-
-        class Client(openai.DefaultHttpxClient):
-            def send(client, request: Any, *, stream: bool = False, **kwargs) -> Any:
-                return _limited(super().send(request, stream=True, **kwargs), self._asked.bytes)
-
-        self.closed, self._asked = threading.Event(), threading.local()
-        self._sockets, self._lock = weakref.WeakSet(), threading.Lock()
-        self._client = openai.OpenAI(
-            base_url=base_url,
-            api_key=self._key,
-            max_retries=0,
-            timeout=openai.Timeout(timeout, connect=min(timeout, CONNECT_SECONDS)),
-            http_client=Client(event_hooks={"request": [watch]}, follow_redirects=False),
-        )
+        self.closed, self._lock = threading.Event(), threading.Lock()
+        self._connections: list[_Connection] = []
+        self._free: list[_Connection] = []
 
     def ask(self, path: str, body: dict | None = None, *, words: bool = False, most: int = ANSWER_BYTES,
             timeout: float | None = None) -> Any:  # fmt: skip
@@ -135,20 +114,21 @@ class Endpoint:
         Raises:
             Failure: there is none.
         """
-        import openai
+        import httpx2
 
-        client = self._client.with_options(timeout=timeout) if timeout else self._client
-        self._asked.bytes, self._asked.until = most, time.monotonic() + (timeout or self._timeout)
+        url = path if urlsplit(path).scheme else self.base_url.rstrip("/") + path
         try:
-            told = client.get(path, cast_to=str) if body is None else client.post(path, body=body, cast_to=str)
-            return told if words else json.loads(told)
+            with self._connection() as connection:
+                status, headers, told = connection.told(url, body, most, timeout or self._timeout)
+            if not 200 <= status < 300:
+                failure = self._refused(status, headers, told)
+            else:
+                return told if words else json.loads(told)
         except _TooLong as error:
             failure = Failure(str(error), final=True)
-        except openai.APITimeoutError:
+        except httpx2.TimeoutException:
             failure = Failure("no answer in time", late=True)
-        except openai.APIStatusError as error:
-            failure = self._refused(error.response)
-        except openai.OpenAIError:
+        except (httpx2.HTTPError, httpx2.InvalidURL, OSError):
             failure = Failure("no connection")
         except (ValueError, RecursionError):
             failure = Failure("no JSON in its answer", unread=True)
@@ -160,55 +140,119 @@ class Endpoint:
 
     def plain(self, told: str) -> str:
         """On one line, without secrets."""
-        told = told.replace(self._key, "<secret>") if self.api_key_env else told
+        told = told.replace(self._key, "<secret>") if self._key else told
         return redact(" ".join(text.line(told).split()))
 
     def renewed(self) -> "Endpoint":
         """With other connections."""
-        other = Endpoint(self.base_url, self.api_key_env, self._timeout, self._who)
+        other = Endpoint(self.base_url, self.api_key_env, self._timeout)
         other.is_out, other.looked_at, other.named = self.is_out, self.looked_at, self.named
         return other
 
     def close(self) -> None:
-        self.closed.set()
         with self._lock:
-            for connected in self._sockets:
-                with suppress(OSError):  # it is closed, or TLS has taken it over
-                    connected.shutdown(socket.SHUT_RDWR)
-        self._client.close()
+            self.closed.set()
+            free, self._free = self._free, []
+            for connection in self._connections:
+                connection.shut_down()
+        for connection in free:
+            connection.client.close()
 
-    def _note(self, event: str, info: dict) -> None:
-        if event.endswith(("connect_tcp.complete", "start_tls.complete")):
-            stream = info["return_value"]
-            stream.read = self._in_time(stream.read)
-            with self._lock:
-                self._sockets.add(stream.get_extra_info("socket"))
+    @contextmanager
+    def _connection(self) -> Iterator["_Connection"]:
+        """One that no other thread uses, for a request.
+
+        Raises:
+            OSError: they were shut down.
+        """
+        with self._lock:
             if self.closed.is_set():
-                self.close()
+                raise ConnectionAbortedError
+            if not self._free:
+                self._free.append(_Connection(self._key))
+                self._connections.append(self._free[-1])
+            connection = self._free.pop()
+        try:
+            yield connection
+        finally:
+            with self._lock:
+                is_kept = not self.closed.is_set()
+                if is_kept:
+                    self._free.append(connection)
+            if not is_kept:
+                connection.client.close()
 
-    def _in_time(self, read: Callable) -> Callable:
-        """What reads from a connection, until the request of this thread has had its time: httpx's own limit begins
-        anew with each byte."""
-
-        def read_in_time(max_bytes: int, timeout: float | None = None) -> bytes:
-            left = getattr(self._asked, "until", math.inf) - time.monotonic()
-            left = left if timeout is None else min(left, timeout)
-            return read(max_bytes, None if left == math.inf else max(left, 1e-3))
-
-        return read_in_time
-
-    def _refused(self, response: Any) -> Failure:
-        told, headers = response.text, response.headers
+    def _refused(self, status: int, headers: Any, told: str) -> Failure:
         with suppress(ValueError, AttributeError, RecursionError):
             content = json.loads(told)
             message = content.get("error", content)
             message = message if isinstance(message, str) else message.get("message")
             told = message if isinstance(message, str) else told
-        status = response.status_code
         points_to = _host(self.base_url, headers.get("location")) if 300 <= status < 400 else ""
         return Failure(
             f"status {status}", status=status, told=self.plain(told), wait=retry_after(headers), points_to=points_to
         )
+
+
+class _Connection:
+    """A client for one request at a time. One that many threads share looks, for each request, at all the connections
+    that it holds."""
+
+    def __init__(self, key: str):
+        import httpx2
+
+        headers = {"User-Agent": "rlhf-recipes"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        self.client = httpx2.Client(verify=_trusted(), headers=headers, follow_redirects=False)
+        self._socket: socket.socket | None = None
+        self._until, self._is_shut = math.inf, False
+
+    def told(self, url: str, body: dict | None, most: int, timeout: float) -> tuple[int, Any, str]:
+        """Status, headers and text of an answer, of `most` bytes unpacked, in so many seconds."""
+        import httpx2
+
+        self._until = time.monotonic() + timeout
+        limit = httpx2.Timeout(timeout, connect=min(timeout, CONNECT_SECONDS))
+        asked = {"json": body} if body is not None else {}
+        method, extensions = "GET" if body is None else "POST", {"trace": self._note}
+        content = bytearray()
+        with self.client.stream(method, url, timeout=limit, extensions=extensions, **asked) as response:
+            for chunk in response.iter_bytes():
+                content += chunk
+                if len(content) > most:
+                    raise _TooLong(f"an answer of more than {most / 2**20:.1f} MiB, which is not read")
+        return response.status_code, response.headers, content.decode("utf-8", "replace")
+
+    def shut_down(self) -> None:
+        self._is_shut = True
+        with suppress(OSError, AttributeError):  # it is closed, or TLS has taken it over; or there is none
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def _note(self, event: str, info: dict) -> None:
+        """The steps of a request, as httpx tells of them."""
+        if event.endswith(("connect_tcp.complete", "start_tls.complete")):
+            stream = info["return_value"]
+            stream.read = self._in_time(stream.read)
+            self._socket = stream.get_extra_info("socket")
+            if self._is_shut:
+                self.shut_down()
+
+    def _in_time(self, read: Callable) -> Callable:
+        """What reads from a connection, until its request has had its time: httpx's own limit begins anew with each
+        byte."""
+
+        def read_in_time(max_bytes: int, timeout: float | None = None) -> bytes:
+            left = self._until - time.monotonic()
+            return read(max_bytes, max(left if timeout is None else min(left, timeout), 1e-3))
+
+        return read_in_time
+
+
+@functools.cache
+def _trusted() -> Any:
+    """The certificates that all connections trust: to read them takes longer than a request."""
+    import httpx2
+
+    return httpx2.create_ssl_context()
 
 
 class _TooLong(ValueError):
@@ -218,21 +262,6 @@ class _TooLong(ValueError):
 def pause(attempt: int, wait: float, chance: random.Random) -> float:
     """Seconds between an attempt, from 1, and the next: what is asked for, and a share of a growing backoff."""
     return wait + chance.uniform(0, min(BACKOFF_CAP, BACKOFF_SECONDS * 2 ** (attempt - 1)))
-
-
-def _limited(response: Any, most: int) -> Any:
-    """A streamed response as a whole one, read to `most` bytes: a small one may be gigabytes when it is unpacked."""
-    content = bytearray()
-    try:
-        for chunk in response.iter_bytes():
-            content += chunk
-            if len(content) > most:
-                raise _TooLong(f"an answer of more than {most / 2**20:.1f} MiB, which is not read")
-    finally:
-        response.close()
-    headers = response.headers.copy()
-    headers.pop("content-encoding", None)
-    return type(response)(response.status_code, headers=headers, content=bytes(content), request=response.request)
 
 
 def _host(base_url: str, location: str | None) -> str:

@@ -204,7 +204,7 @@ def test_make_targets_exist():
 
 def test_extras_and_markers_exist(request):
     shown = {name for line in lines(ALL) for name in EXTRAS.findall(line)}
-    assert {"server", "eval", "sweep"} <= shown <= set(PROJECT["optional-dependencies"])
+    assert {"eval", "sweep"} <= shown <= set(PROJECT["optional-dependencies"])
     markers = {marker.partition(":")[0] for marker in request.config.getini("markers")}
     shown = {name for line in lines(ALL) for name in re.findall(r'^pytest -m "not (\w+)"$', line)}
     assert shown and shown <= markers

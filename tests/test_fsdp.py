@@ -171,9 +171,9 @@ def test_a_card_quantizes_what_stays_on_the_cpu(monkeypatch):
     assert again.equal(packed) and its_state == state
 
 
-# By how much a process's own memory (no mapped file) grows at most while a base is read, the second of its life. Each of
-# its weights is a piece of memory by itself, as those of a large base are: in glibc's heap the gaps that they leave may
-# be too small for the next, which is chance.
+# By how much a process's own memory (no mapped file) grows at most while a base is read, the second of its life. Each
+# of its weights is a piece of memory by itself, as those of a large base are: in glibc's heap the gaps that they leave
+# may be too small for the next, which is chance.
 LOADS = """
 import ctypes, gc, json, os, sys, threading, time
 from pathlib import Path

@@ -190,7 +190,6 @@ def test_start_refuses_before_anything_is_written(tmp_path, compose, monkeypatch
 
 def test_a_key_is_in_no_journal(tmp_path, monkeypatch):
     """What an endpoint answers may hold the key that it was sent; what is kept of it is the text alone."""
-    pytest.importorskip("openai")
     import test_limits
 
     from rlhf_recipes.cai import server

@@ -54,7 +54,6 @@ def start_endpoint():
 
 @pytest.fixture
 def endpoint(monkeypatch):
-    pytest.importorskip("openai")
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.setattr(rlhf_recipes.endpoint, "BACKOFF_SECONDS", 0.0)
     monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", lambda *_, **__: None)  # 40 ms, and nothing for http

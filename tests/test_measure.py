@@ -688,7 +688,6 @@ class Endpoint(BaseHTTPRequestHandler):
 
 
 def test_evaluate_with_a_server_as_judge(runs, compose, tiny_model_overrides, monkeypatch):
-    pytest.importorskip("openai")
     from rlhf_recipes.adapters import Policies
 
     answers = Policies.answers
@@ -854,7 +853,6 @@ def pairs(compose):
 @pytest.fixture
 def engine(tiny_model):
     """engine(**how): a vLLM of the tiny model, see tests/vllm_standin.py."""
-    pytest.importorskip("openai")
     with contextlib.ExitStack() as stack:
         yield lambda **how: stack.enter_context(serving(tiny_model, **how))
 

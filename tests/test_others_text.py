@@ -486,7 +486,6 @@ def test_the_line_about_reward_models(capsys):
 
 def test_a_server_s_refusal():
     """What an endpoint says of a request comes as one line in which nothing acts."""
-    pytest.importorskip("openai")
     import threading
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 

@@ -46,7 +46,7 @@ PRELOADED = (
 )  # fmt: skip
 # Of the audit, and of who asks a server.
 OTHERS = (
-    "krippendorff", "networkx", "openai", "scipy.sparse.linalg", "scipy.stats", "sklearn.cluster",
+    "krippendorff", "networkx", "httpx2", "scipy.sparse.linalg", "scipy.stats", "sklearn.cluster",
     "sklearn.decomposition", "sklearn.feature_extraction.text", "sklearn.linear_model", "sklearn.metrics",
 )  # fmt: skip
 LIGHT = (

@@ -55,8 +55,7 @@ class Server:
         role: the key above these, for messages.
 
     Raises:
-        Refusal: the openai package is missing, a URL is none, holds a secret or stands there twice, or the variable
-            is not set.
+        Refusal: a URL is none, holds a secret or stands there twice, or the variable is not set.
     """
 
     def __init__(

@@ -67,12 +67,12 @@ class Engines:
         compared: whether their log-probabilities were held against the policy's.
 
     Raises:
-        Refusal: the openai package is missing, or the variable is not set.
+        Refusal: the variable is not set.
     """
 
     def __init__(self, urls: list[str], timeout: float, api_key_env: str | None = None):
         self.timeout, self.compared, self._vocabulary = timeout, False, 0
-        self._engines = {url: Endpoint(url, api_key_env, ANSWER_SECONDS, "trainer.rollout=server") for url in urls}
+        self._engines = {url: Endpoint(url, api_key_env, ANSWER_SECONDS) for url in urls}
         # A run that goes on where another ended finds that one's names taken.
         self._name, self._version, self._digest = f"policy-{secrets.token_hex(4)}", 0, ""
         self._published: list[Path] = []
