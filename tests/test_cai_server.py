@@ -34,7 +34,8 @@ class Endpoint(ThreadingHTTPServer):
 
     `fault(text, attempt)` of the last message's text gives None, a status or one of FAULTS; `choice(body)` the fields
     of the first choice; `continues` what must be said for a last turn of the assistant to be continued, None: nothing
-    helps. It counts, by text: `asked`, and `answered` of them with 200; not whether it continues a turn.
+    helps. It counts, by text: `asked`, and `answered` of them with 200; not whether it continues a turn; and all
+    `connections`.
     """
 
     daemon_threads = True
@@ -45,7 +46,7 @@ class Endpoint(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
         self.lock, self.open = threading.Lock(), threading.Event()
         self.asked, self.answered, self.bodies, self.keys = Counter(), Counter(), [], set()
-        self.in_flight = self.most_in_flight = 0
+        self.in_flight = self.most_in_flight = self.connections = 0
         self.fault = lambda text, attempt: None
         self.choice = lambda body: says(f"answer to {body['messages'][-1]['content']}")
         self.serve = lambda: None
@@ -53,6 +54,10 @@ class Endpoint(ThreadingHTTPServer):
         self.models = None  # its list at /v1/models
         self.usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
         self.fault_headers, self.told, self.continues, self.ends = {}, "no", None, "nesday"
+
+    def get_request(self):
+        self.connections += 1
+        return super().get_request()
 
     def handle_error(self, request, client_address):
         pass  # a client that hangs up is part of the tests
@@ -239,6 +244,13 @@ def test_the_endpoint_always_has_as_many_requests_as_it_may(endpoint):
     requests = generations(15 * 8)
     assert len(answers(backend(endpoint, concurrency=8), requests)) == len(requests)
     assert endpoint.most_in_flight == 8
+
+
+def test_connections_are_used_again(endpoint):
+    asked = backend(endpoint, concurrency=4)
+    for _ in range(3):
+        assert len(answers(asked, generations(40))) == 40
+    assert endpoint.connections <= 4
 
 
 def test_a_generation_is_asked_and_read_as_the_protocol_says(endpoint):
