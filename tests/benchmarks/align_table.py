@@ -8,7 +8,7 @@ from pathlib import Path
 from rlhf_recipes import stats
 from rlhf_recipes.stats import Estimate, format_estimate
 
-EQUAL_KL = (1.0, 3.0)  # nats an answer, at which methods are compared
+EQUAL_KL = (0.5, 1.0)  # nats an answer, at which methods are compared
 COLUMNS = (
     "world", "method", "runs", "gold gained", "KL", *(f"gold gained at KL {kl:g}" for kl in EQUAL_KL),
     "proxy gained", "regret: the last", "by the proxy", "by evaluate", "by the doctor", "by the audit",
