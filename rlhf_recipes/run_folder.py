@@ -44,6 +44,8 @@ VERSION = re.compile(r"policy-[0-9a-f]{8}-v\d+|\.policy-[0-9a-f]{8}\.part")
 CARD, LOGS = "README.md", "runs"
 # Of an unfinished run these alone are worth nothing: they are written again.
 WORTHLESS = (CONFIG, PREFLIGHT, "metrics.jsonl", "samples.jsonl", ".*.tmp")
+# What a start that was killed had begun to write before anything else; what is no run's may have other such names.
+BEGUN = re.compile(rf"\.({re.escape(CONFIG)}|{re.escape(PREFLIGHT)})\.\d+\.tmp")
 # Last parts of keys that take a path.
 PLACES = (
     "adapter", "path", "test_path", "runs", "parent", "checkpoints", "reward_model", "reward_funcs", "ppo_run",
@@ -189,7 +191,8 @@ def refuse_foreign(folder: Path, only: str | None = None) -> None:
         raise Refusal(f"{where}: is the folder of a run of {recipe}. Choose another run_name.")
     for path in _children(folder) if recipe is None else []:
         made_here = only and (marked(path) or (path / PUBLISHED).is_file())
-        if path.name != PREFLIGHT and not _is_empty(path) and not made_here:
+        begun = BEGUN.fullmatch(path.name) and path.is_file() and not path.is_symlink()
+        if path.name != PREFLIGHT and not (made_here or begun or _is_empty(path)):
             raise Refusal(f"{where}: holds {path.name} and is no run folder. Choose an empty or a new one.")
     if folder.resolve() == Path.cwd():  # it could not be set aside under the feet of this process
         raise Refusal(f"{where}: is the current folder. Name one below it.")

@@ -480,6 +480,28 @@ def test_a_run_that_never_began_is_begun_again(started):
     assert os.listdir(run.dir) == ["config.yaml"] and not run_folder.replaced(run.dir).exists()
 
 
+@pytest.mark.parametrize("name", ["config.yaml", "preflight.json"])
+def test_a_start_that_was_killed_at_its_first_file_is_given_again(started, name):
+    scratch = Path(f"outputs/dpo/main/.{name}.4711.tmp")
+    scratch.parent.mkdir(parents=True)
+    scratch.write_text("rlhf_rec")
+    for only in ("sweep", "pipeline", "publish"):
+        run_folder.refuse_foreign(scratch.parent, only)
+    started().create()
+    assert os.listdir(scratch.parent) == ["config.yaml"]
+
+
+def test_what_only_looks_like_a_start_that_was_killed(tmp_path):
+    (tmp_path / "mine").touch()
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link/.config.yaml.4711.tmp").symlink_to(tmp_path / "mine")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/.notes.4711.tmp").touch()
+    for name in ("link", "other"):
+        with pytest.raises(ValueError, match="and is no run folder"):
+            run_folder.refuse_foreign(tmp_path / name)
+
+
 def test_what_comes_into_the_folder_meanwhile_is_seen(started):
     run = started()
     run.create()
