@@ -7,6 +7,8 @@ import signal
 import pytest
 
 from rlhf_recipes import run_folder
+from rlhf_recipes.errors import Refusal
+from rlhf_recipes.launch import out_of_memory
 
 SMALL = (
     "quantization=none",
@@ -58,6 +60,22 @@ def test_no_memory_is_one_line_that_says_what_takes_it(run_recipe, tiny_model_ov
     assert "are needed about" in line and "activations" in line and "base" in line
     assert "trainer.per_device_train_batch_size=1 trainer.gradient_accumulation_steps=2" in line
     assert (tmp_path / "outputs/dpo/x/checkpoints/checkpoint-2").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (MemoryError("std::bad_alloc"), r"out of main memory \(std::bad_alloc\)\."),
+        (RuntimeError("can't start new thread"), r"out of main memory, or of threads \(can't start new thread\)\."),
+        (OSError(12, "Cannot allocate memory"), r"out of main memory \(\[Errno 12\] Cannot allocate memory\)\."),
+    ],
+)
+def test_what_libraries_call_too_little_main_memory(compose, tiny_model_overrides, error, says):
+    with (
+        pytest.raises(Refusal, match=rf"^{says} At the peak"),
+        out_of_memory.told(compose("dpo", *tiny_model_overrides)),
+    ):
+        raise error
 
 
 def test_a_gradient_that_is_no_number_costs_its_step_alone(run_recipe, tiny_model_overrides, tmp_path):

@@ -14,10 +14,12 @@ from rlhf_recipes.errors import Refusal, first_line
 from rlhf_recipes.lineage import rewarding
 from rlhf_recipes.references import adapter_in
 
+# A thread needs memory for its stack; or the system has as many as it allows.
+NO_THREAD = "can't start new thread"
 # How torch says it of a device and of main memory, and the system of main memory.
 SIGNS = (
     "CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "MPS backend out of memory",
-    "can't allocate memory", "not enough memory: you tried to allocate", "Cannot allocate memory",
+    "can't allocate memory", "not enough memory: you tried to allocate", "Cannot allocate memory", NO_THREAD,
 )  # fmt: skip
 LESS = 0.8  # of what was predicted, where it did not fit
 SHOWN = 5  # roles
@@ -49,6 +51,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def _said(error: Exception, cfg: DictConfig) -> str:
     place = "GPU memory" if any(kind in str(error) for kind in ("CUDA", "CUBLAS", "MPS")) else "main memory"
+    place += ", or of threads" if NO_THREAD in str(error) else ""
     said = f"out of {place} ({first_line(error)[:160].rstrip('.')})."
     try:
         roles, changes = _predicted(cfg) if "trainer" in cfg else ("", [])
