@@ -456,6 +456,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=[*FAULTS], default=[*FAULTS])
     parser.add_argument("--recipes", nargs="+", choices=[*RECIPES], default=[*RECIPES])
     options = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored by what it starts with &
     kept = json.loads(options.json.read_text()) if options.json.exists() else {"whole": {}, "cells": {}, "wrong": []}
     cells, until = kept["cells"], time.monotonic() + 60 * options.minutes
     todo = [(recipe, fault) for fault in options.only for recipe in options.recipes]
