@@ -89,7 +89,8 @@ def test_members_differ_in_seed_rank_and_pairs(here):
 
 
 def test_every_part_is_measured(audited):
-    _, _, audit = audited
+    done, _, audit = audited
+    assert "deployment: prompts.jsonl: 3 prompts of 3 rows; dropped none\n" in done.stdout, done
     assert [section["key"] for section in audit["sections"]] == [
         "preference", "calibration", "uncertainty", "stress", "probes", "overoptimisation", "coverage",
         "disagreement", "consistency", "credit", "benchmark",

@@ -55,6 +55,7 @@ def test_cai_generates_and_judges_by_it(url, rows, run_recipe, tmp_path):
         "filters.min_words=1", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done
+    assert "gate.gold: gold.jsonl: 1 train, 1 test rows of 2 (test: column split)\n" in done.stdout, done
     result = json.loads((tmp_path / "outputs" / "cai" / "main" / "result.json").read_text())
     assert result["funnel"]["prompts"] == 2 and result["labelled_by"] == "judge"
     assert result["gate"]["parsed"]["value"] == 1

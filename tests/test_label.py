@@ -107,6 +107,27 @@ def test_files_of_each_kind(tmp_path):
     assert not found.pairs and [found.order[formats.prompt_id(user(each["prompt"]))] for each in asked] == [*range(30)]
 
 
+def test_every_row_is_shown_or_counted(tmp_path):
+    def row(asked, chosen, rejected, other=None):
+        return {
+            "chosen": f"\n\nHuman: {asked}\n\nAssistant: {chosen}",
+            "rejected": f"\n\nHuman: {other or asked}\n\nAssistant: {rejected}",
+        }
+
+    good = [row(f"Q{n}", "A", "B") for n in range(20)]
+    odd = [
+        row("Q\n\nAssistant: A", "B", "C"),
+        row("Q", "A", "B", other="R"),
+        row("Q", "", "B"),
+        row("Q", "hf_" + "aB3" * 12, "B"),
+        good[0],
+    ]
+    found = pairs.find(config(write_rows(tmp_path / "hh.jsonl", *good, *odd)))
+    assert found.left_out == {"roles": 1, "context_differs": 1, "empty": 1, "secret": 1, "duplicate": 1}
+    assert len(found.pairs) == 20
+    assert "1 whose turns do not alternate, 1 whose replies answer different prompts" in found.describe("hh.jsonl")
+
+
 def test_the_disputed_pairs_of_an_audit_and_of_cai(tmp_path):
     from rlhf_recipes.cai import dataset
     from rlhf_recipes.run_folder import mark

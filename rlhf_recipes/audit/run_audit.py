@@ -15,12 +15,14 @@ from omegaconf import DictConfig, OmegaConf
 from rlhf_recipes import ensemble, models, progress, ranks, references
 from rlhf_recipes.audit import answers, benchmark, credit, judgements, preference, stress
 from rlhf_recipes.audit.scoring import Ensemble
+from rlhf_recipes.data.fit import left_out
 from rlhf_recipes.data.formats import clusters
 from rlhf_recipes.data.load import Splits, load_prompts
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.evaluation import served_policies
 from rlhf_recipes.references import ModelRef
 from rlhf_recipes.run import SCORES, Run
+from rlhf_recipes.text import line
 
 
 @dataclass
@@ -84,7 +86,9 @@ def _deployment(cfg: DictConfig) -> list[dict]:
     node |= {"format": "pairs", "train_size": None, "eval_size": None, "bootstrap": None}
     node["columns"] = {**node["columns"], "split": None}
     splits = load_prompts(OmegaConf.create(node))
-    return [*splits.train, *splits.test]
+    prompts, report = [*splits.train, *splits.test], splits.report
+    print(line(f"deployment: {report['source']}: {len(prompts)} prompts of {report['rows']} rows; {left_out(report)}"))
+    return prompts
 
 
 @dataclass

@@ -13,6 +13,7 @@ from rlhf_recipes.cai.backend import Backend, Journal, Request
 from rlhf_recipes.cai.judge import Judge, Pair, validate_judge
 from rlhf_recipes.cai.make_pairs import price
 from rlhf_recipes.config import CONF
+from rlhf_recipes.data.fit import describe as describe_rows
 from rlhf_recipes.data.load import load_pairs
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.stats import format_estimate
@@ -36,8 +37,10 @@ def load_gold(cfg: DictConfig) -> list[dict]:
         node = cfg.data
     else:
         node = OmegaConf.merge(OmegaConf.load(CONF / "data" / "base.yaml"), {"path": cfg.gate.gold})
-    rows = load_pairs(node).train
-    return rows[: cfg.gate.pairs]
+    pairs = load_pairs(node)
+    if cfg.gate.gold != "data":
+        print(describe_rows(pairs.report, "gate.gold"), flush=True)
+    return pairs.train[: cfg.gate.pairs]
 
 
 def examine(judge: Judge, gold: list[dict], cfg: DictConfig, journal: Journal) -> dict[str, Any]:

@@ -183,14 +183,20 @@ def _check_rendered(report: dict[str, Any], rows: int, nothing_left: bool) -> No
         )
 
 
-def describe(report: dict[str, Any]) -> str:
-    """The lines that a recipe prints: what is used, how it is read, and what was left out or changed."""
-    used = f"data: {report['source']}: {report['train']} train, {report['test']} test rows of {report['rows']}"
+def left_out(report: dict[str, Any]) -> str:
+    """How many rows were left out, by reason."""
     left = []
     for reason, count in report["dropped"].items():
         said = report["examples"].get("template") if reason == "template" else None
         left += [f"{count} {reason}" + (f", e.g. {said[0]}" if said else "")] if count else []
-    notes = [f"dropped {', '.join(left)}" if left else "dropped none"]
+    return f"dropped {', '.join(left) or 'none'}"
+
+
+def describe(report: dict[str, Any], key: str = "data") -> str:
+    """The lines that a recipe prints of what a key names: what is used, how it is read, and what was left out or
+    changed."""
+    used = f"{key}: {report['source']}: {report['train']} train, {report['test']} test rows of {report['rows']}"
+    notes = [left_out(report)]
     if report.get("repeated"):
         notes.append(f"drawn with replacement, {report['train'] - report['repeated']} different train rows")
     if any(report["capped"].values()):

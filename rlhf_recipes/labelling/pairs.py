@@ -23,6 +23,9 @@ LEFT_OUT = {
     "identical": "the same reply twice",
     "duplicate": "twice in the file",
     "empty": "without a text",
+    "roles": "whose turns do not alternate",
+    "context_differs": "whose replies answer different prompts",
+    "tie": "without a better reply",
     "secret": "with a token or a password in it",
 }
 
@@ -52,7 +55,7 @@ class Found:
     """What `pairs` names.
 
     Attributes:
-        left_out: counts by `LEFT_OUT`.
+        left_out: counts by `LEFT_OUT`, or another reason of `data.load_pairs`.
         prompts: without answers, or None.
         order: of the prompts as they stand in the file, by `prompt_id`.
     """
@@ -64,7 +67,7 @@ class Found:
 
     def describe(self, source: str) -> str:
         """One line."""
-        out = ", ".join(f"{count} {LEFT_OUT[why]}" for why, count in self.left_out.items())
+        out = ", ".join(f"{count} {LEFT_OUT.get(why, why)}" for why, count in self.left_out.items())
         return f"pairs: {len(self.pairs)} of {source}" + (f"; left out: {out}" if out else "")
 
 
@@ -96,7 +99,7 @@ def find(cfg: DictConfig) -> Found:
 
 
 def collect(rows: Iterable[Pair | str], source: str) -> Found:
-    """Every pair once; a row that is a word of `LEFT_OUT` is counted.
+    """Every pair once; a row that is a reason to leave it out is counted.
 
     Raises:
         Refusal: none is left.
@@ -155,9 +158,7 @@ def _of_preferences(path: str) -> Iterator[Pair | str]:
     splits = load_pairs(_data(path))
     for row in _in_order(splits):
         yield make(row["prompt"], row["chosen"][-1]["content"], row["rejected"][-1]["content"], family=row["family"])
-    yield from (
-        why for why in ("identical", "duplicate", "empty") for _ in range(splits.report["dropped"].get(why, 0))
-    )
+    yield from Counter(splits.report["dropped"]).elements()
 
 
 def _of_run(folder: Path, splits: list[str]) -> Iterator[Pair | str]:
