@@ -1,7 +1,9 @@
 """What a run says while it trains: a progress line with ETA, metrics on disk, and what the doctor sees."""
 
 import json
+import math
 import shutil
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
@@ -132,27 +134,49 @@ class LeaveOut(TrainerCallback):
             state.log_history[-1][self.KEY] = self.count
 
 
-class MetricsFile(TrainerCallback):
-    """metrics.jsonl is the trainer's log history: after a resume it holds no row of steps that were lost."""
+class GrowingFile(TrainerCallback):
+    """A file with a line for each entry of a list that grows. The first log of a launch writes it whole, so that after
+    a resume it holds nothing of steps that were lost; each further one adds what has come."""
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self.lines = path, 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.lines = 0
+
+    def add(self, entries: list[dict], as_row: Callable[[dict], dict] = dict) -> None:
+        """Write those that have no line yet."""
+        if not ranks.is_first():
+            return
+        text = "".join(json.dumps(as_row(entry), ensure_ascii=False) + "\n" for entry in entries[self.lines :])
+        if self.lines:
+            with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(text)
+        else:
+            write_atomically(self.path, text)
+        self.lines = len(entries)
+
+
+class MetricsFile(GrowingFile):
+    """metrics.jsonl is the trainer's log history."""
 
     def on_log(self, args, state, control, **kwargs):
-        rows = [{key: value for key, value in row.items() if key not in SINCE_LAUNCH} for row in state.log_history]
-        lines = [json.dumps({**row, "max_steps": state.max_steps}) for row in rows]
-        write_atomically(self.path, "\n".join(lines) + "\n")
+        def as_row(row: dict) -> dict:
+            kept = {key: value for key, value in row.items() if key not in SINCE_LAUNCH}
+            return {**kept, "max_steps": state.max_steps}
+
+        self.add(state.log_history, as_row)
 
 
-class SamplesFile(TrainerCallback):
+class SamplesFile(GrowingFile):
     """samples.jsonl: some completions of every rollout, with their scores."""
 
     def __init__(self, path: Path, trainer):
-        self.path, self.trainer = path, trainer
+        super().__init__(path)
+        self.trainer = trainer
 
     def on_log(self, args, state, control, **kwargs):
-        lines = [json.dumps(sample, ensure_ascii=False) for sample in self.trainer.samples]
-        write_atomically(self.path, "\n".join(lines) + "\n")
+        self.add(self.trainer.samples)
 
 
 class Tracker(TrainerCallback):
@@ -243,7 +267,9 @@ def _shown_prompt(prompt: str | list[dict]) -> str:
 
 
 class Doctor(TrainerCallback):
-    """Asks the doctor's rules whenever the trainer logs, and prints a line when a rule first finds something.
+    """Asks the doctor's rules whenever the trainer logs, and prints a line when a rule first finds something. They
+    read the whole log: of one with more than `OFTEN` rows they are asked when it has grown by a hundredth, or when a
+    row is not finite.
 
     Each row of the log gets `dead_gradients`, the share of the policy's (or reward model's) trained tensors without a
     gradient in the row's last step; the first step always has a row. The rules read the log alone, which checkpoints
@@ -251,8 +277,10 @@ class Doctor(TrainerCallback):
 
     Args:
         strict: a broken run ends at once with its last good weights. A row tells of the weights before its step, so
-            these are the ones before the step of the last row without such a finding.
+            these are the ones before the step of the last row that was looked at without such a finding.
     """
+
+    OFTEN = 200
 
     ROWS = 256  # training replies that are looked at for their length and their EOS
     FILE = "doctor.pt"  # the last good weights, beside a checkpoint
@@ -260,6 +288,7 @@ class Doctor(TrainerCallback):
     def __init__(self, run, trainer, strict: bool):
         self.run, self.trainer, self.strict = run, trainer, strict
         self.stopped: str | None = None
+        self._rows = 0
         self._said: set[tuple[str, str]] = set()
         self._dead: float | None = None
         self._before: list[torch.Tensor] = []  # the weights before the running step
@@ -302,6 +331,7 @@ class Doctor(TrainerCallback):
         return anchored | {"reply_tokens": sum(lengths) / len(lengths), "ends_with_eos": sum(ends) / len(ends)}
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self._rows = sum("loss" in row for row in state.log_history)
         kept = Path(self.run.checkpoint or "") / self.FILE
         if self.strict:
             self._good = torch.load(kept, weights_only=True) if kept.is_file() else self._weights()
@@ -321,6 +351,10 @@ class Doctor(TrainerCallback):
             return
         if self._dead is not None:
             state.log_history[-1]["dead_gradients"] = round(self._dead, 4)
+        self._rows += 1
+        finite = all(math.isfinite(logs[key]) for key in ("loss", "grad_norm") if key in logs)
+        if finite and self._rows > self.OFTEN and self._rows % (self._rows // 100):
+            return
         findings = doctor.examine(self.record())["findings"]
         for finding in findings:
             if state.is_world_process_zero and (finding["rule"], finding["level"]) not in self._said:
