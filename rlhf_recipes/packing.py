@@ -9,6 +9,7 @@ Shapes: P rows of L tokens, B sequences of T tokens, H hidden states.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from heapq import heapreplace
 from inspect import signature
 from itertools import pairwise
 from typing import Any
@@ -122,12 +123,12 @@ def find_rows(lengths: list[int], hidden_size: int, shared: int = 0) -> list[lis
     least = cost(len(lengths), max(lengths))
     for count in range(1, len(lengths) + 1):
         rows: list[list[int]] = [[] for _ in range(count)]
-        filled = [shared] * count
+        filled = [(shared, place) for place in range(count)]
         for i in longest_first:
-            place = filled.index(min(filled))
+            length, place = filled[0]
             rows[place].append(i)
-            filled[place] += lengths[i] - shared
-        own = cost(count, _filled_up(max(filled)))
+            heapreplace(filled, (length + lengths[i] - shared, place))
+        own = cost(count, _filled_up(max(filled)[0]))
         if own < least:
             found, least = rows, own
     return found

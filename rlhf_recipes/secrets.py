@@ -5,6 +5,8 @@ import os
 import re
 from collections.abc import Mapping
 
+from rlhf_recipes.errors import first_line
+
 # Keys whose value is a secret whatever it looks like; `api_key_env`, which names a variable, is none.
 KEY = re.compile(
     r"(^|[_-])((hub|hf|access|auth|api|bearer|refresh|session)[_-]?token|(api|access|account|private|secret)[_-]?key"
@@ -107,6 +109,11 @@ def redact(text: str) -> str:
         if value in text:
             text = _shape(value).sub("<secret>", text)
     return VALUE.sub("<secret>", text) if search(text) else text
+
+
+def reason(error: Exception) -> str:
+    """What a library says, for a sentence of ours: the first line, short, without secrets and its full stop."""
+    return redact(first_line(error))[:200].rstrip(".")
 
 
 @functools.lru_cache(maxsize=8)

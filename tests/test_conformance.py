@@ -86,6 +86,20 @@ def test_what_is_done_is_not_done_again_but_by_other_versions(tmp_path, monkeypa
     assert [len(each["cells"]) for each in json.loads((tmp_path / "found.json").read_text())] == [1]
 
 
+def test_an_environment_of_another_checkout_is_made_anew(tmp_path):
+    """In place of both Pythons: where the package is, and what else they are asked."""
+    python, asked = tmp_path / "bin" / "python", tmp_path / "asked"
+    python.parent.mkdir()
+    (tmp_path / "installed").touch()
+    for where, made in ((ROOT, False), (tmp_path, True), (None, True)):
+        place = f"echo {where}/rlhf_recipes/__init__.py" if where else "exit 1"
+        python.write_text(f'#!/bin/sh\nif [ "$1" = -I ]; then {place}; else echo "$2" >> {asked}; fi\n')
+        python.chmod(0o755)
+        asked.write_text("")
+        assert conformance.install(tmp_path, str(python)) == python
+        assert asked.read_text().split() == (["venv", "pip"] if made else [])
+
+
 def test_a_cell_that_its_process_dies_in_is_named_and_the_rest_goes_on(tmp_path, monkeypatch):
     (tmp_path / "worker.py").write_text(WORKER)
     monkeypatch.setattr(conformance, "WORKER", tmp_path / "worker.py")

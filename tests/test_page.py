@@ -104,6 +104,16 @@ def test_worst_regression_is_the_first_answer_and_open(report):
     assert f"({worst:.2f})" in first
 
 
+def test_a_long_conversation_is_whole_where_it_is_opened(tmp_path):
+    measured, whole = by_hand(), "\n\n".join(["user: Hello?", "assistant: Yes?"] * 50)
+    measured.answers[0]["prompt"] = whole
+    text = written(summary.summarise(measured), tmp_path)
+    shown = dict(re.findall(r"<summary>(.*?)<small>.*?</summary>\n(.*?)<div", text, re.DOTALL))
+    short = next(prompt for prompt in shown if prompt.startswith("user"))
+    assert len(short) <= 160 and short.endswith(" …") and whole in shown[short]
+    assert shown["Harm!"] == ""
+
+
 def test_what_comes_from_data_is_escaped(tmp_path):
     measured = fake(prompts=6, pairs=6, skill={"base": 0.2, EVIL: 0.8})
     for row in measured.pairs + measured.answers:

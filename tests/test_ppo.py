@@ -216,7 +216,7 @@ def test_the_critic_starts_no_worse_than_a_constant(build, judge, value, given):
     trainer = build(str(judge), value=value, **given)
     micro_batches = trainer._roll_out(list(rows())[:4])
     assert trainer._rollout_log["explained_variance"] > -1e-6
-    again = trainer._act(micro_batches[0].batch)[2]
+    again = trainer.actor_critic.act(micro_batches[0].batch)[2]
     torch.testing.assert_close(again, micro_batches[0].batch.packed(micro_batches[0].old_values))
 
 
@@ -265,14 +265,14 @@ def test_the_fast_way_is_the_plain_way(build, judge, parent, value, monkeypatch)
     def trained(fast):
         trainer = build(str(judge), adapter=parent, value=value, learning_rate=1e-3, entropy_coef=0.01,
                         num_mini_batches=2, per_device_train_batch_size=4, gradient_accumulation_steps=1)  # fmt: skip
-        shapes, states, act = [], trainer.roles.states, trainer._act
+        shapes, states, act = [], trainer.roles.states, trainer.actor_critic.act
         trainer.roles.states = lambda decoder, ids_PL, packed: (
             shapes.append(ids_PL.shape) or states(decoder, ids_PL, packed)
         )
         if fast:
             packing.allow(trainer.model)
         else:
-            trainer._act = lambda batch, keep=False: act(batch)
+            trainer.actor_critic.act = lambda batch, keep=False: act(batch)
         trainer.train()
         return trainer, shapes
 
@@ -567,14 +567,14 @@ def test_the_brake_restores_the_last_good_policy(build):
 
 def test_a_step_that_is_not_finite_is_not_taken(build):
     trainer = build(max_steps=6)
-    backward = trainer._backward
+    backward = trainer.actor_critic.backward
 
-    def broken(micro, tokens, first):
+    def broken(micro, *others):
         if trainer.state.global_step == 3:
             micro.advantages = micro.advantages * torch.nan
-        return backward(micro, tokens, first)
+        return backward(micro, *others)
 
-    trainer._backward = broken
+    trainer.actor_critic.backward = broken
     trainer.train()
     assert trainer.stopped == "the gradient is not finite at step 3" and trainer.state.global_step == 4
     assert all(p.isfinite().all() for p in trainer.model.parameters())

@@ -15,7 +15,7 @@ import pytest
 from omegaconf import OmegaConf
 from test_data import ROOT, pair, refusal
 
-from rlhf_recipes.data import folders, readers
+from rlhf_recipes.data import arrow_rows, folders, readers
 from rlhf_recipes.data.fit import describe
 from rlhf_recipes.data.load import load_pairs
 
@@ -126,7 +126,7 @@ def test_every_shape_of_json_is_read(shape, ending, tmp_path):
 
 def test_conversations_in_several_groups_of_rows_are_read(tmp_path, monkeypatch):
     """As `datasets` and `recipes/cai.py` write them; a group ends in the midst of what is unpacked at a time."""
-    monkeypatch.setattr(readers, "BATCH", 3)
+    monkeypatch.setattr(arrow_rows, "BATCH", 3)
     rows = [{"prompt": [{"role": "user", "content": f"question {n % 2}"}] * (n % 3), "n": n} for n in range(10)]
     path = tmp_path / "p.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=4)

@@ -23,9 +23,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf_recipes.data import readers
+from rlhf_recipes.data import arrow_rows, readers
 from rlhf_recipes.errors import Refusal, first_line, nearest
 from rlhf_recipes.run_folder import refuse_growth
+from rlhf_recipes.secrets import reason
 from rlhf_recipes.text import line
 
 # What people call the rows to test on, in the order in which they are looked for.
@@ -165,7 +166,7 @@ def _saved(path: str, folder: Path) -> dict[str, Any]:
             split.data.validate(full=True)
     except Exception as error:
         raise Refusal(
-            f"{path}: a damaged save_to_disk folder ({type(error).__name__}: {readers.reason(error)}). Save it again."
+            f"{path}: a damaged save_to_disk folder ({type(error).__name__}: {reason(error)}). Save it again."
         ) from error
     return dict(data) if isinstance(data, DatasetDict) else {"train": data}  # a single saved Dataset has no splits
 
@@ -184,7 +185,7 @@ def _refuse_saved(path: str, folder: Path) -> None:
             _refuse_outside(f"{path}: {line(split)} state.json: {line(name)}", name)
             if (place / name).is_file():
                 with pyarrow.memory_map(str(place / name)) as source:
-                    readers.refuse_huge_batches(f"{path}/{name}", source, 0)
+                    arrow_rows.refuse_huge_batches(f"{path}/{name}", source, 0, readers.LINE_LIMIT)
 
 
 def _entries(file: Path, key: str) -> list | None:

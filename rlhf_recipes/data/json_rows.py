@@ -20,8 +20,8 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
-from rlhf_recipes.errors import Refusal, first_line
-from rlhf_recipes.secrets import redact
+from rlhf_recipes.errors import Refusal
+from rlhf_recipes.secrets import reason
 
 HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 SPACE = re.compile(r"\s*")
@@ -144,8 +144,7 @@ def _invalid(path: str, number: int, error: json.JSONDecodeError) -> Refusal:
 
 
 def _unreadable(where: str, error: Exception) -> Refusal:
-    reason = redact(first_line(error))[:200].rstrip(".")
-    return Refusal(f"{where}: not readable JSON ({reason}). Mend or remove the line.")
+    return Refusal(f"{where}: not readable JSON ({reason(error)}). Mend or remove the line.")
 
 
 def _row(where: str, value: Any) -> dict[str, Any]:

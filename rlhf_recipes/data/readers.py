@@ -3,7 +3,7 @@
 Every reader yields `(where, row)`. `where` is `file:line` (jsonl, csv) or `file:row` (a json list, parquet,
 the Hub; rows count from 1); `row` is a dict under the file's own column names. Local files are read with the
 standard library and pyarrow alone, so a refusal needs neither torch nor datasets. All refusals are
-`Refusal`s. `json_rows` and `csv_rows` know the shapes of their text, `folders` which files are which split.
+`Refusal`s. `json_rows`, `csv_rows` and `arrow_rows` know what is in a file, `folders` which files are which split.
 """
 
 import ast
@@ -13,18 +13,16 @@ import io
 import os
 import re
 import stat
-import struct
 import zlib
-from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rlhf_recipes import places
-from rlhf_recipes.data import arrow_headers, csv_rows, json_rows
-from rlhf_recipes.errors import Refusal, first_line, nearest
-from rlhf_recipes.secrets import redact
+from rlhf_recipes.data import arrow_rows, csv_rows, json_rows
+from rlhf_recipes.errors import Refusal, nearest
+from rlhf_recipes.secrets import reason
 from rlhf_recipes.text import line as one_line
 
 Located = tuple[str, dict[str, Any]]
@@ -45,7 +43,6 @@ MAGIC = {
 }
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 WEB_PAGE = re.compile(rb"\s*<(!doctype html|html)", re.IGNORECASE)
-BATCH = 1000  # rows unpacked at a time
 # Bytes, unpacked: of a line or a row, and of a file that is read whole. A megabyte of gzip may be a gigabyte of text.
 LINE_LIMIT, JSON_LIMIT = 64 * 2**20, 2**30
 
@@ -69,8 +66,8 @@ def read_file(path: str) -> Iterator[Located]:
     kind = _kind(path, file)
     try:
         _refuse_pointer(path, file)
-        rows = _text_rows if kind.startswith(TEXT_KINDS) else _parquet_rows if kind == ".parquet" else _arrow_rows
-        rows = rows(path, file, kind)
+        is_text = kind.startswith(TEXT_KINDS)
+        rows = _text_rows(path, file, kind) if is_text else arrow_rows.rows(path, file, kind == ".parquet", LINE_LIMIT)
         first = next(rows, None)
         if first is None:
             raise Refusal(f"{path}: empty, no rows in it. Give a file with at least one row.")
@@ -274,7 +271,9 @@ def _decoded(path: str, stream, most: int) -> Iterator[tuple[int, str]]:
             _refuse_magic(path, raw)
             raw = raw.removeprefix(b"\xef\xbb\xbf")
         if len(raw) > most:
-            raise json_rows.too_large(path, most) if most == JSON_LIMIT else _too_long(path, number, "a line")
+            if most == JSON_LIMIT:
+                raise json_rows.too_large(path, most)
+            raise Refusal(f"{path}:{number}: a line of more than {most >> 20} MiB. Mend or remove it.")
         if b"\0" in raw:
             raise Refusal(f"{path}:{number}: a binary file (NUL byte), not text. Give {', '.join(TEXT_KINDS)}.")
         try:
@@ -296,194 +295,12 @@ def _bounded(path: str, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int,
         yield number, line
 
 
-def _too_long(path: str, number: int, what: str) -> Refusal:
-    return Refusal(f"{path}:{number}: {what} of more than {LINE_LIMIT >> 20} MiB. Mend or remove it.")
-
-
 def _refuse_magic(path: str, head: bytes) -> None:
     for magic, what in MAGIC.items():
         if head.startswith(magic):
             raise Refusal(f"{path}: a binary file ({what}), not text. Rename it to what it is, or convert it.")
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise Refusal(f"{path}:1: not UTF-8 (UTF-16 byte order mark). Save the file as UTF-8.")
-
-
-def _parquet_rows(path: str, file: Path, kind: str) -> Iterator[Located]:
-    if file.stat().st_size == 0:
-        return
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(file)
-        _refuse_huge_rows(path, table.metadata)
-        yield from _batches(path, _parquet_batches(table, file))
-    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
-        if getattr(error, "strerror", None):
-            raise
-        raise Refusal(f"{path}: not a readable parquet file ({reason(error)}). Write it again.") from error
-
-
-def _parquet_batches(table, file: Path) -> Iterator[Any]:
-    """What a parquet file holds, of a group of rows at a time, in batches whose columns unpack to no more than about
-    `LINE_LIMIT` each.
-
-    A text that a thousand rows repeat lies in the file once, in its group's dictionary of the column, whose longest
-    entry says how many rows that may be. Other texts lie there as often as they are unpacked.
-    """
-    import pyarrow.parquet
-
-    columns = [table.metadata.schema.column(i) for i in range(table.metadata.num_columns)]
-    texts = [i for i, column in enumerate(columns) if column.physical_type == "BYTE_ARRAY"]
-    named = [columns[i].path for i in texts]
-    encoded = pyarrow.parquet.ParquetFile(file, metadata=table.metadata, read_dictionary=named)
-    for number in range(table.num_row_groups):
-        group, rows = table.metadata.row_group(number), BATCH
-        for i, name in zip(texts, named, strict=True):
-            chunk = group.column(i)
-            values = -(-chunk.num_values // max(group.num_rows, 1))  # of a row, in the mean
-            if rows * values * chunk.total_uncompressed_size > LINE_LIMIT:
-                found = (max(map(_longest, batch.columns)) for batch in
-                         encoded.iter_batches(BATCH, row_groups=[number], columns=[name]))  # fmt: skip
-                rows = min(rows, max(LINE_LIMIT // (values * next(filter(None, found), 1)), 1))
-        yield from table.iter_batches(rows, row_groups=[number])
-
-
-def _longest(array) -> int:
-    """Bytes of the longest text in the dictionaries of an array."""
-    import pyarrow
-    import pyarrow.compute
-
-    found = [leaf.dictionary for leaf in _leaves(array) if isinstance(leaf, pyarrow.DictionaryArray)]
-    return max((pyarrow.compute.max(pyarrow.compute.binary_length(each)).as_py() or 0 for each in found), default=0)
-
-
-def _arrow_rows(path: str, file: Path, kind: str) -> Iterator[Located]:
-    """Of Arrow's file format (feather) or its stream (`save_to_disk`)."""
-    if file.stat().st_size == 0:
-        return
-    import pyarrow
-    import pyarrow.ipc
-
-    try:
-        with pyarrow.memory_map(str(file)) as source:
-            is_file = source.read(6) == b"ARROW1"
-            refuse_huge_batches(path, source, 8 if is_file else 0)
-            source.seek(0)
-            if is_file:
-                reader = pyarrow.ipc.open_file(source)
-                batches = map(reader.get_batch, range(reader.num_record_batches))
-            else:
-                batches = iter(pyarrow.ipc.open_stream(source))
-            # What is mapped is as it lies on the disk: an offset that points elsewhere would be followed.
-            yield from _batches(path, (batch for batch in batches if batch.validate(full=True) is None))
-    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
-        if getattr(error, "strerror", None):
-            raise
-        raise Refusal(f"{path}: not a readable Arrow file ({reason(error)}). Write it again.") from error
-
-
-def _batches(path: str, batches) -> Iterator[Located]:
-    number = 0
-    for batch in batches:
-        twice = next((name for name, count in Counter(batch.schema.names).items() if count > 1), None)
-        if twice is not None:
-            raise Refusal(f"{path}: column {twice!r} appears twice. Rename one.")
-        if batch.nbytes > LINE_LIMIT * max(batch.num_rows, 1):
-            raise _too_long(path, number + 1, "rows")
-        for part in _parts(path, number, batch):
-            for row in _unpacked_rows(path, number, part):
-                number += 1
-                yield f"{path}:{number}", row
-
-
-def _parts(path: str, number: int, batch) -> Iterator[Any]:
-    """A batch in parts of so many rows that their texts come to no more than `LINE_LIMIT`.
-
-    Args:
-        number: of the rows before it.
-
-    Raises:
-        Refusal: a row alone comes to more.
-    """
-    begin, size = 0, BATCH
-    while begin < batch.num_rows:
-        part = batch.slice(begin, size)
-        if sum(map(_bytes, part.columns)) > LINE_LIMIT:
-            if part.num_rows == 1:
-                raise _too_long(path, number + begin + 1, "a row")
-            size = part.num_rows // 2
-            continue
-        yield part
-        begin, size = begin + part.num_rows, min(2 * size, BATCH)
-
-
-def _bytes(array) -> int:
-    """What Python makes of an array's texts, those that are repeated as often as they are."""
-    import pyarrow
-    import pyarrow.compute
-
-    size, texts = 0, (pyarrow.string(), pyarrow.large_string(), pyarrow.binary(), pyarrow.large_binary())
-    for leaf in _leaves(array):
-        if not isinstance(leaf, pyarrow.DictionaryArray):
-            size += leaf.nbytes
-        elif leaf.type.value_type in texts:
-            sizes = pyarrow.compute.binary_length(leaf.dictionary)
-            size += pyarrow.compute.sum(sizes.take(leaf.indices)).as_py() or 0
-    return size
-
-
-def _leaves(array) -> Iterator[Any]:
-    """The arrays of texts and numbers in one of lists and structures."""
-    inner = array.flatten() if hasattr(array, "flatten") else None
-    if inner is None:
-        yield array
-    else:
-        for each in inner if isinstance(inner, list) else [inner]:
-            yield from _leaves(each)
-
-
-def _unpacked_rows(path: str, number: int, batch) -> list[dict[str, Any]]:
-    try:
-        return batch.to_pylist()
-    except UnicodeDecodeError:
-        for index in range(batch.num_rows):  # which one is it?
-            try:
-                batch.slice(index, 1).to_pylist()
-            except UnicodeDecodeError as error:
-                where = f"{path}:{number + index + 1}"
-                raise Refusal(f"{where}: not UTF-8 ({error.reason}). Mend or remove the row.") from error
-        raise
-
-
-def refuse_huge_batches(path: str, source, begin: int) -> None:
-    """By what the header of each batch says, before one is unpacked.
-
-    Args:
-        begin: of the messages in the file.
-
-    Raises:
-        Refusal: its rows are too large.
-    """
-    import pyarrow.ipc
-
-    source.seek(begin)
-    number = 1
-    with suppress(pyarrow.ArrowInvalid, struct.error):  # what reads the rows says what is wrong
-        for message in pyarrow.ipc.MessageReader.open_stream(source):
-            rows, size = arrow_headers.unpacked(message)
-            if size > LINE_LIMIT * max(rows, 1):
-                raise _too_long(path, number, "rows")
-            number += rows * (message.type == "record batch")
-
-
-def _refuse_huge_rows(path: str, metadata) -> None:
-    """By what the file says of each of its groups of rows, before one is unpacked."""
-    number = 1
-    for group in (metadata.row_group(i) for i in range(metadata.num_row_groups)):
-        if group.total_byte_size > LINE_LIMIT * max(group.num_rows, 1):
-            raise _too_long(path, number, "rows")
-        number += group.num_rows
 
 
 def undecoded(data):
@@ -503,7 +320,3 @@ def undecoded(data):
 
 def numbered(name: str, rows) -> Iterator[Located]:
     return ((f"{name}:{number}", row) for number, row in enumerate(rows, 1))
-
-
-def reason(error: Exception) -> str:
-    return redact(first_line(error))[:200].rstrip(".")

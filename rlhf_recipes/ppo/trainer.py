@@ -27,13 +27,13 @@ from rlhf_recipes import models, progress
 from rlhf_recipes.data.template import bind, encode_prompt
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.inference import stop_ids
-from rlhf_recipes.ppo import algorithm, gradients, rewards
+from rlhf_recipes.ppo import algorithm, rewards
+from rlhf_recipes.ppo.actor_critic import ActorCritic
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.engines import Gone
 from rlhf_recipes.ppo.experience import (
     MicroBatch,
     RolloutSampler,
-    Tally,
     compare_policies,
     compute_advantages,
     fit_values,
@@ -126,9 +126,6 @@ class PPOTrainer(BaseTrainer):
         self.stopped: str | None = None
         self.samples: list[dict] = []
         self._micro_batches: list[MicroBatch] = []
-        # Of the first of them: the weights are the same when the update begins.
-        self._kept: tuple[Tensor, Tensor, Tensor] | None = None
-        self._tally = Tally()
         self._rollout_log: dict[str, float] = {}
         self._last_good: dict[str, Tensor] = {}
         self._accumulated = 0
@@ -142,6 +139,7 @@ class PPOTrainer(BaseTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self.actor_critic = ActorCritic(args, self.roles, self.accelerator)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled or args.n_gpu > 1:
             raise Refusal("PPOTrainer: runs on one device, or on several with `accelerate launch` and plain DDP.")
         self.roles.value_head.to(args.device)
@@ -190,7 +188,7 @@ class PPOTrainer(BaseTrainer):
         if self._micro_step() % (self.args.num_ppo_epochs * self.args.micro_batches_per_rollout) == 0:
             self._micro_batches = self._roll_out(inputs)
         if accumulated == 0:
-            self._drop_gradients()
+            self.actor_critic.drop_gradients()
             self._started = time.monotonic()
         self._accumulated = (accumulated + 1) % self.args.gradient_accumulation_steps
         position = step % self.args.num_mini_batches * self.args.gradient_accumulation_steps
@@ -199,12 +197,14 @@ class PPOTrainer(BaseTrainer):
         tokens = self.accelerator.reduce(tokens, "sum").item()
         self.model.train()
         first = step % self.args.steps_per_rollout == 0
-        loss = self._backward(micro_batches[accumulated], tokens, first)
+        deviation = self._rollout_log["return/std"]
+        loss = self.actor_critic.backward(micro_batches[accumulated], tokens, first, deviation)
         if self._accumulated == 0:
-            self._sum_gradients()
+            if not self.actor_critic.sum_gradients() and not self.args.fp16:
+                self._stop("the gradient is not finite", restore=True)
             if first and not self.stopped:
                 self._govern()
-            self._tally.add("seconds/update", torch.tensor([time.monotonic() - self._started]))
+            self.actor_critic.tally.add("seconds/update", torch.tensor([time.monotonic() - self._started]))
         return loss * self.args.world_size  # the log takes the mean over processes
 
     def train(self, *args, **kwargs):
@@ -229,72 +229,8 @@ class PPOTrainer(BaseTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs = {**logs, **self._rollout_log, **self._tally.drain(self.accelerator)}
+            logs = {**logs, **self._rollout_log, **self.actor_critic.tally.drain(self.accelerator)}
         super().log(logs, start_time)
-
-    # ---- Update
-
-    def _backward(self, micro: MicroBatch, tokens: float, first: bool) -> Tensor:
-        """Add the gradients of one micro-batch, each token's weight 1/`tokens`; returns its part of the loss."""
-        args, batch = self.args, micro.batch
-        kept, self._kept = self._kept, None
-        with self.roles.acting(POLICY):
-            hidden_NH, logps_N, entropy_N = kept or self._forward(batch, entropy=args.entropy_coef != 0)
-            if first:
-                micro.old_logps = batch.padded(logps_N.detach())
-            objective_N, ratio_N, clipped_N = algorithm.policy_objective(
-                logps_N, batch.packed(micro.old_logps), batch.packed(micro.advantages), args.cliprange, args.dual_clip
-            )
-            if self.engines and args.vllm_importance_sampling_correction:
-                weights_N = algorithm.importance_weights(
-                    batch.packed(micro.old_logps), batch.packed(micro.sampler_logps),
-                    args.vllm_importance_sampling_clip_max,
-                )  # fmt: skip
-                objective_N = objective_N * weights_N
-                self._tally.add("sampling/importance_sampling_ratio/mean", weights_N)
-                self._tally.extremes("sampling/importance_sampling_ratio", weights_N)
-            if args.entropy_coef:
-                objective_N = objective_N + args.entropy_coef * entropy_N
-            policy_loss = -objective_N.sum() / tokens
-            self.accelerator.backward(policy_loss)
-        if self.roles.separate:
-            with self.roles.acting(CRITIC) as decoder:
-                with self.accelerator.autocast():
-                    hidden_NH = self.roles.answer_states(decoder, batch)
-                value_loss, values_clipped_N = self._backward_values(hidden_NH, micro, tokens)
-        else:
-            value_loss, values_clipped_N = self._backward_values(hidden_NH.detach(), micro, tokens)
-        log_ratio_N = logps_N.detach() - batch.packed(micro.old_logps)
-        self._tally.add("approx_kl", log_ratio_N.square() / 2)
-        self._tally.add("clip_fraction/policy", clipped_N)
-        self._tally.add("clip_fraction/value", values_clipped_N)
-        self._tally.add("ratio/mean", ratio_N)
-        self._tally.extremes("ratio", ratio_N)
-        return (policy_loss + value_loss).detach()
-
-    def _backward_values(self, hidden_NH: Tensor, micro: MicroBatch, tokens: float) -> tuple[Tensor, Tensor]:
-        old_N, returns_N = micro.batch.packed(micro.old_values), micro.batch.packed(micro.returns)
-        cliprange = self.args.cliprange_value
-        if cliprange is not None:
-            cliprange *= self._rollout_log["return/std"]
-        losses_N, clipped_N = algorithm.value_loss(self.roles.values(hidden_NH), old_N, returns_N, cliprange)
-        loss = losses_N.sum() / tokens
-        self.accelerator.backward(loss)
-        self._tally.add("loss/value", losses_N)
-        return loss, clipped_N
-
-    def _sum_gradients(self) -> None:
-        """Sum the gradients over processes (each has its share of the tokens), and drop a step that is not finite."""
-        parameters = self.roles.trained().values()
-        if self.args.world_size > 1:
-            gradients.add_up(parameters, self._sum)
-        if not all(p.grad is None or p.grad.isfinite().all() for p in parameters) and not self.args.fp16:
-            self._stop("the gradient is not finite", restore=True)
-
-    def _drop_gradients(self) -> None:
-        """The critic's too, which the loop does not know; Accelerate's `zero_grad` waits for a step's last batch."""
-        for parameter in self.roles.trained().values():
-            parameter.grad = None
 
     # ---- Rollout
 
@@ -316,7 +252,7 @@ class PPOTrainer(BaseTrainer):
         for indices in partition(lengths, micro * args.gradient_accumulation_steps, micro):
             batch = self._batch([prompts[i] for i in indices], [completions.ids[i] for i in indices])
             keep = not micro_batches and args.disable_dropout
-            logps, entropies, values = map(batch.padded, self._act(batch, keep))
+            logps, entropies, values = map(batch.padded, self.actor_critic.act(batch, keep))
             sampler_logps = batch.padded(torch.cat([completions.logps[i] for i in indices]))
             reference_logps = batch.padded(self._logps(REFERENCE, batch))
             k1, _, _ = kl_estimates(logps, reference_logps)
@@ -379,28 +315,6 @@ class PPOTrainer(BaseTrainer):
         with self.accelerator.autocast():
             return self.roles.answer_logps(role, batch, self.args.temperature)[1]
 
-    def _forward(self, batch: Batch, entropy: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """See `Roles.answer_logps`, of the policy."""
-        with self.accelerator.autocast():
-            return self.roles.answer_logps(POLICY, batch, self.args.temperature, entropy)
-
-    def _act(self, batch: Batch, keep: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities and entropies of the policy, and V, as its update will compute them; (N,) each.
-
-        Args:
-            keep: whether the update that follows shall find this forward pass, and not make it again.
-        """
-        self.model.train(keep)  # gradient checkpointing asks for it
-        with torch.set_grad_enabled(keep):
-            forward = self._forward(batch, entropy=True)
-        self.model.eval()
-        self._kept = forward if keep else self._kept
-        hidden_NH, logps_N, entropy_N = (each.detach() for each in forward)
-        if self.roles.separate:
-            with self.roles.acting(CRITIC) as decoder, self.accelerator.autocast():
-                hidden_NH = self.roles.answer_states(decoder, batch)
-        return logps_N, entropy_N, self.roles.values(hidden_NH)
-
     def _record(self, rows: list[dict], completions: Completions, parts: dict[str, Tensor], seconds: dict) -> None:
         """Log the rollout of all processes."""
         columns = completions.columns(parts)
@@ -435,7 +349,7 @@ class PPOTrainer(BaseTrainer):
         """End the run after this step, which changes nothing; `restore`: with the weights of the last good rollout."""
         self.stopped = f"{why} at step {self.state.global_step}"
         self.control.should_training_stop = True
-        self._drop_gradients()
+        self.actor_critic.drop_gradients()
         if self.args.fp16:  # a scaler skips a step whose gradients are not finite, and fails at one that has none
             for parameter in self.roles.trained().values():
                 parameter.grad = torch.full_like(parameter, torch.inf)

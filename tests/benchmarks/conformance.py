@@ -6,9 +6,9 @@
     python tests/benchmarks/conformance.py --table                          # conformance.json into README.md
 
 What a cell does and checks is said in conformance_cells.py. --newest installs the project, with no constraints and no
-pre-release, in an environment of its own under --folder, which is made where it is not there. conformance.json has a
-record for each stack and model, a cell a line: "passed", or the check that failed and why. A cell that has failed is
-tried again by --again; other versions of a library begin their record anew.
+pre-release, in an environment of its own under --folder, which is made where it is not there, and anew where it has
+another checkout. conformance.json has a record for each stack and model, a cell a line: "passed", or the check that
+failed and why. A cell that has failed is tried again by --again; other versions of a library begin their record anew.
 """
 
 import argparse
@@ -39,6 +39,7 @@ import json, platform
 from importlib.metadata import version
 print(json.dumps({{"python": platform.python_version(), **{{name: version(name) for name in {LIBRARIES}}}}}))
 """
+PLACE = "from importlib.util import find_spec; print(find_spec('rlhf_recipes').origin)"
 PASSED = "passed"
 SILENT = 900  # seconds in which no cell ends: it hangs
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -128,15 +129,22 @@ class Record:
 
 
 def install(environment: Path, python: str) -> Path:
-    """Python of an environment with the newest releases, which is made where it is not there."""
-    done = environment / "installed"
-    if not done.exists():
-        print(f"Installing into {environment} ...", flush=True)
+    """Python of an environment with the newest releases and this checkout, which is made where there is none."""
+    done, own = environment / "installed", environment / "bin" / "python"
+    found = place_in(own) if done.exists() and own.exists() else None
+    if found != (ROOT / "rlhf_recipes").resolve():
+        print(f"Installing into {environment}{f', which has {found}' if found else ''} ...", flush=True)
         subprocess.run([python, "-m", "venv", "--clear", environment], check=True)
-        pip = [environment / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-compile", "--upgrade"]
+        pip = [own, "-m", "pip", "install", "--quiet", "--no-compile", "--upgrade"]
         subprocess.run([*pip, "--editable", ROOT], check=True)
         done.touch()
-    return environment / "bin" / "python"
+    return own
+
+
+def place_in(python: Path) -> Path | None:
+    """The folder of the package that is installed for a Python; None: it has none."""
+    found = subprocess.run([python, "-I", "-c", PLACE], capture_output=True, text=True)
+    return None if found.returncode else Path(found.stdout.strip()).parent.resolve()
 
 
 def prepare(folder: Path, model: str) -> None:
