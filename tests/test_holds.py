@@ -96,7 +96,7 @@ def test_pickles_of_ppo_and_of_the_doctor_are_not_run(tmp_path, ran, monkeypatch
     loading(lambda: trainer.PPOTrainer._load_from_checkpoint(ppo, str(tmp_path)))
     plant(tmp_path / Doctor.FILE, ran)
     doctor = SimpleNamespace(FILE=Doctor.FILE, strict=True, run=SimpleNamespace(checkpoint=str(tmp_path)))
-    loading(lambda: Doctor.on_train_begin(doctor, None, None, None))
+    loading(lambda: Doctor.on_train_begin(doctor, None, SimpleNamespace(log_history=[]), None))
     assert not ran.exists()
 
 
