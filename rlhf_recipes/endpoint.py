@@ -97,7 +97,7 @@ class Endpoint:
         self.failures, self.is_out, self.looked_at = 0, False, 0.0
         self.named: str | None = None
         self.closed, self._lock = threading.Event(), threading.Lock()
-        self._connections: list[_Connection] = []
+        self._connections: set[_Connection] = set()
         self._free: list[_Connection] = []
 
     def ask(self, path: str, body: dict | None = None, *, words: bool = False, most: int = ANSWER_BYTES,
@@ -168,10 +168,8 @@ class Endpoint:
         with self._lock:
             if self.closed.is_set():
                 raise ConnectionAbortedError
-            if not self._free:
-                self._free.append(_Connection(self._key))
-                self._connections.append(self._free[-1])
-            connection = self._free.pop()
+            connection = self._free.pop() if self._free else _Connection(self._key)
+            self._connections.add(connection)
         try:
             yield connection
         finally:

@@ -89,7 +89,7 @@ def pack(
                 ids[number] += sequence[same:]
                 positions[number] += range(same, len(sequence))
                 parts[number] += [part] * rest
-    L = _filled_up(max(map(len, ids)))
+    L = filled_up(max(map(len, ids)))
     T = width or max(len(each) for own in places for each in own)
     row_of = {n: number for number, row in enumerate(rows) for n in row}
 
@@ -120,21 +120,25 @@ def find_rows(lengths: list[int], hidden_size: int, shared: int = 0) -> list[lis
         return rows * L * (2 * hidden_size + L)
 
     found: list[list[int]] = []
-    least = cost(len(lengths), max(lengths))
+    least, own_tokens = cost(len(lengths), max(lengths)), sum(lengths) - shared * len(lengths)
     for count in range(1, len(lengths) + 1):
+        even = max(max(lengths), shared + math.ceil(own_tokens / count))
+        if cost(count, filled_up(even)) >= least:
+            continue
         rows: list[list[int]] = [[] for _ in range(count)]
         filled = [(shared, place) for place in range(count)]
         for i in longest_first:
             length, place = filled[0]
             rows[place].append(i)
             heapreplace(filled, (length + lengths[i] - shared, place))
-        own = cost(count, _filled_up(max(filled)[0]))
+        own = cost(count, filled_up(max(filled)[0]))
         if own < least:
             found, least = rows, own
     return found
 
 
-def _filled_up(length: int) -> int:
+def filled_up(length: int) -> int:
+    """The length of a row of so many tokens."""
     return -(-length // SPAN) * SPAN
 
 

@@ -1,17 +1,20 @@
 """Preflight: what is counted of rows and of memory, real steps, and what stops a run, a sweep or a pipeline."""
 
+import itertools
 import json
 import re
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
 from rlhf_recipes import config, memory, model_files, models, references
 from rlhf_recipes.data.fit import fit
 from rlhf_recipes.data.load import load_pairs
+from rlhf_recipes.data.tokens import Sizes
 from rlhf_recipes.launch.preflight import job as examination
 from rlhf_recipes.launch.preflight import look as preflight
 from rlhf_recipes.launch.preflight import predict_memory, real_steps, rows
@@ -185,9 +188,31 @@ def test_a_step_allocates_what_is_predicted(recipe, checkpointing, train, tmp_pa
     base = predict_memory.backbone(trained.cfg, recipe)
     longest = trained.result["counts"]["tokens"]["max"]
     batch = predict_memory.Batch(2 if recipe == "kto" else 4, longest)
-    batch = examination._fast(batch, trained.trainer.args, sizes[0])
+    batch = examination._fast(batch, trained.trainer.args, sizes[0], base.config.hidden_size, steps=4)
     parts = predict_memory._step(base, batch, "cpu", trained.trainer.args)
     assert sum(parts.values()) == pytest.approx(count.peak, rel=0.2)
+
+
+def test_rows_are_those_of_the_micro_batch_that_fills_most(compose, tiny_model_overrides):
+    """Pairs of 220 + 100 tokens and of 22 + 10: of the micro-batches of four, a long pair lies in a row with three
+    short ones (416 tokens in all), unless long ones come together."""
+    whole = np.array([[220, 220]] * 2 + [[22, 22]] * 14)
+    sizes = Sizes(whole, np.array([[100, 100]] * 2 + [[10, 10]] * 14))
+    cfg = compose("dpo", *tiny_model_overrides, "trainer.per_device_train_batch_size=4")
+    args = models.training_args(cfg.trainer, Run(Path("x"), "dpo", {}))
+
+    def rows_of(steps):
+        found = examination._fast(predict_memory.Batch(8, 220), args, sizes, hidden_size=64, steps=steps)
+        assert found.completion == 100
+        return found.rows, found.row_tokens
+
+    args.gradient_accumulation_steps = 1
+    assert list(itertools.islice(real_steps.micro_batches([320] * 2 + [32] * 14, 4), 4)).count([32] * 4) == 2
+    assert rows_of(steps=4) == (1, 416) and rows_of(steps=400) == (2, 352)
+    args.train_sampling_strategy = "group_by_length"
+    assert rows_of(steps=4) == (2, 352)
+    halved = predict_memory.Batch(8, 220, rows=2, row_tokens=352).halved()
+    assert halved.forward_tokens == 352 and halved.halved().forward_tokens == 176
 
 
 def test_peaks_by_hand(compose, tiny_model_overrides):

@@ -45,29 +45,31 @@ REWARD = [
     "data.eval_size=64", "data.bootstrap=null", "hydra.mode=RUN",
 ]  # fmt: skip
 STEPS, EVERY = 12, 6
-KEPT = [f"trainer.max_steps={STEPS}", f"trainer.save_steps={EVERY}", "trainer.save_total_limit=null"]
-OF_LABELS = [*KEPT, "trainer.logging_steps=1", "data.eval_size=8"]
+# A rate for all, the anchor's: at those of conf/experiment a policy does not leave the anchor in so few steps.
+POLICY = [
+    "trainer.learning_rate=5e-4", "trainer.save_total_limit=null", "trainer.logging_steps=1", "data.eval_size=8",
+]  # fmt: skip
+OF_LABELS = [*POLICY, f"trainer.max_steps={STEPS}", f"trainer.save_steps={EVERY}"]
 # 16 answers a step: as much work in half the steps.
 SAMPLED = [
-    f"trainer.max_steps={STEPS // 2}", f"trainer.save_steps={EVERY // 2}", "trainer.save_total_limit=null",
-    "trainer.logging_steps=1", "data.eval_size=8", f"trainer.max_completion_length={TOKENS}",
-    "trainer.per_device_train_batch_size=8", "trainer.learning_rate=5e-4",
+    *POLICY, f"trainer.max_steps={STEPS // 2}", f"trainer.save_steps={EVERY // 2}",
+    f"trainer.max_completion_length={TOKENS}", "trainer.per_device_train_batch_size=8",
 ]  # fmt: skip
 PPO = [*SAMPLED, "trainer.num_mini_batches=1"]
-# Recipe and overrides of each method. So few steps want rates above those of conf/experiment for this model.
+# Recipe and overrides of each method.
 METHODS = {
     "anchor": ("reward", REWARD),
-    "dpo": ("dpo", [*OF_LABELS, "trainer.learning_rate=2e-4"]),
+    "dpo": ("dpo", OF_LABELS),
     "ppo": ("ppo", PPO),
     "rloo": ("rloo", [*SAMPLED, "trainer.num_generations=4"]),
     "best_of_n": ("", []),
-    "rounds_of_dpo": ("dpo", [*OF_LABELS, "trainer.learning_rate=2e-4"]),
+    "rounds_of_dpo": ("dpo", OF_LABELS),
     "ppo_worst_of_four": ("ppo", [*PPO, "trainer.reward_ensemble=min"]),
     "ppo_mean_of_four": ("ppo", [*PPO, "trainer.reward_ensemble=mean"]),
-    "sft": ("sft", [*OF_LABELS, "trainer.learning_rate=5e-4"]),
-    "kto": ("kto", [*OF_LABELS, "trainer.learning_rate=2e-4"]),
-    "simpo": ("simpo", [*OF_LABELS, "trainer.learning_rate=1e-4"]),
-    "orpo": ("orpo", [*OF_LABELS, "trainer.learning_rate=5e-4"]),
+    "sft": ("sft", OF_LABELS),
+    "kto": ("kto", OF_LABELS),
+    "simpo": ("simpo", OF_LABELS),
+    "orpo": ("orpo", OF_LABELS),
 }
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import heapq
 import itertools
 import json
 import shutil
@@ -28,6 +29,7 @@ GIB = predict_memory.GIB
 # Runs over many lengths took up to so much more than predicted: within it a job is warned of, not stopped.
 MARGIN = 0.5
 SHORTEST = 128  # tokens that a proposal leaves
+LOOKED_AT = 32  # micro-batches of most tokens, of which one fills the largest rows
 CARDS = (2, 4, 8)  # over which a model may be sharded
 FEW_ENDS, MANY_CUT, SOME_REFUSALS = 0.9, 0.05, 0.01
 
@@ -126,7 +128,8 @@ def _look(job: Job, looked_at: Cache, found: JobReport) -> None:
         and not methods.of(recipe).samples
         and not methods.of(recipe, cfg.trainer._target_).logit_bytes
     ):
-        largest = _fast(largest, args, splits.sizes["train"])
+        shape = model_files.load_config(cfg.model)
+        largest = _fast(largest, args, splits.sizes["train"], getattr(shape, "hidden_size", 0), steps)
     _memory(found, job, args, largest, predict, looked_at.elsewhere)
     if looked_at.measure and sharding.is_on():
         found.watch.append("no step is taken: it would be of one process, with the whole model")
@@ -242,18 +245,32 @@ def _largest(recipe: str, args, sizes: list[int], steps: int) -> predict_memory.
     return predict_memory.Batch(2 * batch if methods.of(recipe).rows == "pairs" else batch, longest, len(set(padded)))
 
 
-def _fast(largest: predict_memory.Batch, args, sizes: Sizes) -> predict_memory.Batch:
-    """With `fast_forward`: the answers alone that are scored, and the longest pair as one row."""
-    from rlhf_recipes.packing import SPAN
+def _fast(largest: predict_memory.Batch, args, sizes: Sizes, hidden_size: int, steps: int) -> predict_memory.Batch:
+    """With `fast_forward`: the answers alone that are scored, and the rows in which sequences lie together, of the
+    micro-batch that fills most of them."""
+    from rlhf_recipes.packing import filled_up, find_rows
 
     kept = sizes.cut(args.max_length, getattr(args, "truncation_mode", "keep_start"))
     more = not getattr(args, "disable_prompt_loss", True) or getattr(args, "completion_only_loss", None) is False
     if not (more or getattr(args, "packing", False)):  # else other tokens count too
         largest = replace(largest, completion=int(kept.trained.max()))
-    if kept.whole.shape[1] == 2:
-        longest = int((kept.whole[:, 0] + kept.trained[:, 1]).max())
-        largest = replace(largest, packed=min(-(-longest // SPAN) * SPAN, 2 * largest.tokens))
-    return largest
+    if getattr(args, "packing", False):
+        return largest
+    is_pair = kept.whole.shape[1] == 2
+    tokens = (kept.whole[:, 0] + kept.trained[:, 1] if is_pair else kept.whole[:, 0]).tolist()
+    batch = args.per_device_train_batch_size
+    tokens *= -(-batch // len(tokens))  # a micro-batch is full
+    if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+        drawn = iter([sorted(tokens)[-batch:]])
+    else:
+        drawn = itertools.islice(real_steps.micro_batches(tokens, batch), steps * args.gradient_accumulation_steps)
+    for each in heapq.nlargest(LOOKED_AT, drawn, key=sum):
+        found = find_rows(each, hidden_size) or [[i] for i in range(len(each))]
+        length = filled_up(max(sum(each[i] for i in row) for row in found))
+        if length * len(found) > largest.rows * largest.row_tokens:
+            largest = replace(largest, rows=len(found), row_tokens=length)
+    whole = largest.sequences * largest.tokens
+    return largest if largest.forward_tokens < whole else replace(largest, rows=0, row_tokens=0)
 
 
 def _memory(
@@ -318,13 +335,13 @@ def proposal(
     while not fits(args, batch) and args.per_device_train_batch_size % 2 == 0:
         change("per_device_train_batch_size", args.per_device_train_batch_size // 2)
         change("gradient_accumulation_steps", args.gradient_accumulation_steps * 2)
-        batch = replace(batch, sequences=batch.sequences // 2)
+        batch = batch.halved()
     if not fits(args, batch) and not args.gradient_checkpointing:
         change("gradient_checkpointing", True)
     if not fits(args, batch) and getattr(args, "value", "") == "separate":
         change("value", "head")
     while not fits(args, batch) and not methods.of(recipe).samples and batch.tokens // 2 >= SHORTEST:
-        batch = replace(batch, tokens=batch.tokens // 2, packed=batch.packed // 2)
+        batch = batch.shortened()
         change("max_length", batch.tokens)
     return [f"{key}={value}" for key, value in changes.items()] if fits(args, batch) else []
 

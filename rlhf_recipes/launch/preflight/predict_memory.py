@@ -95,8 +95,8 @@ class Batch:
         completion: of PPO, how many of the tokens are sampled; where answers alone are scored, how many the longest
             has; 0: not known.
         prompts: of PPO, in a rollout.
-        packed: of pairs that go through the model as one row each, how many tokens the longest of these has; 0: they
-            do not.
+        rows: in which sequences lie together, how many go through the model; 0: each is a row.
+        row_tokens: of each of them.
     """
 
     sequences: int
@@ -104,12 +104,23 @@ class Batch:
     shapes: int = 1
     completion: int = 0
     prompts: int = 0
-    packed: int = 0
+    rows: int = 0
+    row_tokens: int = 0
 
     @property
     def forward_tokens(self) -> int:
         """What goes through the model at once, padding included."""
-        return self.sequences // 2 * self.packed if self.packed else self.sequences * self.tokens
+        return self.rows * self.row_tokens if self.rows else self.sequences * self.tokens
+
+    def halved(self) -> "Batch":
+        """Of half as many sequences."""
+        if self.rows > 1:
+            return replace(self, sequences=self.sequences // 2, rows=-(-self.rows // 2))
+        return replace(self, sequences=self.sequences // 2, row_tokens=self.row_tokens // 2)
+
+    def shortened(self) -> "Batch":
+        """Of sequences half as long."""
+        return replace(self, tokens=self.tokens // 2, row_tokens=self.row_tokens // 2)
 
 
 def backbone(cfg: DictConfig, recipe: str) -> Backbone:
@@ -279,7 +290,7 @@ def _step(base: Backbone, batch: Batch, where: str, args) -> dict[str, float]:
             buffer = used
         item = 4 if base.recipe == "ppo" else base.item  # its logits are float32
         logits = min(predicted, TILE_TOKENS) * (buffer * item + used * TILE_BYTES[where])
-    mask = batch.sequences // 2 * batch.packed**2 * base.item
+    mask = batch.rows * batch.row_tokens**2 * base.item
     if not args.gradient_checkpointing:
         return {"activations": tokens * (layers + 0.5) * base.kept + mask, "logits": logits}
     inputs = layers * base.config.hidden_size * base.item * (1 + base.wide)

@@ -106,11 +106,16 @@ def _sampled_seconds(log: list[dict], args) -> float:
 
 
 def padded_lengths(sizes: list[int], batch: int) -> Iterator[int]:
-    """Lengths to which micro-batches are padded, epoch after epoch in a drawn order."""
+    """Lengths to which micro-batches are padded."""
+    return map(max, micro_batches(sizes, batch))
+
+
+def micro_batches(sizes: list[int], batch: int) -> Iterator[list[int]]:
+    """Tokens of the rows of each, epoch after epoch in a drawn order."""
     draw = random.Random(0)
     while True:
         order = draw.sample(sizes, len(sizes))
-        yield from (max(order[start : start + batch]) for start in range(0, len(order), batch))
+        yield from (order[start : start + batch] for start in range(0, len(order), batch))
 
 
 def total_steps(recipe: str, args, rows: int, processes: int = 1) -> int:
