@@ -108,6 +108,7 @@ def test_what_fetches_or_imports_is_refused(tmp_path, config, says):
     is_refused(bought(tmp_path / "sent", **config), says)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config", [{"target_modules": "(.+)+Z"}, {"rank_pattern": {"(.+)+Z": 4}}, {"modules_to_save": ["(.+)+Z"]}]
 )

@@ -28,6 +28,7 @@ BY = ("config", "model", "adapter", "tokenizer", "row", "page", "server", "hub")
 GETS = ("refused", "not run", "ended", "cut", "dropped", "escaped", "said", "nothing")
 
 
+@pytest.mark.slow
 def test_the_list_names_attacks_of_every_kind_and_tests_that_are_there():
     text = (TESTS / "attacks.md").read_text(encoding="utf-8")
     rows = ROWS.findall(text)
@@ -212,6 +213,7 @@ def test_yaml_that_grows_is_not_read(tmp_path, compose, written):
         )
 
 
+@pytest.mark.slow
 def test_a_trainer_writes_into_its_run_s_folder_alone(compose):
     """transformers removes what is called checkpoint-*, whoever wrote it, in the folder that it is given."""
     from rlhf_recipes.launch import keys
@@ -295,6 +297,7 @@ print(constants.HF_HUB_DISABLE_TELEMETRY, sent, os.environ.get("DO_NOT_TRACK"))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "says"), [({}, "True [] 1"), ({"HF_HUB_DISABLE_TELEMETRY": "0"}, "False ['thread'] None")]
 )

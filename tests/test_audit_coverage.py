@@ -93,6 +93,7 @@ def test_planted_families_are_found_and_named():
     assert v.cluster(prompts)[0] == names
 
 
+@pytest.mark.slow
 def test_contractions_name_no_family():
     prompts, _ = plant()
     names, _ = v.cluster([f"I don’t know, can't you say? {prompt}" for prompt in prompts])
@@ -127,6 +128,7 @@ def test_the_ledger_by_hand():
     assert found["exposure_gap"].value is None and found["out_of_distribution"].value is None
 
 
+@pytest.mark.slow
 def test_deployment_against_the_ledger():
     prompts, _ = plant(30)
     rows = [pair(p, words(5), words(9), prompt_id=str(i)) for i, p in enumerate(prompts)]

@@ -195,6 +195,7 @@ def test_planted_disagreement_is_found_and_ranked():
     assert reasons["judges differ"] == 2 and reasons["a judge differs from the label"] == 1
 
 
+@pytest.mark.slow
 def test_flip_rates():
     opinions = [said(0.9, f"q{n}", "j", principle, flip=n < 3) for n in range(10) for principle in ("x", "y")]
     opinions += [said(0.9, f"q{n}", "k", flip=False) for n in range(10)]
@@ -211,6 +212,7 @@ def divided_and_unanimous(rng, count=60):
     return names, [*opinions, *(said(0.1 if n < count else 0.9, name, "k") for n, name in enumerate(names))]
 
 
+@pytest.mark.slow
 def test_a_reward_model_that_shows_disagreement_and_one_that_hides_it():
     rng = np.random.default_rng(2)
     names, opinions = divided_and_unanimous(rng)
@@ -258,6 +260,7 @@ def test_one_pair_and_all_alike():
     assert {each.key: each.estimate.value for each in ties["figures"]}["alpha"] is None
 
 
+@pytest.mark.slow
 def test_the_same_again_to_the_last_bit():
     rng = np.random.default_rng(3)
     names = [f"q{n // 2}" for n in range(60)]

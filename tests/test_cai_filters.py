@@ -310,6 +310,7 @@ def alike(rng, similarity, size=120):
     return " ".join(first), " ".join(second), common / (2 * (size - 4) - common)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("similarity", [0.1, 0.3, 0.5, 0.65, 0.8, 0.9])
 def test_near_duplicate_keys(similarity):
     rng, found, count, expected = random.Random(similarity), 0, 400, 0.0

@@ -72,6 +72,7 @@ def test_shipped_constitutions(name, count):
     assert again == loaded
 
 
+@pytest.mark.slow
 def test_hash_depends_on_content_alone(tmp_path, general):
     text = (FILES / "general.yaml").read_text()
     changed = yaml.safe_load(text)
@@ -107,6 +108,7 @@ def test_missing_part(refusal, key, value):
     assert refusal(change).startswith(f"{key}: missing or empty.")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "keys"),
     [

@@ -34,6 +34,7 @@ SHORT = "I'm sorry. I'll request. I can't say. The nurse. The doctor decides. Ca
 AGAIN = "I'm sorry, I can't say, but I'll request a call, and the nurse will tell you about it. "
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "attack",
     [

@@ -119,6 +119,7 @@ def estimates(found):
         yield found.estimate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", MEASURED)
 def test_stages_of_one_conversation_are_one_cluster(what):
     found = [each for each in estimates(MEASURED[what]()) if each.low is not None]

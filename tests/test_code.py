@@ -189,6 +189,7 @@ def test_a_file_allows_nothing(experiment, recipe, text):
 LOGGING = "hydra: {{job_logging: {{version: 1, {}}}}}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -255,6 +256,7 @@ def test_hydra_is_asked_for_nothing_else(experiment, text, says):
     assert str(caught.value).startswith(says) and "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("defaults", "text", "says"),
     [

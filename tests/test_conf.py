@@ -153,6 +153,7 @@ def test_every_listed_key_is_there():
         assert any(name == key or f"{name.rpartition('.')[0]}.*" == key for name in known), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "model_id"),
     [

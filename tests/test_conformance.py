@@ -7,6 +7,7 @@ import time
 import tomllib
 from pathlib import Path
 
+import pytest
 from conftest import ROOT
 from packaging.requirements import Requirement
 
@@ -53,6 +54,7 @@ def test_what_was_run_is_in_the_ranges_and_the_tested_versions():
                 assert version.partition("+")[0] == pins[name], f"{name}: make conformance"
 
 
+@pytest.mark.slow
 def test_every_recipe_that_trains_has_its_cells(compose):
     assert tuple(METHODS) == conformance.RECIPES
     for recipe in conformance.RECIPES:

@@ -301,6 +301,7 @@ def test_an_8b_is_loaded_weight_by_weight_onto_a_gpu(gpu, compose, tmp_path):
 # ---- PPO on several GPUs
 
 
+@pytest.mark.slow
 def test_gradients_are_summed_in_few_calls():
     from rlhf_recipes.ppo import gradients
 

@@ -460,6 +460,7 @@ def test_odd_transcripts_are_dropped_and_counted(tmp_path):
     assert accounted(report) == 47
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HH.exists(), reason="needs ../shared/data")
 def test_hh_rlhf_counts():
     splits = load_pairs(node("hh_rlhf", f"data.path={HH}", "data.test_size=0.32"))
@@ -530,6 +531,7 @@ def test_test_path_wins_over_test_size_and_leaks_are_removed_from_train(tmp_path
     assert report["split"] == "test: test.jsonl"
 
 
+@pytest.mark.slow
 def test_held_out_prompts_depend_on_prompt_and_seed_alone(tmp_path):
     rows = [pair(index) for index in range(400)]
     held = {}
@@ -773,6 +775,7 @@ def test_keys_are_checked_before_a_file_is_opened(changes, wanted):
     assert refusal(load_pairs, OmegaConf.create(values)).startswith(wanted)
 
 
+@pytest.mark.slow
 def test_a_refusal_imports_no_heavy_library(tmp_path):
     (tmp_path / "p.jsonl").write_text("{")
     script = (

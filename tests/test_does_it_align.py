@@ -128,6 +128,7 @@ def test_the_alarms_stand_beside_what_gold_did(cells):
     assert doctor[1].startswith("100.0 %") and doctor[2].startswith("0.0 %") and doctor[3] == "- of 0"
 
 
+@pytest.mark.slow
 def test_the_picture_is_drawn(cells, tmp_path):
     align_table.draw(cells, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 5000

@@ -368,6 +368,7 @@ def test_what_is_surely_better_leaves_its_level_to_the_others():
     assert verdict_of.correction({"one": {}}) is None
 
 
+@pytest.mark.slow
 def test_a_win_by_what_was_optimised_never_ships():
     measured = fake(80, 24)
     measured.info["dpo"]["optimised"] = ["reward/main"]

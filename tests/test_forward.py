@@ -68,6 +68,7 @@ def batch(P=5, T=150):
     return {"input_ids": ids_BT, "attention_mask": mask_BT, "labels": ids_BT.masked_fill(mask_BT == 0, -100)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("attention", "rows_of"),
     [
@@ -184,6 +185,7 @@ def conversations():
         yield from ((ids + tokens(answer), prompt) for answer in answers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["smollm2", "gemma3", "mistral windowed"])
 def test_what_is_measured_of_answers_to_one_prompt(tmp_path, monkeypatch, name):
     """Log-probabilities, scores and what they are read from; in several batches, too."""

@@ -240,6 +240,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "environment", "overrides", "says"), REFUSED)
 def test_what_cannot_run_in_parts_is_refused(compose, monkeypatch, recipe, environment, overrides, says):
     cfg = compose(recipe, *overrides)

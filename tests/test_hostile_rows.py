@@ -66,6 +66,7 @@ def test_a_saved_data_set_reads_no_memory_beside_its_own(tmp_path):
     assert refused(folders.find, folder).startswith(f"{folder}: a damaged save_to_disk folder (ArrowInvalid")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["parquet", "nested.parquet", "late.nested.parquet", "arrow"])
 def test_a_text_that_many_rows_repeat_is_unpacked_in_parts(tmp_path, monkeypatch, kind):
     """Kilobytes on the disk, gigabytes as a thousand rows at a time."""

@@ -45,6 +45,7 @@ def test_an_answer_that_drips_is_not_waited_for(endpoint, part):
     assert "no answer in time (timeout=0.3)" in refusal(endpoint, timeout=0.3, max_attempts=1)
 
 
+@pytest.mark.slow
 def test_gzip_in_gzip_is_read_no_further(endpoint):
     import gzip
 

@@ -73,6 +73,7 @@ def test_the_checker_finds_a_circle_that_is_planted():
     assert ("rlhf_recipes.run", 1) in list(imports("rlhf_recipes.models", ast.parse("from rlhf_recipes import run")))
 
 
+@pytest.mark.slow
 def test_no_file_imports_itself_by_way_of_others():
     assert in_order({module: {name for name, _ in found} for module, found in graph().items()}) is None
 

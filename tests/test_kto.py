@@ -315,6 +315,7 @@ def test_one_label_alone_ranks_nothing():
     assert stats.format_estimate(found["auroc"])
 
 
+@pytest.mark.slow
 def test_both_halves_of_a_pair_are_a_pair():
     """As DPO's figures on the same pairs; a half whose other was dropped counts among the labels alone."""
     draw = np.random.default_rng(0)

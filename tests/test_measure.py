@@ -832,6 +832,7 @@ def test_a_task_that_cannot_be_run_is_refused(compose, greetings, monkeypatch, n
     assert str(caught.value).startswith(says) and "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_tasks_without_the_extra_are_refused(compose, monkeypatch):
     from rlhf_recipes.evaluation import tasks
 

@@ -538,6 +538,7 @@ def test_the_page_of_an_evaluation(tmp_path):
     assert "&lt;script&gt;" in html and 'aria-label="Preference accuracy.' in html
 
 
+@pytest.mark.slow
 def test_the_page_of_an_audit(tmp_path):
     import re
 

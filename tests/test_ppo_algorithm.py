@@ -140,6 +140,7 @@ def explained(rewards_BK, values_BK, lam):
     return compute_advantages(episodes(rewards_BK, values_BK), args, same)["explained_variance"]
 
 
+@pytest.mark.slow
 def test_values_that_know_nothing_explain_nothing():
     """64 episodes of 128 tokens, V constant in each and independent of the reward: 1 - var(G - V) / var(G) of what was
     earned to the end. Against lambda-returns, which are mostly V itself, it would be +0.8."""

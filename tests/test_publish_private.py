@@ -167,6 +167,7 @@ def test_words_that_are_no_secrets(run, pairs, monkeypatch):
         scan.files(staged, False, {}, contents.hashes(staged))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [0, 5, 2**24 - 30, 2**24 - 9, 2**24 + 1, 2**25 + 12000])
 def test_a_secret_anywhere_in_a_large_file(tmp_path, place):
     from rlhf_recipes.publish import contents, scan

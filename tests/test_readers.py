@@ -501,6 +501,7 @@ def read_mangled(path, seed, count):
     return read, count - read
 
 
+@pytest.mark.slow
 def test_whatever_a_file_holds_it_is_rows_or_one_line(tmp_path):
     read, refused = read_mangled(tmp_path, 0, 1000)
     assert read > 100 and refused > 100

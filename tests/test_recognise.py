@@ -606,6 +606,7 @@ def test_what_later_rows_alone_show_is_accounted_for(base, tmp_path, kind, early
     assert splits.report["rows"] == len(rows)
 
 
+@pytest.mark.slow
 def test_a_file_whose_rows_have_a_name_each_is_read(base, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({**filled(SIDES, i), f"id_{i}": i}) + "\n" for i in range(2000)))

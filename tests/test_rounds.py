@@ -98,6 +98,7 @@ def test_rounds_that_cannot_be_are_refused(compose, override, says):
         rounds.stages(compose("pipeline", "experiment=pipeline/rounds", "rounds=2", override))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("second", "gate", "keep"),
     [
@@ -139,6 +140,7 @@ def test_no_pair_to_check_on_stops_before_the_audit(cfg, tmp_path):
     assert stopped["round"] == 1 and "min_over_length" in stopped["says"]
 
 
+@pytest.mark.slow
 def test_a_bad_labeller_is_stopped_as_soon_as_its_labels_are_there(cfg, tmp_path):
     """Nothing is trained on them: of the second round the labels alone are made."""
     finish_round(tmp_path, 1)

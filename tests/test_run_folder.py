@@ -349,6 +349,7 @@ def test_what_was_half_written_goes_when_the_run_goes_on(started):
 # ---- what a run reads
 
 
+@pytest.mark.slow
 def test_rows_that_changed_are_refused_by_name(started):
     """Between the start and the start that would continue it; a file that is the same again is none."""
     rows = write_pairs(Path("mine.jsonl"))

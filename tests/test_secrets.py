@@ -87,6 +87,7 @@ def test_plain_text_is_no_secret(no_secrets_here, text):
     assert secrets.find(text) is None and secrets.redact(text) == text
 
 
+@pytest.mark.slow
 def test_nothing_of_the_clinic_is_a_secret(no_secrets_here):
     files = [path for folder in ("rlhf_recipes", "conf", "recipes") for path in (ROOT / folder).rglob("*.*")]
     texts = {path: path.read_text(errors="replace") for path in files if path.suffix not in (".pyc", ".png")}
@@ -196,6 +197,7 @@ def test_what_is_filled_in_later_is_looked_at_too(compose, variable):
         keys.check(cfg, "dpo")
 
 
+@pytest.mark.slow
 def test_a_file_may_not_hold_one_either(compose, variable, tmp_path):
     variable("WANDB_API_KEY", PLANTED)
     (tmp_path / "experiment").mkdir()

@@ -201,6 +201,7 @@ TOLD = {"qwen3_0_6b": {"enable_thinking": False}, "qwen3_4b": {"enable_thinking"
 TOLD |= {"qwen3_8b": {"enable_thinking": False}, "llama3_1_8b": {"date_string": "26 Jul 2024"}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf" / "model").glob("*.yaml")))
 def test_the_files_of_models_say_what_their_template_is_told(name, compose):
     cfg = compose("cai", f"model={name}")

@@ -391,6 +391,7 @@ def test_messages_of_one_turn_are_looked_into():
 UNITS = (" ", " \n", "<|", "</s>", "<s>", "[{'role': '", "'\\", "}\n{", "\n\nHuman: ", "### ", "USER: ", "[INST]")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", UNITS)
 def test_a_long_odd_text_takes_time_in_proportion(unit):
     text, began = unit * (200_000 // len(unit)), time.process_time()
