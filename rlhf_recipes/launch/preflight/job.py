@@ -246,31 +246,40 @@ def _largest(recipe: str, args, sizes: list[int], steps: int) -> predict_memory.
 
 
 def _fast(largest: predict_memory.Batch, args, sizes: Sizes, hidden_size: int, steps: int) -> predict_memory.Batch:
-    """With `fast_forward`: the answers alone that are scored, and the rows in which sequences lie together, of the
-    micro-batch that fills most of them."""
-    from rlhf_recipes.packing import filled_up, find_rows
-
+    """With `fast_forward`: the answers alone that are scored, and sequences that lie together in rows."""
     kept = sizes.cut(args.max_length, getattr(args, "truncation_mode", "keep_start"))
-    more = not getattr(args, "disable_prompt_loss", True) or getattr(args, "completion_only_loss", None) is False
-    if not (more or getattr(args, "packing", False)):  # else other tokens count too
-        largest = replace(largest, completion=int(kept.trained.max()))
     if getattr(args, "packing", False):
         return largest
+    if getattr(args, "disable_prompt_loss", True) and getattr(args, "completion_only_loss", None) is not False:
+        largest = replace(largest, completion=int(kept.trained.max()))  # else other tokens count too
     is_pair = kept.whole.shape[1] == 2
-    tokens = (kept.whole[:, 0] + kept.trained[:, 1] if is_pair else kept.whole[:, 0]).tolist()
+    tokens = kept.whole[:, 0] + kept.trained[:, 1] if is_pair else kept.whole[:, 0]
+    in_rows = _in_rows(largest, args, tokens.tolist(), hidden_size, steps)
+    return in_rows if in_rows.forward_tokens < largest.forward_tokens else largest
+
+
+def _in_rows(
+    largest: predict_memory.Batch, args, tokens: list[int], hidden_size: int, steps: int
+) -> predict_memory.Batch:
+    """The rows of the micro-batch that fills most of them.
+
+    Args:
+        tokens: that each pair, or each row, takes.
+    """
+    from rlhf_recipes.packing import filled_up, find_rows
+
     batch = args.per_device_train_batch_size
-    tokens *= -(-batch // len(tokens))  # a micro-batch is full
+    tokens = tokens * -(-batch // len(tokens))  # a micro-batch is full
     if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
         drawn = iter([sorted(tokens)[-batch:]])
     else:
         drawn = itertools.islice(real_steps.micro_batches(tokens, batch), steps * args.gradient_accumulation_steps)
     for each in heapq.nlargest(LOOKED_AT, drawn, key=sum):
-        found = find_rows(each, hidden_size) or [[i] for i in range(len(each))]
-        length = filled_up(max(sum(each[i] for i in row) for row in found))
-        if length * len(found) > largest.rows * largest.row_tokens:
-            largest = replace(largest, rows=len(found), row_tokens=length)
-    whole = largest.sequences * largest.tokens
-    return largest if largest.forward_tokens < whole else replace(largest, rows=0, row_tokens=0)
+        rows = find_rows(each, hidden_size) or [[i] for i in range(len(each))]
+        length = filled_up(max(sum(each[i] for i in row) for row in rows))
+        if len(rows) * length > largest.rows * largest.row_tokens:
+            largest = replace(largest, rows=len(rows), row_tokens=length)
+    return largest
 
 
 def _memory(
