@@ -254,6 +254,8 @@ def test_rows_are_made_where_they_cost_less():
     assert found(0, [96, 32, 32, 32]) == [[0], [1, 2, 3]]  # nothing in common, and yet less padding
     assert found(64, [320, 320], hidden_size=16) == []  # attention over 576 costs more than 64 tokens
     assert found(64, [320, 320], hidden_size=4096) == [[0, 1]]
+    # Three rows of 128 cost less than two of 192 or one of 320.
+    assert found(0, [128, 96, 32, 64, 32], hidden_size=16) == [[0], [1, 4], [3, 2]]
 
 
 @pytest.mark.parametrize("value", ["separate", "head"])

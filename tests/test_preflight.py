@@ -215,6 +215,31 @@ def test_rows_are_those_of_the_micro_batch_that_fills_most(compose, tiny_model_o
     assert halved.forward_tokens == 352 and halved.halved().forward_tokens == 176
 
 
+def test_not_every_batch_of_most_tokens_fills_most(monkeypatch):
+    """512 tokens of equal answers are 512; of 480 the longest decides: two rows of 320."""
+    monkeypatch.setattr(real_steps, "micro_batches", lambda tokens, batch: iter([[128] * 4, [320, 64, 64, 32]]))
+    args = SimpleNamespace(
+        per_device_train_batch_size=4, gradient_accumulation_steps=1, train_sampling_strategy="random"
+    )
+    found = examination._in_rows(predict_memory.Batch(4, 320), args, [1] * 8, hidden_size=16, steps=2)
+    assert (found.rows, found.row_tokens) == (2, 320)
+
+
+def test_a_job_is_predicted_in_rows_unless_its_forward_is_the_trainer_s(
+    compose, tiny_overrides, tmp_path, monkeypatch
+):
+    predict, seen = predict_memory.predict, []
+
+    def watched(cfg, args, base, batch, **more):
+        seen.append(batch.rows)
+        return predict(cfg, args, base, batch, **more)
+
+    monkeypatch.setattr(predict_memory, "predict", watched)
+    for more in ([], ["fast_forward=false"]):
+        look(compose, tmp_path / f"{len(more)}", *tiny_overrides, "quantization=none", *more)
+    assert seen[0] and not seen[1]
+
+
 def test_peaks_by_hand(compose, tiny_model_overrides):
     """Two layers, 1,000 tokens in the vocabulary; bfloat16 or float32 as the processor has it."""
     cfg = compose("dpo", *tiny_model_overrides, "quantization=none", "lora.r=4")
@@ -309,7 +334,8 @@ def test_it_says_on_how_many_cards_a_large_model_fits(compose, tmp_path, monkeyp
     monkeypatch.setattr(memory, "free", lambda: free * GIB)
     found, job = JobReport("", "dpo"), examination.Job("", "dpo", cfg, [])
     predict = partial(predict_memory.predict, cfg, libraries=0)
-    examination._memory(found, job, args, predict_memory.Batch(2, 1024), predict, elsewhere=False)
+    base = predict_memory.backbone(cfg, "dpo")
+    examination._memory(found, job, args, base, predict_memory.Batch(2, 1024), predict, elsewhere=False)
     if cards == 1:
         assert found.memory["peak_gib"] < free and not found.stops
     else:

@@ -123,14 +123,14 @@ def _look(job: Job, looked_at: Cache, found: JobReport) -> None:
     found.settings |= {"processes": looked_at.processes} if looked_at.processes > 1 else {}
     found.settings["steps"] = steps
     largest = _largest(recipe, args, sizes, steps)
-    if (
-        cfg.get("fast_forward")
-        and not methods.of(recipe).samples
-        and not methods.of(recipe, cfg.trainer._target_).logit_bytes
-    ):
-        shape = model_files.load_config(cfg.model)
-        largest = _fast(largest, args, splits.sizes["train"], getattr(shape, "hidden_size", 0), steps)
-    _memory(found, job, args, largest, predict, looked_at.elsewhere)
+    try:
+        base = predict_memory.backbone(cfg, recipe)
+    except Refusal as error:  # not the kind of model that the counts are of
+        found.watch.append(str(error))
+    else:
+        if base.fast:
+            largest = _fast(largest, args, splits.sizes["train"], base.config.hidden_size, steps)
+        _memory(found, job, args, base, largest, predict, looked_at.elsewhere)
     if looked_at.measure and sharding.is_on():
         found.watch.append("no step is taken: it would be of one process, with the whole model")
     elif looked_at.measure and cfg.trainer.get("rollout") == "server":
@@ -271,7 +271,7 @@ def _in_rows(
     batch = args.per_device_train_batch_size
     tokens = tokens * -(-batch // len(tokens))  # a micro-batch is full
     if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
-        drawn = iter([sorted(tokens)[-batch:]])
+        drawn = [sorted(tokens)[-batch:]]
     else:
         drawn = itertools.islice(real_steps.micro_batches(tokens, batch), steps * args.gradient_accumulation_steps)
     for each in heapq.nlargest(LOOKED_AT, drawn, key=sum):
@@ -283,14 +283,10 @@ def _in_rows(
 
 
 def _memory(
-    found: JobReport, job: Job, args, batch: predict_memory.Batch, predict: Callable[..., dict], elsewhere: bool
-) -> None:
+    found: JobReport, job: Job, args, base: predict_memory.Backbone, batch: predict_memory.Batch,
+    predict: Callable[..., dict], elsewhere: bool,
+) -> None:  # fmt: skip
     """Fill in `lora` and `memory`, and judge what is needed by what is free."""
-    try:
-        base = predict_memory.backbone(job.cfg, job.recipe)
-    except Refusal as error:  # not the kind of model that the counts are of
-        found.watch.append(str(error))
-        return
     found.lora = {"numbers": base.lora, "bytes": base.lora * (4 + 4 + predict_memory.state_bytes(args.optim))}
     predict = partial(predict, cards=ranks.world_size() if sharding.is_on() else 1)
     found.memory = predict(args, base, batch) | {"free_gib": None}
