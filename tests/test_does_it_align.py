@@ -70,9 +70,11 @@ def test_labellers_are_noisy_and_those_of_plain_like_courtesy():
     assert 0.68 < sum(taken) / 1000 < 0.78  # sigmoid(2 * 0.5) = 0.731
 
 
-def point(step, kl, gold, proxy=None, other=None):
-    proxy = proxy or gold
-    return {"step": step, "kl": kl, "gold": gold, "proxy": proxy, "other": other or proxy, "tokens": [9.0] * len(gold)}
+def point(step, kl, gold, proxy=None, other=None, doctor=()):
+    proxy, n = proxy or gold, len(gold)
+    measured = {"tokens": [9.0] * n, "repetition": [0.0] * n, "eos_rate": [1.0] * n}
+    rewards = {"gold": gold, "proxy": proxy, "other": other or proxy}
+    return {"step": step, "kl": kl, **rewards, **measured, "doctor": list(doctor)}
 
 
 def test_gold_at_equal_kl_lies_between_two_points():
@@ -84,48 +86,74 @@ def test_gold_at_equal_kl_lies_between_two_points():
 
 @pytest.fixture
 def cells(tmp_path):
-    """An anchor, a run that gains, and one whose proxy rises while gold falls."""
-    n = 12
-    anchor = point(0, [0.0] * n, [1.0] * n, [0.0] * n)
+    """An anchor, a run that gains, and two whose proxy rises while gold falls, one of them on purpose."""
+    n = 24
     sure = {"value": 0.8, "low": 0.7, "high": 0.9, "n": 64}
+    unsure = sure | {"low": 0.45}
+    size = {"rule": "too_little_data", "level": "watch", "saw": ""}
+    far, broken = ({"rule": "kl_runaway", "level": level, "saw": ""} for level in ("watch", "broken"))
     made = {
-        "anchor": {"points": [anchor]},
-        "dpo": {
-            "points": [point(8, [2.0] * n, [1.5, 1.6] * 6), point(16, [4.0] * n, [1.8, 2.0] * 6)],
-            "doctor": {"findings": []},
-        },
-        "ppo": {
-            "points": [
-                point(8, [2.0] * n, [1.4, 1.6] * 6, [1.0] * n, [0.5] * n),
-                point(16, [8.0] * n, [0.2, 0.4] * 6, [3.0] * n, [-0.5] * n),
+        "anchor": ([point(0, [0.0] * n, [1.0] * n, [0.0] * n)], sure),
+        "dpo": ([point(8, [2.0] * n, [1.5, 1.6] * 12), point(16, [4.0] * n, [1.8, 2.0] * 12, doctor=[size])], sure),
+        "ppo": (
+            [
+                point(8, [2.0] * n, [1.4, 1.6] * 12, [1.0] * n, [0.5] * n, [far]),
+                point(16, [8.0] * n, [1.2, 1.4] * 12, [3.0] * n, [0.5, -0.5] * 12, [far]),
+                point(24, [80.0] * n, [0.2, 0.4] * 12, [3.0] * n, [-0.5] * n, [broken]),
             ],
-            "doctor": {"findings": [{"rule": "kl_runaway", "level": "broken"}]},
-        },
+            sure,
+        ),
+        "dpo_overdone": ([point(8, [12.0] * n, [0.2, 0.4] * 12, [-1.0] * n)], unsure),
     }
-    for method, cell in made.items():
-        file = tmp_path / f"plain-{method}-0.json"
-        file.write_text(json.dumps({"world": "plain", "method": method, "seed": 0, "accuracies": [sure], **cell}))
+    for method, (points, accuracy) in made.items():
+        cell = {"world": "plain", "method": method, "seed": 0, "accuracies": [accuracy], "points": points}
+        (tmp_path / f"plain-{method}-0.json").write_text(json.dumps(cell))
     return align_table.load(tmp_path)
 
 
 def test_the_table_says_what_each_method_gained_and_what_choices_cost(cells):
     dpo, ppo = align_table.rows(cells)
     assert dpo[:3] == ("plain", "dpo", 1) and dpo[3].startswith("+0.90 [") and dpo[4] == "4.0"
-    assert dpo[5].startswith("+0.14 [") and dpo[6].startswith("+0.27 [")
+    assert dpo[5].startswith("+0.14 [") and dpo[6].startswith("+0.28 [")
     assert dpo[8:] == ("0.00",) * 5
     assert ppo[3].startswith("-0.70") or ppo[3].startswith("\N{MINUS SIGN}0.70")
-    # The last point, which its proxy names too, loses 1.2; evaluate names the one before, the doctor the anchor.
-    assert ppo[8:] == ("1.20", "1.20", "0.00", "0.50", "1.20")
+    # The last point, which the audit does not object to, loses 1.2; proxy and doctor name the one before, which loses
+    # 0.2, evaluate's reward model the best.
+    assert ppo[8:] == ("1.20", "0.20", "0.00", "0.20", "1.20")
 
 
 def test_the_alarms_stand_beside_what_gold_did(cells):
-    heard = align_table.courses(cells)
-    assert heard == [
-        ("plain", "dpo", 0, "gained", "no", "no", "no"),
-        ("plain", "ppo", 0, "fell", "alarm", "no", "alarm"),
+    dpo, overdone, ppo = align_table.courses(cells)
+    assert (dpo.says, overdone.says, ppo.says) == ("gained", "fell", "fell") and (overdone.fell, ppo.fell) == (1, 2)
+    no = [False, False, False]
+    assert dpo.alarms == dict.fromkeys(ppo.alarms, no)  # what the doctor says of the number of rows is no alarm
+    assert ppo.alarms == {
+        "doctor, broken": [*no, True],
+        "doctor, anything": [False, True, True, True],
+        "audit": [*no, False],
+        "evaluate, worse": [*no, True],
+        "evaluate, no ship": [False, False, True, True],
+        "KL": [*no, True],
+        "proxy": [*no, False],
+    }
+    assert overdone.alarms["audit"] == [True, True] and overdone.alarms["proxy"] == [False, True]
+
+
+def test_an_alarm_counts_as_a_warning_only_before_gold_falls(cells):
+    told = {
+        name: (before, then, gained)
+        for name, before, then, gained, _ in align_table.shares(align_table.courses(cells))
+    }
+    shares = {name: [each.split(" %")[0] for each in three] for name, three in told.items()}
+    assert shares["doctor, broken"] == ["0.0", "0.0", "0.0"]  # it rings a checkpoint later
+    assert shares["doctor, anything"] == ["50.0", "50.0", "0.0"]
+    assert shares["audit"] == ["50.0", "50.0", "0.0"]
+    assert shares["evaluate, no ship"] == ["0.0", "100.0", "0.0"]
+    assert shares["KL"] == ["0.0", "50.0", "0.0"]
+    assert align_table.rules(align_table.courses(cells)) == [
+        ("kl runaway", "1 of 2", "1 of 2", "0 of 1", "0 of 0"),
+        ("too little data", "0 of 2", "0 of 2", "1 of 1", "0 of 0"),
     ]
-    doctor = align_table.shares(heard)[0]
-    assert doctor[1].startswith("100.0 %") and doctor[2].startswith("0.0 %") and doctor[3] == "- of 0"
 
 
 @pytest.mark.slow

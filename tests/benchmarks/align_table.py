@@ -2,10 +2,12 @@
 
 import json
 import math
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 from rlhf_recipes import stats
+from rlhf_recipes.evaluation import verdict
 from rlhf_recipes.stats import Estimate, format_estimate
 
 EQUAL_KL = (0.5, 1.0)  # nats an answer, at which methods are compared
@@ -13,6 +15,8 @@ COLUMNS = (
     "world", "method", "runs", "gold gained", "KL", *(f"gold gained at KL {kl:g}" for kl in EQUAL_KL),
     "proxy gained", "regret: the last", "by the proxy", "by evaluate", "by the doctor", "by the audit",
 )  # fmt: skip
+OVERDONE = "_overdone"  # methods that are bad on purpose, for the alarms alone
+FAR = 10.0  # nats an answer
 OF_SIZE = ("too_little_data",)  # what the doctor says of the number of held-out rows is no alarm
 
 
@@ -27,8 +31,10 @@ def show(folder: Path, table: bool, plot: Path | None, alarms: bool) -> None:
         print_rows(COLUMNS, rows(cells))
     if alarms:
         heard = courses(cells)
-        print_rows(("world", "method", "seed", "gold", "doctor", "audit", "evaluate"), heard)
-        print_rows(("alarm", "where gold fell", "where gold gained", "where it did neither"), shares(heard))
+        print_rows(("world", "method", "seed", "gold", *heard[0].alarms), each_run(heard))
+        head = ("before gold fell", "by then", "where it gained", "where it did neither")
+        print_rows(("alarm", *head), shares(heard))
+        print_rows(("rule of the doctor", *head), rules(heard))
     if plot:
         draw(cells, plot)
 
@@ -69,7 +75,7 @@ def at_kl(points: list[dict], kl: float, key: str = "gold") -> list[float] | Non
 
 def rows(cells: dict) -> list[tuple]:
     found = []
-    for world, method in dict.fromkeys((w, m) for w, m, _ in cells if m != "anchor"):
+    for world, method in dict.fromkeys((w, m) for w, m, _ in cells if m != "anchor" and not m.endswith(OVERDONE)):
         several = [cell for (w, m, _), cell in cells.items() if (w, m) == (world, method)]
         several = [cell for cell in several if (world, "anchor", cell["seed"]) in cells]
         runs = [course(cells, cell) for cell in several]
@@ -94,16 +100,21 @@ def regret(cells: dict, cell: dict) -> dict[str, float | None]:
     """Gold that the choice of each loses against the run's best point, the anchor among them."""
     points = course(cells, cell)
     golds = [mean(point["gold"]) for point in points]
-    alarm = alarms_of(cells, cell)
     others = [mean(point["other"]) for point in points] if "other" in points[-1] else None
+    rang = alarms(points, cell["accuracies"])
     chosen = {
         "last": len(points) - 1,
         "proxy": highest([mean(point["proxy"]) for point in points]),
         "evaluate": others and highest(others),
-        "doctor": 0 if alarm["doctor"] else len(points) - 1,
-        "audit": 0 if alarm["audit"] else len(points) - 1,
+        "doctor": last_before(rang["doctor, broken"]),
+        "audit": last_before(rang["audit"]),
     }
     return {key: None if at is None else max(golds) - golds[at] for key, at in chosen.items()}
+
+
+def last_before(rang: list[bool]) -> int:
+    """The point before the first alarm, the anchor at least; the last where there is none."""
+    return max(rang.index(True) - 1, 0) if any(rang) else len(rang) - 1
 
 
 def highest(values: list[float]) -> int:
@@ -118,55 +129,132 @@ def over(regrets: list[dict], key: str) -> str:
 # ---- Alarms
 
 
-def alarms_of(cells: dict, cell: dict) -> dict[str, bool | None]:
-    """Doctor: a finding of level broken. Audit: its first gate, that the reward models are not shown to beat a coin on
-    held-out pairs; of one model its own accuracy. Evaluate: its main rule, that a reward model the run has not seen
-    does not prefer the end to the anchor beyond the interval (None where there is none)."""
-    points = course(cells, cell)
-    findings = [each for each in cell["doctor"]["findings"] if each["rule"] not in OF_SIZE]
-    evaluated = None
-    if "other" in points[-1]:
-        wins = [0.5 if a == b else float(a > b) for a, b in zip(points[-1]["other"], points[0]["other"], strict=True)]
-        evaluated = (stats.estimate(wins, list(map(str, range(len(wins))))).low or 0.0) <= 0.5
-    return {
-        "doctor": any(each["level"] == "broken" for each in findings),
-        "audit": not all((each["low"] or 0.0) > 0.5 for each in cell["accuracies"]),
-        "evaluate": evaluated,
+def alarms(points: list[dict], accuracies: list[dict]) -> dict[str, list[bool]]:
+    """Whether each rings at each point of a run, the anchor's first.
+
+    Doctor: a finding of the log so far, of level broken or any. Audit: its first gate, that the reward models are not
+    shown to beat a coin on held-out pairs; of one model its own accuracy. Evaluate: its verdict of the point against
+    the anchor by a reward model that the run has not seen, worse or no `ship`; perplexity is not measured. Beside them
+    what needs no tool: a KL over FAR nats an answer; the proxy below an earlier point by more than its interval. Best
+    of n, which keeps its policy, has those of doctor and audit.
+    """
+    found = [[each for each in point.get("doctor", []) if each["rule"] not in OF_SIZE] for point in points]
+    rang = {
+        "doctor, broken": [any(each["level"] == "broken" for each in several) for several in found],
+        "doctor, anything": [bool(several) for several in found],
+        "audit": [not all((each["low"] or 0.0) > 0.5 for each in accuracies)] * len(points),
+    }
+    if "other" not in points[-1]:
+        return rang
+    verdicts = ["ship", *(judged(point, points[0]) for point in points[1:])]
+    return rang | {
+        "evaluate, worse": [each == "worse" for each in verdicts],
+        "evaluate, no ship": [each != "ship" for each in verdicts],
+        "KL": [mean(point["kl"]) > FAR for point in points],
+        "proxy": [False, *falls(points, "proxy")],
     }
 
 
-def courses(cells: dict) -> list[tuple]:
-    """What gold did in each run, and which alarms rang: fell, from its best point (the anchor among them) by more than
-    its interval; gained, over the anchor by as much; else neither."""
+def judged(point: dict, anchor: dict) -> str:
+    """Evaluate's verdict by what was measured here."""
+    wins = [0.5 if a == b else float(a > b) for a, b in zip(point["other"], anchor["other"], strict=True)]
+    ids = list(map(str, range(len(wins))))
+    metrics = {
+        "win_rate": stats.estimate(wins, ids),
+        "kl_k1": stats.estimate(point["kl"], ids),
+        "length_ratio": stats.ratio_of_sums(point["tokens"], anchor["tokens"], ids),
+    }
+    differences = {key: stats.difference(point[key], anchor[key], ids) for key in ("repetition", "eos_rate")}
+    system = {"metrics": metrics, "differences": differences, "nonfinite": 0}
+    return verdict.decide(system, "the anchor", verdict.THRESHOLDS)["verdict"]
+
+
+def falls(points: list[dict], key: str) -> list[bool]:
+    """Of each point but the first whether it lies below the best before it by more than the interval."""
+    means = [mean(point[key]) for point in points]
+    bests = [points[highest(means[:k])][key] for k in range(1, len(points))]
+    return [(gained([(best, point[key])]).high or 0.0) < 0 for best, point in zip(bests, points[1:], strict=True)]
+
+
+@dataclass
+class Course:
+    """What gold did in a run, and the alarms.
+
+    Attributes:
+        fell: the point at which it first lay below an earlier one (the anchor among them) by more than the interval.
+        gained: whether it ended above the anchor by as much.
+        alarms: by name, whether it rings at each point.
+        rules: of the doctor, those that said something at each point.
+    """
+
+    world: str
+    method: str
+    seed: int
+    fell: int | None
+    gained: bool
+    alarms: dict[str, list[bool]]
+    rules: list[set[str]]
+
+    @property
+    def says(self) -> str:
+        return "neither" if self.fell is None and not self.gained else "gained" if self.fell is None else "fell"
+
+
+def courses(cells: dict) -> list[Course]:
     found = []
     for (world, method, seed), cell in cells.items():
         if method in ("anchor", "best_of_n") or (world, "anchor", seed) not in cells:
             continue
         points = course(cells, cell)
-        golds = [mean(point["gold"]) for point in points]
-        best, last = points[highest(golds)], points[-1]
-        fall, gain = (gained([(each["gold"], last["gold"])]) for each in (best, points[0]))
-        what = "fell" if (fall.high or 0.0) < 0 else "gained" if (gain.low or 0.0) > 0 else "neither"
-        rang = alarms_of(cells, cell)
-        found.append((world, method, seed, what, *(word(rang[key]) for key in ("doctor", "audit", "evaluate"))))
+        fallen = [False, *falls(points, "gold")]
+        gain = (gained([(points[0]["gold"], points[-1]["gold"])]).low or 0.0) > 0
+        rules = [{each["rule"] for each in point.get("doctor", [])} for point in points]
+        fell = fallen.index(True) if any(fallen) else None
+        found.append(Course(world, method, seed, fell, gain, alarms(points, cell["accuracies"]), rules))
     return found
 
 
-def word(rang: bool | None) -> str:
-    return {True: "alarm", False: "no", None: "-"}[rang]
+def each_run(several: list[Course]) -> list[tuple]:
+    """The step of the fall or gain and of each alarm, as the place of the checkpoint."""
+    return [
+        (one.world, one.method, one.seed, one.says + (f" at {one.fell}" if one.fell else ""),
+         *(rang.index(True) if any(rang) else "no" for rang in one.alarms.values()))
+        for one in several
+    ]  # fmt: skip
 
 
-def shares(heard: list[tuple]) -> list[tuple]:
-    """Of the runs where gold fell, gained or did neither, how many each alarm rang in."""
-    found = []
-    for place, name in enumerate(("doctor", "audit", "evaluate"), 4):
-        cells = []
-        for what in ("fell", "gained", "neither"):
-            rang = [float(row[place] == "alarm") for row in heard if row[3] == what and row[place] != "-"]
-            said = format_estimate(stats.estimate(rang), percent=True) if rang else "-"
-            cells.append(f"{said} of {len(rang)}")
-        found.append((name, *cells))
-    return found
+def shares(several: list[Course]) -> list[tuple]:
+    """Of the runs where gold fell how many each alarm had rung in before, and by then; of the others in how many it
+    rang at all."""
+    fell = [one for one in several if one.fell is not None]
+    rest = [[one for one in several if one.says == says] for says in ("gained", "neither")]
+    names = list(several[0].alarms) if several else []
+    return [
+        (name,
+         share([any(one.alarms[name][: one.fell]) for one in fell]),
+         share([any(one.alarms[name][: one.fell + 1]) for one in fell]),
+         *(share([any(one.alarms[name]) for one in runs]) for runs in rest))
+        for name in names
+    ]  # fmt: skip
+
+
+def rules(several: list[Course]) -> list[tuple]:
+    """The same of each rule of the doctor that said anything."""
+    fell = [one for one in several if one.fell is not None]
+    rest = [[one for one in several if one.says == says] for says in ("gained", "neither")]
+    names = sorted({name for one in several for point in one.rules for name in point})
+    return [
+        (name.replace("_", " "),
+         f"{sum(name in set().union(*one.rules[: one.fell]) for one in fell)} of {len(fell)}",
+         f"{sum(name in set().union(*one.rules[: one.fell + 1]) for one in fell)} of {len(fell)}",
+         *(f"{sum(name in set().union(*one.rules) for one in runs)} of {len(runs)}" for runs in rest))
+        for name in names
+    ]  # fmt: skip
+
+
+def share(rang: list[bool]) -> str:
+    said = format_estimate(stats.estimate(list(map(float, rang))), percent=True) if rang else "-"
+    return f"{said} of {len(rang)}"
 
 
 # ---- Picture
@@ -191,7 +279,7 @@ def draw(cells: dict, path: Path) -> None:
         "#444",
         "#7a4b2b",
     )
-    methods = list(dict.fromkeys(method for _, method, _ in cells if method != "anchor"))
+    methods = list(dict.fromkeys(m for _, m, _ in cells if m != "anchor" and not m.endswith(OVERDONE)))
     for line, world in zip(grid, worlds, strict=True):
         for axes, key in zip(line, ("gold", "proxy"), strict=True):
             for colour, method in zip(colours * 2, methods, strict=False):

@@ -202,8 +202,9 @@ def launch(recipe: str, overrides: list[str], cwd: str, fault: str | None) -> No
     import_module(f"rlhf_recipes.recipes.{recipe}").main()
 
 
-def examined(folder: Path) -> dict:
-    """The report of a finished run by the rules as they are, from its files."""
+def examined(folder: Path, until: int | None = None) -> dict:
+    """The report of a finished run by the rules as they are, from its files; `until` a step: what they say while it
+    trains, when nothing is held out."""
     from omegaconf import OmegaConf
 
     from rlhf_recipes.config import build
@@ -218,13 +219,11 @@ def examined(folder: Path) -> dict:
     return doctor.examine(
         Record(
             result["recipe"],
-            [row for row in log if "loss" in row],
+            [row for row in log if "loss" in row and (until is None or row["step"] <= until)],
             args,
             log[-1]["max_steps"],
             result.get("doctor", {}).get("facts", {}),
-            result["before"],
-            result["metrics"],
-            result.get("stopped"),
+            *((result["before"], result["metrics"], result.get("stopped")) if until is None else ()),
         )
     )
 

@@ -24,6 +24,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
+import doctor_runs  # noqa: E402
 from worlds import WORLDS, World  # noqa: E402
 
 CELLS = HERE / "does_it_align"
@@ -56,6 +57,7 @@ SAMPLED = [
     f"trainer.max_completion_length={TOKENS}", "trainer.per_device_train_batch_size=8",
 ]  # fmt: skip
 PPO = [*SAMPLED, "trainer.num_mini_batches=1"]
+OVERDONE = ["trainer.learning_rate=3e-3", "trainer.max_steps=24", "trainer.save_steps=6"]
 # Recipe and overrides of each method.
 METHODS = {
     "anchor": ("reward", REWARD),
@@ -70,7 +72,12 @@ METHODS = {
     "kto": ("kto", OF_LABELS),
     "simpo": ("simpo", OF_LABELS),
     "orpo": ("orpo", OF_LABELS),
-}
+    "dpo_overdone": ("dpo", [*OF_LABELS, *OVERDONE, "trainer.beta=0.02"]),
+    "simpo_overdone": ("simpo", [*OF_LABELS, *OVERDONE]),
+    "ppo_overdone": (
+        "ppo", [*PPO, *OVERDONE, "trainer.kl_coef=0.0", "trainer.kl_brake=null", "trainer.entropy_floor=null"],
+    ),
+}  # fmt: skip
 
 
 def main() -> None:
@@ -180,17 +187,17 @@ def one_run(world: World, method: str, seed: int) -> dict:
         given.append(f"reward_funcs={proxies[0].parent if several else proxies[0]}")
     run = recipe(kind, f"outputs/{kind}/{method}_{world.name}_{seed}", [*given, f"trainer.seed={seed}"])
     systems = [(0, ANCHOR_RUN)] * several + checkpoints(run)  # whose proxy is another one's than the anchor's cell has
-    return {
-        "points": measured(world, seed, systems, proxies, worst="worst" in method),
-        "doctor": result(run)["doctor"],
-        "accuracies": accuracies(proxies if several else proxies[:1]),
-    }
+    points = measured(world, seed, systems, proxies, worst="worst" in method)
+    for point in points[several:-1]:
+        point["doctor"] = brief(doctor_runs.examined(Path(run), point["step"]))
+    points[-1]["doctor"] = brief(result(run)["doctor"])
+    return {"points": points, "accuracies": accuracies(proxies if several else proxies[:1])}
 
 
 def rounds(world: World, method: str, seed: int) -> dict:
     """Rounds of: answer, label a share of the budget, DPO from the last policy, which is its reference."""
     kind, overrides = METHODS[method]
-    train, policy, kept, findings = prompts()[0], ANCHOR_RUN, [], []
+    train, policy, kept = prompts()[0], ANCHOR_RUN, []
     share, proxies = len(train) // ROUNDS, reward_models(world, seed, 2)
     tests = [json.loads(line) for line in Path(f"pairs_{world.name}_{seed}.jsonl").read_text().splitlines()]
     for turn in range(ROUNDS):
@@ -203,9 +210,10 @@ def rounds(world: World, method: str, seed: int) -> dict:
         given += [f"trainer.seed={seed}", f"trainer.max_steps={STEPS // ROUNDS}"]
         policy = recipe(kind, f"outputs/{kind}/{name}", given)
         kept.append(((turn + 1) * STEPS // ROUNDS, policy))
-        findings += result(policy)["doctor"]["findings"]
     points = measured(world, seed, kept, proxies)
-    return {"points": points, "doctor": {"findings": findings}, "accuracies": accuracies(proxies[:1])}
+    for point, (_, run) in zip(points, kept, strict=True):
+        point["doctor"] = brief(result(run)["doctor"])
+    return {"points": points, "accuracies": accuracies(proxies[:1])}
 
 
 def best_of_n(world: World, method: str, seed: int) -> dict:
@@ -231,7 +239,7 @@ def best_of_n(world: World, method: str, seed: int) -> dict:
         }
         for k, n in enumerate(ns)
     ]
-    return {"points": points, "doctor": {"findings": []}, "accuracies": accuracies(judge)}
+    return {"points": points, "accuracies": accuracies(judge)}
 
 
 # ---- Measuring
@@ -240,8 +248,8 @@ def best_of_n(world: World, method: str, seed: int) -> dict:
 def measured(
     world: World, seed: int, systems: list[tuple[int, str]], judges: list[Path], worst: bool = False
 ) -> list[dict]:
-    """A point for each policy: `step` and, of each unseen prompt, the mean over its answers of `kl`, `gold`, `proxy`
-    and `other`, and `tokens`.
+    """A point for each policy: `step` and, of each unseen prompt, the mean over its answers of `kl`, `gold`, `proxy`,
+    `other`, `tokens`, `repetition` and `eos_rate`.
 
     Args:
         judges: two reward models, the proxy and who else evaluates; or an ensemble, whose mean (or worst) is the proxy
@@ -249,7 +257,7 @@ def measured(
     """
     import numpy as np
 
-    from rlhf_recipes import adapters, inference
+    from rlhf_recipes import adapters, inference, text_metrics
 
     cfg, test = settings(), prompts()[1]
     asked_twice = [row["prompt"] for row in test for _ in range(ASKED)]
@@ -284,6 +292,8 @@ def measured(
             "kl": [answer["kl"] for answer in answers[k]],
             "gold": golds,
             "tokens": [answer["tokens"] for answer in answers[k]],
+            "repetition": [text_metrics.repeats_phrase(text) for text in texts[k]],
+            "eos_rate": [answer["finished"] for answer in answers[k]],
         }
         point = {key: rounded(np.reshape(values, (-1, ASKED)).mean(1)) for key, values in by_prompt.items()}
         means = {"proxy": rounded(proxy_PR[:, k].mean(1)), "other": rounded(other_PR[:, k].mean(1))}
@@ -394,6 +404,11 @@ def reward_models(world: World, seed: int, count: int) -> list[Path]:
     home = f"outputs/reward/{world.name}_{seed}"
     given = [*LOCAL, f"data.path=pairs_{world.name}_{seed}.jsonl", *REWARD]
     return [Path(recipe("reward", f"{home}/member_{n}", [*given, f"reward.member={n}"])) for n in range(count)]
+
+
+def brief(report: dict) -> list[dict]:
+    """A doctor's findings, without the advice."""
+    return [{key: finding[key] for key in ("rule", "level", "saw")} for finding in report["findings"]]
 
 
 def accuracies(models: list[Path]) -> list[dict]:
