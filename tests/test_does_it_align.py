@@ -103,6 +103,7 @@ def cells(tmp_path):
             ],
             sure,
         ),
+        "rounds_of_dpo": ([point(4, [2.0] * n, [1.9, 2.1] * 12), point(8, [6.0] * n, [2.2, 2.4] * 12)], sure),
         "dpo_overdone": ([point(8, [12.0] * n, [0.2, 0.4] * 12, [-1.0] * n)], unsure),
     }
     for method, (points, accuracy) in made.items():
@@ -112,7 +113,7 @@ def cells(tmp_path):
 
 
 def test_the_table_says_what_each_method_gained_and_what_choices_cost(cells):
-    dpo, ppo = align_table.rows(cells)
+    dpo, ppo, _ = align_table.rows(cells)
     assert dpo[:3] == ("plain", "dpo", 1) and dpo[3].startswith("+0.90 [") and dpo[4] == "4.0"
     assert dpo[5].startswith("+0.14 [") and dpo[6].startswith("+0.28 [")
     assert dpo[8:] == ("0.00",) * 5
@@ -122,8 +123,14 @@ def test_the_table_says_what_each_method_gained_and_what_choices_cost(cells):
     assert ppo[8:] == ("1.20", "0.20", "0.00", "0.20", "1.20")
 
 
+def test_rounds_stand_against_one_run_with_as_many_labels(cells):
+    world, runs, at_end, at_half, at_one = align_table.rounds_over_one(cells)[0]
+    assert (world, runs) == ("plain", 1) and at_end.startswith("+0.40 [")
+    assert at_half.startswith("+0.11 [") and at_half.endswith(" (1)") and at_one.startswith("+0.22 [")
+
+
 def test_the_alarms_stand_beside_what_gold_did(cells):
-    dpo, overdone, ppo = align_table.courses(cells)
+    dpo, overdone, ppo, _ = align_table.courses(cells)
     assert (dpo.says, overdone.says, ppo.says) == ("gained", "fell", "fell") and (overdone.fell, ppo.fell) == (1, 2)
     no = [False, False, False]
     assert dpo.alarms == dict.fromkeys(ppo.alarms, no)  # what the doctor says of the number of rows is no alarm
@@ -133,10 +140,10 @@ def test_the_alarms_stand_beside_what_gold_did(cells):
         "audit": [*no, False],
         "evaluate, worse": [*no, True],
         "evaluate, no ship": [False, False, True, True],
-        "KL": [*no, True],
-        "proxy": [*no, False],
+        "KL over 10": [*no, True],
+        "proxy falls": [*no, False],
     }
-    assert overdone.alarms["audit"] == [True, True] and overdone.alarms["proxy"] == [False, True]
+    assert overdone.alarms["audit"] == [True, True] and overdone.alarms["proxy falls"] == [False, True]
 
 
 def test_an_alarm_counts_as_a_warning_only_before_gold_falls(cells):
@@ -149,10 +156,10 @@ def test_an_alarm_counts_as_a_warning_only_before_gold_falls(cells):
     assert shares["doctor, anything"] == ["50.0", "50.0", "0.0"]
     assert shares["audit"] == ["50.0", "50.0", "0.0"]
     assert shares["evaluate, no ship"] == ["0.0", "100.0", "0.0"]
-    assert shares["KL"] == ["0.0", "50.0", "0.0"]
+    assert shares["KL over 10"] == ["0.0", "50.0", "0.0"]
     assert align_table.rules(align_table.courses(cells)) == [
-        ("kl runaway", "1 of 2", "1 of 2", "0 of 1", "0 of 0"),
-        ("too little data", "0 of 2", "0 of 2", "1 of 1", "0 of 0"),
+        ("kl runaway", "1 of 2", "1 of 2", "0 of 2", "0 of 0"),
+        ("too little data", "0 of 2", "0 of 2", "1 of 2", "0 of 0"),
     ]
 
 

@@ -29,6 +29,8 @@ def show(folder: Path, table: bool, plot: Path | None, alarms: bool) -> None:
     cells = load(folder)
     if table:
         print_rows(COLUMNS, rows(cells))
+        head = ("world", "rounds of dpo over dpo, runs", "at the end", *(f"at KL {kl:g}" for kl in EQUAL_KL))
+        print_rows(head, rounds_over_one(cells))
     if alarms:
         heard = courses(cells)
         print_rows(("world", "method", "seed", "gold", *heard[0].alarms), each_run(heard))
@@ -96,6 +98,23 @@ def rows(cells: dict) -> list[tuple]:
     return found
 
 
+def rounds_over_one(cells: dict) -> list[tuple]:
+    """Gold of rounds of DPO over one DPO with as many labels, of the seeds that have both."""
+    found = []
+    for world in dict.fromkeys(world for world, _, _ in cells):
+        both = [
+            [course(cells, cells[world, method, seed]) for method in ("dpo", "rounds_of_dpo")]
+            for w, method, seed in cells
+            if (w, method) == (world, "rounds_of_dpo") and (world, "dpo", seed) in cells
+        ]
+        if both:
+            equal = [[(at_kl(one, kl), at_kl(rounds, kl)) for one, rounds in both] for kl in EQUAL_KL]
+            there = [[pair for pair in pairs if None not in pair] for pairs in equal]
+            at_end = shown(gained([(one[-1]["gold"], rounds[-1]["gold"]) for one, rounds in both]))
+            found.append((world, len(both), at_end, *(f"{shown(gained(p))} ({len(p)})" if p else "-" for p in there)))
+    return found
+
+
 def regret(cells: dict, cell: dict) -> dict[str, float | None]:
     """Gold that the choice of each loses against the run's best point, the anchor among them."""
     points = course(cells, cell)
@@ -150,8 +169,8 @@ def alarms(points: list[dict], accuracies: list[dict]) -> dict[str, list[bool]]:
     return rang | {
         "evaluate, worse": [each == "worse" for each in verdicts],
         "evaluate, no ship": [each != "ship" for each in verdicts],
-        "KL": [mean(point["kl"]) > FAR for point in points],
-        "proxy": [False, *falls(points, "proxy")],
+        f"KL over {FAR:g}": [mean(point["kl"]) > FAR for point in points],
+        "proxy falls": [False, *falls(points, "proxy")],
     }
 
 
