@@ -104,6 +104,7 @@ def cells(tmp_path):
             sure,
         ),
         "rounds_of_dpo": ([point(4, [2.0] * n, [1.9, 2.1] * 12), point(8, [6.0] * n, [2.2, 2.4] * 12)], sure),
+        "sft": ([point(8, [0.5] * n, [0.92, 1.22] * 12)], sure),
         "dpo_overdone": ([point(8, [12.0] * n, [0.2, 0.4] * 12, [-1.0] * n)], unsure),
     }
     for method, (points, accuracy) in made.items():
@@ -113,8 +114,10 @@ def cells(tmp_path):
 
 
 def test_the_table_says_what_each_method_gained_and_what_choices_cost(cells):
-    dpo, ppo, _ = align_table.rows(cells)
+    dpo, ppo, _, sft = align_table.rows(cells)
     assert dpo[:3] == ("plain", "dpo", 1) and dpo[3].startswith("+0.90 [") and dpo[4] == "4.0"
+    # Beyond the interval of one method, not of the best of four.
+    assert dpo[3].endswith("] *") and sft[3].startswith("+0.07 [+0.0") and sft[3].endswith("]")
     assert dpo[5].startswith("+0.14 [") and dpo[6].startswith("+0.28 [")
     assert dpo[8:] == ("0.00",) * 5
     assert ppo[3].startswith("-0.70") or ppo[3].startswith("\N{MINUS SIGN}0.70")
@@ -130,7 +133,7 @@ def test_rounds_stand_against_one_run_with_as_many_labels(cells):
 
 
 def test_the_alarms_stand_beside_what_gold_did(cells):
-    dpo, overdone, ppo, _ = align_table.courses(cells)
+    dpo, overdone, ppo, *_ = align_table.courses(cells)
     assert (dpo.says, overdone.says, ppo.says) == ("gained", "fell", "fell") and (overdone.fell, ppo.fell) == (1, 2)
     no = [False, False, False]
     assert dpo.alarms == dict.fromkeys(ppo.alarms, no)  # what the doctor says of the number of rows is no alarm
@@ -158,8 +161,8 @@ def test_an_alarm_counts_as_a_warning_only_before_gold_falls(cells):
     assert shares["evaluate, no ship"] == ["0.0", "100.0", "0.0"]
     assert shares["KL over 10"] == ["0.0", "50.0", "0.0"]
     assert align_table.rules(align_table.courses(cells)) == [
-        ("kl runaway", "1 of 2", "1 of 2", "0 of 2", "0 of 0"),
-        ("too little data", "0 of 2", "0 of 2", "1 of 2", "0 of 0"),
+        ("kl runaway", "1 of 2", "1 of 2", "0 of 3", "0 of 0"),
+        ("too little data", "0 of 2", "0 of 2", "1 of 3", "0 of 0"),
     ]
 
 

@@ -76,8 +76,10 @@ def at_kl(points: list[dict], kl: float, key: str = "gold") -> list[float] | Non
 
 
 def rows(cells: dict) -> list[tuple]:
-    found = []
-    for world, method in dict.fromkeys((w, m) for w, m, _ in cells if m != "anchor" and not m.endswith(OVERDONE)):
+    """A row for each world and method; a star where the gold gained is beyond its interval after correction for the
+    number of methods in that world (Bonferroni)."""
+    found, listed = [], dict.fromkeys((w, m) for w, m, _ in cells if m != "anchor" and not m.endswith(OVERDONE))
+    for world, method in listed:
         several = [cell for (w, m, _), cell in cells.items() if (w, m) == (world, method)]
         several = [cell for cell in several if (world, "anchor", cell["seed"]) in cells]
         runs = [course(cells, cell) for cell in several]
@@ -89,8 +91,11 @@ def rows(cells: dict) -> list[tuple]:
             of = "" if len(there) == len(runs) else f" ({len(there)} of {len(runs)} runs)"
             equal.append(f"{shown(gained(there))}{of}" if there else "does not get there")
         regrets = [regret(cells, cell) for cell in several]
+        gain = gained([(run[0]["gold"], run[-1]["gold"]) for run in runs])
+        among_all = stats.simultaneous(gain, sum(w == world for w, _ in listed))
+        beyond = among_all.low is not None and not among_all.low <= 0 <= among_all.high
         found.append(
-            (world, method, len(runs), shown(gained([(run[0]["gold"], run[-1]["gold"]) for run in runs])),
+            (world, method, len(runs), shown(gain) + " *" * beyond,
              f"{mean([mean(run[-1]['kl']) for run in runs]):.1f}", *equal,
              shown(gained([(run[0]["proxy"], run[-1]["proxy"]) for run in runs])),
              *(over(regrets, key) for key in ("last", "proxy", "evaluate", "doctor", "audit")))
