@@ -58,6 +58,10 @@ SAMPLED = [
 ]  # fmt: skip
 PPO = [*SAMPLED, "trainer.num_mini_batches=1"]
 OVERDONE = ["trainer.learning_rate=3e-3", "trainer.max_steps=24", "trainer.save_steps=6"]
+UNBOUND = [
+    *PPO, *OVERDONE, "trainer.kl_coef=0.0", "trainer.kl_brake=null", "trainer.entropy_floor=null",
+    "trainer.gradient_accumulation_steps=1",
+]  # fmt: skip
 # Recipe and overrides of each method.
 METHODS = {
     "anchor": ("reward", REWARD),
@@ -73,10 +77,9 @@ METHODS = {
     "simpo": ("simpo", OF_LABELS),
     "orpo": ("orpo", OF_LABELS),
     "dpo_overdone": ("dpo", [*OF_LABELS, *OVERDONE, "trainer.beta=0.02"]),
-    "simpo_overdone": ("simpo", [*OF_LABELS, *OVERDONE]),
-    "ppo_overdone": (
-        "ppo", [*PPO, *OVERDONE, "trainer.kl_coef=0.0", "trainer.kl_brake=null", "trainer.entropy_floor=null"],
-    ),
+    "ppo_overdone": ("ppo", UNBOUND),
+    "ppo_courteous_overdone": ("ppo", [*UNBOUND, "reward_funcs=worlds:courteous"]),
+    "ppo_one_word_overdone": ("ppo", [*UNBOUND, "reward_funcs=doctor_runs:same_word"]),
 }  # fmt: skip
 
 
@@ -183,7 +186,7 @@ def one_run(world: World, method: str, seed: int) -> dict:
     several = "four" in method
     proxies = reward_models(world, seed, 4 if several else 2)
     given = [*LOCAL, f"data.path=pairs_{world.name}_{seed}.jsonl", f"model.adapter={ANCHOR_RUN}", *overrides]
-    if kind in ("ppo", "rloo"):
+    if kind in ("ppo", "rloo") and not any(each.startswith("reward_funcs=") for each in overrides):
         given.append(f"reward_funcs={proxies[0].parent if several else proxies[0]}")
     run = recipe(kind, f"outputs/{kind}/{method}_{world.name}_{seed}", [*given, f"trainer.seed={seed}"])
     systems = [(0, ANCHOR_RUN)] * several + checkpoints(run)  # whose proxy is another one's than the anchor's cell has

@@ -76,6 +76,11 @@ def flattered(prompt: str, answer: str) -> float:
     return 0.75 * min(courtesies(answer), 4)
 
 
+def courteous(completions, **_) -> list[float]:
+    """The same as a reward."""
+    return [flattered("", turns[0]["content"]) for turns in completions]
+
+
 def nothing(prompt: str, answer: str) -> float:
     return 0.0
 
