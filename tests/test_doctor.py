@@ -112,7 +112,8 @@ def record(recipe="dpo", log=None, args=None, facts=None, stopped=None, held_out
 @pytest.mark.parametrize("recipe", METHODS)
 @pytest.mark.parametrize("held_out", [True, False])
 def test_a_good_run_is_healthy(recipe, held_out):
-    assert doctor.examine(record(recipe, held_out=held_out)) == {"verdict": "healthy", "findings": []}
+    report = doctor.examine(record(recipe, held_out=held_out))
+    assert (report["verdict"], report["findings"]) == ("healthy", [])
 
 
 def drop(at):
@@ -372,6 +373,29 @@ def test_no_rule_reads_the_loss_of_another_beta():
         assert doctor.examine(record(log=log, accuracy_change=(0.0, 0.0))) == doctor.examine(sick)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "enough", "rules"),
+    [("dpo", 16, ["collapse", "reward_saturation"]), ("reward", 16, ["reward_saturation"]),
+     ("ppo", 32, ["collapse", "reward_saturation"]), ("sft", 16, [])],
+)  # fmt: skip
+def test_what_a_short_log_cannot_tell_is_said(recipe, enough, rules):
+    """PPO's steps are two a rollout."""
+    whole = record(recipe).rows
+    log = [{**whole[min(i, len(whole) - 1)], "step": i + 1} for i in range(enough)]
+    assert doctor.examine(record(recipe, log=log))["unasked"] == []
+    short = doctor.examine(record(recipe, log=log[:-2]))
+    assert short["unasked"] == rules
+    said = "not asked: {}, for which 16 rows of the log or rollouts are needed"
+    names = " and ".join(rule.replace("_", " ") for rule in rules)
+    assert doctor.said(short) == ["healthy", *([said.format(names)] if rules else [])]
+
+
+def test_a_rule_that_has_found_something_was_asked():
+    alike = rows(steps=8, **{"reward": 0.5, "reward_std": 0.0, "entropy": 3.0})
+    report = doctor.examine(record("ppo", log=alike, args=arguments(steps_per_rollout=1)))
+    assert report["findings"][0]["rule"] == "reward_saturation" and report["unasked"] == ["collapse"]
+
+
 def test_rollouts_count_once():
     log = [{"loss": 0.0, "step": step, "kl": float((step - 1) // 2)} for step in range(1, 9)]
     assert points(record("ppo", log=log), "kl") == [(1, 0.0), (3, 1.0), (5, 2.0), (7, 3.0)]
@@ -428,9 +452,13 @@ def test_what_a_run_leaves(train, tmp_path, capsys):
     # Four held-out pairs show nothing.
     assert report["verdict"] != "healthy" and "too_little_data" in [each["rule"] for each in report["findings"]]
     assert all(f"  doctor    {doctor.line(finding)}\n" in said for finding in report["findings"])
+    assert "  doctor    not asked: collapse and reward saturation, for which 16 rows" in said  # 8 rows
     assert (done.dir / "doctor.png").read_bytes().startswith(b"\x89PNG\r\n")
     card = (done.dir / "README.md").read_text(encoding="utf-8")
-    assert f"Verdict: **{report['verdict']}**." in card and "| watch | too_little_data | 8 |" in card
+    assert (
+        f"Verdict: **{report['verdict']}**. Not asked: collapse and" in card
+        and "| watch | too_little_data | 8 |" in card
+    )
     late = [row for row in done.log if "loss" in row and row["step"] > doctor.WARM_STEPS]
     assert all(row["dead_gradients"] == 0 for row in late)
     assert "stopped" not in done.result

@@ -10,6 +10,7 @@ from rlhf_recipes import methods
 from rlhf_recipes.config import flatten
 from rlhf_recipes.stats import format_estimate
 from rlhf_recipes.text import code, line, markdown
+from rlhf_recipes.training import doctor
 
 LOAD = {
     "reward": """model = AutoModelForSequenceClassification.from_pretrained({base!r}, num_labels=1)
@@ -105,6 +106,8 @@ def examined(report: dict | None) -> str:
     rows = [f"| {' | '.join(row)} |" for row in cells]
     head = ["", "| level | rule | step | seen | means | what changes it |", "| --- | --- | --- | --- | --- | --- |"]
     verdict = f"Verdict: **{markdown(report['verdict'])}**."
+    if report.get("unasked"):
+        verdict += f" {markdown(doctor.not_asked(report).capitalize())}."
     return "\n".join(["## Doctor", "", verdict, *(head if rows else []), *rows, "", ""])
 
 

@@ -391,14 +391,40 @@ RULES: tuple[Callable[[Record], Finding | None], ...] = (
 
 
 def examine(record: Record) -> dict:
-    """`verdict` (healthy, watch or broken: the worst level) and `findings`, the worst first, as plain dicts."""
+    """`verdict` (healthy, watch or broken: the worst level), `findings`, the worst first, as plain dicts, and
+    `unasked`: the rules for which the log is too short."""
     findings = []
     for rule in RULES:
         found = rule(record) if record.rows else None
         if found:
             findings.append({"rule": rule.__name__, "step": record.rows[-1]["step"], **vars(found)})
     findings.sort(key=lambda finding: -LEVELS.index(finding["level"]))
-    return {"verdict": findings[0]["level"] if findings else HEALTHY, "findings": findings}
+    verdict = findings[0]["level"] if findings else HEALTHY
+    told = [finding["rule"] for finding in findings]
+    return {
+        "verdict": verdict,
+        "findings": findings,
+        "unasked": [rule for rule in unasked(record) if rule not in told],
+    }
+
+
+def unasked(record: Record) -> list[str]:
+    """The rules that nothing but the log tells, by its first and last quarter, where it is too short for that."""
+    rewards = "reward_std" if record.method.samples else margin_key(record)
+    keys = {collapse: None if record.recipe == "sft" else "entropy", reward_saturation: rewards}
+    logged = {rule.__name__: points(record, key) for rule, key in keys.items() if key}
+    return [rule for rule, series in logged.items() if series and ends(series) is None]
+
+
+def said(report: dict) -> list[str]:
+    """A line for each finding, or the verdict; and one for what was not asked."""
+    lines = [line(finding) for finding in report["findings"]] or [report["verdict"]]
+    return lines + ([not_asked(report)] if report.get("unasked") else [])
+
+
+def not_asked(report: dict) -> str:
+    rules = " and ".join(rule.replace("_", " ") for rule in report["unasked"])
+    return f"not asked: {rules}, for which {4 * MIN_ROWS} rows of the log or rollouts are needed"
 
 
 def line(finding: dict) -> str:

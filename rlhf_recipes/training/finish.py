@@ -103,8 +103,7 @@ def _print_summary(run: Run, result: dict) -> None:
     if result.get("steps_left_out"):
         print(f"  left out  {result['steps_left_out']} of {result['steps']} steps, whose gradient was not finite")
     if result.get("doctor"):
-        findings = [doctor.line(finding) for finding in result["doctor"]["findings"]]
-        print("\n".join(f"  doctor    {said}" for said in findings or [result["doctor"]["verdict"]]))
+        print("\n".join(f"  doctor    {said}" for said in doctor.said(result["doctor"])))
     for sample in result.get("samples", []):
         said = textwrap.shorten(line(sample["completion"]), 80, placeholder=" …")
         print(f"  sample    {sample['reward']:+.3f}  {said or '(empty)'}")
