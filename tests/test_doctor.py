@@ -156,6 +156,15 @@ CASES = {
         record(log=[{**row, "dead_gradients": 0.71 if row["step"] == 1 else 0.0} for row in record().rows]),
         [record(log=[{**row, "dead_gradients": 0.2 if row["step"] == 1 else 0.0} for row in record().rows])],
     ),
+    "no gradient in the first rollout, whose rewards differ": (
+        "dead_gradients", "broken",
+        record("ppo", log=[{**row, "dead_gradients": float(row["step"] == 1)} for row in record("ppo").rows]),
+        # Completions that score alike have no advantage: TRL counts the groups of RLOO of which that is so.
+        [record(recipe, log=[{**row, **alike, "grad_norm": 0.0, "dead_gradients": 1.0} if row["step"] in steps else row
+                             for row in record(recipe).rows])
+         for recipe, alike in (("ppo", {"reward_std": 0.0}), ("rloo", {"frac_reward_zero_std": 1.0}))
+         for steps in ((1,), (21, 22, 23, 24))],
+    ),
     "few tensors without gradients": ("dead_gradients", "watch", record(log={"dead_gradients": 0.02}), []),
     "no gradient at all": (
         "dead_gradients", "broken", record(log={"grad_norm": 0.0}),

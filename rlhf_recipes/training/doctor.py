@@ -70,9 +70,10 @@ def dead_gradients(record: Record) -> Finding | None:
     exactly zero; or held-out figures that training left as they were, to the last bit.
 
     bitsandbytes on a CPU repacks 4-bit weights when it evaluates: the LoRA of q, k, v, gate and up then has none,
-    until the LoRA of the layers behind them has moved and passes a little. A does not count while its B is zero.
+    until the LoRA of the layers behind them has moved and passes a little. A does not count while its B is zero, nor
+    does a row whose completions score alike: without an advantage there is no gradient.
     """
-    rows = [row for row in record.rows if not record.stopped]
+    rows = [row for row in record.rows if not record.stopped and not _alike(row)]
     shares = [row["dead_gradients"] for row in rows if "dead_gradients" in row]
     norms = [row["grad_norm"] for row in rows if "grad_norm" in row][-MIN_ROWS:]
     means = "these weights do not learn what they should, while the loss looks plausible"
@@ -83,12 +84,17 @@ def dead_gradients(record: Record) -> Finding | None:
     if len(shares) >= MIN_ROWS and min(shares) > 0:
         level = BROKEN if min(shares) >= DEAD_SHARE else WATCH
         return Finding(level, f"{min(shares):.0%} of the trained tensors never had a gradient", means, change)
-    if len(norms) == MIN_ROWS and max(norms) == 0 and not reward_saturation(record):
+    if len(norms) == MIN_ROWS and max(norms) == 0:
         return Finding(BROKEN, f"the gradient norm is 0 in the last {MIN_ROWS} rows", means, change)
     if record.after and all(e.value == record.before[key].value for key, e in record.after.items()):
         change = f"trainer.learning_rate={record.args.learning_rate * 10 or 1e-5:.0e}, or more steps"
         return Finding(BROKEN, "no held-out figure moved", "the adapter learned nothing", change)
     return None
+
+
+def _alike(row: dict) -> bool:
+    """Whether all completions of its rollout, or of each of its groups, score alike."""
+    return row.get("reward_std") == 0 or row.get("frac_reward_zero_std") == 1
 
 
 def wrong_reference(record: Record) -> Finding | None:
