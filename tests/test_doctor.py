@@ -172,7 +172,9 @@ CASES = {
     ),
     "nothing moved": (
         "dead_gradients", "broken",
-        record(**{key: (estimate(0.5),) * 2 for key in HELD_OUT}), [record(accuracy_change=(0.0, 0.0))],
+        record(**{key: (estimate(0.5),) * 2 for key in HELD_OUT}),
+        [record(accuracy_change=(0.0, 0.0)),
+         record("ppo", log={"reward_std": 0.0}, **{key: (estimate(0.5),) * 2 for key in OF_ANSWERS})],
     ),
     "another reference": (
         "wrong_reference", "broken",

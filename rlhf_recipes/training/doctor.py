@@ -73,7 +73,8 @@ def dead_gradients(record: Record) -> Finding | None:
     until the LoRA of the layers behind them has moved and passes a little. A does not count while its B is zero, nor
     does a row whose completions score alike: without an advantage there is no gradient.
     """
-    rows = [row for row in record.rows if not record.stopped and not _alike(row)]
+    taught = [row for row in record.rows if not _alike(row)]
+    rows = [] if record.stopped else taught
     shares = [row["dead_gradients"] for row in rows if "dead_gradients" in row]
     norms = [row["grad_norm"] for row in rows if "grad_norm" in row][-MIN_ROWS:]
     means = "these weights do not learn what they should, while the loss looks plausible"
@@ -86,7 +87,7 @@ def dead_gradients(record: Record) -> Finding | None:
         return Finding(level, f"{min(shares):.0%} of the trained tensors never had a gradient", means, change)
     if len(norms) == MIN_ROWS and max(norms) == 0:
         return Finding(BROKEN, f"the gradient norm is 0 in the last {MIN_ROWS} rows", means, change)
-    if record.after and all(e.value == record.before[key].value for key, e in record.after.items()):
+    if taught and record.after and all(e.value == record.before[key].value for key, e in record.after.items()):
         change = f"trainer.learning_rate={record.args.learning_rate * 10 or 1e-5:.0e}, or more steps"
         return Finding(BROKEN, "no held-out figure moved", "the adapter learned nothing", change)
     return None
