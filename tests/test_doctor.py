@@ -251,6 +251,10 @@ CASES = {
         [record(log={"entropy": lambda t: 3 - t})],
     ),
     "no entropy": ("collapse", "broken", record(log={"entropy": lambda t: 3 * (t < 0.5)}), []),
+    "no entropy after four rows": (
+        "collapse", "broken", record(log=rows(steps=8, entropy=lambda t: 3 * (t < 0.5))),
+        [record(log=rows(steps=7, entropy=lambda t: 3 * (t < 0.5)))],
+    ),
     "repetition": (
         "collapse", "broken",
         record("ppo", log=rows(48, **{"completions/distinct_2": lambda t: 0.95 - 0.94 * min(1, 2 * t)})),
@@ -386,8 +390,8 @@ def test_no_rule_reads_the_loss_of_another_beta():
 
 @pytest.mark.parametrize(
     ("recipe", "enough", "rules"),
-    [("dpo", 16, ["collapse", "reward_saturation"]), ("reward", 16, ["reward_saturation"]),
-     ("ppo", 32, ["collapse", "reward_saturation"]), ("sft", 16, [])],
+    [("dpo", 8, ["collapse", "reward_saturation"]), ("reward", 8, ["reward_saturation"]),
+     ("ppo", 16, ["collapse", "reward_saturation"]), ("sft", 8, [])],
 )  # fmt: skip
 def test_what_a_short_log_cannot_tell_is_said(recipe, enough, rules):
     """PPO's steps are two a rollout."""
@@ -396,13 +400,13 @@ def test_what_a_short_log_cannot_tell_is_said(recipe, enough, rules):
     assert doctor.examine(record(recipe, log=log))["unasked"] == []
     short = doctor.examine(record(recipe, log=log[:-2]))
     assert short["unasked"] == rules
-    said = "not asked: {}, for which 16 rows of the log or rollouts are needed"
+    said = "not asked: {}, for which 8 rows of the log or rollouts are needed"
     names = " and ".join(rule.replace("_", " ") for rule in rules)
     assert doctor.said(short) == ["healthy", *([said.format(names)] if rules else [])]
 
 
 def test_a_rule_that_has_found_something_was_asked():
-    alike = rows(steps=8, **{"reward": 0.5, "reward_std": 0.0, "entropy": 3.0})
+    alike = rows(steps=6, **{"reward": 0.5, "reward_std": 0.0, "entropy": 3.0})
     report = doctor.examine(record("ppo", log=alike, args=arguments(steps_per_rollout=1)))
     assert report["findings"][0]["rule"] == "reward_saturation" and report["unasked"] == ["collapse"]
 
@@ -462,14 +466,10 @@ def test_what_a_run_leaves(train, tmp_path, capsys):
     assert facts["ends_with_eos"] == 1 and facts["reply_tokens"] > 10
     # Four held-out pairs show nothing.
     assert report["verdict"] != "healthy" and "too_little_data" in [each["rule"] for each in report["findings"]]
-    assert all(f"  doctor    {doctor.line(finding)}\n" in said for finding in report["findings"])
-    assert "  doctor    not asked: collapse and reward saturation, for which 16 rows" in said  # 8 rows
+    assert all(f"  doctor    {each}\n" in said for each in doctor.said(report))
     assert (done.dir / "doctor.png").read_bytes().startswith(b"\x89PNG\r\n")
     card = (done.dir / "README.md").read_text(encoding="utf-8")
-    assert (
-        f"Verdict: **{report['verdict']}**. Not asked: collapse and" in card
-        and "| watch | too_little_data | 8 |" in card
-    )
+    assert f"Verdict: **{report['verdict']}**." in card and "| watch | too_little_data | 8 |" in card
     late = [row for row in done.log if "loss" in row and row["step"] > doctor.WARM_STEPS]
     assert all(row["dead_gradients"] == 0 for row in late)
     assert "stopped" not in done.result
@@ -592,6 +592,8 @@ def test_text_of_a_finding_cannot_break_the_card():
     text = card.examined({"verdict": "broken", "findings": [finding]})
     assert "<script>" not in text and "\n# Title" not in text and "data.path=&lt;yours&gt;" in text
     assert text.count("\n| ") == 3 and card.examined(None) == ""
+    short = card.examined({"verdict": "healthy", "findings": [], "unasked": ["collapse"]})
+    assert "Verdict: **healthy**. Not asked: collapse, for which 8 rows" in short
 
 
 def test_length_bias_is_the_difference_of_two_accuracies():

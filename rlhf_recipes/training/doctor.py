@@ -416,7 +416,7 @@ def examine(record: Record) -> dict:
 
 
 def unasked(record: Record) -> list[str]:
-    """The rules that nothing but the log tells, by its first and last quarter, where it is too short for that."""
+    """The rules that nothing but the log tells, by its beginning and its end, where it is too short for that."""
     rewards = "reward_std" if record.method.samples else margin_key(record)
     keys = {collapse: None if record.recipe == "sft" else "entropy", reward_saturation: rewards}
     logged = {rule.__name__: points(record, key) for rule, key in keys.items() if key}
@@ -431,7 +431,7 @@ def said(report: dict) -> list[str]:
 
 def not_asked(report: dict) -> str:
     rules = " and ".join(rule.replace("_", " ") for rule in report["unasked"])
-    return f"not asked: {rules}, for which {4 * MIN_ROWS} rows of the log or rollouts are needed"
+    return f"not asked: {rules}, for which {2 * MIN_ROWS} rows of the log or rollouts are needed"
 
 
 def line(finding: dict) -> str:

@@ -1,9 +1,9 @@
 """What the doctor's rules read and say: the record of a run, how its log and its held-out figures are read, findings.
 
 The rewards of one training step are noise from few pairs. A rule about the log therefore compares the means of its
-first and last quarter and asks for SIGMAS standard errors beyond the limit; a rule about held-out metrics asks for
-their whole 95 % interval beyond it, and for 20 prompts at least: with fewer it is too narrow. No rule compares losses,
-whose scale depends on beta.
+first and last quarter, of MIN_ROWS rows at least, and asks for SIGMAS standard errors beyond the limit; a rule about
+held-out metrics asks for their whole 95 % interval beyond it, and for 20 prompts at least: with fewer it is too
+narrow. No rule compares losses, whose scale depends on beta.
 """
 
 import math
@@ -15,7 +15,7 @@ from rlhf_recipes.stats import Estimate
 
 HEALTHY, WATCH, BROKEN = LEVELS = ("healthy", "watch", "broken")
 SIGMAS = 3.0  # standard errors: the log is looked at some 50 times in a run, by a dozen rules
-MIN_ROWS = 4  # of a quarter: fewer have no standard error to speak of
+MIN_ROWS = 4  # of what is compared: fewer have no standard error to speak of
 MIN_PROMPTS = 20  # held out: evaluate.py's limit
 
 
@@ -62,7 +62,7 @@ class Finding:
 
 @dataclass
 class Mean:
-    """Mean of a quarter of the rows, and its standard error."""
+    """Mean of the rows at one end, and its standard error."""
 
     value: float
     error: float
@@ -77,10 +77,11 @@ def points(record: Record, key: str) -> list[tuple[int, float]]:
 
 
 def ends(series: list[tuple[int, float]]) -> tuple[Mean, Mean] | None:
-    """Means of the first and of the last quarter of what `points` gives; None where a quarter has too few."""
+    """Means of the first and of the last quarter of what `points` gives, or of the first and the last MIN_ROWS of it
+    where a quarter has fewer; None where there are no twice as many."""
     values = [value for _, value in series]
-    size = len(values) // 4
-    return (_mean(values[:size]), _mean(values[-size:])) if size >= MIN_ROWS else None
+    size = max(MIN_ROWS, len(values) // 4)
+    return (_mean(values[:size]), _mean(values[-size:])) if len(values) >= 2 * MIN_ROWS else None
 
 
 def _mean(values: list[float]) -> Mean:
