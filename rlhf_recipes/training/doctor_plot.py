@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rlhf_recipes.drawing import COLOURS, INK, PARENT_COLOUR, TITLE, clip
 from rlhf_recipes.training import doctor
-from rlhf_recipes.training.doctor_record import BROKEN, WATCH, Record, accuracy_key, margin_key, points
+from rlhf_recipes.training.doctor_record import BROKEN, MIN_ROWS, WATCH, Record, accuracy_key, margin_key, points
 
 COLUMNS = 3
 REACH = 3  # a limit further from the curve than this many times its range is out of sight
@@ -97,7 +97,7 @@ def panels(record: Record) -> list[Panel]:
 
     def of_start(key, share):
         first = [value for _, value in curve(key)]
-        first = first[: max(1, len(first) // 4)]
+        first = first[: max(MIN_ROWS, len(first) // 4)]
         return share * sum(first) / len(first) if first else None
 
     pairs = [
