@@ -34,7 +34,7 @@ def show(folder: Path, table: bool, plot: Path | None, alarms: bool) -> None:
     if alarms:
         heard = courses(cells)
         print_rows(("world", "method", "seed", "gold", *heard[0].alarms), each_run(heard))
-        head = ("before gold fell", "by then", "where it gained", "where it did neither")
+        head = ("before gold fell", "by then", "ever", "where it gained", "where it did neither")
         print_rows(("alarm", *head), shares(heard))
         print_rows(("rule of the doctor", *head), rules(heard))
     if plot:
@@ -248,16 +248,16 @@ def each_run(several: list[Course]) -> list[tuple]:
 
 
 def shares(several: list[Course]) -> list[tuple]:
-    """Of the runs where gold fell how many each alarm had rung in before, and by then; of the others in how many it
-    rang at all."""
+    """Of the runs where gold fell how many each alarm had rung in before, by then, and ever; of the others in how many
+    it rang at all."""
     fell = [one for one in several if one.fell is not None]
-    rest = [[one for one in several if one.says == says] for says in ("gained", "neither")]
+    whole = [[one for one in several if one.says == says] for says in ("fell", "gained", "neither")]
     names = list(several[0].alarms) if several else []
     return [
         (name,
          share([any(one.alarms[name][: one.fell]) for one in fell]),
          share([any(one.alarms[name][: one.fell + 1]) for one in fell]),
-         *(share([any(one.alarms[name]) for one in runs]) for runs in rest))
+         *(share([any(one.alarms[name]) for one in runs]) for runs in whole))
         for name in names
     ]  # fmt: skip
 
@@ -265,13 +265,13 @@ def shares(several: list[Course]) -> list[tuple]:
 def rules(several: list[Course]) -> list[tuple]:
     """The same of each rule of the doctor that said anything."""
     fell = [one for one in several if one.fell is not None]
-    rest = [[one for one in several if one.says == says] for says in ("gained", "neither")]
+    whole = [[one for one in several if one.says == says] for says in ("fell", "gained", "neither")]
     names = sorted({name for one in several for point in one.rules for name in point})
     return [
         (name.replace("_", " "),
          f"{sum(name in set().union(*one.rules[: one.fell]) for one in fell)} of {len(fell)}",
          f"{sum(name in set().union(*one.rules[: one.fell + 1]) for one in fell)} of {len(fell)}",
-         *(f"{sum(name in set().union(*one.rules) for one in runs)} of {len(runs)}" for runs in rest))
+         *(f"{sum(name in set().union(*one.rules) for one in runs)} of {len(runs)}" for runs in whole))
         for name in names
     ]  # fmt: skip
 
