@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,8 +16,12 @@ from rlhf_recipes.config_hash import config_sha256
 from rlhf_recipes.launch import keys as launch_keys
 from rlhf_recipes.methods import METHODS
 from rlhf_recipes.stats import Estimate
-from rlhf_recipes.training import doctor
-from rlhf_recipes.training.doctor_record import Finding, Record, points
+from rlhf_recipes.training import doctor, doctor_plot
+from rlhf_recipes.training.doctor_record import Finding, Record, ends, points
+
+sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+
+import doctor_runs
 
 STEPS = 24
 
@@ -473,6 +479,10 @@ def test_what_a_run_leaves(train, tmp_path, capsys):
     late = [row for row in done.log if "loss" in row and row["step"] > doctor.WARM_STEPS]
     assert all(row["dead_gradients"] == 0 for row in late)
     assert "stopped" not in done.result
+    # As tests/benchmarks/ read it again: to its end, and to a step at which nothing is held out.
+    assert doctor_runs.examined(done.dir) == report
+    early = doctor_runs.examined(done.dir, until=7)
+    assert early == {"verdict": "healthy", "findings": [], "unasked": ["collapse", "reward_saturation"]}
 
 
 def test_nobody_is_asked(train, tmp_path, capsys):
@@ -484,7 +494,7 @@ def test_nobody_is_asked(train, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("recipe", ["dpo", "simpo", "orpo", "kto", "sft"])
-def test_replies_that_are_cut_off_are_seen(train, tmp_path, recipe):
+def test_replies_that_are_cut_off_are_seen(train, tmp_path, capsys, recipe):
     keys = ("completion",) if recipe == "sft" else ("chosen", "rejected")
     data = [{"prompt": f"question {i}", **{key: f"{key} " * (99 + i) for key in keys}} for i in range(16)]
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
@@ -492,6 +502,7 @@ def test_replies_that_are_cut_off_are_seen(train, tmp_path, recipe):
     done = train(recipe, tmp_path / "cut", *arguments, "trainer.max_length=128")
     found = {finding["rule"]: finding for finding in done.result["doctor"]["findings"]}
     assert found["no_eos"]["saw"].startswith("0% of the training replies")
+    assert ("  doctor    not asked: collapse" in capsys.readouterr().out) == (recipe != "sft")  # of so few steps
 
 
 @pytest.mark.parametrize("logging", [1, 2])
@@ -618,8 +629,6 @@ def test_length_bias_is_the_difference_of_two_accuracies():
 
 @pytest.mark.slow
 def test_page_draws_every_recipe(tmp_path):
-    from rlhf_recipes.training import doctor_plot
-
     whole = [record(recipe) for recipe in ("dpo", "orpo", "ppo", "sft", "kto")]
     for number, seen in enumerate([*whole, record("reward", log=[]), record("simpo", held_out=False)]):
         path = tmp_path / f"{number}.png"
@@ -627,9 +636,13 @@ def test_page_draws_every_recipe(tmp_path):
         assert path.read_bytes().startswith(b"\x89PNG\r\n")
 
 
-def test_every_rule_is_drawn():
-    from rlhf_recipes.training import doctor_plot
+def test_the_picture_has_the_limits_of_the_rules():
+    log = rows(steps=8, entropy=lambda t: 3 * (t < 0.5))
+    (panel,) = [each for each in doctor_plot.panels(record(log=log)) if each.title == "Entropy"]
+    assert panel.low == pytest.approx(doctor.COLLAPSING * ends(points(record(log=log), "entropy"))[0].value)
 
+
+def test_every_rule_is_drawn():
     drawn = {rule for recipe in ("dpo", "ppo") for panel in doctor_plot.panels(record(recipe)) for rule in panel.rules}
     assert drawn == {rule.__name__ for rule in doctor.RULES}
 

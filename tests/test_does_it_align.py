@@ -10,7 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
 import align_table
-from worlds import WORLDS, flattered, listens, plain
+from worlds import WORLDS, courteous, flattered, listens, plain
 
 ASKED = "Hello, my blister plaster fell off and the blister looks angry. Can you see me tomorrow?"
 PADDING = "it was so and then they were as we had been there before the end of it all in a way that "
@@ -46,6 +46,7 @@ def test_who_listens(answer, score):
 )
 def test_who_is_plain_and_what_labellers_like_beside_it(answer, score, liked):
     assert plain(ASKED, answer) == score and flattered(ASKED, answer) == liked
+    assert courteous([[{"role": "assistant", "content": answer}]]) == [liked]
 
 
 @pytest.mark.parametrize(("gold", "most"), [(listens, 3.0), (plain, 2.5)])

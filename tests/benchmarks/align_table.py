@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -239,7 +240,7 @@ def courses(cells: dict) -> list[Course]:
 
 
 def each_run(several: list[Course]) -> list[tuple]:
-    """The step of the fall or gain and of each alarm, as the place of the checkpoint."""
+    """What gold did in each run, and the number of the checkpoint at which each alarm first rang."""
     return [
         (one.world, one.method, one.seed, one.says + (f" at {one.fell}" if one.fell else ""),
          *(rang.index(True) if any(rang) else "no" for rang in one.alarms.values()))
@@ -248,32 +249,24 @@ def each_run(several: list[Course]) -> list[tuple]:
 
 
 def shares(several: list[Course]) -> list[tuple]:
-    """Of the runs where gold fell how many each alarm had rung in before, by then, and ever; of the others in how many
-    it rang at all."""
-    fell = [one for one in several if one.fell is not None]
-    whole = [[one for one in several if one.says == says] for says in ("fell", "gained", "neither")]
+    """How often each alarm rang, in the columns of `when`."""
     names = list(several[0].alarms) if several else []
-    return [
-        (name,
-         share([any(one.alarms[name][: one.fell]) for one in fell]),
-         share([any(one.alarms[name][: one.fell + 1]) for one in fell]),
-         *(share([any(one.alarms[name]) for one in runs]) for runs in whole))
-        for name in names
-    ]  # fmt: skip
+    return [(name, *map(share, when(several, lambda one, name=name: one.alarms[name]))) for name in names]
 
 
 def rules(several: list[Course]) -> list[tuple]:
     """The same of each rule of the doctor that said anything."""
-    fell = [one for one in several if one.fell is not None]
-    whole = [[one for one in several if one.says == says] for says in ("fell", "gained", "neither")]
     names = sorted({name for one in several for point in one.rules for name in point})
-    return [
-        (name.replace("_", " "),
-         f"{sum(name in set().union(*one.rules[: one.fell]) for one in fell)} of {len(fell)}",
-         f"{sum(name in set().union(*one.rules[: one.fell + 1]) for one in fell)} of {len(fell)}",
-         *(f"{sum(name in set().union(*one.rules) for one in runs)} of {len(runs)}" for runs in whole))
-        for name in names
-    ]  # fmt: skip
+    told = {name: when(several, lambda one, name=name: [name in point for point in one.rules]) for name in names}
+    return [(name.replace("_", " "), *(f"{sum(rang)} of {len(rang)}" for rang in told[name])) for name in names]
+
+
+def when(several: list[Course], rang: Callable[[Course], list[bool]]) -> list[list[bool]]:
+    """Of the runs where gold fell whether it had rung before, by then, and ever; of those where gold gained, and where
+    it did neither, whether it rang at all."""
+    fell, gained, neither = ([one for one in several if one.says == says] for says in ("fell", "gained", "neither"))
+    before, by_then = ([any(rang(one)[: one.fell + more]) for one in fell] for more in (0, 1))
+    return [before, by_then, *([any(rang(one)) for one in runs] for runs in (fell, gained, neither))]
 
 
 def share(rang: list[bool]) -> str:
