@@ -117,7 +117,8 @@ class Run:
     def _found(self, cfg: DictConfig) -> str | None:
         """The checkpoint to continue from; the folder is this process's from here on."""
         self.hold()
-        finished = (self.dir / run_folder.RESULT).exists() and self.recipe not in GROWING
+        goes_on = self.recipe in GROWING and cfg.resume == "auto"
+        finished = (self.dir / run_folder.RESULT).exists() and not goes_on
         if finished and not cfg.overwrite:
             raise Refusal(
                 f"run_name={cfg.run_name}: {self.dir} holds a finished run. Choose another run_name, or replace it "
@@ -166,6 +167,8 @@ class Run:
         if not self.checkpoint:
             run_folder.refuse_to_replace(self.dir, flatten(self.config))
             run_folder.clear(self.dir)
+            if self.config.get("overwrite"):  # the same command goes on with this run, whatever it replaces
+                run_folder.replaced(self.dir).mkdir(parents=True, exist_ok=True)
         run_folder.drop_scratch(self.dir)
         self.write_config()
 

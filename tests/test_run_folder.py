@@ -470,6 +470,34 @@ def test_a_run_is_replaced_when_the_other_has_its_result(started, tmp_path):
     assert not aside.parent.exists() and sorted(os.listdir(old)) == ["config.yaml", "result.json"]
 
 
+def test_a_run_that_was_to_replace_nothing_goes_on_with_the_same_command(started):
+    run = started("overwrite=true")
+    run.create()
+    kept = write_checkpoint(run.dir, 5)
+    del run  # killed
+    again = started("overwrite=true")
+    assert again.checkpoint == str(kept)
+    again.create()
+    again.write_result({"recipe": "dpo"})
+    assert os.listdir("outputs/dpo") == ["main"]
+
+
+def test_a_labelling_that_has_ended_goes_on_or_is_replaced_by_word_alone(compose, tmp_path):
+    def start(*overrides):
+        return Run.start(compose("label", "pairs=pairs.jsonl", *overrides), "label")
+
+    with contextlib.chdir(tmp_path):
+        run = start()
+        run.create()
+        (run.dir / "choices.jsonl").write_text("")
+        run.write_result({"recipe": "label"})
+        del run
+        assert start().checkpoint == "outputs/label/main/choices.jsonl"
+        with pytest.raises(ValueError, match=r"^run_name=main: outputs/label/main holds a finished run\."):
+            start("resume=never")
+        assert start("overwrite=true").checkpoint is None
+
+
 def test_a_run_that_never_began_is_begun_again(started):
     run = started()
     run.create()
