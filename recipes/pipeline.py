@@ -3,7 +3,7 @@
 Examples:
 
     python recipes/pipeline.py experiment=pipeline/demo
-    python recipes/pipeline.py experiment=pipeline/demo run_name=mine 'shared=["model=qwen3_0_6b"]'
+    python recipes/pipeline.py experiment=pipeline/demo run_name=mine 'shared=["model=qwen3_4b"]'
     python recipes/pipeline.py experiment=pipeline/rounds rounds=3
 """
 

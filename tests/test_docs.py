@@ -245,10 +245,32 @@ def test_links_lead_somewhere(name):
 
 @pytest.mark.parametrize("name", READMES)
 def test_files_that_are_named_exist(name):
-    shown = set(re.findall(r"(?:recipes|conf|rlhf_recipes|tests)/[\w./-]*\w/?", READMES[name]))
-    shown |= set(re.findall(r"\b(?:pyproject\.toml|constraints\.txt)\b", READMES[name]))
-    assert shown
+    assert named_files(READMES[name])
+    assert {path for path in named_files(READMES[name]) if not (ROOT / path).exists()} == set()
+
+
+def test_files_that_docstrings_and_configs_name_exist():
+    shown = {path for _, text in texts() for path in named_files(text)}
     assert {path for path in shown if not (ROOT / path).exists()} == set()
+
+
+def named_files(text):
+    shown = set(re.findall(r"(?<![\w/.-])(?:recipes|conf|rlhf_recipes|tests)/[\w./-]*\w/?", text))
+    return shown | set(re.findall(r"\b(?:pyproject\.toml|constraints\.txt)\b", text))
+
+
+def test_the_figures_have_a_row_for_each_section():
+    figures = READMES["tests/benchmarks/README.md"]
+    sections = re.findall(r"(?m)^## (.+)$", figures)
+    assert sorted(re.findall(r"(?m)^\| \[([^]]+)\]\(#", figures)) == sorted(sections)
+
+
+def test_what_lists_all_names_all():
+    sweeps = {file.stem for file in (ROOT / "conf/sweep").glob("*.yaml")} - {"base"}
+    listed = re.search(r"`sweep=` ([\w,\s]+);", READMES["recipes/README.md"])[1]
+    assert set(re.split(r",\s", listed)) == sweeps
+    extras = re.search(r"\| each extra alone beside it: ([^|]+) \|", READMES["tests/benchmarks/README.md"])[1]
+    assert set(re.findall(r"`(\w+)`", extras)) == PROJECT["optional-dependencies"].keys()
 
 
 def test_readme_is_short():
