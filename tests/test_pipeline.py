@@ -86,6 +86,27 @@ def test_an_old_result_is_not_that_of_a_stage_that_failed(planned, monkeypatch, 
     assert "old figure" not in said and "new figure" in said and f"adapter  {DPO_DIR}/adapter" in said
 
 
+def test_what_was_not_made_again_is_not_kept_beside_what_was(planned, monkeypatch):
+    """An evaluation does not record what it read: that it is older is known of the start that was to replace it."""
+    stages = "stages=[{name:sft,recipe:sft},{name:judged,recipe:evaluate,overrides:['runs=[{dir}/sft]']}]"
+    for stage in planned(stages).stages:
+        finish(stage)
+
+    def killed(stage, *_):
+        if stage.name == "judged":
+            raise MemoryError
+        finish(stage)
+        return 0, 0.1
+
+    monkeypatch.setattr(pipeline, "_run", killed)
+    with pytest.raises(MemoryError):
+        pipeline.execute(planned(stages, "overwrite=true"))
+    with pytest.raises(Refusal, match=rf"^stages\.judged: .*/judged was made from another runs={SFT_DIR}\. Remove it"):
+        planned(stages)
+    finish(planned(stages, "overwrite=true").stages[1])
+    assert [stage.status for stage in planned(stages).stages] == ["finished", "finished"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [

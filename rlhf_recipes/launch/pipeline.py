@@ -108,7 +108,7 @@ def plan(cfg: DictConfig) -> Plan:
     run_folder.refuse_foreign(here, only="pipeline")
     lock = locks.Lock(here)
     recipes = {path.stem for path in (config.CONF.parent / "recipes").glob("*.py")} - {"__init__"}
-    stages, before = [], _previous_seconds(here)
+    stages, told = [], _told(here)
     for entry in [*(cfg.stages or []), *(rounds.stages(cfg) if cfg.rounds else [])]:
         _check_entry(entry, [stage.name for stage in stages], recipes)
         shared = [text for text in cfg.shared if takes(entry.recipe, text)]
@@ -118,8 +118,7 @@ def plan(cfg: DictConfig) -> Plan:
         sha256 = config_sha256(run.resolved(own))
         stage = Stage(entry.name, entry.recipe, here / entry.name, overrides, own, sha256)
         if result := None if cfg.overwrite else stage.result():
-            _refuse_other(stage, result, stages, cfg.run_name)
-            stage.status, stage.seconds = "finished", before.get(entry.name, result["seconds"])
+            _keep(stage, result, stages, told, cfg.run_name)
         if cfg.overwrite and entry.recipe != "publish":  # it replaces what its manifest lists
             run_folder.refuse_to_replace(stage.dir, config.flatten(run.resolved(own)))
         stages.append(stage)
@@ -136,6 +135,7 @@ def execute(plan: Plan, is_over: Callable[[], object] = bool) -> int:
     """
     status = 0
     run_folder.mark(plan.dir, "pipeline")
+    plan.write()
     for number, stage in enumerate(plan.stages, 1):
         label = f"{number}/{len(plan.stages)} {stage.name}"
         if stage.status == "finished":
@@ -273,12 +273,16 @@ def _check_overrides(where: str, given: Any) -> None:
             raise Refusal(f"{where}: {each} must be key=value, a text. Write {meant}.")
 
 
-def _refuse_other(stage: Stage, result: dict, earlier: list[Stage], run_name: str) -> None:
-    """Refuse to keep a finished stage that is not what the command would make.
+def _keep(stage: Stage, result: dict, earlier: list[Stage], told: dict[str, dict], run_name: str) -> None:
+    """Take a stage with a result for finished.
+
+    Args:
+        earlier: the stages before it.
+        told: of `_told`.
 
     Raises:
-        Refusal: it has other settings; or an earlier stage that it is made from is to be made again, or what it read
-            has changed.
+        Refusal: it has other settings; an earlier stage that it was made from was made again since, or is to be; or
+            what it read has changed.
     """
     given, again = run.resolved(stage.cfg), "make all stages again with overwrite=true."
     if result["config_sha256"] != stage.config_sha256:
@@ -289,23 +293,33 @@ def _refuse_other(stage: Stage, result: dict, earlier: list[Stage], run_name: st
                 f"it, choose another run_name, or {again}"
             )
         raise Refusal(f"run_name={run_name}: {stage.dir} was made with other settings. Choose another, or {again}")
-    kept, pending = run_folder.inputs(stage.dir), [each.dir for each in earlier if each.status != "finished"]
-    other = [
-        f"{key}={each}"
-        for key, leaf in config.flatten(given)
-        for each in (leaf if isinstance(leaf, list) else [leaf])
-        if isinstance(each, str) and any(Path(each).is_relative_to(folder) for folder in pending)
-    ]
-    other += [named for named, sha256 in run.inputs_of(given).items() if kept.get(named, sha256) != sha256]
-    if other:
-        raise Refusal(f"stages.{stage.name}: {stage.dir} was made from another {other[0]}. Remove it, or {again}")
+    finished = {name for name, said in told.items() if said.get("status") == "finished"}
+    since = (stage.dir.parent / SUMMARY).stat().st_mtime_ns if stage.name in told.keys() - finished else 0
+    # What a start with overwrite=true was to replace, and did not come to: what it did come to is another.
+    made_again = {name for name in finished if told[name].get("ran")} if stage.written()[1] < since else set()
+    gone = [each.dir for each in earlier if each.status != "finished" or each.name in made_again]
+    if other := _read_of_another(stage, given, gone):
+        raise Refusal(f"stages.{stage.name}: {stage.dir} was made from another {other}. Remove it, or {again}")
+    took = told[stage.name].get("seconds") if stage.name in finished else None
+    stage.status, stage.seconds = "finished", took if isinstance(took, int | float) else result["seconds"]
 
 
-def _previous_seconds(here: Path) -> dict[str, float]:
+def _read_of_another(stage: Stage, given: dict, gone: list[Path]) -> str | None:
+    """The first `key=value` of a finished stage's config that has changed since it was read, or lies in a folder that
+    is no longer what it was; None where all is there."""
+    for key, leaf in config.flatten(given):
+        for each in leaf if isinstance(leaf, list) else [leaf]:
+            if isinstance(each, str) and any(Path(each).is_relative_to(folder) for folder in gone):
+                return f"{key}={each}"
+    kept = run_folder.inputs(stage.dir)
+    return next((named for named, sha256 in run.inputs_of(given).items() if kept.get(named, sha256) != sha256), None)
+
+
+def _told(here: Path) -> dict[str, dict]:
+    """What summary.json says of each stage: `status` and `seconds` among others."""
     path = here / SUMMARY
     stages = run_folder.read_json(path).get("stages") if path.is_file() else None
-    named = [stage for stage in stages or [] if isinstance(stage, dict) and isinstance(stage.get("name"), str)]
-    return {stage["name"]: stage["seconds"] for stage in named if isinstance(stage.get("seconds"), int | float)}
+    return {str(stage.get("name")): stage for stage in stages or [] if isinstance(stage, dict)}
 
 
 def _said(result: dict) -> str:
