@@ -22,9 +22,9 @@ def main(cfg):
         return
     loop = rounds.Rounds(cfg, plan.dir, plan.stages) if cfg.rounds else None
     status = pipeline.execute(plan, loop.stop if loop else bool)
-    pipeline.print_summary(plan, cfg.next)
-    if loop:
-        found = loop.read()
+    found = loop.read() if loop else {"rounds": []}
+    pipeline.print_summary(plan, cfg.next, keep=found["keep"] if found["rounds"] else None)
+    if found["rounds"]:
         print(rounds.describe(found), f"page     {plan.dir / rounds.PAGE}", sep="\n", flush=True)
         status = status or cfg.loop.exit_codes["stopped" if found["stopped"] else "finished"]
     if status:

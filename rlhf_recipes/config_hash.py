@@ -4,6 +4,8 @@ import hashlib
 import json
 from typing import Any
 
+from rlhf_recipes.config import flatten
+
 # Where a run lies, whether it may continue, by which forward and in which parts say nothing about what it computes.
 _NOT_COMPUTED = (
     *("run_name", "resume", "overwrite", "sweep", "preflight", "allow_target"),
@@ -55,6 +57,14 @@ def computed(config: dict) -> dict:
     if (kept.get("data") or {}).get("format") == "auto":
         kept["data"] = {**kept["data"], "format": "pairs"}  # the default of runs that lack the keys above
     return kept
+
+
+def other_setting(stored: dict, given: dict) -> tuple[str, Any, Any] | None:
+    """(dotted key, its stored value, the given one) of the first setting, by name, in which two configs compute
+    something else; None where no key tells."""
+    before, after = (dict(flatten(computed(config))) for config in (stored, given))
+    differs = (key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key))
+    return next(((key, before.get(key), after.get(key)) for key in differs), None)
 
 
 def _without(config: dict, path: list[str], value: Any) -> dict:

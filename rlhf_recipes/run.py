@@ -124,7 +124,7 @@ class Run:
                 f"run_name={cfg.run_name}: {self.dir} holds a finished run. Choose another run_name, or replace it "
                 "with overwrite=true."
             )
-        self.inputs = _inputs(self.config) if "trainer" in self.config or self.recipe == "cai" else {}
+        self.inputs = inputs_of(self.config) if "trainer" in self.config or self.recipe == "cai" else {}
         if self.shared and not cfg.overwrite:
             _refuse_other_rows_than_beside(self)
         found = None
@@ -387,7 +387,7 @@ def _other_world(folder: Path, checkpoint: str) -> str | None:
     )
 
 
-def _inputs(config: dict) -> dict[str, str]:
+def inputs_of(config: dict) -> dict[str, str]:
     """`key=value` -> SHA-256, of rows and adapters that lie here; the package's own rows are its version's."""
     data, model = config.get("data") or {}, config.get("model") or {}
     rows = {f"data.{key}": data.get(key) for key in ("path", "test_path") if data.get(key) not in (None, "clinic")}

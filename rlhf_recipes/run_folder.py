@@ -44,8 +44,9 @@ VERSION = re.compile(r"policy-[0-9a-f]{8}-v\d+|\.policy-[0-9a-f]{8}\.part")
 CARD, LOGS = "README.md", "runs"
 # Of an unfinished run these alone are worth nothing: they are written again.
 WORTHLESS = (CONFIG, PREFLIGHT, "metrics.jsonl", "samples.jsonl", ".*.tmp")
-# What a start that was killed had begun to write before anything else; what is no run's may have other such names.
-BEGUN = re.compile(rf"\.({re.escape(CONFIG)}|{re.escape(PREFLIGHT)})\.\d+\.tmp")
+# What a start that was killed had begun to write into the folder of a run, a sweep or a pipeline; what is no run's may
+# have other such names.
+BEGUN = re.compile(r"\.(config\.yaml|(preflight|result|summary|rounds)\.json)\.\d+\.tmp")
 # Last parts of keys that take a path.
 PLACES = (
     "adapter", "path", "test_path", "runs", "parent", "checkpoints", "reward_model", "reward_funcs", "ppo_run",
@@ -157,8 +158,13 @@ def inputs(run_dir: Path) -> dict[str, str]:
 
 
 def mark(folder: Path, recipe: str, config: str = "") -> None:
-    """Write config.yaml: the mark, and a run's config as YAML."""
+    """Write config.yaml: the mark, and a run's config as YAML; what a start that was killed had begun to write goes.
+
+    Whoever calls it holds the folder's lock; in a folder below others may write.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    for path in filter(_is_begun, _children(folder)):
+        path.unlink()
     if config or marked(folder) != recipe:
         write_atomically(folder / CONFIG, f"{MARK}: {recipe}\n{config}")
 
@@ -191,8 +197,7 @@ def refuse_foreign(folder: Path, only: str | None = None) -> None:
         raise Refusal(f"{where}: is the folder of a run of {recipe}. Choose another run_name.")
     for path in _children(folder) if recipe is None else []:
         made_here = only and (marked(path) or (path / PUBLISHED).is_file())
-        begun = BEGUN.fullmatch(path.name) and path.is_file() and not path.is_symlink()
-        if path.name != PREFLIGHT and not (made_here or begun or _is_empty(path)):
+        if path.name != PREFLIGHT and not (made_here or _is_begun(path) or _is_empty(path)):
             raise Refusal(f"{where}: holds {path.name} and is no run folder. Choose an empty or a new one.")
     if folder.resolve() == Path.cwd():  # it could not be set aside under the feet of this process
         raise Refusal(f"{where}: is the current folder. Name one below it.")
@@ -320,6 +325,10 @@ def _foreign(folder: Path) -> list[str]:
     found = [path.name for path in _children(folder) if not _is_own(path)]
     below = _children(folder / CHECKPOINTS)
     return found + [f"{CHECKPOINTS}/{path.name}" for path in below if not _is_own_checkpoint(path)]
+
+
+def _is_begun(path: Path) -> bool:
+    return BEGUN.fullmatch(path.name) is not None and path.is_file() and not path.is_symlink()
 
 
 def _is_own(path: Path) -> bool:

@@ -477,6 +477,24 @@ def test_jobs_of_a_sweep_are_its_grid_or_the_corners_of_its_space(sweep, compose
         assert names == [f"beta={b},epsilon={e}" for b in ("0.01", "1.0") for e in ("0.0", "0.3")]
 
 
+def test_a_report_that_is_damaged_is_named(tmp_path):
+    (tmp_path / preflight.FILE).write_text('{"measured"')
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/preflight\.json: not valid JSON .* Restore it\.$"):
+        preflight.look([SimpleNamespace(cfg=OmegaConf.create())], tmp_path, OmegaConf.create())
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_sweep_looks_at_the_jobs_that_it_will_train(monkeypatch, tmp_path, overwrite):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "result.json").touch()
+    looked = []
+    monkeypatch.setattr(preflight, "look", lambda jobs, *_, **__: looked.extend(job.name for job in jobs))
+    monkeypatch.setattr(preflight, "sweep_jobs", lambda cfg: [(name, "dpo", None, []) for name in "ab"])
+    hydra = {"sweep": {"dir": str(tmp_path)}, "launcher": {"_target_": "BasicLauncher"}}
+    preflight.before_sweep(OmegaConf.create({"overwrite": overwrite, "preflight": None, "hydra": hydra}))
+    assert looked == (["a", "b"] if overwrite else ["b"])
+
+
 def test_a_pipeline_looks_at_stages_whose_input_is_not_there_yet(run_recipe, tiny_model_overrides, tmp_path):
     stages = """stages=[{name:sft,recipe:sft,overrides:['data.train_size=8','trainer.max_steps=1']},
         {name:dpo,recipe:dpo,overrides:['model.adapter={dir}/sft','data.train_size=8']},

@@ -4,15 +4,16 @@ import contextlib
 import json
 import shutil
 import signal
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import quick
-from conftest import TINY_ID
+from conftest import TINY_ID, write_adapter
 
 from rlhf_recipes import references
 from rlhf_recipes.errors import Refusal
-from rlhf_recipes.launch import rounds
+from rlhf_recipes.launch import pipeline, rounds
 from rlhf_recipes.run_folder import read_result
 
 PPO = (
@@ -40,26 +41,34 @@ def cfg(compose):
 
 def write(folder, name, result):
     (folder / name).mkdir(parents=True, exist_ok=True)
-    (folder / name / "result.json").write_text(json.dumps({"recipe": "cai", "status": "finished", **result}))
+    main = {"name": "figure", "before": None, "after": estimate(0.5)}
+    common = {"recipe": "cai", "status": "finished", "main": main, "peak_memory_gib": {"process": 1.0}}
+    (folder / name / "result.json").write_text(json.dumps({**common, **result}))
 
 
 def estimate(value, half=0.1, n=40):
     return {"value": value, "low": value - half, "high": value + half, "n": n, "clusters": n}
 
 
-def finish_round(folder, k, *, left=0.5, flips=0, known=0.9, wins=0.7, kl=3.0, over=0.1, checked=9):
-    """What the stages of a round leave, as far as `rounds` reads it."""
-    funnel = {"routes": {"accepted": 20 - flips, "disputed": flips}, "written": {"test_prefs": checked}}
+NO_ESTIMATE = {"value": None, "low": None, "high": None, "n": 0, "clusters": 0}
+
+
+def finish_round(folder, k, *, left=0.5, flips=0, known=0.9, wins=0.7, kl=3.0, over=0.1, checked=9, unanswered=0):
+    """What the stages of a round leave, as far as `rounds` reads it; kl=None: nobody could measure it."""
+    routes = {"accepted": 20 - flips, "disputed": flips, "unanswered": unanswered}
+    funnel = {"routes": routes, "written": {"test_prefs": checked}}
     made = {"funnel": funnel, "spent": {"judged": 40, "usd": 0.0}, "gate": {"agreement": estimate(known)}}
     made["people"] = {"people": {"anna": {"left": estimate(0.5)}, "ben": {"left": estimate(left)}}}
     shard = folder / rounds.name(k, "label") / "shards" / "00000"
     shard.mkdir(parents=True)
     pairs = [{"route": "disputed" if n < flips else "accepted", "flip": n < flips} for n in range(20)]
+    pairs += [{"route": "unanswered", "flip": False}] * unanswered
     records = [json.dumps({"prompt_id": str(n), "pairs": [pair]}) + "\n" for n, pair in enumerate(pairs)]
     (shard / "records.jsonl").write_text("".join(records))
     write(folder, rounds.name(k, "label"), made)
     write(folder, rounds.name(k, "check"), made)
-    metrics = {"metrics": {"win_rate": estimate(wins), "kl_k1": estimate(kl)}}
+    path, measured = str(folder / rounds.name(k, "policy")), NO_ESTIMATE if kl is None else estimate(kl)
+    metrics = {"metrics": {"win_rate": estimate(wins), "kl_k1": measured}, "info": {"path": path}}
     answers = [{"cluster": n, "systems": {"new": {"change": 1.0 if n < 6 else -1.0}}} for n in range(10)]
     evaluation = {"recommended": "new", "parent": "old", "systems": {"new": metrics}, "answers": answers}
     for part in ("evaluate", *(["last"] if k > 1 else [])):
@@ -138,6 +147,77 @@ def test_no_pair_to_check_on_stops_before_the_audit(cfg, tmp_path):
     shutil.rmtree(tmp_path / rounds.name(1, "audit"))
     stopped = rounds.Rounds(cfg, tmp_path).stop()
     assert stopped["round"] == 1 and "min_over_length" in stopped["says"]
+
+
+def test_no_round_holds_before_its_last_stage(cfg, tmp_path):
+    """Neither after its labels alone, nor where the gate is lifted that the last stage would answer."""
+    cfg.rounds, cfg.loop.gates.min_over_length = 1, None
+    finish_round(tmp_path, 1, checked=0)
+    for gone in (["audit", "evaluate"], ["check"]):
+        for part in gone:
+            shutil.rmtree(tmp_path / rounds.name(1, part))
+        found = rounds.Rounds(cfg, tmp_path).read()
+        assert found["keep"] == f"{tmp_path}/sft"
+        assert "every gate holds" not in rounds.describe(found)
+
+
+def test_a_pair_that_nobody_answered_is_no_label(cfg, tmp_path):
+    finish_round(tmp_path, 1, flips=8, unanswered=20)
+    done = rounds.Rounds(cfg, tmp_path).read()["rounds"][0]
+    assert (done["disputed"].value, done["disputed"].n) == (0.4, 20)
+    assert [(cost["pairs"], cost["questions"]) for cost in done["labels"]] == [(20, 40)] * 2
+
+
+def test_kl_that_nobody_could_measure(cfg, tmp_path):
+    """An endpoint may tell no log-probabilities of a prompt."""
+    cfg.loop.gates.max_kl = None
+    finish_round(tmp_path, 1, kl=None)
+    assert rounds.Rounds(cfg, tmp_path).stop() is None
+    assert "KL –" in (tmp_path / rounds.PAGE).read_text()
+
+
+def test_a_labeller_that_fails_its_gate_stops_unless_it_is_told_not_to(cfg):
+    for told in ([], ["gate.fails=ignore"]):
+        cfg.loop.label = ["judge=function", *told]
+        for entry in rounds.stages(cfg):
+            if entry.recipe == "cai":
+                assert [each for each in entry.overrides if each.startswith("gate.")] == ["gate.fails=stop", *told]
+
+
+@pytest.fixture
+def ended(cfg, tmp_path, monkeypatch, capsys):
+    """ended(status): (exit status, what it prints) of the pipeline whose stages all have a status."""
+
+    def end(status):
+        entries = rounds.stages(cfg)
+        stages = [pipeline.Stage(e.name, e.recipe, tmp_path / e.name, [], None, "", status) for e in entries]
+        plan = pipeline.Plan(tmp_path, stages, None, 0.0)
+        recipe = import_module("rlhf_recipes.recipes.pipeline")
+        monkeypatch.setattr(pipeline, "plan", lambda cfg: plan)
+        monkeypatch.setattr(recipe.look, "before_pipeline", lambda *_: None)
+        monkeypatch.setattr(pipeline, "_run", lambda *_: (2, 0.1))
+        monkeypatch.setattr(pipeline, "_side_by_side", lambda evaluation: "")
+        with quick.pictures_sketched(), pytest.raises(SystemExit) as exited:
+            recipe.main.__wrapped__(cfg)
+        return exited.value.code, capsys.readouterr().out
+
+    return end
+
+
+def test_the_end_names_one_policy(ended, tmp_path):
+    for k, kl in ((1, 3.0), (2, 30.0)):
+        finish_round(tmp_path, k, kl=kl)
+        write(tmp_path, rounds.name(k, "policy"), {})
+        write_adapter(tmp_path / rounds.name(k, "policy"))
+    code, said = ended("finished")
+    assert code == 1 and "stopped  in round 2 by KL" in said
+    assert f"adapter  {tmp_path}/round_1_policy/adapter\n" in said and f"keep     {tmp_path}/round_1_policy\n" in said
+    assert f"page     {tmp_path}/rounds.html" in said and "round_2_policy/adapter" not in said
+
+
+def test_the_end_names_nothing_that_was_not_made(ended):
+    code, said = ended("pending")
+    assert code == 2 and "page  " not in said and "keep  " not in said
 
 
 @pytest.mark.slow

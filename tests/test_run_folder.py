@@ -509,7 +509,7 @@ def test_a_run_that_never_began_is_begun_again(started):
     assert os.listdir(run.dir) == ["config.yaml"] and not run_folder.replaced(run.dir).exists()
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "preflight.json"])
+@pytest.mark.parametrize("name", ["config.yaml", "preflight.json", "summary.json", "rounds.json"])
 def test_a_start_that_was_killed_at_its_first_file_is_given_again(started, name):
     scratch = Path(f"outputs/dpo/main/.{name}.4711.tmp")
     scratch.parent.mkdir(parents=True)
@@ -518,6 +518,13 @@ def test_a_start_that_was_killed_at_its_first_file_is_given_again(started, name)
         run_folder.refuse_foreign(scratch.parent, only)
     started().create()
     assert os.listdir(scratch.parent) == ["config.yaml"]
+    for only in ("sweep", "pipeline", "publish"):  # in whose folders others write at the time
+        folder, written = Path(only), Path(only, "main", scratch.name)
+        for path in (folder / scratch.name, folder / ".notes.4711.tmp", written):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        run_folder.mark(folder, only)
+        assert sorted(os.listdir(folder)) == [".notes.4711.tmp", "config.yaml", "main"] and written.exists()
 
 
 def test_what_only_looks_like_a_start_that_was_killed(tmp_path):

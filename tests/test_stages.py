@@ -86,7 +86,7 @@ def test_other_settings_are_refused(finished, run_recipe, tiny_overrides):
     done = run_recipe("pipeline", *command(tiny_overrides, SFT, (*DPO, "trainer.beta=0.2")), cwd=here)
     assert done.returncode == 2 and times(folder) == before
     assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith(f"error: run_name=main: {RUN.format('main')}/dpo was made with other settings.")
+    assert done.stderr.startswith(f"error: stages.dpo: trainer.beta=0.2: {RUN.format('main')}/dpo was made with ")
 
 
 def test_after_ctrl_c_it_continues(after_sft, start_recipe, run_recipe, tiny_overrides):

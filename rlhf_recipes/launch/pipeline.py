@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -17,12 +18,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import config, locks, ranks, run, run_folder, signals
 from rlhf_recipes.commands import as_typed, command
-from rlhf_recipes.config_hash import config_sha256
+from rlhf_recipes.config import check_value
+from rlhf_recipes.config_hash import config_sha256, other_setting
 from rlhf_recipes.data.load import check
 from rlhf_recipes.errors import Refusal, nearest
 from rlhf_recipes.launch import cards, forks, keys, rounds
 from rlhf_recipes.launch.refusals import WANTS_TRACEBACK, as_refusal
 from rlhf_recipes.overrides import quoted
+from rlhf_recipes.references import adapter_in
 
 WIDTH = 110
 SHOWN_ANSWERS = 4
@@ -49,6 +52,12 @@ class Stage:
 
     def result(self) -> dict | None:
         return run_folder.read_result(self.dir)
+
+    def written(self) -> tuple[int, int] | None:
+        """What tells one result.json from another: each is a new file."""
+        path = self.dir / run_folder.RESULT
+        found = path.stat() if path.is_file() else None
+        return found and (found.st_ino, found.st_mtime_ns)
 
 
 @dataclass
@@ -83,17 +92,23 @@ def plan(cfg: DictConfig) -> Plan:
     """Compose every stage's config, so that a wrong override is refused before the first stage starts.
 
     Raises:
-        Refusal: a stage has an unknown recipe or override, or was made with other settings before; the folder, or
-            with `overwrite` that of a stage, holds foreign files; another process writes it.
+        Refusal: a stage has an unknown recipe or override, or was made with other settings, or from something else,
+            before; the folder, or with `overwrite` that of a stage, holds foreign files; another process writes it.
     """
     started = time.monotonic()
+    _check_overrides("shared", cfg.shared)
+    for key, given in cfg.loop.items():
+        if OmegaConf.is_list(given):
+            _check_overrides(f"loop.{key}", given)
+    for each in cfg.next:
+        check_value("next", each, str)
     if cfg.launch and not Path(cfg.launch).is_file():
         raise Refusal(f"launch={cfg.launch}: no such file. Give one of Accelerate's, conf/accelerate/ddp.yaml say.")
     here = run.relative(Path(cfg.output_dir))
     run_folder.refuse_foreign(here, only="pipeline")
     lock = locks.Lock(here)
     recipes = {path.stem for path in (config.CONF.parent / "recipes").glob("*.py")} - {"__init__"}
-    stages, before = [], _previous_seconds(here)
+    stages, told = [], _told(here)
     for entry in [*(cfg.stages or []), *(rounds.stages(cfg) if cfg.rounds else [])]:
         _check_entry(entry, [stage.name for stage in stages], recipes)
         shared = [text for text in cfg.shared if takes(entry.recipe, text)]
@@ -102,14 +117,8 @@ def plan(cfg: DictConfig) -> Plan:
         own = _compose(entry, overrides)
         sha256 = config_sha256(run.resolved(own))
         stage = Stage(entry.name, entry.recipe, here / entry.name, overrides, own, sha256)
-        result = None if cfg.overwrite else stage.result()
-        if result and result["config_sha256"] != stage.config_sha256:
-            raise Refusal(
-                f"run_name={cfg.run_name}: {stage.dir} was made with other settings. Choose another run_name, or "
-                "make all stages again with overwrite=true."
-            )
-        elif result:
-            stage.status, stage.seconds = "finished", before.get(entry.name, result["seconds"])
+        if result := None if cfg.overwrite else stage.result():
+            _keep(stage, result, stages, told, cfg.run_name)
         if cfg.overwrite and entry.recipe != "publish":  # it replaces what its manifest lists
             run_folder.refuse_to_replace(stage.dir, config.flatten(run.resolved(own)))
         stages.append(stage)
@@ -126,6 +135,7 @@ def execute(plan: Plan, is_over: Callable[[], object] = bool) -> int:
     """
     status = 0
     run_folder.mark(plan.dir, "pipeline")
+    plan.write()
     for number, stage in enumerate(plan.stages, 1):
         label = f"{number}/{len(plan.stages)} {stage.name}"
         if stage.status == "finished":
@@ -135,12 +145,15 @@ def execute(plan: Plan, is_over: Callable[[], object] = bool) -> int:
             continue
         line = shlex.join([*stage.overrides, f"hydra.run.dir={stage.dir}"])
         print(f"\n[{label}] {command(stage.recipe)} {line}", flush=True)
+        before = stage.written()
         code, stage.seconds = _run(stage, label, plan.launch)
         stage.ran = True
-        # A verdict has an exit status of its own: what makes a stage finished is its result.
-        stage.status = "finished" if stage.result() else "interrupted" if code in INTERRUPTED else "failed"
+        # A verdict has an exit status of its own: what makes a stage finished is its result, and not the one that was
+        # to be replaced.
+        result = stage.result() if stage.written() != before else None
+        stage.status = "finished" if result else "interrupted" if code in INTERRUPTED else "failed"
         plan.write()
-        if result := stage.result():
+        if result:
             print(f"[{label}] {_said(result)}, {time.monotonic() - plan.started:.0f} s after the start", flush=True)
         status = status or code
         if code == signals.EXIT:
@@ -156,9 +169,13 @@ def execute(plan: Plan, is_over: Callable[[], object] = bool) -> int:
     return status
 
 
-def print_summary(plan: Plan, next_commands: list[str]) -> None:
-    """The table of the stages, four prompts answered before and after, the adapter, what to try next."""
-    results = [(stage, stage.result()) for stage in plan.stages]
+def print_summary(plan: Plan, next_commands: list[str], keep: str | None = None) -> None:
+    """The table of the stages, four prompts answered before and after, the adapter, what to try next.
+
+    Args:
+        keep: of rounds, the policy to keep, whose adapter it is; None: the last one, or that which is shown.
+    """
+    results = [(stage, stage.result() if stage.status == "finished" else None) for stage in plan.stages]
     print("\n" + _table(results))
     evaluations = [result["evaluation"] for _, result in results if result and "evaluation" in result]
     if evaluations:
@@ -168,6 +185,8 @@ def print_summary(plan: Plan, next_commands: list[str]) -> None:
     if evaluations:  # what is shown above
         evaluated = evaluations[-1]["systems"][evaluations[-1]["recommended"]]["info"]["path"]
         adapters = [folder for folder in adapters if str(folder.parent) == evaluated] or adapters
+    if keep:
+        adapters = [folder for folder in [adapter_in(keep)] if folder]
     if adapters:
         print(f"adapter  {adapters[-1]}")
     print(f"summary  {plan.dir / SUMMARY}")
@@ -233,19 +252,74 @@ def _check_entry(entry: DictConfig, names: list[str], recipes: set[str]) -> None
     for key in entry:
         if key not in ("name", "recipe", "overrides"):
             raise Refusal(f"stages.{entry.name}.{key}: there is no such key. An entry is {shape}.")
+    check_value("stages.name", entry.name, str)
+    check_value(f"stages.{entry.name}.recipe", entry.recipe, str)
+    _check_overrides(f"stages.{entry.name}.overrides", entry.get("overrides", OmegaConf.create([])))
     if entry.recipe not in recipes:
         raise Refusal(f"stages.{entry.name}.recipe={entry.recipe}: no such recipe{nearest(entry.recipe, recipes)}")
-    if not re.fullmatch(NAME, str(entry.name)) or entry.name in FILES:
+    if not re.fullmatch(NAME, entry.name) or entry.name in FILES:
         raise Refusal(f"stages.name={entry.name}: is the stage's folder. Use letters, digits, '_', '-' and '.'.")
     if entry.name in names:
         raise Refusal(f"stages.{entry.name}: two stages have this name, which is their folder. Rename one.")
 
 
-def _previous_seconds(here: Path) -> dict[str, float]:
+def _check_overrides(where: str, given: Any) -> None:
+    """Refuse what is no list of texts; YAML makes a mapping of `key: value`."""
+    check_value(where, OmegaConf.to_container(given) if OmegaConf.is_config(given) else given, list)
+    for each in given:
+        if not isinstance(each, str):
+            pairs = each.items() if isinstance(each, DictConfig) else [("<key>", each)]
+            meant = " ".join(f"{key}={value}" for key, value in pairs)
+            raise Refusal(f"{where}: {each} must be key=value, a text. Write {meant}.")
+
+
+def _keep(stage: Stage, result: dict, earlier: list[Stage], told: dict[str, dict], run_name: str) -> None:
+    """Take a stage with a result for finished.
+
+    Args:
+        earlier: the stages before it.
+        told: of `_told`.
+
+    Raises:
+        Refusal: it has other settings; an earlier stage that it was made from was made again since, or is to be; or
+            what it read has changed.
+    """
+    given, again = run.resolved(stage.cfg), "make all stages again with overwrite=true."
+    if result["config_sha256"] != stage.config_sha256:
+        if found := other_setting(run_folder.read_config(stage.dir), given):
+            key, old, new = found
+            raise Refusal(
+                f"stages.{stage.name}: {key}={new}: {stage.dir} was made with {key}={old}. Give that value to keep "
+                f"it, choose another run_name, or {again}"
+            )
+        raise Refusal(f"run_name={run_name}: {stage.dir} was made with other settings. Choose another, or {again}")
+    finished = {name for name, said in told.items() if said.get("status") == "finished"}
+    since = (stage.dir.parent / SUMMARY).stat().st_mtime_ns if stage.name in told.keys() - finished else 0
+    # What a start with overwrite=true was to replace, and did not come to: what it did come to is another.
+    made_again = {name for name in finished if told[name].get("ran")} if stage.written()[1] < since else set()
+    gone = [each.dir for each in earlier if each.status != "finished" or each.name in made_again]
+    if other := _read_of_another(stage, given, gone):
+        raise Refusal(f"stages.{stage.name}: {stage.dir} was made from another {other}. Remove it, or {again}")
+    took = told[stage.name].get("seconds") if stage.name in finished else None
+    stage.status, stage.seconds = "finished", took if isinstance(took, int | float) else result["seconds"]
+
+
+def _read_of_another(stage: Stage, given: dict, gone: list[Path]) -> str | None:
+    """The first `key=value` of a finished stage's config that has changed since it was read, or lies in a folder that
+    is no longer what it was; None where all is there."""
+    for key, leaf in config.flatten(given):
+        for each in leaf if isinstance(leaf, list) else [leaf]:
+            if isinstance(each, str) and any(Path(each).is_relative_to(folder) for folder in gone):
+                return f"{key}={each}"
+    kept = run_folder.inputs(stage.dir)
+    return next((named for named, sha256 in run.inputs_of(given).items() if kept.get(named, sha256) != sha256), None)
+
+
+def _told(here: Path) -> dict[str, dict]:
+    """What summary.json says of each stage: `status` and `seconds` among others."""
     path = here / SUMMARY
-    if not path.is_file():
-        return {}
-    return {stage["name"]: stage["seconds"] for stage in json.loads(path.read_text())["stages"]}
+    stages = run_folder.read_json(path).get("stages") if path.is_file() else None
+    return {str(stage.get("name")): stage for stage in stages or [] if isinstance(stage, dict)}
 
 
 def _said(result: dict) -> str:

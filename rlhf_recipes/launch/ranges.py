@@ -40,7 +40,7 @@ class Range:
 COUNT, NATURAL = Range(at_least=1), Range(at_least=0)
 POSITIVE, NOT_NEGATIVE = Range(above=0, below=math.inf), Range(at_least=0, below=math.inf)
 SHARE, PART = Range(at_least=0, at_most=1), Range(at_least=0, below=1)
-SAMPLED = Range(above=0, at_most=1)
+SAMPLED, CHANGE = Range(above=0, at_most=1), Range(at_least=-1, at_most=1)  # change: of a share
 # Keys whose number cannot work, or does nothing, outside of its range.
 RANGES = {
     "trainer.per_device_train_batch_size": COUNT,
@@ -135,6 +135,14 @@ RANGES = {
     "lm_eval.batch_size": COUNT,
     "lm_eval.limit": COUNT,
     "lm_eval.num_fewshot": NATURAL,
+    # Of a pipeline.
+    "rounds": NATURAL,
+    "loop.gates.min_win_rate": SHARE,
+    "loop.gates.max_kl": NOT_NEGATIVE,
+    "loop.gates.min_over_length": CHANGE,
+    "loop.gates.max_disputed": SHARE,
+    "loop.gates.max_place": SHARE,
+    "loop.gates.min_known_change": CHANGE,
 }
 # Where a class takes another range: with lambda 0, ORPO's loss is the likelihood of the chosen answers; with beta 0,
 # RLOO has no penalty.

@@ -93,7 +93,7 @@ def _round(loop: DictConfig, k: int) -> list[dict[str, Any]]:
     own = {part: f"{{dir}}/{name(k, part)}" for part in ("label", "reward", "policy", "check", "audit")}
     pairs = ["data=cai_pairs", f"data.path={own['label']}"]
     prompts = [] if loop.prompts == "clinic" else ["data=local", f"data.path={loop.prompts}"]
-    asked = [f"seed={k}", "sources=[on_policy]", *prompts, *loop.label]
+    asked = [f"seed={k}", "sources=[on_policy]", *prompts, "gate.fails=stop", *loop.label]
     people = {part: [f"judge.labels={folder}_people"] if "judge=people" in loop.label else []
               for part, folder in own.items()}  # fmt: skip
     before = ",".join(f"{{dir}}/{name(n, 'label')}" for n in range(1, k))
@@ -164,7 +164,7 @@ class Rounds:
             if failed:
                 stopped = {"round": k, "gate": failed.name, "says": failed.says, "why": failed.why}
                 break
-            if "over_length" not in figures:
+            if self._result(k, "audit") is None:  # the last stage of a round
                 break
             keep = self._typed(k)
         return {"rounds": done, "stopped": stopped, "keep": keep, "anchor": self._typed(0), "asked": self.count}
@@ -239,13 +239,13 @@ def _misses(found: Estimate, limit: float, side: str) -> bool:
 
 
 def _disputed(folder: Path) -> Estimate:
-    """Share of the judged pairs that were disputed, or whose better answer changed with the order."""
+    """Share of the pairs with a label that were disputed, or whose better answer changed with the order."""
     from rlhf_recipes.cai import make_pairs
 
     told, ids = [], []
     for shard in sorted(folder.glob("shards/*/records.jsonl")):
         for record in make_pairs.read(shard):
-            judged = [pair for pair in record["pairs"] if pair["route"]]
+            judged = [pair for pair in record["pairs"] if pair["route"] not in (None, "unanswered")]
             told += [pair["route"] == "disputed" or pair["flip"] for pair in judged]
             ids += [record["prompt_id"]] * len(judged)
     return stats.estimate(told, ids) if told else Estimate(None, None, None, 0)
@@ -263,8 +263,10 @@ def _change(found: Estimate, begun: float | None) -> Estimate:
 
 def _cost(result: dict[str, Any]) -> dict[str, Any]:
     """Of a run of cai: pairs with a label, what the judge was asked, USD."""
-    pairs, spent = sum(result["funnel"]["routes"].values()), result["spent"]
-    return {"pairs": pairs, "questions": max(spent["judged"], pairs), "usd": spent["usd"]}
+    routes, spent = result["funnel"]["routes"], result["spent"]
+    asked = sum(routes.values())
+    pairs = asked - routes.get("unanswered", 0)
+    return {"pairs": pairs, "questions": max(spent["judged"], asked), "usd": spent["usd"]}
 
 
 def _compared(result: dict[str, Any], reward: bool = False) -> dict[str, Any]:
@@ -300,6 +302,6 @@ def describe(found: dict[str, Any]) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     if stopped := found["stopped"]:
         lines += ["", f"stopped  in round {stopped['round']} by {stopped['says']}: {stopped['why']}."]
-    elif len(found["rounds"]) == found["asked"]:
+    elif len(found["rounds"]) == found["asked"] and found["keep"] == found["rounds"][-1]["policy"]:
         lines += ["", "every gate holds; loop more with a higher rounds="]
     return "\n".join([*lines, f"keep     {found['keep']}"])

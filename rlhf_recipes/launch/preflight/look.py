@@ -51,7 +51,8 @@ def instead_of_run(cfg: DictConfig, recipe: str, overrides: list[str]) -> None:
 
 
 def before_sweep(cfg: DictConfig) -> None:
-    """Look at the jobs of a sweep that have no result; each distinct shape runs its steps once.
+    """Look at the jobs of a sweep that are to be trained: those without a result, with `overwrite` all; each distinct
+    shape runs its steps once.
 
     Args:
         cfg: the config of the launch, Hydra's own node included.
@@ -64,7 +65,7 @@ def before_sweep(cfg: DictConfig) -> None:
     folder = run.relative(Path(cfg.hydra.sweep.dir).absolute())
     with _environment_kept():
         jobs = [Job(*each) for each in sweep_jobs(cfg)]
-        jobs = [job for job in jobs if not (folder / job.name / "result.json").is_file()]
+        jobs = [job for job in jobs if cfg.overwrite or not (folder / job.name / "result.json").is_file()]
         if jobs:
             launcher = cfg.hydra.launcher
             each = launcher.get("nodes", 1) * launcher.get("tasks_per_node", 1)  # submitit's
@@ -115,7 +116,7 @@ def look(jobs: list, folder: Path, settings: DictConfig, elsewhere: bool = False
     from rlhf_recipes.launch.preflight import printed
 
     kept = folder / FILE
-    measured = ranks.by_first(lambda: json.loads(kept.read_text())["measured"] if kept.is_file() else {})
+    measured = ranks.by_first(lambda: run_folder.read_json(kept).get("measured", {}) if kept.is_file() else {})
     measured = {shape: took for shape, took in measured.items() if "error" not in took}  # it may have been mended
     looked_at = examination.Cache(measured, settings.measure and not elsewhere, elsewhere, processes)
     found: list[JobReport] = []
