@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import compiling, last_checkpoint, locks, memory, places, ranks, run_folder
 from rlhf_recipes.config import flatten, in_sweep, trainer_recipes
-from rlhf_recipes.config_hash import computed, config_sha256
+from rlhf_recipes.config_hash import computed, config_sha256, other_setting
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.lineage import rewarding
 from rlhf_recipes.references import ADAPTER_CONFIG, WEIGHTS, ModelRef, adapter_in, adapter_sha256, find
@@ -63,7 +63,7 @@ class Run:
         checkpoint: folder of the last complete checkpoint to continue from, or None.
         parent: what `model.adapter` names, whose adapter this run continues, or None.
         shared: in a sweep, the folder of what its jobs have in common, or None.
-        inputs: `key=value` -> SHA-256 of the rows and adapters here that a training, or cai, reads.
+        inputs: `key=value` -> SHA-256 of the rows and adapters here that a training, cai or label reads.
         lock: keeps other processes from writing the folder; None where this is not the first of several processes.
     """
 
@@ -124,7 +124,7 @@ class Run:
                 f"run_name={cfg.run_name}: {self.dir} holds a finished run. Choose another run_name, or replace it "
                 "with overwrite=true."
             )
-        self.inputs = inputs_of(self.config) if "trainer" in self.config or self.recipe == "cai" else {}
+        self.inputs = inputs_of(self.config) if "trainer" in self.config or self.recipe in ("cai", "label") else {}
         if self.shared and not cfg.overwrite:
             _refuse_other_rows_than_beside(self)
         found = None
@@ -365,14 +365,13 @@ def _threads(cores: int) -> int:
 
 def _other_config(run: Run) -> str | None:
     """Why the interrupted run in the folder is not this one; None where it is."""
-    stored, given = (dict(flatten(computed(config))) for config in (read_config(run.dir), run.config))
-    for key in sorted(stored.keys() | given.keys()):
-        if stored.get(key) != given.get(key):
-            return (
-                f"{key}={given.get(key)}: {run.dir} holds an interrupted run with {key}={stored.get(key)}. Give that "
-                "value to continue it, choose another run_name, or start afresh with overwrite=true."
-            )
-    return None
+    if not (found := other_setting(read_config(run.dir), run.config)):
+        return None
+    key, stored, given = found
+    return (
+        f"{key}={given}: {run.dir} holds an interrupted run with {key}={stored}. Give that value to continue it, "
+        "choose another run_name, or start afresh with overwrite=true."
+    )
 
 
 def _other_world(folder: Path, checkpoint: str) -> str | None:

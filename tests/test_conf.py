@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from rlhf_recipes import config
 from rlhf_recipes.errors import Refusal
-from rlhf_recipes.launch import keys, pipeline, rounds
+from rlhf_recipes.launch import keys, rounds
 from rlhf_recipes.launch.refusals import PARTS
 from rlhf_recipes.methods import METHODS
 
@@ -99,7 +99,7 @@ def test_every_experiment_composes_with_its_recipe(compose, experiment):
     assert not OmegaConf.missing_keys(cfg)
     keys.check(cfg, recipe)
     for stage in [*cfg.get("stages", []), *(rounds.stages(cfg) if cfg.get("rounds") else [])]:
-        shared = [text for text in cfg.shared if pipeline.takes(stage.recipe, text)]
+        shared = [text for text in cfg.shared if keys.takes(stage.recipe, text)]
         overrides = [text.replace("{dir}", "outputs/demo") for text in [*shared, *stage.get("overrides", [])]]
         keys.check(compose(stage.recipe, *overrides), stage.recipe)
 

@@ -11,11 +11,12 @@ import tomllib
 
 import pytest
 from conftest import ROOT, rendered
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from rlhf_recipes import config
-from rlhf_recipes.launch import keys
+from rlhf_recipes.launch import keys, pipeline
 from rlhf_recipes.launch.recipe import spelled_out
 
 COMMAND = re.compile(
@@ -103,6 +104,25 @@ def composes(compose, recipe, overrides, sweep, shown_alone):
             from rlhf_recipes.data import load
 
             load.check(cfg.data)
+
+
+LAYERS = {"HuggingFaceTB/SmolLM2-135M-Instruct": 30, "Qwen/Qwen3-0.6B": 28, "Qwen/Qwen3-4B": 36}
+
+
+@pytest.mark.slow
+def test_shown_pipelines_train_layers_that_their_models_have(compose, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pipeline.forks, "prepare", lambda environment: None)
+    monkeypatch.setattr(HydraConfig, "get", lambda: OmegaConf.create({"runtime": {"output_dir": "unread"}}))
+    shown = {tuple(parsed(param.values[0])[1]) for param in commands() if parsed(param.values[0])[0] == "pipeline"}
+    assert any("model=" in override for overrides in shown for override in overrides)
+    for overrides in shown:
+        cfg = compose("pipeline", *(each for each in overrides if not each.startswith("launch=")))
+        planned = pipeline.plan(cfg)
+        planned.lock.release()
+        for stage in planned.stages:
+            if layers := OmegaConf.select(stage.cfg, "lora.layers_to_transform"):
+                assert max(layers) < LAYERS[stage.cfg.model.id], (overrides, stage.name)
 
 
 def test_there_is_much_to_check():

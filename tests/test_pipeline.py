@@ -149,3 +149,26 @@ def test_what_an_earlier_start_has_left(planned):
     for left in ('{"seconds": 1}', '{"stages": [1, {"name": "sft"}]}'):
         (folder / pipeline.SUMMARY).write_text(left)
         planned("stages=[]")
+
+
+def test_what_is_shared_goes_to_the_stages_that_have_it(planned):
+    stages = "stages=[{name:sft,recipe:sft},{name:ship,recipe:publish,overrides:['run={dir}/sft','repo_id=me/it']}]"
+    sft, ship = planned(stages, "shared=['doctor=strict','data.seed=1','run_name=mine']").stages
+    assert {"doctor=strict", "data.seed=1", "run_name=mine"} <= set(sft.overrides)
+    assert "run_name=mine" in ship.overrides and not {"doctor=strict", "data.seed=1"} & set(ship.overrides)
+    with pytest.raises(Refusal, match=r"^shared: docter=strict: no stage has this key\."):
+        planned(stages, "shared=['docter=strict']")
+
+
+def test_rounds_of_ppo_have_the_prompts_of_a_rollout(planned):
+    rounds_of_ppo = [
+        "experiment=pipeline/rounds",
+        "rounds=1",
+        "loop.method=ppo",
+        "loop.policy=['trainer.max_steps=4']",
+    ]
+    with pytest.raises(Refusal, match=r"^loop\.labels=24: a rollout of ppo takes 64 prompts \(per_device_train_batch"):
+        planned(*rounds_of_ppo)
+    assert planned(
+        *rounds_of_ppo, "loop.policy=['trainer.gradient_accumulation_steps=1','trainer.num_mini_batches=1']"
+    )

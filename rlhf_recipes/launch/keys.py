@@ -167,6 +167,12 @@ def defaults(recipe: str) -> dict[str, Any]:
     return dict(flatten(node | ours))
 
 
+def takes(recipe: str, override: str) -> bool:
+    """Whether a recipe has the group that an override is about, or the key where it is of no group."""
+    node, groups = _primary(recipe)
+    return override.lstrip("+~").partition("=")[0].partition(".")[0] in groups | node.keys()
+
+
 def rule(key: str, default: Any) -> Any:
     """What `check_value` holds a key of ours against: what KEYS says, else the type of its default; None where
     neither is known. A number that may have a fraction may be a whole one."""

@@ -108,13 +108,20 @@ def plan(cfg: DictConfig) -> Plan:
     run_folder.refuse_foreign(here, only="pipeline")
     lock = locks.Lock(here)
     recipes = {path.stem for path in (config.CONF.parent / "recipes").glob("*.py")} - {"__init__"}
+    entries = [*(cfg.stages or []), *(rounds.stages(cfg) if cfg.rounds else [])]
+    for place, entry in enumerate(entries):
+        _check_entry(entry, [each.name for each in entries[:place]], recipes)
+    for text in cfg.shared:
+        if not any(keys.takes(entry.recipe, text) for entry in entries):
+            raise Refusal(f"shared: {text}: no stage has this key. Remove or mend it.")
     stages, told = [], _told(here)
-    for entry in [*(cfg.stages or []), *(rounds.stages(cfg) if cfg.rounds else [])]:
-        _check_entry(entry, [stage.name for stage in stages], recipes)
-        shared = [text for text in cfg.shared if takes(entry.recipe, text)]
+    for entry in entries:
+        shared = [text for text in cfg.shared if keys.takes(entry.recipe, text)]
         shared += ["overwrite=true"] if cfg.overwrite else []
         overrides = [quoted(text.replace("{dir}", str(here))) for text in [*shared, *entry.get("overrides", [])]]
         own = _compose(entry, overrides)
+        if cfg.rounds and entry.name == rounds.name(1, "policy"):
+            rounds.check_rollout(cfg.loop, own.trainer)
         sha256 = config_sha256(run.resolved(own))
         stage = Stage(entry.name, entry.recipe, here / entry.name, overrides, own, sha256)
         if result := None if cfg.overwrite else stage.result():
@@ -235,14 +242,6 @@ def _compose(entry: DictConfig, overrides: list[str]) -> DictConfig:
     except Exception as error:
         raise Refusal(f"stages.{entry.name}: {as_refusal(error, entry.recipe) or error}") from error
     return cfg
-
-
-def takes(recipe: str, override: str) -> bool:
-    """Whether a recipe has the group that an override is about; a key of no group is for all."""
-    group = override.lstrip("+~").partition("=")[0].partition(".")[0]
-    defaults = OmegaConf.load(config.CONF / f"{recipe}.yaml").defaults
-    groups = {name for entry in defaults if isinstance(entry, DictConfig) for name in entry}
-    return group in groups or not (config.CONF / group).is_dir()
 
 
 def _check_entry(entry: DictConfig, names: list[str], recipes: set[str]) -> None:

@@ -15,6 +15,7 @@ The reference stays where the first round began and the pairs of all rounds are 
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,20 @@ def check(cfg: DictConfig) -> None:
             raise Refusal(f"loop.{key}={loop[key]}: must be at least 1. Change it.")
     if not any(text.partition("=")[0].endswith("judge") or text.startswith("judge_function=") for text in loop.judge):
         raise Refusal("loop.judge: names no judge. Give [judge_function=<module:function>], or judge=... of evaluate.")
+
+
+def check_rollout(loop: DictConfig, trainer: DictConfig) -> None:
+    """Refuse a first round with fewer prompts than the policy's trainer answers at a time.
+
+    Raises:
+        Refusal: the stages before it would be made for nothing.
+    """
+    parts = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches")
+    if methods.of(loop.method).samples and (needed := math.prod(trainer[key] for key in parts)) > loop.labels:
+        raise Refusal(
+            f"loop.labels={loop.labels}: a rollout of {loop.method} takes {needed} prompts ({' x '.join(parts)}). "
+            f"Raise it, or lower these: 'loop.policy=[trainer.{parts[1]}=1,trainer.{parts[2]}=1]', say."
+        )
 
 
 def _has_reference(recipe: str) -> bool:
