@@ -217,6 +217,7 @@ CASES = {
         [record(accuracy_change=(0.0, 0.0)), unmoved("ppo", log={"reward_std": 0.0}),
          # the weights before the first step are kept
          unmoved("dpo", stopped="doctor: not finite at step 1"),
+         unmoved("dpo", log={"grad_norm": math.nan, "steps_left_out": STEPS}),
          unmoved("ppo", stopped="entropy 1.0000 nats per token, under entropy_floor=2 at step 0")],
     ),
     "another reference": (

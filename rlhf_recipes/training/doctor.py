@@ -84,9 +84,9 @@ def dead_gradients(record: Record) -> Finding | None:
 
     bitsandbytes on a CPU repacks 4-bit weights when it evaluates: the LoRA of q, k, v, gate and up then has none,
     until the LoRA of the layers behind them has moved and passes a little. A does not count while its B is zero, nor
-    does a row whose completions score alike: without an advantage there is no gradient.
+    does a row whose gradient is NaN, or whose completions score alike: without an advantage there is none.
     """
-    taught, stopped = [row for row in record.rows if not _alike(row)], record.stopped or ""
+    taught, stopped = [row for row in record.rows if _teaches(row)], record.stopped or ""
     rows = taught if stopped.startswith(BY_DOCTOR) else [] if stopped else taught
     shares = [row["dead_gradients"] for row in rows if "dead_gradients" in row]
     norms = [row["grad_norm"] for row in rows if "grad_norm" in row][-MIN_ROWS:]
@@ -107,9 +107,10 @@ def dead_gradients(record: Record) -> Finding | None:
     return None
 
 
-def _alike(row: dict) -> bool:
-    """Whether all completions of its rollout, or of each of its groups, score alike."""
-    return row.get("reward_std") == 0 or row.get("frac_reward_zero_std") == 1
+def _teaches(row: dict) -> bool:
+    """Not where all completions of its rollout, or of each of its groups, score alike, or its gradient is NaN."""
+    alike = row.get("reward_std") == 0 or row.get("frac_reward_zero_std") == 1
+    return not alike and math.isfinite(row.get("grad_norm", 0.0))
 
 
 def wrong_reference(record: Record) -> Finding | None:
