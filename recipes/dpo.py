@@ -66,8 +66,8 @@ def main(cfg):
         run,
         trainer,
         main="preference_accuracy",
-        before=metrics.preference_metrics(pairs.test, before, of_reference, "log_ratio"),
-        metrics=metrics.preference_metrics(pairs.test, after, of_reference, "log_ratio"),
+        before=metrics.preference_metrics(pairs.test, before, of_reference, "log_ratio", before),
+        metrics=metrics.preference_metrics(pairs.test, after, of_reference, "log_ratio", before),
         counts=pairs.report,
         reference=anchor and anchor.lineage,
     )

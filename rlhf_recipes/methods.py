@@ -22,10 +22,12 @@ class Method:
             column of its own; "": the doctor does not look at them.
         logit_bytes: for each logit, where the trainer makes them all: bfloat16, float32, gradients, what the loss
             keeps. Such trainers keep the residual stream of a quantized base in float32. 0: they come in tiles.
-        untrained_loss: of a policy that is its own reference, in words.
         saturated: the reward margin at which a pair's weight in the gradient is under 0.001; None: at none. For
             -log sigmoid(margin) it is 1 - sigmoid(margin); KTO's sigmoid of either half has a slope of that size where
             both are at half the margin.
+        saturating: values of `loss_type` of which that is so. The others take another quantity than the margin that is
+            logged (sigmoid_norm its mean over tokens), go for a margin of their own (ipo), or have a term that no
+            margin ends (sft).
         margin_beyond: the argument that this margin is counted from.
         against_displacement, against_length, against_noise: overrides that the doctor names beside its others.
         penalty: the argument that weighs the KL to the reference, of what samples.
@@ -42,8 +44,8 @@ class Method:
     reference: bool = False
     replies: str = ""
     logit_bytes: int = 0
-    untrained_loss: str = ""
     saturated: float | None = None
+    saturating: tuple[str, ...] = ()
     margin_beyond: str = ""
     against_displacement: str = ""
     against_length: str = ""
@@ -87,7 +89,8 @@ METHODS = {
             "dpo", "Direct Preference Optimization", "2305.18290",
             trainer="trl.DPOTrainer",
             rows="pairs", main="preference_accuracy", change="accuracy_change", reference=True, replies="chosen_ids",
-            untrained_loss="log 2", saturated=7.0, against_displacement="trainer.loss_type=[sigmoid,sft]",
+            saturated=7.0, saturating=("sigmoid", "hinge", "robust", "aot", "aot_unpaired", "discopop"),
+            against_displacement="trainer.loss_type=[sigmoid,sft]",
             against_length="trainer.loss_type=[sigmoid_norm]",
             against_noise="trainer.loss_type=[robust] trainer.label_smoothing=0.2",
         ),
@@ -101,14 +104,16 @@ METHODS = {
             "simpo", "Simple Preference Optimization", "2405.14734",
             trainer="rlhf_recipes.preference.SimPOTrainer",
             rows="pairs", main="preference_accuracy", change="accuracy_change", reward="average_logp",
-            replies="chosen_ids", saturated=7.0, margin_beyond="simpo_gamma",
+            replies="chosen_ids", saturated=7.0, saturating=("simpo", "sigmoid", "hinge"),
+            margin_beyond="simpo_gamma",
             against_displacement="trainer.cpo_alpha=0.1", against_length="trainer.simpo_gamma lower",
         ),
         Method(
             "kto", "Kahneman-Tversky Optimization", "2402.01306",
             trainer="trl.KTOTrainer",
             rows="labelled answers", main="auroc", change="auroc_change", reference=True, replies="completion_ids",
-            untrained_loss="1/2", saturated=14.0, against_displacement="trainer.desirable_weight=1.33",
+            saturated=14.0, saturating=("kto", "apo_zero_unpaired"),
+            against_displacement="trainer.desirable_weight=1.33",
         ),
         Method(
             "ppo", "Proximal Policy Optimization", "1707.06347",

@@ -147,15 +147,15 @@ def limit_memory(moment):
 
 
 def before_update(moment, fault):
-    """When the gradients of that step are there; the doctor is asked first."""
-    from rlhf_recipes.training.callbacks import Doctor
+    """When the gradients of that step are there, and nothing has looked at them."""
+    from rlhf_recipes.training.callbacks import LeaveOut
 
     def look(self, args, state, control, **kwargs):
         if state.global_step + 1 == int(moment):
             fault([p.grad for group in self.trainer.optimizer.param_groups for p in group["params"]])
         return looked(self, args, state, control, **kwargs)
 
-    looked, Doctor.on_pre_optimizer_step = Doctor.on_pre_optimizer_step, look
+    looked, LeaveOut.on_pre_optimizer_step = LeaveOut.on_pre_optimizer_step, look
 
 
 def no_memory(moment):

@@ -136,10 +136,34 @@ def gone(row):
     return {key: value for key, value in row.items() if key not in ("rewards/chosen", "rewards/margins")}
 
 
+def left_out(steps):
+    """A log in which those steps are left out, their gradient being NaN."""
+    return [
+        {
+            **row,
+            "grad_norm": math.nan if row["step"] in steps else 1.0,
+            "steps_left_out": sum(step <= row["step"] for step in steps),
+        }
+        for row in record().rows
+    ]
+
+
+def unmoved(recipe, **changed):
+    """Weights before and after are the same."""
+    return record(recipe, **{key: (estimate(0.5),) * 2 for key in (OF_ANSWERS if recipe == "ppo" else HELD_OUT)},
+                  **changed)  # fmt: skip
+
+
+def far(recipe="dpo", **args):
+    """Margins that grow to 30."""
+    return record(recipe, log={"rewards/margins": lambda t: 30 * t}, args=arguments(**args))
+
+
 NO_TARGET = arguments()  # as TRL's RLOO has none
 del NO_TARGET.kl_target
 STOPPED_KL = "KL 31.0 nats, over 5 times kl_target=6 at step 12"
 OTHER_FACTS = {"reply_tokens": 40.0}
+ANCHORED = {"reply_tokens": 40.0, "ends_with_eos": 1.0, "anchored": True}
 NOISE = {"rewards/accuracies": 0.5}
 # rule, level, a run that it must see, near misses
 CASES = {
@@ -147,10 +171,21 @@ CASES = {
         "not_finite", "broken", record(log={"grad_norm": math.nan}),
         [record(log=[*record().rows[:-1], {**record().rows[-1], "grad_norm": math.inf}], args=arguments(fp16=True))],
     ),
+    # as with trainer.logging_nan_inf_filter=false
     "a loss that is nan": ("not_finite", "broken", record(log={"loss": math.nan}), []),
+    "a gradient that is nan in each second step": ("not_finite", "broken", record(log=left_out(range(2, 24, 2))), []),
+    "a gradient that is nan for good, its steps left out": (
+        "not_finite", "broken", record(log=left_out(range(21, 25))),
+        [record(log=left_out([]))],
+    ),
+    "steps that are left out": ("not_finite", "watch", record(log=left_out([7, 23, 24])), []),
     "the trainer's brake for gradients": (
         "not_finite", "broken", record("ppo", stopped="the gradient is not finite at step 3"),
         [record("ppo", stopped="KL 6.20 nats reached kl_target=6 at step 12")],
+    ),
+    "what the doctor itself stopped for": (
+        "dead_gradients", "broken", record(log={"dead_gradients": 0.71}, stopped="doctor: dead gradients at step 4"),
+        [record("ppo", log={"dead_gradients": 0.71}, stopped=STOPPED_KL)],
     ),
     "some tensors without gradients": (
         "dead_gradients", "broken", record(log={"dead_gradients": 0.71}),
@@ -178,9 +213,12 @@ CASES = {
     ),
     "nothing moved": (
         "dead_gradients", "broken",
-        record(**{key: (estimate(0.5),) * 2 for key in HELD_OUT}),
-        [record(accuracy_change=(0.0, 0.0)),
-         record("ppo", log={"reward_std": 0.0}, **{key: (estimate(0.5),) * 2 for key in OF_ANSWERS})],
+        unmoved("dpo"),
+        [record(accuracy_change=(0.0, 0.0)), unmoved("ppo", log={"reward_std": 0.0}),
+         # the weights before the first step are kept
+         unmoved("dpo", stopped="doctor: not finite at step 1"),
+         unmoved("dpo", log={"grad_norm": math.nan, "steps_left_out": STEPS}),
+         unmoved("ppo", stopped="entropy 1.0000 nats per token, under entropy_floor=2 at step 0")],
     ),
     "another reference": (
         "wrong_reference", "broken",
@@ -200,7 +238,8 @@ CASES = {
     ),
     "its own reference": (
         "wrong_reference", "broken", record(log={"rewards/margins": 0.0}),
-        [record(log=[row for row in record(log={"rewards/margins": 0.0}).rows if row["step"] <= 3])],
+        [record(log=[row for row in record(log={"rewards/margins": 0.0}).rows if row["step"] <= 3]),
+         record(log=[{**row, "rewards/margins": math.nan if row["step"] > 1 else 0.0} for row in still("dpo").rows])],
     ),
     "displacement in the log": (
         "likelihood_displacement", "watch", record(log=drop(0.3), held_out=False),
@@ -208,6 +247,16 @@ CASES = {
     ),
     "far displacement in the log": (
         "likelihood_displacement", "broken", record(log=drop(1.0), held_out=False), []
+    ),
+    "displacement of a policy that starts elsewhere than its reference": (
+        "likelihood_displacement", "watch",
+        record(log={"rewards/chosen": lambda t: -4 - 1.2 * min(1.0, 1.5 * t)}, held_out=False, facts=ANCHORED),
+        [record(log={"rewards/chosen": -4.0}, held_out=False, facts=ANCHORED)],
+    ),
+    "displacement with TRL's losses of sums": (
+        "likelihood_displacement", "watch",
+        record("simpo", {"logps/chosen": lambda t: -80 - 12 * t}, arguments(loss_type="hinge"), held_out=False),
+        [record("simpo", {"logps/chosen": lambda t: -80 - 4 * t}, arguments(loss_type="hinge"), held_out=False)],
     ),
     "displacement of SimPO in the log": (
         "likelihood_displacement", "watch",
@@ -273,6 +322,12 @@ CASES = {
         "reward_saturation", "watch", record("reward", log={"margin": lambda t: 30 * t}),
         [record("reward", log={"margin": lambda t: 7 * t}),
          record("simpo", log={"rewards/margins": lambda t: 8.5 * t})],  # gamma is 1
+    ),
+    "margins without end, of a loss that is flat there": (
+        "reward_saturation", "watch", far(loss_type=["sigmoid"]),
+        [far(loss_type=["sigmoid_norm"]), far(loss_type=["sigmoid", "ipo"]), far(loss_type=["sigmoid", "sft"]),
+         far(loss_type=["robust"], label_smoothing=0.1), far(f_divergence_type="forward_kl"),
+         far("simpo", loss_type="simpo", cpo_alpha=0.1)],
     ),
     "margins without end, of good and bad answers": (
         "reward_saturation", "watch", record("kto", log={"rewards/margins": lambda t: 30 * t}),
@@ -403,18 +458,30 @@ def test_what_a_short_log_cannot_tell_is_said(recipe, enough, rules):
     """PPO's steps are two a rollout."""
     whole = record(recipe).rows
     log = [{**whole[min(i, len(whole) - 1)], "step": i + 1} for i in range(enough)]
-    assert doctor.examine(record(recipe, log=log))["unasked"] == []
+    assert doctor.examine(record(recipe, log=log))["unasked"] == {}
     short = doctor.examine(record(recipe, log=log[:-2]))
-    assert short["unasked"] == rules
+    assert list(short["unasked"]) == rules
     said = "not asked: {}, for which 8 rows of the log or rollouts are needed"
     names = " and ".join(rule.replace("_", " ") for rule in rules)
     assert doctor.said(short) == ["healthy", *([said.format(names)] if rules else [])]
 
 
+def test_what_a_log_never_tells_is_said():
+    """TRL's KTOTrainer logs no accuracy; `sigmoid_norm` has another margin than it logs."""
+    assert doctor.said(doctor.examine(record("kto", log=record("kto").rows[:6]))) == [
+        "healthy",
+        "not asked: collapse and reward saturation, for which 8 rows of the log or rollouts are needed; over fitting "
+        "and label noise, for which the log has no rewards/accuracies",
+    ]
+    other = doctor.examine(record(args=arguments(loss_type=["sigmoid_norm"])))
+    assert doctor.said(other) == ["healthy", "not asked: reward saturation, which has no limit with this loss"]
+    assert doctor.examine(record("orpo", log={"entropy": 3.0}))["unasked"] == {}, "it never saturates"
+
+
 def test_a_rule_that_has_found_something_was_asked():
     alike = rows(steps=6, **{"reward": 0.5, "reward_std": 0.0, "entropy": 3.0})
     report = doctor.examine(record("ppo", log=alike, args=arguments(steps_per_rollout=1)))
-    assert report["findings"][0]["rule"] == "reward_saturation" and report["unasked"] == ["collapse"]
+    assert report["findings"][0]["rule"] == "reward_saturation" and list(report["unasked"]) == ["collapse"]
 
 
 def test_rollouts_count_once():
@@ -482,7 +549,9 @@ def test_what_a_run_leaves(train, tmp_path, capsys):
     # As tests/benchmarks/ read it again: to its end, and to a step at which nothing is held out.
     assert doctor_runs.examined(done.dir) == report
     early = doctor_runs.examined(done.dir, until=7)
-    assert early == {"verdict": "healthy", "findings": [], "unasked": ["collapse", "reward_saturation"]}
+    assert (early["verdict"], early["findings"], [*early["unasked"]]) == (
+        "healthy", [], ["collapse", "reward_saturation"]
+    )  # fmt: skip
 
 
 def test_nobody_is_asked(train, tmp_path, capsys):
@@ -549,8 +618,10 @@ def test_strict_stops_a_run_that_really_breaks(train, tmp_path, capsys):
     done = train("dpo", tmp_path / "run", *LONG, "trainer.learning_rate=1e20", "trainer.save_steps=3", "doctor=strict")
     assert done.result["steps"] < 8 and done.result["stopped"] == f"doctor: not finite at step {done.result['steps']}"
     assert done.result["doctor"]["findings"][0]["rule"] == "not_finite"
+    assert "dead_gradients" not in [finding["rule"] for finding in done.result["doctor"]["findings"]]
     assert all(weight.isfinite().all() and weight.abs().max() < 1 for weight in done.weights.values())
-    assert capsys.readouterr().out.count("\ndoctor: broken: not finite (step") == 1
+    said = capsys.readouterr().out
+    assert said.count("\ndoctor: broken: not finite (step") == said.count("\ndoctor: watch: not finite (step") == 1
 
 
 def test_dead_tensors_are_counted(train, tmp_path, monkeypatch):
@@ -603,8 +674,8 @@ def test_text_of_a_finding_cannot_break_the_card():
     text = card.examined({"verdict": "broken", "findings": [finding]})
     assert "<script>" not in text and "\n# Title" not in text and "data.path=&lt;yours&gt;" in text
     assert text.count("\n| ") == 3 and card.examined(None) == ""
-    short = card.examined({"verdict": "healthy", "findings": [], "unasked": ["collapse"]})
-    assert "Verdict: **healthy**. Not asked: collapse, for which 8 rows" in short
+    short = card.examined({"verdict": "healthy", "findings": [], "unasked": {"collapse": "for which <8> rows"}})
+    assert "Verdict: **healthy**. Not asked: collapse, for which &lt;8&gt; rows" in short
 
 
 def test_length_bias_is_the_difference_of_two_accuracies():

@@ -86,7 +86,11 @@ def test_a_gradient_that_is_no_number_costs_its_step_alone(run_recipe, tiny_mode
     assert "\nstep 2: is left out, its gradient is not finite.\n" in done.stdout
     folder = tmp_path / "outputs" / "sft" / "x"
     assert all(weight.isfinite().all() for weight in load_file(folder / "adapter/adapter_model.safetensors").values())
-    assert json.loads((folder / "result.json").read_text())["steps_left_out"] == 1
+    result = json.loads((folder / "result.json").read_text())
+    assert result["steps_left_out"] == 1
+    assert [each["saw"] for each in result["doctor"]["findings"] if each["rule"] == "not_finite"] == [
+        "1 of 4 steps were left out, whose gradient was not finite"
+    ]
 
 
 @pytest.mark.parametrize("recipe", ["dpo", "kto"])

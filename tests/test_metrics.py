@@ -34,6 +34,19 @@ def test_margins_by_hand():
     assert average["reward_margin"].value == pytest.approx(-1.75 + 4.5)
 
 
+def test_changes_are_from_the_start_and_margins_from_the_reference():
+    """The reference is another run: of four pairs the start ranks all right, what is trained none."""
+    reference, start, after = logps(-8.0, -8.0), logps(-9.0, -12.0), logps(-10.0, -9.0)
+    found = metrics.preference_metrics(rows(4), after, reference, "log_ratio", start)
+    assert found["accuracy_change"].value == -1.0
+    assert found["reward_margin"].value == pytest.approx(-2.0 - -1.0)
+    assert found["chosen_logp_change"].value == pytest.approx(-10.0 - -9.0)
+    assert found["rejected_logp_change_per_token"].value == pytest.approx((-9.0 - -12.0) / 2)
+    still = metrics.preference_metrics(rows(4), start, reference, "log_ratio", start)
+    assert (still["accuracy_change"].value, still["chosen_logp_change"].value) == (0.0, 0.0)
+    assert still["reward_margin"].value == pytest.approx(-1.0 - -4.0)
+
+
 def test_the_spread_of_rewards_is_that_of_all_replies():
     """Rewards 3, 1, 1, -1: mean 1, population deviation sqrt 2."""
     scores = [{"chosen": 3.0, "rejected": 1.0}, {"chosen": 1.0, "rejected": -1.0}]

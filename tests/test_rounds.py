@@ -300,6 +300,7 @@ def test_the_reference_stays_where_it_is_told(train, tmp_path, monkeypatch):
     assert done.result["reference"]["run"] == "sft" and done.result["parent"]["run"] == "one"
     # before the first step it is what it started from, and the reference is another
     assert done.result["before"]["reward_margin"].value != 0
+    assert done.result["before"]["accuracy_change"].value == done.result["before"]["chosen_logp_change"].value == 0
     assert not [f for f in done.result["doctor"]["findings"] if f["rule"] == "wrong_reference"]
     assert "Reference: sft" in (tmp_path / "two" / "README.md").read_text()
     monkeypatch.chdir(tmp_path)

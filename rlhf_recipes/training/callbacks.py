@@ -16,7 +16,7 @@ from rlhf_recipes.errors import Refusal, first_line
 from rlhf_recipes.run_folder import write_atomically
 from rlhf_recipes.secrets import redact
 from rlhf_recipes.training import doctor
-from rlhf_recipes.training.doctor_record import BROKEN, Record
+from rlhf_recipes.training.doctor_record import BROKEN, BY_DOCTOR, Record
 
 # What TRL and transformers count since the launch: wrong after a resume.
 SINCE_LAUNCH = ("num_tokens", "train_loss")
@@ -30,11 +30,11 @@ def watch(trainer, run) -> None:
     """
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Progress(run.recipe))
-    if run.config["doctor"] != "none":
-        # before MetricsFile: it adds to the row
-        trainer.add_callback(Doctor(run, trainer, strict=run.config["doctor"] == "strict"))
+    # These two add to the row: the doctor reads what LeaveOut adds, MetricsFile writes both.
     if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or trainer.args.fp16):
         trainer.add_callback(LeaveOut(trainer))
+    if run.config["doctor"] != "none":
+        trainer.add_callback(Doctor(run, trainer, strict=run.config["doctor"] == "strict"))
     trainer.add_callback(MetricsFile(run.dir / "metrics.jsonl"))
     trainer.add_callback(ReturnFreedMemory())
     trainer.add_callback(KeepNewest(trainer.args))
@@ -272,12 +272,12 @@ class Doctor(TrainerCallback):
     row is not finite.
 
     Each row of the log gets `dead_gradients`, the share of the policy's (or reward model's) trained tensors without a
-    gradient in the row's last step; the first step always has a row. The rules read the log alone, which checkpoints
-    keep: a resumed run has the verdict of one that was not.
+    gradient in the row's last step, unless that is left out; the first step always has a row. The rules read the log
+    alone, which checkpoints keep: a resumed run has the verdict of one that was not.
 
     Args:
         strict: a broken run ends at once with its last good weights. A row tells of the weights before its step, so
-            these are the ones before the step of the last row that was looked at without such a finding.
+            these are the ones before the step of the last finite row that was looked at without such a finding.
     """
 
     OFTEN = 200
@@ -304,7 +304,7 @@ class Doctor(TrainerCallback):
             self.facts,
             before or {},
             after or {},
-            getattr(self.trainer, "stopped", None),
+            self.stopped or getattr(self.trainer, "stopped", None),
         )
 
     @cached_property
@@ -339,8 +339,10 @@ class Doctor(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if self.strict:
             self._before = self._weights()
-        if not (self.trainer.is_deepspeed_enabled or self.trainer.is_fsdp_enabled):  # each process has parts of them
-            self._dead = dead_share(self.trainer.model)
+        if self.trainer.is_deepspeed_enabled or self.trainer.is_fsdp_enabled:  # each process has parts of them
+            return
+        left_out = all(parameter.grad is None for parameter in self._parameters())
+        self._dead = None if left_out else dead_share(self.trainer.model)
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 1:  # where a policy still is its reference
@@ -362,9 +364,9 @@ class Doctor(TrainerCallback):
             self._said.add((finding["rule"], finding["level"]))
         broken = [finding for finding in findings if finding["level"] == BROKEN]
         if not broken:
-            self._good = self._before
+            self._good = self._before if finite else self._good
         elif self.strict and not self.stopped and not getattr(self.trainer, "stopped", None):
-            self.stopped = f"doctor: {broken[0]['rule'].replace('_', ' ')} at step {state.global_step}"
+            self.stopped = f"{BY_DOCTOR}{broken[0]['rule'].replace('_', ' ')} at step {state.global_step}"
             control.should_training_stop = True
             control.should_save = False  # a checkpoint of this step would be continued
             for parameter, good in zip(self._parameters(), self._good, strict=True):

@@ -14,6 +14,7 @@ from rlhf_recipes import stats, text
 from rlhf_recipes.stats import Estimate
 from rlhf_recipes.training.doctor_record import (
     BROKEN,
+    BY_DOCTOR,
     HEALTHY,
     LEVELS,
     MIN_PROMPTS,
@@ -27,6 +28,7 @@ from rlhf_recipes.training.doctor_record import (
     decides,
     ends,
     margin_key,
+    margin_limit,
     pairs_a_step,
     points,
     surely_above,
@@ -34,6 +36,7 @@ from rlhf_recipes.training.doctor_record import (
     width,
 )
 
+LEFT_OUT = 0.1  # of the steps; a float16 scaler that has found its scale leaves out one of 2,000
 DEAD_SHARE = 0.25  # of the trained tensors; below, a layer that the data never reach explains it
 WARM_STEPS = 3  # before a margin of exactly zero is odd: the first rate of a warm-up is zero
 REFERENCE_NATS = 0.01  # a token, between a policy and its reference before the first update: here exactly 0
@@ -55,13 +58,23 @@ EOS_SHARE, EOS_EPISODES = 0.05, 60  # none of 60: under 5 % with 95 % confidence
 
 def not_finite(record: Record) -> Finding | None:
     """A loss or a gradient that is NaN or infinite. In float16, whose scaler skips such steps at first, the gradient
-    must be so in two rows running."""
-    losses = [row["loss"] for row in record.rows if not math.isfinite(row["loss"])]
-    rows = 2 if record.args.fp16 else 1
+    must be so in two rows running.
+
+    Where such steps are left out (`steps_left_out`) each costs its batch and no weight. There the gradient must be so
+    in MIN_ROWS rows running; or a tenth of all steps, MIN_ROWS at least, are left out.
+    """
+    left_out, steps = record.rows[-1].get("steps_left_out", 0), record.rows[-1]["step"]
+    # transformers keeps NaN out of the loss, unless trainer.logging_nan_inf_filter=false
+    losses = [] if left_out else [row["loss"] for row in record.rows if not math.isfinite(row["loss"])]
+    rows = 2 if record.args.fp16 else MIN_ROWS if left_out else 1
     norms = [row["grad_norm"] for row in record.rows[-rows:] if not math.isfinite(row.get("grad_norm", 0.0))]
-    if losses or len(norms) == rows or "not finite" in (record.stopped or ""):
+    if losses or len(norms) == rows or (record.stopped or "").startswith("the gradient is not finite"):
         saw = f"the {'loss' if losses else 'gradient'} is not finite"
         return Finding(BROKEN, saw, "no weight is worth keeping after it", _lower_rate(record))
+    if left_out:
+        level = BROKEN if left_out >= max(MIN_ROWS, LEFT_OUT * steps) else WATCH
+        saw = f"{left_out} of {steps} steps were left out, whose gradient was not finite"
+        return Finding(level, saw, "nothing is learned from their batches", _lower_rate(record))
     return None
 
 
@@ -71,15 +84,15 @@ def dead_gradients(record: Record) -> Finding | None:
 
     bitsandbytes on a CPU repacks 4-bit weights when it evaluates: the LoRA of q, k, v, gate and up then has none,
     until the LoRA of the layers behind them has moved and passes a little. A does not count while its B is zero, nor
-    does a row whose completions score alike: without an advantage there is no gradient.
+    does a row whose gradient is NaN, or whose completions score alike: without an advantage there is none.
     """
-    taught = [row for row in record.rows if not _alike(row)]
-    rows = [] if record.stopped else taught
+    taught, stopped = [row for row in record.rows if _teaches(row)], record.stopped or ""
+    rows = taught if stopped.startswith(BY_DOCTOR) else [] if stopped else taught
     shares = [row["dead_gradients"] for row in rows if "dead_gradients" in row]
     norms = [row["grad_norm"] for row in rows if "grad_norm" in row][-MIN_ROWS:]
     means = "these weights do not learn what they should, while the loss looks plausible"
     change = "quantization=none, or lora.target_modules=all-linear"
-    if shares and rows[0]["step"] == 1 and shares[0] >= DEAD_SHARE:
+    if rows and rows[0]["step"] == 1 and rows[0].get("dead_gradients", 0.0) >= DEAD_SHARE:
         saw = f"{shares[0]:.0%} of the trained tensors had no gradient in the first step"
         return Finding(BROKEN, saw, means, change)
     if len(shares) >= MIN_ROWS and min(shares) > 0:
@@ -87,22 +100,24 @@ def dead_gradients(record: Record) -> Finding | None:
         return Finding(level, f"{min(shares):.0%} of the trained tensors never had a gradient", means, change)
     if len(norms) == MIN_ROWS and max(norms) == 0:
         return Finding(BROKEN, f"the gradient norm is 0 in the last {MIN_ROWS} rows", means, change)
-    if taught and record.after and all(e.value == record.before[key].value for key, e in record.after.items()):
+    held_out = {} if stopped else record.after
+    if taught and held_out and all(e.value == record.before[key].value for key, e in held_out.items()):
         change = f"trainer.learning_rate={record.args.learning_rate * 10 or 1e-5:.0e}, or more steps"
         return Finding(BROKEN, "no held-out figure moved", "the adapter learned nothing", change)
     return None
 
 
-def _alike(row: dict) -> bool:
-    """Whether all completions of its rollout, or of each of its groups, score alike."""
-    return row.get("reward_std") == 0 or row.get("frac_reward_zero_std") == 1
+def _teaches(row: dict) -> bool:
+    """Not where all completions of its rollout, or of each of its groups, score alike, or its gradient is NaN."""
+    alike = row.get("reward_std") == 0 or row.get("frac_reward_zero_std") == 1
+    return not alike and math.isfinite(row.get("grad_norm", 0.0))
 
 
 def wrong_reference(record: Record) -> Finding | None:
     """A policy starts as its reference: rewards and KL of the first step are zero, and only there.
 
     Not zero at first, or nearly every pair ranked right before anything can have been learned: the reference is
-    another model. Margin exactly zero, so loss at log 2, for good: policy and reference are one, or nothing trains.
+    another model. Margin exactly zero for good: policy and reference are one, or nothing trains.
     """
     if not record.method.reference or not record.rows or record.facts.get("anchored"):
         return None
@@ -117,10 +132,10 @@ def wrong_reference(record: Record) -> Finding | None:
         return Finding(BROKEN, f"{apart:.2f} nats a token from the reference before the first update", means, change)
     if record.method.samples:
         return None
-    margins = [value for _, value in points(record, margin_key(record))]
+    margins = [row[margin_key(record)] for row in record.rows if margin_key(record) in row]  # NaN is not 0
     if record.rows[-1]["step"] > WARM_STEPS and margins and not any(margins):
         still = "the policy is its own reference" if first.get("grad_norm") else "nothing is trained"
-        saw = f"margin exactly 0 and loss at {record.method.untrained_loss} for {record.rows[-1]['step']} steps"
+        saw = f"margin exactly 0 for {record.rows[-1]['step']} steps"
         return Finding(BROKEN, saw, still, change)
     early = [row for row in record.rows if row["step"] <= max(1, AT_ONCE * record.max_steps)]
     if early and early[-1]["step"] * pairs_a_step(record) >= AT_ONCE_PAIRS:
@@ -159,13 +174,18 @@ def likelihood_displacement(record: Record) -> Finding | None:
 def displacements(record: Record) -> list[tuple[int, float]]:
     """(step, change of the chosen replies' log-probability in nats a token) for each row of the log.
 
-    DPO and KTO log beta (log pi - log pi_ref) of whole replies; SimPO and ORPO log pi itself, averaged over tokens, of
-    other replies in every row: their change is from the mean of the first quarter.
+    DPO and KTO log beta (log pi - log pi_ref) of whole replies. Where the reference is another run than the start the
+    change is from the mean of the first quarter, and so it is for SimPO and ORPO, which log log pi itself, averaged
+    over tokens, of other replies in every row.
     """
-    if record.method.reward == "log_ratio":
-        scale = record.args.beta * record.facts.get("reply_tokens", 0)
-        return [(step, value / scale) for step, value in points(record, "rewards/chosen")] if scale else []
-    found = points(record, "logps/chosen")
+    tokens, log_ratio = record.facts.get("reply_tokens", 0), record.method.reward == "log_ratio"
+    if log_ratio:
+        key, scale = "rewards/chosen", record.args.beta * tokens
+    else:  # TRL's CPOTrainer sums over tokens with these two
+        key, scale = "logps/chosen", tokens if getattr(record.args, "loss_type", "") in ("sigmoid", "hinge") else 1
+    found = [(step, value / scale) for step, value in points(record, key)] if scale else []
+    if log_ratio and not record.facts.get("anchored"):
+        return found
     first = [value for _, value in found][: max(1, len(found) // 4)]
     return [(step, value - sum(first) / len(first)) for step, value in found]
 
@@ -253,11 +273,9 @@ def collapse(record: Record) -> Finding | None:
 def reward_saturation(record: Record) -> Finding | None:
     """No signal is left. Preferences: the mean margin is so large that a pair's weight in the gradient, mostly
     1 - sigmoid(margin), is under 0.001. PPO: the completions of a rollout score alike, and advantages are noise."""
-    limit = record.method.saturated
+    limit = margin_limit(record)
     if limit is not None:
         found = ends(points(record, margin_key(record)))
-        if record.method.margin_beyond:
-            limit += getattr(record.args, record.method.margin_beyond)
         if found and surely_above(found[1], limit):
             saw = f"the mean reward margin is {found[1].value:.1f}"
             change = f"{_lower_rate(record)}, or fewer steps"
@@ -399,7 +417,7 @@ RULES: tuple[Callable[[Record], Finding | None], ...] = (
 
 def examine(record: Record) -> dict:
     """`verdict` (healthy, watch or broken: the worst level), `findings`, the worst first, as plain dicts, and
-    `unasked`: the rules for which the log is too short."""
+    `unasked`: the rules that could not be asked, each with the reason, as it follows "not asked: <rule>, "."""
     findings = []
     for rule in RULES:
         found = rule(record) if record.rows else None
@@ -411,16 +429,31 @@ def examine(record: Record) -> dict:
     return {
         "verdict": verdict,
         "findings": findings,
-        "unasked": [rule for rule in unasked(record) if rule not in told],
+        "unasked": {rule: why for rule, why in unasked(record).items() if rule not in told},
     }
 
 
-def unasked(record: Record) -> list[str]:
-    """The rules that nothing but the log tells, by its beginning and its end, where it is too short for that."""
-    rewards = "reward_std" if record.method.samples else margin_key(record)
-    keys = {collapse: None if record.recipe == "sft" else "entropy", reward_saturation: rewards}
-    logged = {rule.__name__: points(record, key) for rule, key in keys.items() if key}
-    return [rule for rule, series in logged.items() if series and ends(series) is None]
+def unasked(record: Record) -> dict[str, str]:
+    """Of the rules that a column of the log alone can tell: those whose column is not there, or too short for a
+    beginning and an end where they compare these; and saturation where the loss has no limit."""
+    if not record.rows:
+        return {}
+    method, columns, found = record.method, {}, {}
+    if record.recipe not in ("sft", "reward"):
+        columns[collapse] = "entropy"
+    if method.samples or method.saturated is not None:
+        columns[reward_saturation] = "reward_std" if method.samples else margin_key(record)
+    if method.preferences:
+        columns[over_fitting] = columns[label_noise] = accuracy_key(record)
+    for rule, key in columns.items():
+        series = points(record, key)
+        if not series:
+            found[rule.__name__] = f"for which the log has no {key}"
+        elif rule is reward_saturation and not method.samples and margin_limit(record) is None:
+            found[rule.__name__] = "which has no limit with this loss"
+        elif rule in (collapse, reward_saturation) and ends(series) is None:
+            found[rule.__name__] = f"for which {2 * MIN_ROWS} rows of the log or rollouts are needed"
+    return found
 
 
 def said(report: dict) -> list[str]:
@@ -430,8 +463,10 @@ def said(report: dict) -> list[str]:
 
 
 def not_asked(report: dict) -> str:
-    rules = " and ".join(rule.replace("_", " ") for rule in report["unasked"])
-    return f"not asked: {rules}, for which {2 * MIN_ROWS} rows of the log or rollouts are needed"
+    rules: dict[str, list[str]] = {}
+    for rule, why in report["unasked"].items():
+        rules.setdefault(why, []).append(rule.replace("_", " "))
+    return "not asked: " + "; ".join(f"{' and '.join(names)}, {why}" for why, names in rules.items())
 
 
 def line(finding: dict) -> str:

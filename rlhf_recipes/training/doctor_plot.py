@@ -6,7 +6,16 @@ from pathlib import Path
 
 from rlhf_recipes.drawing import COLOURS, INK, PARENT_COLOUR, TITLE, clip
 from rlhf_recipes.training import doctor
-from rlhf_recipes.training.doctor_record import BROKEN, MIN_ROWS, WATCH, Record, accuracy_key, margin_key, points
+from rlhf_recipes.training.doctor_record import (
+    BROKEN,
+    MIN_ROWS,
+    WATCH,
+    Record,
+    accuracy_key,
+    margin_key,
+    margin_limit,
+    points,
+)
 
 COLUMNS = 3
 REACH = 3  # a limit further from the curve than this many times its range is out of sight
@@ -102,7 +111,7 @@ def panels(record: Record) -> list[Panel]:
 
     pairs = [
         Panel("Reward margin", "as trained", ("reward_saturation",), curve(margin_key(record)), [],
-              0, record.method.saturated),
+              0, margin_limit(record)),
         Panel("Accuracy", "share of pairs", ("label_noise", "over_fitting"), curve(accuracy_key(record)),
               held_out("preference_accuracy"), doctor.NOISE_ACCURACY, 1),
         Panel("Accuracy gained", "share of pairs", ("too_little_data", "reward_against_preference"), [],

@@ -17,6 +17,7 @@ HEALTHY, WATCH, BROKEN = LEVELS = ("healthy", "watch", "broken")
 SIGMAS = 3.0  # standard errors: the log is looked at some 50 times in a run, by a dozen rules
 MIN_ROWS = 4  # of what is compared: fewer have no standard error to speak of
 MIN_PROMPTS = 20  # held out: evaluate.py's limit
+BY_DOCTOR = "doctor: "  # how Record.stopped begins where doctor=strict ended the run
 
 
 @dataclass
@@ -32,7 +33,7 @@ class Record:
             `anchored` where the reference is another run than the start; what is not known is left out.
         before: held-out metrics before training; empty while it trains.
         after: the same after training.
-        stopped: why a trainer's own brake ended the run.
+        stopped: why a trainer's own brake, or doctor=strict, ended the run.
         method: its row of `methods`.
     """
 
@@ -121,6 +122,18 @@ def accuracy_key(record: Record) -> str:
 
 def margin_key(record: Record) -> str:
     return "margin" if record.recipe == "reward" else "rewards/margins"
+
+
+def margin_limit(record: Record) -> float | None:
+    """The reward margin from which on a pair teaches nothing more; None: there is none with this loss."""
+    args, method = record.args, record.method
+    given = getattr(args, "loss_type", None) or ()
+    losses = {given} if isinstance(given, str) else set(given)
+    further = any(getattr(args, key, 0) for key in ("label_smoothing", "cpo_alpha"))  # terms that no margin ends
+    other = getattr(args, "f_divergence_type", "reverse_kl") != "reverse_kl"  # no log-ratio, as the logged rewards are
+    if method.saturated is None or further or other or not losses <= set(method.saturating):
+        return None
+    return method.saturated + (getattr(args, method.margin_beyond) if method.margin_beyond else 0)
 
 
 def pairs_a_step(record: Record) -> int:

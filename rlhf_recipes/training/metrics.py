@@ -39,14 +39,21 @@ def preference_margins(logps: list[dict], reference: list[dict], reward: str) ->
     ]
 
 
-def preference_metrics(rows: list[dict], logps: list[dict], reference: list[dict], reward: str) -> dict:
-    """Held-out metrics of a policy on preference pairs; `reference` are the log-probabilities before training."""
+def preference_metrics(
+    rows: list[dict], logps: list[dict], reference: list[dict], reward: str, start: list[dict] | None = None
+) -> dict:
+    """Held-out metrics of a policy on preference pairs.
+
+    Args:
+        reference: the reference's log-probabilities, which margins are from.
+        start: those before training, which changes are from; None: the reference's.
+    """
     _refuse_diverged(pair[f"{side}_logp"] for pair in logps for side in ("chosen", "rejected"))
     prompts = clusters(rows)
-    margins = preference_margins(logps, reference, reward)
-    pairs = list(zip(logps, reference, strict=True))
+    margins, start = preference_margins(logps, reference, reward), start or reference
+    pairs = list(zip(logps, start, strict=True))
     return {
-        **accuracy_metrics(rows, margins, preference_margins(reference, reference, reward)),
+        **accuracy_metrics(rows, margins, preference_margins(start, reference, reward)),
         "reward_margin": _mean(margins, prompts),
         "chosen_logp_change": _mean([p["chosen_logp"] - q["chosen_logp"] for p, q in pairs], prompts),
         "rejected_logp_change": _mean([p["rejected_logp"] - q["rejected_logp"] for p, q in pairs], prompts),
