@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
@@ -43,6 +44,14 @@ def written(key: str, value: str | list[str]) -> str:
         name if PLAIN.fullmatch(name) else _quote(name) for name in ([value] if isinstance(value, str) else value)
     ]
     return shlex.quote(f"{key}={names[0]}" if isinstance(value, str) else f"{key}=[{','.join(names)}]")
+
+
+def of_this_run() -> list[str]:
+    """What was typed for this run, its folder too, so that the same command can be said again; [] outside of Hydra."""
+    if not HydraConfig.initialized():
+        return []
+    overrides = HydraConfig.get().overrides
+    return [*overrides.task, *(each for each in overrides.hydra if each.startswith("hydra.run.dir="))]
 
 
 def _taken(typed: str) -> bool:

@@ -175,13 +175,13 @@ def read_the_clinic_once() -> None:
     read, known = load._load, {}
 
     @functools.wraps(read)
-    def read_once(node, sides, labelled=False):
+    def read_once(node, sides, labelled=False, whole=False):
         data = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
         if data.get("path") != "clinic" or ranks.world_size() > 1:
-            return read(node, sides, labelled)
-        key = json.dumps([data, sides, labelled], sort_keys=True)
+            return read(node, sides, labelled, whole)
+        key = json.dumps([data, sides, labelled, whole], sort_keys=True)
         if key not in known:
-            known[key] = read(node, sides, labelled)
+            known[key] = read(node, sides, labelled, whole)
         return dataclasses.replace(known[key], report=copy.deepcopy(known[key].report))
 
     load._load = read_once

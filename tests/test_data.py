@@ -23,6 +23,7 @@ from rlhf_recipes.data.load import (
     load_demonstrations,
     load_labelled,
     load_pairs,
+    load_prompts,
     shorter_wins,
 )
 from rlhf_recipes.data.recognise import Layout
@@ -114,6 +115,17 @@ def any_tokenizer(request):
 
 
 # ---- configs and sources
+
+
+def test_a_whole_file_holds_nothing_out_and_fits(tmp_path, tokenizer):
+    path = write_lines(tmp_path / "prompts.jsonl", [{"prompt": "Hi"}])
+    splits = fit(load_prompts(node("local", f"data.path={path}"), whole=True), tokenizer, 100)
+    assert (
+        len(splits.train) == 1
+        and not splits.test
+        and "1 train, 0 test rows of 1 (none held out)" in describe(splits.report)
+    )
+    assert "no train rows left" in refusal(fit, splits, tokenizer, 5)
 
 
 @pytest.mark.parametrize("name", ["clinic", "ultrafeedback", "ultrachat", "hh_rlhf", "local"])

@@ -9,10 +9,12 @@ import threading
 import time
 import urllib.parse
 import urllib.request
+from types import SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
 
+from rlhf_recipes import overrides
 from rlhf_recipes.audit import judgements
 from rlhf_recipes.config import CONF
 from rlhf_recipes.data import formats
@@ -192,6 +194,47 @@ def test_people_have_labelled_a_run_when_they_have_labelled_all_that_waits(compo
     assert not judge.finished()
 
 
+SECRET = "hf_" + "aB3" * 12
+
+
+def test_what_waits_for_people_is_what_they_are_shown(compose, tmp_path):
+    from rlhf_recipes.cai import people
+    from rlhf_recipes.cai.backend import in_step
+    from rlhf_recipes.cai.judge import Pair
+
+    rule = SimpleNamespace(draw=lambda *_: [SimpleNamespace(id="kind", judgement="Which is kinder?")])
+    made = [
+        Pair("plain", user("Hi"), "Good day.", "What?"), Pair("reply", user("Key?"), f"It is {SECRET}", "No."),
+        Pair("prompt", user(f"Is {SECRET} mine?"), "Yes.", "No."), Pair("empty", user("Hi"), "", "What?"),
+        Pair("identical", user("Hi"), "What?", " What?"),
+    ]  # fmt: skip
+
+    def judge():
+        asked = compose("cai", "judge=people", f"judge.labels={tmp_path}")
+        found = people.People(asked, rule, {pair.prompt_id: None for pair in made})
+        return found, *in_step([found.comparing(made, "")], None)
+
+    waits, said = judge()
+    waits.write(tmp_path / "to_label.jsonl")
+    assert not waits.finished() and len(waits.waiting) == 1 and {each.p for each in said} == {None}
+    found = pairs.find(config(tmp_path / "to_label.jsonl"))
+    at_work = session(tmp_path, of=found.pairs)
+    at_work.choose(at_work.current().key, at_work.current().stands("first"), "")
+    (tmp_path / "result.json").write_text(json.dumps({"labels": {"pairs": len(found.pairs)}}))
+    done, said = judge()
+    assert done.finished() and [each.p for each in said] == [1.0, None, None, None, None]
+
+
+def test_a_run_without_a_pair_for_people_is_refused(compose, tmp_path, monkeypatch):
+    from rlhf_recipes.cai import people
+
+    monkeypatch.setattr(people, "gate", SimpleNamespace(confirm=lambda _: None, estimate=lambda *_: None))
+    monkeypatch.setattr(people, "PairMaker", lambda *_: None)
+    cfg = compose("cai", "judge=people", f"judge.labels={tmp_path}")
+    with pytest.raises(ValueError, match=r"^judge=people: no pair of replies is left to label"):
+        people.make(SimpleNamespace(dir=tmp_path), cfg, None, None, [], [])
+
+
 def test_what_there_is_nothing_to_label_in(tmp_path):
     (tmp_path / "audit").mkdir()
     (tmp_path / "audit" / "config.yaml").write_text("rlhf_recipes: audit\n")
@@ -207,6 +250,65 @@ def test_what_there_is_nothing_to_label_in(tmp_path):
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match=r"^splits=\[train\]: not one of"):
         pairs.find(config(same, splits=["train"]))
+
+
+def test_one_row_is_enough_of_each_kind(tmp_path):
+    both = {"first": "a", "second": "b"}
+    for row in (both, {"chosen": "a", "rejected": "b"}):
+        [pair] = pairs.find(config(write_rows(tmp_path / "a.jsonl", {"prompt": "Hi", **row}))).pairs
+        assert (pair.prompt, pair.first, pair.second) == (user("Hi"), "a", "b")
+    alike = [{"prompt": "Hi", "chosen": f"a{n}", "rejected": "b"} for n in range(3)]
+    found = pairs.find(config(write_rows(tmp_path / "a.jsonl", *alike)))
+    assert [pair.first for pair in found.pairs] == ["a0", "a1", "a2"] and not found.left_out.total()
+    found = pairs.find(config(write_rows(tmp_path / "a.jsonl", {"prompt": "Hi"})))
+    assert [row["prompt"] for row in found.prompts.train] == [user("Hi")] and found.order.keys() == {
+        formats.prompt_id(user("Hi"))
+    }
+
+
+def test_what_is_shown_is_what_is_trained_on(tmp_path):
+    asked = [
+        {"system": "In French.", "history": [["a", "b"]], "prompt": "Hi"},
+        {"prompt": [{"role": "system", "content": "In Dutch."}, *user("Hi")]},
+        {"prompt": "Sum up:", "input": "We open at ten."},
+    ]
+    for row in asked:
+        path = write_rows(tmp_path / "a.jsonl", {**row, "first": "Bonjour", "second": "Hello"})
+        [pair] = pairs.find(config(path)).pairs
+        rows = [{**row, "prompt": row["prompt"], "first": f"Bonjour {n}", "second": "Hello", "preference": "first"}
+                for n in range(2)]  # fmt: skip
+        data = OmegaConf.merge(OmegaConf.load(CONF / "data" / "base.yaml"),
+                               {"path": write_rows(tmp_path / "b.jsonl", *rows)})  # fmt: skip
+        assert pair.prompt == load_pairs(data, whole=True).train[0]["prompt"]
+    said = json.dumps([*user("a"), {"role": "assistant", "content": "b"}, *user("c")])
+    (tmp_path / "a.csv").write_text(f'prompt,first,second\n"{said.replace(chr(34), chr(34) * 2)}",x,y\n')
+    [pair] = pairs.find(config(tmp_path / "a.csv")).pairs
+    assert [turn["content"] for turn in pair.prompt] == ["a", "b", "c"]
+
+
+def test_what_cannot_be_shown_is_counted_or_refused(tmp_path):
+    both = {"first": "a", "second": "b"}
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    picture = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
+    rows = [
+        {"prompt": "Hi"}, {"prompt": [*user("a"), call]}, {"prompt": picture}, {"prompt": "Hi", "images": ["x.png"]},
+        {"prompt": [*user("a"), {"role": "assistant", "content": "z"}]},
+    ]  # fmt: skip
+    found = pairs.find(config(write_rows(tmp_path / "a.jsonl", *({**row, **both} for row in rows))))
+    assert len(found.pairs) == 1 and found.left_out == {"tools": 1, "media": 2, "roles": 1}
+    for row, said in (
+        ({"prompt": "Hi", "passage": "A long text."}, "column 'passage' holds a part of the prompt and is not read"),
+        ({"prompt": picture[:0] + user("a") + user("b"), "input": "c d e"}, ":1: input: cannot be joined to a prompt"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            pairs.find(config(write_rows(tmp_path / "a.jsonl", {**row, **both})))
+    path = write_rows(tmp_path / "b.jsonl", {"prompt": picture, **both, "p": 1.0, "judge": "x"})
+    with pytest.raises(ValueError, match=r"b\.jsonl:1: prompt: media: turn 1 holds .*\. Remove it or the row\.$"):
+        judgements.load(path)
+    path = write_rows(tmp_path / "b.jsonl", {"system": "S", "prompt": "Hi", **both, "p": 1.0, "judge": "x"})
+    [said] = judgements.load(path)
+    assert said["prompt"] == [{"role": "system", "content": "S"}, *user("Hi")]
+    assert said["prompt_id"] == formats.prompt_id(said["prompt"])
 
 
 # What is on disk
@@ -257,6 +359,108 @@ def test_a_line_that_a_kill_cut_short_is_dropped_and_a_damaged_one_refused(tmp_p
         session(tmp_path)
 
 
+def test_a_last_line_that_an_editor_left_open_counts(tmp_path):
+    at_work = session(tmp_path)
+    for _ in range(2):
+        at_work.choose(at_work.current().key, "left", "")
+    path = tmp_path / "choices.jsonl"
+    path.write_bytes(path.read_bytes().rstrip(b"\n"))
+    again = session(tmp_path)
+    assert again.done == 2
+    again.choose(again.current().key, "tie", "")
+    assert [each["item"] for each in lines(path)] == [item.key for item in again.items[:3]]
+
+
+def test_what_somebody_appends_while_the_page_runs_stays(tmp_path):
+    path = tmp_path / "choices.jsonl"
+    at_work = session(tmp_path)
+    at_work.choose(at_work.current().key, "left", "")
+    [first] = lines(path)
+    for cut in (b"", b'{"annotator": "an'):
+        path.write_text(json.dumps(first) + "\n")
+        with path.open("ab") as file:
+            file.write(cut)
+        at_work = session(tmp_path)
+        with path.open("a") as file:
+            file.write(json.dumps({**first, "annotator": "ben"}))
+        at_work.choose(at_work.current().key, "tie", "")
+        at_work.choose(at_work.current().key, "tie", "")
+        assert [each["annotator"] for each in lines(path)] == ["anna", "ben", "anna", "anna"]
+        assert session(tmp_path).done == 3
+
+
+def on_the_page(monkeypatch, path, folder, do=lambda _: None) -> dict:
+    """What one person does of a file, as the command shows it; the figures of the result."""
+    monkeypatch.setattr(server, "serve", lambda host, port, sessions, say: do(sessions["anna"]))
+    kept: list[dict] = []
+    run = SimpleNamespace(dir=folder, record=lambda **entries: entries, write_result=kept.append)
+    cfg = config(path, twice=0, swapped=0)
+    labels.collect(run, cfg, pairs.find(cfg).pairs, ["anna"])
+    return kept[0]["labels"]["people"].get("anna", {})
+
+
+def test_sides_that_change_places_in_the_file_turn_no_label(tmp_path, monkeypatch):
+    def choose(session):
+        for _ in range(2):
+            item = session.current()
+            session.choose(item.key, item.stands("first"), "")
+
+    def better() -> list[str]:
+        return [row[row["preference"]] for row in lines(tmp_path / "preferences.jsonl")]
+
+    def swapped(rows):
+        return [{**row, "first": row["second"], "second": row["first"]} for row in rows]
+
+    rows, path = answers(3), tmp_path / "a.jsonl"
+    begun = on_the_page(monkeypatch, write_rows(path, *rows), tmp_path, choose)
+    assert better() == ["first answer 0", "first answer 1"]
+    more = {"prompt": "Another?", "first": "x", "second": "y"}
+    write_rows(path, more, *swapped(rows))
+    assert on_the_page(monkeypatch, path, tmp_path)["left"] == begun["left"]
+    assert better() == ["first answer 0", "first answer 1"]
+    on_the_page(monkeypatch, path, tmp_path, lambda session: session.undo())
+    assert better() == ["first answer 0"]
+
+    def again(session):
+        while session.left > 1:
+            session.choose(session.current().key, session.current().stands("second"), "")
+
+    on_the_page(monkeypatch, path, tmp_path, again)
+    assert better() == ["y", "first answer 0", "first answer 1"]
+    on_the_page(monkeypatch, write_rows(path, more, *rows), tmp_path)
+    assert better() == ["y", "first answer 0", "first answer 1"]
+    without = [
+        {key: value for key, value in each.items() if key != "first"} for each in lines(tmp_path / "choices.jsonl")
+    ]
+    write_rows(tmp_path / "choices.jsonl", *without)
+    on_the_page(monkeypatch, path, tmp_path)
+    assert better()[1:] == ["first answer 0", "second answer 1"]  # as the lines say
+
+
+def test_a_reply_stands_where_it_stood_when_the_sides_change_places():
+    turned = [pairs.make(pair.prompt, pair.second, pair.first) for pair in some(20)]
+    one, other = (plan.items(shown, "anna", 0.1, 0.1, seed=3) for shown in (some(20), turned))
+    assert [item.in_places() for item in one] == [item.in_places() for item in other]
+
+
+def test_notes_stay_with_their_pairs_when_the_file_grows(tmp_path):
+    shown = some(3)
+    at_work = session(tmp_path, of=shown)
+    for note in ("of 0", "of 1"):
+        at_work.choose(at_work.current().key, "left", note)
+    at_work = session(tmp_path, of=[a_pair(9), *shown])
+    assert at_work.current().pair == a_pair(9)
+    seen = []
+    for number in (1, 0):
+        assert at_work.undo() and at_work.current().pair == shown[number]
+        seen.append(at_work.note)
+    assert seen == ["of 1", "of 0"]
+    at_work.choose(at_work.current().key, "left", at_work.note)
+    assert at_work.current().pair == shown[1] and at_work.note == "of 1"
+    at_work.choose(at_work.current().key, "left", at_work.note)
+    assert at_work.current().pair == a_pair(9) and at_work.note == ""
+
+
 def test_what_they_wrote_is_read_as_preferences_and_as_judgements(tmp_path):
     shown = some(20)
     for name, other in (("anna", 0), ("ben", 3), ("cy", 0)):
@@ -274,7 +478,7 @@ def test_what_they_wrote_is_read_as_preferences_and_as_judgements(tmp_path):
     assert {each["judge"] for each in said} == {"anna", "ben", "cy"} and said == judgements.load(str(tmp_path))
     assert len(said) == 3 * (19 + 2) and sum(each["flip"] is False for each in said) == 3 * 2 * 2
     assert sum(each["p"] == 0.0 for each in said) >= 3
-    between = agreement.between(Choices(tmp_path / "choices.jsonl"))
+    between = agreement.between(Choices(tmp_path / "choices.jsonl"), agreement.clusters_of(shown))
     assert between["anna", "cy"].value == 1.0 and between["anna", "ben"].value == 16 / 19
 
 
@@ -282,16 +486,40 @@ def test_somebody_who_always_picks_the_left_is_seen(tmp_path):
     at_work = session(tmp_path, 40, twice=0.1, swapped=0.2)
     while item := at_work.current():
         at_work.choose(item.key, "left", "")
-    found = agreement.of_one(at_work.made.values())
+    clusters = agreement.clusters_of(some(40))
+    found = agreement.of_one(at_work.made.values(), clusters)
     assert found["left"].value == 1.0 and found["left"].low > 0.8 and found["left"].n == 52
     assert found["same_swapped"].value == 0.0 and found["same_swapped"].n == 8
     assert found["same_again"].value == 4 / 12
     flips = [each["flip"] for each in judgements.load(str(tmp_path / "judgements.jsonl")) if each["flip"] is not None]
     assert flips == [True] * 16
-    said = agreement.describe(Choices(tmp_path / "choices.jsonl"))
+    said = agreement.describe(Choices(tmp_path / "choices.jsonl"), clusters)
     assert re.fullmatch(
         r"anna: .*the same choice again 33\.3 % \[.*\] of 12, .*; the left one 100\.0 % \[.*\] of 52", said
     )
+
+
+def test_intervals_are_over_prompts(tmp_path):
+    shown = [
+        pairs.make(user(f"Question {number}?"), "a" * (1 + one), "b" * (1 + other))
+        for number in range(2) for one in range(2) for other in range(3)
+    ]  # fmt: skip
+    for name in ("anna", "ben"):
+        at_work = session(tmp_path, name=name, twice=0.4, of=shown)
+        while item := at_work.current():
+            at_work.choose(item.key, "left", "")
+    choices, clusters = Choices(tmp_path / "choices.jsonl"), agreement.clusters_of(shown)
+    found = agreement.figures(choices, clusters)
+    figures = [found["between"]["anna and ben"], labels._main(choices, clusters)["after"]]
+    figures += [found["people"]["anna"][key] for key in ("left", "same_again")]
+    assert [(each.n, each.clusters) for each in figures] == [(12, 2), (10, 2), (17, 2), (5, 2)]
+
+
+def test_two_people_on_one_pair_are_one_cluster():
+    line = {"pair": a_pair().id, "choice": "first", "left": "first", "seconds": None}
+    made = {show: {**line, "show": show} for show in (plan.NEW, plan.AGAIN)}
+    said = labels._main(SimpleNamespace(kept={"anna": made, "ben": made}), agreement.clusters_of([a_pair()]))["after"]
+    assert (said.n, said.clusters) == (2, 1)
 
 
 # Who may ask
@@ -423,6 +651,21 @@ def test_a_port_that_is_taken_and_a_host_that_is_none_are_refused():
 
 
 # The command
+
+
+def test_the_command_that_goes_on_names_the_folder_that_was_typed(monkeypatch):
+    typed = SimpleNamespace(task=["pairs=a.jsonl"], hydra=["hydra.run.dir=my work", "hydra.mode=RUN"])
+    hydra = SimpleNamespace(initialized=lambda: True, get=lambda: SimpleNamespace(overrides=typed))
+    monkeypatch.setattr(overrides, "HydraConfig", hydra)
+    assert labels._interrupted({}).endswith(" pairs=a.jsonl 'hydra.run.dir=my work'")
+
+
+def test_two_ties_and_a_first_are_first():
+    """By the mean, as the manual says, and not by most people."""
+    said = {name: {"x": {"pair": a_pair().id, "choice": choice, "show": plan.NEW}}
+            for name, choice in (("anna", "tie"), ("ben", "tie"), ("cy", "first"))}  # fmt: skip
+    [row] = written.preferences([a_pair()], SimpleNamespace(kept=said))
+    assert row["preference"] == "first"
 
 
 def address(process) -> str:

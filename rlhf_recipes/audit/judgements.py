@@ -26,8 +26,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from rlhf_recipes.data import formats, readers
-from rlhf_recipes.data.row import Row
+from rlhf_recipes.data import formats, readers, table
+from rlhf_recipes.data.messages import Drop, Messages
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.run_folder import write_atomically
 
@@ -55,7 +55,7 @@ def load(path: str) -> list[Judgement]:
     rows = list(readers.read_file(path))
     if rows and {"id", "label"} <= rows[0][1].keys() and "p" not in rows[0][1]:
         return labels(path)
-    return [_read(where, row) for where, row in rows]
+    return [_read(where, row, prompt) for (where, row), prompt in zip(rows, table.prompts(rows), strict=True)]
 
 
 def from_pairs(rows: Iterable[dict]) -> list[Judgement]:
@@ -130,13 +130,14 @@ def labels(path: str) -> list[Judgement]:
         Refusal: a label that is none, a text that was changed, a pair that appears twice, with file, row and key.
     """
     found, seen = [], {}
-    for where, row in readers.read_file(path):
+    rows = list(readers.read_file(path))
+    for (where, row), prompt in zip(rows, table.prompts(rows), strict=True):
         if "label" not in row or "id" not in row:
             raise Refusal(f"{where}: {'id' if 'id' not in row else 'label'}: missing. Label a file of the export.")
         label = row["label"].strip().lower() if isinstance(row["label"], str) else row["label"]
         if label is not None and label != "" and label not in tuple(ANSWERS):
             raise Refusal(f"{where}: label = {row['label']!r:.40}: must be first, second, tie or null. Mend it.")
-        plain = _read(where, {**row, "p": ANSWERS[label] if label else 0.5, "judge": "human"})
+        plain = _read(where, {**row, "p": ANSWERS[label] if label else 0.5, "judge": "human"}, prompt)
         if row["id"] != formats.pair_id(plain["prompt_id"], plain["first"], plain["second"]):
             raise Refusal(f"{where}: id = {row['id']!r:.40}: not of these answers. Restore the row's texts.")
         if row["id"] in seen:
@@ -180,8 +181,12 @@ def _of_row(row: dict, judge: str, principle: str | None, p: float, flip: bool |
             "judge": judge, "principle": principle, "family": row.get("family"), "flip": flip}  # fmt: skip
 
 
-def _read(where: str, row: dict[str, Any]) -> Judgement:
-    """One row of a file, checked."""
+def _read(where: str, row: dict[str, Any], prompt: Messages | Drop) -> Judgement:
+    """One row of a file, checked.
+
+    Args:
+        prompt: of `table.prompts`.
+    """
     for key in row:
         # `flips` or `principal` would be silently without effect; columns like nothing here are the user's own
         if key not in KEYS and (meant := difflib.get_close_matches(key, OPTIONAL, n=1, cutoff=0.8)):
@@ -205,16 +210,15 @@ def _read(where: str, row: dict[str, Any]) -> Judgement:
         row.get("flip"), str) else row.get("flip")  # fmt: skip
     if flip is not None and not isinstance(flip, bool):
         raise Refusal(f"{where}: flip = {flip!r:.40}: must be true, false or null. Mend or remove it.")
-    prompt = None
-    if row.get("prompt"):
-        prompt = Row(where, row, {"prompt": "prompt"}).turns("prompt", row["prompt"], "user")
+    if isinstance(prompt, Drop):
+        raise Refusal(f"{where}: prompt: {prompt}. Remove it or the row.")
     if row.get("prompt_id") in (None, ""):
         if not prompt:
             raise Refusal(f"{where}: prompt_id: missing, and no prompt to take it from. Add one of the two.")
         prompt_id = formats.prompt_id(prompt)
     else:
         prompt_id = _text(where, row, "prompt_id")
-    return {"prompt_id": prompt_id, "prompt": prompt, **found, "p": float(p), "flip": flip}
+    return {"prompt_id": prompt_id, "prompt": prompt or None, **found, "p": float(p), "flip": flip}
 
 
 def _text(where: str, row: dict, key: str) -> str:

@@ -2,7 +2,7 @@
 
 A person sees a pair under one principle, drawn for its prompt. p is the mean over people of what each said of it (1,
 0, 1/2 for a tie, repetitions averaged), `spread` their standard deviation, `flip` that most of those who saw both
-orders chose by the place. A pair that everybody skipped is not answered.
+orders chose by the place. A pair that everybody skipped, or that people are not shown, is not answered.
 """
 
 import json
@@ -14,9 +14,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from rlhf_recipes import ranks
+from rlhf_recipes import ranks, secrets
 from rlhf_recipes.cai import dataset, gate
-from rlhf_recipes.cai.backend import Backend, Journal, Work
+from rlhf_recipes.cai.backend import Backend, Journal, Message, Work
 from rlhf_recipes.cai.constitution import Constitution
 from rlhf_recipes.cai.judge import Judge, Judgement, Pair
 from rlhf_recipes.cai.make_pairs import PairMaker
@@ -42,6 +42,20 @@ def check(cfg: DictConfig) -> None:
         raise Refusal("gate.only=true: asks a model what it is worth. Leave it out with judge=people.")
     if cfg.shards:
         raise Refusal(f"shards={cfg.shards}: people label the whole run. Leave it out with judge=people.")
+
+
+def unfit(prompt: list[Message], first: str, second: str, held: dict[str, str] | None = None) -> str | None:
+    """Why people are not shown two replies, `empty`, `identical` or `secret`; or None.
+
+    Args:
+        held: `secrets.in_environment`, for many pairs.
+    """
+    if not first.strip() or not second.strip():
+        return "empty"
+    if first.strip() == second.strip():
+        return "identical"
+    texts = (first, second, *(turn["content"] for turn in prompt))
+    return "secret" if any(secrets.find(text, held) for text in texts) else None
 
 
 class People:
@@ -70,6 +84,8 @@ class People:
         write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.waiting.values()))
 
     def _judgement(self, pair: Pair) -> Judgement:
+        if unfit(pair.prompt, pair.first, pair.second):
+            return Judgement(None)
         name = pair_id(pair.prompt_id, pair.first, pair.second)
         [principle] = self.constitution.draw(1, self.seed, "judge", pair.prompt_id)
         self.waiting.setdefault(name, {
@@ -126,6 +142,8 @@ def make(
     folder, size = run.dir / "shards", cfg.shard_size
     for n, start in enumerate(range(0, len(rows), size)):
         maker.records(rows[start : start + size], Journal(folder / f"{n:05d}" / "answers.jsonl"), "")
+    if not people.waiting:
+        raise Refusal("judge=people: no pair of replies is left to label. Give more prompts, or loosen filters.")
     if not people.finished():
         people.write(run.dir / WAITING)
         raise TakenBack(_wait(run, people))

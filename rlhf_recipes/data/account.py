@@ -57,8 +57,7 @@ def accounted(source: Source, layout: Layout, sides: tuple[str, ...]) -> Layout:
         is_nulled = name in COLUMNS and source.columns.get(name) is None  # data.columns.system=null
         if kind == "empty":
             continue
-        is_part = word in PARTS or (word in TEXTS and kind in ("text", "messages", "lists", "texts"))
-        if sides and not is_nulled and is_part and not _is_held(source, layout, name):
+        if sides and not is_nulled and _is_part(source, layout, name):
             raise Refusal(
                 f"{source.name}: column {name!r} holds a part of the prompt and is not read. Name it with "
                 f"data.columns.input={name} (or system, or history), or leave it unread: data.ignore=[{name}]"
@@ -80,6 +79,15 @@ def accounted(source: Source, layout: Layout, sides: tuple[str, ...]) -> Layout:
             )
         unread.append(name)
     return replace(layout, watched=watched, scores=scores, unread=tuple(unread))
+
+
+def unread_part(source: Source, layout: Layout) -> str | None:
+    """The first column that holds a part of the prompt and is not read; None where there is none.
+
+    Args:
+        layout: of `accounted`.
+    """
+    return next((name for name in layout.unread if _is_part(source, layout, name)), None)
 
 
 def used(layout: Layout) -> set[str]:
@@ -128,6 +136,14 @@ def _may_decide(source: Source, layout: Layout, name: str, word: str) -> bool:
     sides = layout.columns["chosen"], layout.columns["rejected"]
     unsaid = all(sides) and preference.markers(*sides) and preference.may_be_verdicts(source.values[name], sides)
     return bool(unsaid) or any(each.fullmatch(word) for each in (preference.DECIDES, preference.OF_ONE, FLIPS))
+
+
+def _is_part(source: Source, layout: Layout, name: str) -> bool:
+    """Whether a column, by its name and what it holds, is a part of the prompt that most prompts do not hold."""
+    kind = source.kinds[name] if name in source.kinds else source.inner[name]
+    word = spelled(name if name in source.top else name.rpartition(".")[2])
+    is_part = word in PARTS or (word in TEXTS and kind in ("text", "messages", "lists", "texts"))
+    return is_part and not _is_held(source, layout, name)
 
 
 def _is_held(source: Source, layout: Layout, name: str) -> bool:

@@ -92,7 +92,8 @@ def fit(
         "max_length": max_length,
         "tokens": tokens,
     }
-    _check_rendered(report, len(lengths), nothing_left=not all(kept.values()))
+    nothing_left = not kept["train"] or not (kept["test"] or report.get("whole"))
+    _check_rendered(report, len(lengths), nothing_left)
     return _sized(finished(kept["train"], kept["test"], report), sizes, truncation_mode)
 
 

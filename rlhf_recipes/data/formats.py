@@ -48,6 +48,21 @@ def candidates(
     yield from ((_fault(each) or each) if isinstance(each, dict) else each for each in found)
 
 
+def asked(row: Row, layout: Layout, reading: Reading | None = None) -> Messages:
+    """The prompt of a row that has a column of it, in whatever order its turns are; [] where nothing is in it.
+
+    Raises:
+        Drop: why it cannot be read.
+    """
+    row.watch(layout.watched)
+    return _asked(row, _read(row, layout, (), reading).prompt)
+
+
+def prompt_fault(prompt: Messages) -> Drop | None:
+    """Why nothing can be trained on whose prompt this is, or None."""
+    return _fault({"prompt": prompt})
+
+
 def raw(row: Row, layout: Layout, sides: tuple[str, ...]) -> Raw | None:
     """Prompt and answers of a row as they lie in the file; None for a format that has a reading of its own."""
     if layout.format in ("hh_rlhf", "messages"):
@@ -196,7 +211,9 @@ def _holds(turns: Messages, *texts: str) -> bool:
 
 def _not_joined(row: Row, key: str, to: str) -> Refusal:
     name = row.columns[key]
-    return Refusal(f"{row.where}: {name}: cannot be joined to {to}. Leave it unread: data.ignore=[{name}]")
+    return Refusal(
+        f"{row.where}: {name}: cannot be joined to {to}. Remove it, or leave it unread: data.ignore=[{name}]"
+    )
 
 
 def _with_system(row: Row, turns: Messages) -> Messages:

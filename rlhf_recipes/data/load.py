@@ -159,13 +159,16 @@ def _saved(dataset, place: Path) -> Path:
     return place
 
 
-def load_pairs(node: DictConfig) -> Splits:
+def load_pairs(node: DictConfig, whole: bool = False) -> Splits:
     """Preference pairs from a data node (conf/data/base.yaml documents its keys).
+
+    Args:
+        whole: whether all rows are `train`, and none is held out.
 
     Raises:
         Refusal: on one line, for what the table at the head of this module stops at.
     """
-    return _load(node, ("chosen", "rejected"))
+    return _load(node, ("chosen", "rejected"), whole=whole)
 
 
 def load_labelled(node: DictConfig) -> Splits:
@@ -186,13 +189,16 @@ def load_demonstrations(node: DictConfig) -> Splits:
     return _load(node, ("completion",))
 
 
-def load_prompts(node: DictConfig) -> Splits:
+def load_prompts(node: DictConfig, whole: bool = False) -> Splits:
     """Prompts alone: the column `prompt`, else what the answers of a row answer; each prompt once.
+
+    Args:
+        whole: whether all rows are `train`, and none is held out.
 
     Raises:
         Refusal: on one line, for what the table at the head of this module stops at.
     """
-    return _load(node, ())
+    return _load(node, (), whole=whole)
 
 
 # By what a method's rows are (`methods.Method.rows`).
@@ -214,8 +220,8 @@ def check(node: DictConfig) -> None:
 
 
 @ranks.once_a_machine
-def _load(node: DictConfig, sides: tuple[str, ...], labelled: bool = False) -> Splits:
-    data = _settings(node)
+def _load(node: DictConfig, sides: tuple[str, ...], labelled: bool = False, whole: bool = False) -> Splits:
+    data = {**_settings(node), "whole": whole}
     taken = ("auto", *recognise.PREFERENCES, *(["labelled"] if labelled else []))
     if data["format"] not in taken and "rejected" in sides:
         raise Refusal(f"data.format={data['format']}: holds no preferences. Choose one of {', '.join(taken)}.")
@@ -276,6 +282,7 @@ def _attempt(
         "candidates": tally.candidates,
         "dropped": dict(tally.dropped),
         "examples": tally.examples,
+        **({"whole": True} if data["whole"] else {}),
         "capped": {"train": found["train"] - len(train) + repeated, "test": found["test"] - len(test)},
         "repeated": repeated,
         **_account(data, first, second, tally),
@@ -301,7 +308,7 @@ def _columns(sides: tuple[str, ...], labelled: bool, has_margin: Any) -> list[st
 
 def finished(train: Sequence[Example], test: Sequence[Example], report: dict[str, Any]) -> Splits:
     for name, rows in (("train", train), ("test", test)):
-        if not rows:
+        if not rows and not (name == "test" and report.get("whole")):
             counts = [f"{count} {reason}" for reason, count in report["dropped"].items() if count]
             place = next((f", e.g. {places[0]}" for places in report["examples"].values()), "")
             raise Refusal(

@@ -101,6 +101,11 @@ def recognise(source: Source, data: Mapping[str, Any], sides: tuple[str, ...], l
     return _format(source, data, sides, labelled)
 
 
+def of_prompts(source: Source, prompt: str) -> Layout:
+    """The layout of rows of which the prompt alone is read, in this column, with what others hold of it."""
+    return Layout("pairs", _columns(source, {"prompt": prompt}))
+
+
 def same(source: Source, layout: Layout, data: Mapping[str, Any], sides: tuple[str, ...], labelled: bool) -> Layout:
     """The layout for a second source of the same data: the first one's format and scale, by columns of its own.
 
@@ -128,7 +133,7 @@ def _format(source: Source, data: Mapping[str, Any], sides: tuple[str, ...], lab
     if wanted != "auto":
         return _told(source, wanted, data, sides)
     if not sides and (prompt := source.find("prompt", ASKED)) and source.kinds[prompt] != "empty":
-        return Layout("pairs", _columns(source, {"prompt": prompt}))
+        return of_prompts(source, prompt)
     fits = [
         fit
         for fit in (_pairs(source), _preference(source, data), _scored(source, "ratings"), _scored(source, "rankings"))

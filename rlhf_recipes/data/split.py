@@ -11,9 +11,12 @@ from rlhf_recipes.errors import Refusal
 
 
 def split(keys: Keys, train: np.ndarray, test: np.ndarray | None, data: dict[str, Any], told: str):
-    """(train, test, how): the test source, else what the split column says, else prompts held out."""
+    """(train, test, how): the test source, else none where all rows are wanted, else what the split column says, else
+    prompts held out."""
     if test is not None:
         return train, test, f"test: {told}"
+    if data["whole"]:
+        return train, train[:0], "none held out"
     if len(keys.split_names) > 1:
         return *_split_by_column(keys, data), f"test: column {data['columns']['split']}"
     size, seed = data["test_size"], data["seed"]

@@ -1,19 +1,49 @@
 """A source of rows: which are looked at first, how all are read by them, and what later rows show beside."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from rlhf_recipes.data import formats, recognise, texts, trees
-from rlhf_recipes.data.account import accounted, used
-from rlhf_recipes.data.columns import Later, Source
+from rlhf_recipes.data.account import accounted, unread_part, used
+from rlhf_recipes.data.columns import COLUMNS, Later, Source
+from rlhf_recipes.data.messages import Drop, Messages
 from rlhf_recipes.data.row import Row
 from rlhf_recipes.data.tally import Tally
 from rlhf_recipes.errors import Refusal
 
 Placed = tuple[str, dict[str, Any]]  # where a row stands, and the row
+
+
+def prompts(rows: Sequence[Placed]) -> Iterator[Messages | Drop]:
+    """What each row asks, where its answers are read elsewhere: its `prompt` with the parts that other columns hold;
+    [] for none; or why it cannot be read.
+
+    A text is read as most of the texts are; messages are taken as they are.
+
+    Raises:
+        Refusal: a prompt of a wrong type, or a part of it that is not joined to it.
+    """
+    if not rows:
+        return
+    source = Source(rows, dict(zip(COLUMNS, COLUMNS, strict=True)), ())
+    layout = accounted(source, recognise.of_prompts(source, "prompt"), ())
+    if part := unread_part(source, layout):
+        raise Refusal(
+            f"{source.name}: column {part!r} holds a part of the prompt and is not read. Put it into prompt, or "
+            "remove the column."
+        )
+    texts = [(where, row) for where, row in rows if isinstance(row.get("prompt"), str)]
+    reading = _reading(texts[: recognise.SAMPLE], {"text": "auto"}, layout, ())
+    for where, values in rows:
+        row = Row(where, values, layout.columns)
+        try:
+            is_text = isinstance(values.get("prompt"), str)
+            yield formats.asked(row, layout, reading if is_text else None) if row.has("prompt") else []
+        except Drop as drop:
+            yield drop
 
 
 class Table:

@@ -1,15 +1,18 @@
 """What people chose, on disk before the next pair is shown."""
 
+import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rlhf_recipes.errors import Refusal
+from rlhf_recipes.labelling.pairs import Pair
 from rlhf_recipes.labelling.plan import Item
 
 WORDS = ("first", "second", "tie", "skip")
+OTHER = {"first": "second", "second": "first"}
 FIELDS = ("annotator", "item", "pair", "show", "left", "choice", "note", "seconds")
 
 
@@ -17,7 +20,8 @@ class Choices:
     """A file of choices, one line each, appended and synced; after an undone one comes one whose `choice` is null.
 
     `choice` is first, second, tie or skip, of the pair as it lies in its file; `left` says which of the two stood on
-    the left. A line that a kill cut short goes when the next is written: its answer had not been taken.
+    the left; `first` is `digest` of the text that was the first one then, and may be missing. A line that a kill cut
+    short goes when the next is written: its answer had not been taken.
 
     Attributes:
         kept: what counts, annotator -> item -> line, in the order in which they were made.
@@ -28,9 +32,8 @@ class Choices:
 
     def __init__(self, path: Path):
         self.path, self.kept = path, {}
-        self._whole = 0
-        for end, line in self._lines():
-            self._whole = end
+        self._cut_short: tuple[int, bytes] | None = None  # where such a line begins, and it
+        for line in self._lines():
             self._take(line)
 
     def of(self, annotator: str) -> dict[str, dict[str, Any]]:
@@ -40,7 +43,17 @@ class Choices:
         """Keep a choice: it is on disk when this returns."""
         left = "first" if item.first_left else "second"
         values = (annotator, item.key, item.pair.id, item.show, left, choice, note or None, seconds)
-        self._append(dict(zip(FIELDS, values, strict=True)))
+        self._append({**dict(zip(FIELDS, values, strict=True)), "first": digest(item.pair.first)})
+
+    def turn(self, pairs: Iterable[Pair]) -> None:
+        """Turn what was chosen of a pair whose two replies have changed places in the file since then."""
+        sides = {pair.id: (digest(pair.first), digest(pair.second)) for pair in pairs}
+        for made in self.kept.values():
+            for key, each in made.items():
+                first, second = sides.get(each["pair"], (None, None))
+                if second and each.get("first") == second:
+                    turned = {name: OTHER.get(each[name], each[name]) for name in ("choice", "left")}
+                    made[key] = {**each, **turned, "first": first}
 
     def undo(self, annotator: str) -> dict[str, Any] | None:
         """Take back this person's last choice, which is returned; None where there is none."""
@@ -54,14 +67,26 @@ class Choices:
     def _append(self, entry: dict[str, Any]) -> None:
         # Half a surrogate pair is no UTF-8.
         line = json.dumps(entry, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
-        if self.path.exists() and self.path.stat().st_size > self._whole:
-            os.truncate(self.path, self._whole)
-        with self.path.open("ab") as file:
+        with self.path.open("ab+") as file:
+            if self._cut_short:
+                self._leave_out(file, *self._cut_short)
+                self._cut_short = None
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read() == b"\n" else b"\n" + line  # an editor may have saved the last one without
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
-        self._whole += len(line)
         self._take(json.loads(line))
+
+    @staticmethod
+    def _leave_out(file: BinaryIO, begin: int, cut_short: bytes) -> None:
+        """Take a line out of a file, unless somebody has; what was written behind it since stays."""
+        file.seek(begin)
+        found = file.read()
+        if found.startswith(cut_short):
+            file.truncate(begin)
+            file.write(found.removeprefix(cut_short))
 
     def _take(self, entry: dict[str, Any]) -> None:
         made = self.of(entry["annotator"])
@@ -69,24 +94,35 @@ class Choices:
         if entry["choice"] is not None:
             made[entry["item"]] = entry
 
-    def _lines(self) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _lines(self) -> Iterator[dict[str, Any]]:
         if not self.path.exists():
             return
-        end = 0
+        begin = 0
         with self.path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
-                if not line.endswith(b"\n"):
-                    return
                 try:
                     entry = json.loads(line)
-                    whole = set(FIELDS) <= entry.keys() and entry["choice"] in (None, *WORDS)
-                    whole = whole and all(isinstance(entry[key], str) for key in FIELDS[:5])
-                except (ValueError, TypeError, AttributeError, RecursionError):
-                    whole = False
-                if not whole:
+                except (ValueError, RecursionError):
+                    entry = None
+                if entry is None and not line.endswith(b"\n"):
+                    self._cut_short = begin, line
+                    return
+                if not _is_choice(entry):
                     raise Refusal(f"{self.path}:{number}: is no choice. Remove the line: that pair is shown again.")
-                end += len(line)
-                yield end, entry
+                begin += len(line)
+                yield entry
+
+
+def digest(text: str) -> str:
+    """16 hex digits of a reply, up to spaces around it."""
+    return hashlib.sha256(text.strip().encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _is_choice(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not set(FIELDS) <= entry.keys():
+        return False
+    texts = all(isinstance(entry[key], str) for key in FIELDS[:5]) and isinstance(entry.get("first", ""), str)
+    return texts and entry["choice"] in (None, *WORDS)
 
 
 class Session:
@@ -98,7 +134,7 @@ class Session:
 
     def __init__(self, annotator: str, items: list[Item], choices: Choices, changed: Callable[[], None]):
         self.annotator, self.items, self._choices, self._changed = annotator, items, choices, changed
-        self.note = ""  # of a choice that was undone
+        self._notes: dict[str, str] = {}  # of choices that were undone, by item
 
     @property
     def made(self) -> dict[str, dict[str, Any]]:
@@ -112,8 +148,17 @@ class Session:
     def done(self) -> int:
         return len(self.items) - self.left
 
+    @property
+    def note(self) -> str:
+        """What was noted of the current item before it was taken back."""
+        item = self.current()
+        return self._notes.get(item.key, "") if item else ""
+
     def current(self) -> Item | None:
-        return next((item for item in self.items if item.key not in self.made), None)
+        """The one that was taken back last, else the first that is left."""
+        left = {item.key: item for item in self.items if item.key not in self.made}
+        undone = next((left[key] for key in reversed(self._notes) if key in left), None)
+        return undone or next(iter(left.values()), None)
 
     def choose(self, key: str, place: str, note: str, seconds: float | None = None) -> bool:
         """Keep what was chosen (left, right, tie, skip) of the current item; False for another one, which a page shows
@@ -122,7 +167,7 @@ class Session:
         if item is None or item.key != key:
             return False
         self._choices.add(self.annotator, item, item.meant(place), note, seconds)
-        self.note = ""
+        self._notes.pop(key, None)
         self._changed()
         return True
 
@@ -131,6 +176,6 @@ class Session:
         undone = self._choices.undo(self.annotator)
         if undone is None:
             return False
-        self.note = undone["note"] or ""
+        self._notes[undone["item"]] = undone["note"] or ""
         self._changed()
         return True

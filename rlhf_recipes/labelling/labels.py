@@ -2,9 +2,9 @@
 
 import re
 import shlex
+from collections.abc import Mapping
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from rlhf_recipes.commands import command
@@ -12,6 +12,7 @@ from rlhf_recipes.errors import Refusal
 from rlhf_recipes.labelling import agreement, plan, server, written
 from rlhf_recipes.labelling.choices import Choices, Session
 from rlhf_recipes.labelling.pairs import Pair
+from rlhf_recipes.overrides import of_this_run
 from rlhf_recipes.overrides import written as typed
 from rlhf_recipes.run import CHOICES, Run
 from rlhf_recipes.signals import TakenBack
@@ -55,6 +56,8 @@ def collect(run: Run, cfg: DictConfig, pairs: list[Pair], people: list[str]) -> 
     """
     choices = Choices(run.dir / CHOICES)
     _refuse_lost(choices, pairs, cfg.pairs)
+    choices.turn(pairs)
+    clusters = agreement.clusters_of(pairs)
 
     def changed() -> None:
         written.write(run.dir, pairs, choices)
@@ -71,11 +74,11 @@ def collect(run: Run, cfg: DictConfig, pairs: list[Pair], people: list[str]) -> 
         raise
     except KeyboardInterrupt:
         if any(session.left for session in sessions.values()):
-            print(f"\n{line_by_line(agreement.describe(choices))}", flush=True)
+            print(f"\n{line_by_line(agreement.describe(choices, clusters))}", flush=True)
             raise KeyboardInterrupt(_interrupted(sessions)) from None
-    figures = agreement.figures(choices)
-    run.write_result(run.record(main=_main(choices), labels={"pairs": len(pairs), **figures}))
-    print(f"\n{line_by_line(agreement.describe(choices))}\n{_next(run)}", flush=True)
+    figures = agreement.figures(choices, clusters)
+    run.write_result(run.record(main=_main(choices, clusters), labels={"pairs": len(pairs), **figures}))
+    print(f"\n{line_by_line(agreement.describe(choices, clusters))}\n{_next(run)}", flush=True)
 
 
 def line_by_line(text: str) -> str:
@@ -92,17 +95,13 @@ def _refuse_lost(choices: Choices, pairs: list[Pair], source: str) -> None:
         )
 
 
-def _main(choices: Choices) -> dict[str, Any]:
-    """Of everybody together: whether a pair that is shown again gets the same choice."""
-    everybody = [{**each, "pair": f"{name}/{each['pair']}"} for name, made in choices.kept.items()
-                 for each in made.values()]  # fmt: skip
-    return {"name": "same_choice_again", "before": None, "after": agreement.of_one(everybody)["same_again"]}
+def _main(choices: Choices, clusters: Mapping[str, str]) -> dict[str, Any]:
+    return {"name": "same_choice_again", "before": None, "after": agreement.of_everybody(choices, clusters)}
 
 
 def _interrupted(sessions: dict[str, Session]) -> str:
     said = ", ".join(f"{line(name)} {each.done} of {len(each.items)}" for name, each in sessions.items())
-    given = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
-    return f"Labelled: {said}; every choice is kept. It goes on with: {command('label')} {shlex.join(given)}"
+    return f"Labelled: {said}; every choice is kept. It goes on with: {command('label')} {shlex.join(of_this_run())}"
 
 
 def _next(run: Run) -> str:

@@ -9,11 +9,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import run_folder, secrets
-from rlhf_recipes.cai.people import WAITING
+from rlhf_recipes.cai.people import WAITING, unfit
 from rlhf_recipes.config import CONF
-from rlhf_recipes.data import formats, readers
+from rlhf_recipes.data import formats, readers, table
 from rlhf_recipes.data.load import Splits, load_pairs, load_prompts
-from rlhf_recipes.data.messages import Messages
+from rlhf_recipes.data.messages import Drop, Messages
 from rlhf_recipes.data.row import Row
 from rlhf_recipes.errors import Refusal
 
@@ -27,6 +27,8 @@ LEFT_OUT = {
     "context_differs": "whose replies answer different prompts",
     "tie": "without a better reply",
     "secret": "with a token or a password in it",
+    "tools": "with calls of tools",
+    "media": "with pictures or sound",
 }
 
 
@@ -92,7 +94,7 @@ def find(cfg: DictConfig) -> Found:
         elif {"first", "second"} <= first.keys():
             rows = _of_answers(str(path))
         else:
-            prompts = load_prompts(_data(cfg.pairs))
+            prompts = load_prompts(_data(cfg.pairs), whole=True)
             order = {row["prompt_id"]: place for place, row in enumerate(_in_order(prompts))}
             return Found([], Counter(), prompts, order)
     return collect(rows, cfg.pairs)
@@ -125,25 +127,22 @@ def make(prompt: Messages, first: str, second: str, prompt_id: str | None = None
 
 
 def _unfit(pair: Pair, known: dict[str, Pair], held: Any) -> str | None:
-    if not pair.first.strip() or not pair.second.strip():
-        return "empty"
-    if pair.first.strip() == pair.second.strip():
-        return "identical"
     if pair.id in known:
         return "duplicate"
-    texts = (pair.first, pair.second, *(turn["content"] for turn in pair.prompt))
-    return "secret" if any(secrets.find(text, held) for text in texts) else None
+    return unfit(pair.prompt, pair.first, pair.second, held)
 
 
 def _of_answers(path: str) -> Iterator[Pair | str]:
     """Rows with `prompt`, `first`, `second`, and where they have them `prompt_id`, `family`, `principle`, `question`:
     disputed.jsonl of an audit, say. What is chosen in them already is not shown."""
-    for where, values in readers.read_file(path):
+    rows = list(readers.read_file(path))
+    for (where, values), prompt in zip(rows, table.prompts(rows), strict=True):
         row = Row(where, values, {key: key for key in ("prompt", "first", "second")})
-        prompt = row.turns("prompt", row.value("prompt"), "user")
+        row.value("prompt")  # is there
         texts = [row.text(key) for key in ("first", "second")]
-        if not prompt or not any(turn["content"].strip() for turn in prompt):
-            yield "empty"
+        fault = prompt if isinstance(prompt, Drop) else formats.prompt_fault(prompt) if prompt else Drop("empty")
+        if fault:
+            yield fault.reason
             continue
         named = {key: values.get(key) or None for key in ("prompt_id", "family", "principle", "question")}
         for key, value in named.items():
@@ -155,7 +154,7 @@ def _of_answers(path: str) -> Iterator[Pair | str]:
 
 def _of_preferences(path: str) -> Iterator[Pair | str]:
     """Pairs whose better reply is said already, in the order of the file."""
-    splits = load_pairs(_data(path))
+    splits = load_pairs(_data(path), whole=True)
     for row in _in_order(splits):
         yield make(row["prompt"], row["chosen"][-1]["content"], row["rejected"][-1]["content"], family=row["family"])
     yield from Counter(splits.report["dropped"]).elements()
@@ -192,14 +191,13 @@ def _of_run(folder: Path, splits: list[str]) -> Iterator[Pair | str]:
 
 
 def _data(path: str) -> DictConfig:
-    """A data node that reads every row of a file."""
+    """A data node that reads a file, whatever split its rows name."""
     return OmegaConf.merge(OmegaConf.load(CONF / "data" / "base.yaml"), {"path": path, "columns": {"split": None}})
 
 
 def _in_order(splits: Splits) -> list[dict]:
-    """The rows of both splits as they stand in the file: what comes first is labelled first."""
-    rows = [(_place(place), row) for name in ("train", "test")
-            for place, row in zip(splits.places[name], getattr(splits, name), strict=True)]  # fmt: skip
+    """The rows as they stand in the file: what comes first is labelled first."""
+    rows = [(_place(place), row) for place, row in zip(splits.places["train"], splits.train, strict=True)]
     return [row for _, row in sorted(rows, key=lambda each: each[0])]
 
 

@@ -58,7 +58,8 @@ def items(pairs: list[Pair], annotator: str, twice: float, swapped: float, seed:
     shows = dict(zip(drawn, [AGAIN] * counts[0] + [SWAPPED] * counts[1], strict=False))
     placed = []
     for number, pair in enumerate(pairs):
-        first_left = _draw(seed, annotator, pair.id, "place") < 0.5
+        # Of the texts, not of the file's sides, which may change places between two showings.
+        first_left = (_draw(seed, annotator, pair.id, "place") < 0.5) == (pair.first.strip() < pair.second.strip())
         placed.append((float(number), Item(pair, NEW, first_left)))
         if show := shows.get(number):
             late = number + apart + 0.5 + _draw(seed, annotator, pair.id, "when") * (len(pairs) - number - apart)

@@ -40,8 +40,9 @@ def judgements(pairs: list[Pair], choices: Choices) -> Iterator[dict[str, Any]]:
 
 
 def preferences(pairs: list[Pair], choices: Choices) -> Iterator[dict[str, Any]]:
-    """As `data.format=preference` reads them: `preference` is first, second or tie, by most people; what one person
-    said of a pair counts once, however often it was shown."""
+    """As `data.format=preference` reads them: `preference` is first, second or tie, by the mean of what people said
+    (1, 0, 1/2 for a tie): two ties and a first are first. What one person said of a pair counts once, however often it
+    was shown."""
     told = _by_pair(choices)
     for pair in pairs:
         if said := told.get(pair.id):

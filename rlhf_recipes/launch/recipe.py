@@ -41,7 +41,7 @@ def recipe(name: str):
             with OneLine(), _no_empty_folder(), out_of_memory.told(cfg):
                 check(cfg)
                 if name != "publish" and not OmegaConf.select(cfg, "trainer.use_cpu"):
-                    cards.take_one(name, list(HydraConfig.get().overrides.task))
+                    cards.take_one(name, overrides.of_this_run())
                 sharding.check(cfg, name)
                 if "trainer" in cfg and cfg.preflight.only:
                     from rlhf_recipes.launch.preflight import look

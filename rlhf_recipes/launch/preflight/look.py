@@ -31,6 +31,7 @@ from rlhf_recipes.errors import Refusal
 from rlhf_recipes.launch import cards, keys, publish_after
 from rlhf_recipes.launch.preflight.report import JobReport
 from rlhf_recipes.launch.refusals import as_refusal
+from rlhf_recipes.overrides import of_this_run
 
 FILE = "preflight.json"
 
@@ -47,7 +48,7 @@ def instead_of_run(cfg: DictConfig, recipe: str, overrides: list[str]) -> None:
     if cfg.publish:
         ranks.by_first(publish_after.check_ready, cfg, recipe)
     look([Job("", recipe, cfg, overrides)], started.dir, cfg.preflight, processes=ranks.world_size())
-    print(f"next      {command(recipe)} {shlex.join(_without_preflight(overrides))}".rstrip(), flush=True)
+    print(f"next      {command(recipe)} {shlex.join(_without_preflight(of_this_run()))}".rstrip(), flush=True)
 
 
 def before_sweep(cfg: DictConfig) -> None:
