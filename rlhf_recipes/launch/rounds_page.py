@@ -93,7 +93,7 @@ def _draw(axes, rounds: list[dict[str, Any]]) -> None:
         for n, e in told:
             if e.low is not None:
                 axes.plot([n, n], [100 * e.low, 100 * e.high], color=COLOURS[place], linewidth=1)
-    kl = [(each["round"], each["kl"].value) for each in rounds if "kl" in each]
+    kl = [(each["round"], each["kl"].value) for each in rounds if "kl" in each and each["kl"].value is not None]
     labels, so_far = [], 0
     for each in rounds:
         so_far += sum(cost["pairs"] for cost in each.get("labels", []))
