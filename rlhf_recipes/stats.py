@@ -69,7 +69,7 @@ def _is_number(value) -> bool:
 
 
 def estimate(values, clusters=None, resamples: int = 1000, seed: int = 0) -> Estimate:
-    """Mean of `values` with a 95 % interval over clusters.
+    """Mean of `values`, shares or numbers from 0 to 1, with a 95 % interval over clusters.
 
     mean = sum_i x_i / n, resampled as sum_g w_g S_g / sum_g w_g n_g with S_g, n_g the sum and the count of
     cluster g and w ~ Multinomial(G, 1/G). Where all values are 0 (or all 1) every resample is the same, so
@@ -85,6 +85,13 @@ def estimate(values, clusters=None, resamples: int = 1000, seed: int = 0) -> Est
     values = _finite(values, "values")
     if len(values) and values[0] in (0.0, 1.0) and np.all(values == values[0]):
         return _wilson(values[0], len(values), _count_clusters(clusters, len(values)))
+    return mean(values, clusters, resamples, seed)
+
+
+def mean(values, clusters=None, resamples: int = 1000, seed: int = 0) -> Estimate:
+    """As `estimate`, of what is no share: where all values are alike, as a KL to itself is, so is every resample, and
+    the interval is that point."""
+    values = _finite(values, "values")
     return ratio_of_sums(values, np.ones(len(values)), clusters, resamples=resamples, seed=seed)
 
 
@@ -93,7 +100,7 @@ def difference(a, b, clusters=None, resamples: int = 1000, seed: int = 0) -> Est
     a, b = _finite(a, "a"), _finite(b, "b")
     if len(a) != len(b):
         raise Refusal(f"a, b = {len(a)}, {len(b)} rows: must be paired. Keep the rows that both have.")
-    return ratio_of_sums(a - b, np.ones(len(a)), clusters, resamples=resamples, seed=seed)
+    return mean(a - b, clusters, resamples, seed)
 
 
 def ratio_of_sums(

@@ -5,6 +5,8 @@ import math
 from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import TrainerControl, TrainerState
 
 from rlhf_recipes.training import callbacks
 
@@ -33,6 +35,27 @@ def test_a_log_adds_its_lines_to_the_file(state, tmp_path):
     file.on_train_begin(None, state, None)
     log(state, file)
     assert [json.loads(line)["step"] for line in file.path.read_text().splitlines()] == [1, 2, 3, 4, 5]
+
+
+def test_a_checkpoint_knows_how_many_steps_were_left_out(tmp_path):
+    """Also of a step behind the last row of the log."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.grad = torch.tensor([1.0, math.nan])
+    trainer = SimpleNamespace(optimizer=torch.optim.SGD([weight]))
+    callbacks.LeaveOut(trainer).on_pre_optimizer_step(None, left := TrainerState(), None)
+    assert weight.grad is None
+    left.save_to_json(tmp_path / "trainer_state.json")
+    again = callbacks.LeaveOut(trainer)
+    again.on_train_begin(None, TrainerState.load_from_json(tmp_path / "trainer_state.json"), None)
+    assert again.count == 1
+
+
+def test_what_the_doctor_stopped_is_not_saved_at_the_end_of_its_epoch():
+    watching = callbacks.Doctor(None, None, strict=True)
+    for watching.stopped, saves in ((None, True), ("doctor: cough at step 6", False)):
+        control = TrainerControl(should_save=True, should_evaluate=True)
+        watching.on_epoch_end(None, None, control)
+        assert (control.should_save, control.should_evaluate) == (saves, saves)
 
 
 def test_the_doctor_is_asked_seldom_once_the_log_is_long(state, monkeypatch):

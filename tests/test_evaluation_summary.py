@@ -300,6 +300,12 @@ def test_repetition_and_distinct_words():
     assert distinct_2("word") is None
 
 
+def test_a_kl_of_nothing_is_nothing():
+    """It is no share, of which all that were seen say little of the next."""
+    metrics = summary.summarise(fake(40, 8))["systems"]["base"]["metrics"]
+    assert [(metrics[key].value, metrics[key].low, metrics[key].high) for key in ("kl_k1", "kl_k3")] == [(0, 0, 0)] * 2
+
+
 def estimate(value, low, high, n=100):
     return Estimate(value, low, high, n, n)
 

@@ -977,6 +977,10 @@ def test_a_job_of_a_sweep_is_measured_at_an_engine(runs, compose, tiny_model_ove
     cfg.sweep.generator = {"model": "tiny", "modell": "x"}
     with pytest.raises(Refusal, match=r"sweep\.generator=modell: not one of .*did you mean 'model'"):
         sweep._look(cfg)
+    served.prompt_logprobs = False
+    cfg.sweep.generator, cfg.sweep.reward_model = {"base_url": served.url, "model": "tiny"}, "reward"
+    with pytest.raises(Refusal, match=r"sweep\.generator\.base_url=.*\(prompt_logprobs\), so no KL"):
+        sweep._look(cfg)
 
 
 ALPACA = [{"instruction": f"Say {n}.", "output": f"It is {n}, of course, as you asked me to say.", "generator": "x"}

@@ -582,11 +582,14 @@ def test_a_step_that_is_not_finite_is_not_taken(build):
     assert all(p.isfinite().all() for p in trainer.model.parameters())
 
 
-def test_collapsed_entropy_ends_the_run(build):
-    trainer = build(entropy_floor=6.95)  # above ln 1000
+def test_collapsed_entropy_ends_the_run(build, tmp_path):
+    """And its step is not saved: who is killed before the result is written meets the brake again."""
+    trainer = build(entropy_floor=6.95, save_strategy="steps", save_steps=1)  # above ln 1000
     before = weights(trainer)
     trainer.train()
     assert "under entropy_floor=6.95" in trainer.stopped
+    assert trainer._saved() == f"The training was over: {trainer.stopped}."  # where the rollout's server is gone
+    assert trainer.state.global_step == 1 and not list((tmp_path / "out").glob("checkpoint-*"))
     assert all(torch.equal(weight, before[name]) for name, weight in weights(trainer).items())
 
 

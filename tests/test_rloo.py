@@ -161,6 +161,19 @@ def test_a_run_that_stops_inside_a_rollout_goes_on_as_if_it_had_not(build, tmp_p
     assert rest.samples == whole.samples and json.dumps(logged(rest, "kl")) == json.dumps(logged(whole, "kl"))
 
 
+def test_an_evaluation_leaves_the_run_alone(build):
+    own = {"normalize_rewards": True, "max_steps": 2}
+    plain = build(**own)
+    plain.train()
+    asked = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
+    trainer = build(**own, **asked, per_device_eval_batch_size=16, num_generations_eval=2)
+    trainer.train()
+    assert all(torch.equal(weight, weights(trainer)[name]) for name, weight in weights(plain).items())
+    assert trainer.samples == plain.samples and trainer.scores.state_dict() == plain.scores.state_dict()
+    assert len(logged(trainer, "eval_reward")) == 3
+    assert all(abs(earned) < 3 for earned in logged(trainer, "eval_earned"))
+
+
 def test_too_few_prompts_for_a_rollout(build):
     with pytest.raises(Refusal, match="train_dataset: 8 prompts, but a rollout takes 16"):
         build(gradient_accumulation_steps=16)

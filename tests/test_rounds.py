@@ -47,6 +47,8 @@ def write(folder, name, result):
 
 
 def estimate(value, half=0.1, n=40):
+    if value is None:
+        return {"value": None, "low": None, "high": None, "n": 0, "clusters": 0}
     return {"value": value, "low": value - half, "high": value + half, "n": n, "clusters": n}
 
 
@@ -118,6 +120,7 @@ def test_rounds_that_cannot_be_are_refused(compose, override, says):
         ({"left": 0.75}, None, "round_2_policy"),
         ({"known": 0.6}, "loop.gates.min_known_change", "round_1_policy"),
         ({"known": 0.85}, None, "round_2_policy"),
+        ({"kl": None}, "loop.gates.max_kl", "round_1_policy"),  # of an endpoint that gives none
         ({"kl": 30.0}, "loop.gates.max_kl", "round_1_policy"),
         ({"wins": 0.3}, "loop.gates.min_win_rate", "round_1_policy"),
         ({"wins": 0.45}, None, "round_2_policy"),  # not shown to be worse
@@ -129,7 +132,7 @@ def test_the_gate_that_fails_stops_and_names_what_to_keep(cfg, tmp_path, second,
     finish_round(tmp_path, 1)
     finish_round(tmp_path, 2, **second)
     loop = rounds.Rounds(cfg, tmp_path)
-    drawn = "flips" in second  # alike, whatever stops it
+    drawn = "kl" in second and second["kl"] is None  # alike, whatever stops it
     with contextlib.nullcontext() if drawn else quick.pictures_sketched():
         stopped = loop.stop()
     assert (stopped and stopped["round"]) == (2 if gate else None)

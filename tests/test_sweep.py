@@ -17,6 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from test_evaluation_summary import fake
 
+from rlhf_recipes import stats
 from rlhf_recipes.evaluation import frontier, measure, sweeps
 from rlhf_recipes.launch import sweep
 from rlhf_recipes.run import write_atomically
@@ -313,6 +314,13 @@ def test_a_job_over_the_budget_is_never_the_best(written):
     assert limited["best"] == "dpo 1.0"
     none = sweeps.rebuild([folder], folder, OmegaConf.merge(NODE, {"max_kl": -1e9}))
     assert none["best"] is None and "None is named the best" in sweeps.describe(none, folder)
+    path = folder / "0.1" / "measurements.json"
+    measured = json.loads(path.read_text())
+    for answer in measured["answers"]:
+        answer["systems"]["0.1"]["k1"] = float("nan")
+    write_atomically(path, json.dumps(measured))
+    unknown = sweeps.rebuild([folder], folder, OmegaConf.merge(NODE, {"max_kl": 1e9}))
+    assert unknown["best"] == "dpo 1.0" and unknown["equal"] == []
 
 
 @pytest.mark.slow
@@ -366,6 +374,16 @@ def test_no_rows_is_said(tmp_path):
 def test_pareto():
     points = [(1.0, 5.0), (2.0, 4.0), (0.0, 3.0), (3.0, 6.0), (3.0, 7.0), (4.0, 6.5)]
     assert frontier.pareto(points) == [(0.0, 3.0), (1.0, 5.0), (3.0, 7.0)]
+
+
+def test_a_job_whose_kl_is_not_finite_has_no_point(tmp_path):
+    kls = stats.Estimate(4.0, 3.0, 5.0, 9), stats.Estimate(None, None, None, 0)
+    rows = [
+        {"job": str(n), "recipe": "dpo", "system": str(n), "value": 1.0, "metrics": {"kl_k1": kl, "reward": kls[0]}}
+        for n, kl in enumerate(kls)
+    ]
+    frontier.plot(rows, "reward", "0", tmp_path / "frontier.png")
+    assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_jobs_are_sorted_by_their_numbers(tmp_path):

@@ -227,7 +227,7 @@ def _errors(margins, p_N, t, ids, bins: int, chance: tuple[float, float] | None,
         found = {
             "ece": _reflected(error),
             "brier": stats.estimate(brier(margins, t, p_N), ids),
-            "nll": stats.estimate(nll(margins, t, p_N), ids),
+            "nll": stats.mean(nll(margins, t, p_N), ids),
         }
     by_chance = chance and ("a perfectly calibrated model by chance", chance[0])
     suffix, when = ("_after", " after the temperature") if after else ("", "")

@@ -221,7 +221,7 @@ def validate_judge(judge: Judge, gold: list[dict], judgements: list[Judgement], 
         "agreement": agreement,
         # With both orders of every pair counted, the two labels are equally frequent on both sides: kappa = 2 a - 1.
         "kappa": agreement.mapped(lambda a: 2 * a - 1),
-        "position_gap": stats.estimate([j.position_gap for j in judgements], ids),
+        "position_gap": stats.mean([j.position_gap for j in judgements], ids),
         "mass": stats.estimate([j.mass for j in judgements], ids),
         "baselines": baselines,
         "best_baseline": best,

@@ -16,7 +16,7 @@ def plot(rows: list[dict], objective: str, best: str | None, path: Path) -> None
     """A curve for each method, ordered by KL, intervals on both axes, and the hull of what no other job beats.
 
     Args:
-        rows: of `sweep.rebuild`; those without a value are left out.
+        rows: of `sweep.rebuild`; those without a value, or whose KL is not finite, are left out.
         objective: key of METRICS on the vertical axis.
         best: the system that is ringed.
     """
@@ -27,7 +27,7 @@ def plot(rows: list[dict], objective: str, best: str | None, path: Path) -> None
     points = [
         (_root(row["metrics"]["kl_k1"]), [scale * x for x in _bounds(row["metrics"][objective])], row)
         for row in rows
-        if row["value"] is not None
+        if row["value"] is not None and row["metrics"]["kl_k1"].value is not None
     ]
     points.sort(key=lambda point: point[0][1])
     with rc_context({"font.size": 9, "text.parse_math": False}):

@@ -150,7 +150,7 @@ def _system(measurements: Measurements, columns: dict, name: str, parent: str) -
     info = measurements.info.get(name, {})
     accuracy = f"accuracy_{info.get('method_reward') or 'log_ratio'}"
     families = [row["family"] for row in measurements.pairs]
-    metrics = {key: _estimate(*own[key]) for key in own}
+    metrics = {key: _estimate(*own[key], of=stats.estimate if METRICS[key][1] == "%" else stats.mean) for key in own}
     metrics |= _perplexity(measurements, name, parent)
     tasks = _tasks(measurements, name, parent)
     if tasks:
@@ -267,7 +267,7 @@ def _reward_model(rows: list[dict]) -> dict:
     margins = [None if None in pair else pair[0] - pair[1] for pair in scores]
     return {
         "accuracy": _estimate(wins, ids),
-        "margin": _estimate(margins, ids),
+        "margin": _estimate(margins, ids, of=stats.mean),
         "families": _by_family((wins, ids), [row["family"] for row in rows]),
         "shorter_wins_by_family": _by_family((_shorter_wins(rows), ids), [row["family"] for row in rows]),
         "baselines": _baselines(rows),
@@ -344,9 +344,9 @@ def _by_family(column: tuple[list, list], families: list) -> dict[str, Estimate]
     return {family: stats.estimate(*group) for family, group in groups.items()}
 
 
-def _estimate(values: list, clusters: list) -> Estimate:
+def _estimate(values: list, clusters: list, of: Callable = stats.estimate) -> Estimate:
     kept = [(v, c) for v, c in zip(values, clusters, strict=True) if v is not None]
-    return stats.estimate([v for v, _ in kept], [c for _, c in kept])
+    return of([v for v, _ in kept], [c for _, c in kept])
 
 
 def _paired(estimator: Callable, own: tuple[list, list], base: tuple[list, list]) -> Estimate:

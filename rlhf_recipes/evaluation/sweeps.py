@@ -216,7 +216,8 @@ def may_be_best(row: dict) -> bool:
 
 def _best(rows: list[dict], objective: str, node: DictConfig, apart: Callable[[dict, dict, int], bool]) -> dict:
     def within(row: dict, metric: str, limit: float | None) -> bool:
-        return limit is None or (row["metrics"][metric] is not None and row["metrics"][metric].value <= limit)
+        e = row["metrics"][metric]
+        return limit is None or (e is not None and e.value is not None and e.value <= limit)
 
     candidates = [row for row in rows if may_be_best(row)]
     allowed = [r for r in candidates if within(r, "kl_k1", node.max_kl)

@@ -52,7 +52,7 @@ def judge_quality(rows: list[dict]) -> dict:
     return {
         "judge_answers": stats.estimate([row["answered"] for row in asked], clusters(asked)),
         "judge_consistency": stats.estimate([not row["flip"] for row in answered], ids),
-        "judge_position_gap": stats.ratio_of_sums([row["gap"] for row in answered], [1] * len(answered), ids),
+        "judge_position_gap": stats.mean([row["gap"] for row in answered], ids),
         "judge_ties": stats.estimate([row["tie"] for row in rows], clusters(rows)),
     }
 

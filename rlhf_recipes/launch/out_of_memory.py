@@ -14,8 +14,8 @@ from rlhf_recipes.errors import Refusal, first_line
 from rlhf_recipes.lineage import rewarding
 from rlhf_recipes.references import adapter_in
 
-# A thread needs memory for its stack; or the system has as many as it allows.
-NO_THREAD = "can't start new thread"
+# A thread needs memory for its stack, a process for all that it shares; or the system has as many as it allows.
+NO_THREAD, NO_PROCESS = "can't start new thread", "Resource temporarily unavailable"
 # How torch says it of a device and of main memory, and the system of main memory.
 SIGNS = (
     "CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "MPS backend out of memory",
@@ -46,12 +46,14 @@ def _is_out_of_memory(error: Exception) -> bool:
     torch = sys.modules.get("torch")
     if isinstance(error, (MemoryError, *([torch.OutOfMemoryError] if torch else []))):
         return True
+    if isinstance(error, BlockingIOError):  # also what a full pipe raises, with other words
+        return NO_PROCESS in str(error)
     return not isinstance(error, Refusal) and any(sign in str(error) for sign in SIGNS)
 
 
 def _said(error: Exception, cfg: DictConfig) -> str:
     place = "GPU memory" if any(kind in str(error) for kind in ("CUDA", "CUBLAS", "MPS")) else "main memory"
-    place += ", or of threads" if NO_THREAD in str(error) else ""
+    place += ", or of threads" if NO_THREAD in str(error) else ", or of processes" if NO_PROCESS in str(error) else ""
     said = f"out of {place} ({first_line(error)[:160].rstrip('.')})."
     try:
         roles, changes = _predicted(cfg) if "trainer" in cfg else ("", [])

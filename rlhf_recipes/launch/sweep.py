@@ -206,7 +206,13 @@ def _look(cfg: DictConfig) -> None:
     from rlhf_recipes.evaluation import served_policies
 
     settings = _settings(cfg)
-    served_policies.refuse_unscored(settings, served_policies.look(settings))
+    served = served_policies.look(settings)
+    if served and not served.scores:
+        raise Refusal(
+            f"sweep.generator.base_url={settings.generator.base_url}: gives no log-probabilities of a prompt "
+            "(prompt_logprobs), so no KL, and a sweep holds quality against it. Serve the model by vLLM, or set "
+            "sweep.generator=null."
+        )
 
 
 def _measured_as(fingerprint: dict[str, Any]) -> dict[str, Any]:

@@ -141,7 +141,7 @@ class RLOOTrainer(trl.RLOOTrainer):
         sampled = Completions(completion_ids_list, texts, [], finished)
         with self.accelerator.autocast():
             parts = self.scores.rewards(inputs, sampled, self.state)
-        earned_B = self.scores.earned(parts, finished, self._gather)
+        earned_B = self.scores.earned(parts, finished, self._gather, learn=self.model.training)
         columns = sampled.columns(parts)
         found = self._metrics["train" if self.model.training else "eval"]
         for name, values in zip(columns, self._gather(torch.stack(list(columns.values()), 1)).T, strict=True):
@@ -150,8 +150,9 @@ class RLOOTrainer(trl.RLOOTrainer):
                 found["plain_reward_std"].append(values[~values.isnan()].std(correction=0).item())
             elif name != "completions/mean_length":  # which TRL has logged
                 found[name].append(values.nanmean().item())
-        which = range(0, len(inputs), max(1, len(inputs) // SAMPLES))[:SAMPLES]  # of several prompts
-        self.samples += sampled.shown(which, inputs, columns, self.state.global_step)
+        if self.model.training:
+            which = range(0, len(inputs), max(1, len(inputs) // SAMPLES))[:SAMPLES]  # of several prompts
+            self.samples += sampled.shown(which, inputs, columns, self.state.global_step)
         return self._gather(earned_B)[:, None].to(self.args.device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -168,6 +169,12 @@ class RLOOTrainer(trl.RLOOTrainer):
         super().log(logs, start_time)
 
     # ---- Evaluation
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """As TRL's. The generator from which training draws the order of a rollout, and dropout, stays where it is."""
+        device = self.args.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            return super().evaluate(*args, **kwargs)
 
     @torch.no_grad()
     def measure(self, data: Dataset, what: str = "Held out") -> list[dict]:

@@ -56,21 +56,28 @@ class Scores:
             parts["overlong_penalty"] = torch.tensor(self.overlong(completion_ids=completions.ids))
         return parts
 
-    def earned(self, parts: dict[str, Tensor], finished: list[bool], gather: Callable[[Tensor], Tensor]) -> Tensor:
+    def earned(
+        self, parts: dict[str, Tensor], finished: list[bool], gather: Callable[[Tensor], Tensor], learn: bool = True
+    ) -> Tensor:
         """What each episode of a rollout earns, (B,).
 
         Args:
             parts: what `rewards` returned.
             gather: joins a tensor of all processes.
+            learn: whether these rewards count for those that come after. Those of an evaluation do not: they are seen
+                by the mean and deviation of the rollouts so far or, where there is none yet, by their own.
         """
         args, rewards_B = self.args, parts["reward"]
-        self.moments.update(gather(rewards_B))
-        if self.first_mean is None:
-            self.first_mean = self.moments.mean
+        moments = self.moments if learn or self.moments.count else algorithm.RunningMoments()
+        if learn or not moments.count:
+            moments.update(gather(rewards_B))
+        first_mean = moments.mean if self.first_mean is None else self.first_mean
+        if learn:
+            self.first_mean = first_mean
         if args.normalize_rewards:
-            scores_B, deviation = self.moments.normalise(rewards_B), 1.0
+            scores_B, deviation = moments.normalise(rewards_B), 1.0
         else:
-            scores_B, deviation = rewards_B - self.first_mean, self.moments.deviation
+            scores_B, deviation = rewards_B - first_mean, moments.deviation
         penalties_B = -parts.get("overlong_penalty", torch.zeros_like(scores_B))
         if args.missing_eos_penalty is not None:
             penalties_B = penalties_B + args.missing_eos_penalty * ~torch.tensor(finished)

@@ -207,6 +207,11 @@ class PPOTrainer(BaseTrainer):
             self.actor_critic.tally.add("seconds/update", torch.tensor([time.monotonic() - self._started]))
         return loss * self.args.world_size  # the log takes the mean over processes
 
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        if self.stopped:  # a checkpoint of this step would be continued; `save_strategy=best` saves what it evaluates
+            self.control.should_save = self.control.should_evaluate = False
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
     def train(self, *args, **kwargs):
         output = super().train(*args, **kwargs)
         if self.is_world_process_zero():
@@ -307,6 +312,9 @@ class PPOTrainer(BaseTrainer):
         step = self.state.global_step
         if not step:
             return "Nothing was trained."
+        for each in (self, *self.callback_handler.callbacks):
+            if stopped := getattr(each, "stopped", None):  # what is saved here would be continued
+                return f"The training was over: {stopped}."
         if not Path(self.args.output_dir, f"checkpoint-{step}", "trainer_state.json").exists():
             self._save_checkpoint(self.model, trial=None)
         return f"Step {step} of {self.state.max_steps} is saved."

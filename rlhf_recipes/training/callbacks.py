@@ -107,8 +107,8 @@ class KeepNewest(TrainerCallback):
 class LeaveOut(TrainerCallback):
     """A step whose gradient is not finite changes nothing: every weight, and all that comes after, would be NaN.
 
-    Each row of the log has their number as `steps_left_out`, from the first on. In float16 the scaler does this; PPO
-    ends.
+    Each row of the log has their number as `steps_left_out`, from the first on, and so has every checkpoint. In
+    float16 the scaler does this; PPO ends.
     """
 
     KEY = "steps_left_out"
@@ -117,7 +117,7 @@ class LeaveOut(TrainerCallback):
         self.trainer, self.count = trainer, 0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.count = next((row[self.KEY] for row in reversed(state.log_history) if self.KEY in row), 0)
+        self.count = state.stateful_callbacks.get(self.KEY, 0)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         trained = [p for group in self.trainer.optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -126,6 +126,7 @@ class LeaveOut(TrainerCallback):
         for parameter in trained:
             parameter.grad = None
         self.count += 1
+        state.stateful_callbacks[self.KEY] = self.count
         if state.is_world_process_zero:
             print(f"step {state.global_step + 1}: is left out, its gradient is not finite.", flush=True)
 
@@ -368,13 +369,22 @@ class Doctor(TrainerCallback):
         elif self.strict and not self.stopped and not getattr(self.trainer, "stopped", None):
             self.stopped = f"{BY_DOCTOR}{broken[0]['rule'].replace('_', ' ')} at step {state.global_step}"
             control.should_training_stop = True
-            control.should_save = False  # a checkpoint of this step would be continued
+            self._leave_unsaved(control)
             for parameter, good in zip(self._parameters(), self._good, strict=True):
                 parameter.data.copy_(good)
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.stopped:
+            self._leave_unsaved(control)
 
     def on_save(self, args, state, control, **kwargs):
         if self.strict and state.is_world_process_zero:
             torch.save(self._good, Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.FILE)
+
+    @staticmethod
+    def _leave_unsaved(control) -> None:
+        """A checkpoint of this step would be continued; `save_strategy=best` saves what it evaluates."""
+        control.should_save = control.should_evaluate = False
 
     def _parameters(self) -> list[torch.Tensor]:
         return [parameter for group in self.trainer.optimizer.param_groups for parameter in group["params"]]

@@ -186,7 +186,7 @@ def judged(point: dict, anchor: dict) -> str:
     ids = list(map(str, range(len(wins))))
     metrics = {
         "win_rate": stats.estimate(wins, ids),
-        "kl_k1": stats.estimate(point["kl"], ids),
+        "kl_k1": stats.mean(point["kl"], ids),
         "length_ratio": stats.ratio_of_sums(point["tokens"], anchor["tokens"], ids),
     }
     differences = {key: stats.difference(point[key], anchor[key], ids) for key in ("repetition", "eos_rate")}
