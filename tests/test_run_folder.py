@@ -484,9 +484,11 @@ def test_a_run_that_was_to_replace_nothing_goes_on_with_the_same_command(started
 
 def test_a_labelling_that_has_ended_goes_on_or_is_replaced_by_word_alone(compose, tmp_path):
     def start(*overrides):
-        return Run.start(compose("label", "pairs=pairs.jsonl", *overrides), "label")
+        given = ("pairs=prompts.jsonl", "model.id=tests/tiny", "model.adapter=parent")
+        return Run.start(compose("label", *given, *overrides), "label")
 
     with contextlib.chdir(tmp_path):
+        weights = write_adapter(Path("parent")) / "adapter" / "adapter_model.safetensors"
         run = start()
         run.create()
         (run.dir / "choices.jsonl").write_text("")
@@ -496,6 +498,9 @@ def test_a_labelling_that_has_ended_goes_on_or_is_replaced_by_word_alone(compose
         with pytest.raises(ValueError, match=r"^run_name=main: outputs/label/main holds a finished run\."):
             start("resume=never")
         assert start("overwrite=true").checkpoint is None
+        weights.write_bytes(other_weights("others"))  # half of the answers would be another policy's
+        with pytest.raises(ValueError, match=r"^model\.adapter=parent: has changed since outputs/label/main began"):
+            start()
 
 
 def test_a_run_that_never_began_is_begun_again(started):
