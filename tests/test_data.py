@@ -1059,8 +1059,10 @@ def test_rows_that_the_template_refuses_are_dropped():
         **splits.train[1],
         "prompt": [{"role": "system", "content": "s"}, *splits.train[1]["prompt"]],
     }
-    fitted = fit(splits, make_tokenizer(template), 100)
-    assert (len(fitted.train), fitted.report["dropped"]["template"]) == (2, 1)
+    whole = Splits(splits.train, [], {**splits.report, "whole": True}, "s")  # nothing was held out
+    for each in (splits, whole):
+        fitted = fit(each, make_tokenizer(template), 100)
+        assert (len(fitted.train), fitted.report["dropped"]["template"]) == (2, 1)
 
 
 def test_a_tokenizer_without_template_is_refused():

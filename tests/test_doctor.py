@@ -709,8 +709,14 @@ def test_page_draws_every_recipe(tmp_path):
 
 def test_the_picture_has_the_limits_of_the_rules():
     log = rows(steps=8, entropy=lambda t: 3 * (t < 0.5))
-    (panel,) = [each for each in doctor_plot.panels(record(log=log)) if each.title == "Entropy"]
-    assert panel.low == pytest.approx(doctor.COLLAPSING * ends(points(record(log=log), "entropy"))[0].value)
+
+    def panel(title, seen):
+        return next(each for each in doctor_plot.panels(seen) if each.title == title)
+
+    low = panel("Entropy", record(log=log)).low
+    assert low == pytest.approx(doctor.COLLAPSING * ends(points(record(log=log), "entropy"))[0].value)
+    assert panel("Reward margin", record("simpo")).high == 8.0, "from gamma on"
+    assert panel("Reward margin", record(args=arguments(loss_type=["ipo"]))).high is None
 
 
 def test_every_rule_is_drawn():

@@ -92,19 +92,27 @@ def test_what_was_not_made_again_is_not_kept_beside_what_was(planned, monkeypatc
     for stage in planned(stages).stages:
         finish(stage)
 
-    def killed(stage, *_):
-        if stage.name == "judged":
-            raise MemoryError
-        finish(stage)
-        return 0, 0.1
+    def killed_in(name):
+        def ran(stage, *_):
+            if stage.name == "sft":
+                finish(stage)
+            if stage.name == name:
+                raise MemoryError
+            return 0, 0.1
 
-    monkeypatch.setattr(pipeline, "_run", killed)
-    with pytest.raises(MemoryError):
-        pipeline.execute(planned(stages, "overwrite=true"))
-    with pytest.raises(Refusal, match=rf"^stages\.judged: .*/judged was made from another runs={SFT_DIR}\. Remove it"):
-        planned(stages)
-    finish(planned(stages, "overwrite=true").stages[1])
-    assert [stage.status for stage in planned(stages).stages] == ["finished", "finished"]
+        return ran
+
+    for last in ("judged", "sft"):  # before its own result, and before it is told that the first one is finished
+        monkeypatch.setattr(pipeline, "_run", killed_in(last))
+        with pytest.raises(MemoryError):
+            pipeline.execute(planned(stages, "overwrite=true"))
+        other = rf"^stages\.judged: .*/judged was made from another runs={SFT_DIR}\. Remove it"
+        with pytest.raises(Refusal, match=other):
+            planned(stages)
+        finish(planned(stages, "overwrite=true").stages[1])
+        kept = planned(stages)
+        assert [stage.status for stage in kept.stages] == ["finished", "finished"]
+        pipeline.execute(kept)
 
 
 @pytest.mark.parametrize(
@@ -149,6 +157,10 @@ def test_what_an_earlier_start_has_left(planned):
     for left in ('{"seconds": 1}', '{"stages": [1, {"name": "sft"}]}'):
         (folder / pipeline.SUMMARY).write_text(left)
         planned("stages=[]")
+    finish(planned(STAGES).stages[0])
+    told = {"stages": [{"name": "sft", "status": "finished", "seconds": 7.5}]}  # its start and end included
+    (folder / pipeline.SUMMARY).write_text(json.dumps(told))
+    assert planned(STAGES).stages[0].seconds == 7.5
 
 
 def test_what_is_shared_goes_to_the_stages_that_have_it(planned):

@@ -426,12 +426,13 @@ def test_preflight_true_is_spelled_out():
 
 
 def test_preflight_alone_trains_nothing_and_says_the_next_command(run_recipe, tiny_overrides, tmp_path):
-    done = run_recipe("dpo", *tiny_overrides, "preflight=true", "preflight.measure=false", cwd=tmp_path)
+    here = "hydra.run.dir=outputs/dpo/main"
+    done = run_recipe("dpo", *tiny_overrides, here, "preflight=true", "preflight.measure=false", cwd=tmp_path)
     assert done.returncode == 0, done
     assert [path.name for path in (tmp_path / "outputs/dpo/main").iterdir()] == ["preflight.json"]
     for word in ("config", "rows", "example", "memory", "disk", "nothing stands in the way", "next"):
         assert word in done.stdout, word
-    assert "preflight" not in done.stdout.rpartition("next")[2]
+    assert "preflight" not in done.stdout.rpartition("next")[2] and done.stdout.endswith(f" {here}\n")
     started = run_recipe("dpo", *tiny_overrides, cwd=tmp_path)
     assert started.returncode == 0, "a preflight is no run that would have to be replaced"
     again = run_recipe("dpo", *tiny_overrides, "preflight=true", cwd=tmp_path)

@@ -52,9 +52,6 @@ def estimate(value, half=0.1, n=40):
     return {"value": value, "low": value - half, "high": value + half, "n": n, "clusters": n}
 
 
-NO_ESTIMATE = {"value": None, "low": None, "high": None, "n": 0, "clusters": 0}
-
-
 def finish_round(folder, k, *, left=0.5, flips=0, known=0.9, wins=0.7, kl=3.0, over=0.1, checked=9, unanswered=0):
     """What the stages of a round leave, as far as `rounds` reads it; kl=None: nobody could measure it."""
     routes = {"accepted": 20 - flips, "disputed": flips, "unanswered": unanswered}
@@ -69,8 +66,8 @@ def finish_round(folder, k, *, left=0.5, flips=0, known=0.9, wins=0.7, kl=3.0, o
     (shard / "records.jsonl").write_text("".join(records))
     write(folder, rounds.name(k, "label"), made)
     write(folder, rounds.name(k, "check"), made)
-    path, measured = str(folder / rounds.name(k, "policy")), NO_ESTIMATE if kl is None else estimate(kl)
-    metrics = {"metrics": {"win_rate": estimate(wins), "kl_k1": measured}, "info": {"path": path}}
+    path = str(folder / rounds.name(k, "policy"))
+    metrics = {"metrics": {"win_rate": estimate(wins), "kl_k1": estimate(kl)}, "info": {"path": path}}
     answers = [{"cluster": n, "systems": {"new": {"change": 1.0 if n < 6 else -1.0}}} for n in range(10)]
     evaluation = {"recommended": "new", "parent": "old", "systems": {"new": metrics}, "answers": answers}
     for part in ("evaluate", *(["last"] if k > 1 else [])):
@@ -132,7 +129,7 @@ def test_the_gate_that_fails_stops_and_names_what_to_keep(cfg, tmp_path, second,
     finish_round(tmp_path, 1)
     finish_round(tmp_path, 2, **second)
     loop = rounds.Rounds(cfg, tmp_path)
-    drawn = "kl" in second and second["kl"] is None  # alike, whatever stops it
+    drawn = second == {"kl": None}  # alike, whatever stops it
     with contextlib.nullcontext() if drawn else quick.pictures_sketched():
         stopped = loop.stop()
     assert (stopped and stopped["round"]) == (2 if gate else None)
@@ -304,6 +301,8 @@ def test_the_reference_stays_where_it_is_told(train, tmp_path, monkeypatch):
     # before the first step it is what it started from, and the reference is another
     assert done.result["before"]["reward_margin"].value != 0
     assert done.result["before"]["accuracy_change"].value == done.result["before"]["chosen_logp_change"].value == 0
+    moved = {key: each.value - done.result["before"][key].value for key, each in done.result["metrics"].items()}
+    assert moved["reward_margin"] == pytest.approx(moved["chosen_logp_change"] - moved["rejected_logp_change"])
     assert not [f for f in done.result["doctor"]["findings"] if f["rule"] == "wrong_reference"]
     assert "Reference: sft" in (tmp_path / "two" / "README.md").read_text()
     monkeypatch.chdir(tmp_path)

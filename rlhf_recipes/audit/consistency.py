@@ -138,7 +138,7 @@ def _cycle_figures(graph: Graph, found: dict, chance: list[dict], testable_P: np
     def efficiency(each):
         return 1 - each["bottleneck"][tested] / np.maximum(each["strongest"][tested], 1e-12)
 
-    left = stats.ratio_of_sums(efficiency(found), np.ones(len(tested)), names[tested])
+    left = stats.mean(efficiency(found), names[tested])
     ok = stats.estimate(1 - found["violated"][tested], names[tested])
     by_chance = of_coins(lambda each: 1 - each["violated"][tested].mean())
     drawn = len(tested) * len(chance)
@@ -151,7 +151,7 @@ def _cycle_figures(graph: Graph, found: dict, chance: list[dict], testable_P: np
         "rationalisable": (ok, by_chance),
         "power": (caught, None),
         "cyclic_triads": share("cyclic", "triads", False),
-        "kendall_zeta": (stats.ratio_of_sums(zeta, np.ones(len(zeta)), names[whole]), zeta_chance),
+        "kendall_zeta": (stats.mean(zeta, names[whole]), zeta_chance),
         "houtman_maks": share("removed", "strict", True),
         "houtman_maks_weighted": share("removed_weight", "weight", True),
         "bottleneck": (tau, None),
@@ -170,7 +170,7 @@ def _fit_figures(graph: Graph, coins: list[Graph], corners_T3, rings_P) -> list[
     shares = {key: stats.ratio_of_sums(split[key][tested], split["total"][tested], names)
               for key in ("gradient", "curl", "harmonic")}  # fmt: skip
     corner_names = graph.clusters[graph.prompt_E[corners_T3[:, 0]]]
-    around = stats.ratio_of_sums(np.abs(split["around_T"]), np.ones(len(corners_T3)), corner_names)
+    around = stats.mean(np.abs(split["around_T"]), corner_names)
     # by a coin the log-odds are uncorrelated: the expected squared length of a projection is its rank's share
     free = rings_P[tested].sum() / max(count(graph.prompt_E, graph)[tested].sum(), 1)
     coin = ("labels by a coin", 1 - float(free)) if len(tested) else None

@@ -301,7 +301,7 @@ def _ppo_figures(ppo: dict) -> list[section.Figure]:
         section.figure(
             "value_explained_variance",
             "Returns that the value function explains",
-            stats.ratio_of_sums(explained, np.ones(len(explained))),
+            stats.mean(explained),
             unit="%",
             better="higher",
             baseline=("the mean return", 0.0),
@@ -315,7 +315,7 @@ def _ppo_figures(ppo: dict) -> list[section.Figure]:
             section.figure(
                 f"advantage_{end}_share",
                 f"Advantage on the {end} {TOKENS} tokens",
-                stats.ratio_of_sums(shares, np.ones(len(shares))),
+                stats.mean(shares),
                 unit="%",
                 baseline=("uniform", float(np.mean(uniform))),
                 says="Mean over answers of sum |A| on these tokens / sum |A| on all; rollouts of the PPO run.",

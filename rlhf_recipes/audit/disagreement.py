@@ -306,7 +306,7 @@ def _by_opinion(scored: list[Case]) -> tuple[list[Case], list[Case]]:
 def _confidence(part: list[Case]) -> stats.Estimate:
     """Mean |P - 1/2| of the reward model."""
     values = [abs(float(stats.sigmoid(case["margin"])) - 0.5) for case in part]
-    return stats.ratio_of_sums(values, [1] * len(part), [case["cluster"] for case in part])
+    return stats.mean(values, [case["cluster"] for case in part])
 
 
 def _reward_model_figures(found: list[Case]) -> list[Figure]:

@@ -233,7 +233,7 @@ def audit(made: list[dict], chosen_MS, rejected_MS, rows: list[dict], chosen_MN,
     families.sort(key=lambda f: (f["accuracy"].value, f["family"]))
     worst, ids, change = families[0], orders.ids_E.tolist(), orders.change_E
     lost = stats.difference(orders.right_N[orders.source_E], orders.right_S[orders.edited_E], ids)
-    moved = stats.ratio_of_sums(change, np.ones(len(change)), ids if len(change) else None)
+    moved = stats.mean(change, ids if len(change) else None)
     shorter = float(orders.shorter_S.mean())
     lowest = stats.simultaneous(worst["accuracy"], len(families), 0, 1)
     found = {
@@ -277,9 +277,7 @@ def _family(name: str, made: list[dict], orders: _Orders) -> dict:
         "family": name,
         "accuracy": stats.estimate(right, ids),
         "shorter": stats.estimate(orders.shorter_S[inside], ids),
-        "lost": stats.ratio_of_sums(lost, np.ones(len(lost)), ids_paired)
-        if len(lost)
-        else _gap(orders.right_N, right, orders.ids_N, ids),
+        "lost": stats.mean(lost, ids_paired) if len(lost) else _gap(orders.right_N, right, orders.ids_N, ids),
         "kept": stats.estimate(kept, ids_paired) if len(kept) else None,
         "change": float(np.mean(change)) if len(change) else None,
     }

@@ -92,8 +92,8 @@ def fit(
         "max_length": max_length,
         "tokens": tokens,
     }
-    nothing_left = not kept["train"] or not (kept["test"] or report.get("whole"))
-    _check_rendered(report, len(lengths), nothing_left)
+    emptied = any(getattr(splits, name) and not rows for name, rows in kept.items())
+    _check_rendered(report, len(lengths), nothing_left=emptied)
     return _sized(finished(kept["train"], kept["test"], report), sizes, truncation_mode)
 
 

@@ -18,7 +18,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import config, locks, ranks, run, run_folder, signals
 from rlhf_recipes.commands import as_typed, command
-from rlhf_recipes.config import check_value
 from rlhf_recipes.config_hash import config_sha256, other_setting
 from rlhf_recipes.data.load import check
 from rlhf_recipes.errors import Refusal, nearest
@@ -101,7 +100,7 @@ def plan(cfg: DictConfig) -> Plan:
         if OmegaConf.is_list(given):
             _check_overrides(f"loop.{key}", given)
     for each in cfg.next:
-        check_value("next", each, str)
+        config.check_value("next", each, str)
     if cfg.launch and not Path(cfg.launch).is_file():
         raise Refusal(f"launch={cfg.launch}: no such file. Give one of Accelerate's, conf/accelerate/ddp.yaml say.")
     here = run.relative(Path(cfg.output_dir))
@@ -251,8 +250,8 @@ def _check_entry(entry: DictConfig, names: list[str], recipes: set[str]) -> None
     for key in entry:
         if key not in ("name", "recipe", "overrides"):
             raise Refusal(f"stages.{entry.name}.{key}: there is no such key. An entry is {shape}.")
-    check_value("stages.name", entry.name, str)
-    check_value(f"stages.{entry.name}.recipe", entry.recipe, str)
+    config.check_value("stages.name", entry.name, str)
+    config.check_value(f"stages.{entry.name}.recipe", entry.recipe, str)
     _check_overrides(f"stages.{entry.name}.overrides", entry.get("overrides", OmegaConf.create([])))
     if entry.recipe not in recipes:
         raise Refusal(f"stages.{entry.name}.recipe={entry.recipe}: no such recipe{nearest(entry.recipe, recipes)}")
@@ -264,7 +263,7 @@ def _check_entry(entry: DictConfig, names: list[str], recipes: set[str]) -> None
 
 def _check_overrides(where: str, given: Any) -> None:
     """Refuse what is no list of texts; YAML makes a mapping of `key: value`."""
-    check_value(where, OmegaConf.to_container(given) if OmegaConf.is_config(given) else given, list)
+    config.check_value(where, OmegaConf.to_container(given) if OmegaConf.is_config(given) else given, list)
     for each in given:
         if not isinstance(each, str):
             pairs = each.items() if isinstance(each, DictConfig) else [("<key>", each)]
@@ -294,9 +293,13 @@ def _keep(stage: Stage, result: dict, earlier: list[Stage], told: dict[str, dict
         raise Refusal(f"run_name={run_name}: {stage.dir} was made with other settings. Choose another, or {again}")
     finished = {name for name, said in told.items() if said.get("status") == "finished"}
     since = (stage.dir.parent / SUMMARY).stat().st_mtime_ns if stage.name in told.keys() - finished else 0
-    # What a start with overwrite=true was to replace, and did not come to: what it did come to is another.
-    made_again = {name for name in finished if told[name].get("ran")} if stage.written()[1] < since else set()
-    gone = [each.dir for each in earlier if each.status != "finished" or each.name in made_again]
+
+    def is_another(each: Stage) -> bool:
+        """Of what a start with overwrite=true was to replace, and did not come to: what it did come to."""
+        made_again = (each.name in finished and told[each.name].get("ran")) or each.written()[1] >= since
+        return bool(stage.written()[1] < since and made_again)
+
+    gone = [each.dir for each in earlier if each.status != "finished" or is_another(each)]
     if other := _read_of_another(stage, given, gone):
         raise Refusal(f"stages.{stage.name}: {stage.dir} was made from another {other}. Remove it, or {again}")
     took = told[stage.name].get("seconds") if stage.name in finished else None

@@ -54,9 +54,9 @@ def preference_metrics(
     pairs = list(zip(logps, start, strict=True))
     return {
         **accuracy_metrics(rows, margins, preference_margins(start, reference, reward)),
-        "reward_margin": _mean(margins, prompts),
-        "chosen_logp_change": _mean([p["chosen_logp"] - q["chosen_logp"] for p, q in pairs], prompts),
-        "rejected_logp_change": _mean([p["rejected_logp"] - q["rejected_logp"] for p, q in pairs], prompts),
+        "reward_margin": stats.mean(margins, prompts),
+        "chosen_logp_change": stats.mean([p["chosen_logp"] - q["chosen_logp"] for p, q in pairs], prompts),
+        "rejected_logp_change": stats.mean([p["rejected_logp"] - q["rejected_logp"] for p, q in pairs], prompts),
         **{
             f"{side}_logp_change_per_token": stats.ratio_of_sums(
                 [p[f"{side}_logp"] - q[f"{side}_logp"] for p, q in pairs],
@@ -77,8 +77,8 @@ def reward_metrics(rows: list[dict], scores: list[dict], before: list[dict]) -> 
     margins, margins_before = ([s["chosen"] - s["rejected"] for s in each] for each in (scores, before))
     return {
         **accuracy_metrics(rows, margins, margins_before),
-        "reward_margin": _mean(margins, prompts),
-        "mean_reward": _mean([(s["chosen"] + s["rejected"]) / 2 for s in scores], prompts),
+        "reward_margin": stats.mean(margins, prompts),
+        "mean_reward": stats.mean([(s["chosen"] + s["rejected"]) / 2 for s in scores], prompts),
         "sd_reward": _deviation([s["chosen"] for s in scores] + [s["rejected"] for s in scores], prompts * 2),
         "baseline_shorter_wins": stats.estimate(shorter_wins(rows), prompts),
     }
@@ -152,7 +152,7 @@ def episode_metrics(rows: list[dict], episodes: list[dict], before: list[dict]) 
     _refuse_diverged(each["kl"] for each in episodes)
     prompts = clusters(rows)
     names = {"reward": "reward", "kl": "kl", "kl_k3": "kl_k3", "completion_tokens": "completions/mean_length"}
-    means = {k: _mean([e[key] for e in episodes], prompts) for k, key in names.items()}
+    means = {k: stats.mean([e[key] for e in episodes], prompts) for k, key in names.items()}
     change = stats.difference([e["reward"] for e in episodes], [e["reward"] for e in before], prompts)
     return {
         **means,
@@ -177,18 +177,13 @@ def accuracy_metrics(rows: list[dict], margins: list[float], before: list[float]
         "preference_accuracy": stats.estimate(right, prompts),
         # No share either: a difference that is the same for all pairs is no point on a scale from 0 to 1.
         "accuracy_change": stats.difference(right, wins(before), prompts),
-        "length_bias": stats.resampled(bias, len(apart), of_apart) if both else _mean([0.0] * len(rows), prompts),
+        "length_bias": stats.resampled(bias, len(apart), of_apart) if both else stats.mean([0.0] * len(rows), prompts),
     }
 
 
 def wins(margins: list[float]) -> list[float]:
     """1 where the margin is positive, 0.5 where it is exactly zero, else 0."""
     return [0.5 if margin == 0 else float(margin > 0) for margin in margins]
-
-
-def _mean(values: list[float], prompts: list[str]) -> stats.Estimate:
-    """The mean of what is no share: where all values are alike, as a KL is before training, so is every resample."""
-    return stats.ratio_of_sums(values, [1] * len(values), prompts)
 
 
 def _mean_difference(values_N: np.ndarray, side_N: np.ndarray) -> Callable[[np.ndarray], float]:
