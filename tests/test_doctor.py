@@ -17,7 +17,7 @@ from rlhf_recipes.launch import keys as launch_keys
 from rlhf_recipes.methods import METHODS
 from rlhf_recipes.stats import Estimate
 from rlhf_recipes.training import doctor, doctor_plot
-from rlhf_recipes.training.doctor_record import Finding, Record, ends, points
+from rlhf_recipes.training.doctor_record import Finding, Record, points
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
@@ -125,6 +125,15 @@ def test_a_good_run_is_healthy(recipe, held_out):
 def drop(at):
     """Rewards of DPO whose chosen replies lose `at` nats a token, by the end: beta 0.1, 40 tokens."""
     return {"rewards/chosen": lambda t: -0.1 * 40 * at * min(1.0, 1.5 * t), "rewards/margins": lambda t: t}
+
+
+def fallen(**series):
+    """PPO of 24 rollouts, whose figures stay as they are where the series end."""
+    log = record("ppo", log={key: values[-1] for key, values in series.items()}).rows
+    for key, values in series.items():
+        for row, value in zip(log, values, strict=False):
+            row[key] = value
+    return record("ppo", log, arguments(steps_per_rollout=1), held_out=False)
 
 
 def still(recipe):
@@ -309,6 +318,17 @@ CASES = {
     "no entropy after four rows": (
         "collapse", "broken", record(log=rows(steps=8, entropy=lambda t: 3 * (t < 0.5))),
         [record(log=rows(steps=7, entropy=lambda t: 3 * (t < 0.5)))],
+    ),
+    "no entropy from within the first quarter on": (
+        "collapse", "broken", fallen(entropy=[3.05, 2.97, 2.74, 0.68, 0.32, 0.11]), [fallen(entropy=[3.05, 1.6])],
+    ),
+    "one length from within the first quarter on": (
+        "length_drift", "watch", fallen(**{"completions/mean_length": [12.0, 9.0, 4.0, 2.0, 3.0]}),
+        [fallen(**{"completions/mean_length": [12.0, 11.0, 9.0, 7.0]})],
+    ),
+    "equal rewards after a start of equal rewards": (
+        "reward_saturation", "watch", fallen(reward_std=[0.0, 0.0, 0.0, 0.52, 0.53, 0.7, 0.74, 0.0]),
+        [fallen(reward_std=[0.0, 0.0, 0.0, 0.52, 0.53, 0.7, 0.74, 0.01])],
     ),
     "repetition": (
         "collapse", "broken",
@@ -708,13 +728,13 @@ def test_page_draws_every_recipe(tmp_path):
 
 
 def test_the_picture_has_the_limits_of_the_rules():
-    log = rows(steps=8, entropy=lambda t: 3 * (t < 0.5))
+    log = rows(steps=40, entropy=lambda t: 3 * (t < 0.1))
 
     def panel(title, seen):
         return next(each for each in doctor_plot.panels(seen) if each.title == title)
 
     low = panel("Entropy", record(log=log)).low
-    assert low == pytest.approx(doctor.COLLAPSING * ends(points(record(log=log), "entropy"))[0].value)
+    assert low == pytest.approx(doctor.COLLAPSING * log[0]["entropy"])
     assert panel("Reward margin", record("simpo")).high == 8.0, "from gamma on"
     assert panel("Reward margin", record(args=arguments(loss_type=["ipo"]))).high is None
 

@@ -31,6 +31,7 @@ from rlhf_recipes.training.doctor_record import (
     margin_limit,
     pairs_a_step,
     points,
+    since_start,
     surely_above,
     surely_below,
     width,
@@ -209,7 +210,7 @@ def length_drift(record: Record) -> Finding | None:
         saw = f"length alone ranks {share:.0%} of the held-out pairs right"
         return Finding(WATCH, saw, "what follows these data follows length", _length_change(record))
     low, high = LENGTH_RATIOS
-    found = ends(points(record, "completions/mean_length"))
+    found = since_start(points(record, "completions/mean_length"))
     change = f"trainer.{record.method.penalty} higher, or a reward that ignores length"
     before, after = record.before.get("completion_tokens"), record.after.get("completion_tokens")
     if decides(after) and (above(after, high * before.value) or below(after, low * before.value)):
@@ -258,7 +259,7 @@ def collapse(record: Record) -> Finding | None:
         return None
     braked = (record.stopped or "").startswith("entropy")
     for key, name in (("entropy", "the entropy"), ("completions/distinct_2", "the share of distinct bigrams")):
-        found = ends(points(record, key))
+        found = since_start(points(record, key))
         fallen = found and surely_below(found[1], COLLAPSING * found[0].value, COLLAPSING * found[0].error)
         if fallen or braked:
             broken = braked or surely_below(found[1], COLLAPSED * found[0].value, COLLAPSED * found[0].error)
@@ -280,11 +281,15 @@ def reward_saturation(record: Record) -> Finding | None:
             saw = f"the mean reward margin is {found[1].value:.1f}"
             change = f"{_lower_rate(record)}, or fewer steps"
             return Finding(WATCH, saw, "pairs this far apart teach nothing more, and the policy moves on", change)
-    deviations = [value for _, value in points(record, "reward_std")]
-    if len(deviations) >= MIN_ROWS and max(deviations) == 0:
+    series = points(record, "reward_std")
+    last = [value for _, value in series[-max(MIN_ROWS, len(series) // 4) :]]
+    if len(last) >= MIN_ROWS and not any(last):
         means = "with equal rewards every advantage is noise"
+        if any(value for _, value in series):
+            saw = f"all completions of the last {len(last)} rollouts score alike"
+            return Finding(WATCH, saw, means, "fewer steps, or reward_funcs=<one that tells them apart>")
         return Finding(BROKEN, "all completions score alike", means, "reward_funcs=<one that tells them apart>")
-    found = ends(points(record, "reward_std"))
+    found = ends(series)
     if found and surely_below(found[1], EQUAL_REWARDS * found[0].value, EQUAL_REWARDS * found[0].error):
         saw = f"the rewards' deviation fell from {found[0].value:.3f} to {found[1].value:.3f}"
         return Finding(WATCH, saw, "the reward is used up, and what is left of it is noise", "fewer steps")

@@ -104,9 +104,8 @@ def panels(record: Record) -> list[Panel]:
         both = [(0, record.before.get(key)), (end, record.after.get(key))]
         return [(step, estimate) for step, estimate in both if estimate and estimate.value is not None]
 
-    def of_start(key, share):
-        first = [value for _, value in curve(key)]
-        first = first[: max(MIN_ROWS, len(first) // 4)]
+    def of_start(key, share, rows=1):
+        first = [value for _, value in curve(key)[:rows]]
         return share * sum(first) / len(first) if first else None
 
     pairs = [
@@ -130,7 +129,7 @@ def panels(record: Record) -> list[Panel]:
             Panel("Reward gained", "mean of the answers", ("too_little_data", "reward_against_preference"), [],
                   held_out("reward_change"), 0),
             Panel("Deviation of the rewards", "in a rollout", ("reward_saturation",), curve("reward_std"), [],
-                  of_start("reward_std", doctor.EQUAL_REWARDS)),
+                  of_start("reward_std", doctor.EQUAL_REWARDS, max(MIN_ROWS, len(curve("reward_std")) // 4))),
             Panel("KL to the reference", "nats a completion", ("kl_runaway", "wrong_reference"), curve("kl"),
                   held_out("kl"), None, doctor.KL_WATCH * getattr(record.args, "kl_target", doctor.KL_TARGET)),
             Panel("Length", "tokens", ("length_drift",), curve("completions/mean_length"),

@@ -1,13 +1,15 @@
 """What the doctor's rules read and say: the record of a run, how its log and its held-out figures are read, findings.
 
 The rewards of one training step are noise from few pairs. A rule about the log therefore compares the means of its
-first and last quarter, of MIN_ROWS rows at least, and asks for SIGMAS standard errors beyond the limit; a rule about
-held-out metrics asks for their whole 95 % interval beyond it, and for 20 prompts at least: with fewer it is too
-narrow. No rule compares losses, whose scale depends on beta.
+first and last quarter, of MIN_ROWS rows at least, and asks for SIGMAS standard errors beyond the limit. What a policy
+says (its entropy, its lengths) can fall within a quarter: there the start is the first row. A rule about held-out
+metrics asks for their whole 95 % interval beyond the limit, and for 20 prompts at least: with fewer it is too narrow.
+No rule compares losses, whose scale depends on beta.
 """
 
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from rlhf_recipes import methods, ranks
@@ -83,6 +85,19 @@ def ends(series: list[tuple[int, float]]) -> tuple[Mean, Mean] | None:
     values = [value for _, value in series]
     size = max(MIN_ROWS, len(values) // 4)
     return (_mean(values[:size]), _mean(values[-size:])) if len(values) >= 2 * MIN_ROWS else None
+
+
+def since_start(series: list[tuple[int, float]]) -> tuple[Mean, Mean] | None:
+    """The first row, which is the untrained policy's, in the place of the first quarter of `ends`.
+
+    Its error is the noise of a row by the differences of neighbours, sqrt(sum of (x_i+1 - x_i)^2 / 2 (n - 1)), which a
+    trend hardly touches (von Neumann et al. 1941, doi:10.1214/aoms/1177731746).
+    """
+    found = ends(series)
+    if found is None:
+        return None
+    squares = [(after - before) ** 2 for (_, before), (_, after) in pairwise(series)]
+    return Mean(series[0][1], math.sqrt(sum(squares) / len(squares) / 2)), found[1]
 
 
 def _mean(values: list[float]) -> Mean:
