@@ -16,7 +16,7 @@ from rlhf_recipes.config_hash import config_sha256
 from rlhf_recipes.launch import keys as launch_keys
 from rlhf_recipes.methods import METHODS
 from rlhf_recipes.stats import Estimate
-from rlhf_recipes.training import doctor, doctor_plot
+from rlhf_recipes.training import doctor, doctor_plot, doctor_rules
 from rlhf_recipes.training.doctor_record import Finding, Record, points
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
@@ -444,7 +444,7 @@ def test_rule_sees_it_and_not_the_near_miss(case):
 
 
 def test_every_rule_has_a_case():
-    assert {rule.__name__ for rule in doctor.RULES} == {case[0] for case in CASES.values()}
+    assert {rule.__name__ for rule in doctor_rules.RULES} == {case[0] for case in CASES.values()}
 
 
 def test_rows_that_change_alike_have_no_interval():
@@ -487,7 +487,8 @@ def test_what_a_short_log_cannot_tell_is_said(recipe, enough, rules):
 
 
 def test_what_a_log_never_tells_is_said():
-    """TRL's KTOTrainer logs no accuracy; `sigmoid_norm` has another margin than it logs."""
+    """TRL's KTOTrainer logs no accuracy, its RLOOTrainer no KL with a beta of 0; `sigmoid_norm` has another margin
+    than it logs."""
     assert doctor.said(doctor.examine(record("kto", log=record("kto").rows[:6]))) == [
         "healthy",
         "not asked: collapse and reward saturation, for which 8 rows of the log or rollouts are needed; over fitting "
@@ -496,10 +497,16 @@ def test_what_a_log_never_tells_is_said():
     other = doctor.examine(record(args=arguments(loss_type=["sigmoid_norm"])))
     assert doctor.said(other) == ["healthy", "not asked: reward saturation, which has no limit with this loss"]
     assert doctor.examine(record("orpo", log={"entropy": 3.0}))["unasked"] == {}, "it never saturates"
+    alone = record("rloo", args=NO_TARGET, held_out=False)
+    for row in alone.rows:
+        del row["kl"]
+    assert doctor.examine(alone)["unasked"] == {"kl_runaway": "for which the log has no kl"}
+    alone.before, alone.after = {"kl": estimate(0.0)}, {"kl": estimate(1.0)}
+    assert doctor.examine(alone)["unasked"] == {}
 
 
 def test_a_rule_that_has_found_something_was_asked():
-    alike = rows(steps=6, **{"reward": 0.5, "reward_std": 0.0, "entropy": 3.0})
+    alike = rows(steps=6, **{"reward": 0.5, "reward_std": 0.0, "entropy": 3.0, "kl": 0.0})
     report = doctor.examine(record("ppo", log=alike, args=arguments(steps_per_rollout=1)))
     assert report["findings"][0]["rule"] == "reward_saturation" and list(report["unasked"]) == ["collapse"]
 
@@ -563,7 +570,7 @@ def test_what_a_run_leaves(train, tmp_path, capsys):
     assert (done.dir / "doctor.png").read_bytes().startswith(b"\x89PNG\r\n")
     card = (done.dir / "README.md").read_text(encoding="utf-8")
     assert f"Verdict: **{report['verdict']}**." in card and "| watch | too_little_data | 8 |" in card
-    late = [row for row in done.log if "loss" in row and row["step"] > doctor.WARM_STEPS]
+    late = [row for row in done.log if "loss" in row and row["step"] > doctor_rules.WARM_STEPS]
     assert all(row["dead_gradients"] == 0 for row in late)
     assert "stopped" not in done.result
     # As tests/benchmarks/ read it again: to its end, and to a step at which nothing is held out.
@@ -615,7 +622,7 @@ def test_a_resumed_run_has_the_same_verdict(train, tmp_path, monkeypatch):
     """Interrupted at step 4, behind the checkpoint of step 3, whose last good weights are those of step 1."""
     from rlhf_recipes.training import callbacks
 
-    monkeypatch.setattr(doctor, "RULES", (*doctor.RULES, broken_from(4)))
+    monkeypatch.setattr(doctor, "RULES", (*doctor_rules.RULES, broken_from(4)))
     arguments = (*LONG, "trainer.logging_steps=2", "trainer.save_steps=3", "doctor=strict")
     whole = train("dpo", tmp_path / "whole", *arguments)
 
@@ -734,14 +741,14 @@ def test_the_picture_has_the_limits_of_the_rules():
         return next(each for each in doctor_plot.panels(seen) if each.title == title)
 
     low = panel("Entropy", record(log=log)).low
-    assert low == pytest.approx(doctor.COLLAPSING * log[0]["entropy"])
+    assert low == pytest.approx(doctor_rules.COLLAPSING * log[0]["entropy"])
     assert panel("Reward margin", record("simpo")).high == 8.0, "from gamma on"
     assert panel("Reward margin", record(args=arguments(loss_type=["ipo"]))).high is None
 
 
 def test_every_rule_is_drawn():
     drawn = {rule for recipe in ("dpo", "ppo") for panel in doctor_plot.panels(record(recipe)) for rule in panel.rules}
-    assert drawn == {rule.__name__ for rule in doctor.RULES}
+    assert drawn == {rule.__name__ for rule in doctor_rules.RULES}
 
 
 def test_labels_of_one_kind_are_no_error():

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf_recipes.drawing import COLOURS, INK, PARENT_COLOUR, TITLE, clip
-from rlhf_recipes.training import doctor
+from rlhf_recipes.training import doctor_rules
 from rlhf_recipes.training.doctor_record import (
     BROKEN,
     MIN_ROWS,
@@ -112,11 +112,11 @@ def panels(record: Record) -> list[Panel]:
         Panel("Reward margin", "as trained", ("reward_saturation",), curve(margin_key(record)), [],
               0, margin_limit(record)),
         Panel("Accuracy", "share of pairs", ("label_noise", "over_fitting"), curve(accuracy_key(record)),
-              held_out("preference_accuracy"), doctor.NOISE_ACCURACY, 1),
+              held_out("preference_accuracy"), doctor_rules.NOISE_ACCURACY, 1),
         Panel("Accuracy gained", "share of pairs", ("too_little_data", "reward_against_preference"), [],
               held_out("accuracy_change"), 0),
         Panel("Accuracy, longer less shorter", "share of pairs", ("length_drift",), [], held_out("length_bias"),
-              -doctor.LENGTH_GAP, doctor.LENGTH_GAP),
+              -doctor_rules.LENGTH_GAP, doctor_rules.LENGTH_GAP),
     ]  # fmt: skip
     found = {
         "sft": [
@@ -129,26 +129,27 @@ def panels(record: Record) -> list[Panel]:
             Panel("Reward gained", "mean of the answers", ("too_little_data", "reward_against_preference"), [],
                   held_out("reward_change"), 0),
             Panel("Deviation of the rewards", "in a rollout", ("reward_saturation",), curve("reward_std"), [],
-                  of_start("reward_std", doctor.EQUAL_REWARDS, max(MIN_ROWS, len(curve("reward_std")) // 4))),
+                  of_start("reward_std", doctor_rules.EQUAL_REWARDS, max(MIN_ROWS, len(curve("reward_std")) // 4))),
             Panel("KL to the reference", "nats a completion", ("kl_runaway", "wrong_reference"), curve("kl"),
-                  held_out("kl"), None, doctor.KL_WATCH * getattr(record.args, "kl_target", doctor.KL_TARGET)),
+                  held_out("kl"), None,
+                  doctor_rules.KL_WATCH * getattr(record.args, "kl_target", doctor_rules.KL_TARGET)),
             Panel("Length", "tokens", ("length_drift",), curve("completions/mean_length"),
                   held_out("completion_tokens"),
-                  *(of_start("completions/mean_length", ratio) for ratio in doctor.LENGTH_RATIOS)),
+                  *(of_start("completions/mean_length", ratio) for ratio in doctor_rules.LENGTH_RATIOS)),
             Panel("Ended with EOS", "share of completions", ("no_eos",), curve("completions/eos_rate"),
-                  held_out("eos_rate"), doctor.EOS_SHARE, 1),
+                  held_out("eos_rate"), doctor_rules.EOS_SHARE, 1),
             Panel("Distinct bigrams", "share", ("collapse",), curve("completions/distinct_2"), [],
-                  of_start("completions/distinct_2", doctor.COLLAPSING)),
+                  of_start("completions/distinct_2", doctor_rules.COLLAPSING)),
         ],
     }.get("prompts" if record.method.samples else record.recipe) or [
         Panel("Chosen replies", "change, nats a token", ("likelihood_displacement", "wrong_reference"),
-              doctor.displacements(record), held_out("chosen_logp_change_per_token"), -doctor.DISPLACED),
+              doctor_rules.displacements(record), held_out("chosen_logp_change_per_token"), -doctor_rules.DISPLACED),
         *pairs,
     ]  # fmt: skip
     return [
         *found,
         Panel("Entropy", "nats a token", ("collapse",), curve("entropy"), [],
-              None if record.recipe == "sft" else of_start("entropy", doctor.COLLAPSING)),
+              None if record.recipe == "sft" else of_start("entropy", doctor_rules.COLLAPSING)),
         Panel("Gradient norm", "before clipping", ("not_finite",), curve("grad_norm"), []),
         Panel("Without a gradient", "share of the tensors", ("dead_gradients",),
               curve("dead_gradients"), [], 0, 0),

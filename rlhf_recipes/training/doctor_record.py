@@ -91,7 +91,7 @@ def since_start(series: list[tuple[int, float]]) -> tuple[Mean, Mean] | None:
     """The first row, which is the untrained policy's, in the place of the first quarter of `ends`.
 
     Its error is the noise of a row by the differences of neighbours, sqrt(sum of (x_i+1 - x_i)^2 / 2 (n - 1)), which a
-    trend hardly touches (von Neumann et al. 1941, doi:10.1214/aoms/1177731746).
+    trend hardly touches (von Neumann et al., Ann. Math. Statist. 12, 153, 1941).
     """
     found = ends(series)
     if found is None:

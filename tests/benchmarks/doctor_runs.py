@@ -235,12 +235,12 @@ def describe(name: str, seed, rule: str | None, report: dict, seconds: float) ->
 
 
 def table(rows: list[tuple]) -> str:
-    from rlhf_recipes.training import doctor
     from rlhf_recipes.training.doctor_record import HEALTHY
+    from rlhf_recipes.training.doctor_rules import RULES
 
     good = [report for _, _, rule, report in rows if rule is None]
     lines = ["| rule | bad runs named | good runs with an alarm |", "| --- | --- | --- |"]
-    for rule in (rule.__name__ for rule in doctor.RULES):
+    for rule in (rule.__name__ for rule in RULES):
         made = [report for _, _, wanted, report in rows if wanted == rule]
         named, alarms = (
             sum(any(finding["rule"] == rule for finding in report["findings"]) for report in reports)

@@ -62,6 +62,9 @@ UNBOUND = [
     *PPO, *OVERDONE, "trainer.kl_coef=0.0", "trainer.kl_brake=null", "trainer.entropy_floor=null",
     "trainer.gradient_accumulation_steps=1",
 ]  # fmt: skip
+# A third of the rate and twice as many checkpoints: gold can fall between two of them. TRL's RLOO logs no KL with a
+# beta of 0.
+SLOWLY = ["trainer.learning_rate=1e-3", "trainer.save_steps=3"]
 # Recipe and overrides of each method.
 METHODS = {
     "anchor": ("reward", REWARD),
@@ -80,6 +83,10 @@ METHODS = {
     "ppo_overdone": ("ppo", UNBOUND),
     "ppo_courteous_overdone": ("ppo", [*UNBOUND, "reward_funcs=worlds:courteous"]),
     "ppo_one_word_overdone": ("ppo", [*UNBOUND, "reward_funcs=doctor_runs:same_word"]),
+    "ppo_slowly_overdone": ("ppo", [*UNBOUND, *SLOWLY]),
+    "ppo_courteous_slowly_overdone": ("ppo", [*UNBOUND, *SLOWLY, "reward_funcs=worlds:courteous"]),
+    "rloo_slowly_overdone": ("rloo", [*SAMPLED, *OVERDONE, *SLOWLY, "trainer.num_generations=4", "trainer.beta=1e-4",
+                             "trainer.gradient_accumulation_steps=1"]),
 }  # fmt: skip
 
 
