@@ -188,11 +188,8 @@ def evaluation(folder: str | None, source: contents.Source, force: bool) -> tupl
         raise Refusal(f"{where}: speaks of {', '.join(tuned)}, not of run={source.dir}. Evaluate this one.")
     entry, now = tuned[name], source.result.get("adapter_sha256")
     if (measured := entry["info"].get("adapter_sha256")) != now:
-        what = (
-            f"other weights of {name} (SHA-256 {measured[:12]}, not {str(now)[:12]})"
-            if measured
-            else "weights that it does not name"
-        )
+        which = f"other weights of {name} (SHA-256 {str(measured)[:12]}, not {str(now)[:12]})"
+        what = which if measured else "weights that it does not name"
         raise Refusal(f"{where}: speaks of {what}. Evaluate run={source.dir} again.")
     if entry["verdict"]["verdict"] == "worse" and not force:
         raise Refusal(
