@@ -26,6 +26,7 @@ class System:
         step: of a checkpoint, else None.
         rewards: of `lineage.trained_on`.
         judges: of `lineage.labelled_by`.
+        sha256: of its weights as it was found, None for the base model.
     """
 
     name: str
@@ -35,6 +36,7 @@ class System:
     step: int | None = None
     rewards: frozenset = frozenset()
     judges: frozenset = frozenset()
+    sha256: str | None = None
 
 
 class Policies:

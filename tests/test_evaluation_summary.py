@@ -434,6 +434,12 @@ def test_a_win_by_length_alone_does_not_ship():
     assert judged(**longer, thresholds={"length_controlled": False})["verdict"] == "ship"
 
 
+def test_the_least_win_rate_is_as_it_is_given():
+    wide, alone = estimate(0.52, 0.45, 0.59), {"length_controlled": False}
+    found = {least: judged(wide, thresholds=alone | {"min_win_rate": least}) for least in (0.0, 0.4, 0.5, None)}
+    assert [each["verdict"] for each in found.values()] == ["ship", "ship", "hold", "hold"]
+
+
 def test_accuracy_decides_where_nothing_was_scored_or_it_is_asked_for():
     by_accuracy = {"metric": "preference_accuracy"}
     assert judged(thresholds=by_accuracy)["verdict"] == "ship"

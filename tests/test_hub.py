@@ -167,11 +167,13 @@ def poison(tensors):
     next(iter(tensors.values()))[0, 0] = torch.nan
 
 
-def evaluated(verdict, path="dpo"):
+def evaluated(verdict, path="dpo", **other):
     def write(run):
+        weights = {"adapter_sha256": json.loads((run / "result.json").read_text())["adapter_sha256"]} | other
         (run.parent / "evaluate").mkdir()
         reasons = ["Its answers beat those of base on 20.0 % [5.0, 35.0] of 20 prompts; 50 % is a draw."]
-        entry = {"info": {"path": path}, "metrics": {}, "verdict": {"verdict": verdict, "reasons": reasons}}
+        entry = {"info": {"path": path} | weights, "metrics": {}}
+        entry |= {"verdict": {"verdict": verdict, "reasons": reasons}}
         found = {"recipe": "evaluate", "evaluation": {"parent": "base", "systems": {"base": {}, "dpo": entry}}}
         (run.parent / "evaluate" / "result.json").write_text(json.dumps(found))
 
@@ -241,6 +243,10 @@ def configured(key, value):
         (told(doctor={"verdict": "broken", "findings": []}), [], "run=dpo: the doctor's verdict is broken."),
         (evaluated("worse"), ["evaluation=evaluate"], "evaluation=evaluate: its verdict on dpo is worse: Its answers"),
         (evaluated("ship", "else"), ["evaluation=evaluate"], "evaluation=evaluate: speaks of dpo, not of run=dpo."),
+        (evaluated("ship", adapter_sha256="0" * 64), ["evaluation=evaluate"],
+         "evaluation=evaluate: speaks of other weights of dpo (SHA-256 000000000000, not "),
+        (evaluated("ship", adapter_sha256=None), ["evaluation=evaluate", "force=true"],
+         "evaluation=evaluate: speaks of weights that it does not name. Evaluate run=dpo again."),
         (told(note="see /home/grace/notes"), [], "result.json:"),
         (told(note=["see /Users/grace/x"]), [], "result.json:"),
         (told(note="is in C:\\Users\\grace\\x"), [], "result.json:"),

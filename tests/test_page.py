@@ -7,7 +7,7 @@ import pytest
 from test_evaluation_summary import by_ensemble, by_hand, fake, steps, with_tasks
 
 from rlhf_recipes import stats
-from rlhf_recipes.evaluation import checkpoints, page, summary
+from rlhf_recipes.evaluation import checkpoints, fixed_answers, page, summary
 from rlhf_recipes.training.curves import _series, plot_curves
 
 EVIL = '<script>alert("x")</script>&<b>$\\frac$'
@@ -140,6 +140,20 @@ def test_answers_of_others_have_a_table(tmp_path):
     dpo, base = re.findall(r'<tr><th scope="row">(.*?)</tr>', section)
     assert dpo.startswith("dpo</th><td>75.0 %<small") and dpo.endswith("<td>+3.1 points, n 2</td>")
     assert base.startswith("base</th>") and base.endswith("<td>–</td>")
+
+
+def test_answers_of_unknown_length_have_a_page(tmp_path):
+    """An endpoint without `usage` and token ids."""
+    measured = fake(8, 8)
+    for row in measured.answers:
+        row["systems"]["dpo"]["tokens"] = None
+    evaluation = summary.summarise(measured)
+    assert "dpo" not in page._length_plot(evaluation)["alt"] and "? tokens" in written(evaluation, tmp_path)
+    wins = [{"p": p} for p in (1.0, 0.0, 0.5)]
+    rows = [{"prompt_id": n, "tokens": 3, "systems": {"dpo": {"tokens": n and n + 4}}} for n in (None, 1, 2)]
+    found = fixed_answers.summarise({"name": "a", "rows": rows, "systems": {"dpo": {"judged": wins, "again": []}}})
+    rates = found["systems"]["dpo"]
+    assert rates["win_rate"].n == 3 and rates["win_rate_length_controlled"].n == 2
 
 
 def test_little_measured_still_makes_a_page(tmp_path):

@@ -220,7 +220,8 @@ def test_a_link_that_stays_inside(run, publish):
 def test_an_evaluation_that_leads_out(run, refused):
     (run.parent / "evaluate").mkdir()
     reasons = {"verdict": "ship", "reasons": ["It is."]}
-    systems = {"dpo": {"info": {"path": "dpo"}, "metrics": {}, "verdict": reasons}}
+    info = {"path": "dpo", "adapter_sha256": json.loads((run / "result.json").read_text())["adapter_sha256"]}
+    systems = {"dpo": {"info": info, "metrics": {}, "verdict": reasons}}
     found = {"recipe": "evaluate", "evaluation": {"parent": "base", "systems": systems}}
     (run.parent / "evaluate" / "result.json").write_text(json.dumps(found))
     (run.parent / "mine.txt").write_text("mine")

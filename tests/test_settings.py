@@ -227,6 +227,31 @@ def test_ranges():
     assert -1 in some and 0 not in some
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        *(
+            "thresholds.max_eos_drop=5",
+            "thresholds.min_win_rate=55",
+            "thresholds.max_kl=.nan",
+            "judging.tie_margin=0.9",
+        ),
+        *("judging.asked_again=2", "thresholds.min_accuracy=65", "route.tie_margin=0.9", "gate.min_parsed=98"),
+    ],
+)
+def test_points_for_a_share_are_refused(override):
+    with pytest.raises(Refusal, match=f"^{override.partition('=')[0]}=.*: must be at least "):
+        ranges.check(OmegaConf.to_container(OmegaConf.from_dotlist([override])), None)
+
+
+def test_every_limit_of_a_verdict_has_a_range(compose):
+    limits = [name for recipe in ("evaluate", "audit") for name in compose(recipe).thresholds]
+    other = {"metric", "length_controlled", "worst_case"}
+    assert {f"thresholds.{name}" for name in limits if name not in other} <= ranges.RANGES.keys()
+    for recipe in ("evaluate", "audit"):
+        ranges.check({"thresholds": dict(compose(recipe).thresholds)}, None)
+
+
 def test_every_range_is_of_a_key_that_is_there(compose):
     """A misspelled key in the table would check nothing."""
     from rlhf_recipes.typecheck import parameters

@@ -247,6 +247,7 @@ def test_sweeps_are_joined_as_they_were_measured(swept, run_recipe, tmp_path):
         (lambda m: m.settings.update(seed=1), "different settings"),
         (lambda m: m.pairs.pop(), "different pairs"),
         (lambda m: setattr(m, "parent", "other"), "different parent"),
+        (lambda m: m.info["base"].update(adapter_sha256="b" * 64), r"base had other weights \(SHA-256 None and bbbb"),
     ],
 )
 def test_what_was_measured_differently_is_not_compared(change, said):

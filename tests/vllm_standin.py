@@ -28,7 +28,7 @@ class Engine(ThreadingHTTPServer):
     Args:
         lora_modules: name -> folder of the adapters that are served from the start.
         runtime_lora: VLLM_ALLOW_RUNTIME_LORA_UPDATING.
-        prompt_logprobs: False: the key is ignored, as by engines that have none.
+        prompt_logprobs, token_ids: False: the key is ignored, as by engines that have none.
 
     Attributes:
         asked: how often each path and model was asked.
@@ -39,14 +39,15 @@ class Engine(ThreadingHTTPServer):
     request_queue_size = 128
 
     def __init__(
-        self, folder, name="tiny", max_model_len=2048, lora_modules=None, runtime_lora=True, prompt_logprobs=True
-    ):
+        self, folder, name="tiny", max_model_len=2048, lora_modules=None, runtime_lora=True, prompt_logprobs=True,
+        token_ids=True,
+    ):  # fmt: skip
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
         self.folder, self.name, self.max_model_len = str(folder), name, max_model_len
-        self.runtime_lora, self.prompt_logprobs = runtime_lora, prompt_logprobs
+        self.runtime_lora, self.prompt_logprobs, self.token_ids = runtime_lora, prompt_logprobs, token_ids
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.adapters: dict[str, str] = {}
@@ -141,7 +142,7 @@ class Engine(ThreadingHTTPServer):
         """What a choice of either endpoint has."""
         stopped = bool(new) and new[-1] in self.stops(body)
         rest = {"finish_reason": "stop" if stopped else "length", "prompt_logprobs": None}
-        if body.get("return_token_ids"):
+        if self.token_ids and body.get("return_token_ids"):
             rest |= {"token_ids": new, "prompt_token_ids": ids}
         if self.prompt_logprobs and body.get("prompt_logprobs") is not None:
             logps_TV = self.logps(ids)

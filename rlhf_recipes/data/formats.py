@@ -55,7 +55,7 @@ def asked(row: Row, layout: Layout, reading: Reading | None = None) -> Messages:
         Drop: why it cannot be read.
     """
     row.watch(layout.watched)
-    return _asked(row, _read(row, layout, (), reading).prompt)
+    return prompt_in(row, _read(row, layout, (), reading).prompt)
 
 
 def prompt_fault(prompt: Messages) -> Drop | None:
@@ -101,7 +101,7 @@ def _from_format(
     row: Row, layout: Layout, sides: tuple[str, ...], reduce: str, reading: Reading | None
 ) -> list[Candidate]:
     if _is_prompt(row, layout, sides):
-        prompt = _asked(row, _read(row, layout, sides, reading).prompt)
+        prompt = prompt_in(row, _read(row, layout, sides, reading).prompt)
         return [{"prompt": prompt} if prompt else Drop("empty")]
     if not sides and layout.format != "messages":
         answered = _asking(row, layout, reduce, reading)
@@ -155,7 +155,7 @@ def _example(row: Row, found: Raw, columns: list[str], sides: tuple[str, ...]) -
     if not all(conversations):
         return Drop("empty")
     is_whole = any(len(turns) > 1 for turns in conversations)
-    prompt = _asked(row, found.prompt, is_whole)
+    prompt = prompt_in(row, found.prompt, is_whole)
     whole = next((turns[:-1] for turns in conversations if len(turns) > 1), [])
     contexts = [turns[:-1] or prompt or whole for turns in conversations]
     if not all(contexts):
@@ -172,7 +172,7 @@ def _example(row: Row, found: Raw, columns: list[str], sides: tuple[str, ...]) -
     }
 
 
-def _asked(row: Row, value: Any, is_whole: bool = False) -> Messages:
+def prompt_in(row: Row, value: Any, is_whole: bool = False) -> Messages:
     """The prompt with what other columns hold of it and it does not: earlier turns before it, a text below it, the
     system's."""
     turns = row.turns("prompt", value, "user") if value is not None else []
@@ -342,7 +342,7 @@ def _from_scores(
     Answers without a score take part in none.
     """
     found = _read(row, layout, sides, reading)
-    prompt = _asked(row, found.prompt)
+    prompt = prompt_in(row, found.prompt)
     scores = row.numbers(key, len(found.answers))
     rated = [i for i, score in enumerate(scores) if score is not None]
     if len(found.answers) < len(sides):

@@ -22,22 +22,29 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from rlhf_recipes import stats
+from rlhf_recipes import ranks, secrets, stats
 from rlhf_recipes.cai.backend import Journal
 from rlhf_recipes.cai.judge import Judge, Pair
-from rlhf_recipes.data import readers
+from rlhf_recipes.data import formats, readers
+from rlhf_recipes.data.messages import Drop
+from rlhf_recipes.data.row import Row
+from rlhf_recipes.data.tokens import neutralise
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.evaluation import judges
 from rlhf_recipes.evaluation.measurements import Measurements
 from rlhf_recipes.stats import Estimate
+from rlhf_recipes.text import line
 
 KEY = "baseline_answers"
+BESIDE = ("system", "input", "history")  # columns that may hold more of what a row asks
 SPLITS = ("eval", "test", "train")  # of a data set of the Hub, the first that it has
 THEIRS = "theirs"
 
 
-def load(cfg: DictConfig) -> list[dict]:
+def load(cfg: DictConfig, tokenizer) -> list[dict]:
     """The rows of `baseline_answers`: `prompt_id`, `prompt` as a conversation, `output`; none without it.
+
+    As of any data, a row with a secret is left out, and a control token that is typed into a prompt is made plain.
 
     Raises:
         Refusal: it is not there, a row has no instruction and output, or nobody judges.
@@ -49,16 +56,27 @@ def load(cfg: DictConfig) -> list[dict]:
         raise Refusal(f"{KEY}={name}: nobody compares the answers. Add judge=local, judge=server or judge_function.")
     if cfg.shards:
         raise Refusal(f"{KEY}={name}: not with shards={cfg.shards}. Leave one of them out.")
-    if not 0 <= cfg.judging.asked_again <= 1:
-        raise Refusal(f"judging.asked_again={cfg.judging.asked_again}: must be a share, 0 to 1. Change it.")
     try:
         rows = list(_located(name))
     except Refusal as error:
         raise Refusal(f"{KEY}={name}: {str(error).removeprefix(f'data.path={name}: ')}") from error
+    held = secrets.in_environment()
     found = [_row(where, values) for where, values in rows]
-    if not found:
-        raise Refusal(f"{KEY}={name}: holds no rows. Give a file, each row with instruction and output.")
-    return found[: cfg.prompts]
+    kept = [row for row in found if not any(secrets.find(text, held) for text in _texts(row))]
+    if not kept:
+        without = f" but {len(found)} with a secret" if found else ""
+        raise Refusal(f"{KEY}={name}: holds no rows{without}. Give a file, each row with instruction and output.")
+    plain, counts = neutralise(kept[: cfg.prompts], tokenizer)
+    unread = dict.fromkeys(key for _, values in rows for key in values if key not in (*_asking(values), "output"))
+    said = {
+        "rows left out for a secret": len(found) - len(kept),
+        "rows with typed control tokens made plain": counts["rows"],
+        "columns unread": ", ".join(unread),
+    }
+    if ranks.is_first() and any(said.values()):
+        notes = "; ".join(f"{what}: {count}" for what, count in said.items() if count)
+        print(line(f"  baseline  {name}: {notes}"), flush=True)
+    return plain
 
 
 def _located(name: str):
@@ -69,11 +87,25 @@ def _located(name: str):
 
 
 def _row(where: str, values: dict) -> dict:
-    asked = values.get("instruction", values.get("prompt"))
-    for text, key in ((asked, "instruction"), (values.get("output"), "output")):
+    name, *beside = _asking(values)
+    for text, key in ((values.get(name), "instruction"), (values.get("output"), "output")):
         if not isinstance(text, str) or not text.strip():
             raise Refusal(f"{where}: {key} is no text. Give instruction and output.")
-    return {"prompt_id": where, "prompt": [{"role": "user", "content": asked}], "output": values["output"]}
+    row = Row(where, values, {"prompt": name} | {key: key for key in beside})
+    try:
+        prompt = formats.prompt_in(row, values[name])
+    except Drop as drop:
+        raise Refusal(f"{where}: its history cannot be asked ({drop}). Remove the row.") from None
+    return {"prompt_id": where, "prompt": prompt, "output": values["output"]}
+
+
+def _asking(values: dict) -> tuple[str, ...]:
+    """The columns of a row that are asked: its instruction, and what stands beside it."""
+    return ("instruction" if "instruction" in values else "prompt", *BESIDE)
+
+
+def _texts(row: dict) -> list[str]:
+    return [*(turn["content"] for turn in row["prompt"]), row["output"]]
 
 
 def answered(name: str, rows: list[dict], tokenizer, answers: dict[str, list[dict]]) -> dict[str, Any]:
@@ -135,13 +167,19 @@ def summarise(fixed: dict[str, Any]) -> dict[str, Any]:
     found = {}
     for name, judged in fixed["systems"].items():
         wins = [each["p"] for each in judged["judged"]]
-        lengths = [row["systems"][name]["tokens"] - row["tokens"] for row in fixed["rows"]]
         ids = [row["prompt_id"] for row in fixed["rows"]]
+        counted = [  # an endpoint may not say how long an answer was
+            (win, own - row["tokens"], row["prompt_id"])
+            for win, row in zip(wins, fixed["rows"], strict=True)
+            if (own := row["systems"][name]["tokens"]) is not None
+        ]
         repeated = _repeated(judged["judged"], judged["again"])
         moved = repeated["moved"] if repeated else 0.0
         rates = {
             "win_rate": stats.estimate(wins, ids),
-            "win_rate_length_controlled": stats.length_controlled_win_rate(wins, lengths, ids),
+            "win_rate_length_controlled": stats.length_controlled_win_rate(
+                *([row[i] for row in counted] for i in range(3))
+            ),
         }
         found[name] = {key: widened(rate, moved) for key, rate in rates.items()} | {"asked_again": repeated}
     return {"name": fixed["name"], "n": len(fixed["rows"]), "systems": found}

@@ -23,7 +23,7 @@ from rlhf_recipes.errors import Refusal
 from rlhf_recipes.evaluation import fixed_answers, judges, served_policies
 from rlhf_recipes.evaluation import tasks as harness
 from rlhf_recipes.evaluation.measurements import Measurements
-from rlhf_recipes.references import ModelRef, adapter_sha256, folder_of
+from rlhf_recipes.references import ModelRef, folder_of
 
 NEUTRAL = Path(__file__).parents[1] / "assets" / "neutral.txt"
 
@@ -38,7 +38,7 @@ def find(
         adapter_base: see `references.find`.
 
     Raises:
-        Refusal: a run is not there, is no policy, or was trained on another base.
+        Refusal: a run is not there, is no policy, was trained on another base, is the parent, or is named twice.
     """
     if isinstance(runs, str) or not (runs or steps_of):
         raise Refusal("runs: a list of run folders, at least one: 'runs=[outputs/dpo/main]'.")
@@ -46,8 +46,9 @@ def find(
     found = [_system(compared) if compared else System(BASE)]
     for folder in runs:
         system = _system(references.find_policy(folder, "runs", base_model, adapter_base))
-        if system.adapter not in [s.adapter for s in found]:
-            found.append(system)
+        if Path(system.adapter).resolve() in [Path(s.adapter).resolve() for s in found if s.adapter]:
+            raise Refusal(f"runs={folder}: is the parent, or named twice. Leave it out.")
+        found.append(system)
     found += map(_system, references.find_checkpoints(steps_of, base_model) if steps_of else [])
     return _named_apart(found)
 
@@ -103,9 +104,9 @@ def measure(
         before: measurements on the same pairs with the same settings; what they say of the parent is not measured
             again.
     """
-    fixed = fixed_answers.load(cfg)
-    judges.look(cfg, pairs.test, fixed)
     tokenizer = models.load_tokenizer(cfg.model)
+    fixed = fixed_answers.load(cfg, tokenizer)
+    judges.look(cfg, pairs.test, fixed)
     rows, prompts, kept = _rows(cfg, tokenizer, pairs)
     first, parts = part_of(cfg.shards)
     rows = rows[first::parts]
@@ -162,11 +163,15 @@ def judged(judge: Judge, found: Measurements, rows: list[dict], path: Path, judg
 def difference(measurements: list[Measurements]) -> str | None:
     """In what they were not measured alike, and what to do; None where parent, settings, pairs and prompts agree."""
     first = measurements[0]
-    for other in measurements[1:]:
+    weights = [each.info.get(each.parent, {}).get("adapter_sha256") for each in measurements]
+    for other, parent in zip(measurements[1:], weights[1:], strict=True):
         for key in ("parent", "settings"):
             here, there = getattr(first, key), getattr(other, key)
             if here != there:
                 return f"measured with different {key}, {here} and {there}."
+        if parent != weights[0]:
+            here, there = (str(each)[:12] for each in (weights[0], parent))
+            return f"{first.parent} had other weights (SHA-256 {here} and {there}). Measure both against one parent."
         for key in ("pairs", "answers"):
             here, there = getattr(first, key), getattr(other, key)
             if [row["prompt_id"] for row in there] != [row["prompt_id"] for row in here]:
@@ -393,7 +398,7 @@ def _tasks(scored: dict[str, dict]) -> dict[str, dict]:
 
 
 def _hashed(scorer: System) -> str:
-    return f"{scorer.name} ({str(adapter_sha256(Path(scorer.adapter)))[:12]})"
+    return f"{scorer.name} ({str(scorer.sha256)[:12]})"
 
 
 def _system(found: ModelRef) -> System:
@@ -403,15 +408,17 @@ def _system(found: ModelRef) -> System:
         name = found.name if found.recipe in (None, found.name) else f"{found.recipe}/{found.name}"
     start = found.start and str(found.start)
     rewards, judges = lineage.trained_on(found), lineage.labelled_by(found)
-    return System(name, str(found.adapter), found.recipe, start, found.step, rewards, judges)
+    return System(name, str(found.adapter), found.recipe, start, found.step, rewards, judges, found.sha256)
 
 
 def _named_apart(systems: list[System]) -> list[System]:
     """Those of one name are called by their folders."""
     names = [system.name for system in systems]
     for system in systems:
-        if names.count(system.name) > 1:
+        if system.adapter and names.count(system.name) > 1:
             system.name = str(folder_of(system.adapter))
+            if system.name == BASE:
+                system.name = f"./{BASE}"
     return systems
 
 
@@ -455,7 +462,7 @@ def _optimised(system: System, parent: System, scorers: list[System]) -> dict[st
     """`optimised`: those of the reward models that score which the system was trained on and its parent was not;
     `labelled_by`: the judges of what it, and not its parent, was trained on."""
     rewards = {reward for _, reward in system.rewards - parent.rewards}
-    names = [scorer.name for scorer in scorers if adapter_sha256(Path(scorer.adapter)) in rewards]
+    names = [scorer.name for scorer in scorers if scorer.sha256 in rewards]
     judges = sorted({judge for _, judge in system.judges - parent.judges})
     return ({"optimised": names} if names else {}) | ({"labelled_by": judges} if judges else {})
 
@@ -464,5 +471,6 @@ def _info(system: System) -> dict[str, Any]:
     return {
         "recipe": system.recipe,
         "path": system.adapter and str(folder_of(system.adapter)),
+        "adapter_sha256": system.sha256,
         "method_reward": methods.of(system.recipe).reward,
     } | ({} if system.step is None else {"step": system.step})

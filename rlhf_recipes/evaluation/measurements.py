@@ -18,8 +18,9 @@ class Measurements:
     Attributes:
         parent: the system that the others are held against.
         systems: names, the parent among them.
-        info: name -> `recipe`, `path`, `method_reward`, of a checkpoint `step`, and `optimised`, the names of those
-            reward models that score and that it was trained on; `labelled_by`, the judges that labelled its pairs.
+        info: name -> `recipe`, `path`, `adapter_sha256`, `method_reward`, of a checkpoint `step`, and `optimised`, the
+            names of those reward models that score and that it was trained on; `labelled_by`, the judges that labelled
+            its pairs.
         pairs: a row for each held-out pair: its labels, and in `systems` the log-probabilities by each.
         answers: a row for each prompt: its labels, and in `systems` the answer of each.
         judgements: name -> what a judge said of its answers against the parent's.
@@ -28,7 +29,8 @@ class Measurements:
         tasks: lm-eval task -> `metric`, `ids` of its examples, and the `values` of each system.
         fixed: answers to instructions of a file, and what a judge said of them against the file's (`fixed_answers`).
         settings: under which all of it was measured.
-        fingerprint: in a sweep's measurements.json, of the adapter, the parent and the settings.
+        fingerprint: in a sweep's measurements.json, of the adapter, the parent, the reward models and
+            the settings.
     """
 
     parent: str

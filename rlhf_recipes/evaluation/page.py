@@ -278,7 +278,8 @@ def _length_plot(evaluation: dict) -> dict | None:
         name: [row["systems"][name]["tokens"] for row in evaluation["answers"] if name in row["systems"]]
         for name in evaluation["systems"]
     }
-    lengths = {name: values for name, values in lengths.items() if values}
+    # An endpoint may not say how long an answer was.
+    lengths = {name: counted for name, own in lengths.items() if (counted := [n for n in own if n is not None])}
     if not lengths:
         return None
 

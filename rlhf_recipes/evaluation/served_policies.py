@@ -91,7 +91,8 @@ class Served(Policies):
         scores: whether log-probabilities of given tokens are to be had.
 
     Raises:
-        Refusal: the base or an adapter is not served, the tokenizer is another, or the context is too small.
+        Refusal: the base or an adapter is not served, the tokenizer is another, the context is too small, or
+            log-probabilities come without token ids.
     """
 
     def __init__(self, cfg: DictConfig, tokenizer, systems: list[System], lengths: list[int]):
@@ -185,7 +186,8 @@ class Served(Policies):
         """Whether the endpoint gives log-probabilities of a prompt.
 
         Raises:
-            Refusal: the base is not served, reads less than the longest text, or has another tokenizer.
+            Refusal: the base is not served, reads less than the longest text, or has another tokenizer; or it gives
+                them, and no token ids of an answer, without which its KL would be that of no tokens.
         """
         cards = self._cards()
         base = cards.get(self.model)
@@ -214,12 +216,24 @@ class Served(Policies):
                 "model of model.id, or set that to the one that is served."
             )
         try:
-            body = {"model": self.model, "prompt": ids, "max_tokens": 1, "prompt_logprobs": 0}
+            body = {
+                "model": self.model,
+                "prompt": ids,
+                "max_tokens": 1,
+                "prompt_logprobs": 0,
+                "return_token_ids": True,
+            }
             choice = self._choice(self._told("/completions", body))
         except _Rejected:
             choice = {}
         listed = choice.get("prompt_logprobs")
-        return isinstance(listed, list) and len(listed) == len(ids)
+        scores = isinstance(listed, list) and len(listed) == len(ids)
+        if scores and not self._written(choice):
+            raise Refusal(
+                f"{self.name}: its completions lack token ids, so no KL. Serve the model by a vLLM that knows "
+                "return_token_ids (0.10.2 or later)."
+            )
+        return scores
 
     def _named(self, folders: list[str]) -> dict[str | None, str]:
         """What the endpoint calls the base and the adapters of these folders."""

@@ -7,7 +7,8 @@ from rlhf_recipes.errors import Refusal
 from rlhf_recipes.evaluation.definitions import METRICS
 from rlhf_recipes.stats import Estimate
 
-# Limits of the verdict, a null switches one off. Increases, drops and rates are shares (0.05 = 5 points).
+# Limits of the verdict, a null switches one off; of the main metric it is a draw. Increases, drops and rates are
+# shares (0.05 = 5 points).
 THRESHOLDS = {
     "metric": "auto",  # win_rate | preference_accuracy; auto: win_rate where answers were scored
     "min_prompts": 20,  # fewer prompts never decide by the main metric or by a share of answers
@@ -141,11 +142,12 @@ def _main(
     choice = thresholds["metric"]
     if choice not in ("auto", "win_rate", "preference_accuracy"):
         raise Refusal(f"metric = {choice}: auto, win_rate or preference_accuracy. Choose one of these.")
+    least_rate = 0.5 if thresholds["min_win_rate"] is None else thresholds["min_win_rate"]
     if choice == "preference_accuracy" or (choice == "auto" and win is None):
         key, draw, target, least = "preference_accuracy", 0.0, thresholds["min_accuracy_gain"] or 0.0, -1
         estimate = system["differences"][system["accuracy"]]
     else:
-        key, estimate, draw, target, least = "win_rate", win, 0.5, thresholds["min_win_rate"] or 0.5, 0
+        key, estimate, draw, target, least = "win_rate", win, 0.5, least_rate, 0
     if estimate is None or estimate.value is None:
         return key, None, "level", [f"{_title(key)} was not measured."]
     said = _said(key, estimate, parent)

@@ -41,6 +41,7 @@ COUNT, NATURAL = Range(at_least=1), Range(at_least=0)
 POSITIVE, NOT_NEGATIVE = Range(above=0, below=math.inf), Range(at_least=0, below=math.inf)
 SHARE, PART = Range(at_least=0, at_most=1), Range(at_least=0, below=1)
 SAMPLED, CHANGE = Range(above=0, at_most=1), Range(at_least=-1, at_most=1)  # change: of a share
+MARGIN = Range(at_least=0, at_most=0.5)  # from one half
 # Keys whose number cannot work, or does nothing, outside of its range.
 RANGES = {
     "trainer.per_device_train_batch_size": COUNT,
@@ -131,7 +132,14 @@ RANGES = {
     "revise.top_p": SAMPLED,
     "revise.few_shot": NATURAL,
     "judging.min_option_mass": SHARE,
+    "judging.asked_again": SHARE,
+    "judging.tie_margin": MARGIN,
     "judging.cot_tokens": COUNT,
+    "gate.min_parsed": SHARE,
+    "gate.min_swap_consistency": SHARE,
+    "route.accept_margin": MARGIN,
+    "route.tie_margin": MARGIN,
+    "route.max_spread": NOT_NEGATIVE,
     "lm_eval.batch_size": COUNT,
     "lm_eval.limit": COUNT,
     "lm_eval.num_fewshot": NATURAL,
@@ -144,6 +152,19 @@ RANGES = {
     "loop.gates.max_place": SHARE,
     "loop.gates.min_known_change": CHANGE,
 }
+# Limits of the verdicts of an evaluation and of an audit, by the numbers that each can work with.
+THRESHOLDS = {
+    NATURAL: "min_prompts",
+    SHARE: "min_win_rate min_judge_consistency min_judge_answers max_disputed_wins min_accuracy min_stress_accuracy "
+    "max_probe_share min_gold_kept max_length_r2 min_uncertainty_auroc min_uncertainty_lift max_calibration_error "
+    "min_disagreement_auroc max_flip_rate max_contradictory max_cyclic_triads max_chosen_longer min_chosen_longer "
+    "min_cells_covered max_out_of_distribution",
+    CHANGE: "min_accuracy_gain max_repetition_increase max_harmless_refusal_increase max_harmful_refusal_drop "
+    "max_eos_drop max_task_drop min_gain_over_baseline min_length_matched_change min_gain_at_80 min_alpha min_kappa",
+    NOT_NEGATIVE: "max_kl max_perplexity_ratio max_length_ratio min_length_ratio max_best_of_n_gap max_exposure_gap "
+    "min_slope max_slope",
+}
+RANGES |= {f"thresholds.{name}": allowed for allowed, names in THRESHOLDS.items() for name in names.split()}
 # Where a class takes another range: with lambda 0, ORPO's loss is the likelihood of the chosen answers; with beta 0,
 # RLOO has no penalty.
 RANGES_OF = {

@@ -157,7 +157,10 @@ def _measure(folder: Path, sweep: Path, cfg: DictConfig) -> str | None:
         return None
     parent = (result["parent"] or {}).get("run") or BASE
     found = measure.find([str(folder)], parent, cfg.model.id, cfg.model.adapter_base)
+    scorer = measure.find_scorer(settings.reward_model, cfg.model.id, cfg.model.adapter_base)
     fingerprint = {"adapter": result["adapter_sha256"], "parent": parent, "asked": OmegaConf.to_container(settings)}
+    if weights := [each.sha256 for each in (found[0], *scorer) if each.sha256]:
+        fingerprint["weights"] = weights
     known = measurements.find(folder)
     if known is None or _measured_as(known.fingerprint) != _measured_as(fingerprint):
         others = (measurements.find(path.parent) for path in sorted(sweep.glob(f"*/{measurements.FILE}")))
@@ -165,7 +168,6 @@ def _measure(folder: Path, sweep: Path, cfg: DictConfig) -> str | None:
         measured = (m for m in others if m and m.fingerprint)  # recipes/evaluate.py writes none
         before = next((m for m in measured if {**_measured_as(m.fingerprint), "adapter": None} == alike), None)
         before = ranks.from_first(before)
-        scorer = measure.find_scorer(settings.reward_model, cfg.model.id, cfg.model.adapter_base)
         models.check_templates(cfg.model, [each.adapter for each in scorer], reward=True)
         try:
             pairs = load_pairs(cfg.data)

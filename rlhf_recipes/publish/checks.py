@@ -173,7 +173,7 @@ def evaluation(folder: str | None, source: contents.Source, force: bool) -> tupl
         (the run's entry with `parent`, `metrics`, `verdict`; report.html), or (None, None) where none is named.
 
     Raises:
-        Refusal: it is none, does not speak of this run, or says that it is worse than its parent.
+        Refusal: it is none, does not speak of this run with these weights, or says that it is worse than its parent.
     """
     if folder is None:
         return None, None
@@ -186,7 +186,11 @@ def evaluation(folder: str | None, source: contents.Source, force: bool) -> tupl
     name = next((name for name, entry in tuned.items() if _same(entry["info"]["path"], source.dir)), None)
     if name is None:
         raise Refusal(f"{where}: speaks of {', '.join(tuned)}, not of run={source.dir}. Evaluate this one.")
-    entry = tuned[name]
+    entry, now = tuned[name], source.result.get("adapter_sha256")
+    if (measured := entry["info"].get("adapter_sha256")) != now:
+        which = f"other weights of {name} (SHA-256 {str(measured)[:12]}, not {str(now)[:12]})"
+        what = which if measured else "weights that it does not name"
+        raise Refusal(f"{where}: speaks of {what}. Evaluate run={source.dir} again.")
     if entry["verdict"]["verdict"] == "worse" and not force:
         raise Refusal(
             f"{where}: its verdict on {name} is worse: {entry['verdict']['reasons'][0].rstrip('.')}. Publish it all "
