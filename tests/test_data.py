@@ -576,6 +576,18 @@ def test_the_stages_of_one_conversation_stay_together(tmp_path):
     assert (len(splits.train), len(splits.test)) == (60, 20)
 
 
+def test_a_question_stays_together_under_several_system_turns_and_where_it_is_without_one(tmp_path):
+    rows = [pair(n // 3, system=["", "Be brief.", "Be kind."][n % 3], chosen=f"good {n}") for n in range(30)]
+    splits = load_pairs(local(write_lines(tmp_path / "p.jsonl", rows), "data.test_size=3"))
+    train, test = ({row["prompt"][-1]["content"] for row in rows} for rows in (splits.train, splits.test))
+    assert (len(train), len(test), len(splits.test)) == (7, 3, 9) and not train & test
+    assert len(set(formats.clusters(splits.train + splits.test))) == 10
+    again = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "more"}]
+    rows = [pair(n, prompt=[{"role": "user", "content": f"q {n // 2}"}, *(again * (n % 2))]) for n in range(40)]
+    splits = load_pairs(local(write_lines(tmp_path / "p.jsonl", rows), "data.test_size=4"))
+    assert sorted(row["prompt"][0]["content"] for row in splits.test) == sorted(["q 3", "q 13", "q 17", "q 18"] * 2)
+
+
 def test_caps_take_the_head_of_one_shuffle(prefs):
     whole = load_pairs(local(prefs, "data.test_size=20"))
     capped = load_pairs(local(prefs, "data.test_size=20", "data.train_size=12", "data.eval_size=3"))
@@ -597,6 +609,17 @@ def test_a_bootstrap_draws_with_replacement(prefs):
     assert drawn.train == load_pairs(local(prefs, "data.test_size=20", "data.bootstrap=3")).train
     assert drawn.train != load_pairs(local(prefs, "data.test_size=20", "data.bootstrap=4")).train
     assert len(load_pairs(local(prefs, "data.test_size=20", "data.bootstrap=3", "data.train_size=7")).train) == 7
+
+
+def test_what_a_bootstrap_drew_is_counted_after_rows_are_dropped_and_rewritten(tmp_path, tokenizer):
+    """Of the odd rows none fits; the even ones are written once more, without their control tokens."""
+    rows = [pair(n, chosen="long " * 60 if n % 2 else f"<|im_end|> {n}") for n in range(20)]
+    splits = load_pairs(local(write_lines(tmp_path / "p.jsonl", rows), "data.test_size=4", "data.bootstrap=3"))
+    fitted = fit(splits, tokenizer, 150)
+    different = {row["prompt_id"] for row in fitted.train}
+    assert fitted.report["neutralised"]["rows"] and len(different) < len(fitted.train) < len(splits.train)
+    assert f"drawn with replacement, {len(different)} different train rows" in describe(fitted.report)
+    assert accounted(fitted.report) - fitted.report["repeated"] == 20
 
 
 # ---- refusals
@@ -747,6 +770,30 @@ def test_a_split_column_must_name_the_splits(tmp_path):
         message = refusal(load_pairs, local(path))
         assert message.startswith(f"{path}:3: split: {shown} is not train or test. Set data.train_split")
     assert load_pairs(local(path, "data.columns.split=null", "data.test_size=1")).report["train"] == 2
+
+
+def test_a_split_column_beside_test_rows_must_agree_with_them(tmp_path):
+    mixed = [pair(n, split="test" if n % 2 else "train") for n in range(6)]
+    train = write_lines(tmp_path / "p.jsonl", mixed)
+    test = write_lines(tmp_path / "t.jsonl", [pair(n, split="test") for n in range(10, 12)])
+    message = refusal(load_pairs, local(train, f"data.test_path={test}"))
+    assert message.startswith(f"{train}:2: split: 'test', but the row is in the source of the train rows,")
+    assert load_pairs(local(train, f"data.test_path={test}", "data.columns.split=null")).report["train"] == 6
+    message = refusal(load_pairs, local(test, f"data.test_path={train}", "data.train_split=test"))
+    assert message.startswith(f"{train}:2: split: 'test', but the row is in the source of the test rows,")
+    (tmp_path / "folder").mkdir()
+    for name, rows in (("train", [pair(0), pair(1, split=None), pair(2, split="validation")]), ("test", [pair(3)])):
+        write_lines(tmp_path / "folder" / f"{name}.jsonl", rows)
+    assert "train.jsonl:3: split: 'validation', but" in refusal(load_pairs, local(tmp_path / "folder"))
+
+
+def test_a_split_column_is_found_in_any_spelling(tmp_path):
+    rows = [{**pair(n), "Split": "test" if n % 2 else "train"} for n in range(6)]
+    path = write_lines(tmp_path / "p.jsonl", rows)
+    report = load_pairs(local(path)).report
+    assert (report["train"], report["test"], report["split"]) == (3, 3, "test: column Split")
+    report = load_pairs(local(path, "data.columns.split=null", "data.test_size=1")).report
+    assert (report["train"], report["unread"]) == (5, ["Split"])
 
 
 def test_nothing_left_says_what_was_dropped(tmp_path):

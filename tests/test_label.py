@@ -298,6 +298,7 @@ def test_what_cannot_be_shown_is_counted_or_refused(tmp_path):
     assert len(found.pairs) == 1 and found.left_out == {"tools": 1, "media": 2, "roles": 1}
     for row, said in (
         ({"prompt": "Hi", "passage": "A long text."}, "column 'passage' holds a part of the prompt and is not read"),
+        ({"prompt": "Hi", "request": "In French."}, "column 'request' holds a part of the prompt and is not read"),
         ({"prompt": picture[:0] + user("a") + user("b"), "input": "c d e"}, ":1: input: cannot be joined to a prompt"),
     ):
         with pytest.raises(ValueError, match=said):

@@ -200,6 +200,10 @@ REFUSED = {
     "cut list.json": (json.dumps(ROWS, indent=1)[:-3], "{}:16: not valid JSON ("),
     "commas.jsonl": (f"{ONE},\n{ONE},\n", "{}:1: not valid JSON (Extra data at character"),
     "twice.jsonl": (json.dumps(ONE), "{}:1: a text that is JSON itself (encoded twice), but a row is an object"),
+    "keys.jsonl": (
+        ONE + '\n{"prompt": "a", "chosen": "b", "info": {"n": 1, "n": 1}}',
+        "{}:2: not readable JSON (key 'n' appears twice). Mend or remove the line.",
+    ),
     "messages.jsonl": ('[{"role": "user", "content": "a"}]\n' * 2, "{}:1: a list, but a row is an object"),
     "viewer.json": (
         json.dumps({"rows": [{"row_idx": 0, "row": ROWS[0], "truncated_cells": ["prompt"]}]}),

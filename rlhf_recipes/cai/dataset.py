@@ -251,8 +251,8 @@ class _Tally:
         self.routes: Counter = Counter()
         self.cells: dict[str, Counter] = {}
         self.principles: dict[str, Counter] = {}
-        # Of every pair its group (prompt, or conversations that open alike) and whether it was accepted; of accepted
-        # ones whether the longer was chosen.
+        # Of every pair its group (prompt, or those that open with the same user turn) and whether it was accepted; of
+        # accepted ones whether the longer was chosen.
         self.groups, self.accepted = array("H"), array("b")
         self.longer_groups, self.longer = array("H"), array("b")
 
@@ -265,8 +265,8 @@ class _Tally:
 
     def pair(self, record: dict, pair: dict, reason: str | None, route: str | None) -> None:
         self.pairs += 1
-        stages = sum(turn["role"] == "user" for turn in record["prompt"]) > 1
-        group = (int(opening_id(record["prompt"]), 16) if stages else self.prompts) % GROUPS
+        opens = len(record["prompt"]) > 1
+        group = (int(opening_id(record["prompt"]), 16) if opens else self.prompts) % GROUPS
         self.groups.append(group)
         self.accepted.append(route == "accepted")
         self.speaking += pair["speaks_to_judge"]

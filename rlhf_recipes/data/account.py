@@ -6,6 +6,7 @@ the source is refused with the override that settles it.
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,12 +14,13 @@ from rlhf_recipes.data import preference
 from rlhf_recipes.data.columns import ALIASES, COLUMNS, Source, spelled
 from rlhf_recipes.data.messages import MEDIA_KEYS, TOOL_KEYS
 from rlhf_recipes.data.recognise import BAD, Layout
-from rlhf_recipes.data.row import MISSING, as_good, at, is_blank
+from rlhf_recipes.data.row import MISSING, as_good, as_list, at, is_blank
 from rlhf_recipes.errors import Refusal
 
 PARTS = ("system", "input", "history", *ALIASES["system"], *ALIASES["input"], *ALIASES["history"])
-# Parts of the prompt where they are texts.
+# Parts of the prompt where they are texts, as is what may be a prompt itself, where another column is read as that.
 TEXTS = (
+    *("prompt", *ALIASES["prompt"]),
     *("passage", "document", "documents", "docs", "article", "background", "persona", "scenario", "paragraph"),
     *("story", "premise", "knowledge", "evidence", "facts", "source_text", "query_context", "preamble", "sys"),
     *("developer", "guidelines", "instructions", "few_shot", "dialogue", "dialog", "conversation_history"),
@@ -43,25 +45,23 @@ def accounted(source: Source, layout: Layout, sides: tuple[str, ...]) -> Layout:
     Raises:
         Refusal: a column that changes what a row means and is not read.
     """
-    read = used(layout)
+    if part := unread_part(source, layout):
+        raise Refusal(
+            f"{source.name}: column {part!r} holds a part of the prompt and is not read. Name it with "
+            f"data.columns.input={part} (or system, or history), or leave it unread: data.ignore=[{part}]"
+        )
     scores = _own_scores(source) if "rejected" in sides and layout.format == "pairs" else None
     unread, watched = [], {}
-    for name, kind in {**source.kinds, **source.inner}.items():
-        inner = name.rpartition(".")[2] if name not in source.top else None
-        if name in read or name in (scores or ()) or (inner and name.removesuffix(f".{inner}") not in read):
+    for name, kind in _beside(source, layout):
+        if name in (scores or ()):
             continue
-        word = spelled(inner or name)
+        word = _word(source, name)
         if word in TOOLS or word in MEDIA:
             watched[name] = "tools" if word in TOOLS else "media"
             continue
-        is_nulled = name in COLUMNS and source.columns.get(name) is None  # data.columns.system=null
         if kind == "empty":
             continue
-        if sides and not is_nulled and _is_part(source, layout, name):
-            raise Refusal(
-                f"{source.name}: column {name!r} holds a part of the prompt and is not read. Name it with "
-                f"data.columns.input={name} (or system, or history), or leave it unread: data.ignore=[{name}]"
-            )
+        is_nulled = _is_nulled(source, name)
         if _may_label(source, layout, name, word, sides) and not is_nulled:
             what = "bad" if BAD.fullmatch(word) else "good"
             raise Refusal(
@@ -82,12 +82,26 @@ def accounted(source: Source, layout: Layout, sides: tuple[str, ...]) -> Layout:
 
 
 def unread_part(source: Source, layout: Layout) -> str | None:
-    """The first column that holds a part of the prompt and is not read; None where there is none.
+    """The first column that holds a part of the prompt and is not read; None where there is none."""
+    held = (name for name, kind in _beside(source, layout) if kind != "empty" and not _is_nulled(source, name))
+    return next((name for name in held if _is_part(source, layout, name)), None)
 
-    Args:
-        layout: of `accounted`.
-    """
-    return next((name for name in layout.unread if _is_part(source, layout, name)), None)
+
+def _beside(source: Source, layout: Layout) -> Iterator[tuple[str, str]]:
+    """What is not read, with its kind: columns, and keys inside of columns that are."""
+    read = used(layout)
+    for name, kind in {**source.kinds, **source.inner}.items():
+        if name not in read and (name in source.top or name.rpartition(".")[0] in read):
+            yield name, kind
+
+
+def _word(source: Source, name: str) -> str:
+    return spelled(name if name in source.top else name.rpartition(".")[2])
+
+
+def _is_nulled(source: Source, name: str) -> bool:
+    """Whether the user set the column to null: data.columns.system=null."""
+    return name in COLUMNS and source.columns.get(name) is None
 
 
 def used(layout: Layout) -> set[str]:
@@ -141,18 +155,29 @@ def _may_decide(source: Source, layout: Layout, name: str, word: str) -> bool:
 def _is_part(source: Source, layout: Layout, name: str) -> bool:
     """Whether a column, by its name and what it holds, is a part of the prompt that most prompts do not hold."""
     kind = source.kinds[name] if name in source.kinds else source.inner[name]
-    word = spelled(name if name in source.top else name.rpartition(".")[2])
+    word = _word(source, name)
     is_part = word in PARTS or (word in TEXTS and kind in ("text", "messages", "lists", "texts"))
     return is_part and not _is_held(source, layout, name)
 
 
 def _is_held(source: Source, layout: Layout, name: str) -> bool:
-    """Whether most prompts hold the text of a column already."""
-    prompt = layout.columns.get("prompt")
-    pairs = [(at(row, name), at(row, prompt)) for row in source.rows] if prompt else []
-    pairs = [(part, whole) for part, whole in pairs if part is not MISSING and not is_blank(part)]
-    held = [isinstance(part, str) and isinstance(whole, str) and part.strip() in whole for part, whole in pairs]
+    """Whether most prompts, or conversations where these hold them, say the text of a column already."""
+    keys = ("prompt", "messages", "chosen", "first", "completion")
+    whole = next((layout.columns[key] for key in keys if layout.columns.get(key)), None)
+    pairs = [(at(row, name), at(row, whole)) for row in source.rows] if whole else []
+    pairs = [(part, said) for part, said in pairs if part is not MISSING and not is_blank(part)]
+    held = [isinstance(part, str) and part.strip() in "\n".join(_texts(said)) for part, said in pairs]
     return sum(held) * 2 > len(held)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts in a text, or in messages, be they written as JSON."""
+    listed = as_list(value) if isinstance(value, str) and value.startswith("[") else None
+    value = value if listed is None else listed
+    if isinstance(value, str):
+        yield value
+    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _texts(each)
 
 
 def _may_label(source: Source, layout: Layout, name: str, word: str, sides: tuple[str, ...]) -> bool:

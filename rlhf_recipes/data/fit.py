@@ -133,8 +133,12 @@ class _Rewritten:
             yield after
 
     def rows(self) -> Rows:
-        """All of them, once they were looked at."""
-        return self._given.replaced(self._numbers, self._writer.rows()) if self._writer else self._given
+        """All of them, once they were looked at; what was the same row of a file twice is so again."""
+        if not self._writer:
+            return self._given
+        index = self._given.index[np.asarray(self._numbers)]
+        _, first, again = np.unique(index, return_index=True, return_inverse=True)
+        return self._given.replaced(self._numbers, self._writer.rows().select(first[again]))
 
 
 def _kept(max_length: int | None, truncation_mode: str) -> slice:
@@ -199,7 +203,7 @@ def describe(report: dict[str, Any], key: str = "data") -> str:
     used = f"{key}: {report['source']}: {report['train']} train, {report['test']} test rows of {report['rows']}"
     notes = [left_out(report)]
     if report.get("repeated"):
-        notes.append(f"drawn with replacement, {report['train'] - report['repeated']} different train rows")
+        notes.append(f"drawn with replacement, {report['different']} different train rows")
     if any(report["capped"].values()):
         notes.append("capped {train} train, {test} test".format(**report["capped"]))
     if report.get("over_length_truncated"):

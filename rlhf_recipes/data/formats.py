@@ -409,14 +409,14 @@ def pair_id(prompt_id: str, first: str, second: str) -> str:
 
 
 def opening_id(prompt: Messages) -> str:
-    """`prompt_id` of the prompt up to its first user turn, shared by the stages of one conversation."""
-    first = next(index for index, turn in enumerate(prompt) if turn["role"] == "user")
-    return prompt_id(prompt[: first + 1])
+    """`prompt_id` of the first user turn alone: shared by the stages of a conversation, and under any system turn."""
+    return prompt_id([next(turn for turn in prompt if turn["role"] == "user")])
 
 
 def clusters(rows: Iterable[dict]) -> list[str]:
-    """What every interval resamples in place of rows: the stages of one conversation are not independent, so its
-    `opening_id`, by which `data.split` holds out too; of a prompt of one turn its `prompt_id`.
+    """What every interval resamples in place of rows: the stages of one conversation are not independent, nor is one
+    question under several system turns, so the `opening_id`, by which `data.split` holds out too; of a prompt of one
+    turn its `prompt_id`.
 
     A row that was made of another has that one's as its `cluster`. Where one greeting opens all conversations they are
     told apart by what follows.
@@ -424,7 +424,7 @@ def clusters(rows: Iterable[dict]) -> list[str]:
     found, prompts = [], []
     for row in rows:
         turns = row.get("prompt")
-        asked = sum(turn["role"] == "user" for turn in turns) if isinstance(turns, list) else 0
-        found.append(row.get("cluster") or (opening_id(turns) if asked > 1 else row["prompt_id"]))
+        opens = isinstance(turns, list) and len(turns) > 1 and any(turn["role"] == "user" for turn in turns)
+        found.append(row.get("cluster") or (opening_id(turns) if opens else row["prompt_id"]))
         prompts.append(row.get("cluster") or row["prompt_id"])
     return prompts if len(set(found)) == 1 else found

@@ -16,6 +16,7 @@ Objects on lines of their own are read a line at a time; a value that goes on be
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any
@@ -25,12 +26,26 @@ from rlhf_recipes.secrets import reason
 
 HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 SPACE = re.compile(r"\s*")
-DECODER = json.JSONDecoder()
 # Keys under which files keep their rows beside notes of their own.
 WRAPPERS = ("data", "rows", "instances", "examples", "items", "records", "samples", "results", "entries", "pairs")
 SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 OF_TABLES = ("columns", "data", "index", "index_names", "column_names")
 WAY = 'Write a row a line: pandas\' to_json(orient="records", lines=True).'
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: a key that appears twice, of which json keeps the last value.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"key {twice!r:.40} appears twice")
+    return found
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def rows(path: str, lines: Iterator[tuple[int, str]], most: int) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -69,7 +84,7 @@ def _values(path: str, lines: Iterator[tuple[int, str]], most: int) -> Iterator[
     """Every value of the text with the line that it begins on."""
     for number, line in lines:
         try:
-            value = json.loads(line)
+            value = DECODER.decode(line)
             _refuse_half_pairs(value, line)
         except json.JSONDecodeError as error:
             if not line.strip():

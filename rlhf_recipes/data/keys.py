@@ -51,9 +51,9 @@ class Keys:
         except UnicodeEncodeError as error:
             raise Refusal(f"{where}: half of a surrogate pair, which is no text. Mend or remove the row.") from error
         self._said.frombytes(hashlib.blake2b(text, digest_size=16).digest())
-        asked = sum(turn["role"] == "user" for turn in example["prompt"])
+        prompt = example["prompt"]
         self.prompts.append(int(example["prompt_id"], 16))
-        self.openings.append(int(formats.opening_id(example["prompt"]), 16) if asked > 1 else self.prompts[-1])
+        self.openings.append(int(formats.opening_id(prompt), 16) if len(prompt) > 1 else self.prompts[-1])
         self.pairs.append(example.get("pair") or 0)
         self.splits.append(self.split_names.setdefault(split or None, len(self.split_names)))
         file, _, line = where.rpartition(":")

@@ -41,7 +41,8 @@ What becomes of what is found (`Splits.report` has the counts, with up to three 
 | no micro-batch of other prompts (`micro_batches`)               | dropped: `unplaced`                   |
 | more rows than `train_size` or `eval_size`                      | left out, counted: `capped`           |
 | files and splits beside those that are asked for                | named: `unread_files`                 |
-| a train row drawn again by `bootstrap`                          | kept, counted: `repeated`             |
+| a train row drawn again by `bootstrap`                          | kept, counted: `repeated`; of what is |
+|                                                                 | left `different` ones                 |
 
 `p` of a pair is the probability that its chosen answer is the better one. In every recipe the likelier answer is the
 chosen one: where pairs are read, where they are taken apart, and where the better answer alone is imitated. `reward`
@@ -68,10 +69,10 @@ from rlhf_recipes import ranks, secrets
 from rlhf_recipes.config import check_value
 from rlhf_recipes.data import formats, preference, recognise, sources
 from rlhf_recipes.data.columns import COLUMNS
-from rlhf_recipes.data.keys import Keys
+from rlhf_recipes.data.keys import Keys, different_keys
 from rlhf_recipes.data.messages import Drop
 from rlhf_recipes.data.row import Row
-from rlhf_recipes.data.rows import Example, Writer, written
+from rlhf_recipes.data.rows import Example, Rows, Writer, written
 from rlhf_recipes.data.split import split
 from rlhf_recipes.data.table import Placed, Table
 from rlhf_recipes.data.tally import Tally
@@ -260,7 +261,8 @@ def _attempt(
     if not all([first.is_settled(), second.is_settled()]) and shown is None:
         raise _OtherwiseRead(first.later.rows, second.later.rows)
     train = np.arange(0 if test is None else len(test), len(keys))
-    train, test, how = split(keys, train, test, data, told.test)
+    column = first.layout.columns["split"] or second.layout.columns["split"]
+    train, test, how = split(keys, train, test, data, told.test, column)
     train, test = (tally.left(keys, each, keys.are_first(each), "duplicate") for each in (train, test))
     train = tally.left(keys, train, ~keys.share_prompts(train, test), "leakage")
     found = {"train": len(train), "test": len(test)}
@@ -270,7 +272,7 @@ def _attempt(
     elif len(train):
         drawn = random.Random(data["bootstrap"]).choices(range(len(train)), k=data["train_size"] or len(train))
         train = train[drawn]
-        repeated = len(train) - len(np.unique(train))
+        repeated = len(train) - len(different_keys(train))
     test = keys.shuffled(test, data["seed"])[: data["eval_size"]]
     report = {
         "source": sources.source_name(data["path"]),
@@ -306,7 +308,11 @@ def _columns(sides: tuple[str, ...], labelled: bool, has_margin: Any) -> list[st
     return ["prompt", *sides, "family", "prompt_id", *of_pairs]
 
 
-def finished(train: Sequence[Example], test: Sequence[Example], report: dict[str, Any]) -> Splits:
+def finished(train: Rows, test: Rows, report: dict[str, Any]) -> Splits:
+    """
+    Raises:
+        Refusal: no rows are left.
+    """
     for name, rows in (("train", train), ("test", test)):
         if not rows and not (name == "test" and report.get("whole")):
             counts = [f"{count} {reason}" for reason, count in report["dropped"].items() if count]
@@ -316,7 +322,9 @@ def finished(train: Sequence[Example], test: Sequence[Example], report: dict[str
                 f"({', '.join(counts) or 'none dropped'}{place}; {report['split']}). "
                 "Check data.format, data.columns and trainer.max_length, or give more rows."
             )
-    return Splits(train, test, {**report, "train": len(train), "test": len(test)}, report["source"])
+    report = {**report, "train": len(train), "test": len(test)}
+    report |= {"different": len(different_keys(train.index))} if report.get("repeated") else {}
+    return Splits(train, test, report, report["source"])
 
 
 def _settings(node: DictConfig) -> dict[str, Any]:
@@ -416,7 +424,8 @@ def _is_found(data: dict[str, Any], layout: recognise.Layout) -> bool:
 
 def _account(data: dict[str, Any], first: Table, second: Table, tally: Tally) -> dict[str, Any]:
     """What is said of the columns and of the texts, where there is something to say."""
-    layout, tested, reading = first.layout, second.layout, first.reading
+    layout, tested = first.layout, second.layout
+    readings = {"": first.reading} | ({"test: ": second.reading} if second is not first else {})
     unread = dict.fromkeys((*layout.unread, *tested.unread, *(f"{key} (of messages)" for key in tally.unread_keys)))
     found = {
         "joined": dict(tally.joined),
@@ -426,7 +435,7 @@ def _account(data: dict[str, Any], first: Table, second: Table, tally: Tally) ->
         "unread": list(unread),
         "turned_round": tally.turned_round,
         "own_scores": tally.own_scores and {"columns": layout.scores, **tally.own_scores},
-        "texts": reading.lines() if reading is not None else [],
+        "texts": [whose + said for whose, each in readings.items() if each is not None for said in each.lines()],
     }
     return {key: value for key, value in found.items() if value}
 

@@ -196,13 +196,24 @@ def _columns(source: Source, found: Mapping[str, str | None]) -> dict[str, str |
     columns = dict.fromkeys(COLUMNS) | dict(found)
     taken = [name for name in columns.values() if name]
     for key in KNOWN:
-        columns[key] = source.named(key) if source.named(key) not in taken else None
+        name = _known(source, key)
+        columns[key] = name if name not in taken else None
+    if not (columns["chosen"] and columns["rejected"]):
+        columns["p"] = None  # read of a better and a worse answer alone
     for key, kinds in PARTS.items():
         name = source.find(key, kinds, taken)
         if name and name not in taken and (source.kinds[name] in kinds or name == source.typed(key)):
             columns[key] = name
             taken.append(name)
     return columns
+
+
+def _known(source: Source, key: str) -> str | None:
+    """The column under the user's name or ours; of splits, which decide what is trained on, in any spelling of it."""
+    name = source.named(key)
+    if not name and key == source.columns.get(key) == "split":
+        name = next((each for each in source.top if spelled(each) == key), None)
+    return name
 
 
 def _taken(layout: Layout) -> list[str]:

@@ -10,15 +10,20 @@ from rlhf_recipes.data.sources import source_name
 from rlhf_recipes.errors import Refusal
 
 
-def split(keys: Keys, train: np.ndarray, test: np.ndarray | None, data: dict[str, Any], told: str):
+def split(keys: Keys, train: np.ndarray, test: np.ndarray | None, data: dict[str, Any], told: str, column: str | None):
     """(train, test, how): the test source, else none where all rows are wanted, else what the split column says, else
-    prompts held out."""
+    prompts held out.
+
+    Raises:
+        Refusal: a row that the column gives to another split than its source's, or to none; nothing to hold out.
+    """
     if test is not None:
+        _refuse_misplaced(keys, train, test, data, column)
         return train, test, f"test: {told}"
     if data["whole"]:
         return train, train[:0], "none held out"
     if len(keys.split_names) > 1:
-        return *_split_by_column(keys, data), f"test: column {data['columns']['split']}"
+        return *_split_by_column(keys, data, column), f"test: column {column}"
     size, seed = data["test_size"], data["seed"]
     if size is None:
         raise Refusal(
@@ -39,13 +44,27 @@ def split(keys: Keys, train: np.ndarray, test: np.ndarray | None, data: dict[str
     return train[~is_test], train[is_test], f"test: {len(drawn)} of {len(different)} prompts held out, seed {seed}"
 
 
-def _split_by_column(keys: Keys, data: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+def _refuse_misplaced(
+    keys: Keys, train: np.ndarray, test: np.ndarray, data: dict[str, Any], column: str | None
+) -> None:
+    """Refuse train rows that the column gives to another split, and test rows that it gives to the train split."""
+    splits, mine = np.asarray(keys.splits).astype(np.int64), keys.split_names.get(data["train_split"], -1)
+    for what, wrong in (("train", train[~np.isin(splits[train], (0, mine))]), ("test", test[splits[test] == mine])):
+        for number in wrong[:1]:
+            named = list(keys.split_names)[splits[number]]
+            raise Refusal(
+                f"{keys.where(number)}: {column}: {named!r:.40}, but the row is in the source of the {what} rows, "
+                "which is read whole. Take such rows out, or set data.columns.split=null to ignore the column."
+            )
+
+
+def _split_by_column(keys: Keys, data: dict[str, Any], column: str | None) -> tuple[np.ndarray, np.ndarray]:
     wanted = [keys.split_names.get(data[key], -1) for key in ("train_split", "test_split")]
     splits = np.asarray(keys.splits).astype(np.int64)
     for number in np.flatnonzero(~np.isin(splits, wanted))[:1]:
         named, train, test = list(keys.split_names)[splits[number]], data["train_split"], data["test_split"]
         raise Refusal(
-            f"{keys.where(number)}: {data['columns']['split']}: {named!r:.40} is not {train} or {test}. "
+            f"{keys.where(number)}: {column}: {named!r:.40} is not {train} or {test}. "
             "Set data.train_split and data.test_split, or data.columns.split=null to ignore the column."
         )
     train, test = (np.flatnonzero(splits == each) for each in wanted)

@@ -28,13 +28,15 @@ def prompts(rows: Sequence[Placed]) -> Iterator[Messages | Drop]:
     """
     if not rows:
         return
-    source = Source(rows, dict(zip(COLUMNS, COLUMNS, strict=True)), ())
-    layout = accounted(source, recognise.of_prompts(source, "prompt"), ())
+    own = ["question"]  # what is asked of the answers, no part of their prompt
+    source = Source(rows, dict(zip(COLUMNS, COLUMNS, strict=True)), own)
+    layout = recognise.of_prompts(source, "prompt")
     if part := unread_part(source, layout):
         raise Refusal(
             f"{source.name}: column {part!r} holds a part of the prompt and is not read. Put it into prompt, or "
             "remove the column."
         )
+    layout = accounted(source, layout, ())
     texts = [(where, row) for where, row in rows if isinstance(row.get("prompt"), str)]
     reading = _reading(texts[: recognise.SAMPLE], {"text": "auto"}, layout, ())
     for where, values in rows:
