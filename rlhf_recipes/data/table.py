@@ -91,7 +91,9 @@ class Table:
         source = Source(self._head, data["columns"], data["ignore"])
         self.layout = accounted(source, layout(source), sides)
         self.reading = _reading(head, data, self.layout, sides)
-        self.later = Later(source, used(self.layout), data["ignore"])
+        # Words say what they mean; what numbers mean, a value that comes late may change.
+        settles = {self.layout.columns["preference"]} if self.layout.scale != "names" else set()
+        self.later = Later(source, used(self.layout) - settles, data["ignore"])
         self.rows = self._watched(rows)
 
     def is_settled(self) -> bool:
