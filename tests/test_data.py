@@ -736,6 +736,8 @@ def test_missing_columns_name_the_nearest(tmp_path):
         ({"prompt": [{"role": "user", "content": [3]}]}, "prompt[0].content: must be text, or parts like"),
         ({"prompt": [{"role": "user", "content": 3}]}, "prompt[0].content: must be text."),
         ({"family": 3}, "family: must be text, not 3. Mend it, or set data.columns.family=null."),
+        ({"margin": 10**400}, "margin: must be a number, not 1000000000"),
+        ({"margin": float("inf")}, "margin: must be a number, not inf."),
         ({"rejected": ...}, "rejected: missing. Add it or remove the row."),
     ],
 )
@@ -752,6 +754,7 @@ def test_wrong_values_name_row_and_key(changes, wanted, tmp_path):
         ({"scores": [1]}, "scores: 1 entries for 2 responses. Mend or remove the row."),
         ({"scores": [1, "x"]}, "scores: must hold finite numbers, not text."),
         ({"scores": [1, float("inf")]}, "scores: must hold finite numbers, not inf."),
+        ({"scores": [1, -(10**400)]}, "scores: must hold finite numbers, not -1000000000"),
         ({"scores": "high"}, "scores: must be a list, not text."),
         ({"scores": "[1, 2"}, "scores: must be a list (as JSON), not text."),
         ({"responses": ["a", 4]}, "responses: must hold texts, not 4."),

@@ -48,7 +48,7 @@ def test_labels_as_products_collect_them(compose, tmp_path):
     assert all(row["pair"] is None and "p" not in row for row in found.train)
 
 
-@pytest.mark.parametrize("label", ["perhaps", 2, -1, 0.5, [True]])
+@pytest.mark.parametrize("label", ["perhaps", 2, -2, 0.5, [True]])
 def test_another_label_is_refused(compose, tmp_path, label):
     rows = [{"prompt": "q", "completion": "a", "label": label}]
     with pytest.raises(Refusal, match=r"thumbs.jsonl:1: label: must be true or false"):

@@ -125,6 +125,7 @@ def refusal(*arguments, **more):
 
 TWO = {"prompt": Q, "response_a": YES, "response_b": NO}
 COUNTED = {"prompt": Q, "response_0": YES, "response_1": NO}
+FROM_ONE = {"prompt": Q, "response_1": YES, "response_2": NO}
 SIDES = {"prompt": Q, "chosen": YES, "rejected": NO}
 WHOLE = {"chosen": [user(), bot()], "rejected": [user(), bot(NO)]}
 LISTS = {"prompt": Q, "responses": [NO, YES]}
@@ -226,6 +227,9 @@ CASES = [
     case("LLaMA-Factory, system", {"conversations": [human()], "chosen": gpt(), "rejected": gpt(NO),
                                    "system": "Be brief.", "tools": ""}, SYSTEM),
     case("one message each", {"prompt": user(), "chosen": bot(), "rejected": bot(NO)}, PAIR),
+    case("LLaMA-Factory, context", {"conversations": [human()], "chosen": gpt(), "rejected": gpt(NO),
+                                    "context": "A library."},
+         "u: Open at 0?\n\nA library. | Yes, from 0 on. > No idea about 0."),
     case("columns of keys", {"prompt": Q, **{side: {"role": ["user", "assistant"], "content": [Q, text]}
                                             for side, text in (("chosen", YES), ("rejected", NO))}}, PAIR),
     case("columns of keys of two lengths", {**SIDES, "chosen": {"role": ["user", "assistant"], "content": [Q]}},
@@ -239,6 +243,8 @@ CASES = [
     case("an unknown role", {**SIDES, "prompt": [{"role": "narrator", "content": Q}]},
          "!'narrator' is not one of system, user, assistant"),
     case("a name", {**SIDES, "prompt": [{**user(), "name": "Ann"}]}, PAIR, says="not read: name (of messages)"),
+    case("names", {**SIDES, "prompt": [{**user(), **dict.fromkeys("abcdefgh", 1)}]}, PAIR,
+         says=f"not read: {', '.join(f'{name} (of messages)' for name in 'abcdefgh')}"),
     case("JSON", {"prompt": json.dumps([user()]), "chosen": json.dumps([bot()]), "rejected": json.dumps([bot(NO)])},
          PAIR),
     case("opens with the assistant", {**SIDES, "prompt": [each(bot("Hello."), user("Hello.")), each(user(),
@@ -371,6 +377,13 @@ CASES = [
          "!may say several things of response_a and response_b"),
     case("an index by word", {**TWO, "label": each(0, 1)}, PAIR, format="preference", set="data.preference=index",
          order="+-+-"),
+    case("an index of 1 and 2 by word", {**FROM_ONE, "label": each(0, 1)}, PAIR,
+         format="preference", set="data.preference=index", order="+-+-", says="(0 the first, 1 the second)"),
+    case("a number that no float holds", {**TWO, "winner": 10**400}, "!inf are on no scale that is known"),
+    case("one among others", {**TWO, "winner": each(-1, 10**400)}, "!does not say which is better",
+         set="data.preference=signed"),
+    case("p beside a verdict", {**TWO, "winner": each("a", "b"), "p": 0.6}, PAIR, format="preference", order="+-+-",
+         says="not read: p"),
     case("a probability by word", {**TWO, "preference": each(0.9, 0.2, 0.5)}, PAIR, format="preference",
          set="data.preference=probability", order="+-+", dropped={"tie": 1}),
     case("true or false", {**TWO, "a_is_better": each(True, False)}, PAIR, format="preference", order="+-+-"),
@@ -413,7 +426,6 @@ CASES = [
     case("always the same winner", {**SIDES, "winner": "chosen"}, PAIR, says="not read: winner"),
     case("p", {**SIDES, "p": each(0.1, 0.9)}, TURNED, order="-+-+",
          says="2 pairs turned round, whose p is below 0.5"),
-    case("p beside a verdict", {**TWO, "winner": "a", "p": 0.6}, PAIR, format="preference", says="not read: p"),
     case("margin", {**SIDES, "margin": 2.5}, PAIR, says="margin of 4 rows"),
     # ---- lists of answers
     case("ratings", {**LISTS, "scores": [1, 4.5]}, PAIR, format="ratings"),
@@ -488,6 +500,10 @@ CASES = [
          "sft", format="messages"),
     case("prompt beside messages", {"prompt": Q, "prompt_id": "x", **TURNS}, ONE, "sft", format="messages",
          says="not read: prompt, prompt_id"),
+    case("messages, context, history", {**TURNS, "context": "A library.", "history": [["Hi.", "Hello."]]},
+         "u: Hi. / a: Hello. / u: Open at 0?\n\nA library. | Yes, from 0 on.", "sft", format="messages"),
+    case("messages that say input and output", {"input": Q, "output": YES, **TURNS}, ONE, "sft",
+         says="not read: messages"),
     case("the last has no weight", {"messages": [user(), {**bot(), "weight": each(0, 1)}]},
          "u: Open at 1? | Yes, from 1 on.", "sft",
          format="messages", dropped={"unweighted": 2}),
@@ -512,6 +528,11 @@ CASES = [
     case("system", {"system": "Be brief.", "question": Q}, f"s: Be brief. / {ASKED}", "ppo"),
     case("messages", TURNS, ASKED, "ppo", format="messages"),
     case("messages of the user", {"messages": [user()]}, ASKED, "ppo", format="messages"),
+    case("messages, context", {**TURNS, "context": "A library."}, "u: Open at 0?\n\nA library.", "ppo",
+         format="messages"),
+    case("LLaMA-Factory, context", {"conversations": [human()], "chosen": gpt(), "rejected": gpt(NO),
+                                    "context": "A library."},
+         "u: Open at 0?\n\nA library.", "ppo", set="data.format=pairs"),
     case("implicit prompt", WHOLE, ASKED, "ppo"),
     case("prompt null", {"prompt": None, **WHOLE}, ASKED, "ppo"),
     case("a preference", {**TWO, "winner": "b"}, ASKED, "ppo"),
@@ -566,6 +587,10 @@ def test_a_shape_is_read_or_refused(case, base, tmp_path):
         (SIDES, WHOLE, "u: Open at 10?", "its test rows as pairs: chosen, rejected"),
         (SIDES, {**SIDES, "prompt": f"\n\nHuman: {Q}\n\nAssistant:"}, "u: Open at 10?", "test: "),
         ({**TWO, "winner": "a"}, TWO, "!no column says which of response_a and response_b is better", ""),
+        ({**TWO, "winner": "a"}, {**TWO, "response_a": NO, "response_b": YES, "loser": "a"},
+        "u: Open at 10? | Yes, from 10 on.", "preference from loser"),
+        ({**COUNTED, "better_response_id": each(0, 1)}, {"prompt": Q, "answer_1": YES, "answer_2": NO, "better_id": 1},
+        "u: Open at 10? | Yes, from 10 on.", "(1 the first, 2 the second)"),
         (SIDES, DEMO, "!test_path.jsonl: no column 'chosen'", ""),
         (SIDES, {**SIDES, "winner": each("chosen", "rejected")}, "!test_path.jsonl: column 'winner' may say which",
         ""),
@@ -603,6 +628,11 @@ NAMED = {**RATED, "completions": [{**rated, "model": "x"} for rated in RATED["co
         ("dpo", SIDES, {**SIDES, "passage": "Some long text"}, "!column 'passage' holds a part of the prompt"),
         ("dpo", {**SIDES, "passage": ""}, {**SIDES, "passage": "Some text"}, "!column 'passage' holds a part"),
         ("dpo", {**SIDES, "better": "chosen"}, {**SIDES, "better": "rejected"}, "!column 'better' may say which"),
+        ("dpo", SIDES, {**SIDES, **dict.fromkeys("abcdefgh", "x")}, "not read: a, b, c, d, e, f, g, h"),
+        ("dpo", {**FROM_ONE, "label": 1}, {**FROM_ONE, "label": 0}, "!may say several things of response_1"),
+        ("dpo", {**TWO, "winner": 1}, {**TWO, "winner": 2}, "(1 the first, 2 the second)"),
+        ("kto", {**DEMO, "label": -1}, {**DEMO, "label": 1}, "read as labelled (1 good, -1 bad)"),
+        ("kto", {**DEMO, "label": 1}, {**DEMO, "label": -1}, "read as labelled (1 good, -1 bad)"),
         ("sft", DEMO, {**DEMO, "label": False}, "!label: missing"),
     ],
 )  # fmt: skip

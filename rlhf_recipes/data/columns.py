@@ -179,9 +179,9 @@ class Later:
     def look(self, where: str, row: Mapping[str, Any]) -> None:
         if self.unheard:
             self.unheard -= set(_names(row)) | {path for path in self.unheard if at(row, path) is not MISSING}
-        shown = [name for name in row.keys() - self._seen if self._shows(name, row[name])]
+        shown = [name for name in row if name not in self._seen and self._shows(name, row[name])]
         columns = {name: row[name] for name in shown}
-        for name in self._nested & row.keys():
+        for name in [each for each in row if each in self._nested]:
             inner = [path for path, value in _inside(name, row[name]) if self._shows(path, value)]
             columns |= {name: row[name]} if inner else {}
             shown += inner

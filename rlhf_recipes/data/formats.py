@@ -173,22 +173,22 @@ def _example(row: Row, found: Raw, columns: list[str], sides: tuple[str, ...]) -
 
 
 def prompt_in(row: Row, value: Any, is_whole: bool = False) -> Messages:
-    """The prompt with what other columns hold of it and it does not: earlier turns before it, a text below it, the
-    system's."""
+    """The prompt with what other columns hold of it; where it lies in whole conversations, as it is."""
     turns = row.turns("prompt", value, "user") if value is not None else []
     if not any(turn["content"].strip() for turn in turns):
         turns = []
-    added, earlier = row.optional("input"), row.history("history")
-    if added in (None, [], {}):
-        added = ""
-    elif isinstance(added, bool) or not isinstance(added, str | int | float):
-        raise row.wrong("input", "must be text", added)
-    added = str(added)
-    if is_whole:  # what was asked is in the conversation
-        said = {turn["content"].strip() for turn in turns}
-        if earlier or (added.strip() and added.strip() not in said):
-            raise _not_joined(row, "history" if earlier else "input", "a prompt that lies in whole conversations")
-        return turns
+    if not is_whole:
+        return _joined(row, turns)
+    added, earlier = _input(row), row.history("history")
+    if earlier or (added.strip() and added.strip() not in {turn["content"].strip() for turn in turns}):
+        raise _not_joined(row, "history" if earlier else "input", "a prompt that lies in whole conversations")
+    return turns
+
+
+def _joined(row: Row, turns: Messages) -> Messages:
+    """A prompt with what other columns hold of it and it does not: earlier turns before it, a text below it, the
+    system's."""
+    added, earlier = _input(row), row.history("history")
     if earlier and (
         _stripped(turns[: len(earlier)]) == _stripped(earlier) or _holds(turns, *(turn["content"] for turn in earlier))
     ):
@@ -201,6 +201,15 @@ def prompt_in(row: Row, value: Any, is_whole: bool = False) -> Messages:
             raise _not_joined(row, "input", "a prompt of several turns")
         turns = [{"role": "user", "content": "\n\n".join([*(turn["content"] for turn in turns), added])}]
     return _with_system(row, [*earlier, *turns] if turns else [])
+
+
+def _input(row: Row) -> str:
+    added = row.optional("input")
+    if added in (None, [], {}):
+        return ""
+    if isinstance(added, bool) or not isinstance(added, str | int | float):
+        raise row.wrong("input", "must be text", added)
+    return str(added)
 
 
 def _holds(turns: Messages, *texts: str) -> bool:
@@ -328,10 +337,11 @@ def parse_transcript(text: str) -> Messages:
 def _from_conversation(row: Row, sides: tuple[str, ...]) -> Candidate:
     turns = row.conversation("messages")
     if not sides:
-        return {"prompt": _with_system(row, turns[:-1] if turns[-1:] and turns[-1]["role"] == "assistant" else turns)}
+        asked = turns[:-1] if turns[-1:] and turns[-1]["role"] == "assistant" else turns
+        return {"prompt": _joined(row, asked) if asked else []}
     if len(turns) < 2:
         return Drop("roles", f"one turn, of the {turns[0]['role']}") if turns else Drop("empty")
-    return {"prompt": _with_system(row, turns[:-1]), "completion": turns[-1:]}
+    return {"prompt": _joined(row, turns[:-1]), "completion": turns[-1:]}
 
 
 def _from_scores(

@@ -254,10 +254,14 @@ def _attempt(
         second = Table(test_rows, data, sides, labelled, tally, shown.test if shown else [], first.layout)
     has_margin = first.layout.columns["margin"] or second.layout.columns["margin"]
     writer = Writer(_columns(sides, labelled, has_margin))
-    if test_rows is not None:
-        _read(second, data, sides, labelled, tally, keys, writer)
-    test = None if test_rows is None else np.arange(len(keys))
-    _read(first, data, sides, labelled, tally, keys, writer)
+    try:
+        if test_rows is not None:
+            _read(second, data, sides, labelled, tally, keys, writer)
+        test = None if test_rows is None else np.arange(len(keys))
+        _read(first, data, sides, labelled, tally, keys, writer)
+    except Refusal:  # unless rows up to this one show that all are to be read in another way
+        if shown is not None or all([first.is_settled(), second.is_settled()]):
+            raise
     if not all([first.is_settled(), second.is_settled()]) and shown is None:
         raise _OtherwiseRead(first.later.rows, second.later.rows)
     train = np.arange(0 if test is None else len(test), len(keys))

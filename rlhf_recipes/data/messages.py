@@ -101,8 +101,9 @@ def _message(at: str, index: int, is_last: bool, turn: Any, unread: Counter, ign
     if not keys:
         found = f" (found: {', '.join(map(str, turn))})" if isinstance(turn, dict) else ""
         raise Refusal(f"{at}: must be a message with role and content{found}. Convert the column.")
-    for key in turn.keys() - set(keys) - set(ignore):
-        _account(key, turn[key], index, is_last, unread)
+    for key in turn:
+        if key not in keys and key not in ignore:
+            _account(key, turn[key], index, is_last, unread)
     named = turn[keys[0]]
     role = named.strip().lower() if isinstance(named, str) else ""
     if role in TOOL_ROLES:

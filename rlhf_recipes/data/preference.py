@@ -147,10 +147,10 @@ def scale_of(source: Source, name: str, sides: tuple[str, str], told: str) -> st
     held = {kind([value]) for value in values}
     if told == "auto" and not held <= {"number", "flag"}:
         return "names"
-    numbers = {float(value) for value in values} if held <= {"number", "flag"} else set()
+    numbers = {_float(value) for value in values} if held <= {"number", "flag"} else set()
     counted = markers(*sides)
     if told == "index":
-        return "one" if counted == ("1", "2") or 2 in numbers else "index"
+        return "one" if 2 in numbers or (counted == ("1", "2") and 0 not in numbers) else "index"
     if told != "auto":
         return told
     word = spelled(name)
@@ -219,7 +219,7 @@ def better(value: Any, scale: str, sides: tuple[str, str], models: tuple[Any, An
         return float(value == models[0])
     if scale == "names":
         return _named(str(value), sides)
-    number = float(value)
+    number = _float(value)
     places = {"index": {0: 1.0, 1: 0.0}, "one": {1: 1.0, 2: 0.0, 0: 0.5}}
     if scale in places and number in places[scale]:
         return places[scale][number]
@@ -250,9 +250,17 @@ def _named(value: str, sides: tuple[str, str]) -> float:
 
 def _number(value: Any) -> float | None:
     try:
-        return float(value)
+        return _float(value)
     except (TypeError, ValueError):
         return None
+
+
+def _float(value: Any) -> float:
+    """As `float`; infinite for an integer that no float holds."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def _squashed(text: str) -> str:

@@ -5,14 +5,16 @@ two do.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rlhf_recipes.data import preference
 from rlhf_recipes.data.columns import ALIASES, COLUMNS, Source, spelled
-from rlhf_recipes.data.messages import is_messages
-from rlhf_recipes.data.row import as_good, as_list, as_number
+from rlhf_recipes.data.messages import Drop, as_messages, is_messages
+from rlhf_recipes.data.row import MISSING, as_good, as_list, as_number, at
 from rlhf_recipes.errors import Refusal
 
 SAMPLE = 200  # rows that are looked at
@@ -25,6 +27,7 @@ PARTS = {
     "history": ("messages", "lists", "empty"),
 }
 ASKED = ("text", "word", "messages")  # what a prompt may be
+BESIDE = ("context", "history", "input")  # a prompt, or parts of the one that a conversation holds
 # A label of this name is true of what is bad.
 BAD = re.compile(
     "(?:is_|was_)?(?:rejected|wrong|incorrect|bad|harmful|unsafe|toxic|hallucinated|undesirable|disliked?|downvoted)|"
@@ -107,7 +110,8 @@ def of_prompts(source: Source, prompt: str) -> Layout:
 
 
 def same(source: Source, layout: Layout, data: Mapping[str, Any], sides: tuple[str, ...], labelled: bool) -> Layout:
-    """The layout for a second source of the same data: the first one's format and scale, by columns of its own.
+    """The layout for a second source of the same data: the first one's format, by columns of its own; also its scale,
+    unless the answers are counted from another number on.
 
     Raises:
         Refusal: a column that is not there.
@@ -116,7 +120,8 @@ def same(source: Source, layout: Layout, data: Mapping[str, Any], sides: tuple[s
     if all(source.has(name) for name in found.values()):
         return replace(layout, columns=_columns(source, found))
     own = recognise(source, {**data, "format": layout.format}, sides, labelled)
-    return replace(own, scale=layout.scale, turned=layout.turned)
+    counted = [preference.markers(*(each.columns[key] or "" for key in ("first", "second"))) for each in (layout, own)]
+    return replace(own, scale=layout.scale) if counted[0] == counted[1] else own
 
 
 def said(layout: Layout) -> str:
@@ -132,7 +137,7 @@ def _format(source: Source, data: Mapping[str, Any], sides: tuple[str, ...], lab
     wanted = data["format"]
     if wanted != "auto":
         return _told(source, wanted, data, sides)
-    if not sides and (prompt := source.find("prompt", ASKED)) and source.kinds[prompt] != "empty":
+    if not sides and (prompt := _own_prompt(source)) and source.kinds[prompt] != "empty":
         return of_prompts(source, prompt)
     fits = [
         fit
@@ -164,7 +169,7 @@ def _format(source: Source, data: Mapping[str, Any], sides: tuple[str, ...], lab
 
 def _told(source: Source, wanted: str, data: Mapping[str, Any], sides: tuple[str, ...]) -> Layout:
     """The layout of a format that the user named."""
-    prompt = source.find("prompt", ASKED) if not sides and wanted not in ("hh_rlhf", "messages") else None
+    prompt = _own_prompt(source) if not sides and wanted not in ("hh_rlhf", "messages") else None
     if prompt and source.kinds[prompt] != "empty":
         return Layout(wanted, _columns(source, {"prompt": prompt}))
     match wanted:
@@ -220,9 +225,34 @@ def _taken(layout: Layout) -> list[str]:
     return [layout.columns[key] for key in NEEDED[layout.format] if layout.columns.get(key)]
 
 
-def _prompt(source: Source, taken: Iterable[str | None] = ()) -> str | None:
+def _prompt(source: Source, taken: Collection[str | None] = ()) -> str | None:
     """The column of prompts, else of the conversations that the answers of a row go on with (LLaMA-Factory's)."""
-    return source.find("prompt", ASKED, taken) or source.find("messages", ("messages",), taken)
+    return _own_prompt(source, taken) or source.find("messages", ("messages",), taken)
+
+
+def _own_prompt(source: Source, taken: Collection[str | None] = ()) -> str | None:
+    """The column of prompts alone: beside a conversation none of `BESIDE` that holds something else than it asks."""
+    conversation = source.find("messages", ("messages",), taken)
+    parts = []
+    if conversation and conversation not in taken and source.kinds[conversation] == "messages":
+        names = [name for name in source.kinds if spelled(name) in BESIDE and name != conversation]
+        parts = [name for name in names if not _is_asked(source, name, conversation)]
+    return source.find("prompt", ASKED, (*taken, *parts))
+
+
+def _is_asked(source: Source, name: str, conversation: str) -> bool:
+    """Whether a column holds all that the user says in most conversations."""
+    found = []
+    for row in source.rows:
+        text, turns = at(row, name), at(row, conversation)
+        turns = as_list(turns) if isinstance(turns, str) else turns
+        if text is MISSING or not is_messages(turns):
+            continue
+        with suppress(Refusal, Drop):  # told when the row is read
+            said = as_messages(name, turns, Counter())
+            users = [turn["content"].strip() for turn in said if turn["role"] == "user"]
+            found.append(isinstance(text, str) and users == [text.strip()])
+    return sum(found) * 2 > len(found)
 
 
 def _pairs(source: Source, told: str = "") -> Layout | None:
@@ -370,7 +400,8 @@ def _labelled(source: Source, told: bool = False) -> Layout | None:
     if not (completion and label):
         return None
     labels = [value for value in source.values[label] if value not in (None, "")]
-    is_signed = {as_number(str(value)) for value in labels} == {-1, 1}
+    signs = {as_number(str(value)) for value in labels}
+    is_signed = -1 in signs and signs <= {-1, 1}
     if not told and not is_signed and any(as_good(value) is None for value in labels):
         return None
     prompt = source.named("prompt") or (

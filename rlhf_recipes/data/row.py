@@ -4,6 +4,7 @@ import ast
 import json
 import math
 import re
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -19,6 +20,7 @@ BAD = ("false", "0", "0.0", "no", "down", "thumbs down", "👎", "bad", "rejecte
        "dislike", "disliked", "negative", "dispreferred", "incorrect", "wrong")  # fmt: skip
 UNRATED = ("", "n/a", "na", "nan", "none", "null", "-")
 MISSING = object()
+LARGEST = sys.float_info.max
 LITERAL_LIMIT = 2**20  # characters of a list in Python's notation, whose parser takes a hundred times their memory
 
 
@@ -95,8 +97,8 @@ class Row:
             )
         return value or None
 
-    def number(self, key: str, rule: str, low: float = -math.inf, high: float = math.inf) -> float | None:
-        """A number of an optional column; None where it is absent, null or blank."""
+    def number(self, key: str, rule: str, low: float = -LARGEST, high: float = LARGEST) -> float | None:
+        """A finite number of an optional column; None where it is absent, null or blank."""
         value = self.optional(key)
         if value in (None, ""):
             return None
@@ -144,7 +146,7 @@ class Row:
                 value = None
             if isinstance(value, bool | str) or not (value is None or isinstance(value, int | float)):
                 raise self.wrong(key, "must hold finite numbers", value)
-            if value is not None and not math.isfinite(value):
+            if value is not None and not abs(value) <= LARGEST:
                 raise self.wrong(key, "must hold finite numbers", value)
             found.append(value)
         return found

@@ -93,7 +93,10 @@ class Table:
         source = Source(self._head, data["columns"], data["ignore"])
         self.layout = accounted(source, layout(source), sides)
         self.reading = _reading(head, data, self.layout, sides)
-        self.later = Later(source, used(self.layout), data["ignore"])
+        # Words say what they mean; what numbers mean, a value that comes late may change.
+        numbers = () if self.layout.scale == "names" else ("preference", "label")
+        read = used(self.layout) - {self.layout.columns[key] for key in numbers}
+        self.later = Later(source, read, data["ignore"])
         self.rows = self._watched(rows)
 
     def is_settled(self) -> bool:
