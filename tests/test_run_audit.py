@@ -51,7 +51,7 @@ def test_labels_are_the_words_of_the_run_that_made_them(tmp_path):
 
     assert labelling(people / "preferences.jsonl") == {people}
     assert labelling("clinic", test_path=asked) == {asked, people}
-    assert labelling(tmp_path / "mine.jsonl") == labelling("org/name") == set()
+    assert labelling(tmp_path / "mine.jsonl") == labelling("org/name") == labelling("~no/\0") == set()
     assert run_audit._run_of(str(people / "judgements.jsonl")) == run_audit._run_of(str(people)) == people
 
 

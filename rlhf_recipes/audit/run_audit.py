@@ -4,6 +4,7 @@ Models are here and in `scoring` and `answers`; the parts see arrays alone.
 """
 
 import hashlib
+import os
 import random
 from dataclasses import dataclass, field
 from functools import partial
@@ -91,8 +92,13 @@ def find(cfg: DictConfig) -> Sources:
 
 def _run_of(path: str) -> Path:
     """The folder, or that of the file."""
-    found = Path(path).expanduser()
-    return (found if found.is_dir() else found.parent).resolve()
+    found = _place(path)
+    return Path(found if os.path.isdir(found) else os.path.dirname(found))
+
+
+def _place(path: str) -> str:
+    """Compared and never opened: a config that others wrote may hold what is no path."""
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def _labelling(data: DictConfig) -> set[Path]:
@@ -100,7 +106,8 @@ def _labelling(data: DictConfig) -> set[Path]:
     found = {_run_of(data[key]) for key in ("path", "test_path") if data[key]}
     for home in filter(run_folder.marked, list(found)):
         judge = run_folder.read_config(home).get("judge")
-        found |= {_run_of(judge["labels"])} if isinstance(judge, dict) and judge.get("labels") else set()
+        people = judge.get("labels") if isinstance(judge, dict) else None
+        found |= {_run_of(people)} if isinstance(people, str) else set()
     return {home for home in found if run_folder.marked(home)}
 
 
@@ -119,7 +126,7 @@ def _doubts(cfg: DictConfig, reward_models: list[ModelRef], report: dict) -> lis
         trained = run_folder.read_config(home).get("data") if run_folder.marked(home) else None
         if isinstance(trained, dict):
             other = [key for key in keys if _differ(key, trained.get(key), cfg.data[key])]
-            why = ", ".join(f"data.{key}={trained.get(key)} (here {cfg.data[key]})" for key in other)
+            why = ", ".join(f"data.{key}={trained.get(key)!s:.80} (here {cfg.data[key]})" for key in other)
             why = why and f"learned from {why}"
         else:
             why = "has no config that says which pairs it learned from"
@@ -133,7 +140,7 @@ def _doubts(cfg: DictConfig, reward_models: list[ModelRef], report: dict) -> lis
 
 def _differ(key: str, one: str | float | None, other: str | float | None) -> bool:
     if key in ("path", "test_path") and isinstance(one, str) and isinstance(other, str):
-        return Path(one).expanduser().resolve() != Path(other).expanduser().resolve()
+        return _place(one) != _place(other)
     return one != other
 
 
