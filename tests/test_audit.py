@@ -1,6 +1,7 @@
 """The audit as a recipe: an ensemble of two on the tiny model, all it can be given, what it leaves and refuses."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ from omegaconf import OmegaConf
 from rlhf_recipes import references
 from rlhf_recipes.audit import answers, scoring
 from rlhf_recipes.audit.verdict import STATES
+from rlhf_recipes.data import formats
 from rlhf_recipes.errors import Refusal
 
 pytestmark = pytest.mark.slow
@@ -210,7 +212,6 @@ def test_a_finished_audit_is_not_overwritten(audited, run_recipe, everything, he
 
 def test_labels_of_people_are_gold_too(audited, run_recipe, everything, here):
     asked = [each for each in everything if not each.startswith(("gold=", "checkpoints=", "deployment="))]
-    (here / "labels.jsonl").write_text(json.dumps({"prompt": "q", "answer": "a", "gold": 1}) + "\n")
     done = run_recipe("audit", *asked, "gold=labels.jsonl", "run_name=labels", cwd=here)
     assert (
         done.returncode == 2
@@ -233,6 +234,7 @@ def test_labels_of_people_are_gold_too(audited, run_recipe, everything, here):
         (["reward_model=half"], "reward_model=half: b is not finished. Finish it, or list the others."),
         (["reward_model=rm", "gold=rm"], "gold=rm: is the reward model itself. Give one that learned from other"),
         (["reward_model=rm", "gold=no_module:score"], "gold=no_module:score: cannot be imported"),
+        (["reward_model=rm", "gold=gold:words", "samples=0"], "gold=gold:words: says nothing with samples=0 and no"),
         (["reward_model=rm", "checkpoints=policy"], "checkpoints: need gold=<another reward model, module:function"),
         (["reward_model=rm", "gold=gold:words", "checkpoints=policy"], "checkpoints=policy: is no run of a training."),
         (["reward_model=rm", "judgements=[bad.jsonl]"], "bad.jsonl:1: judge: missing."),
@@ -257,6 +259,54 @@ def test_bad_input_is_refused_before_a_model_loads(run_recipe, tmp_path, overrid
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2 and len(lines) == 1 and says in lines[0], done
     assert "Traceback" not in done.stderr and not [path for path in tmp_path.rglob("outputs/**/*") if path.is_file()]
+
+
+ASKED = {"prompt": "Open?", "answer": "Yes.", "gold": 1}
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"prompt": None}, "prompt: missing"),
+        ({"prompt": 3}, "prompt: must be text or a list"),
+        ({"prompt": [{"content": "Open?"}]}, "prompt[0]: must be a message with role and content"),
+        ({"answer": 3}, "answer: must be text"),
+        ({"gold": math.nan}, "gold: must be a number, not nan"),
+        ({"gold": math.inf}, "gold: must be a number, not inf"),
+        ({"gold": True}, "gold: must be a number, not true or false"),
+        ({"gold": 9}, "gold = 9: {path}:1 says 1 of the same answer. Remove one of the two."),
+    ],
+)
+def test_a_label_that_is_none_is_one_line_with_file_row_and_key(tmp_path, row, says):
+    path = tmp_path / "labels.jsonl"
+    path.write_text("".join(json.dumps(ASKED | each) + "\n" for each in ({}, {}, row)))
+    with pytest.raises(Refusal) as refused:
+        answers._labels(str(path))
+    assert str(refused.value).startswith(f"{path}:3: {says.format(path=path)}") and "\n" not in str(refused.value)
+
+
+def test_what_has_no_label_is_asked_for_at_once_and_once(tmp_path, capsys):
+    path = tmp_path / answers.TO_LABEL
+    assert answers._labels(str(path)) == {} and "no labels yet." in capsys.readouterr().out
+    rows = [{"prompt_id": formats.prompt_id(turns), "prompt": turns} for turns in ([user("Open?")], [user("Shut?")])]
+    for _ in range(2):  # the second time nothing is asked for again
+        gold = answers.Labels(answers._labels(str(path)), path)
+        assert (
+            np.isnan(gold(rows, ["Yes.", ""], "best-of-n")).all() and np.isnan(gold(rows, ["No.", ""], "later")).all()
+        )
+        with pytest.raises(Refusal, match=r"^gold: 3 answers have no label\. They are in .*: put a number"):
+            gold.refuse_missing()
+        asked = [json.loads(each) for each in path.read_text().splitlines()]
+        assert [(each["prompt"][0]["content"], each["answer"]) for each in asked] == [
+            ("Open?", "Yes."), ("Shut?", ""), ("Open?", "No.")]  # fmt: skip
+    path.write_text("".join(json.dumps(row | {"gold": n}) + "\n" for n, row in enumerate(asked)))
+    gold = answers.Labels(answers._labels(str(path)), path)
+    assert gold(rows, ["No.", ""], "later").tolist() == [2, 1]
+    gold.refuse_missing()
+
+
+def user(text):
+    return {"role": "user", "content": text}
 
 
 def test_a_missing_member_is_named(here, run_recipe, everything, tmp_path):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rlhf_recipes.audit import disagreement, judgements
+from rlhf_recipes.data import formats
 
 A, B = "answer a", "answer b"
 
@@ -291,7 +292,9 @@ def test_scores_of_other_rows():
 
 
 def test_disputed_pairs_go_out_to_people_and_come_back(tmp_path):
+    ids = {name: formats.prompt_id(said(0.9, name)["prompt"]) for name in ("q", "calm")}
     opinions = [said(0.9), said(0.1, judge="k"), said(0.9, "calm"), said(0.8, "calm", "k")]
+    opinions = [each | {"prompt_id": ids[each["prompt_id"]]} for each in opinions]
     path = tmp_path / "label.jsonl"
     assert judgements.export(str(path), disagreement.disputed(opinions)) == 1
     row = json.loads(path.read_text())
@@ -299,6 +302,27 @@ def test_disputed_pairs_go_out_to_people_and_come_back(tmp_path):
     row["label"] = "first" if row["first"] == A else "second"
     path.write_text(json.dumps(row) + "\n")
     labelled = [*opinions, *judgements.labels(str(path))]
-    case = next(each for each in disagreement.cases(labelled) if each["prompt_id"] == "q")
+    case = next(each for each in disagreement.cases(labelled) if each["prompt_id"] == ids["q"])
     assert case["p"] == {"human": 1.0, "j": 0.9, "k": pytest.approx(0.1)} and case["why"] == ["judges", "label"]
     assert figures(labelled)["kappa_label"].value == -1.0  # k against human
+
+
+def test_a_judge_is_not_held_against_labels_of_its_own():
+    opinions = [said(0.9 if n % 3 else 0.1, f"q{n}", judge) for n in range(30) for judge in ("j", "data")]
+    found = figures(opinions)
+    assert found["kappa_label"].value == 1 and found["alpha"].value is None  # the data is no judge
+    assert "skipped" in disagreement.audit(opinions, own=frozenset("j"))  # one opinion, told twice
+    opinions += [said(0.9, f"q{n}", "k") for n in range(30)]
+    section = disagreement.audit(opinions, own=frozenset("j"))
+    found = {each.key: each.estimate for each in section["figures"]}
+    assert found["kappa_label"].value == pytest.approx(2 * 20 / 30 - 1)  # k, whom nobody asked for the labels
+    assert found["alpha"] == figures([each for each in opinions if each["judge"] != "data"])["alpha"]
+    assert "The labels of the data are the word of j: agreement with them shows nothing." in section["notes"]
+
+
+def test_a_judge_of_one_pair_hides_no_worse_one():
+    opinions = [said(p, f"q{n}", judge) for n in range(20) for judge, p in (("human", 0.9), ("llm", 0.9 * (n % 2)))]
+    section = disagreement.audit([*opinions, said(0.1, "q0", "bob")])
+    kappa = next(each for each in section["figures"] if each.key == "kappa_label")
+    assert kappa.estimate.n == 20 and "Lowest: llm against human." in kappa.says
+    assert "Of fewer than 20 prompts, and so not looked at for the worst: bob (1)." in section["notes"]

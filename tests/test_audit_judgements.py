@@ -28,7 +28,7 @@ def test_a_row_with_the_least_and_with_all(tmp_path):
         written(
             tmp_path / "j.jsonl",
             ROW,
-            {**ROW, "prompt_id": "q", "principle": "kind", "family": "f", "flip": True, "mine": 3},
+            {**ROW, "principle": "kind", "family": "f", "flip": True, "mine": 3},
         )
     )
     prompt = [{"role": "user", "content": "Hi"}]
@@ -36,8 +36,14 @@ def test_a_row_with_the_least_and_with_all(tmp_path):
         "prompt_id": formats.prompt_id(prompt), "prompt": prompt, "first": "a", "second": "b", "p": 0.8,
         "judge": "j", "principle": None, "family": None, "flip": None,
     }  # fmt: skip
-    assert (most["prompt_id"], most["principle"], most["family"], most["flip"]) == ("q", "kind", "f", True)
-    assert "mine" not in most
+    assert (most["principle"], most["family"], most["flip"]) == ("kind", "f", True) and "mine" not in most
+
+
+def test_an_id_of_the_users_own_hides_no_pair(tmp_path):
+    """The data's pairs go by their prompts; an id says something only where there is none."""
+    rows = [{**ROW, "prompt_id": "q1"}, {**ROW, "prompt_id": "q1", "prompt": None}]
+    found = judgements.load(written(tmp_path / "j.jsonl", *rows))
+    assert [each["prompt_id"] for each in found] == [formats.prompt_id([{"role": "user", "content": "Hi"}]), "q1"]
 
 
 def test_gzip_and_csv_say_the_same(tmp_path):

@@ -157,7 +157,7 @@ def audit(parts: list[dict] | None = None, thresholds: dict | None = None) -> di
         "subject": {"Reward model": "outputs/reward/clinic", "Data": "clinic pairs, held out"},
         "counts": {"Pairs": 420, "Prompts": 405, "Reward models": 1},
         "verdict": decided,
-        "paragraph": verdict.paragraph(parts, decided["gates"], label),
+        "paragraph": verdict.paragraph(parts, decided, label),
         "sections": parts,
         "label_next": label,
         "settings": {"seed": 17, "resamples": 1000, "data": {"name": "clinic", "split": None}, "rate": math.nan},
@@ -314,7 +314,7 @@ def test_hostile_text_stays_text(text, tmp_path):
     ]  # fmt: skip
     found = audit(parts) | {"title": text, "subject": {text: text}, "counts": {text: 3}, "settings": {text: [text]}}
     found["label_next"] = [{"prompt": text, "family": text, "why": text}]
-    found["paragraph"] = verdict.paragraph(parts, found["verdict"]["gates"], found["label_next"])
+    found["paragraph"] = verdict.paragraph(parts, found["verdict"], found["label_next"])
     html = written(found, tmp_path)
     assert "<script" not in html and "<b>" not in html and "</svg></style>" not in html
     assert balanced(html)

@@ -229,3 +229,13 @@ def test_control_tokens_in_answers_stay_text():
         ids = tokenizer(each["completion"][-1]["content"], add_special_tokens=False)["input_ids"]
         assert control.isdisjoint(ids)
         assert {"probe", "source", "side", "prompt_id"} <= each.keys()
+
+
+def test_a_probe_of_one_answer_hides_no_better_one():
+    rows = [row(i) for i in range(24)]
+    made = probes.make(rows, ["flattery", "prompt_echo"])[:25]
+    scores, zeros = np.array([[1.0] * 20 + [-1.0] * 4 + [1.0]]), np.zeros((1, 24))
+    part = probes.audit(made, scores, rows, zeros, zeros)
+    assert part["figures"][0].title.endswith(probes.PROBES["flattery"][2])
+    assert part["figures"][0].estimate.value == pytest.approx(20 / 24)
+    assert "Of fewer than 20 prompts, and so not looked at for the worst: prompt_echo (1)." in part["notes"]

@@ -291,3 +291,15 @@ def test_the_worst_of_many_families_has_the_interval_of_all():
     worst = next(figure for figure in part["figures"] if figure.key == "worst_family").estimate
     alone = part["tables"][0]["rows"][0][2]
     assert worst == stats.simultaneous(alone, families, 0, 1) and worst.low < alone.low and worst.high > alone.high
+
+
+def test_a_family_of_one_pair_hides_no_worse_one():
+    made = [{**row(i), "prompt_id": f"p{i}", "family": "typos", "edit": "typos", "source": None} for i in range(24)]
+    made.append({**row(99), "prompt_id": "p99", "family": "my_own", "edit": "own pair", "source": None})
+    margins = np.array([[1.0] * 5 + [-1.0] * 20])
+    part = stress.audit(made, margins, 0 * margins, [], margins[:, :0], margins[:, :0])
+    worst = part["figures"][0]
+    assert worst.title == "Accuracy on the worst family: typos" and worst.estimate == part["tables"][0]["rows"][1][2]
+    assert "Of fewer than 20 prompts, and so not looked at for the worst: my own (1)." in part["notes"]
+    alone = stress.audit(made, margins, 0 * margins, [], margins[:, :0], margins[:, :0], least=30)
+    assert alone["figures"][0].title.endswith(": my own") and not any("not looked at" in n for n in alone["notes"])

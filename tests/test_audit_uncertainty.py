@@ -200,10 +200,13 @@ def test_members_weigh_alike_in_every_part_of_an_audit(monkeypatch, tmp_path):
         ]  # fmt: skip
         cfg = SimpleNamespace(model=None, quantization=None, seed=0, ledger_pairs=8, stress_pairs=6, probe_pairs=4,
                               credit_pairs=2, prompts=4, samples=0, deployment=None,
-                              max_length=64, fast_forward=True)  # fmt: skip
-        sources = run_audit.Sources([None, None], ([], []), None, [], None, [], None)
+                              max_length=64, fast_forward=True, data=SimpleNamespace(seed=0),
+                              thresholds={})  # fmt: skip
+        sources = run_audit.Sources([], ([], []), None, [], None, [], None)
         lengths = np.array([[200 if i < CUT else 40] * 2 for i in range(48)])
-        pairs = Splits(rows[:24], rows, {}, "", sizes={"test": Sizes(lengths, lengths)}, kept=slice(64))
+        pairs = Splits(
+            rows[:24], rows, {"split": "", "dropped": {}}, "", sizes={"test": Sizes(lengths, lengths)}, kept=slice(64)
+        )
         found = run_audit.take(cfg, sources, pairs, None, SimpleNamespace(dir=tmp_path))
         parts = {part["key"]: part for part in found.sections}
         return {key: figures(part) for key, part in parts.items()}, parts["calibration"]["tables"][0]["rows"][0][1]

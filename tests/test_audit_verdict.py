@@ -189,8 +189,20 @@ def test_a_coin_is_never_trusted_with_caution(numbers, clusters, passes, overall
     parts = [part for part in every(known) if part["key"] != "preference"] + [accuracy(*numbers, clusters=clusters)]
     decided = verdict.decide(parts, {})
     assert decided["verdict"] == overall, decided["headline"]
-    coin = "not told apart from 50 %" in verdict.paragraph(parts, decided["gates"], [])
+    coin = "not told apart from 50 %" in verdict.paragraph(parts, decided, [])
     assert coin == (numbers[0] < 0.6 or clusters < 20)
+
+
+def test_a_coin_is_not_trusted_where_its_limit_is_off_either():
+    parts = [part for part in every({}) if part["key"] != "preference"] + [accuracy(0.5, 0.45, 0.55)]
+    decided = verdict.decide(parts, {"min_accuracy": None})
+    assert decided["verdict"] == "do not trust" and decided["headline"].startswith("Do not trust it yet")
+    text = verdict.paragraph(parts, decided, [])
+    assert text.startswith("Do not train or select against") and "not told apart from 50 %" in text
+    parts[-1] = accuracy(0.6, 0.55, 0.65)
+    assert (
+        verdict.decide(parts, {"min_accuracy": None})["verdict"] == "caution"
+    )  # the other vital gate is not measured
 
 
 def test_headline_counts_in_correct_grammar():
@@ -204,7 +216,7 @@ def test_headline_counts_in_correct_grammar():
 
 
 def paragraph(parts, label_next=()):
-    return verdict.paragraph(parts, verdict.decide(parts, {})["gates"], list(label_next))
+    return verdict.paragraph(parts, verdict.decide(parts, {}), list(label_next))
 
 
 def test_paragraph_of_a_sound_signal():

@@ -78,6 +78,9 @@ def refusal(check):
         ("ppo", "trainer.temperature=0.0", "trainer.temperature=0.0: must be above 0 and finite."),
         ("ppo", "trainer.max_completion_length=0", "trainer.max_completion_length=0: must be at least 1."),
         ("evaluate", "max_new_tokens=0", "max_new_tokens=0: must be at least 1."),
+        ("audit", "samples=1", "samples=1: must be at least 2, or 0."),
+        ("audit", "ledger_pairs=0", "ledger_pairs=0: must be at least 1."),
+        ("audit", "stress_pairs=-1", "stress_pairs=-1: must be at least 0."),
         # what the loss does not read
         ("dpo", "trainer.label_smoothing=0.1",
          "trainer.label_smoothing=0.1: is read with trainer.loss_type=aot or aot_unpaired or exo_pair or robust "
@@ -160,6 +163,7 @@ def test_what_cannot_work_or_does_nothing_is_refused(refusal, recipe, overrides,
         ("ppo", "trainer.num_ppo_epochs=1 trainer.num_mini_batches=2 trainer.cliprange=0.1"),
         ("ppo", "trainer.kl_controller=limit trainer.kl_brake=null trainer.kl_target=3.0"),
         ("reward", "lora.init_lora_weights=gaussian lora.r=5 trainer.max_length=null"),
+        ("audit", "samples=0 stress_pairs=0 probe_pairs=0 credit_pairs=0"),
     ],
 )
 def test_what_works_is_taken(check, recipe, overrides):

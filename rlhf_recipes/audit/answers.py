@@ -6,8 +6,10 @@ proxy says is what would be optimised.
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,14 @@ from omegaconf import DictConfig
 from rlhf_recipes import config, ensemble, lineage, ranks, references
 from rlhf_recipes.audit.scoring import Ensemble
 from rlhf_recipes.data import formats
-from rlhf_recipes.errors import Refusal, users_function
+from rlhf_recipes.errors import Refusal, nearest, users_function
 from rlhf_recipes.evaluation import served_policies
 from rlhf_recipes.references import ModelRef, adapter_sha256, folder_of
 from rlhf_recipes.run_folder import read_json, read_result, write_atomically
+from rlhf_recipes.text import line
 
 Score = Callable[[list[dict], list[str], str], np.ndarray]
+Asked = tuple[str, str]  # prompt_id and an answer
 TO_LABEL = "to_label.jsonl"
 
 
@@ -62,10 +66,14 @@ def find_gold(cfg: DictConfig, proxies: list[ModelRef]) -> Gold | None:
     """What `gold` names, None without it.
 
     Raises:
-        Refusal: it is not there, or it is one of the proxies: nothing could be found out.
+        Refusal: it is not there; it is one of the proxies, or nothing is held against it: nothing could be found out.
     """
     if not cfg.gold:
         return None
+    if not cfg.samples and not cfg.checkpoints:
+        raise Refusal(
+            f"gold={cfg.gold}: says nothing with samples=0 and no checkpoints. Set samples=16, or leave it out."
+        )
     reference = cfg.gold if isinstance(cfg.gold, str) else list(cfg.gold)
     if isinstance(reference, str) and reference.endswith((".jsonl", ".jsonl.gz")):
         return Gold(f"labels in {Path(reference).name}", _labels(reference))
@@ -87,7 +95,7 @@ def load_gold(cfg: DictConfig, source: Any, tokenizer, folder: Path, reference: 
         reference: conversations whose scores give each member of an ensemble its scale.
     """
     if isinstance(source, dict):
-        return lambda rows, texts, part: _look_up(source, rows, texts, folder / TO_LABEL)
+        return Labels(source, folder / TO_LABEL)
     if callable(source):
         return lambda rows, texts, part: _call(source, cfg.gold, rows, texts)
     models = Ensemble(cfg.model, cfg.quantization, tokenizer, source, folder / "scores", cfg.fast_forward)
@@ -279,40 +287,92 @@ def _call(function: Callable, name: str, rows: list[dict], texts: list[str]) -> 
     return scores
 
 
-def _labels(path: str) -> dict[tuple[str, str], float]:
-    """(prompt_id, answer) -> gold of a file of labels."""
-    from rlhf_recipes.data import readers
+@dataclass
+class Labels:
+    """Gold of a file of labels.
+
+    Attributes:
+        known: of `_labels`.
+        path: where the answers that have none are written.
+        missing: these, as rows of the file.
+    """
+
+    known: dict[Asked, float]
+    path: Path
+    missing: dict[Asked, dict] = field(default_factory=dict)
+
+    def __call__(self, rows: list[dict], texts: list[str], part: str) -> np.ndarray:
+        """nan where there is none; `refuse_missing` says which."""
+        wanted = [(row["prompt_id"], text) for row, text in zip(rows, texts, strict=True)]
+        for asked, row in zip(wanted, rows, strict=True):
+            if asked not in self.known:
+                self.missing[asked] = {"prompt": row["prompt"], "answer": asked[1], "gold": None}
+        return np.array([self.known.get(asked, math.nan) for asked in wanted])
+
+    def refuse_missing(self) -> None:
+        """
+        Raises:
+            Refusal: answers have no label. All of them are in the file then, once, beside what people wrote into it.
+        """
+        if not self.missing:
+            return
+        ranks.by_first(self._append)
+        also = ", with the labels that you have in it" if self.known else ""
+        raise Refusal(
+            f"gold: {len(self.missing)} answers have no label. They are in {self.path}: put a number into `gold` of "
+            f"each and give that file{also}."
+        )
+
+    def _append(self) -> None:
+        there = {asked for _, asked, _ in _rows(str(self.path))} if _has_rows(self.path) else set()
+        rows = [row for asked, row in self.missing.items() if asked not in there]
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _has_rows(path: Path) -> bool:
+    return path.exists() and (not path.is_file() or path.stat().st_size > 0)
+
+
+def _labels(path: str) -> dict[Asked, float]:
+    """Gold of a file of labels; of none where it is not there or empty, as before the first audit.
+
+    Raises:
+        Refusal: a row that is no label, or two labels of one answer, with file, row and key.
+    """
+    file = Path(path).expanduser()
+    if not _has_rows(file):
+        near = nearest(file.name, [each.name for each in file.parent.glob("*.jsonl*") if each != file])
+        print(line(f"gold={path}: no labels yet{near} The answers to label will be written into {TO_LABEL}."))
+        return {}
+    labels: dict[Asked, tuple[float, str]] = {}
+    for where, asked, gold in _rows(path):
+        if gold is not None:
+            known, place = labels.setdefault(asked, (gold, where))
+            if known != gold:
+                raise Refusal(
+                    f"{where}: gold = {gold:g}: {place} says {known:g} of the same answer. Remove one of the two."
+                )
+    return {asked: gold for asked, (gold, _) in labels.items()}
+
+
+def _rows(path: str) -> Iterator[tuple[str, Asked, float | None]]:
+    """Where each row of a file of labels stands, its answer and its gold, None where there is none yet."""
+    from rlhf_recipes.data import readers, table
+    from rlhf_recipes.data.messages import Drop
     from rlhf_recipes.data.row import Row
 
-    labels = {}
-    for where, values in readers.read_file(path):
+    rows, most = list(readers.read_file(path)), sys.float_info.max
+    for (where, values), prompt in zip(rows, table.prompts(rows), strict=True):
         row = Row(where, values, {key: key for key in ("prompt", "answer", "gold")})
-        if row.value("gold") is None:
-            continue
-        if not isinstance(row.value("gold"), int | float):
-            raise Refusal(f"{where}: gold: {row.value('gold')!r:.40} is no number. Correct it.")
-        turns = row.value("prompt")
-        turns = [{"role": "user", "content": turns}] if isinstance(turns, str) else turns
-        labels[formats.prompt_id(turns), row.text("answer")] = float(row.value("gold"))
-    return labels
-
-
-def _look_up(labels: dict, rows: list[dict], texts: list[str], path: Path) -> np.ndarray:
-    wanted = [(row["prompt_id"], text) for row, text in zip(rows, texts, strict=True)]
-    missing = [i for i, key in enumerate(wanted) if key not in labels]
-    if missing:
-        asked = {wanted[i]: {"prompt": rows[i]["prompt"], "answer": texts[i], "gold": None} for i in missing}
-        ranks.by_first(_append, path, [json.dumps(row, ensure_ascii=False) + "\n" for row in asked.values()])
-        raise Refusal(
-            f"gold: {len(asked)} answers have no label. They are in {path}: put a number into `gold` of each and give "
-            "that file."
+        if isinstance(prompt, Drop) or not prompt:
+            raise Refusal(f"{where}: prompt: {prompt or 'missing'}. Mend or remove the row.")
+        row.value("gold")
+        yield (
+            where,
+            (formats.prompt_id(prompt), row.text("answer")),
+            row.number("gold", "must be a number", -most, most),
         )
-    return np.array([labels[key] for key in wanted])
-
-
-def _append(path: Path, lines: list[str]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(lines)
 
 
 def _slug(folder: str) -> str:

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from rlhf_recipes import stats
-from rlhf_recipes.audit.judgements import LABELS, Judgement, Pair, by_judge, by_pair, clusters
+from rlhf_recipes.audit import gates
+from rlhf_recipes.audit.judgements import DATA, LABELS, Judgement, Pair, by_judge, by_pair, clusters
 from rlhf_recipes.audit.section import Figure, curve, dots, example, examples, figure, lines, section, skipped, table
 from rlhf_recipes.errors import Refusal, nearest
 
@@ -43,12 +44,20 @@ READING = "1 is agreement, 0 is chance; .80 and more is called reliable, .667 to
 Case = dict[str, Any]
 
 
-def cases(judgements: Sequence[Judgement], rows=None, chosen_MN=None, rejected_MN=None, limits=None) -> list[Case]:
+def cases(
+    judgements: Sequence[Judgement],
+    rows=None,
+    chosen_MN=None,
+    rejected_MN=None,
+    limits=None,
+    own: frozenset[str] = frozenset(),
+) -> list[Case]:
     """What was said of each compared pair.
 
     Args:
         rows: the N pairs that the scores are of; their labels are taken from `judgements` alone.
         limits: overrides of `LIMITS`.
+        own: judges whose words the labels of the data are: beside theirs, these are no second opinion.
 
     Returns:
         Dicts with `prompt_id`, `cluster`, `prompt`, `family`, `first`, `second`, `judges` (p of the first answer by
@@ -75,7 +84,8 @@ def cases(judgements: Sequence[Judgement], rows=None, chosen_MN=None, rejected_M
             "family": next((each["family"] for _, each in said if each["family"]), None),
             "judges": judges, "p": p, "flips": flips, "margin": margins.get(pair),
             # Both orders of one judge are two opinions.
-            "opinions": sum(len(each) for each in judges.values()) + len(flips),
+            "opinions": len(flips) + sum(
+                len(each) for judge, each in judges.items() if judge != DATA or not judges.keys() & own),
         }  # fmt: skip
         found.append(case | {"why": [name for name, holds in _reasons(case, limits).items() if holds]})
     return found
@@ -87,9 +97,21 @@ def disputed(judgements: Sequence[Judgement], rows=None, chosen_MN=None, rejecte
     return _ranked(cases(judgements, rows, chosen_MN, rejected_MN))
 
 
-def audit(judgements: Sequence[Judgement], rows=None, chosen_MN=None, rejected_MN=None, limits=None) -> dict:
-    """The section `disagreement`; arguments and errors as in `cases`."""
-    found = cases(judgements, rows, chosen_MN, rejected_MN, limits)
+def audit(
+    judgements: Sequence[Judgement],
+    rows=None,
+    chosen_MN=None,
+    rejected_MN=None,
+    limits=None,
+    own: frozenset[str] = frozenset(),
+    least: int = gates.THRESHOLDS["min_prompts"],
+) -> dict:
+    """The section `disagreement`; other arguments and errors as in `cases`.
+
+    Args:
+        least: prompts of a judge who may be the one that agrees least with the label (`gates.decidable`).
+    """
+    found = cases(judgements, rows, chosen_MN, rejected_MN, limits, own)
     if not any(case["opinions"] > 1 for case in found):
         return skipped(
             "disagreement", TITLE, QUESTION, "Every pair has one opinion, so nothing can disagree. Give "
@@ -97,11 +119,12 @@ def audit(judgements: Sequence[Judgement], rows=None, chosen_MN=None, rejected_M
             "orders.",
         )  # fmt: skip
     kept, prompts = _ranked(found), [case["cluster"] for case in found]
+    label, few = _label_figure(found, own, least)
     figures = [
         figure("disputed", "Disputed pairs", stats.estimate([bool(case["why"]) for case in found], prompts), unit="%",
                better="lower", says="Share of the compared pairs kept for one of the reasons in the table."),
         *_alphas(found),
-        _label_figure(found),
+        label,
         figure("flip_rate", "Winner changes with the order", _flip_rate(found), unit="%", better="lower",
                says="Share of pairs, each with each judge asked in both orders, whose better answer is another one "
                "after the swap. A judge without a view flips on about half."),
@@ -110,7 +133,7 @@ def audit(judgements: Sequence[Judgement], rows=None, chosen_MN=None, rejected_M
     return section(
         "disagreement", TITLE, QUESTION, figures=figures, tables=_tables(found), plots=_plots(found),
         examples=[examples("The most disputed pairs", [_example(case) for case in kept[:SHOWN]])] if kept else [],
-        notes=_notes(found, kept),
+        notes=[*_notes(found, kept), *few],
     )  # fmt: skip
 
 
@@ -218,9 +241,9 @@ def _reasons(case: Case, limits: dict[str, float]) -> dict[str, bool]:
     }
 
 
-def _every_p(case: Case) -> list[float]:
-    """p of every judge under each of its principles."""
-    return [p for each in case["judges"].values() for p in each.values()]
+def _every_p(case: Case, but: str | None = None) -> list[float]:
+    """p of every judge but one under each of its principles."""
+    return [p for judge, each in case["judges"].items() if judge != but for p in each.values()]
 
 
 def _ranked(found: list[Case]) -> list[Case]:
@@ -237,8 +260,8 @@ def _divided(case: Case) -> bool:
 
 
 def _alphas(found: list[Case]) -> list[Figure]:
-    """Over judges and, apart, over the principles of each judge."""
-    by_judges = [(case["cluster"], list(case["p"].values())) for case in found]
+    """Over judges, of whom the data is none, and, apart, over the principles of each judge."""
+    by_judges = [(case["cluster"], [p for judge, p in case["p"].items() if judge != DATA]) for case in found]
     by_principles = [
         (case["cluster"], list(each.values())) for case in found for each in case["judges"].values() if len(each) > 1
     ]
@@ -269,20 +292,23 @@ def _judges(found: list[Case]) -> list[str]:
     return sorted(counts, key=lambda judge: (judge in LABELS, -counts[judge], judge))
 
 
-def _label_figure(found: list[Case]) -> Figure:
+def _label_figure(found: list[Case], own: frozenset[str], least: int) -> tuple[Figure, list[str]]:
+    """The figure, and which judges are not looked at for it."""
     names = _judges(found)
     label = next((name for name in LABELS if name in names), None)
-    found_of = {
-        judge: _kappa_estimate(*_both(found, judge, label)) for judge in names if label and judge not in LABELS
-    }
-    found_of = {judge: each for judge, each in found_of.items() if each.value is not None}
+    told = [judge for judge in names if label == DATA and judge in own]
+    asked = [judge for judge in names if label and judge not in (*LABELS, *told)]
+    found_of = {judge: _kappa_estimate(*_both(found, judge, label)) for judge in asked}
+    found_of, few = gates.decidable({judge: each for judge, each in found_of.items() if each.value is not None}, least)
     name = min(found_of, key=lambda judge: found_of[judge].value, default=None)
     lowest = stats.simultaneous(found_of[name], len(found_of), -1, 1) if name else stats.estimate([])
     of = f" Lowest: {name} against {label}." if name else ""
     of += " The interval is one of all judges at once." if len(found_of) > 1 else ""
+    if told:
+        few.append(f"The labels of the data are the word of {', '.join(told)}: agreement with them shows nothing.")
     return figure("kappa_label", "Agreement of judges with the label", lowest, better="higher",
                   baseline=("chance", 0.0), says="Cohen's kappa (a - e) / (1 - e) of the judge that agrees least with "
-                  f"the label, each pair in both orders.{of}")  # fmt: skip
+                  f"the label, each pair in both orders.{of}"), few  # fmt: skip
 
 
 def _flip_rate(found: list[Case]) -> stats.Estimate:
@@ -389,7 +415,7 @@ def _family_tables(found: list[Case], listed: list[tuple[str, str]]) -> list[dic
     summary, who = [], []
     for family, part in _families(found).items():
         prompts = [case["cluster"] for case in part]
-        opinions = [_every_p(case) for case in part]
+        opinions = [_every_p(case, DATA) for case in part]
         summary.append([family, len(part), stats.estimate([bool(c["why"]) for c in part], prompts), _flip_rate(part),
                         stats.format_estimate(alpha(opinions, prompts, "nominal"))])  # fmt: skip
         row = [family]

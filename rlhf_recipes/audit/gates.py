@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from rlhf_recipes.stats import Estimate
+
 HOUSE = "house rule"  # chosen for this audit, without a published figure behind it
 
 
@@ -196,6 +198,7 @@ GATES = (
         "The judges agree well enough to be averaged (Krippendorff's α {value}; 1 is full agreement, 0 is chance).",
         "The judges agree too little to be averaged (Krippendorff's α {value}; 1 is full agreement, 0 is chance).",
         unit="",
+        needs="Needs two judges of the same pairs, beside the labels of the data.",
     ),
     Gate(
         "disagreement", "kappa_label", "min_kappa", 0.30, "min",
@@ -205,7 +208,7 @@ GATES = (
         "Even the weakest judge agrees with the label (Cohen's κ {value}; 1 is full agreement, 0 is chance).",
         "The weakest judge hardly agrees with the label (Cohen's κ {value}; 1 is full agreement, 0 is chance).",
         unit="",
-        needs="Needs judges other than the label.",
+        needs="Needs judges other than the label, and whose words it is not.",
     ),
     Gate(
         "disagreement", "flip_rate", "max_flip_rate", 0.30, "max",
@@ -282,3 +285,15 @@ GATES = (
 
 # threshold -> limit, None switches a gate off; with fewer prompts than min_prompts no interval decides anything
 THRESHOLDS = {gate.threshold: gate.limit for gate in GATES} | {"min_prompts": 20}
+
+
+def decidable(found: dict[str, Estimate], least: int) -> tuple[dict[str, Estimate], list[str]]:
+    """Of estimates by name those among which a gate's worst is looked for, and a note that names the others.
+
+    One of fewer than `least` prompts decides nothing: as the worst it would hide one that does. Where all are of so
+    few, all are looked at.
+    """
+    enough = {name: each for name, each in found.items() if each.clusters >= max(2, least)} or found
+    few = [f"{name} ({each.clusters})" for name, each in found.items() if name not in enough]
+    note = f"Of fewer than {max(2, least)} prompts, and so not looked at for the worst: {', '.join(few)}."
+    return enough, [note] if few else []

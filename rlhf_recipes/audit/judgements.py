@@ -4,7 +4,8 @@ A judgement is a dict, one judge's word on two answers to one prompt under one p
 
 | key             | value                                                                        |
 | --------------- | ---------------------------------------------------------------------------- |
-| `prompt_id`     | tells prompts apart; in a file it may be left out where `prompt` is there    |
+| `prompt_id`     | tells prompts apart; in a file it is read where there is no `prompt`, whose  |
+|                 | own id (`formats.prompt_id`) is that of the pairs                            |
 | `prompt`        | messages, or None; in a file also text                                       |
 | `first`         | an answer                                                                    |
 | `second`        | another answer                                                               |
@@ -31,7 +32,8 @@ from rlhf_recipes.data.messages import Drop, Messages
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.run_folder import write_atomically
 
-LABELS = ("human", "data")
+DATA = "data"
+LABELS = ("human", DATA)
 LABELLED = "judgements.jsonl"  # in the folder of a run of recipes/label.py
 ANSWERS = {"first": 1.0, "second": 0.0, "tie": 0.5}
 KEYS = ("prompt_id", "prompt", "first", "second", "p", "judge", "principle", "family", "flip")
@@ -61,7 +63,7 @@ def load(path: str) -> list[Judgement]:
 def from_pairs(rows: Iterable[dict]) -> list[Judgement]:
     """Preference rows (`data.load_pairs`) as judgements of the judge `data`: p is the row's, or 1.0 where it has
     none."""
-    return [_of_row(row, "data", None, 1.0 if row.get("p") is None else row["p"], None) for row in rows]
+    return [_of_row(row, DATA, None, 1.0 if row.get("p") is None else row["p"], None) for row in rows]
 
 
 def by_pair(judgements: Iterable[Judgement]) -> dict[Pair, list[tuple[float, Judgement]]]:
@@ -138,7 +140,8 @@ def labels(path: str) -> list[Judgement]:
         if label is not None and label != "" and label not in tuple(ANSWERS):
             raise Refusal(f"{where}: label = {row['label']!r:.40}: must be first, second, tie or null. Mend it.")
         plain = _read(where, {**row, "p": ANSWERS[label] if label else 0.5, "judge": "human"}, prompt)
-        if row["id"] != formats.pair_id(plain["prompt_id"], plain["first"], plain["second"]):
+        exported = row.get("prompt_id") or plain["prompt_id"]
+        if row["id"] != formats.pair_id(exported, plain["first"], plain["second"]):
             raise Refusal(f"{where}: id = {row['id']!r:.40}: not of these answers. Restore the row's texts.")
         if row["id"] in seen:
             raise Refusal(f"{where}: id = {row['id']}: is in {seen[row['id']]} too. Remove one of the two rows.")
@@ -212,12 +215,12 @@ def _read(where: str, row: dict[str, Any], prompt: Messages | Drop) -> Judgement
         raise Refusal(f"{where}: flip = {flip!r:.40}: must be true, false or null. Mend or remove it.")
     if isinstance(prompt, Drop):
         raise Refusal(f"{where}: prompt: {prompt}. Remove it or the row.")
-    if row.get("prompt_id") in (None, ""):
-        if not prompt:
-            raise Refusal(f"{where}: prompt_id: missing, and no prompt to take it from. Add one of the two.")
-        prompt_id = formats.prompt_id(prompt)
-    else:
+    if row.get("prompt_id") not in (None, ""):
         prompt_id = _text(where, row, "prompt_id")
+    elif not prompt:
+        raise Refusal(f"{where}: prompt_id: missing, and no prompt to take it from. Add one of the two.")
+    if prompt:  # the user's own id would meet no pair
+        prompt_id = formats.prompt_id(prompt)
     return {"prompt_id": prompt_id, "prompt": prompt or None, **found, "p": float(p), "flip": flip}
 
 

@@ -1,5 +1,7 @@
 """What the reward model says of held-out pairs, beside what their lengths alone say."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from rlhf_recipes import stats
@@ -13,13 +15,14 @@ QUESTION = "Does the reward model prefer what people preferred, on pairs that it
 BINS = 4  # of the margin
 
 
-def audit(rows: list[dict], margins_N, train: list[dict]) -> dict:
+def audit(rows: list[dict], margins_N, train: list[dict], doubts: Sequence[str] = ()) -> dict:
     """Accuracy on held-out pairs, by family and by how far apart the two rewards are.
 
     Args:
         rows: the N held-out pairs.
         margins_N: reward of chosen minus rejected; of an ensemble their mean.
         train: the pairs that it learned from, for what their lengths give away.
+        doubts: why pairs that are held out here may not have been in its training, a sentence each.
     """
     margins_N = np.asarray(margins_N, dtype=float)
     ids, right = clusters(rows), wins(margins_N.tolist())
@@ -57,7 +60,7 @@ def audit(rows: list[dict], margins_N, train: list[dict]) -> dict:
                           (rule, baseline))] if found else []  # fmt: skip
     return section.section(
         KEY, TITLE, QUESTION, figures=figures, tables=[_by_margin(margins_N, right, ids)], plots=plots,
-        notes=_notes(accuracy, found),
+        notes=[*doubts, *_notes(accuracy, found)],
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ import re
 import numpy as np
 
 from rlhf_recipes import stats
-from rlhf_recipes.audit import section
+from rlhf_recipes.audit import gates, section
 from rlhf_recipes.data import formats
 from rlhf_recipes.errors import Refusal
 
@@ -133,12 +133,15 @@ def make(rows: list[dict], probes: list[str] | None = None, limit: int = 200, se
     return made
 
 
-def audit(made: list[dict], scores_MK, rows: list[dict], chosen_MN, rejected_MN) -> dict:
+def audit(
+    made: list[dict], scores_MK, rows: list[dict], chosen_MN, rejected_MN, least: int = gates.THRESHOLDS["min_prompts"]
+) -> dict:
     """The section `probes`: figures `worst_probe`, `length_r2_difference`, `length_r2`, `length_matched_accuracy`,
     `length_matched_gap`.
 
     Args:
         made: what `make(rows)` returned; the mean over the reward models decides who wins.
+        least: prompts of a probe that may be the most successful (`gates.decidable`).
 
     Raises:
         Refusal: scores of another shape than their rows.
@@ -155,14 +158,16 @@ def audit(made: list[dict], scores_MK, rows: list[dict], chosen_MN, rejected_MN)
         for name in dict.fromkeys(row["probe"] for row in made)
     ]
     found.sort(key=lambda f: (-f["wins"].value, f["name"]))
+    enough, few = gates.decidable({f["name"]: f["wins"] for f in found}, least)
+    worst = next((f for f in found if f["name"] in enough), None)
     figures = []
-    if found:
-        highest = stats.simultaneous(found[0]["wins"], len(found), 0, 1)
+    if worst:
+        highest = stats.simultaneous(worst["wins"], len(enough), 0, 1)
         figures = [section.figure(
-            "worst_probe", f"Most successful hack: {PROBES[found[0]['name']][2]}", highest, unit="%",
+            "worst_probe", f"Most successful hack: {PROBES[worst['name']][2]}", highest, unit="%",
             better="lower", baseline=("coin", 0.5),
-            says="The highest over probes of the share of answers with r(edited) > r(as it was), a tie counting one "
-            "half; the edit is worse or equal. The interval is one of all probes at once.",
+            says="The highest over probes of enough prompts of the share of answers with r(edited) > r(as it was), a "
+            "tie counting one half; the edit is worse or equal. The interval is one of all these probes at once.",
         )]  # fmt: skip
     length, direction = _length_figures(rows, rewards)
     columns = ["probe", "answers", "the edit wins", "reward change, sd", "turns a right pair"]
@@ -179,7 +184,8 @@ def audit(made: list[dict], scores_MK, rows: list[dict], chosen_MN, rejected_MN)
         ("coin", 0.5),
     )
     shown = {"tables": [table], "plots": [plot]} if found else {}
-    examples, notes = _examples(made, scores_K, before_K, rows), [*_notes(found), *direction]
+    examples = _examples(made, scores_K, before_K, rows)
+    notes = [*_notes(worst and worst["wins"], len(enough)), *few, *direction]
     return section.section(
         "probes", TITLE, QUESTION, figures=figures + length, examples=examples, notes=notes, **shown
     )
@@ -283,16 +289,15 @@ def _examples(made: list[dict], scores_K, before_K, rows: list[dict]) -> list[di
     return [section.examples("The largest gain of each probe", [each for _, each in shown])] if shown else []
 
 
-def _notes(found: list[dict]) -> list[str]:
-    if not found:
+def _notes(wins: stats.Estimate | None, probes: int) -> list[str]:
+    if wins is None:
         return ["No answer was edited: give pairs to probe."]
-    wins = found[0]["wins"]
     notes = ["The edits are in English; in other languages they are also out of place, which may lower the reward."]
     half = min(50, 98 / math.sqrt(wins.clusters))  # 1.96 sqrt(1/4 / clusters), in points
     notes.append(f"{wins.clusters} prompts a probe: a win share within {half:.0f} points of 50 % is no finding.")
-    if len(found) > 1:
+    if probes > 1:
         notes.append(
-            f"The worst of {len(found)} probes looks worse than it is, the highest is partly so by chance: its "
+            f"The worst of {probes} probes looks worse than it is, the highest is partly so by chance: its "
             "interval is widened for their number (Bonferroni)."
         )
     return notes

@@ -44,7 +44,7 @@ def build(cfg: DictConfig, sources: Sources, pairs: Splits, found: Findings) -> 
         "subject": subject,
         "counts": {"held-out pairs": len(pairs.test), "train pairs": len(pairs.train), "reward models": len(names)},
         "verdict": decided,
-        "paragraph": verdict.paragraph(found.sections, decided["gates"], found.label_next),
+        "paragraph": verdict.paragraph(found.sections, decided, found.label_next),
         "sections": found.sections,
         "label_next": found.label_next,
         "settings": {key: cfg[key] for key in keys},

@@ -4,16 +4,18 @@ Models are here and in `scoring` and `answers`; the parts see arrays alone.
 """
 
 import hashlib
+import os
 import random
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import ensemble, models, progress, ranks, references
-from rlhf_recipes.audit import answers, benchmark, credit, judgements, preference, stress
+from rlhf_recipes import ensemble, models, progress, ranks, references, run_folder
+from rlhf_recipes.audit import answers, benchmark, credit, judgements, preference, stress, verdict
 from rlhf_recipes.audit.scoring import Ensemble
 from rlhf_recipes.data.fit import left_out
 from rlhf_recipes.data.formats import clusters
@@ -23,6 +25,9 @@ from rlhf_recipes.evaluation import served_policies
 from rlhf_recipes.references import ModelRef
 from rlhf_recipes.run import SCORES, Run
 from rlhf_recipes.text import line
+
+# Of a data node: what it learns from, where else it has its held-out rows, and what the draw of these depends on.
+ROWS, TEST, DRAWN = ("path", "name", "revision", "train_split"), ("test_path", "test_split"), ("test_size", "seed")
 
 
 @dataclass
@@ -38,6 +43,7 @@ class Sources:
         checkpoints: runs whose checkpoints are held against gold.
         ppo: of `credit.read_run`, or None.
         questions: of the benchmark; none where none is asked for.
+        own: judges whose words the labels of the pairs are.
     """
 
     reward_models: list[ModelRef]
@@ -48,6 +54,7 @@ class Sources:
     checkpoints: list[answers.KeptRun]
     ppo: dict | None
     questions: list[benchmark.Question] = field(default_factory=list)
+    own: frozenset[str] = frozenset()
 
 
 def find(cfg: DictConfig) -> Sources:
@@ -68,16 +75,73 @@ def find(cfg: DictConfig) -> Sources:
     scorers = [*reward_models, *(gold.source if gold and isinstance(gold.source, list) else [])]
     models.check_templates(cfg.model, [each.adapter for each in scorers], reward=True)
     models.check_templates(cfg.model, [*policy, *(adapter for run in kept for _, adapter in run.steps)])
+    judged = [(path, judgements.load(path)) for path in cfg.judgements]
+    labelled = _labelling(cfg.data)
     return Sources(
         reward_models,
         ([], []) if not cfg.stress else stress.load(stress.CLINIC if cfg.stress == "clinic" else cfg.stress),
         _deployment(cfg) if cfg.deployment else None,
-        [each for path in cfg.judgements for each in judgements.load(path)],
+        [each for _, said in judged for each in said],
         gold,
         kept,
         credit.read_run(cfg.ppo_run) if cfg.ppo_run else None,
         benchmark.load(cfg.benchmark) if cfg.benchmark else [],
+        frozenset(each["judge"] for path, said in judged if _run_of(path) in labelled for each in said),
     )
+
+
+def _run_of(path: str) -> Path:
+    """The folder, or that of the file."""
+    found = _place(path)
+    return Path(found if os.path.isdir(found) else os.path.dirname(found))
+
+
+def _place(path: str) -> str:
+    """Compared and never opened: a config that others wrote may hold what is no path."""
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def _labelling(data: DictConfig) -> set[Path]:
+    """Folders of the runs of cai and label whose words the labels of the pairs are; with judge=people, of both."""
+    found = {_run_of(data[key]) for key in ("path", "test_path") if data[key]}
+    for home in filter(run_folder.marked, list(found)):
+        judge = run_folder.read_config(home).get("judge")
+        people = judge.get("labels") if isinstance(judge, dict) else None
+        found |= {_run_of(people)} if isinstance(people, str) else set()
+    return {home for home in found if run_folder.marked(home)}
+
+
+def _doubts(cfg: DictConfig, reward_models: list[ModelRef], report: dict) -> list[str]:
+    """Why pairs that are held out here may have been in the training of a reward model, a sentence for each reason.
+
+    Args:
+        report: on the pairs, of `data.load`.
+    """
+    found: dict[str, list[str]] = {}
+    drawn = f"held out, seed {cfg.data.seed}" in report["split"]
+    # rows of a test split or file are in the training of no other, but for those that the train rows hold too
+    keys = (*ROWS, *TEST, *DRAWN) if drawn else (*ROWS, *TEST) if report["dropped"].get("leakage") else ROWS
+    for member in reward_models:
+        home = references.home_of(member.adapter)
+        trained = run_folder.read_config(home).get("data") if run_folder.marked(home) else None
+        if isinstance(trained, dict):
+            other = [key for key in keys if _differ(key, trained.get(key), cfg.data[key])]
+            why = ", ".join(f"data.{key}={trained.get(key)!s:.80} (here {cfg.data[key]})" for key in other)
+            why = why and f"learned from {why}"
+        else:
+            why = "has no config that says which pairs it learned from"
+        if why:
+            found.setdefault(why, []).append(str(home))
+    return [
+        f"{', '.join(names)} {why}: pairs held out here may have been in that training, and train pairs not."
+        for why, names in found.items()
+    ]
+
+
+def _differ(key: str, one: str | float | None, other: str | float | None) -> bool:
+    if key in ("path", "test_path") and isinstance(one, str) and isinstance(other, str):
+        return _place(one) != _place(other)
+    return one != other
 
 
 def _deployment(cfg: DictConfig) -> list[dict]:
@@ -120,6 +184,10 @@ def take(cfg: DictConfig, found: Sources, pairs: Splits, tokenizer, run: Run) ->
 
     rows, train = [*pairs.test], pairs.train
     _look(cfg, found, rows)
+    doubts = _doubts(cfg, found.reward_models, pairs.report)
+    for doubt in doubts:
+        print(line(doubt), flush=True)
+    least = verdict.check(dict(cfg.thresholds))["min_prompts"] or 0  # of a figure that decides
     members = Ensemble(cfg.model, cfg.quantization, tokenizer, found.reward_models, run.dir / SCORES, cfg.fast_forward)
     held_out = members.score(_turns(rows), "held-out pairs", features=True, kept=pairs.kept)
     scored = Scored(members, held_out.rewards_MC)
@@ -140,23 +208,23 @@ def take(cfg: DictConfig, found: Sources, pairs: Splits, tokenizer, run: Run) ->
     spreads_2N = _sides(ensemble.standardise(held_out.rewards_MC, held_out.rewards_MC))
     candidates = Candidates(rows, novelty_N2.max(1), (spreads_2N[0] - spreads_2N[1]).std(0), {})
     if found.deployment:
-        candidates = _deployed(
-            cfg, found.deployment, scored, _start(cfg, tokenizer, run), ledger_KF, candidates.novelty_P
-        )
+        candidates = _deployed(cfg, found.deployment, scored, _start(cfg, tokenizer, run), ledger_KF, novelty_N2)
     over = _against_gold(cfg, found, scored, tokenizer, rows, run) if found.gold else {}
     parts = {
-        "preference": partial(preference.audit, rows, margins_N, train),
+        "preference": partial(preference.audit, rows, margins_N, train, doubts),
         "calibration": partial(
             calibration.audit, margins_N[validation], margins_N[~validation], test,
             [each for each, first in zip(ids, validation, strict=True) if first],
             validation_p=np.array([1.0 if row["p"] is None else row["p"] for row in rows])[validation],
         ),
         "uncertainty": partial(uncertainty.audit, rows, chosen_MN, rejected_MN, novelty_N2),
-        "stress": partial(stress.audit, made["stress"], *stressed, rows, chosen_MN, rejected_MN),
-        "probes": partial(probes.audit, made["probes"], edited_MK, rows, chosen_MN, rejected_MN),
+        "stress": partial(stress.audit, made["stress"], *stressed, rows, chosen_MN, rejected_MN, least),
+        "probes": partial(probes.audit, made["probes"], edited_MK, rows, chosen_MN, rejected_MN, least),
         "over-optimisation": partial(overoptimisation.audit, **over),
         "coverage": partial(coverage.audit, train, **candidates.coverage),
-        "disagreement": partial(disagreement.audit, told, rows, chosen_MN, rejected_MN),
+        "disagreement": partial(
+            disagreement.audit, told, rows, chosen_MN, rejected_MN, own=found.own, least=least,
+        ),
         "consistency": partial(consistency.audit, told),
         "credit": partial(credit.audit, made["credit"], parts_MK, rows, found.ppo),
     }  # fmt: skip
@@ -167,7 +235,7 @@ def take(cfg: DictConfig, found: Sources, pairs: Splits, tokenizer, run: Run) ->
         done += [ranks.by_first(parts[name]) for name in names]  # of numbers that all have
     return Findings(
         done,
-        _label_next(candidates, novelty_N2.max(1), len(chosen_MN)),
+        _label_next(candidates, len(chosen_MN)),
         disagreement.disputed(told, rows, chosen_MN, rejected_MN),
     )
 
@@ -194,8 +262,8 @@ class Candidates:
     coverage: dict
 
 
-def _deployed(cfg: DictConfig, prompts: list[dict], scored: "Scored", sampler, ledger_KF, held_out_N) -> Candidates:
-    """Answers to a sample of the deployment prompts."""
+def _deployed(cfg: DictConfig, prompts: list[dict], scored: "Scored", sampler, ledger_KF, novelty_N2) -> Candidates:
+    """Answers to a sample of the deployment prompts; held-out answers stand beside them one by one, as they are."""
     from rlhf_recipes.audit import uncertainty
 
     rows = random.Random(cfg.seed).sample(prompts, min(cfg.prompts, len(prompts)))
@@ -206,24 +274,26 @@ def _deployed(cfg: DictConfig, prompts: list[dict], scored: "Scored", sampler, l
     novelty_P = uncertainty.mahalanobis(ledger_KF, result.features_CF)
     ledger = {
         "deployment_prompts": [row["prompt"] for row in prompts],
-        "features": {"held_out": held_out_N, "deployment": novelty_P},
+        "features": {"held_out": novelty_N2.ravel(), "deployment": novelty_P},
         "generated": [{"prompt": row["prompt"], "text": text} for row, text in zip(rows, texts, strict=True)],
     }
     return Candidates(rows, novelty_P, scaled_MP.std(0), ledger)
 
 
-def _label_next(candidates: Candidates, held_out_N: np.ndarray, members: int) -> list[dict]:
+def _label_next(candidates: Candidates, members: int) -> list[dict]:
     """Prompts worth labelling, each with the reason in words."""
     from rlhf_recipes.audit import coverage
 
+    answers = candidates.coverage.get("features")
+    held_out, what = (answers["held_out"], "answers") if answers else (candidates.novelty_P, "pairs")
     prompts = [row["prompt"][-1]["content"] for row in candidates.rows]
     families = [row["family"] or "" for row in candidates.rows]
     spread_P = candidates.spread_P if members > 1 else None
     asked = []
     for worth in coverage.worth_labelling(prompts, candidates.novelty_P, spread_P, families):
-        share = (held_out_N < worth["novelty"]).mean()
+        share = (held_out < worth["novelty"]).mean()
         said = [] if worth["uncertainty"] is None else [f"the reward models differ by {worth['uncertainty']:.2f}"]
-        why = "; ".join([*said, f"further from the train pairs than {share:.0%} of the held-out pairs"])
+        why = "; ".join([*said, f"further from the train pairs than {share:.0%} of the held-out {what}"])
         asked.append({"prompt": worth["prompt"], "family": worth["family"] or None, "why": why})
     return asked
 
@@ -297,6 +367,8 @@ def _against_gold(cfg: DictConfig, found: Sources, scored: Scored, tokenizer, ro
         entry = answers.checkpoints(cfg, kept, sampler, *proxies, gold, prompts)
         entry["optimised"] = bool(kept.rewards & found.gold.identities)
         given.setdefault("checkpoints", []).append(entry)
+    if isinstance(gold, answers.Labels):
+        gold.refuse_missing()
     return {name: [entry | {"gold_kind": found.gold.kind} for entry in entries] for name, entries in given.items()}
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from rlhf_recipes import stats
-from rlhf_recipes.audit import section
+from rlhf_recipes.audit import gates, section
 from rlhf_recipes.data import formats, readers
 from rlhf_recipes.data.load import shorter_wins
 from rlhf_recipes.data.messages import Drop
@@ -176,8 +176,8 @@ def _wrap(before: str, after: str):
 # key -> title, unit, better, definition
 FIGURES = {
     "worst_family": ("Accuracy on the worst family: {}", "%", "higher",
-        "The lowest over families of the share of pairs with r(chosen) > r(rejected); a tie counts one half. The "
-        "interval is one of all families at once."),
+        "The lowest over families of enough prompts of the share of pairs with r(chosen) > r(rejected); a tie counts "
+        "one half. The interval is one of all these families at once."),
     "stress_accuracy": ("Accuracy on all stressed pairs", "%", "higher",
         "Share of pairs with r(chosen) > r(rejected), a tie counting one half."),
     "accuracy_drop": ("Accuracy lost by editing the prompt", "%", "lower",
@@ -215,11 +215,20 @@ class _Orders:
         self.change_E = np.abs(margins_S[edited] - margins_N[source]) / spread if spread else np.zeros(0)
 
 
-def audit(made: list[dict], chosen_MS, rejected_MS, rows: list[dict], chosen_MN, rejected_MN) -> dict:
+def audit(
+    made: list[dict],
+    chosen_MS,
+    rejected_MS,
+    rows: list[dict],
+    chosen_MN,
+    rejected_MN,
+    least: int = gates.THRESHOLDS["min_prompts"],
+) -> dict:
     """The section `stress`, with the figures of FIGURES.
 
     Args:
         made: what `make(rows, ...)` returned; the mean of the reward models' margins orders its pairs.
+        least: prompts of a family that may be the worst (`gates.decidable`).
 
     Raises:
         Refusal: scores of another shape than their rows.
@@ -231,11 +240,13 @@ def audit(made: list[dict], chosen_MS, rejected_MS, rows: list[dict], chosen_MN,
     orders = _Orders(made, margins_S, rows, margins_N)
     families = [_family(name, made, orders) for name in dict.fromkeys(row["family"] for row in made)]
     families.sort(key=lambda f: (f["accuracy"].value, f["family"]))
-    worst, ids, change = families[0], orders.ids_E.tolist(), orders.change_E
+    enough, few = gates.decidable({f["family"]: f["accuracy"] for f in families}, least)
+    worst = next(f for f in families if f["family"] in enough)
+    ids, change = orders.ids_E.tolist(), orders.change_E
     lost = stats.difference(orders.right_N[orders.source_E], orders.right_S[orders.edited_E], ids)
     moved = stats.mean(change, ids if len(change) else None)
     shorter = float(orders.shorter_S.mean())
-    lowest = stats.simultaneous(worst["accuracy"], len(families), 0, 1)
+    lowest = stats.simultaneous(worst["accuracy"], len(enough), 0, 1)
     found = {
         "worst_family": (lowest, _trivial(worst["shorter"].value)),
         "stress_accuracy": (stats.estimate(orders.right_S, orders.ids_S.tolist()), _trivial(shorter)),
@@ -260,7 +271,7 @@ def audit(made: list[dict], chosen_MS, rejected_MS, rows: list[dict], chosen_MN,
         ("unedited pairs", stats.estimate(orders.right_N, orders.ids_N).value) if rows else None,
     )
     examples = _examples(made, margins_S, margins_N)
-    notes = _notes(lowest, len(families), len(margins_MS))
+    notes = [*_notes(lowest, len(enough), len(margins_MS)), *map(_plain, few)]
     return section.section(
         "stress", TITLE, QUESTION, figures=figures, tables=[table], plots=[plot], examples=examples, notes=notes
     )

@@ -87,26 +87,38 @@ def decide(sections: list[dict], thresholds: dict) -> dict:
     caution: everything else.
 
     Returns:
-        `verdict`, `headline`, `gates` (of `Outcome`), `counts` (state -> gates) and `off` (names of the thresholds
-        that are null).
+        `verdict`, `headline`, `gates` (of `Outcome`), `counts` (state -> gates), `by_chance` (whether accuracy is not
+        told apart from a coin, be its limit null or not) and `off` (names of the thresholds that are null).
     """
     limits = check(thresholds)
     gates = [_outcome(gate, sections, limits) for gate in GATES if limits[gate.threshold] is not None]
     gates.sort(key=lambda g: (STATES.index(g.state), not g.vital))
+    by_chance = any(
+        _outcome(gate, sections, limits | {gate.threshold: gate.chance}).by_chance
+        for gate in GATES
+        if gate.chance is not None
+    )
+    overall = _overall(gates, by_chance)
     return {
-        "verdict": _overall(gates),
-        "headline": _headline(gates),
+        "verdict": overall,
+        "headline": _headline(gates, overall),
         "gates": gates,
         "counts": _counts(gates),
+        "by_chance": by_chance,
         "off": [name for name, limit in limits.items() if limit is None],
     }
 
 
-def paragraph(sections: list[dict], gates: list[Outcome], label_next: list[dict]) -> str:
-    """What to trust, what not and what to collect next; paragraphs are separated by a blank line."""
+def paragraph(sections: list[dict], decided: dict, label_next: list[dict]) -> str:
+    """What to trust, what not and what to collect next; paragraphs are separated by a blank line.
+
+    Args:
+        decided: of `decide`, by these sections.
+    """
+    gates = decided["gates"]
     found = {state: [g for g in gates if g.state == state] for state in STATES}
     parts = [
-        _trusted(gates, found["pass"]),
+        _trusted(decided, found["pass"]),
         _distrusted(found["fail"]),
         _open(gates, sections),
         _collect(found["unclear"], label_next),
@@ -194,19 +206,24 @@ def _counts(gates: list[Outcome]) -> dict[str, int]:
     return {state: sum(g.state == state for g in gates) for state in STATES}
 
 
-def _overall(gates: list[Outcome]) -> str:
+def _overall(gates: list[Outcome], by_chance: bool) -> str:
     counts, vital = _counts(gates), [g.state for g in gates if g.vital]
     measured = len(gates) - counts["not measured"]
-    nothing = not measured or any(g.by_chance for g in gates)
-    if nothing or "fail" in vital or counts["fail"] > counts["pass"] or 3 * counts["pass"] < measured:
+    if (
+        not measured
+        or by_chance
+        or "fail" in vital
+        or counts["fail"] > counts["pass"]
+        or 3 * counts["pass"] < measured
+    ):
         return "do not trust"
     sure = all(state == "pass" for state in vital) and not counts["fail"] and 2 * counts["pass"] > len(gates)
     return "trust" if sure else "caution"
 
 
-def _headline(gates: list[Outcome]) -> str:
+def _headline(gates: list[Outcome], overall: str) -> str:
     says = {"trust": "Trust it within limits", "caution": "Use with caution", "do not trust": "Do not trust it yet"}
-    return f"{says[_overall(gates)]}: {_tally(gates)}."
+    return f"{says[overall]}: {_tally(gates)}."
 
 
 def _tally(gates: list[Outcome]) -> str:
@@ -231,9 +248,10 @@ def _listed(parts: list[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
-def _trusted(gates: list[Outcome], passed: list[Outcome]) -> list[str]:
-    said = [f"{LEADS[_overall(gates)]}: {_tally(gates)}."]
-    if any(g.by_chance for g in gates):
+def _trusted(decided: dict, passed: list[Outcome]) -> list[str]:
+    gates = decided["gates"]
+    said = [f"{LEADS[decided['verdict']]}: {_tally(gates)}."]
+    if decided["by_chance"]:
         said.append("Nothing shows that it knows more than a coin: its accuracy is not told apart from 50 %.")
     doubtful = {(g.section, g.figure) for g in gates if g.state in ("fail", "unclear")}
     # half of a range that holds would be a half-truth

@@ -118,6 +118,10 @@ RANGES = {
     "scored_pairs": COUNT,
     "prompts": COUNT,
     "samples": COUNT,
+    "ledger_pairs": COUNT,
+    "stress_pairs": NATURAL,
+    "probe_pairs": NATURAL,
+    "credit_pairs": NATURAL,
     "twice": SHARE,
     "swapped": SHARE,
     "port": Range(at_least=0, at_most=65535),
@@ -165,8 +169,8 @@ THRESHOLDS = {
     "min_slope max_slope",
 }
 RANGES |= {f"thresholds.{name}": allowed for allowed, names in THRESHOLDS.items() for name in names.split()}
-# Where a class takes another range: with lambda 0, ORPO's loss is the likelihood of the chosen answers; with beta 0,
-# RLOO has no penalty.
+# Where a class, or a recipe without one, takes another range: with lambda 0, ORPO's loss is the likelihood of the
+# chosen answers; with beta 0, RLOO has no penalty; an audit picks the best of two answers at least, or of none.
 RANGES_OF = {
     target: {"trainer.beta": NOT_NEGATIVE}
     for target in (
@@ -174,7 +178,7 @@ RANGES_OF = {
         "trl.experimental.orpo.ORPOConfig",
         "rlhf_recipes.ppo.RLOOConfig",
     )
-}
+} | {"audit": {"samples": Range(at_least=2, beside=(0,))}}
 
 
 def check(node: dict, target: str | None) -> None:
@@ -182,7 +186,7 @@ def check(node: dict, target: str | None) -> None:
 
     Args:
         node: the config as plain containers.
-        target: the class behind `trainer`.
+        target: the class behind `trainer`, or the recipe that has none.
 
     Raises:
         Refusal: the first, naming its key as typed.

@@ -152,7 +152,7 @@ def check(cfg: DictConfig, recipe: str | None) -> None:
         said = node[key].get("adapter_base") if isinstance(node.get(key), dict) else None
         if said not in (None, "same"):
             raise Refusal(f"{key}.adapter_base={said}: must be same, or left out.")
-    ranges.check(node, trainer.get("_target_"))
+    ranges.check(node, trainer.get("_target_") or recipe)
     if trainer:
         _refuse_losses(trainer)
         _refuse_unread(trainer, recipe)

@@ -73,14 +73,15 @@ def measure(count: int, line) -> None:
         cfg = hydra.compose("audit", ["reward_model=x"])
     test = pairs(count, "test")
     short = np.ones((count, 2), dtype=int)
-    splits = Splits(pairs(count, "train"), test, {}, "invented", sizes={"test": Sizes(short, short)})
+    report = {"split": "", "dropped": {}}
+    splits = Splits(pairs(count, "train"), test, report, "invented", sizes={"test": Sizes(short, short)})
     given = run_audit.Sources([], ([], []), None, judged(test), None, [], None)
     before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         found = run_audit.take(cfg, given, splits, None, Run(Path(folder), "audit", {}))
         decided = verdict.decide(found.sections, {})
         audit = {"title": "t", "subject": {}, "counts": {}, "verdict": decided, "sections": found.sections,
-                 "paragraph": verdict.paragraph(found.sections, decided["gates"], found.label_next),
+                 "paragraph": verdict.paragraph(found.sections, decided, found.label_next),
                  "label_next": found.label_next, "settings": {}}  # fmt: skip
         page.write_page(audit, Path(folder) / "report.html")
         size = (Path(folder) / "report.html").stat().st_size
