@@ -117,8 +117,8 @@ class Run:
     def _found(self, cfg: DictConfig) -> str | None:
         """The checkpoint to continue from; the folder is this process's from here on."""
         self.hold()
-        goes_on = self.recipe in GROWING and cfg.resume == "auto"
-        finished = (self.dir / run_folder.RESULT).exists() and not goes_on
+        has_result = (self.dir / run_folder.RESULT).exists()
+        finished = has_result and not (self.recipe in GROWING and cfg.resume == "auto")
         if finished and not cfg.overwrite:
             raise Refusal(
                 f"run_name={cfg.run_name}: {self.dir} holds a finished run. Choose another run_name, or replace it "
@@ -129,7 +129,8 @@ class Run:
             _refuse_other_rows_than_beside(self)
         found = None
         # What has begun to replace another run is continued like any other.
-        if cfg.resume == "auto" and not finished and (not cfg.overwrite or run_folder.replaced(self.dir).is_dir()):
+        replaces = run_folder.replaced(self.dir).is_dir() and not has_result
+        if cfg.resume == "auto" and not finished and (not cfg.overwrite or replaces):
             kept = [self.dir / name for name in KEPT if (self.dir / name).exists()]
             found = str(kept[0]) if kept else last_checkpoint.find(self.dir)
         if found and (other := _other_config(self) or _other_world(self.dir, found) or _other_inputs(self)):
@@ -319,6 +320,12 @@ def device_name() -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
+def finished(folder: Path, cfg: DictConfig) -> dict | None:
+    """result.json of a run that is done already with this config; None where it is not, or is to be replaced."""
+    result = None if cfg.overwrite else run_folder.read_result(folder)
+    return result if result and result.get("config_sha256") == config_sha256(resolved(cfg)) else None
+
+
 def hide_gpus(configs: list[DictConfig]) -> None:
     """Where every config has `trainer.use_cpu=true`, this process sees no GPU: libraries put a model on one that they
     see, and precision and memory would be the GPU's.
@@ -400,14 +407,12 @@ def inputs_of(config: dict) -> dict[str, str]:
 
 def _other_inputs(run: Run) -> str | None:
     """Why the interrupted run in the folder cannot go on with what the command reads; None where it can."""
-    kept = run_folder.inputs(run.dir)
-    for named, sha256 in run.inputs.items():
-        if kept.get(named, sha256) != sha256:
-            return (
-                f"{named}: has changed since {run.dir} began, which was interrupted. Put it back to continue, choose "
-                "another run_name, or start afresh with overwrite=true."
-            )
-    return None
+    if not (named := run_folder.changed_input(run.dir, run.inputs)):
+        return None
+    return (
+        f"{named}: has changed since {run.dir} began, which was interrupted. Put it back to continue, choose another "
+        "run_name, or start afresh with overwrite=true."
+    )
 
 
 def _refuse_other_rows_than_beside(run: Run) -> None:
@@ -417,14 +422,12 @@ def _refuse_other_rows_than_beside(run: Run) -> None:
         Refusal: a job that has begun read something else under the same name.
     """
     for beside in sorted(path.parent for path in run.dir.parent.glob(f"*/{run_folder.CONFIG}")):
-        kept = run_folder.inputs(beside) if beside != run.dir else {}
-        begun = (beside / run_folder.RESULT).exists() or run_folder.checkpoints(beside)
-        for named, sha256 in run.inputs.items():
-            if begun and kept.get(named, sha256) != sha256:
-                raise Refusal(
-                    f"{named}: has changed since the job {beside.name} of this sweep read it, so that their figures "
-                    "could not be compared. Put it back, or start another sweep with another run_name."
-                )
+        named = run_folder.changed_input(beside, run.inputs) if beside != run.dir else None
+        if named and ((beside / run_folder.RESULT).exists() or run_folder.checkpoints(beside)):
+            raise Refusal(
+                f"{named}: has changed since the job {beside.name} of this sweep read it, so that their figures "
+                "could not be compared. Put it back, or start another sweep with another run_name."
+            )
 
 
 def _largest(peaks: list[dict[str, float]]) -> dict[str, float]:

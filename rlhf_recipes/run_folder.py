@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,12 @@ def inputs(run_dir: Path) -> dict[str, str]:
         return {}
 
 
+def changed_input(run_dir: Path, read: Mapping[str, str | None]) -> str | None:
+    """The first `key=value` of what is read, `key=value` -> SHA-256, that a run read otherwise; None where none is."""
+    kept = inputs(run_dir)
+    return next((named for named, sha256 in read.items() if kept.get(named, sha256) != sha256), None)
+
+
 def mark(folder: Path, recipe: str, config: str = "") -> None:
     """Write config.yaml: the mark, and a run's config as YAML; what a start that was killed had begun to write goes.
 
@@ -204,7 +211,8 @@ def refuse_foreign(folder: Path, only: str | None = None) -> None:
 
 
 def refuse_to_replace(folder: Path, leaves: list[tuple[str, Any]]) -> None:
-    """Refuse to replace a run in whose folder lies what no run writes, or what the command itself reads.
+    """Refuse to replace a run in whose folder lies what no run writes, or what the command itself reads; and one that
+    is finished where no place is to set it aside.
 
     Args:
         leaves: (key, value) of the command's config.
@@ -217,6 +225,9 @@ def refuse_to_replace(folder: Path, leaves: list[tuple[str, Any]]) -> None:
         raise Refusal(
             f"{folder}: holds {name}, which no run writes, and would be replaced. Move it, or choose another run_name."
         )
+    aside = replaced(folder)
+    for name in _foreign(aside) if (folder / RESULT).exists() else []:
+        raise Refusal(f"{aside}: holds {name}, which no run writes, and {folder} would be set aside there. Move it.")
     for key, value in _inputs(leaves):
         if _lies_in(value, folder):
             raise Refusal(f"{key}={value}: lies in {folder}, which would be replaced. Choose another run_name.")
@@ -226,10 +237,13 @@ def clear(folder: Path) -> None:
     """Make room for a run: what is worth something is set aside, the rest removed by name.
 
     Where something was set aside already, the folder holds the beginning of what replaces it, which is removed.
+
+    Raises:
+        Refusal: it is finished, and what it has replaced cannot be removed.
     """
-    if (folder / RESULT).exists():
-        drop_replaced(folder)
     aside = replaced(folder)
+    if (folder / RESULT).exists() and (reason := _drop(aside)):
+        raise Refusal(f"{aside}: {reason}, and {folder} would be set aside there. Move it.")
     worth = [path for path in _children(folder) if not _is_named(path, WORTHLESS)]
     if aside.exists() or all(_is_empty(path) for path in worth):
         _remove(folder)
@@ -247,17 +261,8 @@ def replaced(folder: Path) -> Path:
 def drop_replaced(folder: Path) -> None:
     """Remove what a finished run has replaced; what no run writes stays, and is said."""
     aside = replaced(folder)
-    if not aside.is_dir():
-        return
-    try:
-        _remove(aside)
-        reason = f"it holds {', '.join(_foreign(aside))}"
-    except OSError as error:
-        reason = f"{error.filename} cannot be removed ({error.strerror})"
-    if aside.exists():
+    if reason := _drop(aside):
         print(f"{aside}: is kept, {reason}.", file=sys.stderr, flush=True)
-    else:
-        _rmdir(aside.parent)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -309,6 +314,21 @@ def _remove(folder: Path) -> None:
             path.unlink()
     _rmdir(folder / CHECKPOINTS)
     _rmdir(folder)
+
+
+def _drop(aside: Path) -> str | None:
+    """Remove a run that was set aside; why it is still there, or None."""
+    if not aside.is_dir():
+        return None
+    try:
+        _remove(aside)
+        reason = f"it holds {', '.join(_foreign(aside))}"
+    except OSError as error:
+        reason = f"{error.filename} cannot be removed ({error.strerror})"
+    if aside.exists():
+        return reason
+    _rmdir(aside.parent)
+    return None
 
 
 def _rmdir(folder: Path) -> None:

@@ -425,6 +425,7 @@ def test_evaluate(refuse, tmp_path, overrides, says):
     [
         ("sft", "stages=sft: must be a list"),
         ("[{name:a}]", "stages: each entry is {name: sft, recipe: sft, overrides: [...]}, not"),
+        ("[{name:a,recipe:dpo,overrides:['publish=true','repo_id=a/b']}]", "stages.a: publish=true: not in a"),
         ("[{name:a,recipe:dop}]", "stages.a.recipe=dop: no such recipe; did you mean 'dpo'?"),
         ("[{name:a,recipe:dpo,override:[]}]", "stages.a.override: there is no such key."),
         ("[{name:a,recipe:dpo},{name:a,recipe:sft}]", "stages.a: two stages have this name"),

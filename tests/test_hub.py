@@ -12,6 +12,8 @@ from hub_server import TOKEN
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
+from rlhf_recipes import places, run_folder
+from rlhf_recipes.overrides import quoted
 from rlhf_recipes.stats import Estimate
 
 BASE = {"README.md": b"---\nlicense: apache-2.0\n---\n# Tiny\n"}
@@ -286,6 +288,17 @@ def test_a_dry_run_again(run, publish):
     assert done["revision"] is None and not done["uploaded"]
 
 
+def test_what_a_dry_run_says_is_next(compose, capsys):
+    """The command that uploads what lies in the folder."""
+    from rlhf_recipes.publish import publish as publishing
+
+    asked = ["evaluation=of it/x=1", "merged=true", "max_merge_drift=1", "license=mit"]
+    cfg = compose("publish", "run=dpo", "folder=x", *map(quoted, asked))
+    publishing.print_outcome(cfg, {"proof": None, "revision": None, "where": "x"})
+    typed = "run=dpo license=mit 'evaluation=\"of it/x=1\"' merged=true max_merge_drift=1 repo_id=<user>/<name>\n"
+    assert capsys.readouterr().out.endswith(f" {typed}")
+
+
 def test_what_is_worse_is_published_with_force(server, run, publish):
     worse(run)
     evaluated("worse")(run)
@@ -406,6 +419,8 @@ def test_a_pull_request(server, run, publish):
     proposed = repo.at("refs/pr/1")["files"]
     assert b"Proven by a round trip" in proposed["README.md"] and "adapter_model.safetensors" in proposed
     assert "model.safetensors" not in proposed
+    again = publish("run=dpo", "repo_id=ada/asked", "create_pr=true")
+    assert again["where"] == done["where"] and not again["uploaded"] and list(repo.pulls) == ["refs/pr/1"]
 
 
 def test_merged_takes_the_place_of_the_adapter(server, run, publish):
@@ -426,12 +441,21 @@ def test_the_constitution_of_its_pairs(server, run, publish):
         json.dumps({"recipe": "cai", "status": "finished", "constitution": constitution, "labelled_by": "judge"})
     )
     (made / "config.yaml").write_text("run_name: pairs\nconstitution:\n  name: mine\n")
+    (made / "train_prefs.jsonl").write_text("{}")
     configured("data.path", "pairs")(run)
+    read = {"data.path=pairs": places.sha256("pairs")}
+    config = OmegaConf.to_yaml(OmegaConf.create(run_folder.read_config(run)))
+    run_folder.mark(run, "dpo", f"{run_folder.INPUTS}: {json.dumps(read)}\n{config}")
     publish("run=dpo", "repo_id=ada/x")
     files = server.repos["model", "ada/x"].files
     assert files["constitution.yaml"] == b"name: mine\n"
     card = files["README.md"].decode()
     assert f"constitution *mine \\| &lt;b&gt;* (version 2, `constitution.yaml`, SHA-256 `{'c' * 64}`)" in card
+    (made / "train_prefs.jsonl").write_text("{ }")  # made again, under another
+    publish("run=dpo", "repo_id=ada/x")
+    card = server.repos["model", "ada/x"].files["README.md"].decode()
+    assert "under the constitution" not in card and "others lie in their folder since: the constitution" in card
+    assert "constitution.yaml" not in server.repos["model", "ada/x"].files
 
 
 def test_what_cannot_be_loaded(run, tmp_path, monkeypatch, warm_python):

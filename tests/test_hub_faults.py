@@ -120,11 +120,28 @@ def test_another_push_in_between(server, run, refused, publish):
     assert {"note1.txt", "adapter_model.safetensors"} <= repo.files.keys()
 
 
-def test_a_pull_request_is_asked_for_once(server, run, refused):
+def test_a_pull_request_is_asked_for_once(server, run, refused, publish):
     server.fault = lambda name, number, path: "applied" if name == "commit" else None
     line = refused("run=dpo", "repo_id=ada/x", "create_pr=true")
     assert "It is not known whether the last commit has arrived." in line
     assert len(server.repos["model", "ada/x"].pulls) == server.seen["commit"] == 1
+    server.fault = lambda name, number, path: None
+    done, repo = publish("run=dpo", "repo_id=ada/x", "create_pr=true"), server.repos["model", "ada/x"]
+    assert done["where"].endswith("/refs/pr/1") and list(repo.pulls) == ["refs/pr/1"]
+    assert b"Proven by a round trip" in repo.at("refs/pr/1")["files"]["README.md"] and len(repo.files) == 1
+
+
+def test_a_pull_request_of_nothing(server, run, refused):
+    """Neither the branch, which has these files and no proof, nor a pull request of somebody else is touched."""
+    server.fault = lambda name, number, path: "lost" if name == "resolve" and "ada/x" in path else None
+    refused("run=dpo", "repo_id=ada/x")
+    server.fault = lambda name, number, path: None
+    repo = server.repos["model", "ada/x"]
+    heads = {"main": repo.branches["main"]}
+    theirs = repo.add("refs/pr/1", "theirs", {**repo.files, "picture.png": b"theirs"})
+    line = refused("run=dpo", "repo_id=ada/x", "create_pr=true")
+    assert line.startswith("create_pr=true: main of ada/x has these files already, not proven."), line
+    assert repo.branches == heads and repo.pulls == {"refs/pr/1": theirs}
 
 
 def test_it_goes_on_from_where_it_was_stopped(server, run, refused, publish):

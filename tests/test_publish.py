@@ -232,10 +232,16 @@ def test_a_data_set(hub, publish, plain, pairs):
 
 
 def test_publish_true_on_a_recipe(hub, publish, tiny_overrides):
-    options = [*tiny_overrides, *LEARNS, "quantization=none", "run_name=direct"]
-    done = publish(*options, "publish=true", "repo_id=ada/direct", recipe="sft")
-    assert done.returncode == 0, done
-    assert "sft finished in" in done.stdout and f"published {hub.url}/ada/direct/tree/" in done.stdout
+    """The same command again, after an upload that failed, does not train again."""
+    options = [*tiny_overrides, *LEARNS, "quantization=none", "run_name=direct", "publish=true", "repo_id=ada/direct"]
+    hub.fault = lambda step, number, path: 403 if step == "commit" and "ada/direct" in path else None
+    done = publish(*options, recipe="sft")
+    hub.fault = lambda step, number, path: None
+    assert done.returncode == 2 and "sft finished in" in done.stdout and "published" not in done.stdout, done
+    done = publish(*options, recipe="sft")
+    assert done.returncode == 0 and "sft finished in" not in done.stdout, done
+    assert "outputs/sft/direct: finished before, kept." in done.stdout
+    assert f"published {hub.url}/ada/direct/tree/" in done.stdout
     assert b"Proven by a round trip" in hub.repos["model", "ada/direct"].files["README.md"]
 
 
@@ -273,7 +279,8 @@ def test_a_dry_run(here, run_recipe):
     """Without a Hub: the same files in a folder, loaded from there."""
     done = run_recipe("publish", "run=sft", "folder=dry", "license=mit", "force=true", cwd=here)
     assert done.returncode == 0, done
-    assert "next      python -m rlhf_recipes.recipes.publish run=sft repo_id=<user>/<name>" in done.stdout
+    again = "run=sft license=mit force=true repo_id=<user>/<name>"
+    assert f"next      python -m rlhf_recipes.recipes.publish {again}" in done.stdout
     assert "32 log-probabilities are within" in done.stdout
     assert "**Not proven.**" in (here / "dry" / "README.md").read_text()
     result = json.loads((here / "outputs" / "publish" / "main" / "result.json").read_text())

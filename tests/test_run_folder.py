@@ -19,6 +19,8 @@ from conftest import weights as other_weights
 
 from rlhf_recipes import locks, places, ranks, references, run_folder
 from rlhf_recipes.config import flatten
+from rlhf_recipes.config_hash import config_sha256
+from rlhf_recipes.launch import publish_after
 from rlhf_recipes.run import Run
 
 
@@ -378,6 +380,21 @@ def test_rows_that_changed_are_refused_by_name(started):
     assert rows.read_text() == before and started(*given).checkpoint
 
 
+def test_what_is_published_without_a_training(started, compose):
+    """With `publish=true`: the run that an earlier try has finished, by this config, of these rows."""
+    rows = write_pairs(Path("mine.jsonl"))
+    given = ("data=local", "data.path=mine.jsonl", "publish=true", "repo_id=ada/x")
+    run = started(*given[:2])
+    run.create()
+    assert not publish_after.finished(compose("dpo", *given))
+    run.write_result({"recipe": "dpo", "config_sha256": config_sha256(run.config)})
+    assert publish_after.finished(compose("dpo", *given))
+    for other in ("trainer.beta=0.3", "overwrite=true"):
+        assert not publish_after.finished(compose("dpo", *given, other))
+    rows.write_text(rows.read_text() + "\n")
+    assert not publish_after.finished(compose("dpo", *given))
+
+
 def test_jobs_of_a_sweep_read_the_same_rows(started, monkeypatch):
     monkeypatch.setattr("rlhf_recipes.run.in_sweep", lambda: True)
     rows = write_pairs(Path("mine.jsonl"))
@@ -498,6 +515,12 @@ def test_a_labelling_that_has_ended_goes_on_or_is_replaced_by_word_alone(compose
         with pytest.raises(ValueError, match=r"^run_name=main: outputs/label/main holds a finished run\."):
             start("resume=never")
         assert start("overwrite=true").checkpoint is None
+        note = Path("outputs/label/.replaced/main/notes.md")
+        note.parent.mkdir(parents=True)
+        note.touch()
+        with pytest.raises(ValueError, match=r"^outputs/label/\.replaced/main: holds notes\.md"):
+            start("overwrite=true")
+        note.unlink()
         weights.write_bytes(other_weights("others"))  # half of the answers would be another policy's
         with pytest.raises(ValueError, match=r"^model\.adapter=parent: has changed since outputs/label/main began"):
             start()
@@ -562,6 +585,11 @@ def test_what_no_run_writes_stays_with_what_was_replaced(started, capsys):
     run.write_result({"recipe": "dpo"})
     assert os.listdir(note.parent) == ["notes.md"]
     assert capsys.readouterr().err == "outputs/dpo/.replaced/main: is kept, it holds notes.md.\n"
+    before = snapshot(run.dir)  # which cannot be set aside there, and is finished
+    for replace in (lambda: started("overwrite=true"), lambda: run_folder.clear(run.dir)):
+        with pytest.raises(ValueError, match=r"^outputs/dpo/\.replaced/main: (it )?holds notes\.md.* Move it\.$"):
+            replace()
+        assert snapshot(run.dir) == before
 
 
 def test_finished_checkpoints_go_by_name(tmp_path):

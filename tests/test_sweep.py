@@ -189,7 +189,7 @@ def test_the_second_process_reads_the_row_that_the_first_has_written(
 
     one_of_two(1)
     (tmp_path / "rows").mkdir()
-    monkeypatch.setattr(sweep, "_finished", lambda folder, cfg: result)
+    monkeypatch.setattr(sweep.run, "finished", lambda folder, cfg: result)
     monkeypatch.setattr(sweep, "_measure", lambda *_: None)
     monkeypatch.setattr(sweep.ranks, "barrier", first_has_written)
     assert sweep.run_job(None, compose("dpo", *tiny_overrides)) == 0.5

@@ -238,6 +238,12 @@ def _compose(entry: DictConfig, overrides: list[str]) -> DictConfig:
         keys.check(cfg, entry.recipe)
         if "data" in cfg:
             check(cfg.data)
+        if cfg.get("publish"):  # a stage is finished when it has its result, published or not
+            made = f"{'pairs' if entry.recipe == 'cai' else 'run'}={{dir}}/{entry.name}"
+            raise Refusal(
+                "publish=true: not in a pipeline, in which it is a stage of its own. Add {name: publish, recipe: "
+                f"publish, overrides: [{made}, repo_id={cfg.repo_id}]}}."
+            )
     except Exception as error:
         raise Refusal(f"stages.{entry.name}: {as_refusal(error, entry.recipe) or error}") from error
     return cfg
@@ -313,8 +319,7 @@ def _read_of_another(stage: Stage, given: dict, gone: list[Path]) -> str | None:
         for each in leaf if isinstance(leaf, list) else [leaf]:
             if isinstance(each, str) and any(Path(each).is_relative_to(folder) for folder in gone):
                 return f"{key}={each}"
-    kept = run_folder.inputs(stage.dir)
-    return next((named for named, sha256 in run.inputs_of(given).items() if kept.get(named, sha256) != sha256), None)
+    return run_folder.changed_input(stage.dir, run.inputs_of(given))
 
 
 def _told(here: Path) -> dict[str, dict]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from rlhf_recipes import config, run
+from rlhf_recipes import config, run, run_folder
 from rlhf_recipes.publish import checks, contents, upload
 from rlhf_recipes.publish.publish import connect, terms
 
@@ -15,6 +15,14 @@ def options(cfg: DictConfig, recipe: str) -> DictConfig:
     own = OmegaConf.masked_copy(defaults, [key for key in defaults if key not in ("defaults", "hydra")])
     folder = str(run.relative(Path(cfg.output_dir)))
     return OmegaConf.merge(own, {"pairs" if recipe == "cai" else "run": folder, "repo_id": cfg.repo_id})
+
+
+def finished(cfg: DictConfig) -> bool:
+    """Whether the run is there, trained with this config on what the config names as it lies there."""
+    folder = run.relative(Path(cfg.output_dir))
+    if not run.finished(folder, cfg):
+        return False
+    return run_folder.changed_input(folder, run.inputs_of(run.resolved(cfg))) is None
 
 
 def check_ready(cfg: DictConfig, recipe: str) -> None:

@@ -85,14 +85,18 @@ def spelled_out(arguments: list[str]) -> list[str]:
 
 
 def _published(main, cfg: DictConfig, recipe: str):
-    """`publish=true`: look whether it may be published, run the recipe, publish what it made."""
+    """`publish=true`: look whether it may be published, run the recipe unless it is finished, publish what it made."""
     from rlhf_recipes import memory, run
     from rlhf_recipes.launch import publish_after
     from rlhf_recipes.publish import publish
 
     run.environment()
     ranks.by_first(publish_after.check_ready, cfg, recipe)
-    value = main(cfg)
+    if ranks.by_first(publish_after.finished, cfg):
+        value = None
+        print(f"{run.relative(Path(cfg.output_dir))}: finished before, kept.", flush=True)
+    else:
+        value = main(cfg)
     if not ranks.is_first():
         return value
     ranks.leave()

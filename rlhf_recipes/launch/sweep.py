@@ -15,7 +15,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import config, locks, memory, ranks, run, run_folder
-from rlhf_recipes.config_hash import computed, config_sha256
+from rlhf_recipes.config_hash import computed
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.evaluation import measurements
 from rlhf_recipes.evaluation.sweeps import ROWS, check, describe, may_be_best, rebuild
@@ -44,7 +44,7 @@ def run_job(main, cfg: DictConfig) -> float:
     try:
         keys.check(cfg)
         check(cfg.sweep)
-        result = _finished(folder / own, cfg)
+        result = run.finished(folder / own, cfg)  # another config is refused by `Run.start`
         if result:
             print(f"{folder / own}: finished before, kept.", flush=True)
         else:
@@ -133,13 +133,6 @@ class Summary(Callback):
             print(describe(table, folder), flush=True)
             if any(row["status"] != "finished" for row in table["rows"]):
                 sys.exit(1)
-
-
-def _finished(folder: Path, cfg: DictConfig) -> dict | None:
-    """result.json of the job where it is done already with this config; another config is refused by `Run.start`."""
-    result = None if cfg.overwrite else run_folder.read_result(folder)
-    same = result and result["config_sha256"] == config_sha256(run.resolved(cfg))
-    return result if same else None
 
 
 def _measure(folder: Path, sweep: Path, cfg: DictConfig) -> str | None:

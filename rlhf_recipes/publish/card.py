@@ -79,7 +79,7 @@ def _model_card(source: Source, facts: Facts, proof: dict | str | None) -> str:
         "## Chain",
         chain(f"{base['id']}{'@' + base['revision'][:12] if base['revision'] else ''}", result),
         _base(base),
-        _constitution(source.pairs),
+        _constitution(source),
         "## Settings",
         _settings(source.config),
         _hardware(result),
@@ -290,7 +290,13 @@ def _base(base: dict[str, Any]) -> str:
     return " ".join(said)
 
 
-def _constitution(pairs: Source | None) -> str:
+def _constitution(source: Source) -> str:
+    if source.pairs_changed:
+        return (
+            "The pairs that it was trained on were made by recipes/cai.py, and others lie in their folder since: the "
+            "constitution that they were made under is not known."
+        )
+    pairs = source.pairs
     if pairs is None:
         return ""
     said = pairs.result["constitution"]

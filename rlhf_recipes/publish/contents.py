@@ -17,11 +17,12 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from rlhf_recipes import places
 from rlhf_recipes.cai.dataset import PREFS, SFT
 from rlhf_recipes.config import CONF, flatten, trainer_recipes
 from rlhf_recipes.errors import Refusal, first_line, nearest
 from rlhf_recipes.methods import METHODS
-from rlhf_recipes.run_folder import INPUTS, read_result, refuse_growth, write_atomically
+from rlhf_recipes.run_folder import INPUTS, changed_input, read_result, refuse_growth, write_atomically
 from rlhf_recipes.stats import Estimate
 from rlhf_recipes.text import line
 from rlhf_recipes.training.card import without_folder
@@ -72,10 +73,22 @@ class Source:
 
     @property
     def pairs(self) -> "Source | None":
-        """Of a training, the run of recipes/cai.py that made its pairs, where it is still there."""
+        """Of a training, the run of recipes/cai.py that made its pairs, where it is still there as it was read."""
+        there = self._is_of_pairs and not self.pairs_changed
+        return find(None, self.config["data"]["path"]) if there else None
+
+    @functools.cached_property
+    def pairs_changed(self) -> bool:
+        """Of a training, whether the run of recipes/cai.py that its `data.path` names has other rows than it read."""
+        path = self.config["data"]["path"]
+        read = {f"data.path={path}": places.sha256(path)} if self._is_of_pairs else {}
+        return changed_input(self.dir, read) is not None
+
+    @property
+    def _is_of_pairs(self) -> bool:
         folder = Path(self.config["data"]["path"])
-        made_by = read_result(folder) if folder.is_dir() else None
-        return find(None, str(folder)) if self.key == "run" and made_by and made_by.get("recipe") == "cai" else None
+        made_by = read_result(folder) if self.key == "run" and folder.is_dir() else None
+        return bool(made_by) and made_by.get("recipe") == "cai"
 
     @property
     def splits(self) -> list[str]:

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import models
 from rlhf_recipes.commands import command
+from rlhf_recipes.config import CONF
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.overrides import written
 from rlhf_recipes.publish import base_model, card, checks, contents, manifest, merge, round_trip, upload
@@ -130,9 +131,16 @@ def print_outcome(cfg: DictConfig, published: dict[str, Any]) -> None:
     if published["revision"]:
         print(f"published {published['where']}", flush=True)
         return
-    key, folder = ("run", cfg.run) if cfg.run else ("pairs", cfg.pairs)
     print(f"  folder    {published['where']}: what would be uploaded; nothing was")
-    print(f"  next      {command('publish')} {written(key, str(folder))} repo_id={PLACEHOLDER}", flush=True)
+    print(f"  next      {command('publish')} {_options(cfg)} repo_id={PLACEHOLDER}", flush=True)
+
+
+def _options(cfg: DictConfig) -> str:
+    """What was asked of a dry run, beside its folder, as it is typed."""
+    defaults = OmegaConf.load(CONF / "publish.yaml")
+    keys = [key for key in defaults if key not in ("defaults", "hydra", "folder") and cfg[key] != defaults[key]]
+    typed = (written(key, cfg[key]) if isinstance(cfg[key], str) else f"{key}={json.dumps(cfg[key])}" for key in keys)
+    return " ".join(typed)
 
 
 def _measure(source: contents.Source, facts: card.Facts, cfg: DictConfig, staged: Path) -> dict[str, Any]:
@@ -194,11 +202,18 @@ def _drift_on_public_base(source: contents.Source, origin: dict, numbers: dict, 
 def _upload(ready: _Ready, target: upload.Target, cfg: DictConfig) -> dict[str, Any]:
     """From the first word to the Hub that changes something to the last; see the head of this module."""
     upload.make(target)
-    revision, sent, found, branch = _proven_before(ready, target), False, None, target.revision
+    branch, revision = _published_before(ready, target, cfg.create_pr)
+    sent, found = False, None
     if revision is None:
         upload.refuse_moved_tag(target)
         message = cfg.commit_message or f"{ready.source.recipe}: {ready.facts.fingerprint[:12]}"
-        revision, sent, pull_request = upload.commit(target, ready.folder, message, branch, cfg.create_pr)
+        asks = cfg.create_pr and branch == target.revision
+        revision, sent, pull_request = upload.commit(target, ready.folder, message, branch, asks)
+        if asks and not pull_request:
+            raise Refusal(
+                f"create_pr=true: {branch} of {target.repo_id} has these files already, not proven. Leave it out, to "
+                "prove them there."
+            )
         branch = pull_request or branch
         target.state = f"Revision {revision[:12]} is there; its card says 'not proven'."
         print(f"uploaded  {target.repo_id} at {revision[:12]}, to be downloaded and loaded", flush=True)
@@ -213,24 +228,34 @@ def _upload(ready: _Ready, target: upload.Target, cfg: DictConfig) -> dict[str, 
         upload.tag(target, cfg.tag, revision)
     if cfg.public and target.private:
         upload.make_public(target)
-    where = target.link(branch if cfg.create_pr and sent else revision)
+    where = target.link(revision if branch == target.revision else branch)
     return {"where": where, "revision": revision, "uploaded": sent, "proof": found,
             "files": contents.hashes(ready.folder), "base_model": ready.source.config["model"]["id"]}  # fmt: skip
 
 
-def _proven_before(ready: _Ready, target: upload.Target) -> str | None:
-    """The revision at which an earlier publication has proven exactly these files."""
-    revision, remote = upload.remote_files(target, target.revision)
+def _published_before(ready: _Ready, target: upload.Target, create_pr: bool) -> tuple[str, str | None]:
+    """Where an earlier publication has put exactly these files.
+
+    Returns:
+        The branch, or with `create_pr` the pull request that was opened for them, and its revision if they are proven
+        there. Where they are nowhere, the branch.
+    """
     changing = {contents.CARD, manifest.MANIFEST}  # the manifest has the card's hash
-    if set(upload.differing(ready.folder, remote)) != changing or not changing <= remote.keys():
-        return None
-    with tempfile.TemporaryDirectory() as cache:
-        folder = upload.download(target, revision, Path(cache), [contents.CARD])
-        text = (folder / contents.CARD).read_text(encoding="utf-8")
-    if not card.is_proven(text, ready.facts.fingerprint):
-        return None
-    print(f"unchanged {target.repo_id} has these files, proven: nothing is uploaded", flush=True)
-    return revision
+    begun = target.revision
+    for ref in [target.revision, *(upload.pull_requests(target) if create_pr else [])]:
+        revision, remote = upload.remote_files(target, ref)
+        if not set(upload.differing(ready.folder, remote)) <= changing <= remote.keys():
+            continue
+        with tempfile.TemporaryDirectory() as cache:
+            folder = upload.download(target, revision, Path(cache), [contents.CARD])
+            text = (folder / contents.CARD).read_text(encoding="utf-8")
+        if card.is_proven(text, ready.facts.fingerprint):
+            where = "" if ref == target.revision else f" in {ref}"
+            print(f"unchanged {target.repo_id} has these files{where}, proven: nothing is uploaded", flush=True)
+            return ref, revision
+        if ref != target.revision and upload.is_ours(target, revision, remote):
+            begun = ref
+    return begun, None
 
 
 def _come_back(ready: _Ready, target: upload.Target, revision: str, branch: str) -> dict[str, Any]:

@@ -196,6 +196,18 @@ def _foreign(target: Target, commit: str, remote: dict[str, str]) -> set[str]:
     return set(others)
 
 
+def is_ours(target: Target, commit: str, remote: dict[str, str]) -> bool:
+    """Whether a commit has nothing of others that the branch does not have, nor changes anything of ours."""
+    return _foreign(target, commit, remote) <= target.foreign
+
+
+def pull_requests(target: Target) -> list[str]:
+    """References of all that were ever opened."""
+    place = {"repo_id": target.repo_id, "repo_type": target.repo_type}
+    refs = retried(target.api.list_repo_refs, **place, include_pull_requests=True)
+    return [each.ref for each in refs.pull_requests or []]
+
+
 def _refuse_foreign_history(target: Target) -> None:
     """Whoever can see a repo can see all that was ever in it.
 
