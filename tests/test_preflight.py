@@ -524,17 +524,21 @@ def test_jobs_of_a_sweep_are_its_grid_or_the_corners_of_its_space(sweep, compose
 
 def test_jobs_of_a_sweep_are_those_that_hydra_runs(compose):
     """The last word on a key counts; two jobs never have one folder, and names that part them are proposed."""
-    (job,) = jobs_of("sweep=dpo_beta", "trainer.beta=0.3", "run_name=of_${trainer.beta}")
-    assert (job[0], job[2].run_name) == ("beta=0.3", "of_0.3")
-    given = ["sweep=dpo_beta", "trainer.beta=0.2,0.4", "trainer.learning_rate=1e-5,5e-6"]
+    assert [name for name, *_ in jobs_of("sweep=dpo_beta", "trainer.beta=0.3")] == ["beta=0.3"]
+    given = [
+        "sweep=dpo_beta",
+        "trainer.beta=0.2,0.4",
+        "trainer.learning_rate=1e-5,5e-6",
+        "run_name=of_${trainer.beta}",
+    ]
     with pytest.raises(Refusal) as refused:
         jobs_of(*given)
     said, _, advice = str(refused.value).partition(" Add ")
     assert said == "trainer.learning_rate: jobs that differ in it would share the folder beta=0.2."
     (typed,) = shlex.split(advice.removesuffix("."))
     rates, betas = ("1e-05", "5e-06"), ("0.2", "0.4")
-    names = [name for name, *_ in jobs_of(*given, hydra_overrides=[quoted(typed)])]
-    assert names == [f"beta={beta},learning_rate={rate}" for beta in betas for rate in rates]
+    jobs = [(name, cfg.run_name) for name, _, cfg, _ in jobs_of(*given, hydra_overrides=[quoted(typed)])]
+    assert jobs == [(f"beta={beta},learning_rate={rate}", f"of_{beta}") for beta in betas for rate in rates]
     with pytest.raises(Refusal, match=r"^trainer\.beta=0\.2: is given twice\. Leave one out\.$"):
         jobs_of("sweep=dpo_beta", "trainer.beta=0.2,0.2")
 
