@@ -186,6 +186,19 @@ def test_what_is_wrong_is_said_on_one_line(run_recipe, tmp_path, overrides, says
     assert not (tmp_path / "outputs" / "cai" / "main").exists()
 
 
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("filters.min_words=500", "filters.min_words=500: is over filters.max_words. Change one."),
+        ("generate.temperature=0", "generate.temperature=0: the samples of on_policy would be alike."),
+    ],
+)
+def test_what_could_make_no_pair_is_refused(compose, override, says):
+    with pytest.raises(ValueError) as caught:
+        make_pairs.check(compose("cai", override))
+    assert str(caught.value).startswith(says)
+
+
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory, compose):
     """A run folder with eight train and four test prompts, written by dataset.write."""

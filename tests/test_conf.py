@@ -146,9 +146,54 @@ def test_a_key_without_a_type_of_its_own_is_listed(recipe):
     assert untyped and all(keys.rule(key, None) for key in untyped)
 
 
+OF_KINDS = [(group, kind) for group in keys.KINDS for kind in GROUPS[group]]
+
+
+@pytest.mark.parametrize(("group", "kind"), OF_KINDS)
+def test_so_is_one_of_a_generator_or_a_judge(group, kind):
+    """But for what may be nearly anything."""
+    own = keys.of_kind(group, kind)
+    assert f"{group}.kind" in own
+    free = ("judge.lora_targets", "judge.chat_template_kwargs")
+    assert not [key for key, value in own.items() if not (keys.rule(key, value) or key in free)]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "says"),
+    [
+        ("dpo", ["+sweep.max_kll=3"], "sweep.max_kll: recipes/dpo.py has no such key; did you mean 'sweep.max_kl'?"),
+        ("sft", ["+preflight.failes=warn"], "preflight.failes: recipes/sft.py has no such key; did you mean 'prefl"),
+        ("cai", ["+judge.margn=0.5"], "judge.margn: recipes/cai.py has no such key"),
+        ("cai", ["+generator.temprature=0"], "generator.temprature: recipes/cai.py has no such key"),
+        ("reward", ["+reward.membrs=3"], "reward.membrs: recipes/reward.py has no such key; did you mean 'reward.mem"),
+        ("cai", ["judge.kind=servr"], "judge.kind=servr: not one of local, server"),
+        ("cai", ["judge.adapter=3"], "judge.adapter=3: must be text or null."),
+        ("dpo", ["sweep.generator={model: m, timeout: null}"], "sweep.generator.timeout=null: must be a number."),
+        *(
+            ("cai", ["judge=server", "judge.model=m", f"judge.{given}"], f"judge.{given}: must be {rule}")
+            for given, rule in {
+                "concurrency=abc": "a whole number", "concurrency=2.5": "a whole number", "timeout=null": "a number",
+                "prompt_price=free": "a number or null", "concurrency=0": "at least 1", "base_url=1": "text or a list",
+            }.items()
+        ),
+    ],
+)  # fmt: skip
+def test_a_group_of_ours_takes_its_own_keys_alone(compose, recipe, overrides, says):
+    with pytest.raises(Refusal) as caught:
+        keys.check(compose(recipe, *overrides), recipe)
+    assert str(caught.value).startswith(says)
+
+
+def test_what_a_chat_template_reads_is_not_ours(compose):
+    given = [
+        f"{group}.{key}" for group in keys.KINDS for key in ("model=m", "chat_template_kwargs.enable_thinking=no")
+    ]
+    keys.check(compose("cai", "generator=server", "judge=server", *given), "cai")
+
+
 def test_every_listed_key_is_there():
-    known = {key for recipe in RECIPES for key in keys.defaults(recipe)} | {"generator.kind"}
-    known |= {f"judge.{key}" for name in GROUPS["judge"] for key in OmegaConf.load(CONF / "judge" / f"{name}.yaml")}
+    known = {key for recipe in RECIPES for key in keys.defaults(recipe)}
+    known |= {key for group, kind in OF_KINDS for key in keys.of_kind(group, kind)}
     for key in keys.KEYS:
         assert any(name == key or f"{name.rpartition('.')[0]}.*" == key for name in known), key
 

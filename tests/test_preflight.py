@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import math
+import os
 import re
+import shlex
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,15 +15,19 @@ import pytest
 from omegaconf import OmegaConf
 
 from rlhf_recipes import config, memory, model_files, models, references
+from rlhf_recipes.config_hash import config_sha256
 from rlhf_recipes.data.fit import fit
 from rlhf_recipes.data.load import load_pairs
 from rlhf_recipes.data.tokens import Sizes
+from rlhf_recipes.errors import Refusal
+from rlhf_recipes.launch import cards
+from rlhf_recipes.launch.preflight import disk, predict_memory, real_steps, rows
 from rlhf_recipes.launch.preflight import job as examination
 from rlhf_recipes.launch.preflight import look as preflight
-from rlhf_recipes.launch.preflight import predict_memory, real_steps, rows
 from rlhf_recipes.launch.preflight.report import JobReport
 from rlhf_recipes.launch.recipe import spelled_out
-from rlhf_recipes.run import Run
+from rlhf_recipes.overrides import quoted
+from rlhf_recipes.run import Run, resolved
 
 GIB = 2**30
 
@@ -338,6 +345,8 @@ def test_it_says_on_how_many_cards_a_large_model_fits(compose, tmp_path, monkeyp
     examination._memory(found, job, args, base, predict_memory.Batch(2, 1024), predict, elsewhere=False)
     if cards == 1:
         assert found.memory["peak_gib"] < free and not found.stops
+        examination._memory(found, job, args, base, predict_memory.Batch(2, 1024), predict, False, at_once=4)
+        assert f"{free / 4:.1f} GiB are free for each of 4 processes at a time" in found.stops[0]
     else:
         launch = "accelerate launch --config_file conf/accelerate/fsdp2_qlora.yaml recipes/dpo.py"
         assert f" Or in parts, on {cards} such cards: {launch} quantization=nf4_fsdp" in found.stops[0]
@@ -361,14 +370,30 @@ def test_a_job_that_is_refused_does_not_hide_the_others(compose, tiny_overrides,
 
 
 def test_a_shape_is_one_whatever_the_rates_are(compose, tiny_overrides):
-    def shape(*overrides):
-        return examination._shape(compose("dpo", *tiny_overrides, *overrides), "dpo")
+    def shape(*overrides, sizes=(3, 5)):
+        return examination._shape(compose("dpo", *tiny_overrides, *overrides), "dpo", list(sizes))
 
-    assert shape() == shape("trainer.beta=0.5", "trainer.learning_rate=1e-3", "trainer.seed=7", "run_name=x")
-    assert (
-        len({shape(), shape("trainer.per_device_train_batch_size=1"), shape("lora.r=8"), shape("data.train_size=4")})
-        == 4
-    )
+    rates = ("trainer.beta=0.5", "trainer.learning_rate=1e-3", "trainer.seed=7", "run_name=x")
+    assert shape() == shape(*rates, sizes=(5, 3))
+    others = ("trainer.per_device_train_batch_size=1", "lora.r=8", "data.train_size=4", "fast_forward=false")
+    assert len({shape(), *map(shape, others), shape(sizes=(3, 6))}) == 2 + len(others)
+
+
+def test_packed_rows_are_those_that_their_tokens_fill():
+    """A thousand of 100 tokens in rows of 1,000, eight a step: 12.5 steps, where each alone would take 125."""
+    args = SimpleNamespace(max_steps=-1, per_device_train_batch_size=4, gradient_accumulation_steps=2,
+                           num_train_epochs=1, packing=True, max_length=1000)  # fmt: skip
+    assert real_steps.total_steps("sft", args, real_steps.rows_trained(args, [100] * 1000)) == 13
+
+
+def test_what_lies_on_the_disk_is_what_is_saved():
+    args = {"save_strategy": "steps", "save_steps": 0.1, "save_total_limit": 2, "num_train_epochs": 1}
+
+    def counted(steps=100, **changes):
+        return list(disk.checkpoints(SimpleNamespace(**args | changes), steps).values())
+
+    assert counted() == [3, 0] and counted(save_total_limit=5) == [6, 0] and counted(save_strategy="no") == [0, 0]
+    assert counted(save_total_limit=None) == [10, 10] and counted(save_strategy="epoch") == [1, 0]
 
 
 def test_steps_are_those_of_the_run(train, tmp_path):
@@ -394,7 +419,21 @@ def test_real_steps_are_measured_and_their_failure_is_one_line(
 def test_two_steps_are_never_published(compose, tiny_overrides):
     args = models.training_args(compose("dpo", *tiny_overrides).trainer, Run(Path("x"), "dpo", {}))
     told = real_steps._overrides("dpo", [*tiny_overrides, "publish=true", "repo_id=a/b", "data=hh_rlhf"], args, "f")
-    assert not any(each.startswith(("publish", "repo_id", "data=hh")) for each in told) and "data=local" in told
+    assert not {"publish=true", "repo_id=a/b", "data=hh_rlhf"} & set(told) and "data=local" in told
+
+
+def test_the_steps_read_their_rows_whatever_an_experiment_says(compose, tmp_path):
+    (tmp_path / "experiment").mkdir()
+    mine = {"data": {"format": "preference", "columns": {"first": "a"}, "train_split": "big", "bootstrap": 1},
+            "publish": True, "repo_id": "a/b", "preflight": {"only": True}}  # fmt: skip
+    (tmp_path / "experiment/mine.yaml").write_text(f"# @package _global_\n{json.dumps(mine)}\n")
+    told = real_steps._overrides("dpo", ["experiment=mine"], SimpleNamespace(), "f")
+    told = [each for each in told if not each.startswith("hydra.")]
+    cfg = compose("dpo", f"hydra.searchpath=[file://{tmp_path}]", *told)
+    own = {"path": "f/train.jsonl", "test_path": "f/test.jsonl", "test_size": None, "text": "plain"}
+    base = OmegaConf.load(config.CONF / "data/base.yaml")
+    assert cfg.data == OmegaConf.merge(base, own, {"too_long": "truncate"})
+    assert (cfg.publish, cfg.repo_id, cfg.preflight.only) == (False, None, False)
 
 
 def test_a_failure_is_measured_again_and_a_success_is_not(compose, tiny_overrides, tmp_path, monkeypatch):
@@ -455,20 +494,25 @@ def test_a_sweep_looks_at_all_jobs_first_and_measures_a_shape_once(run_recipe, t
     assert done.stdout.index("nothing stands in the way") < done.stdout.index("dpo finished in")
 
 
-@pytest.mark.parametrize("sweep", ["dpo_beta", "dpo_optuna"])
-def test_jobs_of_a_sweep_are_its_grid_or_the_corners_of_its_space(sweep, compose, tiny_overrides):
+def jobs_of(*overrides, hydra_overrides=()):
+    """Of a sweep of dpo, as Hydra's own node says that it was started."""
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
     GlobalHydra.instance().clear()
-    overrides = [f"sweep={sweep}", *tiny_overrides]
     with hydra.initialize_config_module("rlhf_recipes.conf", version_base="1.3", job_name="dpo"):
-        cfg = hydra.compose("dpo", overrides=overrides, return_hydra_config=True)
-        with_task = OmegaConf.merge(cfg, {})
+        launch = [each for each in overrides if "," not in each]
+        with_task = OmegaConf.merge(hydra.compose("dpo", overrides=launch, return_hydra_config=True), {})
         OmegaConf.set_readonly(with_task.hydra, False)
         with_task.hydra.overrides.task = overrides
+        with_task.hydra.overrides.hydra = ["hydra.mode=MULTIRUN", *hydra_overrides]
         with_task.hydra.job.config_name = "dpo"
-        jobs = list(preflight.sweep_jobs(with_task))
+        return list(preflight.sweep_jobs(with_task))
+
+
+@pytest.mark.parametrize("sweep", ["dpo_beta", "dpo_optuna"])
+def test_jobs_of_a_sweep_are_its_grid_or_the_corners_of_its_space(sweep, compose, tiny_overrides):
+    jobs = jobs_of(f"sweep={sweep}", *tiny_overrides)
     names = [name for name, *_ in jobs]
     if sweep == "dpo_beta":
         assert names == [f"beta={beta}" for beta in ("0.01", "0.03", "0.1", "0.3", "1.0")]
@@ -476,6 +520,46 @@ def test_jobs_of_a_sweep_are_its_grid_or_the_corners_of_its_space(sweep, compose
         assert "trainer.beta=0.03" in jobs[1][3] and tiny_overrides[0] in jobs[1][3]
     else:
         assert names == [f"beta={b},epsilon={e}" for b in ("0.01", "1.0") for e in ("0.0", "0.3")]
+
+
+def test_jobs_of_a_sweep_are_those_that_hydra_runs(compose):
+    """The last word on a key counts; two jobs never have one folder, and names that part them are proposed."""
+    assert [name for name, *_ in jobs_of("sweep=dpo_beta", "trainer.beta=0.3")] == ["beta=0.3"]
+    given = [
+        "sweep=dpo_beta",
+        "trainer.beta=0.2,0.4",
+        "trainer.learning_rate=1e-5,5e-6",
+        "run_name=of_${trainer.beta}",
+    ]
+    with pytest.raises(Refusal) as refused:
+        jobs_of(*given)
+    said, _, advice = str(refused.value).partition(" Add ")
+    assert said == "trainer.learning_rate: jobs that differ in it would share the folder beta=0.2."
+    (typed,) = shlex.split(advice.removesuffix("."))
+    rates, betas = ("1e-05", "5e-06"), ("0.2", "0.4")
+    jobs = [(name, cfg.run_name) for name, _, cfg, _ in jobs_of(*given, hydra_overrides=[quoted(typed)])]
+    assert jobs == [(f"beta={beta},learning_rate={rate}", f"of_{beta}") for beta in betas for rate in rates]
+    with pytest.raises(Refusal, match=r"^trainer\.beta=0\.2: is given twice\. Leave one out\.$"):
+        jobs_of("sweep=dpo_beta", "trainer.beta=0.2,0.2")
+
+
+@pytest.mark.parametrize(
+    ("launcher", "sweeper", "at_once"),
+    [
+        ({"_target_": "BasicLauncher"}, {}, 1),
+        ({"_target_": "JoblibLauncher", "n_jobs": 2}, {}, 2),
+        ({"_target_": "JoblibLauncher", "n_jobs": -1}, {"n_jobs": 3}, 3),
+        ({"_target_": "JoblibLauncher", "n_jobs": -1}, {"max_batch_size": None}, 5),
+        ({"_target_": "LocalLauncher"}, {}, 5),
+    ],
+)
+def test_jobs_of_a_sweep_share_what_is_free(monkeypatch, launcher, sweeper, at_once):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.delenv(cards.BEFORE, raising=False)
+    node = OmegaConf.create({"launcher": launcher, "sweeper": sweeper})
+    assert preflight._at_once(node, 5, 1) == at_once
+    monkeypatch.setenv(cards.BEFORE, "0,1")
+    assert preflight._at_once(node, 5, 1) == math.ceil(at_once / 2) or at_once == 1
 
 
 def test_a_report_that_is_damaged_is_named(tmp_path):
@@ -487,10 +571,11 @@ def test_a_report_that_is_damaged_is_named(tmp_path):
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_sweep_looks_at_the_jobs_that_it_will_train(monkeypatch, tmp_path, overwrite):
     (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "result.json").touch()
+    cfg = OmegaConf.create({"trainer": {"beta": 0.1}})
+    (tmp_path / "a" / "result.json").write_text(json.dumps({"config_sha256": config_sha256(resolved(cfg))}))
     looked = []
     monkeypatch.setattr(preflight, "look", lambda jobs, *_, **__: looked.extend(job.name for job in jobs))
-    monkeypatch.setattr(preflight, "sweep_jobs", lambda cfg: [(name, "dpo", None, []) for name in "ab"])
+    monkeypatch.setattr(preflight, "sweep_jobs", lambda _: [(name, "dpo", cfg, []) for name in "ab"])
     hydra = {"sweep": {"dir": str(tmp_path)}, "launcher": {"_target_": "BasicLauncher"}}
     preflight.before_sweep(OmegaConf.create({"overwrite": overwrite, "preflight": None, "hydra": hydra}))
     assert looked == (["a", "b"] if overwrite else ["b"])

@@ -81,6 +81,10 @@ def refusal(check):
         ("audit", "samples=1", "samples=1: must be at least 2, or 0."),
         ("audit", "ledger_pairs=0", "ledger_pairs=0: must be at least 1."),
         ("audit", "stress_pairs=-1", "stress_pairs=-1: must be at least 0."),
+        ("cai", "filters.max_length_ratio=0", "filters.max_length_ratio=0: must be at least 1."),
+        ("cai", "route.accept_margin=0.6", "route.accept_margin=0.6: must be at least 0 and at most 0.5."),
+        ("cai", "route.tie_margin=-3", "route.tie_margin=-3: must be at least 0 and at most 0.5."),
+        ("cai", "gate.min_parsed=98", "gate.min_parsed=98: must be at least 0 and at most 1."),
         # what the loss does not read
         ("dpo", "trainer.label_smoothing=0.1",
          "trainer.label_smoothing=0.1: is read with trainer.loss_type=aot or aot_unpaired or exo_pair or robust "
@@ -268,6 +272,7 @@ def test_every_range_is_of_a_key_that_is_there(compose):
         cfg = compose(recipe, *(PPO if methods.of(recipe).samples else []))
         for node in ("trainer", "lora"):
             known |= {f"{node}.{name}" for name in parameters(config.guard.find_class(cfg[node]._target_, node))}
+    known |= {key for group in keys.KINDS for key in keys.of_kind(group, "server")}
     assert {key.removesuffix(".*") for key in ranges.RANGES} <= known
 
 

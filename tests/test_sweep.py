@@ -3,6 +3,7 @@
 import copy
 import csv
 import json
+import math
 import os
 import shutil
 import signal
@@ -100,12 +101,34 @@ def test_what_is_finished_is_kept_and_a_failure_is_a_row(swept, command, run_rec
 
 
 def test_another_grid_does_not_overwrite(swept, command, run_recipe, tmp_path):
+    """It is refused before a job starts."""
     _, folder, _ = swept
     copied = tmp_path / "outputs/dpo/betas"
     shutil.copytree(folder, copied)
     other = run_recipe("dpo", *command, "trainer.beta=0.2,0.5", cwd=tmp_path)
-    assert other.returncode == 1 and "holds a finished run" in other.stderr
-    assert (copied / "0/result.json").read_text() == (folder / "0/result.json").read_text()
+    assert other.returncode == 2 and other.stderr.startswith("error: run_name=betas: outputs/dpo/betas/0 holds a fini")
+    for kept in ("0/result.json", "rows/0.json", "sweep.csv"):
+        assert (copied / kept).read_text() == (folder / kept).read_text()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_finished_run_that_is_not_replaced_keeps_its_row(compose, tiny_overrides, tmp_path, one_of_two, overwrite):
+    """As where a search meets it, whose jobs nobody knows before."""
+    after = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 4}
+    row = {"job": "0", "overrides": [], "status": "finished", "recipe": "dpo", "seconds": 1.0, "system": None,
+           "main": {"name": "preference_accuracy", "after": after}, "seconds_in_all": 2.0}  # fmt: skip
+    for name, kept in {"rows/0.json": row, "0/result.json": {"config_sha256": "another"}}.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(json.dumps(kept))
+
+    def main(cfg):
+        raise MINE
+
+    one_of_two(0)
+    cfg = compose("dpo", *tiny_overrides, f"overwrite={str(overwrite).lower()}")
+    assert sweep.run_job(main, cfg) == -math.inf
+    found = json.loads((tmp_path / "rows/0.json").read_text())
+    assert found["status"] == "failed" if overwrite else found == row | {"later_failure": "ValueError: mine"}
 
 
 def test_a_job_of_several_tasks_is_one_run(swept, command, run_recipe, tmp_path):

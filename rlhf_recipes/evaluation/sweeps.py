@@ -1,6 +1,7 @@
 """A sweep: every job is measured alike and is one row; after each, the table, the page and the picture are made again.
 
-    <sweep>/rows/<job>.json     what came of a job: its overrides, status, seconds, memory
+    <sweep>/rows/<job>.json     what came of a job: its overrides, status, seconds, memory; of a finished one why a
+                                later command could not run it (`later_failure`)
     <sweep>/<job>/              the run, with measurements.json: its answers, log-probabilities, KL, and its parent's
     <sweep>/sweep.csv           a line for each job, every estimate with n and its 95 % interval
     <sweep>/report.html         all jobs side by side
@@ -147,7 +148,7 @@ def describe(table: dict, out: Path) -> str:
     lines = [["job", objective, "KL, nats", "length", "s", "GiB", "doctor", ""]]
     for row in table["rows"]:
         percent = table["objective"] in ("win_rate", "accuracy_log_ratio", "preference_accuracy")
-        m, reason = row["metrics"], row.get("reason") or row.get("stopped") or ""
+        m, reason = row["metrics"], row.get("reason") or row.get("later_failure") or row.get("stopped") or ""
         peak = f"{row['peak_memory_gib']:.1f}" if "peak_memory_gib" in row else ""
         own = name(row)
         note = "best" if own == table["best"] else "equal to the best" if own in table["equal"] else ""

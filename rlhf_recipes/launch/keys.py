@@ -73,6 +73,26 @@ KEYS = {
     "evaluation": str | None,
     "max_file_gib": int | float,
 }
+# The same of a model behind an endpoint, and of one in this process.
+KEYS |= {
+    f"{group}.{key}": taken
+    for group in ("generator", "judge")
+    for key, taken in {
+        "base_url": str | list,
+        "api_key_env": str | None,
+        "timeout": int | float,
+        "prompt_price": int | float | None,
+        "completion_price": int | float | None,
+    }.items()
+} | {
+    "judge.id": str,
+    "judge.dtype": str,
+    "judge.trust_remote_code": bool,
+    **{
+        f"judge.{key}": str | None
+        for key in ("path", "revision", "attn_implementation", "pad_token", "adapter", "adapter_base")
+    },
+}
 # What the extras `audit` and `label` install, and the module of each.
 AUDIT_PACKAGES = {
     "scikit-learn": "sklearn",
@@ -103,10 +123,12 @@ OPTIMIZERS = {
     "adamw_torch_[48]bit": ("torchao", "torchao"),
     ".*(8bit|bnb)|paged|ademamix|lion": ("bitsandbytes", "bitsandbytes"),
 }
-# Groups whose keys are ours; base.yaml has all of them.
-OURS = {"preflight", "sweep"}
-# A mapping of which something else knows the keys: the chat template.
-MAPPING = "model.chat_template_kwargs."
+# Groups whose keys are ours, and the file that has all of them.
+OURS = {"preflight": "base", "sweep": "base", "reward": "ensemble"}
+# Groups with a file for each `kind`.
+KINDS = ("generator", "judge")
+# Mappings of which something else knows the keys: the chat template; and what measures a sweep by an endpoint.
+MAPPINGS = (*(f"{group}.chat_template_kwargs." for group in ("model", *KINDS)), "sweep.generator.")
 
 
 def check(cfg: DictConfig, recipe: str | None = None) -> None:
@@ -118,17 +140,21 @@ def check(cfg: DictConfig, recipe: str | None = None) -> None:
     Raises:
         Refusal: the first offence, naming its key as typed on the command line.
     """
-    leaves, recipe = flatten(OmegaConf.to_container(cfg, resolve=False)), recipe or _running()
-    _refuse_unknown([key for key, _ in leaves], recipe)
+    node, recipe = OmegaConf.to_container(cfg, resolve=False), recipe or _running()
+    leaves = flatten(node)
+    _refuse_unknown(node, recipe)
     for key in sorted(OmegaConf.missing_keys(cfg)):
         raise Refusal(f"{key}: required, but not set. Add {key}=<value> to the command.")
     try:
         guard.refuse_secrets_of(cfg)
     except OmegaConfBaseException as error:  # a reference to a key that is not there
         raise Refusal(str(error)) from error
-    own = defaults(recipe) if recipe else {}
+    own = (defaults(recipe) if recipe else {}) | of_kind("generator", "server")
+    for group in KINDS:
+        own |= of_kind(group, _kind(node, group))
     for key, value in leaves:
-        taken = rule(key, own.get(key))
+        like = key.removeprefix("sweep.") if key.startswith("sweep.generator.") else key
+        taken = rule(like, own.get(like))
         if taken and not (isinstance(value, str) and "${" in value):
             check_value(key, value, taken)
     if "publish" in cfg and cfg.publish != (cfg.repo_id is not None):
@@ -163,8 +189,14 @@ def check(cfg: DictConfig, recipe: str | None = None) -> None:
 def defaults(recipe: str) -> dict[str, Any]:
     """Our own keys of a recipe, dotted, and their defaults."""
     node, groups = _primary(recipe)
-    ours = {group: OmegaConf.to_container(OmegaConf.load(CONF / group / "base.yaml")) for group in groups & OURS}
-    return dict(flatten(node | ours))
+    ours = {group: _written(group, OURS[group]) for group in groups & OURS.keys()}
+    return dict(flatten(node | {group: written.get(group, written) for group, written in ours.items()}))
+
+
+@functools.cache
+def of_kind(group: str, kind: str | None) -> dict[str, Any]:
+    """The keys of a generator or a judge, dotted, and their defaults; none of a kind that there is not."""
+    return dict(flatten({group: _written(group, kind)})) if kind in KEYS[f"{group}.kind"] else {}
 
 
 def takes(recipe: str, override: str) -> bool:
@@ -175,9 +207,9 @@ def takes(recipe: str, override: str) -> bool:
 
 def rule(key: str, default: Any) -> Any:
     """What `check_value` holds a key of ours against: what KEYS says, else the type of its default; None where
-    neither is known. A number that may have a fraction may be a whole one."""
+    neither is known, as of one that refers to another key. A number that may have a fraction may be a whole one."""
     listed = KEYS.get(key) or KEYS.get(key.rpartition(".")[0] + ".*")
-    if listed or default is None:
+    if listed or default is None or str(default).startswith("${"):
         return listed
     return int | float if isinstance(default, float) else type(default)
 
@@ -190,16 +222,33 @@ def _primary(recipe: str) -> tuple[dict, set[str]]:
     return {key: value for key, value in (shared | own).items() if key != "hydra"}, groups
 
 
-def _refuse_unknown(keys: list[str], recipe: str | None) -> None:
+def _refuse_unknown(cfg: dict, recipe: str | None) -> None:
     """A file under conf/experiment/, or `+key=value`, may bring keys that nothing reads."""
     if recipe is None:
         return
-    node, groups = _primary(recipe)
-    known = [*(key for key, _ in flatten(node)), *(f"model.{key}" for key in ModelConfig.__dataclass_fields__)]
-    for key in keys:
-        open_group = key.partition(".")[0] in groups - {"model"}  # checked against the class, or by rlhf_recipes.data
-        if not (open_group or key.startswith(MAPPING)) and not any(f"{name}.".startswith(f"{key}.") for name in known):
+    _, groups = _primary(recipe)
+    kinds = {group: _kind(cfg, group) for group in groups & set(KINDS)}
+    known = [*defaults(recipe), *(f"model.{key}" for key in ModelConfig.__dataclass_fields__)]
+    for group, kind in kinds.items():
+        known += [f"{group}.kind", *of_kind(group, kind), *(each[:-1] for each in MAPPINGS if each.startswith(group))]
+    # Others are checked against the class, or by rlhf_recipes.data; a kind that there is not, by its own key.
+    unknown = {group for group, kind in kinds.items() if kind not in (None, *KEYS[f"{group}.kind"])}
+    opened = groups - {"model", *OURS, *kinds} | unknown
+    for key, _ in flatten(cfg):
+        is_open = key.partition(".")[0] in opened or key.startswith(MAPPINGS)
+        if not is_open and not any(f"{name}.".startswith(f"{key}.") for name in known):
             raise Refusal(f"{key}: recipes/{recipe}.py has no such key{nearest(key, [*known, *groups])}")
+
+
+def _kind(cfg: dict, group: str) -> str | None:
+    chosen = cfg.get(group)
+    return str(chosen["kind"]) if isinstance(chosen, dict) and "kind" in chosen else None
+
+
+def _written(group: str, name: str) -> dict[str, Any]:
+    """A file of a group as it is written, without what it builds on."""
+    node = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{name}.yaml"))
+    return {key: value for key, value in node.items() if key != "defaults"}
 
 
 def _refuse_missing_tracker(report_to: Any) -> None:

@@ -41,7 +41,7 @@ COUNT, NATURAL = Range(at_least=1), Range(at_least=0)
 POSITIVE, NOT_NEGATIVE = Range(above=0, below=math.inf), Range(at_least=0, below=math.inf)
 SHARE, PART = Range(at_least=0, at_most=1), Range(at_least=0, below=1)
 SAMPLED, CHANGE = Range(above=0, at_most=1), Range(at_least=-1, at_most=1)  # change: of a share
-MARGIN = Range(at_least=0, at_most=0.5)  # from one half
+DISTANCE = Range(at_least=0, at_most=0.5)  # of a probability from 1/2
 # Keys whose number cannot work, or does nothing, outside of its range.
 RANGES = {
     "trainer.per_device_train_batch_size": COUNT,
@@ -135,15 +135,24 @@ RANGES = {
     "revise.temperature": NOT_NEGATIVE,
     "revise.top_p": SAMPLED,
     "revise.few_shot": NATURAL,
+    "generator.concurrency": Range(at_least=1, at_most=1000),
+    "generator.timeout": POSITIVE,
+    "generator.max_attempts": COUNT,
+    "judge.concurrency": Range(at_least=1, at_most=1000),
+    "judge.timeout": POSITIVE,
+    "judge.max_attempts": COUNT,
     "judging.min_option_mass": SHARE,
     "judging.asked_again": SHARE,
-    "judging.tie_margin": MARGIN,
+    "judging.tie_margin": DISTANCE,
     "judging.cot_tokens": COUNT,
     "gate.min_parsed": SHARE,
     "gate.min_swap_consistency": SHARE,
-    "route.accept_margin": MARGIN,
-    "route.tie_margin": MARGIN,
+    "route.accept_margin": DISTANCE,
+    "route.tie_margin": DISTANCE,
     "route.max_spread": NOT_NEGATIVE,
+    "filters.min_words": NATURAL,
+    "filters.max_words": COUNT,
+    "filters.max_length_ratio": Range(at_least=1),
     "lm_eval.batch_size": COUNT,
     "lm_eval.limit": COUNT,
     "lm_eval.num_fewshot": NATURAL,

@@ -27,7 +27,8 @@ from rlhf_recipes.text import line, shown
 
 
 def run_job(main, cfg: DictConfig) -> float:
-    """Run one job of a sweep, measure it and write its row; a failure is a row too.
+    """Run one job of a sweep, measure it and write its row; a failure is a row too, or a word in that of the run which
+    is there and finished.
 
     Returns:
         The objective, which is better when it is higher; minus infinity where the job failed.
@@ -39,6 +40,7 @@ def run_job(main, cfg: DictConfig) -> float:
     begin, os.environ["RLHF_RECIPES_STAGE"] = time.monotonic(), own  # before every progress line
     path = folder / ROWS / f"{own}.json"
     earlier, parted = _text(path), False
+    is_kept = not cfg.get("overwrite") and (folder / own / run_folder.RESULT).is_file()
     cards.take_for_job(hydra.job.num)
     memory.forget_peak()
     try:
@@ -65,19 +67,23 @@ def run_job(main, cfg: DictConfig) -> float:
         if not refusal:
             print(shown(redact(traceback.format_exc())), file=sys.stderr, flush=True)
     row["seconds_in_all"] = round(time.monotonic() - begin, 1)
+    done, failed = row["status"] == "finished", row["status"] == "failed" and not parted
+    before = json.loads(earlier) if failed and is_kept and earlier else {}
+    if before.get("status") == "finished":
+        row = before | {"later_failure": row["reason"]}  # what the row tells of is there still
     # A process that fails says why itself, for submitit may end all with the first that ends; that another has ended
     # says less.
-    failed = row["status"] == "failed" and not parted
     if failed or (ranks.is_first() and not (parted and _text(path) != earlier)):
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(row, indent=2, ensure_ascii=False, default=asdict)
         run_folder.write_atomically(path, text + "\n", by_any=failed)
-    if row["status"] == "finished":
+    if done:
         ranks.barrier()  # for the row that the first process writes
     table = rebuild([folder], folder, cfg.sweep)
-    if row["status"] == "finished":
+    if done:
         ranks.barrier()  # submitit may end all tasks with the first that ends
-    return next((r["value"] for r in table["rows"] if r["job"] == own and may_be_best(r)), -math.inf)
+    own_rows = (r for r in table["rows"] if r["job"] == own and may_be_best(r) and not failed)
+    return next((r["value"] for r in own_rows), -math.inf)
 
 
 def _text(path: Path) -> str:
@@ -131,7 +137,7 @@ class Summary(Callback):
         if "trainer" in config and (folder / ROWS).is_dir():
             table = rebuild([folder], folder, config.sweep)
             print(describe(table, folder), flush=True)
-            if any(row["status"] != "finished" for row in table["rows"]):
+            if any(row["status"] != "finished" or "later_failure" in row for row in table["rows"]):
                 sys.exit(1)
 
 

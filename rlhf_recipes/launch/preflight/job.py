@@ -5,7 +5,6 @@ import hashlib
 import heapq
 import itertools
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -21,7 +20,7 @@ from rlhf_recipes.data.labelled import micro_batches
 from rlhf_recipes.data.load import LOADERS, load_labelled
 from rlhf_recipes.data.tokens import Sizes
 from rlhf_recipes.errors import Refusal, first_line
-from rlhf_recipes.launch.preflight import predict_memory, real_steps, rows
+from rlhf_recipes.launch.preflight import disk, predict_memory, real_steps, rows
 from rlhf_recipes.launch.preflight.report import JobReport
 from rlhf_recipes.launch.refusals import as_refusal
 
@@ -60,12 +59,14 @@ class Cache:
         measure: whether to run any.
         elsewhere: the jobs run on another machine.
         processes: of each job.
+        at_once: processes that share what memory is free.
     """
 
     measured: dict[str, dict]
     measure: bool
     elsewhere: bool
     processes: int = 1
+    at_once: int = 1
     rows: dict[str, tuple] = field(default_factory=dict)
     examples: dict[tuple[str, str, str], dict] = field(default_factory=dict)
 
@@ -119,7 +120,7 @@ def _look(job: Job, looked_at: Cache, found: JobReport) -> None:
         found.stops.append(f"{job.name or recipe}: its trainer cannot be made: {first_line(error)}")
         return
     found.watch += _remarks(found.rows, found.example, recipe)
-    steps = real_steps.total_steps(recipe, args, len(splits.train), looked_at.processes)
+    steps = real_steps.total_steps(recipe, args, real_steps.rows_trained(args, sizes), looked_at.processes)
     found.settings |= {"processes": looked_at.processes} if looked_at.processes > 1 else {}
     found.settings["steps"] = steps
     largest = _largest(recipe, args, sizes, steps)
@@ -130,13 +131,14 @@ def _look(job: Job, looked_at: Cache, found: JobReport) -> None:
     else:
         if base.fast:
             largest = _fast(largest, args, splits.sizes["train"], base.config.hidden_size, steps)
-        _memory(found, job, args, base, largest, predict, looked_at.elsewhere)
+        _memory(found, job, args, base, largest, predict, looked_at.elsewhere, looked_at.at_once)
+        found.lora |= disk.checkpoints(args, steps)
     if looked_at.measure and sharding.is_on():
         found.watch.append("no step is taken: it would be of one process, with the whole model")
     elif looked_at.measure and cfg.trainer.get("rollout") == "server":
         found.watch.append("no step is taken: its completions would be asked of the servers")
     elif looked_at.measure and not found.stops and not later:
-        shape = _shape(cfg, recipe)
+        shape = _shape(cfg, recipe, sizes)
         if shape not in looked_at.measured:
             print(f"  steps    real ones of {job.name or recipe}, in a process of their own ...", flush=True)
             took = ranks.by_first(real_steps.measure, recipe, job.overrides, args, splits, sizes)
@@ -144,23 +146,6 @@ def _look(job: Job, looked_at: Cache, found: JobReport) -> None:
         found.step = looked_at.measured[shape]
         if "error" in found.step:
             found.stops.append(f"{job.name or recipe}: its first step fails: {found.step['error']}")
-
-
-def disk(found: list[JobReport], folder: Path) -> dict[str, Any]:
-    """What the runs leave behind, and the checkpoints of the one that runs."""
-    trained = [seen.lora for seen in found if seen.lora]
-    adapters = sum(4 * each["numbers"] for each in trained)
-    checkpoints = 3 * max((each["bytes"] for each in trained), default=0)  # two are kept while a third is written
-    downloads = {seen.model["id"]: seen.model["download_gib"] for seen in found if seen.model}
-    need = (adapters + checkpoints) / GIB + sum(downloads.values())
-    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(there).free / GIB
-    stops = (
-        [f"{folder}: needs {need:.1f} GiB, {free:.1f} GiB are free. Free space or choose another."]
-        if need > free
-        else []
-    )
-    return {"need_gib": need, "free_gib": free, "stops": stops}
 
 
 def _settings(cfg: DictConfig, args) -> dict[str, Any]:
@@ -284,7 +269,7 @@ def _in_rows(
 
 def _memory(
     found: JobReport, job: Job, args, base: predict_memory.Backbone, batch: predict_memory.Batch,
-    predict: Callable[..., dict], elsewhere: bool,
+    predict: Callable[..., dict], elsewhere: bool, at_once: int = 1,
 ) -> None:  # fmt: skip
     """Fill in `lora` and `memory`, and judge what is needed by what is free."""
     found.lora = {"numbers": base.lora, "bytes": base.lora * (4 + 4 + predict_memory.state_bytes(args.optim))}
@@ -292,9 +277,10 @@ def _memory(
     found.memory = predict(args, base, batch) | {"free_gib": None}
     if elsewhere:
         return
-    peak, free = found.memory["peak_gib"], memory.free() / GIB
+    peak, free = found.memory["peak_gib"], memory.free() / GIB / at_once
     found.memory["free_gib"] = free
-    needs = f"{job.name or job.recipe}: needs about {peak:.1f} GiB at its peak, {free:.1f} GiB are free."
+    each = f" for each of {at_once} processes at a time (hydra.launcher)" if at_once > 1 else ""
+    needs = f"{job.name or job.recipe}: needs about {peak:.1f} GiB at its peak, {free:.1f} GiB are free{each}."
     if peak > free:
         fitting = proposal(job.recipe, args, batch, lambda args, batch: predict(args, base, batch)["peak_gib"] <= free)
         advice = f"It fits with {' '.join(fitting)}" if fitting else "Choose a smaller model or another machine"
@@ -351,12 +337,16 @@ def proposal(
     return [f"{key}={value}" for key, value in changes.items()] if fits(args, batch) else []
 
 
-def _shape(cfg: DictConfig, recipe: str) -> str:
-    """Hash of what the seconds and the memory of a step depend on, which are no rates (floats), seeds and names."""
+def _shape(cfg: DictConfig, recipe: str, sizes: list[int]) -> str:
+    """Hash of what the seconds and the memory of a step depend on, which are no rates (floats), seeds and names.
+
+    Args:
+        sizes: tokens of each train row.
+    """
     node = run.resolved(cfg)
     kept = {key: node[key] for key in ("model", "quantization", "lora", "data")}
     trainer = {key: value for key, value in node["trainer"].items() if type(value) is not float and "seed" not in key}
-    others = (node.get("reward_funcs"), node.get("max_prompt_length"), recipe)
+    others = (*(node.get(key) for key in ("reward_funcs", "max_prompt_length", "fast_forward")), recipe, sorted(sizes))
     text = json.dumps([kept, trainer, others], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -13,7 +13,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 from rlhf_recipes import methods, ranks
+from rlhf_recipes.config import CONF, flatten
 from rlhf_recipes.data.load import Splits
 from rlhf_recipes.launch.refusals import NOTE
 
@@ -38,7 +41,11 @@ def measure(recipe: str, overrides: list[str], args, splits: Splits, sizes: list
     count = (
         args.prompts_per_rollout if methods.of(recipe).samples else MICRO_BATCHES * args.per_device_train_batch_size
     )
-    longest = sorted(range(len(sizes)), key=lambda i: -sizes[i])[:count]
+    longest = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+    if is_packed(args):
+        full = count * args.max_length
+        count = 1 + sum(tokens < full for tokens in itertools.accumulate(sizes[i] for i in longest))
+    longest = longest[:count]
     with tempfile.TemporaryDirectory() as folder:
         for name, rows in (("train", [splits.train[i] for i in longest]), ("test", splits.test[:TEST_ROWS])):
             lines = [json.dumps({key: value for key, value in row.items() if key != "family"}) for row in rows]
@@ -65,13 +72,16 @@ def measure(recipe: str, overrides: list[str], args, splits: Splits, sizes: list
 
 
 def _overrides(recipe: str, overrides: list[str], args, folder: str) -> list[str]:
-    """The job's command line on the chosen rows, at the end of which nothing of the data node is the job's."""
-    keys = {
-        **dict.fromkeys(("name", "revision", "train_size", "eval_size", "test_size"), "null"),
-        "too_long": "truncate",
-    }
+    """The job's command line on the chosen rows, at the end of which nothing of the data node is the job's, in
+    whatever file it stands; nor is what would publish, or look again."""
+    data = OmegaConf.to_container(OmegaConf.load(CONF / "data" / "base.yaml"))
+    keys = {f"data.{key}": "null" if value is None else value for key, value in flatten(data)}
+    del keys["data.path"]
+    # The rows are written as they shall be read.
+    keys |= {"data.test_path": f"{folder}/test.jsonl", "data.test_size": "null", "data.text": "plain"}
+    keys |= {"data.too_long": "truncate"}
     if methods.of(recipe).rows == "labelled answers":  # as the rows are written, though the job's may be pairs
-        keys["format"] = "labelled"
+        keys["data.format"] = "labelled"
     own = [each for each in overrides if not each.lstrip("+~").startswith(NOT_THE_STEPS)]
     if recipe == "ppo":  # a clip that one step has no use for would be refused
         steps = {"max_steps": args.num_mini_batches, "num_ppo_epochs": 1, "cliprange": 0.2, "dual_clip": "null"}
@@ -79,21 +89,24 @@ def _overrides(recipe: str, overrides: list[str], args, folder: str) -> list[str
         steps = {"max_steps": 1}
     else:
         steps = {"max_steps": MICRO_BATCHES, "gradient_accumulation_steps": 1}
-    steps |= {"save_strategy": "no", "logging_steps": 1, "report_to": "none"}
+    steps |= {"save_strategy": "no", "load_best_model_at_end": "false", "logging_steps": 1, "report_to": "none"}
     return [
-        *own, "data=local", f"data.path={folder}/train.jsonl", f"data.test_path={folder}/test.jsonl",
-        *(f"data.{key}={value}" for key, value in keys.items()), *(f"trainer.{k}={v}" for k, v in steps.items()),
-        "doctor=none", "overwrite=true", f"hydra.run.dir={folder}/run", "hydra.mode=RUN",
+        *own, "data=local", f"data.path={folder}/train.jsonl",
+        *(f"{key}={value}" for key, value in keys.items()), *(f"trainer.{k}={v}" for k, v in steps.items()),
+        "publish=false", "repo_id=null", "preflight.only=false", "doctor=none", "overwrite=true",
+        f"hydra.run.dir={folder}/run", "hydra.mode=RUN",
     ]  # fmt: skip
 
 
 def _seconds(log: list[dict], args, sizes: list[int], longest: list[int]) -> float:
     """Of an optimizer step: those of the long micro-batches, less what the data's own are shorter after padding."""
     batch = args.per_device_train_batch_size
+    micro = next(row["train_runtime"] for row in reversed(log) if "train_runtime" in row) / MICRO_BATCHES
+    if is_packed(args):  # every row is filled
+        return micro * args.gradient_accumulation_steps
     padded = list(itertools.islice(padded_lengths(sizes, batch), SIMULATED))
     here = [max(sizes[i] for i in longest[start : start + batch]) for start in range(0, len(longest), batch)]
     share = (sum(padded) / len(padded)) / (sum(here) / len(here))
-    micro = next(row["train_runtime"] for row in reversed(log) if "train_runtime" in row) / MICRO_BATCHES
     return micro * share * args.gradient_accumulation_steps
 
 
@@ -116,6 +129,16 @@ def micro_batches(sizes: list[int], batch: int) -> Iterator[list[int]]:
     while True:
         order = draw.sample(sizes, len(sizes))
         yield from (order[start : start + batch] for start in range(0, len(order), batch))
+
+
+def is_packed(args) -> bool:
+    """Whether SFT lays several rows end to end, up to `max_length`."""
+    return bool(getattr(args, "packing", False))
+
+
+def rows_trained(args, sizes: list[int]) -> int:
+    """Train rows of an epoch; packed, as many as their tokens fill, or a few more."""
+    return math.ceil(sum(sizes) / args.max_length) if is_packed(args) else len(sizes)
 
 
 def total_steps(recipe: str, args, rows: int, processes: int = 1) -> int:

@@ -15,7 +15,7 @@ class JobReport:
         stops: why it could not run, the same.
         settings: of the trainer, and the `steps`.
         model: `id` and `download_gib`.
-        lora: `numbers` of the adapter, and their `bytes` in a checkpoint.
+        lora: `numbers` of the adapter, their `bytes` in a checkpoint, and what `disk.checkpoints` counts.
         rows: of `rows.examine`.
         example: of `rows.example`.
         memory: of `predict_memory.predict`, and `free_gib`.
