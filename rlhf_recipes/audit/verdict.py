@@ -2,7 +2,7 @@
 
 A gate passes where the whole 95 % interval is on the right side of its limit, fails where it is wholly on the wrong
 side, and is unclear between. A figure without an interval (a count of the data at hand) is decided by its value. The
-limit itself is on the right side, but for one that no understanding at all reaches, too.
+limit itself is enough, except where it is what no understanding at all reaches, as a gain of 0.
 """
 
 import difflib
