@@ -189,11 +189,22 @@ def auroc(scores, positive, clusters=None, resamples: int = 1000, seed: int = 0)
     Args:
         scores: n finite numbers.
         positive: n booleans. All alike: `value` is None.
+
+    Returns:
+        With the clusters of the rarer kind, `of_rarer`.
     """
     scores, positive = _finite(scores, "scores"), np.asarray(list(positive), dtype=bool)
     if len(scores) != len(positive):
         raise Refusal(f"positive = {len(positive)} rows: {len(scores)} scores. Pass as many.")
-    return resampled(area(scores, positive), len(scores), clusters, resamples, seed)
+    return of_rarer(resampled(area(scores, positive), len(scores), clusters, resamples, seed), positive, clusters)
+
+
+def of_rarer(e: Estimate, positive, clusters=None) -> Estimate:
+    """The estimate of what tells two kinds of rows apart, with the clusters of the rarer kind: no more carry it,
+    however many the other kind has."""
+    positive = np.asarray(list(positive), dtype=bool)
+    ids = _codes(clusters, len(positive))
+    return replace(e, clusters=min(len(np.unique(ids[side])) for side in (positive, ~positive)))
 
 
 def area(scores_N: np.ndarray, positive_N: np.ndarray) -> Callable[[np.ndarray], float]:
@@ -400,7 +411,9 @@ def _wilson(p: float, n: int, clusters: int, z: float = Z95) -> Estimate:
     z2 = z**2
     centre = (p + z2 / (2 * clusters)) / (1 + z2 / clusters)
     half = z / (1 + z2 / clusters) * math.sqrt(p * (1 - p) / clusters + z2 / (4 * clusters**2))
-    return _result(p, max(0.0, centre - half), min(1.0, centre + half), n, clusters)
+    # at 0 and at 1 one end is p itself, but for rounding
+    low, high = 0.0 if p == 0 else max(0.0, centre - half), 1.0 if p == 1 else min(1.0, centre + half)
+    return _result(p, low, high, n, clusters)
 
 
 def _finite(values, name: str) -> np.ndarray:

@@ -102,6 +102,7 @@ def test_every_part_is_measured(audited):
     assert found["preference", "accuracy"]["estimate"]["n"] == 6
     assert found["benchmark", "score"]["estimate"]["n"] == 3
     assert found["overoptimisation", "best_of_n_gain"]["estimate"]["clusters"] == 3
+    assert found["overoptimisation", "best_of_n_gap"]["title"].endswith(": mean of the ensemble")  # what the gate asks
     assert found["uncertainty", "accuracy_mean"]["estimate"]["value"] is not None
     assert found["credit", "advantage_first_share"]["estimate"]["value"] is not None
     assert {gate["state"] for gate in audit["verdict"]["gates"]} <= set(STATES)

@@ -9,6 +9,7 @@ import networkx as nx
 import numpy as np
 import pytest
 
+from rlhf_recipes import stats
 from rlhf_recipes.audit import consistency, cycles
 
 
@@ -77,6 +78,14 @@ def test_three_answers_in_a_row():
     for key in ("rationalisable", "kendall_zeta", "houtman_maks", "houtman_maks_weighted", "efficiency"):
         assert values[key] == 1, key
     assert values["cyclic_triads"] == values["bottleneck"] == 0
+
+
+def test_no_cycle_in_few_triads_is_no_certainty():
+    rows = [said(a, b, 0.9, f"p{n}") for n in range(20) for a, b in ("ab", "bc", "ac")]
+    rings_of_four = [said(a, b, 0.9, f"r{n}") for n in range(29) for a, b in ("ab", "bc", "cd", "ad")]
+    found = figures([*rows, *rings_of_four])["cyclic_triads"].estimate
+    assert (found.value, found.low, found.n, found.clusters) == (0, 0, 20, 20)  # a ring of four has no triad
+    assert found.high == pytest.approx(stats.Z95**2 / (20 + stats.Z95**2))  # Wilson 1927
 
 
 def test_four_answers_by_hand():
@@ -316,7 +325,8 @@ def test_contradictory_duplicates():
     again = [said("b", "a", 1.0, "q0"), said("a", "b", 1.0, "q1"), said("b", "a", 1.0, "q2", judge="other")]
     again += [said("b", "a", 0.5, "q3")]
     figure = figures([*pairs, *again])["contradictory_duplicates"]
-    assert figure.estimate.value == 1 / 8  # q0; another judge is disagreement, not contradiction, and a tie is neither
+    # q0 of q0, q1, q3; another judge is disagreement, not contradiction, and a tie is neither
+    assert figure.estimate.value == 1 / 3 and figure.estimate.n == 3
     assert "3 of 8 pairs were labelled more than once" in figure.says
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rlhf_recipes.audit import overoptimisation as oo
+from rlhf_recipes.audit import pressure, verdict
 
 
 def brute_force(proxy, gold, n):
@@ -26,30 +27,30 @@ def test_best_of_n_is_the_mean_over_all_subsets(size, ties):
     rng = np.random.default_rng(size)
     proxy = rng.integers(0, 3, size).astype(float) if ties else rng.normal(size=size)
     gold, ns = rng.normal(size=size), range(1, size + 1)
-    golds, proxies = oo.best_of_n(proxy, gold, ns)
+    golds, proxies = pressure.best_of_n(proxy, gold, ns)
     np.testing.assert_allclose(golds, [brute_force(proxy, gold, n) for n in ns], atol=1e-12)
     np.testing.assert_allclose(proxies, [brute_force(proxy, proxy, n) for n in ns], atol=1e-12)
 
 
 def test_best_of_n_by_hand_and_over_prompts():
     # ascending proxy 1, 2, 3 has gold 5, 0, 4; pairs pick 0, 4, 4; all of them 4
-    golds, proxies = oo.best_of_n([3, 1, 2], [4, 5, 0], [1, 2, 3])
+    golds, proxies = pressure.best_of_n([3, 1, 2], [4, 5, 0], [1, 2, 3])
     assert golds == pytest.approx([3, 8 / 3, 4])
     assert proxies == pytest.approx([2, 8 / 3, 3])
-    both, _ = oo.best_of_n([[3, 1, 2], [1, 1, 1]], [[4, 5, 0], [1, 2, 6]], [1, 2, 3])
+    both, _ = pressure.best_of_n([[3, 1, 2], [1, 1, 1]], [[4, 5, 0], [1, 2, 6]], [1, 2, 3])
     np.testing.assert_allclose(both, [[3, 8 / 3, 4], [3, 3, 3]])
 
 
 def test_best_of_12500_samples_does_not_overflow():
     proxy = np.arange(12500.0)
-    golds, _ = oo.best_of_n(proxy, proxy, [1, 2, 1000, 12500])
+    golds, _ = pressure.best_of_n(proxy, proxy, [1, 2, 1000, 12500])
     # the expected largest of n ranks 0..N-1 drawn without replacement is n (N + 1) / (n + 1) - 1
     assert golds == pytest.approx([n * 12501 / (n + 1) - 1 for n in (1, 2, 1000, 12500)], rel=1e-10)
 
 
 def test_weights_are_the_ratio_of_binomials():
     exact = [math.comb(i - 1, 4) / math.comb(30, 5) for i in range(1, 31)]
-    np.testing.assert_allclose(oo._weights(5, 30), exact, rtol=1e-12)
+    np.testing.assert_allclose(pressure._weights(5, 30), exact, rtol=1e-12)
 
 
 KL = {1: 0, 2: 0.193, 4: 0.636, 16: 1.835, 64: 3.175, 1000: 5.909, 12500: 8.434}
@@ -57,14 +58,14 @@ KL = {1: 0, 2: 0.193, 4: 0.636, 16: 1.835, 64: 3.175, 1000: 5.909, 12500: 8.434}
 
 @pytest.mark.parametrize(("n", "kl"), KL.items())
 def test_kl_of_best_of_n(n, kl):
-    assert oo.kl_best_of_n(n) == pytest.approx(kl, abs=1e-3)
-    assert oo.kl_best_of_n(n) == pytest.approx(math.log(n) - (n - 1) / n, abs=1e-9)
+    assert pressure.kl_best_of_n(n) == pytest.approx(kl, abs=1e-3)
+    assert pressure.kl_best_of_n(n) == pytest.approx(math.log(n) - (n - 1) / n, abs=1e-9)
 
 
 @pytest.mark.parametrize("arguments", [([1, 2], [1, 2], [3]), ([1, 2], [1], [1]), ([1, math.nan], [1, 2], [1])])
 def test_best_of_n_refuses(arguments):
     with pytest.raises(ValueError, match=r"^.* = .*: .*\. .*\.$"):
-        oo.best_of_n(*arguments)
+        pressure.best_of_n(*arguments)
 
 
 @pytest.mark.parametrize("form", ["best_of_n", "policy"])
@@ -73,24 +74,24 @@ def test_planted_alpha_and_beta_are_recovered(form):
     alpha, beta = 1.2, 0.15 if form == "best_of_n" else 0.5
     bend = d**2 if form == "best_of_n" else np.concatenate([[0], d[1:] * np.log(d[1:])])
     clean = alpha * d - beta * bend
-    found = oo.fit(d, clean + rng.normal(0, 0.01 * clean.max(), len(d)), form)
+    found = pressure.fit(d, clean + rng.normal(0, 0.01 * clean.max(), len(d)), form)
     assert found["alpha"] == pytest.approx(alpha, rel=0.05)
     assert found["beta"] == pytest.approx(beta, rel=0.05)
-    exact = oo.fit(d, clean, form)
+    exact = pressure.fit(d, clean, form)
     assert (exact["alpha"], exact["beta"], exact["rmse"]) == pytest.approx((alpha, beta, 0), abs=1e-9)
 
 
 def test_peaks_by_hand():
     d = np.array([1.0, 2.0, 3.0])
-    found = oo.fit(d, d * (1.2 - 0.3 * d), "best_of_n")
+    found = pressure.fit(d, d * (1.2 - 0.3 * d), "best_of_n")
     assert (found["peak"], found["height"]) == pytest.approx((2, 1.2))
-    found = oo.fit(d, d * (1.0 - 0.5 * np.log(d)), "policy")
+    found = pressure.fit(d, d * (1.0 - 0.5 * np.log(d)), "policy")
     assert (found["peak"], found["height"]) == pytest.approx((math.e, 0.5 * math.e))  # exp(1/.5 - 1); d beta
-    assert oo.fit(d, d * (1 + 0.1 * d), "best_of_n")["peak"] is None  # bends upward
-    assert oo.fit(d, d * (-1 - 0.1 * d), "best_of_n")["peak"] == 0  # falls from the start
-    assert oo.fit([0, 1], [0, 1], "policy")["alpha"] is None
+    assert pressure.fit(d, d * (1 + 0.1 * d), "best_of_n")["peak"] is None  # bends upward
+    assert pressure.fit(d, d * (-1 - 0.1 * d), "best_of_n")["peak"] == 0  # falls from the start
+    assert pressure.fit([0, 1], [0, 1], "policy")["alpha"] is None
     with pytest.raises(ValueError, match="form = ppo: must be one of"):
-        oo.fit(d, d, "ppo")
+        pressure.fit(d, d, "ppo")
 
 
 def goodhart(prompts=60, samples=256, seed=0, strength=1.0):
@@ -121,7 +122,7 @@ def test_a_planted_goodhart_proxy_peaks():
     assert found["best_of_n_gap"].low > 0
     assert found["best_of_n_beta"].low > 0
     peak = found["best_of_n_peak"]
-    assert 0 < peak.low < peak.value < peak.high < math.sqrt(oo.kl_best_of_n(256))
+    assert 0 < peak.low < peak.value < peak.high < math.sqrt(pressure.kl_best_of_n(256))
     assert found["best_of_n_gain_at_peak"].low < found["best_of_n_gain_at_peak"].value
     [plot] = section["plots"]
     gold_curve, proxy_curve, fitted = plot["series"]
@@ -229,3 +230,52 @@ def test_a_run_that_was_trained_on_gold_shows_nothing():
         found = {figure.key: figure.estimate.value for figure in part["figures"]}
         assert (found["policy_kept"] is None) == (found["policy_gap"] is None) == optimised
         assert any("gold is what the run was trained on" in note for note in part["notes"]) == optimised
+
+
+def kept_of(*truths, prompts=40, noise=0.3, seed=0):
+    """What each of several runs keeps, and the figure that the gate is about."""
+    rng = np.random.default_rng(seed)
+    runs = []
+    for name, truth in zip("abc", truths, strict=False):
+        rows = run(truth, range(len(truth)), prompts)
+        for row in rows:
+            row["gold_P"] = row["gold_P"] + noise * rng.normal(size=prompts)
+        runs.append({"name": name, "rows": rows})
+    return oo.audit(None, runs)
+
+
+def test_a_last_checkpoint_that_happens_to_be_the_best_is_not_so_for_sure():
+    """The best is picked again in each resample."""
+    lucky = 0
+    for seed in range(8):
+        found = figures(kept_of([0, 1, 1, 1], noise=1, seed=seed))
+        gap, kept = found["policy_gap"], found["policy_kept"]
+        lucky += gap.value == 0
+        assert gap.low < gap.high and kept.low < kept.high <= 1
+    assert lucky  # in one of these the last is the best
+
+
+def test_what_gains_nothing_keeps_nothing():
+    for seed in range(5):
+        section = kept_of([0, 0], noise=1, seed=seed)
+        assert figures(section)["policy_kept"].value is None
+        assert "none to lose" in " ".join(section["notes"])
+
+
+def test_nothing_is_measured_where_no_answers_are_told_apart():
+    """By one sample, by the proxy, by gold."""
+    moving, still = np.random.default_rng(0).normal(size=(30, 2)), np.full((30, 2), 0.1)
+    for proxy, gold in ((moving[:, :1], moving[:, :1]), (still, moving), (moving, still)):
+        assert figures(oo.audit([{"name": "a", "proxy_PS": proxy, "gold_PS": gold}]))["best_of_n_gap"].value is None
+
+
+def test_the_run_that_keeps_least_decides():
+    section = kept_of([0, 1, 2], [0, 1.5, -0.5], [0, 1, 2])
+    found = figures(section)
+    assert found["policy_kept"].value == found["policy_kept_b"].value < 0 < found["policy_kept_a"].low
+    assert found["policy_kept"].low < found["policy_kept_b"].low  # one of three
+    [gate] = [g for g in verdict.decide([section], {})["gates"] if g.figure == "policy_kept"]
+    assert (gate.state, gate.name) == ("fail", "b")
+    rows = run([0, 1, 2], [0, 1, 2], 40)
+    alone = oo.audit(None, [{"name": "a", "rows": rows, "optimised": True}, {"name": "b", "rows": rows}])
+    assert figures(alone)["policy_kept"].value == 1 and figures(alone)["policy_kept_a"].value is None

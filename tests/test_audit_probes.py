@@ -177,6 +177,8 @@ def test_length_figures_by_hand():
     )
     assert found["length_matched_accuracy"] == 0.5  # the first (right) and the last (wrong)
     assert found["length_matched_gap"] == 0.0
+    gap = next(figure.estimate for figure in section["figures"] if figure.key == "length_matched_gap")
+    assert (gap.n, gap.clusters) == (2, 2)  # the pairs that carry it
     assert "worst_probe" not in found and section["tables"] == []
     baselines = {figure.key: figure.baseline.value for figure in section["figures"]}
     assert baselines["length_r2_difference"] == pytest.approx(1 / 3)

@@ -161,6 +161,13 @@ def test_one_member_still_has_its_margin():
     assert set(found) == set(figures(u.audit(pairs(400), *ensemble())))
 
 
+def test_what_few_errors_show_counts_as_few():
+    noise = np.random.default_rng(0).normal(size=(3, 100))
+    found = figures(u.audit(pairs(100), np.where(np.arange(100) < 2, -9, 9) + noise, np.zeros((3, 100))))
+    for key in ("auroc_std", "auroc_margin", "auroc_gain", "accuracy_at_80_gain"):
+        assert found[key].value is not None and (found[key].n, found[key].clusters) == (100, 2), key
+
+
 def test_degenerate_input():
     assert "skipped" in u.audit([], np.zeros((2, 0)), np.zeros((2, 0)))
     for members, n in ((1, 1), (3, 1), (3, 5)):

@@ -3,9 +3,10 @@
 import math
 import re
 
+import numpy as np
 import pytest
 
-from rlhf_recipes.audit import verdict
+from rlhf_recipes.audit import preference, verdict
 from rlhf_recipes.audit.section import figure, section, skipped
 from rlhf_recipes.stats import Estimate
 
@@ -78,6 +79,9 @@ def test_few_prompts_decide_nothing():
     assert found.state == "unclear" and "19 prompts are too few" in found.why and found.more == 1
     assert outcome("min_accuracy", [accuracy(0.9, 0.8, 1.0, clusters=19)], min_prompts=None).state == "pass"
     assert outcome("min_accuracy", [accuracy(0.9, n=7, clusters=1)]).why == "A single prompt gives no interval."
+    one = figure("auroc_std", "Errors found", e(0.9, 0.8, 1.0, n=100, clusters=1))
+    found = outcome("min_uncertainty_auroc", [section("uncertainty", "Uncertainty", "?", figures=[one])])
+    assert found.why == "1 prompt of the rarer kind is too few to decide on; 20 are the least."
 
 
 def test_a_biased_figure_decides_nothing():
@@ -101,6 +105,18 @@ def test_accuracy_is_held_against_length_too():
 
     assert gain(0.13, 0.08, 0.18).state == "pass"
     assert gain(-0.09, -0.14, -0.04).state == "fail"
+    assert gain(0.13, 0.0, 0.18).state == "unclear"  # not shown to be more than nothing
+    assert verdict.asked(gain(0.13, 0.0, 0.18)) == "more than 0 points"
+
+
+def test_a_model_that_is_the_rule_of_length_knows_no_more():
+    rows = [{"prompt_id": str(i), "family": None, "prompt": [{"role": "user", "content": f"question {i}"}],
+             "chosen": [{"content": "long"}], "rejected": [{"content": "no"}]} for i in range(60)]  # fmt: skip
+    parts = [preference.audit(rows, np.ones(60), rows)]
+    assert outcome("min_gain_over_baseline", parts).state == "fail"
+    right = outcome("min_accuracy", parts)
+    assert right.state == "pass" and not right.by_chance  # 60 of 60 is above a coin
+    assert outcome("min_accuracy", [accuracy(0.66, 0.5, 0.8)]).by_chance
 
 
 def test_not_measured_says_why():

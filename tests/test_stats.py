@@ -42,7 +42,11 @@ def test_all_alike_takes_wilsons_interval_over_clusters():
     doubled = stats.estimate([1] * 20, [i // 2 for i in range(20)])
     assert (doubled.low, doubled.n) == (pytest.approx(e.low), 20)
     none = stats.estimate([0] * 10)
-    assert (none.low, none.high) == (pytest.approx(0), pytest.approx(1 - e.low))
+    assert (none.low, none.high) == (0, pytest.approx(1 - e.low))
+    # an end that misses the value by rounding would be an interval without its value
+    alike = [(stats.estimate([0] * n), stats.estimate([1] * n)) for n in range(1, 300)]
+    assert all(zeros.low == 0 and ones.high == 1 for zeros, ones in alike)
+    assert {stats.simultaneous(ones, 7, 0, 1).high for _, ones in alike} == {1}
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
@@ -264,6 +268,12 @@ def test_auroc_by_hand():
     assert e.value == pytest.approx(3.5 / 4) and e.n == 4 and e.low <= e.value <= e.high
     assert stats.auroc([1, 2], [True, True]).value is None
     assert stats.auroc([], []) == Estimate(None, None, None, 0, 0)
+
+
+def test_two_kinds_are_told_apart_by_no_more_than_the_rarer_has():
+    scores = np.random.default_rng(0).normal(size=100)
+    assert stats.auroc(scores, np.arange(100) < 3).clusters == 3
+    assert stats.auroc(scores, np.arange(100) >= 6, np.arange(100) // 2).clusters == 3
 
 
 def test_auroc_is_that_of_scikit_learn_for_any_weights():

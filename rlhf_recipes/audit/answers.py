@@ -111,8 +111,8 @@ def load_gold(cfg: DictConfig, source: Any, tokenizer, folder: Path, reference: 
 def best_of_n(
     cfg: DictConfig, policy, proxies: Ensemble, reference_MK, gold: Score, prompts: list[dict]
 ) -> list[dict]:
-    """Entries of `overoptimisation.audit`: the best of n by one proxy and, of an ensemble, by its mean, its worst case
-    and its UWO.
+    """Entries of `overoptimisation.audit`: the best of n by one proxy; of an ensemble by its mean, first as what every
+    part audits, by one member, by its worst case and by its UWO.
 
     Args:
         policy: `Sampler`; its start answers each prompt `cfg.samples` times.
@@ -236,17 +236,16 @@ def refuse_without_kl(policies: Any) -> None:
 
 
 FIRST = "first"
-WORDS = {FIRST: "one reward model", "mean": "mean of the ensemble", "min": "worst case of the ensemble",
+WORDS = {"mean": "mean of the ensemble", FIRST: "one reward model", "min": "worst case of the ensemble",
          "uwo": "mean − λ variance of the ensemble"}  # fmt: skip
 
 
 def _proxies(rewards_MC: np.ndarray, reference_MK: np.ndarray) -> dict[str, np.ndarray]:
     """What could be optimised: one reward model, and what an ensemble makes of all, on one scale."""
-    found = {FIRST: rewards_MC[0]}
-    if len(rewards_MC) > 1:
-        scaled_MC = ensemble.standardise(rewards_MC, reference_MK)
-        found |= {how: ensemble.combine(scaled_MC, how) for how in WORDS if how != FIRST}
-    return found
+    if len(rewards_MC) == 1:
+        return {FIRST: rewards_MC[0]}
+    scaled_MC = ensemble.standardise(rewards_MC, reference_MK)
+    return {how: rewards_MC[0] if how == FIRST else ensemble.combine(scaled_MC, how) for how in WORDS}
 
 
 def _proxy(cfg: DictConfig, folder: str, reward_models: list[ModelRef]) -> str | int:

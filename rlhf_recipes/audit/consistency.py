@@ -36,18 +36,18 @@ CONTEXTS, SHOWN, FITS = 12, 3, 20
 NONE = stats.Estimate(None, None, None, 0)
 
 
-def contradictory(judgements: Sequence[Judgement]) -> tuple[list[str], list[bool], int]:
-    """Of each compared pair its prompt's cluster and whether one judge under one principle labelled it both ways; and
-    how many pairs were labelled more than once like that, which alone can contradict."""
-    prompts, both, repeated, cluster = [], [], 0, clusters(judgements)
+def contradictory(judgements: Sequence[Judgement]) -> tuple[list[str], list[bool]]:
+    """Of each pair that one judge labelled more than once under one principle, which alone can contradict, the cluster
+    of its prompt and whether it was labelled both ways."""
+    prompts, both, cluster = [], [], clusters(judgements)
     for (prompt, *_), said in by_pair(judgements).items():
         ways: dict[tuple, list[float]] = {}
         for p, judgement in said:
             ways.setdefault((judgement["judge"], judgement["principle"]), []).append(p)
-        prompts.append(cluster[prompt])
-        both.append(any(min(ps) < 0.5 < max(ps) for ps in ways.values()))
-        repeated += any(len(ps) > 1 for ps in ways.values())
-    return prompts, both, repeated
+        if any(len(ps) > 1 for ps in ways.values()):
+            prompts.append(cluster[prompt])
+            both.append(any(min(ps) < 0.5 < max(ps) for ps in ways.values()))
+    return prompts, both
 
 
 def audit(judgements: Sequence[Judgement], seed: int = 0) -> dict:
@@ -117,6 +117,16 @@ CYCLE_FIGURES = {
 }  # fmt: skip
 
 
+def _share(parts_P: np.ndarray, wholes_P: np.ndarray, clusters_P: np.ndarray) -> stats.Estimate:
+    """Sum of the parts over that of the wholes, over the prompts that have a whole; where none of it is a part, or all
+    of it, Wilson's interval over prompts, since every resample is alike."""
+    at = wholes_P > 0
+    parts_P, wholes_P, clusters_P = parts_P[at], wholes_P[at], clusters_P[at]
+    if not parts_P.any() or (parts_P == wholes_P).all():
+        return stats.estimate(parts_P / wholes_P, clusters_P)
+    return stats.ratio_of_sums(parts_P, wholes_P, clusters_P)
+
+
 def _cycle_figures(graph: Graph, found: dict, chance: list[dict], testable_P: np.ndarray) -> list[Figure]:
     names = graph.clusters
     tested = np.flatnonzero(testable_P)
@@ -133,7 +143,7 @@ def _cycle_figures(graph: Graph, found: dict, chance: list[dict], testable_P: np
             total = each[whole][tested].sum()
             return parts(each)[tested].sum() / total if total else None
 
-        return stats.ratio_of_sums(parts(found)[tested], found[whole][tested], names[tested]), of_coins(ratio)
+        return _share(parts(found)[tested], found[whole][tested], names[tested]), of_coins(ratio)
 
     def efficiency(each):
         return 1 - each["bottleneck"][tested] / np.maximum(each["strongest"][tested], 1e-12)
@@ -205,13 +215,12 @@ def _fit_figures(graph: Graph, coins: list[Graph], corners_T3, rings_P) -> list[
 
 
 def _contradictory_figure(judgements: Sequence[Judgement]) -> Figure:
-    prompts, both, repeated = contradictory(judgements)
+    prompts, both = contradictory(judgements)
     return figure(
-        "contradictory_duplicates", "Pairs labelled both ways",
-        stats.estimate(both, prompts) if repeated else stats.estimate([]), unit="%",
-        better="lower", says="Share of the compared pairs of answers that the same judge, under the same principle, "
-        f"labelled once this way and once that way; {repeated:,} of {len(both):,} pairs were labelled more than once, "
-        "and only these can.",
+        "contradictory_duplicates", "Pairs labelled both ways", stats.estimate(both, prompts), unit="%",
+        better="lower", says="Of the pairs of answers that one judge, under one principle, labelled more than once, "
+        f"the share labelled this way and that way; {len(both):,} of {len(by_pair(judgements)):,} pairs were labelled "
+        "more than once, and only these can.",
     )  # fmt: skip
 
 
@@ -224,7 +233,7 @@ def _by_answers(graph: Graph, found: dict, chance: list[dict], testable_P: np.nd
     for n in np.unique(n_P[testable_P]).tolist():
         at = np.flatnonzero(testable_P & (n_P == n))
         drawn = 1 - np.mean([each["violated"][at].mean() for each in chance])
-        triads = stats.ratio_of_sums(found["cyclic"][at], found["triads"][at], names[at])
+        triads = _share(found["cyclic"][at], found["triads"][at], names[at])
         rows.append([n, len(at), stats.estimate(1 - found["violated"][at], names[at]), float(round(drawn, 3)), triads])
     columns = ["answers", "prompts", "rationalisable", "by a coin", "circular triads"]
     return [table("By the number of compared answers", columns, rows,
@@ -244,7 +253,7 @@ def _contexts(judgements: Sequence[Judgement]) -> list[tuple]:
             each = measure(graph, corners_T3)
             ids = graph.clusters[at]
             cyclic = {graph.prompts[n] for n in np.flatnonzero(each["violated"])}
-            triads = stats.ratio_of_sums(each["cyclic"][at], each["triads"][at], ids)
+            triads = _share(each["cyclic"][at], each["triads"][at], ids)
             found.append((f"{key} {name}", len(at), stats.estimate(1 - each["violated"][at], ids), triads, cyclic))
     return found
 

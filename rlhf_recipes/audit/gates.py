@@ -22,6 +22,8 @@ class Gate(NamedTuple):
         vital: nothing else matters where it fails.
         needs: what is missing where the figure has no value.
         chance: what no understanding at all reaches; nothing is trusted while the interval does not exclude it.
+        strict: the limit is what no understanding at all reaches, and no pass itself.
+        counted: what the figure's clusters are, of which `min_prompts` are asked for.
     """
 
     section: str
@@ -38,7 +40,11 @@ class Gate(NamedTuple):
     vital: bool = False
     needs: str = "There were too few rows for it."
     chance: float | None = None
+    strict: bool = False
+    counted: str = "prompts"
 
+
+RARER = "prompts of the rarer kind"
 
 # the most telling first
 GATES = (
@@ -59,7 +65,7 @@ GATES = (
         "Accuracy above the better rule of length",
         "It knows more than the length of the answers says, by {value}.",
         "It is no better than picking by length: the difference is {value}.",
-        unit="points", vital=True,
+        unit="points", vital=True, strict=True,
     ),
     Gate(
         "stress", "worst_family", "min_stress_accuracy", 0.55, "min",
@@ -82,12 +88,12 @@ GATES = (
         "gold falls again past a point (arXiv:2210.10760); " + HOUSE,
         "Pick the best of fewer answers, or score by the lowest of several reward models.",
         "True quality lost by picking the best of too many",
-        "Picking the best of more answers by it does not overshoot: {value} of true quality is lost after its best "
-        "(sd: the usual spread between answers).",
-        "Picking the best of many answers by it overshoots: {value} of true quality is lost after its best "
+        "Picking the best of more answers by it{name} does not overshoot: {value} of true quality is lost after its "
+        "best (sd: the usual spread between answers).",
+        "Picking the best of many answers by it{name} overshoots: {value} of true quality is lost after its best "
         "(sd: the usual spread between answers).",
         unit="sd",
-        needs="Needs samples=<number of answers to each prompt>.",
+        needs="Needs samples=<number of answers to each prompt, two at least> that gold tells apart.",
     ),
     Gate(
         "overoptimisation", "policy_kept", "min_gold_kept", 0.98, "min",
@@ -95,9 +101,12 @@ GATES = (
         "Keep the checkpoint that the section names, hold the trained model closer to its start (a higher KL "
         "penalty), or score by the lowest of several reward models.",
         "True quality that the last checkpoint keeps of the best",
-        "Training against it does not overshoot: the last checkpoint keeps {value} of the best gain in true quality.",
-        "Training against it overshoots: the last checkpoint keeps only {value} of the best gain in true quality.",
-        needs="Needs checkpoints=<a run that was trained on it>, and gold that the run was not trained on.",
+        "Training against it{name} does not overshoot: the last checkpoint keeps {value} of the best gain in true "
+        "quality.",
+        "Training against it{name} overshoots: the last checkpoint keeps only {value} of the best gain in true "
+        "quality.",
+        needs="Needs checkpoints=<a run that was trained on it>, gold that the run was not trained on, and a gain in "
+        "gold that is told apart from none.",
     ),
     Gate(
         "probes", "length_matched_gap", "min_length_matched_change", -0.03, "min",
@@ -106,7 +115,7 @@ GATES = (
         "Change of accuracy where both answers are equally long",
         "Its skill is not length: between answers of equal length its accuracy changes by {value}.",
         "Part of its skill is length: between answers of equal length its accuracy changes by {value}.",
-        unit="points",
+        unit="points", counted="prompts with answers of equal length",
         needs="Needs pairs whose answers are equally long.",
     ),
     Gate(
@@ -126,7 +135,7 @@ GATES = (
         "Its uncertainty finds its errors: a wrong pair looks more uncertain than a right one {value} of the time.",
         "Its uncertainty does not find its errors: a wrong pair looks more uncertain than a right one only {value} "
         "of the time, and 50 % is a coin.",
-        needs="Needs an ensemble (reward=ensemble), and both right and wrong pairs.",
+        needs="Needs an ensemble (reward=ensemble), and both right and wrong pairs.", counted=RARER,
     ),
     Gate(
         "uncertainty", "accuracy_at_80_gain", "min_gain_at_80", 0.03, "min",
@@ -135,7 +144,7 @@ GATES = (
         "Accuracy gained by leaving out the most uncertain fifth",
         "Leaving out the fifth of pairs it is least sure of raises its accuracy by {value}.",
         "Leaving out the fifth of pairs it is least sure of changes its accuracy by only {value}.",
-        unit="points",
+        unit="points", counted=RARER,
         needs="Needs an ensemble (reward=ensemble).",
     ),
     Gate(
@@ -147,7 +156,7 @@ GATES = (
         "Its uncertainty rises on unfamiliar prompts: such a pair looks more uncertain {value} of the time.",
         "Its uncertainty gives little warning on unfamiliar prompts: such a pair looks more uncertain only {value} "
         "of the time.",
-        needs="Needs an ensemble (reward=ensemble) and stressed pairs.",
+        needs="Needs an ensemble (reward=ensemble) and stressed pairs.", counted=RARER,
     ),
     Gate(
         "calibration", "slope", "min_slope", 0.8, "min",
@@ -188,7 +197,7 @@ GATES = (
         "Where judges are divided its rewards are closer together, as they should be, {value} of the time.",
         "It hides disagreement: its rewards are closer together on a divided pair than on a clear one only {value} "
         "of the time.",
-        needs="Needs pairs on which the judges are divided, and some on which they are not.",
+        needs="Needs pairs on which the judges are divided, and some on which they are not.", counted=RARER,
     ),
     Gate(
         "disagreement", "alpha", "min_alpha", 0.667, "min",
@@ -223,10 +232,10 @@ GATES = (
         "consistency", "contradictory_duplicates", "max_contradictory", 0.01, "max",
         HOUSE,
         "Drop both copies of a contradictory pair, or label it again.",
-        "Pairs that are labelled both ways",
-        "Pairs labelled both ways are rare ({value}).",
-        "{value} of pairs are labelled both ways.",
-        needs="Needs pairs that are judged more than once.",
+        "Pairs labelled more than once that are labelled both ways",
+        "Of the pairs that were labelled more than once few are labelled both ways ({value}).",
+        "Of the pairs that were labelled more than once {value} are labelled both ways.",
+        needs="Needs pairs that are judged more than once.", counted="prompts with a pair judged more than once",
     ),
     Gate(
         "consistency", "cyclic_triads", "max_cyclic_triads", 0.05, "max",
@@ -237,6 +246,7 @@ GATES = (
         "The preferences contradict themselves: {value} of triples of answers go round in a circle, "
         "and no reward can order those.",
         needs="Needs three answers to a prompt, judged against each other.",
+        counted="prompts with three answers judged against each other",
     ),
     Gate(
         "preference", "chosen_longer", "max_chosen_longer", 0.55, "max",

@@ -9,83 +9,20 @@ Shapes: P prompts, S samples of a prompt, K points of a curve, R rows (prompts o
 
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 
 from rlhf_recipes import stats
-from rlhf_recipes.audit import section
+from rlhf_recipes.audit import pressure, section
 from rlhf_recipes.errors import Refusal
 
 KEY, TITLE = "overoptimisation", "Over-optimisation"
 QUESTION = "If we push harder on this reward, do the answers get better, or only the score?"
 RESAMPLES = 1000
+ROUNDING = 1e-9
 FAR = 10  # a fitted peak beyond so many times the largest measured d counts as none
-FORMS = {"best_of_n": "d (α − β d)", "policy": "d (α − β ln d)"}
 _NONE = stats.estimate([])
-
-
-def best_of_n(proxy, gold, ns) -> tuple[np.ndarray, np.ndarray]:
-    """Expected gold and proxy reward of the best of n by the proxy, unbiased from S samples of one prompt.
-
-        R(n) = sum_{i=n..S} C(i-1, n-1) / C(S, n) * gold_(i),   samples in ascending order of the proxy
-
-    (the mean over all subsets of n; arXiv:2210.10760). Samples of equal proxy share their mean gold, which is the
-    mean over all orders of them.
-
-    Args:
-        proxy, gold: shape (S,), or (P, S) for several prompts.
-        ns: K sizes from 1 to S.
-
-    Returns:
-        gold and proxy, shape (K,) or (P, K).
-    """
-    proxy, gold = np.asarray(proxy, float), np.asarray(gold, float)
-    if proxy.shape != gold.shape or proxy.ndim not in (1, 2):
-        raise Refusal(
-            f"proxy, gold = shapes {proxy.shape}, {gold.shape}: must be (S,) or (P, S). Score each sample by both."
-        )
-    if not (np.isfinite(proxy).all() and np.isfinite(gold).all()):
-        raise Refusal("proxy, gold = nan or infinite: must be finite. Drop and count such prompts first.")
-    size = proxy.shape[-1]
-    if any(not 1 <= n <= size for n in ns):
-        raise Refusal(f"ns = {list(ns)}: from 1 to the {size} samples of a prompt. Draw more or lower n.")
-    weights_SK = np.stack([_weights(n, size) for n in ns], axis=1)
-    shared = np.array([_share_ties(*row) for row in zip(np.atleast_2d(proxy), np.atleast_2d(gold), strict=True)])
-    golds_PK, proxies_PK = shared @ weights_SK, np.sort(np.atleast_2d(proxy)) @ weights_SK
-    return (golds_PK, proxies_PK) if proxy.ndim == 2 else (golds_PK[0], proxies_PK[0])
-
-
-def kl_best_of_n(n: float) -> float:
-    """KL in nats of best-of-n to its start, ln n - (n-1)/n: exact where samples never tie in the proxy, else an upper
-    bound (Beirami et al. 2024, arXiv:2401.01879)."""
-    return math.log(n) - (n - 1) / n
-
-
-def fit(d, gains, form: str) -> dict:
-    """Least squares of gold gains over d = sqrt(KL), which pass through 0 at d = 0 (arXiv:2210.10760, eq. 1).
-
-    "best_of_n": R = d (alpha - beta d), peak alpha / (2 beta); "policy": R = d (alpha - beta ln d), peak
-    exp(alpha / beta - 1). Both are linear in alpha and beta.
-
-    Args:
-        d, gains: shape (K,); points at d = 0 add nothing.
-
-    Returns:
-        `alpha`, `beta`, `peak` (d), `height` (gain there) and `rmse`; peak and height are None where beta <= 0 (the
-        curve bends upward: no peak), all are None with fewer than two different d > 0.
-    """
-    if form not in FORMS:
-        raise Refusal(f"form = {form}: must be one of {', '.join(FORMS)}.")
-    d, gains = np.asarray(d, float), np.asarray(gains, float)
-    alpha, beta = _least_squares(d, gains, form)
-    if not np.isfinite(alpha):
-        return dict.fromkeys(("alpha", "beta", "peak", "height", "rmse"))
-    peak = float(_peak(alpha, beta, form))
-    rmse = float(np.sqrt(np.mean((gains - _curve(d, alpha, beta, form)) ** 2)))
-    found = {"alpha": float(alpha), "beta": float(beta), "peak": None, "height": None, "rmse": rmse}
-    if math.isfinite(peak):
-        found |= {"peak": peak, "height": float(_curve(np.array(peak), alpha, beta, form))}
-    return found
 
 
 def checkpoint_to_keep(rows: list[dict], prompt_ids=None) -> dict:
@@ -126,6 +63,8 @@ def audit(best_of_n: list[dict] | None = None, checkpoints: list[dict] | None = 
     Entries of one name with different `seed` are seeds of one thing: their prompts are put together. Either may have
     `prompt_ids` (P); without them, prompts are taken to be the same and in the same order in every entry. Gains are in
     standard deviations of the start's answers: for best-of-n over the samples of a prompt, for a run over prompts.
+
+    A gate is about `best_of_n_gap`, of the first name, another about `policy_kept`, the least that any run keeps.
     """
     if not best_of_n and not checkpoints:
         why = "Give what knows better: gold=<another reward model, module:function, or labels.jsonl>."
@@ -138,43 +77,9 @@ def audit(best_of_n: list[dict] | None = None, checkpoints: list[dict] | None = 
             _report(parts, curve, f"_{_slug(curve['name'])}" if i else "", curves[0] if i else None)
         if len(curves) > 1:
             parts["plots"].append(_compared(kind, curves, "all"))
+        if kind == "policy" and curves:
+            parts["figures"] += _kept_figures(curves)
     return section.section(KEY, TITLE, QUESTION, **parts)
-
-
-def _weights(n: int, size: int) -> np.ndarray:
-    """C(i-1, n-1) / C(size, n) for i = 1..size; downward from i = size by their ratios, which cannot overflow."""
-    i = np.arange(size, 1, -1)
-    return np.concatenate([[n / size], n / size * np.cumprod(np.maximum(i - n, 0) / (i - 1))])[::-1]
-
-
-def _share_ties(proxy_S: np.ndarray, gold_S: np.ndarray) -> np.ndarray:
-    _, group_S, counts = np.unique(proxy_S, return_inverse=True, return_counts=True)
-    return np.repeat(np.bincount(group_S, gold_S) / counts, counts)
-
-
-def _bend(d, form: str):
-    """What beta multiplies."""
-    return d**2 if form == "best_of_n" else d * np.log(np.where(d > 0, d, 1.0))
-
-
-def _curve(d, alpha, beta, form: str):
-    return alpha * d - beta * _bend(d, form)
-
-
-def _least_squares(d, gains, form: str):
-    """alpha, beta over the last axis; nan where two different d > 0 are missing."""
-    x, z = d, -_bend(d, form)
-    xx, xz, zz, xy, zy = ((a * b).sum(-1) for a, b in ((x, x), (x, z), (z, z), (x, gains), (z, gains)))
-    determinant = xx * zz - xz**2
-    determinant = np.where(determinant > 1e-9 * xx * zz, determinant, np.nan)
-    return (zz * xy - xz * zy) / determinant, (xx * zy - xz * xy) / determinant
-
-
-def _peak(alpha, beta, form: str):
-    """d of the peak; infinite where there is none."""
-    safe = np.where(beta > 0, beta, 1.0)
-    peak = np.maximum(alpha / (2 * safe), 0) if form == "best_of_n" else np.exp(np.minimum(alpha / safe - 1, 700))
-    return np.where(beta > 0, peak, np.where(np.isnan(beta), np.nan, np.inf))
 
 
 def _onset(rows: list[dict], golds_KP: np.ndarray) -> dict | None:
@@ -199,12 +104,12 @@ def _samples(entry: dict) -> dict:
     proxy_PS, gold_PS = (np.atleast_2d(np.asarray(entry[key], float)) for key in ("proxy_PS", "gold_PS"))
     size = proxy_PS.shape[1]
     ns = sorted({min(size, round(2 ** (k / 2))) for k in range(2 * math.ceil(math.log2(size)) + 1)})
-    gold_PK, proxy_PK = best_of_n(proxy_PS, gold_PS, ns)
+    gold_PK, proxy_PK = pressure.best_of_n(proxy_PS, gold_PS, ns)
     scales = [_spread(math.sqrt(values.var(1, ddof=1).mean()) if size > 1 else 0) for values in (gold_PS, proxy_PS)]
-    ceiling_PK = (best_of_n(gold_PS, gold_PS, ns)[0] - gold_PK[:, :1]) / scales[0]
+    ceiling_PK = (pressure.best_of_n(gold_PS, gold_PS, ns)[0] - gold_PK[:, :1]) / scales[0]
     return {
         "labels": ns,
-        "kl_RK": np.tile([kl_best_of_n(n) for n in ns], (len(gold_PK), 1)),
+        "kl_RK": np.tile([pressure.kl_best_of_n(n) for n in ns], (len(gold_PK), 1)),
         "gold_RK": (gold_PK - gold_PK[:, :1]) / scales[0],
         "proxy_RK": (proxy_PK - proxy_PK[:, :1]) / scales[1],
         "ceiling_RK": ceiling_PK,
@@ -226,7 +131,7 @@ def _policy(entry: dict) -> dict:
 
 
 def _spread(sd: float) -> float:
-    return sd if sd > 0 else 1.0
+    return sd if sd > ROUNDING else 1.0
 
 
 def _measure(kind: str, name: str, entries: list[dict]) -> dict:
@@ -259,22 +164,23 @@ def _measure(kind: str, name: str, entries: list[dict]) -> dict:
 def _fit(curve: dict) -> dict:
     """`fit` of the mean curve, with its resamples over prompts: estimates, and the band on a fine axis."""
     d_K, gold_K = _distance(curve["kl_RK"].mean(0)), curve["gold_RK"].mean(0)
-    found = fit(d_K, gold_K, curve["kind"]) | {"d": d_K, "gold": gold_K, "x": np.linspace(0, d_K.max(), 40)}
+    found = pressure.fit(d_K, gold_K, curve["kind"]) | {"d": d_K, "gold": gold_K, "x": np.linspace(0, d_K.max(), 40)}
     if found["alpha"] is None:
         return found
     codes_R = np.unique(curve["ids"], return_inverse=True)[1]
     groups = int(codes_R.max()) + 1
-    fitted_X = _curve(found["x"], found["alpha"], found["beta"], curve["kind"])
+    fitted_X = pressure.curve(found["x"], found["alpha"], found["beta"], curve["kind"])
     found |= {"n": len(codes_R), "clusters": groups, "y": fitted_X}
     if groups < 2:
         return found | {"draws": None, "peaked": None, "low": None, "high": None}
     draws_BG = np.random.default_rng(0).multinomial(groups, np.full(groups, 1 / groups), RESAMPLES)
     weights_BR = draws_BG[:, codes_R] / draws_BG[:, codes_R].sum(1, keepdims=True)
-    a_B, b_B = _least_squares(_distance(weights_BR @ curve["kl_RK"]), weights_BR @ curve["gold_RK"], curve["kind"])
-    peak_B = _peak(a_B, b_B, curve["kind"])
+    d_BK, gold_BK = _distance(weights_BR @ curve["kl_RK"]), weights_BR @ curve["gold_RK"]
+    a_B, b_B = pressure.least_squares(d_BK, gold_BK, curve["kind"])
+    peak_B = pressure.peak_of(a_B, b_B, curve["kind"])
     peak_B = np.where(peak_B > FAR * d_K.max(), np.inf, peak_B)
-    heights_B = _curve(np.where(np.isfinite(peak_B), peak_B, 0), a_B, b_B, curve["kind"])
-    fits_BX = _curve(found["x"], a_B[:, None], b_B[:, None], curve["kind"])
+    heights_B = pressure.curve(np.where(np.isfinite(peak_B), peak_B, 0), a_B, b_B, curve["kind"])
+    fits_BX = pressure.curve(found["x"], a_B[:, None], b_B[:, None], curve["kind"])
     low_X, high_X = np.nanquantile(fits_BX, (0.025, 0.975), axis=0)
     draws = {"alpha": a_B, "beta": b_B, "peak": peak_B, "height": np.where(np.isfinite(peak_B), heights_B, np.inf)}
     return found | {"draws": draws, "peaked": float(np.mean(peak_B < d_K.max())), "low": low_X, "high": high_X}
@@ -299,24 +205,79 @@ def _mean(gains_R, ids) -> stats.Estimate:
     return stats.difference(gains_R, np.zeros(len(gains_R)), ids, RESAMPLES)  # `estimate` takes zeros for a share
 
 
-def _gap(curve: dict) -> tuple[int, stats.Estimate]:
-    """Index of the best point by gold, and its gold minus the last point's."""
-    best = int(curve["gold_RK"].mean(0).argmax())
-    return best, stats.difference(curve["gold_RK"][:, best], curve["gold_RK"][:, -1], curve["ids"], RESAMPLES)
+def _best(curve: dict) -> int:
+    """Index of the best point by gold."""
+    return int(curve["gold_RK"].mean(0).argmax())
+
+
+def _gap(curve: dict) -> stats.Estimate:
+    """Gold of the best point minus that of the last. The best is picked anew in each resample: else a last point that
+    is the best of the prompts at hand would be so for sure.
+
+    No value where gold nowhere moves: of one point, or where gold or the proxy tells no two answers apart.
+    """
+    gold_RK = curve["gold_RK"]
+    if np.abs(gold_RK).max(initial=0) < ROUNDING:
+        return _NONE
+
+    def lost(weights_R) -> float:
+        golds_K = weights_R @ gold_RK / weights_R.sum()
+        return float(golds_K.max() - golds_K[-1])
+
+    return stats.resampled(lost, len(gold_RK), curve["ids"], RESAMPLES)
+
+
+def _share_kept(curve: dict) -> stats.Estimate:
+    """Gold gain of the last point over that of the best, picked as in `_gap`.
+
+    No value without a gain that is told apart from none, the best having been picked, nor where the run was trained on
+    gold.
+    """
+    gold_RK, ids = curve["gold_RK"], curve["ids"]
+    gained = _mean(gold_RK[:, _best(curve)], ids)
+    if curve["optimised"] or not stats.ahead(gained, len(curve["labels"]) - 1):
+        return _NONE
+
+    def share(weights_R) -> float:
+        golds_K = weights_R @ gold_RK
+        return float(golds_K[-1] / golds_K.max()) if golds_K.max() > 0 else math.nan
+
+    return stats.resampled(share, len(gold_RK), ids, RESAMPLES)
+
+
+def _kept_figures(curves: list[dict]) -> list[section.Figure]:
+    """`policy_kept`, the least that any of the runs keeps, and where they are several that of each."""
+    title = "Share of the best gold gain left at the end"
+    shares = {curve["name"]: _share_kept(curve) for curve in curves}
+    measured = {name: e for name, e in shares.items() if e.value is not None}
+    at_once = [stats.simultaneous(e, len(measured), high=1) for e in measured.values()]
+    name, least = curves[0]["name"], _NONE
+    if measured:
+        name = min(measured, key=lambda name: measured[name].value)
+        least = replace(measured[name], low=min(e.low for e in at_once), high=min(e.high for e in at_once))
+    says = "Gold gain of the last checkpoint over that of the best one, which is picked anew in each resample."
+    if len(curves) == 1:
+        return [section.figure("policy_kept", f"{title}: {name}", least, unit="%", better="higher", says=says)]
+    of_all = f"{says} The least of all runs; the interval is one of all at once."
+    return [
+        section.figure("policy_kept", f"{title}, the least: {name}", least, unit="%", better="higher", says=of_all),
+        *(section.figure(f"policy_kept_{_slug(name)}", f"{title}: {name}", e, unit="%", better="higher", says=says)
+          for name, e in shares.items()),
+    ]  # fmt: skip
 
 
 def _report(parts: dict, curve: dict, suffix: str, first: dict | None) -> None:
     """Adds the figures, tables, plot and notes of one curve; `first` is the curve it is compared with."""
     kind, name, ids, found = curve["kind"], curve["name"], curve["ids"], curve["fit"]
     last, unit, x = curve["labels"][-1], "sd", "n" if kind == "best_of_n" else "step"
-    best, gap = _gap(curve)
-    gain = _mean(curve["gold_RK"][:, -1], ids)
+    gap, gain = _gap(curve), _mean(curve["gold_RK"][:, -1], ids)
     measured = found["peak"] is not None and found["peak"] < found["d"].max()
-    law = f"R(d) = {FORMS[kind]}, d = √KL (arXiv:2210.10760)."
+    law = f"R(d) = {pressure.FORMS[kind]}, d = √KL (arXiv:2210.10760)."
     peak = "α / (2β)" if kind == "best_of_n" else "exp(α/β − 1)"
     at = ""
     if kind == "best_of_n" and measured:
-        at = f" The peak is at n ≈ {next(n for n in range(1, last + 1) if kl_best_of_n(n) >= found['peak'] ** 2)}."
+        peaks = (n for n in range(1, last + 1) if pressure.kl_best_of_n(n) >= found["peak"] ** 2)
+        at = f" The peak is at n ≈ {next(peaks)}."
     start = "a random pick" if kind == "best_of_n" else "the start"
 
     def add(key, title, estimate, unit, better=None, baseline=None, says=""):
@@ -330,8 +291,9 @@ def _report(parts: dict, curve: dict, suffix: str, first: dict | None) -> None:
         f"Mean gold at {x} = {last} minus that of {start}, in standard deviations of the start's gold.")  # fmt: skip
     lost = _NONE if curve["optimised"] else gap
     add("gap", "Gold lost after its best", lost, unit, "lower", ("no over-optimisation", 0.0),
-        f"Highest mean gold (at {x} = {curve['labels'][best]}) minus that at {x} = {last}, paired by prompt. "
-        "The highest is picked on the same prompts, so chance alone makes it a little more than 0.")  # fmt: skip
+        f"Highest mean gold (at {x} = {curve['labels'][_best(curve)]}) minus that at {x} = {last}, paired by prompt. "
+        "The highest is picked on the same prompts, in each resample anew: chance alone makes it a little more than 0."
+    )  # fmt: skip
     slope = "slope at the start" if kind == "best_of_n" else "gain at d = 1"
     add("alpha", f"α of the fit, {slope}", _of_fit(found, "alpha"), "", None, None, law)
     add("beta", "β, how fast gold bends down", _of_fit(found, "beta"), "", "lower", ("no bend", 0.0), law)
@@ -340,10 +302,6 @@ def _report(parts: dict, curve: dict, suffix: str, first: dict | None) -> None:
         f"{peak} of {law} Measured up to {found['d'].max():.2f}.{at}")  # fmt: skip
     add("gain_at_peak", "Gold gained at the peak", _of_fit(found, "height") if measured else _NONE, unit, "higher",
         (start, 0.0), f"{law} Only where the peak lies within what was measured.")  # fmt: skip
-    if kind == "policy" and curve["optimised"]:
-        add("kept", "Share of the best gold gain left at the end", _NONE, "%", "higher")
-    elif kind == "policy":
-        _kept(parts, curve, add)
     if first is not None and first["gold_RK"].shape == curve["gold_RK"].shape and first["ids"] == ids:
         over = stats.difference(curve["gold_RK"][:, -1], first["gold_RK"][:, -1], ids, RESAMPLES)
         add(f"gain_over_{_slug(first['name'])}", f"Gold gained at the end over '{first['name']}'", over, unit,
@@ -353,33 +311,32 @@ def _report(parts: dict, curve: dict, suffix: str, first: dict | None) -> None:
     if curve["seeds"]:
         parts["tables"].append(_by_seed(curve, x))
         parts["plots"].append(_compared(kind, [one | {"name": f"seed {one['seed']}"} for one in curve["seeds"]], name))
+    if kind == "policy" and not curve["optimised"]:
+        parts["notes"].append(_keep(curve))
     parts["notes"] += _notes(curve, measured, gap)
 
 
-def _kept(parts: dict, curve: dict, add) -> None:
+def _keep(curve: dict) -> str:
     """Which checkpoint to keep, of all seeds together."""
     columns = {key: curve[f"{key}_RK"].T for key in ("kl", "proxy", "gold")}
     rows = [
         {"step": step} | {f"{key}_P": columns[key][k] for key in columns} for k, step in enumerate(curve["labels"])
     ]
     kept = checkpoint_to_keep(rows, curve["ids"])
-    gains = curve["gold_RK"][:, [-1, kept["index"]]]
-    share = stats.ratio_of_sums(*gains.T, curve["ids"], resamples=RESAMPLES) if gains[:, 1].mean() > 0 else _NONE
-    add("kept", "Share of the best gold gain left at the end", share, "%", "higher", None,
-        "Gold gain of the last checkpoint over that of the best one.")  # fmt: skip
     text = f"{curve['name']}: keep step {kept['step']}, the highest gold"
     others = [str(step) for step in kept["tied"] if step != kept["step"]]
     text += f"; not told apart from it: step {', '.join(others)}." if others else "."
+    if _share_kept(curve).value is None:
+        text += " Its gain is not told apart from none: there is none to lose."
     onset = kept["onset"]
-    text += (
+    return text + (
         f" Gold falls while the proxy rises from step {onset['step']} (d = {onset['d']:.2f}) on."
         if onset else " At no point does gold fall for two evaluations while the proxy rises."
     )  # fmt: skip
-    parts["notes"].append(text)
 
 
 def _table(curve: dict, x: str) -> dict:
-    rows, best = [], _gap(curve)[0]
+    rows, best = [], _best(curve)
     for k, label in enumerate(curve["labels"]):
         if x == "n" and label & (label - 1) and k not in (best, len(curve["labels"]) - 1):
             continue  # powers of two are enough to read
@@ -396,12 +353,11 @@ def _table(curve: dict, x: str) -> dict:
 def _by_seed(curve: dict, x: str) -> dict:
     rows = []
     for one in [*curve["seeds"], curve | {"seed": "all"}]:
-        best, gap = _gap(one)
-        gain = _mean(one["gold_RK"][:, -1], one["ids"])
+        gap, gain = _gap(one), _mean(one["gold_RK"][:, -1], one["ids"])
         peak = one["fit"]["peak"]
         cells = [stats.format_estimate(e, sign=True, digits=2) for e in (gain, gap)]
         peak = "none" if peak is None else "beyond" if peak > one["fit"]["d"].max() else f"{peak:.2f}"
-        rows.append([str(one["seed"]), *cells, f"{x} = {one['labels'][best]}", peak])
+        rows.append([str(one["seed"]), *cells, f"{x} = {one['labels'][_best(one)]}", peak])
     columns = ["seed", "gold gained at the end", "lost after the best", "best", "peak (d)"]
     note = "Intervals are over prompts; how far the seeds lie apart is to be read down the column."
     return section.table(f"{curve['name']}: by seed", columns, rows, note)

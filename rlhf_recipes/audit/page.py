@@ -83,6 +83,7 @@ def _gate(gate: Outcome, sections: list[dict]) -> dict:
     action = gate.todo if gate.state == "fail" else gate.why
     return {
         "title": gate.title,
+        "name": _clipped(gate.name, 200),
         "value": value,
         "interval": interval and f"[{interval.replace(' to ', ', ')}",
         "n": gate.n,

@@ -14,6 +14,7 @@ Shapes: M reward models, N pairs, K edited answers.
 import math
 import random
 import re
+from dataclasses import replace
 
 import numpy as np
 
@@ -242,6 +243,8 @@ def _length_figures(rows: list[dict], rewards: dict) -> tuple[list[section.Figur
             return math.nan
         return float(np.average(right[similar], weights=weights[similar]) - np.average(right, weights=weights))
 
+    alike = stats.estimate(right[similar], [ids[i] for i in np.flatnonzero(similar)])
+    gap = replace(stats.resampled(matched, n, ids), n=alike.n, clusters=alike.clusters)  # the few that carry it
     figures = [
         section.figure(
             "length_r2_difference", "Reward gap that the length gap explains",
@@ -253,14 +256,13 @@ def _length_figures(rows: list[dict], rewards: dict) -> tuple[list[section.Figur
             stats.resampled(lambda w: r_squared(lengths, all_rewards, w), 2 * n, ids * 2), unit="%", better="lower",
             baseline=("chance", 1 / (2 * n - 1)), says="R2 of the reward of an answer on its length in characters."),
         section.figure(
-            "length_matched_accuracy", "Accuracy on pairs of one length",
-            stats.estimate(right[similar], [ids[i] for i in np.flatnonzero(similar)]), unit="%", better="higher",
+            "length_matched_accuracy", "Accuracy on pairs of one length", alike, unit="%", better="higher",
             baseline=("coin", 0.5),
             says="Share of right pairs among those whose lengths differ by at most 10 % of the longer."),
         section.figure(
-            "length_matched_gap", "Accuracy on pairs of one length, less that on all",
-            stats.resampled(matched, n, ids), unit="%", better="higher", baseline=("no difference", 0.0),
-            says="Below 0 part of the accuracy is owed to length."),
+            "length_matched_gap", "Accuracy on pairs of one length, less that on all", gap, unit="%", better="higher",
+            baseline=("no difference", 0.0),
+            says="Below 0 part of the accuracy is owed to length. n: the pairs of one length."),
     ]  # fmt: skip
     r = stats.correlation(gaps, margins, np.ones(n))
     if math.isnan(r):

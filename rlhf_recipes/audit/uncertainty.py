@@ -182,7 +182,7 @@ def _detection(ways: dict, wrong_N, ids) -> list[section.Figure]:
         "novelty": "√(e′M⁻¹e), the larger of the two answers (arXiv:2403.05171), which needs no ensemble",
     }
     for key, text in texts.items():
-        found = stats.resampled(areas[key], len(ids), ids) if key in ways else _NONE
+        found = stats.of_rarer(stats.resampled(areas[key], len(ids), ids), wrong_N, ids) if key in ways else _NONE
         name = ways[key][0] if key in ways else {"novelty": "novelty"}.get(key, "spread of the members")
         figures.append(section.figure(f"auroc_{key}", f"Errors found by: {name}", found, better="higher",
                                       baseline=("a coin", 0.5),
@@ -190,6 +190,7 @@ def _detection(ways: dict, wrong_N, ids) -> list[section.Figure]:
     gain = _NONE
     if "std" in ways:
         gain = stats.resampled(lambda weights: areas["std"](weights) - areas["margin"](weights), len(ids), ids)
+        gain = stats.of_rarer(gain, wrong_N, ids)
     figures.append(section.figure("auroc_gain", "AUROC gained by the spread over one member's margin", gain,
                                   better="higher", baseline=("no gain", 0.0), says="Paired."))  # fmt: skip
     return figures
@@ -205,10 +206,10 @@ def _spread(ways: dict, mean_N, wrong_N, ids) -> list[section.Figure]:
             u_N = ways[key][1]
             area = stats.resampled(lambda w, u=u_N: aurc(u, wrong_N, w), size, ids, resamples=500)
             at = stats.resampled(lambda w, u=u_N: accuracy_at(u, wrong_N, weights=w), size, ids, resamples=500)
-            gain = stats.resampled(
+            gain = stats.of_rarer(stats.resampled(
                 lambda w, u=u_N: accuracy_at(u, wrong_N, weights=w) - 1 + float(w @ wrong_N / w.sum()), size, ids,
                 resamples=500,
-            )  # fmt: skip
+            ), wrong_N, ids)  # fmt: skip
         best = aurc(wrong_N, wrong_N)
         figures += [
             section.figure(f"aurc{suffix}", f"Risk over coverage: {name}", area, unit="%", better="lower",

@@ -1,7 +1,8 @@
 """What an audit comes to: each figure against a limit, and a paragraph in plain words.
 
 A gate passes where the whole 95 % interval is on the right side of its limit, fails where it is wholly on the wrong
-side, and is unclear between. A figure without an interval (a count of the data at hand) is decided by its value.
+side, and is unclear between. A figure without an interval (a count of the data at hand) is decided by its value. The
+limit itself is enough, except where it is what no understanding at all reaches, as a gain of 0.
 """
 
 import difflib
@@ -20,6 +21,7 @@ LEADS = {
     "caution": "Use this reward signal with caution, for ranking answers to prompts like those audited",
     "do not trust": "Do not train or select against this reward signal yet",
 }
+ROUNDING = 1e-9
 SHOWN = 5  # sentences of the paragraph about one state
 
 
@@ -49,6 +51,8 @@ class Outcome:
     vital: bool
     needs: str
     chance: float | None
+    strict: bool
+    counted: str
     value: float | None = None
     low: float | None = None
     high: float | None = None
@@ -135,9 +139,10 @@ def _outcome(gate: Gate, sections: list[dict], limits: dict) -> Outcome:
         found = _finite_bounds(figure.estimate)
         outcome.value, outcome.low, outcome.high = found.value, found.low, found.high
         outcome.n, outcome.clusters = found.n, found.clusters
-        outcome.state, outcome.why, outcome.more = _state(found, outcome.limit, gate.side, limits["min_prompts"] or 0)
+        least = limits["min_prompts"] or 0
+        outcome.state, outcome.why, outcome.more = _state(found, gate, outcome.limit, least)
         if gate.chance is not None:
-            outcome.by_chance = _state(found, gate.chance, gate.side, limits["min_prompts"] or 0)[0] != "pass"
+            outcome.by_chance = _state(found, gate._replace(strict=True), gate.chance, least)[0] != "pass"
         outcome.name = figure.title.partition(": ")[2]
     outcome.says = _sentence({"pass": gate.passes, "fail": gate.fails}.get(outcome.state, ""), outcome)
     return outcome
@@ -164,26 +169,31 @@ def _finite_bounds(e: stats.Estimate) -> stats.Estimate:
     return e.mapped(lambda x: x if math.isfinite(x) else None)
 
 
-def _state(e: stats.Estimate, limit: float, side: str, min_prompts: int) -> tuple[str, str, int | None]:
+def _state(e: stats.Estimate, gate: Gate, limit: float, min_prompts: int) -> tuple[str, str, int | None]:
     """State, in words why it is unclear, and how many more prompts would settle it."""
-    sign = 1 if side == "min" else -1
+    sign = 1 if gate.side == "min" else -1
     low, high = e.low, e.high
+
+    def holds(x: float) -> bool:
+        return sign * (x - limit) > 0 or (x == limit and not gate.strict)
+
     if low is None or high is None:
         if e.clusters < 2:
             return "unclear", "A single prompt gives no interval.", None
-        return ("pass" if sign * (e.value - limit) >= 0 else "fail"), "", None
+        return ("pass" if holds(e.value) else "fail"), "", None
     if e.clusters < min_prompts:
-        why = f"{e.clusters} prompts are too few to decide on; {min_prompts} are the least."
+        those = _verb(e.clusters, f"{gate.counted.replace('prompts', 'prompt', 1)} is", f"{gate.counted} are")
+        why = f"{e.clusters} {those} too few to decide on; {min_prompts} are the least."
         return "unclear", why, min_prompts - e.clusters
-    if not low <= e.value <= high:
+    if not low - ROUNDING <= e.value <= high + ROUNDING:
         return "unclear", "The figure is biased with so few rows: its interval does not hold its own value.", None
-    near, far = (low, high) if side == "min" else (high, low)
-    if sign * (near - limit) >= 0:
+    near, far = (low, high) if gate.side == "min" else (high, low)
+    if holds(near):
         return "pass", "", None
-    if sign * (far - limit) < 0:
+    if not holds(far):
         return "fail", "", None
     more = _more(e, limit)
-    settles = f"{_some(more)} more prompts would settle it in four of five tries" if more else None
+    settles = f"{_some(more)} more {gate.counted} would settle it in four of five tries" if more else None
     return "unclear", f"The interval includes the limit; {settles or 'the value is too close to it to settle'}.", more
 
 
@@ -297,10 +307,10 @@ def _missing(gates: list[Outcome], sections: list[dict]) -> list[str]:
 
 def _collect(unclear: list[Outcome], label_next: list[dict]) -> list[str]:
     said = []
-    wanted = [(not g.vital, g.more, g.title) for g in unclear if g.more]
+    wanted = [(not g.vital, g.more, g.title, g.counted) for g in unclear if g.more]
     if wanted:
-        _, more, title = min(wanted)
-        said.append(f"{_upper(_some(more))} more prompts would settle “{title}” in four of five tries.")
+        _, more, title, counted = min(wanted)
+        said.append(f"{_upper(_some(more))} more {counted} would settle “{title}” in four of five tries.")
     if label_next:
         kinds = list(dict.fromkeys(str(row["family"]) for row in label_next if row.get("family")))
         of = f", of the {_verb(len(kinds), 'kind', 'kinds')} {_listed(kinds)}" if 0 < len(kinds) <= 4 else ""
@@ -336,7 +346,8 @@ def shown(g: Outcome) -> str:
 
 def asked(g: Outcome) -> str:
     """`at least 65 %`"""
-    return f"{'at least' if g.side == 'min' else 'at most'} {_limit(g)}"
+    least, most = ("more than", "less than") if g.strict else ("at least", "at most")
+    return f"{least if g.side == 'min' else most} {_limit(g)}"
 
 
 def _limit(g: Outcome) -> str:

@@ -230,7 +230,7 @@ def best_of_n(world: World, method: str, seed: int) -> dict:
     """The anchor's answers, the best of n of each prompt by one reward model."""
     import numpy as np
 
-    from rlhf_recipes.audit import overoptimisation
+    from rlhf_recipes.audit import pressure
 
     test = prompts()[1]
     texts = sample(ANCHOR_RUN, test, BEST_OF, 1000 + seed)
@@ -239,11 +239,11 @@ def best_of_n(world: World, method: str, seed: int) -> dict:
     proxy = (np.reshape(scored(judge, test, texts)[0], (len(test), BEST_OF)) - middle) / deviation
     golds = [[world.gold(asked(row), text) for text in own] for row, own in zip(test, texts, strict=True)]
     ns = [n for n in (1, 2, 4, 8) if n <= BEST_OF]
-    golds_PK, proxies_PK = overoptimisation.best_of_n(proxy, golds, ns)
+    golds_PK, proxies_PK = pressure.best_of_n(proxy, golds, ns)
     points = [
         {
             "step": n if n > 1 else 0,
-            "kl": [overoptimisation.kl_best_of_n(n)] * len(test),
+            "kl": [pressure.kl_best_of_n(n)] * len(test),
             "gold": rounded(golds_PK[:, k]),
             "proxy": rounded(proxies_PK[:, k]),
         }
