@@ -24,8 +24,8 @@ from rlhf_recipes import compiling, last_checkpoint, locks, memory, places, rank
 from rlhf_recipes.config import flatten, in_sweep, trainer_recipes
 from rlhf_recipes.config_hash import computed, config_sha256, other_setting
 from rlhf_recipes.errors import Refusal
-from rlhf_recipes.lineage import rewarding
-from rlhf_recipes.references import ADAPTER_CONFIG, WEIGHTS, ModelRef, adapter_in, adapter_sha256, find
+from rlhf_recipes.lineage import rewarding, scoring
+from rlhf_recipes.references import ADAPTER_CONFIG, WEIGHTS, ModelRef, adapter_in, adapter_sha256, find, names_in
 from rlhf_recipes.run_folder import read_config, read_json, write_atomically
 
 LIBRARIES = (
@@ -63,7 +63,7 @@ class Run:
         checkpoint: folder of the last complete checkpoint to continue from, or None.
         parent: what `model.adapter` names, whose adapter this run continues, or None.
         shared: in a sweep, the folder of what its jobs have in common, or None.
-        inputs: `key=value` -> SHA-256 of the rows and adapters here that a training, cai or label reads.
+        inputs: `key=value` -> SHA-256 of the rows, adapters and constitution here that a training, cai or label reads.
         lock: keeps other processes from writing the folder; None where this is not the first of several processes.
     """
 
@@ -176,7 +176,7 @@ class Run:
         """The folders that jobs with `shards=k/n` of this run have made, each beside it.
 
         Raises:
-            Refusal: one of them was made with other settings.
+            Refusal: one of them was made with other settings, or of other inputs.
         """
         name = re.compile(re.escape(self.dir.name) + r"\.\d+-of-\d+")
         found = [path for path in sorted(self.dir.parent.glob("*-of-*")) if name.fullmatch(path.name)]
@@ -186,6 +186,8 @@ class Run:
                 raise Refusal(
                     f"{part}: was made with other settings than {self.dir}. Remove it, or give its settings."
                 )
+            if named := changed_input(part, self.inputs):
+                raise Refusal(f"{named}: has changed since {part} read it. Put it back, or remove that folder.")
         return found
 
     def all_parts(self) -> list[Path]:
@@ -387,27 +389,44 @@ def _other_world(folder: Path, checkpoint: str) -> str | None:
 
 
 def inputs_of(config: dict) -> dict[str, str]:
-    """`key=value` -> SHA-256, of rows and adapters that lie here; the package's own rows are its version's."""
-    data, model = config.get("data") or {}, config.get("model") or {}
-    rows = {f"data.{key}": data.get(key) for key in ("path", "test_path") if data.get(key) not in (None, "clinic")}
-    found = {f"{key}={path}": places.sha256(str(path)) for key, path in rows.items()}
-    adapters = [("model.adapter", model.get("adapter")), ("reference", config.get("reference"))]
+    """`key=value` -> SHA-256, of rows, adapters and a constitution that lie here; the package's own rows are its
+    version's."""
+
+    def at(key: str):
+        group, _, name = key.rpartition(".")
+        node = config.get(group) if group else config
+        return node.get(name) if isinstance(node, dict) else None
+
+    files = {key: at(key) for key in ("data.path", "data.test_path", "gate.gold", "constitution.path", "first")}
+    ours = (None, "clinic")
+    found = {
+        f"{key}={path}": places.sha256(str(path))
+        for key, path in files.items()
+        if path not in ours and (key, path) != ("gate.gold", "data")
+    }
+    found |= {f"earlier={each}": places.sha256(str(Path(each) / "shards")) for each in names_in(at("earlier")) or []}
+    adapters = [(key, at(key)) for key in ("model.adapter", "reference", "judge.adapter")]
+    adapters += [("judge.reward_model", each) for each in scoring(config.get("judge") or {})]
     for key, reference in [*adapters, *(("reward_funcs", each) for each in rewarding(config))]:
         adapter = adapter_in(reference) if reference else None
         found[f"{key}={reference}"] = adapter and adapter_sha256(adapter)
     return {named: sha256 for named, sha256 in found.items() if sha256}
 
 
+def changed_input(folder: Path, given: dict[str, str]) -> str | None:
+    """The first `key=value` of `inputs_of` that the run in a folder has read, and that is another now; or None."""
+    kept = run_folder.inputs(folder)
+    return next((named for named, sha256 in given.items() if kept.get(named, sha256) != sha256), None)
+
+
 def _other_inputs(run: Run) -> str | None:
     """Why the interrupted run in the folder cannot go on with what the command reads; None where it can."""
-    kept = run_folder.inputs(run.dir)
-    for named, sha256 in run.inputs.items():
-        if kept.get(named, sha256) != sha256:
-            return (
-                f"{named}: has changed since {run.dir} began, which was interrupted. Put it back to continue, choose "
-                "another run_name, or start afresh with overwrite=true."
-            )
-    return None
+    if not (named := changed_input(run.dir, run.inputs)):
+        return None
+    return (
+        f"{named}: has changed since {run.dir} began, which was interrupted. Put it back to continue, choose another "
+        "run_name, or start afresh with overwrite=true."
+    )
 
 
 def _refuse_other_rows_than_beside(run: Run) -> None:
@@ -417,14 +436,12 @@ def _refuse_other_rows_than_beside(run: Run) -> None:
         Refusal: a job that has begun read something else under the same name.
     """
     for beside in sorted(path.parent for path in run.dir.parent.glob(f"*/{run_folder.CONFIG}")):
-        kept = run_folder.inputs(beside) if beside != run.dir else {}
         begun = (beside / run_folder.RESULT).exists() or run_folder.checkpoints(beside)
-        for named, sha256 in run.inputs.items():
-            if begun and kept.get(named, sha256) != sha256:
-                raise Refusal(
-                    f"{named}: has changed since the job {beside.name} of this sweep read it, so that their figures "
-                    "could not be compared. Put it back, or start another sweep with another run_name."
-                )
+        if beside != run.dir and begun and (named := changed_input(beside, run.inputs)):
+            raise Refusal(
+                f"{named}: has changed since the job {beside.name} of this sweep read it, so that their figures "
+                "could not be compared. Put it back, or start another sweep with another run_name."
+            )
 
 
 def _largest(peaks: list[dict[str, float]]) -> dict[str, float]:

@@ -313,8 +313,7 @@ def _read_of_another(stage: Stage, given: dict, gone: list[Path]) -> str | None:
         for each in leaf if isinstance(leaf, list) else [leaf]:
             if isinstance(each, str) and any(Path(each).is_relative_to(folder) for folder in gone):
                 return f"{key}={each}"
-    kept = run_folder.inputs(stage.dir)
-    return next((named for named, sha256 in run.inputs_of(given).items() if kept.get(named, sha256) != sha256), None)
+    return run.changed_input(stage.dir, run.inputs_of(given))
 
 
 def _told(here: Path) -> dict[str, dict]:
