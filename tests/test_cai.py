@@ -100,16 +100,14 @@ BY_FUNCTION = ("judge=function", "judge.function=json:loads")
         (SERVED, "max_prompt_length=16"),
         (SERVED, "data.too_long=stop"),
         (SCORED, "route.tie_margin=0.01"),
-        (SCORED, "judging.principles_per_pair=2"),
         (BY_FUNCTION, "route.max_spread=0.2"),
         (BY_FUNCTION, "judging.min_calibration_pairs=10"),
-        (("judge=people",), "judging.mode=cot"),
     ],
 )
 def test_a_setting_that_is_not_read_is_refused(compose, chosen, unread):
     with pytest.raises(Refusal, match=rf"^{unread}: is not read with {chosen[0]}\. Leave it out\.$"):
         make_pairs.check(compose("cai", *chosen, unread))
-    make_pairs.check(compose("cai", *SERVED, *BY_FUNCTION, "route.tie_margin=0.01"))
+    make_pairs.check(compose("cai", *SERVED, *BY_FUNCTION, "experiment=cai/demo", "route.tie_margin=0.01"))
 
 
 def test_what_comes_first_is_counted_or_refused(compose, tmp_path, capsys):

@@ -13,14 +13,12 @@ from rlhf_recipes.errors import Refusal
 from rlhf_recipes.models import template_kwargs
 from rlhf_recipes.references import ModelRef
 
-# What a generator or a judge of a kind does not read.
-_ASKED = ("mode", "principles_per_pair", "votes", "prior_correction", "min_option_mass", "cot_tokens")
-_OF_MODELS = tuple(f"judging.{key}" for key in _ASKED)
+# What a generator or a judge of a kind does not read; but for what of `judging` is a model's, which an experiment may
+# set for whoever judges.
 UNREAD = {
     "generator=server": ("model.adapter", "max_prompt_length", "data.too_long"),
-    "judge=reward": ("route.accept_margin", "route.tie_margin", "route.max_spread", *_OF_MODELS),
-    "judge=function": ("route.max_spread", "judging.min_calibration_pairs", *_OF_MODELS),
-    "judge=people": ("judging.min_calibration_pairs", *_OF_MODELS),
+    "judge=reward": ("route.accept_margin", "route.tie_margin", "route.max_spread"),
+    "judge=function": ("route.max_spread", "judging.min_calibration_pairs"),
 }
 # What a judge's node names: an adapter, reward models, a function; None of a model without an adapter.
 Named = ModelRef | list[ModelRef] | Callable | None
