@@ -51,8 +51,9 @@ def main(cfg):
     result = {"main": gate.headline(worth), "gate": worth, "constitution": principles.summary(), "judge": asked.name}
     if not cfg.gate.only:
         sources, judge = gate.decide(worth, judge, cfg)
-        gate.confirm(gate.estimate(cfg, sources, rows, generator, judge))
         maker = make_pairs.PairMaker(generator, judge, principles, sources, cfg)
+        if left := maker.left(rows, run.dir / "shards"):
+            gate.confirm(gate.estimate(cfg, sources, left, generator, judge))
         shards = maker.shards(rows, run.dir / "shards")
         made = {"shards": cfg.shards} if cfg.shards else dataset.write(shards, run.dir, maker.provenance(), taken)
         result |= {"generator": generator.name, "labelled_by": "judge" if judge else "construction", **made}

@@ -80,9 +80,9 @@ class Endpoint:
     Attributes:
         host: with its port.
         closed: set when the connections were shut down.
-        failures: in a row, of all requests; `named`: what it called the model in its last answer; `is_out`,
-            `looked_at`: whether it is left out of several, and since when, or when it was looked for last. Kept by who
-            asks.
+        failures: in a row, of all requests; `named`: what it called the model in the last answer that was taken;
+            `is_out`, `looked_at`: whether it is left out of several, and since when, or when it was looked for last.
+            Kept by who asks.
 
     Raises:
         Refusal: the variable is not set.

@@ -33,8 +33,9 @@ def labelled_by(found: ModelRef) -> frozenset[tuple[str | None, str]]:
     configs name is still there."""
     pairs = set()
     for node, config in _runs(found):
-        configs = [config, *map(_config_beside, filter(adapter_in, rewarding(config)))]
-        pairs |= {(node["adapter_sha256"], judge) for judge in filter(None, map(_judge_of, configs))}
+        rewards = [*rewarding(config), *_labelling(config)]
+        configs = [config, *map(_config_beside, filter(adapter_in, rewards))]
+        pairs |= {(node["adapter_sha256"], judge) for each in configs for judge in _judges_of(each)}
     return frozenset(pairs)
 
 
@@ -45,6 +46,13 @@ def rewarding(config: dict) -> list[str]:
     named = [str(member) for each in given for member in jobs_of(each) or [each]]
     weights = (trainer.get("reward_weights") if isinstance(trainer, dict) else None) or [1.0] * len(named)
     return [each for each, weight in zip(named, weights, strict=False) if weight]
+
+
+def scoring(judge: dict) -> list[str]:
+    """What `judge.reward_model` names, each member of an ensemble."""
+    given = judge.get("reward_model")
+    given = [given] if isinstance(given, str) else names_in(given) or []
+    return [str(member) for each in given for member in jobs_of(each) or [each]]
 
 
 def _runs(found: ModelRef) -> Iterator[tuple[dict, dict]]:
@@ -58,34 +66,32 @@ def _runs(found: ModelRef) -> Iterator[tuple[dict, dict]]:
         node = node["parent"] or (find(start, "model.adapter").lineage if start and is_adapter(start) else None)
 
 
-def _judge_of(config: dict) -> str | None:
-    """The judge that labelled the pairs of a run of recipes/cai.py, where those are the data of the config."""
-    made, _ = _labels(config)
-    return made.get("judge") if made.get("labelled_by") == "judge" else None
+def _judges_of(config: dict) -> list[str]:
+    """The judges that labelled the pairs of runs of recipes/cai.py, where those are the data of the config."""
+    return [made["judge"] for made, _ in _labels(config) if made.get("judge")]
 
 
 def _labelling(config: dict) -> list[str]:
-    """The reward models that labelled the pairs of a run of recipes/cai.py, where those are the data of the config."""
-    made, judge = _labels(config)
-    if made.get("labelled_by") != "judge" or judge.get("kind") != "reward":
-        return []
-    given = judge.get("reward_model")
-    return [
-        str(member)
-        for each in ([given] if isinstance(given, str) else names_in(given) or [])
-        for member in jobs_of(each) or [each]
-    ]
+    """The reward models that labelled the pairs of runs of recipes/cai.py, where those are the data of the config."""
+    judges = [own.get("judge") for _, own in _labels(config)]
+    rewards = [judge for judge in judges if isinstance(judge, dict) and judge.get("kind") == "reward"]
+    return [name for judge in rewards for name in scoring(judge)]
 
 
-def _labels(config: dict) -> tuple[dict, dict]:
-    """Result, and judge of the config, of the folder that is the data of a config; empty where it is no run."""
+def _labels(config: dict) -> list[tuple[dict, dict]]:
+    """(result, config) of the run of recipes/cai.py that is the data of a config, and of each whose own pairs it has
+    taken over (`earlier`): of those that a judge has labelled."""
     data = config.get("data")
-    path = data.get("path") if isinstance(data, dict) else None
+    made = _made(data.get("path") if isinstance(data, dict) else None)
+    runs = [made, *map(_made, names_in(made[1].get("earlier")) or [])]
+    return [(result, own) for result, own in runs if result.get("labelled_by") == "judge"]
+
+
+def _made(folder: str | None) -> tuple[dict, dict]:
+    """Result and config of a run's folder; empty where it is none."""
     with suppress(Refusal):  # a folder of the user's own may have a file of that name
-        made = read_result(Path(path)) if isinstance(path, str) else None
-        if made:
-            judge = _config_beside(path).get("judge")
-            return made, judge if isinstance(judge, dict) else {}
+        if isinstance(folder, str) and (result := read_result(Path(folder))):
+            return result, _config_beside(folder)
     return {}, {}
 
 

@@ -24,8 +24,8 @@ from rlhf_recipes import compiling, last_checkpoint, locks, memory, places, rank
 from rlhf_recipes.config import flatten, in_sweep, trainer_recipes
 from rlhf_recipes.config_hash import computed, config_sha256, other_setting
 from rlhf_recipes.errors import Refusal
-from rlhf_recipes.lineage import rewarding
-from rlhf_recipes.references import ADAPTER_CONFIG, WEIGHTS, ModelRef, adapter_in, adapter_sha256, find
+from rlhf_recipes.lineage import rewarding, scoring
+from rlhf_recipes.references import ADAPTER_CONFIG, WEIGHTS, ModelRef, adapter_in, adapter_sha256, find, names_in
 from rlhf_recipes.run_folder import read_config, read_json, write_atomically
 
 LIBRARIES = (
@@ -63,7 +63,7 @@ class Run:
         checkpoint: folder of the last complete checkpoint to continue from, or None.
         parent: what `model.adapter` names, whose adapter this run continues, or None.
         shared: in a sweep, the folder of what its jobs have in common, or None.
-        inputs: `key=value` -> SHA-256 of the rows and adapters here that a training, cai or label reads.
+        inputs: `key=value` -> SHA-256 of the rows, adapters and constitution here that a training, cai or label reads.
         lock: keeps other processes from writing the folder; None where this is not the first of several processes.
     """
 
@@ -177,7 +177,7 @@ class Run:
         """The folders that jobs with `shards=k/n` of this run have made, each beside it.
 
         Raises:
-            Refusal: one of them was made with other settings.
+            Refusal: one of them was made with other settings, or of other inputs.
         """
         name = re.compile(re.escape(self.dir.name) + r"\.\d+-of-\d+")
         found = [path for path in sorted(self.dir.parent.glob("*-of-*")) if name.fullmatch(path.name)]
@@ -187,6 +187,8 @@ class Run:
                 raise Refusal(
                     f"{part}: was made with other settings than {self.dir}. Remove it, or give its settings."
                 )
+            if named := run_folder.changed_input(part, self.inputs):
+                raise Refusal(f"{named}: has changed since {part} read it. Put it back, or remove that folder.")
         return found
 
     def all_parts(self) -> list[Path]:
@@ -394,11 +396,24 @@ def _other_world(folder: Path, checkpoint: str) -> str | None:
 
 
 def inputs_of(config: dict) -> dict[str, str]:
-    """`key=value` -> SHA-256, of rows and adapters that lie here; the package's own rows are its version's."""
-    data, model = config.get("data") or {}, config.get("model") or {}
-    rows = {f"data.{key}": data.get(key) for key in ("path", "test_path") if data.get(key) not in (None, "clinic")}
-    found = {f"{key}={path}": places.sha256(str(path)) for key, path in rows.items()}
-    adapters = [("model.adapter", model.get("adapter")), ("reference", config.get("reference"))]
+    """`key=value` -> SHA-256, of rows, adapters and a constitution that lie here; the package's own rows are its
+    version's."""
+
+    def at(key: str):
+        group, _, name = key.rpartition(".")
+        node = config.get(group) if group else config
+        return node.get(name) if isinstance(node, dict) else None
+
+    files = {key: at(key) for key in ("data.path", "data.test_path", "gate.gold", "constitution.path", "first")}
+    ours = (None, "clinic")
+    found = {
+        f"{key}={path}": places.sha256(str(path))
+        for key, path in files.items()
+        if path not in ours and (key, path) != ("gate.gold", "data")
+    }
+    found |= {f"earlier={each}": places.sha256(str(Path(each) / "shards")) for each in names_in(at("earlier")) or []}
+    adapters = [(key, at(key)) for key in ("model.adapter", "reference", "judge.adapter")]
+    adapters += [("judge.reward_model", each) for each in scoring(config.get("judge") or {})]
     for key, reference in [*adapters, *(("reward_funcs", each) for each in rewarding(config))]:
         adapter = adapter_in(reference) if reference else None
         found[f"{key}={reference}"] = adapter and adapter_sha256(adapter)

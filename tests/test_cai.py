@@ -64,14 +64,16 @@ def test_a_run_says_what_became_of_every_pair(finished):
 
 def test_jobs_with_shards_of_their_own_are_joined_to_the_same(finished, run_recipe, terse, tmp_path):
     """Two jobs as of an array, then the command without `shards`: it makes nothing itself."""
-    for part in ("1/2", "2/2"):
+    for part, count in (("1/2", 5), ("2/2", 4)):
         done = run_recipe("cai", *SMALL, *terse, f"shards={part}", cwd=tmp_path)
         assert done.returncode == 0 and "when all 2 are done" in done.stdout, done
+        assert f"estimate: {count} prompts" in done.stdout, done
     here, whole = tmp_path / "outputs/cai", finished[0] / "outputs/cai/main"
     made = [sorted(path.name for path in (here / f"main.{k}-of-2/shards").iterdir()) for k in (1, 2)]
     assert made == [["00000", "00002"], ["00001"]]
     done = run_recipe("cai", *SMALL, *terse, cwd=tmp_path)
     assert done.returncode == 0 and "shard 1/3" not in done.stdout + done.stderr, done
+    assert "estimate: " not in done.stdout, done
     for file in ("funnel.json", "ledger.json", "train_prefs.parquet", "test_prefs.parquet", "train_sft.parquet"):
         assert (here / "main" / file).read_bytes() == (whole / file).read_bytes(), file
     assert json.loads((here / "main/result.json").read_text())["spent"]["calls"] == len(answers(whole)) + len(
@@ -85,6 +87,60 @@ def test_jobs_with_shards_of_their_own_are_joined_to_the_same(finished, run_reci
 def test_parts_that_cannot_be_are_refused(compose, shards):
     with pytest.raises(Refusal, match=f"^shards={shards}: must be k/n"):
         make_pairs.check(compose("cai", f"shards={shards}"))
+
+
+SERVED, SCORED = ("generator=server", "generator.model=m"), ("judge=reward", "judge.reward_model=x")
+BY_FUNCTION = ("judge=function", "judge.function=json:loads")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "unread"),
+    [
+        (SERVED, "model.adapter=x"),
+        (SERVED, "max_prompt_length=16"),
+        (SERVED, "data.too_long=stop"),
+        (SCORED, "route.tie_margin=0.01"),
+        (BY_FUNCTION, "route.max_spread=0.2"),
+        (BY_FUNCTION, "judging.min_calibration_pairs=10"),
+    ],
+)
+def test_a_setting_that_is_not_read_is_refused(compose, chosen, unread):
+    with pytest.raises(Refusal, match=rf"^{unread}: is not read with {chosen[0]}\. Leave it out\.$"):
+        make_pairs.check(compose("cai", *chosen, unread))
+    make_pairs.check(compose("cai", *SERVED, *BY_FUNCTION, "experiment=cai/demo", "route.tie_margin=0.01"))
+
+
+def test_what_comes_first_is_counted_or_refused(compose, tmp_path, capsys):
+    from rlhf_recipes.cai import earlier
+
+    with pytest.raises(
+        Refusal, match=r"^first=absent\.jsonl: is not read where all prompts are taken\. Set data\.tra"
+    ):
+        earlier.prompts(compose("cai", "first=absent.jsonl"), [])
+    known = earlier.prompts(compose("cai"), []).train[-1]["prompt"][-1]["content"]
+    path = tmp_path / "first.jsonl"
+    path.write_text("".join(json.dumps({"prompt": asked}) + "\n" for asked in (known, "nobody has this")))
+    [row] = earlier.prompts(compose("cai", f"first={path}", "data.train_size=1"), []).train
+    assert row["prompt"][-1]["content"] == known
+    assert f"first: 1 of 2 prompts of {path} are in the data\n" in capsys.readouterr().out
+
+
+def test_a_judge_is_refused_before_a_generator_is_loaded(compose, monkeypatch):
+    from rlhf_recipes import models
+    from rlhf_recipes.cai import load
+
+    def refuses(*_):
+        raise Refusal("not these")
+
+    served = load.load_one
+    monkeypatch.setattr(models, "check_rewards", refuses)
+    monkeypatch.setattr(load, "load_one", lambda node, *_: served(node, *_) if node.get("kind") else pytest.fail())
+    for judge, told in (
+        (SCORED, "not these"),
+        (("judge=server", "judge.model=m", "judge.api_key_env=NONE_X"), "NONE_X"),
+    ):
+        with pytest.raises(Refusal, match=told):
+            load.load(compose("cai", *judge), None, None, None)
 
 
 def test_critique_and_revision_follow_one_principle(finished):

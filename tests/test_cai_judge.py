@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from rlhf_recipes.cai import constitution, gate, judge, prompt_templates
+from rlhf_recipes.cai import constitution, gate, judge, prompt_templates, scored
 from rlhf_recipes.cai.backend import Journal
 from rlhf_recipes.cai.judge import Judge, Pair
 from rlhf_recipes.evaluation import fixed_answers, page
@@ -224,7 +224,10 @@ def test_a_temperature_is_found_and_used_where_there_are_pairs_enough(make, cfg)
     assert found["calibration_error"]["after"] < 0.2 and found["brier"]["after"].value < 0.25
     few = OmegaConf.merge(cfg, {"judging": {"min_calibration_pairs": 100}})
     critic, journal = make(odds, prior=False)
-    assert gate.examine(critic, gold(), few, journal)["temperature"] == critic.temperature
+    used = gate.examine(critic, gold(), few, journal)
+    assert used["temperature"] == critic.temperature and used["applied"] and not found["applied"]
+    by = scored.FunctionJudge(scored.Function(lambda prompts, *_: [0.9] * len(prompts), "f"))
+    assert not gate.examine(by, gold(), few, journal)["applied"]  # whose probabilities are taken as they are
 
 
 def test_calibration_error_of_a_calibrated_judge_is_small():
@@ -266,6 +269,18 @@ def test_the_estimate_counts_the_calls_that_are_made(cfg, tmp_path):
     assert spend["prompts"] == 5 and spend["calls"] == len(backend.asked) == 5 * (5 + 3 + 2 + 5 * 8)
     assert all(not pair["unfit"] for record in made for pair in record["pairs"]), made
     assert spend["usd"] == 0 and spend["minutes"] >= 0
+
+
+def test_what_is_left_to_make_is_of_this_part_and_has_no_records(cfg, tmp_path):
+    from rlhf_recipes.cai.make_pairs import PairMaker
+
+    rows = [{"prompt_id": str(n)} for n in range(9)]
+    (tmp_path / "00001").mkdir()
+    (tmp_path / "00001" / "records.jsonl").touch()
+    for shards, left in ((None, "0145678"), ("2/2", "67"), ("1/2", "01458"), ("2/3", "8")):
+        some = OmegaConf.merge(cfg, {"shard_size": 2, "shards": shards})
+        made = PairMaker(None, None, None, [], some).left(rows, tmp_path)
+        assert "".join(row["prompt_id"] for row in made) == left
 
 
 def test_the_longest_request_is_of_the_longest_prompt(cfg):

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from test_others_text import pairs_of
 
 from rlhf_recipes import lineage
-from rlhf_recipes.cai import make_pairs, scored
+from rlhf_recipes.cai import make_pairs, report, scored
 from rlhf_recipes.cai.judge import Pair
 from rlhf_recipes.errors import Refusal
 
@@ -140,6 +141,29 @@ def test_what_is_trained_on_such_pairs_was_optimised_against_their_judge(here, m
     assert lineage._labelling({"data": {"path": members[0]}}) == []
 
 
+def test_the_card_says_who_made_what_was_taken_over_and_what_p_is():
+    made = pairs_of("s")
+    made["funnel"]["earlier"], made["labelled_by"], made["gate"]["applied"] = (
+        {"train_prefs": 480, "ties": 0},
+        "judge",
+        False,
+    )
+    made["earlier"] = [
+        {"generator": "g", "judge": "j", "constitution": "c" * 64},
+        {"generator": "h", "judge": None, "constitution": None},
+    ]
+    card = report.card(made)
+    assert (
+        "Of the rows 480 `train_prefs` are of earlier runs, of which nothing else is said here: written by g and "
+        f"judged by j under a constitution of SHA-256 `{'c' * 16}`; written by h and labelled by construction.\n"
+        in card
+    )
+    assert "`p` is as it was before it." in card
+    made["gate"]["applied"], made["funnel"]["earlier"] = True, {"train_prefs": 0}
+    card = report.card(made)
+    assert "`p` is what is left after it." in card and "earlier runs" not in card
+
+
 def test_killed_and_in_shards_it_comes_to_the_same(here, run_recipe, terse, tmp_path):
     command = [*SMALL, *terse, *judged(f"{here}/")]
     killed = run_recipe("cai", *command, "shards=1/2", cwd=tmp_path, kill="answered judge.reward")
@@ -163,6 +187,9 @@ def test_pairs_of_earlier_runs_come_along_and_new_prompts_first(here, run_recipe
                      (here / "outputs/cai/main", tmp_path / "outputs/cai/main"))  # fmt: skip
     assert after["prompts"] == 9 and after["earlier"]["train_prefs"] <= before["written"]["train_prefs"]
     assert after["written"]["train_prefs"] >= after["earlier"]["train_prefs"]
+    told, made = (json.loads((each / "result.json").read_text()) for each in
+                  (here / "outputs/cai/main", tmp_path / "outputs/cai/main"))  # fmt: skip
+    assert made["earlier"] == [told["provenance"]]
     ids = [[r["prompt_id"] for r in records(each) if r["split"] == "train"]
            for each in (here / "outputs/cai/main", tmp_path / "outputs/cai/main")]  # fmt: skip
     assert set(ids[0]) & set(ids[1]) == {ids[0][-1]}

@@ -696,6 +696,22 @@ def test_what_an_endpoint_does_wrong_is_one_line_and_costs_nothing(endpoint, tmp
     assert {endpoint.answered[text] for text in prompts} == ({1} if wrong != "another name later" else {1, 2})
 
 
+def test_a_model_that_was_swapped_is_refused_each_time_it_answers(endpoint, capsys):
+    """Whoever of several threads hears its other name first."""
+    asked = backend(endpoint)
+    fingerprint.check({"generator": asked}, {"generator": 1})
+    [at], endpoint.calls = asked.connected(), lambda body: "some/model-2"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"serves another model than before \(some/model, then some/model-2\)\."):
+            answers(asked, generations(1))
+        [at] = asked.connected()
+        assert not asked.is_back(at)
+    said = "serves another model (some/model, then some/model-2), and stays left out."
+    assert capsys.readouterr().err.count(said) == 2
+    endpoint.calls = lambda body: body["model"]
+    assert asked.is_back(at) and answers(asked, generations(1))
+
+
 def test_a_tenth_of_failures_for_an_hour_ends_nothing(endpoint, pauses, tmp_path):
     """An answer takes 10 s of a clock of its own, a pause as long as it is."""
 

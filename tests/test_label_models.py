@@ -38,6 +38,7 @@ def test_a_run_of_cai_waits_for_people_and_goes_on(run_recipe, start_recipe, lig
     assert all(row["question"] and row["principle"] for row in waiting)
     again = run_recipe(*command, cwd=tmp_path)
     assert again.returncode == 75 and again.stderr.splitlines()[-1] == told
+    assert "estimate: " in done.stdout and "estimate: " not in again.stdout
     asked = ("label", "pairs=outputs/cai/main", "run_name=cai_main", "twice=0", "swapped=0")
     process = start_recipe(*asked, cwd=tmp_path, python=light_python)
     at = Browser(address(process))

@@ -373,3 +373,28 @@ def test_numbers_of_another_machine_are_measured_anew(run, other):
     assert publishing._probe(source) == kept == json.loads((run / "probe.json").read_text())
     change(run / "probe.json", lambda found: found.update(values=[1.0] * 32))
     assert publishing._probe(source)["values"] == [1.0] * 32  # of this machine they are kept
+
+
+def test_the_terms_of_pairs_that_were_taken_over_are_known_or_asked_for(tmp_path, monkeypatch):
+    from rlhf_recipes.publish import base_model, contents
+
+    monkeypatch.setattr(base_model, "describe", lambda *_: "known")
+    own = {"data": {"path": "clinic"}, "generator": {"kind": "local"}, "model": {"id": "org/a"}}
+    runs = {
+        "same": {}, "prompts": {"data": {"path": "x.jsonl"}}, "served": {"generator": {"kind": "server"}},
+        "other": {"model": {"id": "org/b"}},
+    }  # fmt: skip
+    for name, change_of in runs.items():
+        (tmp_path / name).mkdir()
+        OmegaConf.save(own | change_of, tmp_path / name / "config.yaml")
+    for name in (*runs, "gone"):
+        source = contents.Source(
+            "pairs", tmp_path, own | {"earlier": [str(tmp_path / "same"), str(tmp_path / name)]}, {}
+        )
+        if name == "same":
+            assert base_model.describe_generator(source, None, None) == "known"
+            continue
+        with pytest.raises(
+            ValueError, match=rf"^license: the terms of the pairs of earlier=\S*{name} are not known here"
+        ):
+            base_model.describe_generator(source, None, None)

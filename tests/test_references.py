@@ -178,6 +178,30 @@ def test_who_was_trained_on_what_a_judge_labelled(here, policy, parent, by, judg
     assert measure._optimised(systems[-1], systems[0], []) == ({"labelled_by": judges} if judges else {})
 
 
+def test_pairs_that_were_taken_over_count_as_those_of_their_judge(here):
+    """A function labelled `two`, nobody `three`; both have the pairs of `one`, by a reward model that learned from
+    `zero`."""
+
+    def made(name, judge, by, earlier=()):
+        (here / name).mkdir()
+        (here / name / "result.json").write_text(
+            json.dumps({"recipe": "cai", "judge": judge["kind"], "labelled_by": by})
+        )
+        OmegaConf.save({"judge": judge, "earlier": list(earlier)}, here / name / "config.yaml")
+
+    scored = {"kind": "reward", "reward_model": "reward"}
+    made("zero", {"kind": "local"}, "judge")
+    OmegaConf.save({"data": {"path": "zero"}}, here / "reward" / "config.yaml")
+    made("one", scored, "judge")
+    made("two", {"kind": "function", "function": "m:f"}, "judge", ["one"])
+    made("three", scored, "construction", ["one", "gone"])
+    for data, judges in (("two", {"function", "reward", "local"}), ("three", {"reward", "local"})):
+        OmegaConf.save({"model": {}, "trainer": {}, "data": {"path": data}}, here / "dpo" / "config.yaml")
+        found = references.find("dpo", "runs")
+        assert lineage.trained_on(found) == {(SHA, SHA)}
+        assert lineage.labelled_by(found) == {(SHA, judge) for judge in judges}
+
+
 def test_gold_that_a_run_was_trained_on_is_known(here):
     from rlhf_recipes.audit import answers
 

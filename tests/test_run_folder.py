@@ -21,7 +21,7 @@ from rlhf_recipes import locks, places, ranks, references, run_folder
 from rlhf_recipes.config import flatten
 from rlhf_recipes.config_hash import config_sha256
 from rlhf_recipes.launch import publish_after
-from rlhf_recipes.run import Run
+from rlhf_recipes.run import Run, inputs_of
 
 
 @pytest.fixture
@@ -393,6 +393,44 @@ def test_what_is_published_without_a_training(started, compose):
         assert not publish_after.finished(compose("dpo", *given, other))
     rows.write_text(rows.read_text() + "\n")
     assert not publish_after.finished(compose("dpo", *given))
+
+
+def test_what_a_run_of_cai_reads_is_the_same_to_its_end_and_in_its_parts(compose, tmp_path):
+    def start(folder="main", shards="null"):
+        cfg = compose(
+            "cai", "judge=reward", "judge.reward_model=two", "constitution=local", "constitution.path=mine.yaml",
+            "gate.gold=gold.jsonl", "first=first.jsonl", "earlier=[one]", f"shards={shards}",
+        )  # fmt: skip
+        cfg.output_dir = f"outputs/cai/{folder}"
+        return Run.start(cfg, "cai")
+
+    with contextlib.chdir(tmp_path):
+        weights = write_adapter(Path("two/a")) / "adapter" / "adapter_model.safetensors"
+        Path("two/a/config.yaml").touch()
+        Path("one/shards/00000").mkdir(parents=True)
+        shard = Path("one/shards/00000/records.jsonl")
+        files = {"constitution.path": "mine.yaml", "gate.gold": "gold.jsonl", "first": "first.jsonl"}
+        read = {f"{key}={name}": Path(name) for key, name in files.items()}
+        read |= {"judge.reward_model=two/a": weights, "earlier=one": shard}
+        for path in read.values():
+            path.write_bytes(other_weights("old"))
+        for folder, shards in (("main.1-of-2", "1/2"), ("main", "null")):
+            run = start(folder, shards)
+            run.create()
+            (run.dir / "gate.jsonl").touch()
+        assert run.checkpoint is None and [str(part) for part in run.parts()] == ["outputs/cai/main.1-of-2"]
+        del run
+        for named, path in read.items():
+            path.write_bytes(other_weights("new"))
+            with pytest.raises(ValueError, match=rf"^{named}: has changed since outputs/cai/main began"):
+                start()
+            whole = Run(Path("outputs/cai/main"), "cai", {}, inputs=inputs_of(start("other").config))
+            whole.config = run_folder.read_config(whole.dir)
+            with pytest.raises(ValueError, match=rf"^{named}: has changed since outputs/cai/main\.1-of-2 read it"):
+                whole.parts()
+            path.write_bytes(other_weights("old"))
+        assert start().checkpoint == "outputs/cai/main/gate.jsonl"
+        assert inputs_of({"judge": {"adapter": "two/a"}}).keys() == {"judge.adapter=two/a"}
 
 
 def test_jobs_of_a_sweep_read_the_same_rows(started, monkeypatch):

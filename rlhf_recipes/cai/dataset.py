@@ -84,7 +84,7 @@ class Writer:
 
 def write(
     shards: list[Path], folder: Path, provenance: dict[str, Any], earlier: Iterable[tuple[list[Path], dict]] = ()
-) -> dict[str, dict]:
+) -> dict[str, Any]:
     """Write the splits, `funnel.json` and `ledger.json`.
 
     Args:
@@ -93,9 +93,12 @@ def write(
 
     Returns:
         `funnel` (counts, and estimates of what was kept) and `ledger` (counts by family and source), both without
-        what is of earlier runs but for what was `written`, and of that what is `earlier`.
+        what is of earlier runs but for what was `written`, and of that what is `earlier`; where there are such runs
+        `earlier`, the provenance of each.
     """
-    return ranks.by_first(_write, [*earlier, (shards, provenance)], folder)
+    before = list(earlier)
+    made = ranks.by_first(_write, [*before, (shards, provenance)], folder)
+    return made | ({"earlier": [each for _, each in before]} if before else {})
 
 
 def _write(runs: list[tuple[list[Path], dict[str, Any]]], folder: Path) -> dict[str, dict]:

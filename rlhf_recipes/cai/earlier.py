@@ -50,19 +50,26 @@ def prompts(cfg: DictConfig, earlier: list[Earlier]) -> Splits:
     earlier run has answered before what one has.
 
     Raises:
-        Refusal: as `load_prompts`; a row of `first` has no prompt.
+        Refusal: as `load_prompts`; a row of `first` has no prompt, or nothing is left out.
     """
     size = cfg.data.train_size
+    if cfg.first and size is None:
+        raise Refusal(
+            f"first={cfg.first}: is not read where all prompts are taken. Set data.train_size, or leave first out."
+        )
     if size is None or not (cfg.first or earlier):
         return load_prompts(cfg.data)
     found = load_prompts(OmegaConf.merge(cfg.data, {"train_size": None}))
     listed = cfg.first and not (Path(cfg.first).is_file() and Path(cfg.first).stat().st_size == 0)  # an audit's may be
     wanted = {_asked(where, row) for where, row in readers.read_file(cfg.first)} if listed else set()
     answered = set().union(*(each.prompt_ids() for each in earlier))
-    places = {
-        n: (row["prompt"][-1]["content"] not in wanted, row["prompt_id"] in answered)
-        for n, row in enumerate(found.train)
-    }
+    places, there = {}, set()
+    for n, row in enumerate(found.train):
+        asked = row["prompt"][-1]["content"]
+        there |= {asked} & wanted
+        places[n] = (asked not in wanted, row["prompt_id"] in answered)
+    if listed:
+        print(f"first: {len(there)} of {len(wanted)} prompts of {cfg.first} are in the data", flush=True)
     kept = sorted(places, key=places.get)[:size]
     capped = found.report["capped"] | {"train": len(places) - len(kept)}
     report = found.report | {"capped": capped, "train": len(kept)}

@@ -44,8 +44,11 @@ def load_gold(cfg: DictConfig) -> list[dict]:
 
 
 def examine(judge: Judge, gold: list[dict], cfg: DictConfig, journal: Journal) -> dict[str, Any]:
-    """Judge the gold pairs; see `judge.worth` for what is returned. Sets the judge's temperature where the pairs are
-    enough to fit one."""
+    """Judge the gold pairs. Sets the judge's temperature where the pairs are enough to fit one.
+
+    Returns:
+        What `validate_judge` does, and `applied`: whether the labels to come have the temperature.
+    """
     judge.learn_priors(journal)
     pairs = [
         Pair(row["prompt_id"], row["prompt"], row["chosen"][-1]["content"], row["rejected"][-1]["content"])
@@ -53,9 +56,10 @@ def examine(judge: Judge, gold: list[dict], cfg: DictConfig, journal: Journal) -
     ]
     found = validate_judge(judge, gold, judge.compare(pairs, journal, "judge: gold pairs"), cfg.gate)
     enough = cfg.judging.min_calibration_pairs
-    if enough is not None and len(gold) >= enough:
+    applied = judge.temperature is not None and enough is not None and len(gold) >= enough
+    if applied:
         judge.temperature = found["temperature"]
-    return found
+    return found | {"applied": applied}
 
 
 def describe(found: dict[str, Any]) -> str:

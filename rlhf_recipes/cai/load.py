@@ -8,11 +8,36 @@ from rlhf_recipes import config, references
 from rlhf_recipes.cai.backend import Backend
 from rlhf_recipes.cai.constitution import Constitution
 from rlhf_recipes.cai.judge import Judge
+from rlhf_recipes.config import CONF
+from rlhf_recipes.errors import Refusal
 from rlhf_recipes.models import template_kwargs
 from rlhf_recipes.references import ModelRef
 
+# What a generator or a judge of a kind does not read; but for what of `judging` is a model's, which an experiment may
+# set for whoever judges.
+UNREAD = {
+    "generator=server": ("model.adapter", "max_prompt_length", "data.too_long"),
+    "judge=reward": ("route.accept_margin", "route.tie_margin", "route.max_spread"),
+    "judge=function": ("route.max_spread", "judging.min_calibration_pairs"),
+}
 # What a judge's node names: an adapter, reward models, a function; None of a model without an adapter.
 Named = ModelRef | list[ModelRef] | Callable | None
+
+
+def refuse_unread(cfg: DictConfig, recipe: str = "cai") -> None:
+    """Refuse a setting other than its default that the chosen generator or judge does not read.
+
+    Raises:
+        Refusal: names it as typed.
+    """
+    own = OmegaConf.load(CONF / f"{recipe}.yaml")
+    own.data = OmegaConf.load(CONF / "data" / "base.yaml")
+    for choice, keys in UNREAD.items():
+        group, _, kind = choice.partition("=")
+        for key in keys if OmegaConf.select(cfg, f"{group}.kind") == kind else ():
+            given = OmegaConf.select(cfg, key)
+            if given is not None and given != OmegaConf.select(own, key):
+                raise Refusal(f"{key}={given}: is not read with {choice}. Leave it out.")
 
 
 def find_judge(cfg: DictConfig) -> Named:
@@ -53,19 +78,24 @@ def load(
     Raises:
         Refusal: a model or an endpoint's key cannot be found.
     """
-    generator = load_one(cfg.model if cfg.generator.kind == "local" else cfg.generator, cfg, parent)
-    if cfg.judge.kind == "people":
-        return generator, None
-    if cfg.judge.kind in ("reward", "function"):
+    kind = cfg.judge.kind
+    # What may be refused of a judge that is no model of its own comes before the generator is loaded.
+    judge = load_one(cfg.judge, cfg, named) if kind == "server" else None
+    if kind == "reward":
         from rlhf_recipes import models
+
+        models.check_rewards(cfg.model, named)
+    generator = load_one(cfg.model if cfg.generator.kind == "local" else cfg.generator, cfg, parent)
+    if kind == "people":
+        return generator, None
+    if kind in ("reward", "function"):
         from rlhf_recipes.cai import scored
 
-        if cfg.judge.kind == "function":
+        if kind == "function":
             return generator, scored.FunctionJudge(scored.Function(named, cfg.judge.function))
-        models.check_rewards(cfg.model, named)
         return generator, scored.RewardJudge(scored.Rewards(cfg.model, cfg.quantization, named), cfg.judge)
-    same = cfg.generator.kind == cfg.judge.kind == "local" and all(cfg.judge.get(k) == v for k, v in cfg.model.items())
-    backend = generator if same else load_one(cfg.judge, cfg, named)
+    same = cfg.generator.kind == kind == "local" and all(cfg.judge.get(k) == v for k, v in cfg.model.items())
+    backend = generator if same else judge or load_one(cfg.judge, cfg, named)
     return generator, Judge(backend, principles, cfg.judging, cfg.seed)
 
 

@@ -35,9 +35,10 @@ from rlhf_recipes.cai.backend import (
 )
 from rlhf_recipes.cai.constitution import Constitution
 from rlhf_recipes.cai.judge import Judge, Judgement, Pair
-from rlhf_recipes.cai.load import Named, find_judge
+from rlhf_recipes.cai.load import Named, find_judge, refuse_unread
 from rlhf_recipes.cai.overlap import Overlap
 from rlhf_recipes.config import part_of, plain
+from rlhf_recipes.data.rows import select
 from rlhf_recipes.errors import Refusal, nearest
 from rlhf_recipes.progress import Line
 from rlhf_recipes.run import GATE, Run
@@ -55,7 +56,8 @@ def check(cfg: DictConfig) -> Named:
         What the judge's node names.
 
     Raises:
-        Refusal: an unknown kind of pairs, a count that is too small, or what the judge cannot have.
+        Refusal: an unknown kind of pairs, a count that is too small, a setting that is not read, or what the judge
+            cannot have.
     """
     for source in cfg.sources:
         if source not in SOURCES:
@@ -78,6 +80,7 @@ def check(cfg: DictConfig) -> Named:
     for key in ("margin", "max_disagreement"):
         if cfg.judge.kind == "reward" and cfg.judge[key] < 0:
             raise Refusal(f"judge.{key}={cfg.judge[key]}: must be at least 0. Change it.")
+    refuse_unread(cfg)
     return find_judge(cfg)
 
 
@@ -147,10 +150,7 @@ class PairMaker:
         Args:
             prompts: rows, of which a slice at a time is looked at.
         """
-        size, (first, parts) = self.settings.shard_size, part_of(self.settings.shards)
-        count = -(-len(prompts) // size)
-        own = {folder / f"{n:05d}" / "records.jsonl": n for n in range(first, count, parts)}
-        left = {path: n for path, n in own.items() if not ranks.by_first(path.exists)}
+        size, count, (own, left) = self.settings.shard_size, self._count(prompts), self._parts(prompts, folder)
         for path in own.keys() - left.keys():
             self._same_prompts(path, prompts[own[path] * size : (own[path] + 1) * size])
         rows = ((path, prompts[n * size : (n + 1) * size]) for path, n in left.items())
@@ -162,6 +162,20 @@ class PairMaker:
                 what = f"shard {left[path] + 1}/{count}: " if count > 1 else ""
                 write_records(path, self.records(some, Journal(path.parent / "answers.jsonl"), what))
         return list(own)
+
+    def left(self, prompts: Sequence[dict], folder: Path) -> Sequence[dict]:
+        """The prompts of the shards that `shards` has yet to make."""
+        size, (_, left), numbers = self.settings.shard_size, self._parts(prompts, folder), range(len(prompts))
+        return select(prompts, [each for n in left.values() for each in numbers[n * size : (n + 1) * size]])
+
+    def _count(self, prompts: Sequence[dict]) -> int:
+        return -(-len(prompts) // self.settings.shard_size)
+
+    def _parts(self, prompts: Sequence[dict], folder: Path) -> tuple[dict[Path, int], dict[Path, int]]:
+        """`records.jsonl` -> number, of the shards of this part of the run, and of those of them that are not made."""
+        first, parts = part_of(self.settings.shards)
+        own = {folder / f"{n:05d}" / "records.jsonl": n for n in range(first, self._count(prompts), parts)}
+        return own, {path: n for path, n in own.items() if not ranks.by_first(path.exists)}
 
     def _overlap(self, shards: Iterable[tuple[Path, Sequence[dict]]], servers: list[Backend], total: int) -> None:
         """Prompts go on each by itself."""

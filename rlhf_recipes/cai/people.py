@@ -136,7 +136,8 @@ def make(
         TakenBack: they wait for people; the answers are kept, and the same command goes on.
     """
     ranks.by_first((run.dir / GATE).touch)  # from which an interrupted run goes on
-    gate.confirm(gate.estimate(cfg, list(cfg.sources), rows, generator, None))
+    if not ranks.by_first((run.dir / WAITING).exists):  # which is written when all is answered
+        gate.confirm(gate.estimate(cfg, list(cfg.sources), rows, generator, None))
     people = People(cfg, principles, {row["prompt_id"]: row["family"] for row in rows})
     maker = PairMaker(generator, people, principles, list(cfg.sources), cfg)
     folder, size = run.dir / "shards", cfg.shard_size

@@ -62,7 +62,7 @@ def card(result: dict[str, Any]) -> str:
     ]
     parts = [
         "# AI preference pairs",
-        _made(result),
+        " ".join(filter(None, (_made(result), of_earlier(result)))),
         "![The funnel](funnel.png)",
         "## What the labels are worth",
         _worth(result),
@@ -111,6 +111,22 @@ def _made(result: dict[str, Any]) -> str:
         f"Replies sampled from a language model{revised}, and compared by {SCORED[by]}, who read no constitution, by "
         "rlhf-recipes. The text is synthetic."
     )
+
+
+def of_earlier(result: dict[str, Any]) -> str:
+    """Which rows were taken over of earlier runs, and who made those; empty where none were."""
+    counts = result.get("funnel", {}).get("earlier") or {}
+    rows = ", ".join(f"{markdown(count)} `{code(split)}`" for split, count in counts.items() if count)
+    if not rows:
+        return ""
+    made = []
+    for each in result.get("earlier") or []:
+        by = f"judged by {markdown(each['judge'])}" if each.get("judge") else "labelled by construction"
+        if sha256 := each.get("constitution"):
+            by += f" under a constitution of SHA-256 `{code(str(sha256)[:16])}`"
+        made.append(f"written by {markdown(each.get('generator'))} and {by}")
+    said = ": " + "; ".join(made) if made else ""
+    return f"Of the rows {rows} are of earlier runs, of which nothing else is said here{said}."
 
 
 def _columns(result: dict[str, Any]) -> str:
@@ -249,6 +265,8 @@ def _worth(result: dict[str, Any]) -> str:
         f"{format_estimate(gate['kappa'], digits=2)}. Calibration error {error['before']:.3f}, {error['after']:.3f} "
         f"after a temperature of {gate['temperature']:.2f} (n {markdown(error['n'])}, cross-fitted)."
     )
+    if "applied" in gate and result["labelled_by"] == "judge":
+        text += " `p` is what is left after it." if gate["applied"] else " `p` is as it was before it."
     if result["labelled_by"] == "construction":
         text += (
             " That is not enough: the pairs are labelled by construction, not by this judge. The chosen reply was "

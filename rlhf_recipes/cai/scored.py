@@ -87,6 +87,7 @@ class RewardJudge:
 
     Attributes:
         ordered: whether what it says may depend on the order of the replies.
+        temperature: by which its log-odds are divided; None: its probabilities are taken as they are.
     """
 
     ordered = False
@@ -155,9 +156,10 @@ class FunctionJudge:
     """A function's choices, with the interface of `judge.Judge`; see `RewardJudge` for the attributes."""
 
     ordered = True
+    temperature = None
 
     def __init__(self, backend: Function):
-        self.backend, self.temperature = backend, 1.0
+        self.backend = backend
 
     def learn_priors(self, journal: Journal) -> None:
         """There are none to be learned of a function."""

@@ -139,13 +139,16 @@ class Server:
 
     def is_back(self, at: Endpoint) -> bool:
         """Whether an endpoint that was left out answers, by the same model."""
-        with suppress(Refusal, LeftOut):
+        try:
             found = self.introduced(at)["served"]
             why = fingerprint.changed(self.served, found) if self.served else None
-            if why:
-                print(f"{at.host}: serves another model ({why}), and stays left out.", file=sys.stderr)
-            return why is None
-        return False
+        except _Renamed as refused:
+            why = refused.names
+        except (Refusal, LeftOut):
+            return False
+        if why:
+            print(f"{at.host}: serves another model ({why}), and stays left out.", file=sys.stderr)
+        return why is None
 
     def leave_out(self, at: Endpoint, why: str) -> None:
         at.is_out, at.looked_at = True, time.monotonic()
@@ -341,13 +344,11 @@ class Server:
 
     def _renamed(self, at: Endpoint, named: Any) -> Refusal | None:
         """Why an answer is refused that another model gave than the one that was looked at."""
-        before, at.named = at.named, named if isinstance(named, str) else at.named
-        if not self.served or before in (None, at.named):
-            return None
-        return Refusal(
-            f"{at.host}: serves another model than before ({at.plain(before)[:99]}, then {at.plain(at.named)[:99]}). "
-            "Serve that one again, then run the same command; what was answered is kept."
-        )
+        before, now = at.named, named if isinstance(named, str) else at.named
+        if self.served and before not in (None, now):  # so is the next of its answers: it keeps the name it had
+            return _Renamed(at.host, f"{at.plain(before)[:99]}, then {at.plain(now)[:99]}")
+        at.named = now
+        return None
 
     def _refusal(self, at: Endpoint, failure: Failure) -> Refusal | None:
         """Where asking again is of no use."""
@@ -369,6 +370,17 @@ class Server:
             return Refusal(f"{at.host}: status {status}, it does not take {key}. Check api_key_env.")
         known = f"no model {self.model!r} there" if status == 404 else told[:TOLD]
         return Refusal(f"{at.host}: status {status}, {known}. Check model and base_url.")
+
+
+class _Renamed(Refusal):
+    """An endpoint serves another model than the one that was looked at; `names`: both."""
+
+    def __init__(self, host: str, names: str):
+        super().__init__(
+            f"{host}: serves another model than before ({names}). Serve that one again, then run the same command; "
+            "what was answered is kept."
+        )
+        self.names = names
 
 
 class _Rejected(Refusal):

@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from rlhf_recipes.cai.load import refuse_unread
 from rlhf_recipes.commands import command
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.labelling import agreement, plan, server, written
@@ -26,7 +27,8 @@ def check(cfg: DictConfig) -> list[str]:
     """Who labels.
 
     Raises:
-        Refusal: a name that is none, twice there or taken; shares of more than all pairs; or a single sample.
+        Refusal: a name that is none, twice there or taken; shares of more than all pairs; a single sample; or a
+            setting that the generator does not read.
     """
     names = [cfg.annotator] if isinstance(cfg.annotator, str) else list(cfg.annotator)
     for name in names:
@@ -44,6 +46,7 @@ def check(cfg: DictConfig) -> list[str]:
         )
     if cfg.samples < 2:
         raise Refusal(f"samples={cfg.samples}: makes no pair of answers. Give 2 at least.")
+    refuse_unread(cfg, "label")
     return names
 
 

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from rlhf_recipes import model_files
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.publish import contents
-from rlhf_recipes.run_folder import read_json
+from rlhf_recipes.run_folder import CONFIG, read_config, read_json
 from rlhf_recipes.training.card import without_folder
 
 # Licences that let a work built on theirs have another one.
@@ -45,21 +45,35 @@ def describe(source: contents.Source, licence: str | None, api) -> dict[str, Any
 
 
 def describe_generator(source: contents.Source, licence: str | None, api) -> dict[str, Any]:
-    """The terms of a data set: the generator's, where its prompts are the clinic set, which allows any.
+    """The terms of a data set: the generator's, where its prompts are the clinic set, which allows any, and where the
+    pairs that it has taken over of earlier runs are of the same.
 
     Raises:
         Refusal: nothing here knows the terms of the prompts, or of the model behind a server.
     """
+    if licence:
+        return {"license": licence, "license_name": None, "license_link": None}
     config = source.config
-    known = config["data"]["path"] == "clinic" and config["generator"]["kind"] == "local"
-    if known and not licence:
-        return describe(source, licence, api)
-    if not licence:
+    answered_by = (config.get("model") or {}).get("id")
+    advice = "are not known here. Look them up, then recipes/publish.py with license=<id>."
+    if not _of_clinic_by(answered_by, config):
         raise Refusal(
             f"license: the terms of the prompts (data.path={without_folder(config['data']['path'])}) and of the "
-            "replies are not known here. Look them up, then recipes/publish.py with license=<id>."
+            f"replies {advice}"
         )
-    return {"license": licence, "license_name": None, "license_link": None}
+    for folder in config.get("earlier") or []:
+        earlier = read_config(Path(folder)) if (Path(folder) / CONFIG).is_file() else {}
+        if not _of_clinic_by(answered_by, earlier):
+            raise Refusal(f"license: the terms of the pairs of earlier={without_folder(folder)} {advice}")
+    return describe(source, None, api)
+
+
+def _of_clinic_by(model_id: str | None, config: dict[str, Any]) -> bool:
+    """Whether a run of recipes/cai.py, by its config, has had prompts of the clinic set answered by a model here."""
+    found = (
+        (config.get(group) or {}).get(key) for group, key in (("data", "path"), ("generator", "kind"), ("model", "id"))
+    )
+    return tuple(found) == ("clinic", "local", model_id)
 
 
 def local_folder(node) -> Path | None:

@@ -299,11 +299,12 @@ def _constitution(source: Source) -> str:
     pairs = source.pairs
     if pairs is None:
         return ""
-    said = pairs.result["constitution"]
-    return (
+    said, by = pairs.result["constitution"], markdown(pairs.result["labelled_by"])
+    made = (
         f"Its pairs were made under the constitution *{markdown(said['name'])}* (version {markdown(said['version'])}, "
-        f"`constitution.yaml`, SHA-256 `{code(said['sha256'])}`), labelled by {markdown(pairs.result['labelled_by'])}."
+        f"`constitution.yaml`, SHA-256 `{code(said['sha256'])}`), labelled by {by}."
     )
+    return " ".join(filter(None, (made, report.of_earlier(pairs.result))))
 
 
 def _settings(config: dict[str, Any]) -> str:
