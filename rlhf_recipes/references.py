@@ -49,6 +49,7 @@ class ModelRef:
         step: of a checkpoint, else None.
         function: what `module:function` names.
         anchored_to: its reference, where that is another run than it started from, as typed there.
+        start_sha256: of the weights of its reference as it was trained, None where that is not known.
         named_base: what its files call its base, where that is another name and the user says that it is the same.
     """
 
@@ -68,6 +69,7 @@ class ModelRef:
     function: Callable | None = None
     named_base: str | None = None
     anchored_to: str | None = None
+    start_sha256: str | None = None
 
     @property
     def name(self) -> str:
@@ -123,7 +125,8 @@ def find(reference: str, key: str, base_model: str | None = None, adapter_base: 
     if base is None:
         raise Refusal(f"{key}={reference}: its {ADAPTER_CONFIG} names no base model. Add base_model_name_or_path.")
     result = read_result(home) or {}
-    recipe, parent, metrics = (result.get(name) for name in ("recipe", "parent", "metrics"))
+    recipe, parent, metrics, anchor = (result.get(name) for name in ("recipe", "parent", "metrics", "reference"))
+    anchor = anchor if isinstance(anchor, dict) else None
     sha256 = adapter_sha256(adapter)
     if not _is_lineage({"recipe": recipe, "adapter_sha256": sha256, "parent": parent}):
         raise Refusal(
@@ -143,7 +146,8 @@ def find(reference: str, key: str, base_model: str | None = None, adapter_base: 
         parent=parent,
         metrics=metrics if isinstance(metrics, dict) else {},
         rewards=names_in(result.get("rewards")),
-        anchored_to=anchor.get("run") if isinstance(anchor := result.get("reference"), dict) else None,
+        anchored_to=(anchor or {}).get("run"),
+        start_sha256=(anchor or parent or {}).get("adapter_sha256"),
     )
 
 
@@ -151,7 +155,7 @@ def find_policy(reference: str, key: str, base_model: str, adapter_base: str | N
     """The adapter of a policy, for `runs` and `parent`.
 
     Raises:
-        Refusal: as `find`; it is a reward model; or what it started from is gone.
+        Refusal: as `find`; it is a reward model; or what it started from is gone, or was trained again.
     """
     return _in_role(find(reference, key, base_model, adapter_base), reward_model=False)
 
@@ -262,7 +266,7 @@ def find_checkpoints(reference: str, base_model: str) -> list[ModelRef]:
 
     Raises:
         Refusal: there are none; one would change the base or run code; the run is of another base or of a reward
-            model; or what it started from is gone.
+            model; or what it started from is gone, or was trained again.
     """
     key, home, config = "checkpoints", _home(reference), config_of(reference)
     finished = (home / run_folder.RESULT).is_file()
@@ -288,6 +292,8 @@ def find_checkpoints(reference: str, base_model: str) -> list[ModelRef]:
     if recipe == "reward":
         raise Refusal(f"{key}={reference}: is a run of reward, not a policy. Give one of ppo or dpo, say.")
     rewards = names_in((read_result(home) or {}).get("rewards"))
+    started_from, anchored_to = config["model"].get("adapter"), config.get("reference")
+    began = f"reference={anchored_to}" if anchored_to else f"model.adapter={started_from}"
     found = [
         ModelRef(
             str(reference),
@@ -296,8 +302,9 @@ def find_checkpoints(reference: str, base_model: str) -> list[ModelRef]:
             base=base,
             sha256=adapter_sha256(folder),
             recipe=recipe,
-            started_from=config["model"].get("adapter"),
-            anchored_to=config.get("reference"),
+            started_from=started_from,
+            anchored_to=anchored_to,
+            start_sha256=run_folder.inputs(home).get(began),
             rewards=rewards,
             step=step,
         )
@@ -408,7 +415,8 @@ def _refuse_other_base(reference: str, key: str, base: str | None, base_model: s
 
 
 def _in_role(found: ModelRef, reward_model: bool) -> ModelRef:
-    """Refuse a reward model as a policy, a policy as a reward model, and a run without what it started from."""
+    """Refuse a reward model as a policy, a policy as a reward model, a run without what it started from, and a policy
+    whose reference has other weights than those that it was trained against."""
     if found.is_reward_model != reward_model:
         what = "a reward model" if found.is_reward_model else "no reward model"
         is_one = f"a run of {found.recipe}" if found.recipe else what
@@ -419,6 +427,12 @@ def _in_role(found: ModelRef, reward_model: bool) -> ModelRef:
         raise Refusal(
             f"{found.key}={found.reference}: started from {reference}, its reference, which is not there. "
             "Put that run back, or evaluate where both were trained."
+        )
+    before = None if reward_model else reference and found.start_sha256
+    if before and (now := adapter_sha256(adapter_in(reference))) != before:
+        raise Refusal(
+            f"{found.key}={found.reference}: was trained against {reference}, whose weights are others since (SHA-256 "
+            f"{before[:12]}, then {str(now)[:12]}). Put those back, or train this run again."
         )
     return found
 

@@ -178,7 +178,9 @@ def test_squared_error_by_hand():
 
 def test_the_gate_is_passed_by_a_calibrated_model_and_not_by_another():
     """Simulated at the fewest pairs with which it is measured."""
-    from rlhf_recipes.audit import verdict
+    from rlhf_recipes.audit import gates, verdict
+
+    gate = next(each for each in gates.GATES if each.threshold == "max_calibration_error")
 
     def states(factor, pairs_in_all, times):
         found = []
@@ -189,7 +191,7 @@ def test_the_gate_is_passed_by_a_calibrated_model_and_not_by_another():
                 found.append("not measured")
             else:
                 assert 0 <= error.low <= error.value <= error.high <= 1
-                found.append(verdict._state(error, 0.05, "max", 20)[0])
+                found.append(verdict._state(error, gate, 0.05, 20)[0])
         return found
 
     right = states(1.0, c.GATE_PAIRS, 5)

@@ -37,8 +37,8 @@ RECIPES = {
     **dict.fromkeys(("sft", "reward", "dpo", "orpo", "simpo", "kto"), TRAINED),
     "ppo": [*TRAINED, "reward_funcs=reward", "trainer.max_completion_length=4", "trainer.num_ppo_epochs=1"],
     "cai": [*DATA, "constitution=clinic", "gate.pairs=2", "gate.fails=contrastive", "generate.max_new_tokens=4",
-            "generate.temperature=0.0", "revise.max_new_tokens=4", "filters.min_words=1", "filters.max_length_ratio=9",
-            "judging.principles_per_pair=2"],
+            "generate.temperature=0.0", "sources=[revision]", "revise.max_new_tokens=4", "filters.min_words=1",
+            "filters.max_length_ratio=9", "judging.principles_per_pair=2"],
     "evaluate": [*DATA, "runs=[dpo]", "reward_model=reward", "prompts=3", "max_new_tokens=4", "exit_codes.worse=0"],
     "publish": ["run=dpo", "folder=published", "license=apache-2.0", "force=true"],
 }  # fmt: skip

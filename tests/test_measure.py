@@ -17,6 +17,7 @@ import pytest
 import quick
 import torch
 from conftest import TINY_ID, stir, write_adapter
+from conftest import weights as other_weights
 from omegaconf import OmegaConf
 from test_processes import differences
 from vllm_standin import Engine, serving
@@ -105,22 +106,20 @@ def test_what_is_compared_is_named_once(tmp_path, monkeypatch):
     assert measure._info(found[1])["adapter_sha256"] == adapter_sha256(Path("base/adapter"))
 
 
-def test_a_job_is_measured_again_where_its_parent_was_trained_again(compose, tmp_path, monkeypatch):
+def test_a_job_is_measured_again_where_what_scores_it_was_trained_again(compose, tmp_path, monkeypatch):
     from rlhf_recipes.evaluation import measure
     from rlhf_recipes.evaluation.measurements import Measurements
     from rlhf_recipes.launch import sweep
 
     monkeypatch.chdir(tmp_path)
-    parent = {"run": "sft", "recipe": "sft", "adapter_sha256": "a", "parent": None}
-    weights = write_adapter(Path("sft"), recipe="sft", parent=None) / "adapter" / "adapter_model.safetensors"
-    write_adapter(Path("dpo"), recipe="dpo", adapter_sha256="b", parent=parent)
+    weights = write_adapter(Path("reward"), recipe="reward", parent=None) / "adapter" / "adapter_model.safetensors"
+    write_adapter(Path("dpo"), recipe="dpo", adapter_sha256="b", parent=None)
     befores = []
-    monkeypatch.setattr(measure, "measure", lambda *given: befores.append(given[-1]) or Measurements("sft", []))
-    cfg = compose("dpo", f"model.id={TINY_ID}", "sweep.prompts=2", "data.eval_size=2")
+    monkeypatch.setattr(measure, "measure", lambda *given: befores.append(given[-1]) or Measurements("base", []))
+    cfg = compose("dpo", f"model.id={TINY_ID}", "sweep.prompts=2", "data.eval_size=2", "sweep.reward_model=reward")
     for _ in range(2):
         sweep._measure(Path("dpo"), Path("."), cfg)
-    header = b'{"__metadata__":{"of":"another"}}'
-    weights.write_bytes(len(header).to_bytes(8, "little") + header)
+    weights.write_bytes(other_weights("another"))
     sweep._measure(Path("dpo"), Path("."), cfg)
     assert befores == [None, None]
 

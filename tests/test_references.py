@@ -133,7 +133,7 @@ def test_who_was_trained_on_the_reward_that_judges(here, policy, scorer, parent,
 
     for name in ("copied", "other", "gone"):
         write_adapter(here / name, recipe="reward", parent=None)
-    of_ppo = {"run": "ppo", "recipe": "ppo", "adapter_sha256": "of ppo", "parent": OF_SFT}
+    of_ppo = {"run": "ppo", "recipe": "ppo", "adapter_sha256": SHA, "parent": OF_SFT}
     write_adapter(here / "later", recipe="dpo", parent=of_ppo)
     gone = hashlib.sha256(weights("gone")).hexdigest()
     write_adapter(here / "recorded", recipe="ppo", parent=OF_SFT, rewards=[gone])
@@ -142,10 +142,6 @@ def test_who_was_trained_on_the_reward_that_judges(here, policy, scorer, parent,
     for folder in ("reward", "copied", "ensemble/a"):
         weigh(folder, "a reward")
     weigh("ensemble/b", "b")
-    if parent:
-        result = json.loads((here / "later" / "result.json").read_text())
-        result["parent"]["adapter_sha256"] = references.adapter_sha256(Path("ppo/adapter"))
-        (here / "later" / "result.json").write_text(json.dumps(result))
     if policy == "checkpoints":
         systems = measure.find([], "base", TINY_ID, "ppo")
     else:
@@ -318,6 +314,10 @@ DAMAGED = {
     "its reference gone": (
         lambda dpo: (dpo.parent / "sft").rename(dpo.parent / "moved"),
         "runs=dpo: started from sft, its reference, which is not there. Put that run back",
+    ),
+    "its reference trained again": (
+        lambda dpo: rewrite(dpo / "result.json", parent=OF_SFT | {"adapter_sha256": "0" * 64}),
+        f"runs=dpo: was trained against sft, whose weights are others since (SHA-256 000000000000, then {SHA[:12]}).",
     ),
 }
 

@@ -154,8 +154,7 @@ def test_it_may_end_with_a_dry_run_of_publishing(after_sft, run_recipe, tiny_ove
     table = done.stdout[done.stdout.index("stage ") :]
     assert "round trip difference" in table and f"adapter  {RUN.format('published')}/sft/adapter" in table
     assert (folder / "publish" / "files" / "adapter_model.safetensors").is_file()
-    assert (
-        f"next      python -m rlhf_recipes.recipes.publish run={RUN.format('published')}/sft repo_id=" in done.stdout
-    )
+    assert f"next      python -m rlhf_recipes.recipes.publish run={RUN.format('published')}/sft " in done.stdout
+    assert " license=mit force=true repo_id=" in done.stdout
     again = run_recipe("pipeline", *line, cwd=here)
     assert again.returncode == 0 and "[2/2 publish] finished before, kept" in again.stdout, again

@@ -76,7 +76,9 @@ def check(cfg: DictConfig) -> Named:
     if cfg.filters.min_words > cfg.filters.max_words:
         raise Refusal(f"filters.min_words={cfg.filters.min_words}: is over filters.max_words. Change one.")
     if "on_policy" in cfg.sources and cfg.generator.kind == "local" and cfg.generate.temperature == 0:
-        raise Refusal("generate.temperature=0: the samples of on_policy would be alike. Raise it, or leave it out.")
+        raise Refusal(
+            "generate.temperature=0: the samples of on_policy would be alike. Raise it, or set sources=[revision]."
+        )
     for key in ("margin", "max_disagreement"):
         if cfg.judge.kind == "reward" and cfg.judge[key] < 0:
             raise Refusal(f"judge.{key}={cfg.judge[key]}: must be at least 0. Change it.")
