@@ -353,7 +353,7 @@ def test_a_run_keeps_what_it_continues(here, compose, tiny_model_overrides):
     (here / "dpo" / "adapter" / "adapter_model.safetensors").write_bytes(weights("others"))
     assert run.parent == references.ModelRef(
         "dpo", "model.adapter", adapter=run.parent.adapter, base=TINY_ID, sha256=SHA, recipe="dpo",
-        started_from="sft", parent=OF_SFT,
+        started_from="sft", parent=OF_SFT, start_sha256=SHA,
     )  # fmt: skip
 
 
