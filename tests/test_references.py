@@ -56,7 +56,7 @@ def test_a_run_folder_is_its_adapter(here):
     found = references.find("dpo", "model.adapter", TINY_ID)
     assert found == ModelRef(
         "dpo", "model.adapter", ADAPTER, Path("dpo/adapter"), TINY_ID, None, SHA, "dpo",
-        "sft", OF_SFT,
+        "sft", OF_SFT, start_sha256=SHA,
     )  # fmt: skip
     assert found.lineage == {"run": "dpo", "recipe": "dpo", "adapter_sha256": SHA, "parent": OF_SFT}
     assert (found.name, str(found.start), found.is_reward_model) == ("dpo", "sft/adapter", False)
