@@ -218,7 +218,9 @@ CASES = {
     "few tensors without gradients": ("dead_gradients", "watch", record(log={"dead_gradients": 0.02}), []),
     "no gradient at all": (
         "dead_gradients", "broken", record(log={"grad_norm": 0.0}),
-        [record(log=[{**row, "grad_norm": 0.0} if row["step"] % 4 else row for row in record().rows])],
+        [record(log=[{**row, "grad_norm": 0.0} if row["step"] % 4 else row for row in record().rows]),
+         record(log=[{**row, "grad_norm": 0.0, "dead_gradients": 1.0, "rewards/margins": 200.0} if row["step"] > 3
+                     else row for row in record().rows])],  # reward saturation
     ),
     "nothing moved": (
         "dead_gradients", "broken",

@@ -83,9 +83,10 @@ def dead_gradients(record: Record) -> Finding | None:
 
     bitsandbytes on a CPU repacks 4-bit weights when it evaluates: the LoRA of q, k, v, gate and up then has none,
     until the LoRA of the layers behind them has moved and passes a little. A does not count while its B is zero, nor
-    does a row whose gradient is NaN, or whose completions score alike: without an advantage there is none.
+    does a row whose gradient is NaN, whose completions score alike (without an advantage there is none), or whose
+    pairs are so far apart that none is left.
     """
-    taught, stopped = [row for row in record.rows if _teaches(row)], record.stopped or ""
+    taught, stopped = [row for row in record.rows if _teaches(record, row)], record.stopped or ""
     rows = taught if stopped.startswith(BY_DOCTOR) else [] if stopped else taught
     shares = [row["dead_gradients"] for row in rows if "dead_gradients" in row]
     norms = [row["grad_norm"] for row in rows if "grad_norm" in row][-MIN_ROWS:]
@@ -106,10 +107,13 @@ def dead_gradients(record: Record) -> Finding | None:
     return None
 
 
-def _teaches(row: dict) -> bool:
-    """Not where all completions of its rollout, or of each of its groups, score alike, or its gradient is NaN."""
+def _teaches(record: Record, row: dict) -> bool:
+    """Not where all completions of its rollout, or of each of its groups, score alike, where the mean margin of its
+    pairs is saturated, or its gradient is NaN."""
     alike = row.get("reward_std") == 0 or row.get("frac_reward_zero_std") == 1
-    return not alike and math.isfinite(row.get("grad_norm", 0.0))
+    limit = margin_limit(record)
+    apart = limit is not None and row.get(margin_key(record), 0.0) > limit
+    return not alike and not apart and math.isfinite(row.get("grad_norm", 0.0))
 
 
 def wrong_reference(record: Record) -> Finding | None:
