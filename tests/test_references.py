@@ -8,7 +8,7 @@ import pytest
 from conftest import TINY_ID, weights, write_adapter
 from omegaconf import OmegaConf
 
-from rlhf_recipes import lineage, references
+from rlhf_recipes import lineage, references, run_folder
 from rlhf_recipes.evaluation import measure
 from rlhf_recipes.launch.refusals import as_refusal
 from rlhf_recipes.references import ADAPTER, FUNCTION, HUB, MODEL, ModelRef
@@ -81,6 +81,21 @@ def test_a_checkpoint_is_an_adapter_with_its_step(here):
         ]
         assert {(each.recipe, str(each.start), each.sha256) for each in found} == {("ppo", "sft/adapter", SHA)}
     assert references.find("ppo/checkpoints/checkpoint-2", "runs", TINY_ID).sha256 == SHA
+
+
+def test_checkpoints_are_refused_whose_start_was_trained_again(here):
+    path = here / "ppo" / "config.yaml"
+    config = path.read_text()
+
+    def began_from(sha256):
+        read = json.dumps({"model.adapter=sft": sha256})
+        path.write_text(f"# of a run\n{run_folder.INPUTS}: {read}\n{config}")
+
+    began_from(SHA)
+    assert len(references.find_checkpoints("ppo", TINY_ID)) == 2
+    began_from("0" * 64)
+    says = "checkpoints=ppo: was trained against sft, whose weights are others since"
+    assert refusal(references.find_checkpoints, "ppo", TINY_ID).startswith(says)
 
 
 def test_the_folder_of_an_ensemble_is_its_members(here):
@@ -318,6 +333,10 @@ DAMAGED = {
     "its reference trained again": (
         lambda dpo: rewrite(dpo / "result.json", parent=OF_SFT | {"adapter_sha256": "0" * 64}),
         f"runs=dpo: was trained against sft, whose weights are others since (SHA-256 000000000000, then {SHA[:12]}).",
+    ),
+    "its other reference trained again": (
+        lambda dpo: rewrite(dpo / "result.json", reference={"run": "ppo", "adapter_sha256": "0" * 64}),
+        "runs=dpo: was trained against ppo, whose weights are others since",
     ),
 }
 
