@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+from importlib import resources
 
 import numpy as np
 import pytest
@@ -212,7 +213,10 @@ def test_a_finished_audit_is_not_overwritten(audited, run_recipe, everything, he
 
 
 def test_labels_of_people_are_gold_too(audited, run_recipe, everything, here):
+    """Of other rows than the reward models learned from, which is said."""
     asked = [each for each in everything if not each.startswith(("gold=", "checkpoints=", "deployment="))]
+    shutil.copy(resources.files("rlhf_recipes") / "assets/clinic/pairs.jsonl", here / "mine.jsonl")
+    asked += ["data=local", "data.path=mine.jsonl"]
     done = run_recipe("audit", *asked, "gold=labels.jsonl", "run_name=labels", cwd=here)
     assert (
         done.returncode == 2
@@ -222,6 +226,8 @@ def test_labels_of_people_are_gold_too(audited, run_recipe, everything, here):
     (here / "labels.jsonl").write_text("".join(json.dumps(row | {"gold": len(row["answer"])}) + "\n" for row in rows))
     done = run_recipe("audit", *asked, "gold=labels.jsonl", "run_name=labels", cwd=here)
     assert done.returncode == 0, done
+    doubt = "learned from data.path=clinic (here mine.jsonl): pairs held out here may have been in that training"
+    assert doubt in done.stdout and doubt in (here / "outputs/audit/labels/audit.json").read_text()
 
 
 @pytest.mark.parametrize(

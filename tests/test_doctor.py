@@ -322,7 +322,9 @@ CASES = {
         [record(log=rows(steps=7, entropy=lambda t: 3 * (t < 0.5)))],
     ),
     "no entropy from within the first quarter on": (
-        "collapse", "broken", fallen(entropy=[3.05, 2.97, 2.74, 0.68, 0.32, 0.11]), [fallen(entropy=[3.05, 1.6])],
+        "collapse", "broken", fallen(entropy=[3.05, 2.97, 2.74, 0.68, 0.32, 0.11]),
+        # the first of rows that differ as much may be high by luck
+        [fallen(entropy=[3.05, 1.6]), fallen(entropy=[4.0, 0.8] * 9 + [1.5])],
     ),
     "one length from within the first quarter on": (
         "length_drift", "watch", fallen(**{"completions/mean_length": [12.0, 9.0, 4.0, 2.0, 3.0]}),
