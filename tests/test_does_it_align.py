@@ -10,6 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
 import align_table
+from does_it_align import turned_round
 from worlds import WORLDS, courteous, flattered, listens, plain
 
 ASKED = "Hello, my blister plaster fell off and the blister looks angry. Can you see me tomorrow?"
@@ -71,6 +72,15 @@ def test_labellers_are_noisy_and_those_of_plain_like_courtesy():
     assert 0.68 < sum(taken) / 1000 < 0.78  # sigmoid(2 * 0.5) = 0.731
 
 
+def test_a_bad_labeller_turns_a_share_of_the_labels_round():
+    pairs = [{"prompt": n, "chosen": "good", "rejected": "bad"} for n in range(1000)]
+    assert turned_round(pairs, 0.0, 0) == pairs
+    turned = turned_round(pairs, 0.3, 0)
+    wrong = [row for row in turned if row["chosen"] == "bad"]
+    assert 270 < len(wrong) < 330 and all(row["rejected"] == "good" for row in wrong)
+    assert [row["prompt"] for row in turned] == list(range(1000))
+
+
 def point(step, kl, gold, proxy=None, other=None, doctor=()):
     proxy, n = proxy or gold, len(gold)
     measured = {"tokens": [9.0] * n, "repetition": [0.0] * n, "eos_rate": [1.0] * n}
@@ -128,8 +138,8 @@ def test_the_table_says_what_each_method_gained_and_what_choices_cost(cells):
 
 
 def test_rounds_stand_against_one_run_with_as_many_labels(cells):
-    world, runs, at_end, at_half, at_one = align_table.rounds_over_one(cells)[0]
-    assert (world, runs) == ("plain", 1) and at_end.startswith("+0.40 [")
+    ((world, *of, runs, at_end, at_half, at_one),) = align_table.one_over_another(cells, "rounds_of_dpo", "dpo")
+    assert (world, of, runs) == ("plain", ["rounds_of_dpo", "dpo"], 1) and at_end.startswith("+0.40 [")
     assert at_half.startswith("+0.11 [") and at_half.endswith(" (1)") and at_one.startswith("+0.22 [")
 
 

@@ -16,7 +16,13 @@ COLUMNS = (
     "world", "method", "runs", "gold gained", "KL", *(f"gold gained at KL {kl:g}" for kl in EQUAL_KL),
     "proxy gained", "regret: the last", "by the proxy", "by evaluate", "by the doctor", "by the audit",
 )  # fmt: skip
-OVERDONE = "_overdone"  # methods that are bad on purpose, for the alarms alone
+BAD = ("_overdone", "_flipped", "_left")  # methods, or their labellers, that are bad on purpose: for the alarms alone
+# Rounds against one run with as many labels; labellers who go bad in round two against good ones.
+COMPARED = (
+    ("rounds_of_dpo", "dpo"),
+    ("rounds_of_dpo_flipped", "rounds_of_dpo"),
+    ("rounds_of_dpo_left", "rounds_of_dpo"),
+)
 FAR = 10.0  # nats an answer
 OF_SIZE = ("too_little_data",)  # what the doctor says of the number of held-out rows is no alarm
 
@@ -30,8 +36,8 @@ def show(folder: Path, table: bool, plot: Path | None, alarms: bool) -> None:
     cells = load(folder)
     if table:
         print_rows(COLUMNS, rows(cells))
-        head = ("world", "rounds of dpo over dpo, runs", "at the end", *(f"at KL {kl:g}" for kl in EQUAL_KL))
-        print_rows(head, rounds_over_one(cells))
+        head = ("world", "gold of", "over", "runs", "at the end", *(f"at KL {kl:g}" for kl in EQUAL_KL))
+        print_rows(head, [row for pair in COMPARED for row in one_over_another(cells, *pair)])
     if alarms:
         heard = courses(cells)
         print_rows(("world", "method", "seed", "gold", *heard[0].alarms), each_run(heard))
@@ -79,7 +85,7 @@ def at_kl(points: list[dict], kl: float, key: str = "gold") -> list[float] | Non
 def rows(cells: dict) -> list[tuple]:
     """A row for each world and method; a star where the gold gained is beyond its interval after correction for the
     number of methods in that world (Bonferroni)."""
-    found, listed = [], dict.fromkeys((w, m) for w, m, _ in cells if m != "anchor" and not m.endswith(OVERDONE))
+    found, listed = [], dict.fromkeys((w, m) for w, m, _ in cells if m != "anchor" and not m.endswith(BAD))
     for world, method in listed:
         several = [cell for (w, m, _), cell in cells.items() if (w, m) == (world, method)]
         several = [cell for cell in several if (world, "anchor", cell["seed"]) in cells]
@@ -104,20 +110,21 @@ def rows(cells: dict) -> list[tuple]:
     return found
 
 
-def rounds_over_one(cells: dict) -> list[tuple]:
-    """Gold of rounds of DPO over one DPO with as many labels, of the seeds that have both."""
+def one_over_another(cells: dict, method: str, other: str) -> list[tuple]:
+    """A row for each world: gold of a method over another one's, of the seeds that have both."""
     found = []
     for world in dict.fromkeys(world for world, _, _ in cells):
         both = [
-            [course(cells, cells[world, method, seed]) for method in ("dpo", "rounds_of_dpo")]
-            for w, method, seed in cells
-            if (w, method) == (world, "rounds_of_dpo") and (world, "dpo", seed) in cells
+            [course(cells, cells[world, each, seed]) for each in (other, method)]
+            for w, m, seed in cells
+            if (w, m) == (world, method) and (world, other, seed) in cells
         ]
         if both:
-            equal = [[(at_kl(one, kl), at_kl(rounds, kl)) for one, rounds in both] for kl in EQUAL_KL]
+            equal = [[(at_kl(less, kl), at_kl(more, kl)) for less, more in both] for kl in EQUAL_KL]
             there = [[pair for pair in pairs if None not in pair] for pairs in equal]
-            at_end = shown(gained([(one[-1]["gold"], rounds[-1]["gold"]) for one, rounds in both]))
-            found.append((world, len(both), at_end, *(f"{shown(gained(p))} ({len(p)})" if p else "-" for p in there)))
+            at_end = shown(gained([(less[-1]["gold"], more[-1]["gold"]) for less, more in both]))
+            at_equal = (f"{shown(gained(pairs))} ({len(pairs)})" if pairs else "-" for pairs in there)
+            found.append((world, method, other, len(both), at_end, *at_equal))
     return found
 
 
@@ -296,7 +303,7 @@ def draw(cells: dict, path: Path) -> None:
         "#444",
         "#7a4b2b",
     )
-    methods = list(dict.fromkeys(m for _, m, _ in cells if m != "anchor" and not m.endswith(OVERDONE)))
+    methods = list(dict.fromkeys(m for _, m, _ in cells if m != "anchor" and not m.endswith(BAD)))
     for line, world in zip(grid, worlds, strict=True):
         for axes, key in zip(line, ("gold", "proxy"), strict=True):
             for colour, method in zip(colours * 2, methods, strict=False):

@@ -87,7 +87,12 @@ METHODS = {
     "ppo_courteous_slowly_overdone": ("ppo", [*UNBOUND, *SLOWLY, "reward_funcs=worlds:courteous"]),
     "rloo_slowly_overdone": ("rloo", [*SAMPLED, *OVERDONE, *SLOWLY, "trainer.num_generations=4", "trainer.beta=1e-4",
                              "trainer.gradient_accumulation_steps=1"]),
+    "rounds_of_dpo_flipped": ("dpo", OF_LABELS),
+    "rounds_of_dpo_left": ("dpo", OF_LABELS),
 }  # fmt: skip
+# Of the labels from round two on, the share that a bad labeller turns round; who takes the left of two random places,
+# a half.
+TURNED = {"rounds_of_dpo_flipped": 0.3, "rounds_of_dpo_left": 0.5}
 
 
 def main() -> None:
@@ -130,7 +135,7 @@ def run_cell(world: World, method: str, seed: int) -> None:
     if not Path(ANCHOR_RUN, "result.json").exists():
         train_anchor()
         began = time.monotonic()
-    cell = {"anchor": make_labels, "best_of_n": best_of_n, "rounds_of_dpo": rounds}.get(method, one_run)
+    cell = {"anchor": make_labels, "best_of_n": best_of_n}.get(method, rounds if "rounds" in method else one_run)
     found = {"world": world.name, "method": method, "seed": seed, **cell(world, method, seed)}
     found["seconds"] = round(time.monotonic() - began)
     cell_file(world.name, method, seed).write_text(json.dumps(found) + "\n", encoding="utf-8")
@@ -213,8 +218,10 @@ def rounds(world: World, method: str, seed: int) -> dict:
     for turn in range(ROUNDS):
         asked_now, drawn = train[turn * share : (turn + 1) * share], 100 * (turn + 1) + seed
         rows = label(world, asked_now, sample(policy, asked_now, SAMPLES, drawn), drawn)
+        if turn:
+            rows = turned_round(rows, TURNED.get(method, 0.0), drawn)
         rows = [row | {"split": "train"} for row in rows] + [row for row in tests if row["split"] == "test"]
-        name = f"{method}_{world.name}_{seed}_{turn}"
+        name = f"{method if turn else 'rounds_of_dpo'}_{world.name}_{seed}_{turn}"  # the first round is one for all
         write_rows(f"pairs_{name}.jsonl", rows)
         given = [*LOCAL, f"data.path=pairs_{name}.jsonl", f"model.adapter={policy}", *overrides]
         given += [f"trainer.seed={seed}", f"trainer.max_steps={STEPS // ROUNDS}"]
@@ -359,6 +366,14 @@ def label(world: World, rows: list[dict], texts: list[list[str]], seed: int) -> 
             if better and worse and better != worse:
                 pairs.append({"prompt": row["prompt"], "chosen": [reply(better)], "rejected": [reply(worse)]})
     return pairs
+
+
+def turned_round(pairs: list[dict], share: float, seed: int) -> list[dict]:
+    """Pairs of which about `share` have the rejected reply for the chosen one."""
+    dice = random.Random(seed)
+    return [
+        row | {"chosen": row["rejected"], "rejected": row["chosen"]} if dice.random() < share else row for row in pairs
+    ]
 
 
 # ---- Small things
