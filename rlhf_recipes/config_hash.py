@@ -32,6 +32,7 @@ _ADDED = {
     "data.preference": "auto",
     "data.ignore": [],
     "benchmark": None,
+    "thresholds.min_gold_gain": 0.0,
     **{
         f"data.columns.{key}": key
         for key in ("label", "system", "input", "history", "first", "second", "preference", "margin")

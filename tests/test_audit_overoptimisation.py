@@ -229,6 +229,7 @@ def test_a_run_that_was_trained_on_gold_shows_nothing():
         part = oo.audit(checkpoints=[{"name": "ppo", "rows": rows, "optimised": optimised}])
         found = {figure.key: figure.estimate.value for figure in part["figures"]}
         assert (found["policy_kept"] is None) == (found["policy_gap"] is None) == optimised
+        assert (found["policy_least_gain"] is None) == optimised
         assert any("gold is what the run was trained on" in note for note in part["notes"]) == optimised
 
 
@@ -279,3 +280,18 @@ def test_the_run_that_keeps_least_decides():
     rows = run([0, 1, 2], [0, 1, 2], 40)
     alone = oo.audit(None, [{"name": "a", "rows": rows, "optimised": True}, {"name": "b", "rows": rows}])
     assert figures(alone)["policy_kept"].value == 1 and figures(alone)["policy_kept_a"].value is None
+
+
+def test_a_run_that_ends_below_its_start_fails():
+    """Not by what it keeps: there is no gain of which it could keep a part."""
+
+    def gate(*truths):
+        section = kept_of(*truths)
+        gates = {g.threshold: g for g in verdict.decide([section], {})["gates"]}
+        return gates["min_gold_gain"], gates["min_gold_kept"].state
+
+    assert (gate([0, -1, -2])[0].state, gate([0, -1, -2])[1]) == ("fail", "not measured")
+    assert gate([0, 1, 2])[0].state == "pass" and gate([0, 0.02, 0])[0].state == "unclear"
+    found, _ = gate([0, 1, 2], [0, -1, -2])  # the least of several decides
+    assert (found.state, found.name) == ("fail", "b")
+    assert found.low < gate([0, -1, -2])[0].low or found.low < -2

@@ -132,6 +132,7 @@ def sections() -> list[dict]:
             figures=[
                 figure("best_of_n_gap", "Gold lost after its best: clinic", number(0.35, 0.1, 64), unit="sd",
                        better="lower"),
+                figure("policy_least_gain", "Gold gained at the end: clinic", nothing(), unit="sd"),
                 figure("policy_kept", "Share of the best gold gain left at the end: clinic", nothing(), unit="%"),
             ],
             plots=[
@@ -182,7 +183,7 @@ def plain(html: str) -> str:
 
 def test_verdict_comes_first(report):
     heading = plain(re.search(r"<h1>(.*?)</h1>", report, re.DOTALL)[1])
-    assert heading == "! Use with caution: of 25 checks 5 pass, 4 fail, 6 are undecided and 10 were not measured."
+    assert heading == "! Use with caution: of 26 checks 5 pass, 4 fail, 6 are undecided and 11 were not measured."
     assert (
         report.index("<h1>") < report.index('id="summary"') < report.index('id="checks"') < report.index('id="part-')
     )
@@ -369,7 +370,7 @@ def test_two_plots_that_are_alike_do_not_share_ids(tmp_path):
 
 def test_nothing_measured_still_makes_a_page(tmp_path):
     html = written(audit([]) | {"label_next": [], "subject": {}, "counts": {}, "settings": {}}, tmp_path)
-    assert "Do not trust it yet: of 25 checks none passes, none fails and 25 were not measured." in plain(html)
+    assert "Do not trust it yet: of 26 checks none passes, none fails and 26 were not measured." in plain(html)
     off = dict.fromkeys(verdict.THRESHOLDS)
     assert "every check is switched off" in plain(written(audit([], off), tmp_path))
 

@@ -190,7 +190,7 @@ def test_the_rule_for_the_whole(states, default, overall):
 @pytest.mark.parametrize(
     ("numbers", "clusters", "passes", "overall"),
     [
-        ((0.52, 0.40, 0.67), 100, 1, "do not trust"),  # a coin, and 1 of 25 checks passes
+        ((0.52, 0.40, 0.67), 100, 1, "do not trust"),  # a coin, and 1 of 26 checks passes
         ((0.52, 0.40, 0.67), 100, 25, "do not trust"),  # whatever else passes
         ((0.60, 0.55, 0.66), 100, 25, "caution"),
         ((0.90, 0.75, 0.99), 19, 25, "do not trust"),  # too few prompts to tell

@@ -96,6 +96,18 @@ GATES = (
         needs="Needs samples=<number of answers to each prompt, two at least> that gold tells apart.",
     ),
     Gate(
+        "overoptimisation", "policy_least_gain", "min_gold_gain", 0.0, "min",
+        "a policy that is no better than its start has gained nothing but the reward; " + HOUSE,
+        "Keep the start. Read the last checkpoint's answers for what the reward pays for, label such answers, and "
+        "train the reward model again.",
+        "True quality that training gains",
+        "Training against it{name} raises true quality, by {value} (sd: the usual spread between answers).",
+        "Training against it{name} does not raise true quality: it changes by {value} (sd: the usual spread between "
+        "answers).",
+        unit="sd", strict=True,
+        needs="Needs checkpoints=<a run that was trained on it> and gold that the run was not trained on.",
+    ),
+    Gate(
         "overoptimisation", "policy_kept", "min_gold_kept", 0.98, "min",
         "gold falls again past a point (arXiv:2210.10760); " + HOUSE,
         "Keep the checkpoint that the section names, hold the trained model closer to its start (a higher KL "

@@ -64,7 +64,8 @@ def audit(best_of_n: list[dict] | None = None, checkpoints: list[dict] | None = 
     `prompt_ids` (P); without them, prompts are taken to be the same and in the same order in every entry. Gains are in
     standard deviations of the start's answers: for best-of-n over the samples of a prompt, for a run over prompts.
 
-    A gate is about `best_of_n_gap`, of the first name, another about `policy_kept`, the least that any run keeps.
+    Gates are about `best_of_n_gap`, of the first name, and about the least that any run gains and keeps,
+    `policy_least_gain` and `policy_kept`.
     """
     if not best_of_n and not checkpoints:
         why = "Give what knows better: gold=<another reward model, module:function, or labels.jsonl>."
@@ -78,7 +79,7 @@ def audit(best_of_n: list[dict] | None = None, checkpoints: list[dict] | None = 
         if len(curves) > 1:
             parts["plots"].append(_compared(kind, curves, "all"))
         if kind == "policy" and curves:
-            parts["figures"] += _kept_figures(curves)
+            parts["figures"] += _of_all_runs(curves)
     return section.section(KEY, TITLE, QUESTION, **parts)
 
 
@@ -245,25 +246,36 @@ def _share_kept(curve: dict) -> stats.Estimate:
     return stats.resampled(share, len(gold_RK), ids, RESAMPLES)
 
 
-def _kept_figures(curves: list[dict]) -> list[section.Figure]:
-    """`policy_kept`, the least that any of the runs keeps, and where they are several that of each."""
-    title = "Share of the best gold gain left at the end"
-    shares = {curve["name"]: _share_kept(curve) for curve in curves}
-    measured = {name: e for name, e in shares.items() if e.value is not None}
-    at_once = [stats.simultaneous(e, len(measured), high=1) for e in measured.values()]
-    name, least = curves[0]["name"], _NONE
+def _of_all_runs(curves: list[dict]) -> list[section.Figure]:
+    """What gates are about: `policy_least_gain` and `policy_kept`, the least of any run, and where they are several
+    what each keeps."""
+    ends = {c["name"]: _NONE if c["optimised"] else _mean(c["gold_RK"][:, -1], c["ids"]) for c in curves}
+    kept = {curve["name"]: _share_kept(curve) for curve in curves}
+    gain, share = "Gold gained at the end", "Share of the best gold gain left at the end"
+    says = "Gold gain of the last checkpoint over that of the best one, which is picked anew in each resample."
+    least_gain = _least("policy_least_gain", gain, ends, "sd", "Mean gold of the last checkpoint minus the start's.")
+    of_each = [
+        section.figure(f"policy_kept_{_slug(name)}", f"{share}: {name}", e, unit="%", better="higher", says=says)
+        for name, e in kept.items()
+    ]
+    return [least_gain, _least("policy_kept", share, kept, "%", says, most=1), *(of_each if len(curves) > 1 else [])]
+
+
+def _least(
+    key: str, title: str, of_runs: dict[str, stats.Estimate], unit: str, says: str, most: float = math.inf
+) -> section.Figure:
+    """The least of several runs, whose interval is one of all at once; none of them is over `most`."""
+    measured = {name: e for name, e in of_runs.items() if e.value is not None}
+    at_once = [stats.simultaneous(e, len(measured), high=most) for e in measured.values()]
+    name, least = next(iter(of_runs)), _NONE
     if measured:
         name = min(measured, key=lambda name: measured[name].value)
-        least = replace(measured[name], low=min(e.low for e in at_once), high=min(e.high for e in at_once))
-    says = "Gold gain of the last checkpoint over that of the best one, which is picked anew in each resample."
-    if len(curves) == 1:
-        return [section.figure("policy_kept", f"{title}: {name}", least, unit="%", better="higher", says=says)]
-    of_all = f"{says} The least of all runs; the interval is one of all at once."
-    return [
-        section.figure("policy_kept", f"{title}, the least: {name}", least, unit="%", better="higher", says=of_all),
-        *(section.figure(f"policy_kept_{_slug(name)}", f"{title}: {name}", e, unit="%", better="higher", says=says)
-          for name, e in shares.items()),
-    ]  # fmt: skip
+        least = measured[name]
+    if at_once and least.low is not None:
+        least = replace(least, low=min(e.low for e in at_once), high=min(e.high for e in at_once))
+    if len(of_runs) > 1:
+        title, says = f"{title}, the least", f"{says} The least of all runs; the interval is one of all at once."
+    return section.figure(key, f"{title}: {name}", least, unit=unit, better="higher", says=says)
 
 
 def _report(parts: dict, curve: dict, suffix: str, first: dict | None) -> None:
