@@ -71,6 +71,8 @@ def refusal(check):
         ("simpo", "trainer.beta=0", "trainer.beta=0: must be above 0 and finite."),
         ("orpo", "trainer.beta=-0.1", "trainer.beta=-0.1: must be at least 0 and finite."),
         ("dpo", "trainer.beta=.nan", "trainer.beta=nan: must be above 0 and finite."),
+        ("audit", "exit_codes.do_not_trust=256", "exit_codes.do_not_trust=256: must be at least 0 and at most 255."),
+        ("pipeline", "loop.exit_codes.stopped=-1", "loop.exit_codes.stopped=-1: must be at least 0 and at most 255."),
         ("sft", "trainer.max_length=0", "trainer.max_length=0: must be at least 2."),
         ("sft", "trainer.max_steps=0", "trainer.max_steps=0: must be at least 1, or -1."),
         ("reward", "trainer.num_train_epochs=0", "trainer.num_train_epochs=0: must be above 0 and finite."),
@@ -79,6 +81,7 @@ def refusal(check):
         ("ppo", "trainer.max_completion_length=0", "trainer.max_completion_length=0: must be at least 1."),
         ("evaluate", "max_new_tokens=0", "max_new_tokens=0: must be at least 1."),
         ("audit", "samples=1", "samples=1: must be at least 2, or 0."),
+        ("audit", "thresholds.min_gold_gain=.nan", "thresholds.min_gold_gain=nan: must be finite."),
         ("audit", "ledger_pairs=0", "ledger_pairs=0: must be at least 1."),
         ("audit", "stress_pairs=-1", "stress_pairs=-1: must be at least 0."),
         ("cai", "filters.max_length_ratio=0", "filters.max_length_ratio=0: must be at least 1."),
@@ -273,6 +276,7 @@ def test_every_range_is_of_a_key_that_is_there(compose):
         for node in ("trainer", "lora"):
             known |= {f"{node}.{name}" for name in parameters(config.guard.find_class(cfg[node]._target_, node))}
     known |= {key for group in keys.KINDS for key in keys.of_kind(group, "server")}
+    known |= {key.rpartition(".")[0] for key in known}  # of all keys below one
     assert {key.removesuffix(".*") for key in ranges.RANGES} <= known
 
 

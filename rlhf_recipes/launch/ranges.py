@@ -32,7 +32,9 @@ class Range:
 
     def __str__(self) -> str:
         ends = {name: getattr(self, name) for name in ("at_least", "above", "below", "at_most")}
-        said = [f"{name.replace('_', ' ')} {end:g}" for name, end in ends.items() if end not in (None, math.inf)]
+        said = [
+            f"{name.replace('_', ' ')} {end:g}" for name, end in ends.items() if end not in (None, math.inf, -math.inf)
+        ]
         said += ["finite"] if self.below == math.inf else []
         return " and ".join(said) + "".join(f", or {number:g}" for number in self.beside)
 
@@ -42,6 +44,8 @@ POSITIVE, NOT_NEGATIVE = Range(above=0, below=math.inf), Range(at_least=0, below
 SHARE, PART = Range(at_least=0, at_most=1), Range(at_least=0, below=1)
 SAMPLED, CHANGE = Range(above=0, at_most=1), Range(at_least=-1, at_most=1)  # change: of a share
 DISTANCE = Range(at_least=0, at_most=0.5)  # of a probability from 1/2
+FINITE = Range(above=-math.inf, below=math.inf)
+EXIT_STATUS = Range(at_least=0, at_most=255)  # the shell's: of 256 it would see 0
 # Keys whose number cannot work, or does nothing, outside of its range.
 RANGES = {
     "trainer.per_device_train_batch_size": COUNT,
@@ -156,8 +160,10 @@ RANGES = {
     "lm_eval.batch_size": COUNT,
     "lm_eval.limit": COUNT,
     "lm_eval.num_fewshot": NATURAL,
+    "exit_codes.*": EXIT_STATUS,
     # Of a pipeline.
     "rounds": NATURAL,
+    "loop.exit_codes.*": EXIT_STATUS,
     "loop.gates.min_win_rate": SHARE,
     "loop.gates.max_kl": NOT_NEGATIVE,
     "loop.gates.min_over_length": CHANGE,
@@ -176,6 +182,7 @@ THRESHOLDS = {
     "max_eos_drop max_task_drop min_gain_over_baseline min_length_matched_change min_gain_at_80 min_alpha min_kappa",
     NOT_NEGATIVE: "max_kl max_perplexity_ratio max_length_ratio min_length_ratio max_best_of_n_gap max_exposure_gap "
     "min_slope max_slope",
+    FINITE: "min_gold_gain",
 }
 RANGES |= {f"thresholds.{name}": allowed for allowed, names in THRESHOLDS.items() for name in names.split()}
 # Where a class, or a recipe without one, takes another range: with lambda 0, ORPO's loss is the likelihood of the
