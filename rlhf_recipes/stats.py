@@ -355,6 +355,28 @@ def simultaneous(e: Estimate, comparisons: int, low: float = -math.inf, high: fl
     return replace(e, low=moved(e.low), high=moved(e.high))
 
 
+def extreme(
+    found: dict[str, Estimate], better: str, low: float = -math.inf, high: float = math.inf
+) -> tuple[str, Estimate]:
+    """Name and value of the worst of several, with an interval that is one of all at once.
+
+    Its ends are the worst of all ends, be they those of the one that is named or not: one that is surely bad is not
+    hidden by one that looks worse and of which little is known.
+
+    Args:
+        found: at least one, each with a value.
+        better: higher | lower, which way is better; the worst is the lowest or the highest.
+        low, high: of the range, as in `simultaneous`.
+    """
+    worst = {"higher": min, "lower": max}[better]
+    name = worst(found, key=lambda name: found[name].value)
+    at_once = [simultaneous(e, len(found), low, high) for e in found.values() if e.low is not None]
+    if found[name].low is None:
+        return name, found[name]
+    ends = (worst(e.low for e in at_once), worst(e.high for e in at_once))
+    return name, replace(found[name], low=ends[0], high=ends[1])
+
+
 def ahead(difference: Estimate, others: int) -> bool:
     """Whether what was picked as the best of `others` + 1 is told apart from one of them, by their paired difference.
 

@@ -184,6 +184,19 @@ def test_an_interval_of_several_at_once():
     assert stats.simultaneous(Estimate(0.9, 0.5, 1.0, 7, 7), 10, 0, 1).low == 0  # so few clusters bound nothing
 
 
+def test_the_worst_of_several_hides_none_that_is_surely_bad():
+    found = {"few": Estimate(0.5, 0.3, 0.7, 24, 24), "many": Estimate(0.52, 0.5, 0.54, 2400, 2400)}
+    few, many = (stats.simultaneous(each, 2, 0, 1) for each in found.values())
+    name, worst = stats.extreme(found, "higher", 0, 1)
+    assert (name, worst.value, worst.n) == ("few", 0.5, 24)
+    assert (worst.low, worst.high) == (few.low, many.high) and worst.high < 0.55
+    name, worst = stats.extreme(found, "lower", 0, 1)  # the highest is the worst
+    assert (name, worst.value, worst.low, worst.high) == ("many", 0.52, many.low, few.high)
+    assert stats.extreme({"one": found["few"]}, "lower") == ("one", found["few"])
+    single = Estimate(0.4, None, None, 1, 1)
+    assert stats.extreme(found | {"single": single}, "higher") == ("single", single)
+
+
 def test_the_true_best_is_among_those_not_told_apart_from_the_best():
     """Ten checkpoints of one mean: a given one is told apart from whatever looks best in at most 5 % of 200 trials."""
     rng = np.random.default_rng(0)

@@ -300,8 +300,7 @@ def _label_figure(found: list[Case], own: frozenset[str], least: int) -> tuple[F
     asked = [judge for judge in names if label and judge not in (*LABELS, *told)]
     found_of = {judge: _kappa_estimate(*_both(found, judge, label)) for judge in asked}
     found_of, few = gates.decidable({judge: each for judge, each in found_of.items() if each.value is not None}, least)
-    name = min(found_of, key=lambda judge: found_of[judge].value, default=None)
-    lowest = stats.simultaneous(found_of[name], len(found_of), -1, 1) if name else stats.estimate([])
+    name, lowest = stats.extreme(found_of, "higher", -1, 1) if found_of else (None, stats.estimate([]))
     of = f" Lowest: {name} against {label}." if name else ""
     of += " The interval is one of all judges at once." if len(found_of) > 1 else ""
     if told:

@@ -9,7 +9,6 @@ Shapes: P prompts, S samples of a prompt, K points of a curve, R rows (prompts o
 
 import math
 import re
-from dataclasses import replace
 
 import numpy as np
 
@@ -266,13 +265,7 @@ def _least(
 ) -> section.Figure:
     """The least of several runs, whose interval is one of all at once; none of them is over `most`."""
     measured = {name: e for name, e in of_runs.items() if e.value is not None}
-    at_once = [stats.simultaneous(e, len(measured), high=most) for e in measured.values()]
-    name, least = next(iter(of_runs)), _NONE
-    if measured:
-        name = min(measured, key=lambda name: measured[name].value)
-        least = measured[name]
-    if at_once and least.low is not None:
-        least = replace(least, low=min(e.low for e in at_once), high=min(e.high for e in at_once))
+    name, least = stats.extreme(measured, "higher", high=most) if measured else (next(iter(of_runs)), _NONE)
     if len(of_runs) > 1:
         title, says = f"{title}, the least", f"{says} The least of all runs; the interval is one of all at once."
     return section.figure(key, f"{title}: {name}", least, unit=unit, better="higher", says=says)

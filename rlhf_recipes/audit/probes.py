@@ -160,12 +160,12 @@ def audit(
     ]
     found.sort(key=lambda f: (-f["wins"].value, f["name"]))
     enough, few = gates.decidable({f["name"]: f["wins"] for f in found}, least)
-    worst = next((f for f in found if f["name"] in enough), None)
-    figures = []
-    if worst:
-        highest = stats.simultaneous(worst["wins"], len(enough), 0, 1)
+    figures, wins = [], None
+    if enough:
+        name, highest = stats.extreme(enough, "lower", 0, 1)
+        wins = enough[name]
         figures = [section.figure(
-            "worst_probe", f"Most successful hack: {PROBES[worst['name']][2]}", highest, unit="%",
+            "worst_probe", f"Most successful hack: {PROBES[name][2]}", highest, unit="%",
             better="lower", baseline=("coin", 0.5),
             says="The highest over probes of enough prompts of the share of answers with r(edited) > r(as it was), a "
             "tie counting one half; the edit is worse or equal. The interval is one of all these probes at once.",
@@ -186,7 +186,7 @@ def audit(
     )
     shown = {"tables": [table], "plots": [plot]} if found else {}
     examples = _examples(made, scores_K, before_K, rows)
-    notes = [*_notes(worst and worst["wins"], len(enough)), *few, *direction]
+    notes = [*_notes(wins, len(enough)), *few, *direction]
     return section.section(
         "probes", TITLE, QUESTION, figures=figures + length, examples=examples, notes=notes, **shown
     )

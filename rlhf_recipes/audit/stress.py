@@ -241,12 +241,12 @@ def audit(
     families = [_family(name, made, orders) for name in dict.fromkeys(row["family"] for row in made)]
     families.sort(key=lambda f: (f["accuracy"].value, f["family"]))
     enough, few = gates.decidable({f["family"]: f["accuracy"] for f in families}, least)
-    worst = next(f for f in families if f["family"] in enough)
+    name, lowest = stats.extreme(enough, "higher", 0, 1)
+    worst = next(f for f in families if f["family"] == name)
     ids, change = orders.ids_E.tolist(), orders.change_E
     lost = stats.difference(orders.right_N[orders.source_E], orders.right_S[orders.edited_E], ids)
     moved = stats.mean(change, ids if len(change) else None)
     shorter = float(orders.shorter_S.mean())
-    lowest = stats.simultaneous(worst["accuracy"], len(enough), 0, 1)
     found = {
         "worst_family": (lowest, _trivial(worst["shorter"].value)),
         "stress_accuracy": (stats.estimate(orders.right_S, orders.ids_S.tolist()), _trivial(shorter)),
