@@ -8,6 +8,7 @@ Examples:
 
 from rlhf_recipes import ranks
 from rlhf_recipes.cai import constitution, earlier, gate, make_pairs, people
+from rlhf_recipes.cai.load import find_judge, load
 from rlhf_recipes.data.fit import describe, fit
 from rlhf_recipes.data.rows import written
 from rlhf_recipes.launch.recipe import recipe
@@ -16,9 +17,10 @@ from rlhf_recipes.run import GATE, Run
 
 @recipe("cai")
 def main(cfg):
-    named = make_pairs.check(cfg)
+    make_pairs.check(cfg)
     if cfg.judge.kind == "people":
         people.check(cfg)
+    named = find_judge(cfg)
     run = Run.start(cfg, "cai")
     principles = constitution.load(cfg.constitution)
     gold = gate.load_gold(cfg)
@@ -26,7 +28,6 @@ def main(cfg):
     prompts = earlier.prompts(cfg, before)
 
     from rlhf_recipes.cai import backend, dataset, fingerprint, report
-    from rlhf_recipes.cai.load import load
 
     generator, judge = load(cfg, run.parent, named, principles)
     if tokenizer := getattr(generator, "tokenizer", None):

@@ -110,6 +110,45 @@ def test_a_setting_that_is_not_read_is_refused(compose, chosen, unread):
     make_pairs.check(compose("cai", *SERVED, *BY_FUNCTION, "experiment=cai/demo", "route.tie_margin=0.01"))
 
 
+BY_PEOPLE, ON_POLICY = ("judge=people",), ("sources=[on_policy]",)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "unread"),
+    [
+        (BY_FUNCTION, "judging.votes=True"),
+        (SCORED, "judging.principles_per_pair=2"),
+        (SCORED, "gate.min_swap_consistency=0.5"),
+        (BY_PEOPLE, "judging.min_calibration_pairs=10"),
+        (BY_PEOPLE, "gate.pairs=9"),
+        (("judge=local",), "judging.votes=True"),
+        (("judging.mode=logprob",), "judging.cot_tokens=9"),
+        (ON_POLICY, "revise.n_revisions=4"),
+        (("sources=[revision]",), "generate.n_samples=4"),
+    ],
+)
+def test_a_setting_that_is_not_read_is_refused_where_it_was_typed(compose, chosen, unread):
+    """An experiment may have it: it says it for whoever judges."""
+    cfg = compose("cai", *chosen, unread)
+    with pytest.raises(Refusal) as caught:
+        make_pairs.check(cfg, [*chosen, f"+{unread}"])
+    assert str(caught.value) == f"{unread}: is not read with {chosen[0]}. Leave it out."
+    make_pairs.check(cfg, chosen)
+    key = unread.partition("=")[0]
+    make_pairs.check(compose("cai", *chosen), [*chosen, f"{key}=as it is"])  # its default, said
+
+
+def test_a_setting_that_is_read_is_taken_where_it_was_typed(compose):
+    for read in (
+        ["judging.mode=cot", "judging.cot_tokens=9"],
+        [*SCORED, "judging.min_calibration_pairs=10"],
+        ["revise.n_revisions=4", "generate.n_samples=3"],
+        [*BY_FUNCTION, "gate.min_swap_consistency=0.5", "experiment=cai/demo"],
+        ["judge=server", "judge.model=m", "judging.votes=true"],
+    ):
+        make_pairs.check(compose("cai", *read), read)
+
+
 def test_what_comes_first_is_counted_or_refused(compose, tmp_path, capsys):
     from rlhf_recipes.cai import earlier
 

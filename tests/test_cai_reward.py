@@ -9,7 +9,7 @@ import pytest
 from test_others_text import pairs_of
 
 from rlhf_recipes import lineage
-from rlhf_recipes.cai import make_pairs, report, scored
+from rlhf_recipes.cai import load, make_pairs, report, scored
 from rlhf_recipes.cai.judge import Pair
 from rlhf_recipes.errors import Refusal
 
@@ -209,4 +209,5 @@ def test_what_cannot_label_is_refused(here, compose, terse, monkeypatch, overrid
     monkeypatch.chdir(here)
     given = [*SMALL, *terse, *(judged() if "judge=function" not in overrides else []), *overrides]
     with pytest.raises(Refusal, match=f"^{says}"):
-        make_pairs.check(compose("cai", *given))
+        make_pairs.check(cfg := compose("cai", *given))
+        load.find_judge(cfg)

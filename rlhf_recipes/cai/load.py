@@ -1,6 +1,6 @@
 """The models of conf/cai.yaml: local, behind an endpoint, reward models; and a function."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -13,31 +13,70 @@ from rlhf_recipes.errors import Refusal
 from rlhf_recipes.models import template_kwargs
 from rlhf_recipes.references import ModelRef
 
-# What a generator or a judge of a kind does not read; but for what of `judging` is a model's, which an experiment may
-# set for whoever judges.
+# What a generator or a judge of a kind does not read.
 UNREAD = {
     "generator=server": ("model.adapter", "max_prompt_length", "data.too_long"),
     "judge=reward": ("route.accept_margin", "route.tie_margin", "route.max_spread"),
     "judge=function": ("route.max_spread", "judging.min_calibration_pairs"),
 }
+# The same of what an experiment may set for whoever judges: it is refused where it was typed.
+OF_A_MODEL = tuple(
+    f"judging.{key}"
+    for key in ("mode", "principles_per_pair", "votes", "prior_correction", "min_option_mass", "cot_tokens")
+)
+UNREAD_IF_TYPED = {
+    "judge=local": ("judging.votes",),
+    "judge=reward": (*OF_A_MODEL, "gate.min_swap_consistency"),
+    "judge=function": OF_A_MODEL,
+    "judge=people": (
+        "judging",
+        *(f"gate.{key}" for key in ("gold", "pairs", "min_parsed", "min_swap_consistency", "fails")),
+    ),
+}
 # What a judge's node names: an adapter, reward models, a function; None of a model without an adapter.
 Named = ModelRef | list[ModelRef] | Callable | None
 
 
-def refuse_unread(cfg: DictConfig, recipe: str = "cai") -> None:
-    """Refuse a setting other than its default that the chosen generator or judge does not read.
+def refuse_unread(cfg: DictConfig, recipe: str = "cai", typed: Iterable[str] = ()) -> None:
+    """Refuse a setting other than its default that nothing reads, as generator, judge or kinds of pairs were chosen.
+
+    Args:
+        typed: overrides, `key=value`, as somebody gave them for this run.
 
     Raises:
         Refusal: names it as typed.
     """
     own = OmegaConf.load(CONF / f"{recipe}.yaml")
     own.data = OmegaConf.load(CONF / "data" / "base.yaml")
-    for choice, keys in UNREAD.items():
-        group, _, kind = choice.partition("=")
-        for key in keys if OmegaConf.select(cfg, f"{group}.kind") == kind else ():
-            given = OmegaConf.select(cfg, key)
-            if given is not None and given != OmegaConf.select(own, key):
-                raise Refusal(f"{key}={given}: is not read with {choice}. Leave it out.")
+    keys = [text.lstrip("+").partition("=")[0] for text in typed]
+    unread = [(choice, key) for choice, unread in UNREAD.items() if _chosen(cfg, choice) for key in unread]
+    if recipe == "cai":
+        unread += [(why, key) for why, groups in _unread_if_typed(cfg) for key in keys if _is_below(key, groups)]
+    for why, key in unread:
+        given = OmegaConf.select(cfg, key)
+        if given is not None and given != OmegaConf.select(own, key):
+            raise Refusal(f"{key}={given}: is not read with {why}. Leave it out.")
+
+
+def _unread_if_typed(cfg: DictConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """A choice, and the settings, or groups of them, that it leaves unread."""
+    yield from ((choice, keys) for choice, keys in UNREAD_IF_TYPED.items() if _chosen(cfg, choice))
+    if cfg.judging.mode == "logprob":
+        yield "judging.mode=logprob", ("judging.cot_tokens",)
+    sources = f"sources=[{','.join(cfg.sources)}]"
+    if "revision" not in cfg.sources:
+        yield sources, ("revise",)
+    if "on_policy" not in cfg.sources:
+        yield sources, ("generate.n_samples", "generate.pairs")
+
+
+def _chosen(cfg: DictConfig, choice: str) -> bool:
+    group, _, kind = choice.partition("=")
+    return OmegaConf.select(cfg, f"{group}.kind") == kind
+
+
+def _is_below(key: str, groups: tuple[str, ...]) -> bool:
+    return any(key == group or key.startswith(f"{group}.") for group in groups)
 
 
 def find_judge(cfg: DictConfig) -> Named:

@@ -35,11 +35,12 @@ from rlhf_recipes.cai.backend import (
 )
 from rlhf_recipes.cai.constitution import Constitution
 from rlhf_recipes.cai.judge import Judge, Judgement, Pair
-from rlhf_recipes.cai.load import Named, find_judge, refuse_unread
+from rlhf_recipes.cai.load import refuse_unread
 from rlhf_recipes.cai.overlap import Overlap
 from rlhf_recipes.config import part_of, plain
 from rlhf_recipes.data.rows import select
 from rlhf_recipes.errors import Refusal, nearest
+from rlhf_recipes.overrides import of_this_run
 from rlhf_recipes.progress import Line
 from rlhf_recipes.run import GATE, Run
 from rlhf_recipes.run_folder import write_atomically
@@ -49,11 +50,11 @@ Record = dict[str, Any]
 SOURCES = ("revision", "on_policy", "contrastive")
 
 
-def check(cfg: DictConfig) -> Named:
-    """Refuse what no run can be made of.
+def check(cfg: DictConfig, typed: Iterable[str] | None = None) -> None:
+    """Refuse settings that no run can be made of.
 
-    Returns:
-        What the judge's node names.
+    Args:
+        typed: as `load.refuse_unread` takes them; None: those of this process.
 
     Raises:
         Refusal: an unknown kind of pairs, a count that is too small, a setting that is not read, or what the judge
@@ -82,8 +83,7 @@ def check(cfg: DictConfig) -> Named:
     for key in ("margin", "max_disagreement"):
         if cfg.judge.kind == "reward" and cfg.judge[key] < 0:
             raise Refusal(f"judge.{key}={cfg.judge[key]}: must be at least 0. Change it.")
-    refuse_unread(cfg)
-    return find_judge(cfg)
+    refuse_unread(cfg, typed=of_this_run() if typed is None else typed)
 
 
 @dataclass

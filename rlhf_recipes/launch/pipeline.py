@@ -23,7 +23,7 @@ from rlhf_recipes.data.load import check
 from rlhf_recipes.errors import Refusal, nearest
 from rlhf_recipes.launch import cards, forks, keys, rounds
 from rlhf_recipes.launch.refusals import WANTS_TRACEBACK, as_refusal
-from rlhf_recipes.overrides import quoted
+from rlhf_recipes.overrides import of_this_run, quoted
 from rlhf_recipes.references import adapter_in
 
 WIDTH = 110
@@ -95,6 +95,9 @@ def plan(cfg: DictConfig) -> Plan:
             before; the folder, or with `overwrite` that of a stage, holds foreign files; another process writes it.
     """
     started = time.monotonic()
+    unread = [text for text in of_this_run() if text.startswith("loop.")]
+    if unread and not cfg.rounds:
+        raise Refusal(f"{unread[0]}: is read with rounds=<number> alone: it would change nothing.")
     _check_overrides("shared", cfg.shared)
     for key, given in cfg.loop.items():
         if OmegaConf.is_list(given):
@@ -118,7 +121,7 @@ def plan(cfg: DictConfig) -> Plan:
         shared = [text for text in cfg.shared if keys.takes(entry.recipe, text)]
         shared += ["overwrite=true"] if cfg.overwrite else []
         overrides = [quoted(text.replace("{dir}", str(here))) for text in [*shared, *entry.get("overrides", [])]]
-        own = _compose(entry, overrides)
+        own = _compose(entry, overrides, here)
         if cfg.rounds and entry.name == rounds.name(1, "policy"):
             rounds.check_rollout(cfg.loop, own.trainer)
         sha256 = config_sha256(run.resolved(own))
@@ -230,7 +233,7 @@ def _environment(label: str) -> dict[str, str]:
     return environment
 
 
-def _compose(entry: DictConfig, overrides: list[str]) -> DictConfig:
+def _compose(entry: DictConfig, overrides: list[str], here: Path) -> DictConfig:
     GlobalHydra.instance().clear()  # of the pipeline's own composition
     try:
         with hydra.initialize_config_module("rlhf_recipes.conf", version_base="1.3"):
@@ -238,6 +241,10 @@ def _compose(entry: DictConfig, overrides: list[str]) -> DictConfig:
         keys.check(cfg, entry.recipe)
         if "data" in cfg:
             check(cfg.data)
+        if entry.recipe == "cai":
+            _check_labeller(cfg, overrides, here)
+        if cfg.get("judge_function"):
+            config.import_function(cfg.judge_function, "judge_function")
         if cfg.get("publish"):  # a stage is finished when it has its result, published or not
             made = f"{'pairs' if entry.recipe == 'cai' else 'run'}={{dir}}/{entry.name}"
             raise Refusal(
@@ -247,6 +254,26 @@ def _compose(entry: DictConfig, overrides: list[str]) -> DictConfig:
     except Exception as error:
         raise Refusal(f"stages.{entry.name}: {as_refusal(error, entry.recipe) or error}") from error
     return cfg
+
+
+def _check_labeller(cfg: DictConfig, overrides: list[str], here: Path) -> None:
+    """Refuse what recipes/cai.py would, before the stages that come first are run.
+
+    Args:
+        here: of the pipeline; whom a stage of it makes is not there yet.
+    """
+    from rlhf_recipes.cai import load, make_pairs, people
+
+    make_pairs.check(cfg, overrides)
+    if cfg.judge.kind == "people":
+        people.check(cfg)
+    named = [each for _, leaf in config.flatten(run.resolved(cfg)["judge"]) for each in _listed(leaf)]
+    if not any(isinstance(each, str) and Path(each).is_relative_to(here) for each in named):
+        load.find_judge(cfg)
+
+
+def _listed(leaf: Any) -> list:
+    return leaf if isinstance(leaf, list) else [leaf]
 
 
 def _check_entry(entry: DictConfig, names: list[str], recipes: set[str]) -> None:
@@ -316,7 +343,7 @@ def _read_of_another(stage: Stage, given: dict, gone: list[Path]) -> str | None:
     """The first `key=value` of a finished stage's config that has changed since it was read, or lies in a folder that
     is no longer what it was; None where all is there."""
     for key, leaf in config.flatten(given):
-        for each in leaf if isinstance(leaf, list) else [leaf]:
+        for each in _listed(leaf):
             if isinstance(each, str) and any(Path(each).is_relative_to(folder) for folder in gone):
                 return f"{key}={each}"
     return run_folder.changed_input(stage.dir, run.inputs_of(given))

@@ -108,9 +108,10 @@ def _round(loop: DictConfig, k: int) -> list[dict[str, Any]]:
     own = {part: f"{{dir}}/{name(k, part)}" for part in ("label", "reward", "policy", "check", "audit")}
     pairs = ["data=cai_pairs", f"data.path={own['label']}"]
     prompts = [] if loop.prompts == "clinic" else ["data=local", f"data.path={loop.prompts}"]
-    asked = [f"seed={k}", "sources=[on_policy]", *prompts, "gate.fails=stop", *loop.label]
-    people = {part: [f"judge.labels={folder}_people"] if "judge=people" in loop.label else []
-              for part, folder in own.items()}  # fmt: skip
+    by_people = "judge=people" in loop.label
+    gate = [] if by_people else ["gate.fails=stop"]  # people meet none
+    asked = [f"seed={k}", "sources=[on_policy]", *prompts, *gate, *loop.label]
+    people = {part: [f"judge.labels={folder}_people"] if by_people else [] for part, folder in own.items()}
     before = ",".join(f"{{dir}}/{name(n, 'label')}" for n in range(1, k))
     first = [f"first={{dir}}/{name(k - 1, 'audit')}/label_next.jsonl"] if k > 1 else []
     sizes = [f"data.train_size={loop.labels}", f"data.eval_size={loop.held_out}"]
