@@ -143,6 +143,48 @@ def test_what_no_pipeline_is_made_of(planned, overrides, says):
     assert str(refused.value).startswith(says)
 
 
+def loop(label, judge="judge_function=json:loads"):
+    """Rounds on the stage sft."""
+    quoted = ",".join(f"'{text}'" for text in label)
+    return STAGES, f"loop.label=[{quoted}]", f"loop.judge=['{judge}']", "loop.anchor='{dir}/sft'"
+
+
+@pytest.mark.parametrize(
+    ("label", "says"),
+    [
+        (["judge=function", "judge.function=nosuch:f"], "judge.function=nosuch:f: cannot be imported"),
+        (["judge=function", "judge.function=json:loads", "generate.n_samples=1"], "generate.n_samples=1: must be at"),
+        (
+            ["judge=function", "judge.function=json:loads", "judging.votes=true"],
+            "judging.votes=True: is not read with",
+        ),
+        (["judge=reward", "judge.reward_model=nosuch"], "judge.reward_model=nosuch: does not exist"),
+        (["judge=people", "judging.mode=cot"], "judging.mode=cot: is not read with judge=people. Leave it out."),
+    ],
+)
+def test_a_labeller_that_cannot_be_is_refused_before_the_first_stage(planned, label, says):
+    with pytest.raises(Refusal) as refused:
+        planned("rounds=1", *loop(label))
+    assert str(refused.value).startswith(f"stages.round_1_label: {says}")
+
+
+def test_a_labeller_whom_a_stage_makes_is_not_there_yet(planned):
+    made = ["judge=reward", "judge.reward_model={dir}/round_1_reward"]
+    for label in (made, ["judge=people"]):
+        assert len(planned("rounds=2", *loop(label)).stages) == 2 + 6 + 7
+    with pytest.raises(Refusal, match=r"^stages\.round_1_evaluate: judge_function=nosuch:f: cannot be imported"):
+        planned("rounds=1", *loop(made, "judge_function=nosuch:f"))
+
+
+def test_settings_of_the_rounds_are_refused_without_rounds(planned, monkeypatch):
+    monkeypatch.setattr(pipeline, "of_this_run", lambda: ["rounds=1", "loop.labels=64"])
+    with pytest.raises(
+        Refusal, match=r"^loop\.labels=64: is read with rounds=<number> alone: it would change nothing"
+    ):
+        planned("stages=[]", "loop.labels=64")
+    assert planned("rounds=1", "loop.labels=64", *loop(["judge=people"])).stages
+
+
 def test_a_gate_may_be_lifted(planned):
     planned("stages=[]", *(f"loop.gates.{key}=null" for key in ("max_kl", "max_disputed", "min_known_change")))
 
