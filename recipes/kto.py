@@ -33,6 +33,7 @@ def main(cfg):
     answers = fit(answers, tokenizer, args.max_length, cfg.data.too_long)
     answers = micro_batches(answers, args)
     print(describe(answers.report), balance(answers.train, args), sep="\n")
+    longest = args.max_length
     if run.shared and cfg.data.too_long == "drop":
         args.max_length = None  # none is longer; TRL's own look would tie the rows, and so their reference, to beta
     train_dataset, eval_dataset = answers.to_datasets(run.shared)
@@ -45,6 +46,7 @@ def main(cfg):
         processing_class=tokenizer,
         peft_config=lora,
     )
+    args.max_length = trainer.data_collator.max_length = longest  # of a prompt and another's answer, for the KL
     models.keep_adapter_in_float32(trainer, run.parent)
     forward.speed_up(trainer, cfg.fast_forward)
     account.check(trainer, answers)

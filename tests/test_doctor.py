@@ -727,6 +727,11 @@ def test_length_bias_is_the_difference_of_two_accuracies():
     assert found["accuracy_change"].value == pytest.approx(0.1) and found["accuracy_change"].n == 5
     blind = accuracy_metrics(pairs[:3], [1.0, 1.0, -1.0], [0.0] * 3)
     assert blind["length_bias"].value == 0  # one side alone says nothing
+    many = [pair(n, 9, 5) if n > 1 else pair(n, 5, 9) for n in range(63)]
+    carried = accuracy_metrics(many, [1.0 if n > 1 else -1.0 for n in range(63)], [0.0] * 63)
+    assert (
+        carried["length_bias"].value == 1 and carried["length_bias"].clusters == 2
+    )  # by two pairs, which decide nothing
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_recipes import stats
+from rlhf_recipes import run, stats
 from rlhf_recipes.data import labelled
 from rlhf_recipes.data.fit import fit
 from rlhf_recipes.data.load import load_demonstrations, load_labelled, load_pairs, load_prompts
@@ -231,6 +231,31 @@ def test_what_the_trainer_iterates_over(train, tmp_path, truncated):
     assert left + counts["train"] + counts["test"] == counts["candidates"] == 2 * len(rows)
 
 
+def test_a_job_of_a_sweep_cuts_what_the_kl_joins(train, tmp_path, monkeypatch):
+    """No row is too long; a long prompt with the answer of another may be."""
+    rows = [
+        {
+            "prompt": f"{n} " + "why " * (12 if n % 2 else 1),
+            "completion": "yes " * (1 if n % 2 else 12),
+            "label": n % 3 > 0,
+        }
+        for n in range(24)
+    ]
+    arguments = ["data=local", "data.format=labelled", f"data.path={write(tmp_path / 'rows.jsonl', rows)}",
+                 "data.test_size=4", "data.train_size=null", "quantization=none", "trainer.max_length=100",
+                 "trainer.logging_steps=1", "trainer.learning_rate=0.01"]  # fmt: skip
+    alone = train("kto", tmp_path / "alone", *arguments)
+    assert alone.result["counts"]["train"] == 20
+    monkeypatch.setattr(run, "in_sweep", lambda: True)
+    job = train("kto", tmp_path / "job", *arguments)
+    for done in (alone, job):
+        widest = max(batch["KL_input_ids"].shape[1] for batch in done.trainer.get_train_dataloader())
+        assert widest == done.trainer.args.max_length == 100
+    lines = [map(json.loads, (done.dir / "metrics.jsonl").read_text().splitlines()) for done in (alone, job)]
+    losses = [[line["loss"] for line in each if "loss" in line] for each in lines]
+    assert losses[0] == losses[1] and len(losses[0]) == 2
+
+
 # ---- The loss
 
 
@@ -307,6 +332,9 @@ def test_auroc_by_hand():
     assert "preference_accuracy" not in found
     before = label_metrics(rows, [(2.0, 4)] * 5, [(2.0, 4)] * 5)
     assert (before["auroc"].value, before["auroc"].low, before["auroc"].high) == (0.5, 0.5, 0.5)
+    few = label_metrics(held_out([1] * 60 + [0] * 3), [(float(n), 4) for n in range(63)], [(0.0, 4)] * 63)
+    carried = ("auroc", "auroc_change", "reward_margin", "baseline_length")
+    assert {few[name].clusters for name in carried} == {3}  # by three bad answers, however many good ones
 
 
 def test_one_label_alone_ranks_nothing():

@@ -200,6 +200,15 @@ def test_a_step_allocates_what_is_predicted(recipe, checkpointing, train, tmp_pa
     assert sum(parts.values()) == pytest.approx(count.peak, rel=0.2)
 
 
+def test_the_steps_write_into_no_folder_of_the_job(compose, tiny_model_overrides):
+    cfg = compose("dpo", *tiny_model_overrides)
+    args = models.training_args(cfg.trainer, Run(Path("x"), "dpo", {}))
+    own = ["output_dir=mine", "run_name=mine", "hydra.run.dir=mine", "data.path=mine", "trainer.beta=0.5"]
+    given = real_steps._overrides("dpo", own, args, "/scratch")
+    assert "trainer.beta=0.5" in given and given[-2] == "hydra.run.dir=/scratch/run"
+    assert [each for each in given if "mine" in each] in ([], ["hydra.run.dir=mine"])  # the last one counts
+
+
 def test_rows_are_those_of_the_micro_batch_that_fills_most(compose, tiny_model_overrides):
     """Pairs of 220 + 100 tokens and of 22 + 10: of the micro-batches of four, a long pair lies in a row with three
     short ones (416 tokens in all), unless long ones come together."""

@@ -22,6 +22,7 @@ from rlhf_recipes.launch.settings import LOSSES, OF_SCORES, READ
 from rlhf_recipes.overrides import quoted
 
 PPO = ["reward_funcs=json:loads"]
+SERVED = "trainer.rollout=server trainer.vllm_server_base_url=http://localhost:8000"
 # Those that this TRL has.
 TRLS_OWN = {
     target: row for target, row in methods.TRLS_OWN.items() if importlib.util.find_spec(target.rpartition(".")[0])
@@ -118,6 +119,18 @@ def refusal(check):
          "trainer.eval_steps=10: is read with trainer.eval_strategy=steps alone: it would change nothing."),
         ("dpo", "trainer.model_init_kwargs.a=1", "trainer.model_init_kwargs={'a': 1}: is read by nothing here. The"),
         ("ppo", "trainer.kl_horizon=100", "trainer.kl_horizon=100: is read with trainer.kl_controller=adaptive alone"),
+        ("ppo", "trainer.max_logp_difference=1.0",
+         "trainer.max_logp_difference=1.0: is read with trainer.rollout=server alone: it would"),
+        ("ppo", "trainer.vllm_server_timeout=9.0", "trainer.vllm_server_timeout=9.0: is read with trainer.rollout=s"),
+        ("ppo", f"{SERVED} trainer.merge_to_sample=true",
+         "trainer.merge_to_sample=true: is read with trainer.rollout=local alone, not with server: it would"),
+        ("ppo", "trainer.reward_clip_range=[5.0,-5.0]",
+         "trainer.reward_clip_range=[5.0, -5.0]: must be [lowest,highest]. Change it."),
+        ("rloo", "trainer.reward_clip_range=[1.0]", "trainer.reward_clip_range=[1.0]: must be [lowest,highest]."),
+        ("rloo", "trainer.soft_punish_cache=64 trainer.max_completion_length=32",
+         "trainer.soft_punish_cache=64: punishes every completion, for it is over trainer.max_completion_length=32."),
+        ("ppo", "trainer.reward_weights=[0.0]", "trainer.reward_weights=[0.0]: none counts. Give one of them another"),
+        ("rloo", "trainer.missing_eos_penalty=-1.0", "trainer.missing_eos_penalty=-1.0: must be at least 0"),
         ("ppo", "trainer.vf_coef=0.5", "trainer.vf_coef: the critic shares no weights with the policy. Use"),
         ("ppo", "trainer.num_mini_batches=1 trainer.cliprange=0.1", "trainer.cliprange=0.1: a rollout is used for"),
         ("ppo", "trainer.kl_brake=null trainer.kl_target=3.0", "trainer.kl_target=3.0: is read by neither"),

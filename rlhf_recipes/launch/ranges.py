@@ -103,6 +103,7 @@ RANGES = {
     "trainer.entropy_floor": NATURAL,
     "trainer.uwo_coef": NOT_NEGATIVE,
     "trainer.soft_punish_cache": COUNT,
+    "trainer.missing_eos_penalty": NOT_NEGATIVE,
     # Of RLOO.
     "trainer.num_generations": Range(at_least=2),  # the others are the baseline
     "trainer.num_iterations": COUNT,

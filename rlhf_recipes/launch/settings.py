@@ -17,7 +17,7 @@ from rlhf_recipes.errors import Refusal, nearest
 from rlhf_recipes.launch import ranges
 from rlhf_recipes.run_folder import read_json
 
-RLOO = "rlhf_recipes.ppo.RLOOConfig"
+PPO, RLOO = "rlhf_recipes.ppo.PPOConfig", "rlhf_recipes.ppo.RLOOConfig"
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Reads:
     Attributes:
         default: the class's own; at it nothing is lost where it is not read.
         by: the argument that decides whether it is read; "": nothing does, it is read in no run of ours.
-        values: those of `by` at which it is read.
+        values: those of `by` at which it is read; None: it is left out, too.
         instead: what to do, where no value of `by` would help.
     """
 
@@ -117,11 +117,17 @@ READ = {
         "cpo_alpha": Reads(1.0, "loss_type", ("sigmoid", "hinge", "ipo", "simpo")),
     },
     "trl.experimental.orpo.ORPOConfig": SHARED | NO_SMOOTHER | DECODER,
-    "rlhf_recipes.ppo.PPOConfig": {key: SHARED[key] for key in ("warmup_steps", "eval_steps")} | NO_SMOOTHER | {
+    PPO: {key: SHARED[key] for key in ("warmup_steps", "eval_steps")} | NO_SMOOTHER | {
         "resume_from_checkpoint": SHARED["resume_from_checkpoint"],
         "chat_template_kwargs": Reads(None, instead="Use model.chat_template_kwargs, which every recipe reads."),
         "kl_horizon": Reads(10, "kl_controller", ("adaptive",)),
         "uwo_coef": Reads(0.5, "reward_ensemble", ("uwo",)),
+        "vllm_server_timeout": Reads(240.0, "rollout", ("server",)),
+        "vllm_importance_sampling_correction": Reads(True, "rollout", ("server",)),
+        "vllm_importance_sampling_clip_max": Reads(3.0, "rollout", ("server",)),
+        "max_logp_difference": Reads(0.1, "rollout", ("server",)),
+        "merge_to_sample": Reads(None, "rollout", ("local", None)),
+        "local_rollout_forward_batch_size": Reads(64, "rollout", ("local", None)),
     },
     RLOO: SHARED | NO_SMOOTHER | {
         "chat_template_kwargs": Reads(None, instead="Use model.chat_template_kwargs, which every recipe reads."),
@@ -189,7 +195,7 @@ def _refuse_unread(trainer: dict, recipe: str | None) -> None:
             raise Refusal(f"trainer.{key}={trainer[key]}: is read by nothing here. {reads.instead}")
         given = _losses(trainer) if reads.by == "loss_type" else [trainer.get(reads.by)]
         if not any(each in reads.values for each in given):
-            readers = " or ".join(map(_shown, reads.values))
+            readers = " or ".join(_shown(value) for value in reads.values if value is not None)
             others = "" if given == [None] else f", not with {_shown(given)}"
             raise Refusal(
                 f"trainer.{key}={_shown(trainer[key])}: is read with trainer.{reads.by}={readers} alone{others}: it "
@@ -240,10 +246,27 @@ def _refuse_clashes(trainer: dict) -> None:
                 f"trainer.label_smoothing={smoothing}: the loss robust divides by 1 - 2 label_smoothing. Choose one "
                 "below 0.5."
             )
-    if target == "rlhf_recipes.ppo.PPOConfig":
+    if target in (PPO, RLOO):
+        _refuse_scores(trainer)
+    if target == PPO:
         _refuse_ppo(trainer)
     if target == RLOO:
         _refuse_rloo(trainer)
+
+
+def _refuse_scores(trainer: dict) -> None:
+    """What would make all episodes of a rollout earn the same."""
+    ends, weights = trainer.get("reward_clip_range"), trainer.get("reward_weights")
+    if isinstance(ends, list) and (len(ends) != 2 or not ends[0] < ends[1]):
+        raise Refusal(f"trainer.reward_clip_range={ends}: must be [lowest,highest]. Change it.")
+    cache, longest = trainer.get("soft_punish_cache"), trainer.get("max_completion_length", 256)
+    if cache is not None and cache > longest:
+        raise Refusal(
+            f"trainer.soft_punish_cache={cache}: punishes every completion, for it is over "
+            f"trainer.max_completion_length={longest}. Lower it."
+        )
+    if weights and not any(weights):
+        raise Refusal(f"trainer.reward_weights={weights}: none counts. Give one of them another number than 0.")
 
 
 def _refuse_rloo(trainer: dict) -> None:

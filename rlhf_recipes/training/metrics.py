@@ -96,10 +96,13 @@ def label_metrics(rows: list[dict], logps: list[tuple[float, int]], reference: l
     prompts, good = clusters(rows), np.array([row["label"] for row in rows], dtype=bool)
     changes = np.array([p[0] - q[0] for p, q in zip(logps, reference, strict=True)])
     ranked, still = stats.area(changes, good), stats.area(np.zeros(len(rows)), good)
+    apart = {
+        "auroc": ranked,
+        "auroc_change": lambda weights: ranked(weights) - still(weights),
+        "reward_margin": _mean_difference(changes, good),
+    }
     found = {
-        "auroc": stats.resampled(ranked, len(rows), prompts),
-        "auroc_change": stats.resampled(lambda weights: ranked(weights) - still(weights), len(rows), prompts),
-        "reward_margin": stats.resampled(_mean_difference(changes, good), len(rows), prompts),
+        name: stats.of_rarer(stats.resampled(of, len(rows), prompts), good, prompts) for name, of in apart.items()
     }
     for name, side in (("chosen", good), ("rejected", ~good)):
         of_side = [i for i in range(len(rows)) if side[i]]
@@ -172,12 +175,15 @@ def accuracy_metrics(rows: list[dict], margins: list[float], before: list[float]
     apart = np.flatnonzero(shorter != 0.5)
     of_apart = [prompts[i] for i in apart]
     bias = _mean_difference(np.array(right)[apart], shorter[apart] == 0)
-    both = len(set(shorter[apart])) == 2
+    if len(set(shorter[apart])) == 2:
+        found = stats.of_rarer(stats.resampled(bias, len(apart), of_apart), shorter[apart] == 0, of_apart)
+    else:
+        found = stats.mean([0.0] * len(rows), prompts)
     return {
         "preference_accuracy": stats.estimate(right, prompts),
         # No share either: a difference that is the same for all pairs is no point on a scale from 0 to 1.
         "accuracy_change": stats.difference(right, wins(before), prompts),
-        "length_bias": stats.resampled(bias, len(apart), of_apart) if both else stats.mean([0.0] * len(rows), prompts),
+        "length_bias": found,
     }
 
 

@@ -22,7 +22,7 @@ from rlhf_recipes.launch.refusals import NOTE
 
 MICRO_BATCHES = 2
 # What the process that takes the steps is not told: two steps of a model must never be published.
-NOT_THE_STEPS = ("data=", "data.", "run_name=", "preflight", "publish=", "repo_id=")
+NOT_THE_STEPS = ("data=", "data.", "run_name=", "output_dir=", "preflight", "publish=", "repo_id=")
 TEST_ROWS = 4
 SIMULATED = 200  # micro-batches drawn to know what padding makes of the rows
 
