@@ -159,7 +159,7 @@ def test_what_an_episode_earns(build):
     def earned(scale=1.0, **given):
         trainer = build(lambda **_: [1.0 * scale, 3.0 * scale], **given)
         parts = trainer.scores.rewards(list(rows())[:2], completions, trainer.state)
-        return trainer.scores.earned(parts, completions.finished, trainer._gather).tolist()
+        return trainer.scores.earned(parts, completions.finished, trainer.gather).tolist()
 
     assert earned() == [-1, 1]
     assert earned(missing_eos_penalty=2.5) == [-1, -1.5]
@@ -407,7 +407,7 @@ def test_sampling_from_merged_copies_is_the_same_policy(build):
                 if "lora_B" in name:
                     torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(1))
         before = weights(trainer)
-        completions = trainer._complete(list(rows()), list(range(8)))[1]
+        completions = trainer.complete(list(rows()), list(range(8)))[1]
         assert all(torch.equal(weight, before[name]) for name, weight in weights(trainer).items())
         return completions
 
@@ -419,26 +419,26 @@ def test_sampling_from_merged_copies_is_the_same_policy(build):
 
 def test_a_sample_depends_on_its_seed_alone(build):
     trainer, data = build(), list(rows())
-    together = trainer._complete(data, list(range(8)))[1]
-    alone = [trainer._complete([data[i]], [i])[1].ids[0] for i in range(8)]
+    together = trainer.complete(data, list(range(8)))[1]
+    alone = [trainer.complete([data[i]], [i])[1].ids[0] for i in range(8)]
     assert together.ids == alone
     trainer.args.local_rollout_forward_batch_size = 3
-    in_turns = trainer._complete(data, list(range(8)))[1]
+    in_turns = trainer.complete(data, list(range(8)))[1]
     assert in_turns.ids == together.ids and in_turns.texts == together.texts and len(in_turns.logps) == 8
-    assert together.ids != trainer._complete(data, list(range(1, 9)))[1].ids
+    assert together.ids != trainer.complete(data, list(range(1, 9)))[1].ids
 
 
 def test_what_is_penalised_is_the_policy_not_its_sampler(build, capsys):
     """A sampler that rounds elsewhere: neither the penalty nor the ratio of a second mini-batch knows it."""
     trainer = build(num_mini_batches=2, per_device_train_batch_size=1, kl_coef=1.0)
-    complete = trainer._complete
+    complete = trainer.complete
 
     def rounded(*given):
         prompts, completions = complete(*given)
         completions.logps = [logps + 0.5 for logps in completions.logps]
         return prompts, completions
 
-    trainer._complete = rounded
+    trainer.complete = rounded
     micro_batches = trainer._roll_out(list(rows())[:4])
     for m in micro_batches:
         torch.testing.assert_close(m.old_logps, m.reference_logps)
@@ -604,13 +604,13 @@ def test_limit_keeps_what_was_reached(build):
 def test_limit_asks_the_whole_rollout(build):
     """8 nats in the first mini-batch and 0 in the second are 4, under a limit of 6."""
     trainer = build(num_mini_batches=2, max_steps=2, kl_controller="limit", kl_target=6.0)
-    logps, seen = trainer._logps, []
+    logps, seen = trainer.logps, []
 
     def shifted(role, batch):
         seen.append(role)
         return logps(role, batch) - (seen.count("reference") <= 2) * (role == "reference")
 
-    trainer._logps = shifted
+    trainer.logps = shifted
     trainer.train()
     assert trainer.stopped is None and logged(trainer, "kl")[0] == pytest.approx(4, abs=0.1)
 

@@ -14,15 +14,14 @@ from peft import set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from torch import Tensor
 
-from rlhf_recipes import models, progress
+from rlhf_recipes import models
 from rlhf_recipes.data.template import encode_prompt
 from rlhf_recipes.errors import Refusal
-from rlhf_recipes.ppo import rewards
+from rlhf_recipes.ppo import held_out, rewards
 from rlhf_recipes.ppo.algorithm import ENSEMBLES
 from rlhf_recipes.ppo.roles import POLICY, REFERENCE, Batch, Roles
-from rlhf_recipes.ppo.rollout import EVALUATE, SAMPLES, TRAIN, Completions, sample, seed_of
+from rlhf_recipes.ppo.rollout import SAMPLES, TRAIN, Completions, sample, seed_of
 from rlhf_recipes.ppo.scores import Scores
-from rlhf_recipes.sampling import kl_estimates
 
 TRLS_REFERENCE = "ref"
 # Arguments that change how completions are drawn, by TRL's own sampling alone, and their values without effect.
@@ -141,10 +140,10 @@ class RLOOTrainer(trl.RLOOTrainer):
         sampled = Completions(completion_ids_list, texts, [], finished)
         with self.accelerator.autocast():
             parts = self.scores.rewards(inputs, sampled, self.state)
-        earned_B = self.scores.earned(parts, finished, self._gather, learn=self.model.training)
+        earned_B = self.scores.earned(parts, finished, self.gather, learn=self.model.training)
         columns = sampled.columns(parts)
         found = self._metrics["train" if self.model.training else "eval"]
-        for name, values in zip(columns, self._gather(torch.stack(list(columns.values()), 1)).T, strict=True):
+        for name, values in zip(columns, self.gather(torch.stack(list(columns.values()), 1)).T, strict=True):
             if name == "reward":
                 found["plain_reward"].append(values.nanmean().item())
                 found["plain_reward_std"].append(values[~values.isnan()].std(correction=0).item())
@@ -153,7 +152,7 @@ class RLOOTrainer(trl.RLOOTrainer):
         if self.model.training:
             which = range(0, len(inputs), max(1, len(inputs) // SAMPLES))[:SAMPLES]  # of several prompts
             self.samples += sampled.shown(which, inputs, columns, self.state.global_step)
-        return self._gather(earned_B)[:, None].to(self.args.device)
+        return self.gather(earned_B)[:, None].to(self.args.device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """PPO's names for what both log, and its KL, of a completion."""
@@ -176,27 +175,16 @@ class RLOOTrainer(trl.RLOOTrainer):
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             return super().evaluate(*args, **kwargs)
 
-    @torch.no_grad()
     def measure(self, data: Dataset, what: str = "Held out") -> list[dict]:
-        """One completion for each prompt, `reward`, `kl`, `kl_k3` and its length and end; its seed is fixed.
+        """One episode for each prompt, as `held_out.measure` has it."""
+        return held_out.measure(self, data, what)
 
-        Each of several processes answers them all."""
-        size, found, line = self.args.per_device_eval_batch_size, [], progress.Line(what, len(data))
-        for start in range(0, len(data), size):
-            indices = range(start, min(start + size, len(data)))
-            rows = [data[i] for i in indices]
-            prompts = [encode_prompt(self.processing_class, row["prompt"]) for row in rows]
-            completions = self._sample(prompts, [seed_of(self.args.seed, EVALUATE, 0, i) for i in indices])
-            with self.accelerator.autocast():
-                parts = self.scores.rewards(rows, completions, self.state)
-            batch = Batch.of(prompts, completions.ids, self.processing_class.pad_token_id, self.args.device)
-            logps_N, reference_N = self._logps(POLICY, batch), self._logps(self.reference, batch)
-            k1, _, k3 = (batch.padded(k).sum(1).cpu() for k in kl_estimates(logps_N, reference_N))
-            columns = completions.columns(parts) | {"kl": k1, "kl_k3": k3}
-            rows_BF = torch.stack([column.float() for column in columns.values()], 1)
-            found += [dict(zip(columns, values, strict=True)) for values in rows_BF.tolist()]
-            line.update(len(found))
-        return found
+    def complete(self, rows: list[dict], seeds: list[int]) -> tuple[list[list[int]], Completions]:
+        prompts = [encode_prompt(self.processing_class, row["prompt"]) for row in rows]
+        return prompts, self._sample(prompts, seeds)
+
+    def batch_of(self, prompts: list[list[int]], completions: list[list[int]]) -> Batch:
+        return Batch.of(prompts, completions, self.processing_class.pad_token_id, self.args.device)
 
     @torch.no_grad()
     def _sample(self, prompts: list[list[int]], seeds: list[int]) -> Completions:
@@ -205,7 +193,7 @@ class RLOOTrainer(trl.RLOOTrainer):
         with self.accelerator.autocast(), self.roles.merged() if merge else nullcontext():
             return sample(self.roles, self.processing_class, prompts, seeds, self.eos_token_ids, self.args)
 
-    def _logps(self, role: str, batch: Batch) -> Tensor:
+    def logps(self, role: str, batch: Batch) -> Tensor:
         with self.accelerator.autocast():
             return self.roles.answer_logps(role, batch, self.args.temperature)[1]
 
@@ -243,7 +231,7 @@ class RLOOTrainer(trl.RLOOTrainer):
 
     # ---- Small things
 
-    def _gather(self, values: Tensor) -> Tensor:
+    def gather(self, values: Tensor) -> Tensor:
         return self.accelerator.gather(values.float().to(self.args.device)).cpu()
 
 

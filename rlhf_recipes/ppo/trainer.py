@@ -23,11 +23,11 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_utils import speed_metrics
 
-from rlhf_recipes import models, progress
+from rlhf_recipes import models
 from rlhf_recipes.data.template import bind, encode_prompt
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.inference import stop_ids
-from rlhf_recipes.ppo import algorithm, rewards
+from rlhf_recipes.ppo import algorithm, held_out, rewards
 from rlhf_recipes.ppo.actor_critic import ActorCritic
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.engines import Gone
@@ -42,7 +42,7 @@ from rlhf_recipes.ppo.experience import (
     whiten_rewards,
 )
 from rlhf_recipes.ppo.roles import CRITIC, POLICY, REFERENCE, Batch, Roles
-from rlhf_recipes.ppo.rollout import EVALUATE, SAMPLES, TRAIN, Completions, sample, seed_of
+from rlhf_recipes.ppo.rollout import SAMPLES, TRAIN, Completions, sample, seed_of
 from rlhf_recipes.ppo.scores import Scores
 from rlhf_recipes.ppo.trl_private import BaseTrainer, create_model_from_path, get_config_model_id
 from rlhf_recipes.sampling import kl_estimates
@@ -108,7 +108,7 @@ class PPOTrainer(BaseTrainer):
             raise Refusal(
                 "rollout=server: a server is given the policy's LoRA, and there is none. Give a peft_config."
             )
-        self.roles = Roles(model, args.value)
+        self.roles, self.reference = Roles(model, args.value), REFERENCE
         self.roles.add_reference(starts_from_adapter, reference)
         self.reward_funcs = rewards.load_all(
             reward_funcs, reward_processing_classes, self.roles, processing_class, args
@@ -246,20 +246,20 @@ class PPOTrainer(BaseTrainer):
         rollout = self.state.global_step // args.steps_per_rollout
         first = args.process_index * len(rows)
         seeds = [seed_of(args.seed, TRAIN, rollout, first + i) for i in range(len(rows))]
-        prompts, completions = self._complete(rows, seeds)
+        prompts, completions = self.complete(rows, seeds)
         sampled = time.monotonic()
         with self.accelerator.autocast():
             parts = self.scores.rewards(rows, completions, self.state)
-        scores_B = self.scores.earned(parts, completions.finished, self._gather).to(args.device)
+        scores_B = self.scores.earned(parts, completions.finished, self.gather).to(args.device)
 
         micro_batches, micro = [], args.per_device_train_batch_size
         lengths = [len(prompt) + len(ids) for prompt, ids in zip(prompts, completions.ids, strict=True)]
         for indices in partition(lengths, micro * args.gradient_accumulation_steps, micro):
-            batch = self._batch([prompts[i] for i in indices], [completions.ids[i] for i in indices])
+            batch = self.batch_of([prompts[i] for i in indices], [completions.ids[i] for i in indices])
             keep = not micro_batches and args.disable_dropout
             logps, entropies, values = map(batch.padded, self.actor_critic.act(batch, keep))
             sampler_logps = batch.padded(torch.cat([completions.logps[i] for i in indices]))
-            reference_logps = batch.padded(self._logps(REFERENCE, batch))
+            reference_logps = batch.padded(self.logps(self.reference, batch))
             k1, _, _ = kl_estimates(logps, reference_logps)
             token_rewards = algorithm.token_rewards(scores_B[indices], k1, batch.mask_BK, self.kl.coef)
             micro_batches.append(
@@ -277,7 +277,7 @@ class PPOTrainer(BaseTrainer):
         self._record(rows, completions, parts, seconds)
         return micro_batches
 
-    def _complete(self, rows: list[dict], seeds: list[int]) -> tuple[list[list[int]], Completions]:
+    def complete(self, rows: list[dict], seeds: list[int]) -> tuple[list[list[int]], Completions]:
         self.model.eval()
         prompts = [encode_prompt(self.processing_class, row["prompt"]) for row in rows]
         if self.engines:
@@ -319,7 +319,7 @@ class PPOTrainer(BaseTrainer):
             self._save_checkpoint(self.model, trial=None)
         return f"Step {step} of {self.state.max_steps} is saved."
 
-    def _logps(self, role: str, batch: Batch) -> Tensor:
+    def logps(self, role: str, batch: Batch) -> Tensor:
         with self.accelerator.autocast():
             return self.roles.answer_logps(role, batch, self.args.temperature)[1]
 
@@ -387,31 +387,15 @@ class PPOTrainer(BaseTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    @torch.no_grad()
     def measure(self, data: Dataset, what: str = "Held out") -> list[dict]:
-        """One episode for each prompt: `reward`, `kl`, `kl_k3` and what else a rollout logs."""
-        size, world, found = self.args.per_device_eval_batch_size, self.args.world_size, []
-        line = progress.Line(what, len(data))
-        for start in range(0, len(data), size * world):
-            everyones = [i % len(data) for i in range(start, start + size * world)]  # of equal size on each process
-            indices = (
-                everyones[self.args.process_index * size :][:size] if world > 1 else everyones[: len(data) - start]
-            )
-            rows = [data[i] for i in indices]
-            prompts, completions = self._complete(rows, [seed_of(self.args.seed, EVALUATE, 0, i) for i in indices])
-            with self.accelerator.autocast():
-                parts = self.scores.rewards(rows, completions, self.state)
-            batch = self._batch(prompts, completions.ids)
-            logps_N, reference_N = self._logps(POLICY, batch), self._logps(REFERENCE, batch)
-            drawn_N = torch.cat(completions.logps)
-            apart = self._sum(torch.stack([(logps_N - drawn_N).abs().sum(), drawn_N.new_tensor(len(drawn_N))]))
-            if self.engines:
-                self.engines.hold((apart[0] / apart[1]).item(), self.args.max_logp_difference)
-            k1, _, k3 = (batch.padded(k).sum(1).cpu() for k in kl_estimates(logps_N, reference_N))
-            columns = completions.columns(parts) | {"kl": k1, "kl_k3": k3}
-            found += [dict(zip(columns, values, strict=True)) for values in self._gathered(columns).tolist()]
-            line.update(min(len(found), len(data)))
-        return found[: len(data)]
+        """One episode for each prompt, as `held_out.measure` has it."""
+        return held_out.measure(self, data, what, self._hold_engines if self.engines else None)
+
+    def _hold_engines(self, logps_N: Tensor, completions: Completions) -> None:
+        """Refuse servers whose log-probabilities are another model's."""
+        drawn_N = torch.cat(completions.logps)
+        apart = self._sum(torch.stack([(logps_N - drawn_N).abs().sum(), drawn_N.new_tensor(len(drawn_N))]))
+        self.engines.hold((apart[0] / apart[1]).item(), self.args.max_logp_difference)
 
     # ---- Checkpoints
 
@@ -461,7 +445,7 @@ class PPOTrainer(BaseTrainer):
 
     # ---- Small things
 
-    def _batch(self, prompts: list[list[int]], completions: list[list[int]]) -> Batch:
+    def batch_of(self, prompts: list[list[int]], completions: list[list[int]]) -> Batch:
         with self.accelerator.autocast():
             rows = self.roles.find_rows([p + c for p, c in zip(prompts, completions, strict=True)])
         return Batch.of(prompts, completions, self.processing_class.pad_token_id, self.args.device, rows)
@@ -469,12 +453,12 @@ class PPOTrainer(BaseTrainer):
     def _sum(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, "sum")
 
-    def _gather(self, values: Tensor) -> Tensor:
+    def gather(self, values: Tensor) -> Tensor:
         return self.accelerator.gather(values.to(self.args.device)).cpu()
 
     def _gathered(self, columns: dict[str, Tensor]) -> Tensor:
         """Episodes of all processes, (B, columns)."""
-        return self._gather(torch.stack([c.float() for c in columns.values()], 1))
+        return self.gather(torch.stack([c.float() for c in columns.values()], 1))
 
 
 def _loaded(model: "str | PreTrainedModel | PeftModel", args: PPOConfig, quantization_config):
