@@ -87,6 +87,10 @@ def test_within_the_margin_a_tie_and_beyond_agreement_disputed():
     assert critic.unclear(clear, None) is None
     assert judge(margin=3.1).unclear(clear, None) == "tie"
     assert split.spread == 1 and judge().unclear(split, None) == "disputed"
+    halves = {"a": [3.0, -3.0], "b": [0.0, 0.0], "c": [0.2, -0.2]}
+    _, [half, lost] = ask(judge(), halves, [("a", "b"), ("c", "b")])
+    assert half.p == 0.5 and judge(margin=0.5).unclear(half, None) == judge().unclear(half, None) == "disputed"
+    assert judge(margin=0.5).unclear(lost, None) == "tie"  # no member sees more than that between them
 
 
 def test_who_takes_the_left_is_disputed():

@@ -225,6 +225,38 @@ def test_what_waits_for_people_is_what_they_are_shown(compose, tmp_path):
     assert done.finished() and [each.p for each in said] == [1.0, None, None, None, None]
 
 
+@pytest.mark.parametrize(
+    ("said", "flip", "route"),
+    [
+        ({"anna": 1.0, "ben": 0.0}, None, "disputed"),
+        ({"anna": 1.0, "ben": 0.0}, False, "disputed"),
+        ({"anna": 0.5, "ben": 0.5}, None, "tie"),
+        ({"anna": 0.5}, True, "disputed"),
+        ({"anna": 1.0, "ben": 1.0}, None, "accepted"),
+    ],
+)
+def test_who_contradict_each_other_dispute_a_pair_and_who_see_no_difference_tie(compose, tmp_path, said, flip, route):
+    from rlhf_recipes.cai import make_pairs, people
+    from rlhf_recipes.cai.backend import in_step
+    from rlhf_recipes.cai.judge import Pair
+    from rlhf_recipes.launch import rounds
+
+    asked = {"prompt_id": "p", "first": "Yes.", "second": "No."}
+    rows = [asked | {"p": p, "judge": who, "flip": flip} for who, p in said.items()]
+    write_rows(tmp_path / "judgements.jsonl", *rows)
+    rule = SimpleNamespace(draw=lambda *_: [SimpleNamespace(id="kind", judgement="Which is kinder?")])
+    cfg = compose("cai", "judge=people", f"judge.labels={tmp_path}")
+    judge = people.People(cfg, rule, {})
+    [[verdict]] = in_step([judge.comparing([Pair("p", user("Hi"), "Yes.", "No.")], "")], None)
+    maker = make_pairs.PairMaker(None, judge, rule, ["on_policy"], cfg)
+    assert maker._route({"source": "on_policy"}, verdict) == route
+    shard = tmp_path / "shards" / "00000"
+    shard.mkdir(parents=True)
+    record = {"prompt_id": "p", "pairs": [vars(verdict) | {"route": route}]}
+    make_pairs.write_records(shard / "records.jsonl", [record])
+    assert rounds._disputed(tmp_path).value == (route == "disputed")
+
+
 def test_a_run_without_a_pair_for_people_is_refused(compose, tmp_path, monkeypatch):
     from rlhf_recipes.cai import people
 

@@ -135,12 +135,14 @@ class Judge:
         return judgements
 
     def unclear(self, verdict: Judgement, limits: Any) -> str | None:
-        """Why a pair is not taken: `tie` or `disputed`, by the limits of conf/cai.yaml, `route`; or None."""
+        """Why a pair is not taken: `tie` or `disputed`, by the limits of conf/cai.yaml, `route`; or None. Voices that
+        contradict each other half and half come to 1/2, and are no tie."""
+        if verdict.spread > limits.max_spread:
+            return "disputed"
         margin = abs(verdict.p - 0.5)
         if margin < limits.tie_margin:
             return "tie"
-        unsure = margin < limits.accept_margin or verdict.flip or verdict.spread > limits.max_spread
-        return "disputed" if unsure else None
+        return "disputed" if margin < limits.accept_margin or verdict.flip else None
 
     def _question(self, pair: Pair, principle: Principle, swapped: bool) -> Request:
         first, second = (pair.second, pair.first) if swapped else (pair.first, pair.second)

@@ -62,7 +62,6 @@ class People:
     """With the interface of `judge.Judge`, as far as pairs are made with it."""
 
     places = 0
-    unclear = Judge.unclear
 
     def __init__(self, cfg: DictConfig, constitution: Constitution, families: dict[str, str | None]):
         self.labels, self.constitution, self.seed, self.families = cfg.judge.labels, constitution, cfg.seed, families
@@ -73,6 +72,10 @@ class People:
     def comparing(self, pairs: list[Pair], what: str) -> Work:
         yield from ()
         return [self._judgement(pair) for pair in pairs]
+
+    def unclear(self, verdict: Judgement, limits: Any) -> str | None:
+        """`Judge.unclear`, but that who chose by the place has not called the replies equal."""
+        return "disputed" if verdict.flip else Judge.unclear(self, verdict, limits)
 
     def finished(self) -> bool:
         """Whether people are done with what waits."""

@@ -126,10 +126,15 @@ class RewardJudge:
         )
 
     def unclear(self, verdict: Judgement, limits: Any) -> str | None:
-        """Why a pair is not taken: `tie` within `judge.margin`, `disputed` where members disagree, or None."""
-        if abs(math.log(verdict.p / (1 - verdict.p))) <= self.margin:
-            return "tie"
-        return "disputed" if verdict.spread > self.max_disagreement else None
+        """Why a pair is not taken: `disputed` where members disagree, unless all are within `judge.margin`; `tie`
+        within it; or None."""
+
+        def within(p: float) -> bool:
+            return abs(math.log(p / (1 - p))) <= self.margin
+
+        if verdict.spread > self.max_disagreement and not all(map(within, verdict.by_principle.values())):
+            return "disputed"
+        return "tie" if within(verdict.p) else None
 
 
 class Function:
