@@ -12,6 +12,8 @@ import quick
 from conftest import TINY_ID, write_adapter
 
 from rlhf_recipes import references
+from rlhf_recipes.cai import gate
+from rlhf_recipes.data.load import load_pairs, load_prompts
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.launch import pipeline, rounds
 from rlhf_recipes.run_folder import read_result
@@ -106,6 +108,30 @@ def test_rounds_that_cannot_be_are_refused(compose, override, says):
         rounds.stages(compose("pipeline", "experiment=pipeline/rounds", "rounds=2", override))
 
 
+def test_policies_are_compared_on_held_out_rows_of_the_prompts_file(compose, tmp_path):
+    """And not on the shipped ones, where the prompts are somebody's own."""
+    pairs, alone = tmp_path / "pairs.jsonl", tmp_path / "prompts.jsonl"
+    rows = [{"prompt": f"Question {n}?", "chosen": f"Yes, {n}.", "rejected": f"No, {n}."} for n in range(40)]
+    for path, keys in ((pairs, rows[0]), (alone, ["prompt"])):
+        path.write_text("".join(json.dumps({key: row[key] for key in keys}) + "\n" for row in rows))
+
+    def node(path, part, *evaluate):
+        cfg = compose("pipeline", "experiment=pipeline/rounds", "rounds=2", f"loop.prompts={path}")
+        cfg.loop.evaluate = evaluate
+        [entry] = [entry for entry in rounds.stages(cfg) if entry.name == part]
+        return compose(entry.recipe, *(text.replace("{dir}", str(tmp_path)) for text in entry.overrides)).data
+
+    for part in ("round_1_evaluate", "round_2_evaluate", "round_2_last"):
+        assert node(pairs, part, "prompts=8").path == str(pairs)
+        assert node(alone, part, "data=clinic").path == "clinic"
+        assert node("clinic", part).path == "clinic"
+    answered = {row["prompt_id"] for row in load_prompts(node(pairs, "round_2_label")).train}
+    held_out = {row["prompt_id"] for row in load_pairs(node(pairs, "round_2_evaluate")).test}
+    assert len(answered) == 24 and held_out and not answered & held_out
+    with pytest.raises(Refusal, match=rf"^loop\.prompts={alone}: has no pairs .* loop\.evaluate=\[data=local,data"):
+        node(alone, "round_1_evaluate", "data.eval_size=4")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("second", "gate", "keep"),
@@ -182,6 +208,17 @@ def test_a_labeller_that_fails_its_gate_stops_unless_it_is_told_not_to(cfg):
         for entry in rounds.stages(cfg):
             if entry.recipe == "cai":
                 assert [each for each in entry.overrides if each.startswith("gate.")] == ["gate.fails=stop", *told]
+
+
+def test_known_pairs_of_the_data_are_as_many_and_the_same_at_every_check(compose, cfg, tmp_path):
+    cfg.loop.label = ["judge=function", "judge.function=json:loads", "gate.gold=data"]
+    entries = [entry for entry in rounds.stages(cfg) if entry.recipe == "cai"]
+    found = [
+        gate.load_gold(compose("cai", *(text.replace("{dir}", str(tmp_path)) for text in entry.overrides)))
+        for entry in entries
+    ]
+    assert len(found) == 4 and len(found[0]) > 24  # more than loop.labels
+    assert all([row["prompt_id"] for row in gold] == [row["prompt_id"] for row in found[0]] for gold in found)
 
 
 @pytest.fixture

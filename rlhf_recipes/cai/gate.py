@@ -28,13 +28,14 @@ CHARS_PER_TOKEN, TEMPLATE, SHOT, QUESTION = 4.0, 20, 90, 150
 
 
 def load_gold(cfg: DictConfig) -> list[dict]:
-    """Pairs whose better reply is known, from `gate.gold`: the train split of `data`, or a file's.
+    """Pairs whose better reply is known, from `gate.gold`: the train split of `data`, of which `data.train_size` says
+    how many prompts are answered, not how many pairs are known; or a file's.
 
     Raises:
         Refusal: what `data.load_pairs` refuses.
     """
     if cfg.gate.gold == "data":
-        node = cfg.data
+        node = OmegaConf.merge(cfg.data, {"train_size": None})
     else:
         node = OmegaConf.merge(OmegaConf.load(CONF / "data" / "base.yaml"), {"path": cfg.gate.gold})
     pairs = load_pairs(node)

@@ -23,6 +23,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import config, methods, run_folder, stats
+from rlhf_recipes.data import readers
 from rlhf_recipes.errors import Refusal, nearest
 from rlhf_recipes.launch import rounds_page
 from rlhf_recipes.stats import Estimate, format_estimate
@@ -64,7 +65,8 @@ def check(cfg: DictConfig) -> None:
     """Refuse rounds that cannot be.
 
     Raises:
-        Refusal: an unknown method, or one whose reference would move; a count that is too small.
+        Refusal: an unknown method, or one whose reference would move; a count that is too small; no judge, or nothing
+            to compare policies on.
     """
     loop, names = cfg.loop, [name for name, each in methods.METHODS.items() if each.rows in LEARNS_FROM]
     known = [name for name in names if name != "reward"]
@@ -77,6 +79,7 @@ def check(cfg: DictConfig) -> None:
             raise Refusal(f"loop.{key}={loop[key]}: must be at least 1. Change it.")
     if not any(text.partition("=")[0].endswith("judge") or text.startswith("judge_function=") for text in loop.judge):
         raise Refusal("loop.judge: names no judge. Give [judge_function=<module:function>], or judge=... of evaluate.")
+    _compared_on(loop)
 
 
 def check_rollout(loop: DictConfig, trainer: DictConfig) -> None:
@@ -103,21 +106,42 @@ def stages(cfg: DictConfig) -> list[DictConfig]:
     return [OmegaConf.create(entry) for k in range(1, cfg.rounds + 1) for entry in _round(cfg.loop, k)]
 
 
+def _prompts(loop: DictConfig) -> list[str]:
+    return [] if loop.prompts == "clinic" else ["data=local", f"data.path={loop.prompts}"]
+
+
+def _compared_on(loop: DictConfig) -> list[str]:
+    """The data of `evaluate` and `last`, which have pairs: held-out rows of what the prompts are from.
+
+    Raises:
+        Refusal: these are prompts alone, and `loop.evaluate` names no others.
+    """
+    if any(text.startswith(("data=", "data.path=")) for text in loop.evaluate):
+        return []
+    if prompts := _prompts(loop):
+        _, first = next(readers.read_file(loop.prompts))
+        if not {"chosen", "rejected"} <= first.keys():
+            raise Refusal(
+                f"loop.prompts={loop.prompts}: has no pairs (chosen and rejected) to compare the policies on. Say "
+                "where they are compared: loop.evaluate=[data=local,data.path=<pairs>]."
+            )
+    return prompts
+
+
 def _round(loop: DictConfig, k: int) -> list[dict[str, Any]]:
     anchor, last = loop.anchor, policy_of(loop, k - 1)
     own = {part: f"{{dir}}/{name(k, part)}" for part in ("label", "reward", "policy", "check", "audit")}
     pairs = ["data=cai_pairs", f"data.path={own['label']}"]
-    prompts = [] if loop.prompts == "clinic" else ["data=local", f"data.path={loop.prompts}"]
     by_people = "judge=people" in loop.label
     gate = [] if by_people else ["gate.fails=stop"]  # people meet none
-    asked = [f"seed={k}", "sources=[on_policy]", *prompts, *gate, *loop.label]
+    asked = [f"seed={k}", "sources=[on_policy]", *_prompts(loop), *gate, *loop.label]
     people = {part: [f"judge.labels={folder}_people"] if by_people else [] for part, folder in own.items()}
     before = ",".join(f"{{dir}}/{name(n, 'label')}" for n in range(1, k))
     first = [f"first={{dir}}/{name(k - 1, 'audit')}/label_next.jsonl"] if k > 1 else []
     sizes = [f"data.train_size={loop.labels}", f"data.eval_size={loop.held_out}"]
     reference = [f"reference={anchor}"] if _has_reference(loop.method) else []
     rewards = [f"reward_funcs={own['reward']}"] if methods.of(loop.method).rows == "prompts" else []
-    compared = [f"runs=[{own['policy']}]", "exit_codes.worse=0", *loop.judge]
+    compared = [f"runs=[{own['policy']}]", "exit_codes.worse=0", *_compared_on(loop), *loop.judge]
     audited = [f"reward_model={own['reward']}", f"data.test_path={own['check']}", f"model.adapter={own['policy']}"]
     made = [
         ("label", "cai", [f"model.adapter={last}", f"earlier=[{before}]", *first, *sizes, *asked, *people["label"]]),
