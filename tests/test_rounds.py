@@ -54,20 +54,25 @@ def estimate(value, half=0.1, n=40):
     return {"value": value, "low": value - half, "high": value + half, "n": n, "clusters": n}
 
 
-def finish_round(folder, k, *, left=0.5, flips=0, known=0.9, wins=0.7, kl=3.0, over=0.1, checked=9, unanswered=0):
-    """What the stages of a round leave, as far as `rounds` reads it; kl=None: nobody could measure it."""
-    routes = {"accepted": 20 - flips, "disputed": flips, "unanswered": unanswered}
+def finish_round(folder, k, *, left=0.5, flips=0, known=0.9, wins=0.7, kl=3.0, over=0.1, checked=9, unanswered=0,
+                 people=True):  # fmt: skip
+    """What the stages of a round leave, as far as `rounds` reads it; kl=None: nobody could measure it. Of 20 pairs
+    that are labelled the half is dropped from the data set, and not among its routes."""
+    routes = {"accepted": 10 - flips // 2, "disputed": flips // 2, "unanswered": unanswered}
     funnel = {"routes": routes, "written": {"test_prefs": checked}}
-    made = {"funnel": funnel, "spent": {"judged": 40, "usd": 0.0}, "gate": {"agreement": estimate(known)}}
-    made["people"] = {"people": {"anna": {"left": estimate(0.5)}, "ben": {"left": estimate(left)}}}
-    shard = folder / rounds.name(k, "label") / "shards" / "00000"
-    shard.mkdir(parents=True)
+    spent = {"judged": 0 if people else 50, "usd": 0.0}
+    made = {"funnel": funnel, "spent": spent, "gate": {"agreement": estimate(known)}}
+    said = {"chosen": 12, "ties": 3, "skipped": 5}
+    both = {"anna": said | {"left": estimate(0.5)}, "ben": said | {"left": estimate(left)}}
+    made["people"] = {"pairs": 20, "people": both} if people else None
     pairs = [{"route": "disputed" if n < flips else "accepted", "flip": n < flips} for n in range(20)]
     pairs += [{"route": "unanswered", "flip": False}] * unanswered
     records = [json.dumps({"prompt_id": str(n), "pairs": [pair]}) + "\n" for n, pair in enumerate(pairs)]
-    (shard / "records.jsonl").write_text("".join(records))
-    write(folder, rounds.name(k, "label"), made)
-    write(folder, rounds.name(k, "check"), made)
+    for part in ("label", "check"):
+        shard = folder / rounds.name(k, part) / "shards" / "00000"
+        shard.mkdir(parents=True)
+        (shard / "records.jsonl").write_text("".join(records))
+        write(folder, rounds.name(k, part), made)
     path = str(folder / rounds.name(k, "policy"))
     metrics = {"metrics": {"win_rate": estimate(wins), "kl_k1": estimate(kl)}, "info": {"path": path}}
     answers = [{"cluster": n, "systems": {"new": {"change": 1.0 if n < 6 else -1.0}}} for n in range(10)]
@@ -187,11 +192,13 @@ def test_no_round_holds_before_its_last_stage(cfg, tmp_path):
         assert "every gate holds" not in rounds.describe(found)
 
 
-def test_a_pair_that_nobody_answered_is_no_label(cfg, tmp_path):
-    finish_round(tmp_path, 1, flips=8, unanswered=20)
+@pytest.mark.parametrize("people", [True, False])
+def test_a_pair_that_nobody_answered_is_no_label(cfg, tmp_path, people):
+    """And one that is labelled costs, though it is dropped afterwards."""
+    finish_round(tmp_path, 1, flips=8, unanswered=20, people=people)
     done = rounds.Rounds(cfg, tmp_path).read()["rounds"][0]
     assert (done["disputed"].value, done["disputed"].n) == (0.4, 20)
-    assert [(cost["pairs"], cost["questions"]) for cost in done["labels"]] == [(20, 40)] * 2
+    assert [(cost["pairs"], cost["questions"]) for cost in done["labels"]] == [(20, 2 * 20 if people else 50)] * 2
 
 
 def test_kl_that_nobody_could_measure(cfg, tmp_path):

@@ -217,7 +217,8 @@ class Rounds:
         results = {part: self._result(k, part) for part in ("label", "check", "evaluate", "last", "audit")}
         figures: dict[str, Any] = {}
         if label := results["label"]:
-            figures |= {"disputed": _disputed(self.dir / name(k, "label")), "labels": [_cost(label)]}
+            folder = self.dir / name(k, "label")
+            figures |= {"disputed": _disputed(folder), "labels": [_cost(label, folder)]}
             people = (label.get("people") or {}).get("people") or {}
             lefts = [_off_centre(person["left"]) for person in people.values() if person["left"].low is not None]
             if lefts:
@@ -226,7 +227,7 @@ class Rounds:
             if "gate" in label and "gate" in begun:  # people meet none
                 figures["known"] = _change(label["gate"]["agreement"], begun["gate"]["agreement"].value)
         if check := results["check"]:
-            figures["labels"] = [*figures.get("labels", []), _cost(check)]
+            figures["labels"] = [*figures.get("labels", []), _cost(check, self.dir / name(k, "check"))]
             if not check["funnel"]["written"]["test_prefs"]:
                 figures["over_length"] = Estimate(None, None, None, 0)
         if evaluation := results["evaluate"]:
@@ -278,17 +279,20 @@ def _misses(found: Estimate, limit: float, side: str) -> bool:
     return (found.value if found.high is None else found.high) < limit
 
 
-def _disputed(folder: Path) -> Estimate:
-    """Share of the pairs with a label that were disputed, or whose better answer changed with the order."""
+def _labelled(folder: Path) -> list[tuple[str, dict]]:
+    """(prompt's id, pair) of the pairs with a label, in the data set or dropped from it afterwards."""
     from rlhf_recipes.cai import make_pairs
 
-    told, ids = [], []
-    for shard in sorted(folder.glob("shards/*/records.jsonl")):
-        for record in make_pairs.read(shard):
-            judged = [pair for pair in record["pairs"] if pair["route"] not in (None, "unanswered")]
-            told += [pair["route"] == "disputed" or pair["flip"] for pair in judged]
-            ids += [record["prompt_id"]] * len(judged)
-    return stats.estimate(told, ids) if told else Estimate(None, None, None, 0)
+    records = [each for shard in sorted(folder.glob("shards/*/records.jsonl")) for each in make_pairs.read(shard)]
+    pairs = [(record["prompt_id"], pair) for record in records for pair in record["pairs"]]
+    return [(prompt_id, pair) for prompt_id, pair in pairs if pair["route"] not in (None, "unanswered")]
+
+
+def _disputed(folder: Path) -> Estimate:
+    """Share of the pairs with a label that were disputed, or whose better answer changed with the order."""
+    labelled = _labelled(folder)
+    told = [pair["route"] == "disputed" or pair["flip"] for _, pair in labelled]
+    return stats.estimate(told, [prompt_id for prompt_id, _ in labelled]) if told else Estimate(None, None, None, 0)
 
 
 def _off_centre(share: Estimate) -> Estimate:
@@ -301,12 +305,14 @@ def _change(found: Estimate, begun: float | None) -> Estimate:
     return found if begun is None else found.mapped(lambda share: share - begun)
 
 
-def _cost(result: dict[str, Any]) -> dict[str, Any]:
-    """Of a run of cai: pairs with a label, what the judge was asked, USD."""
-    routes, spent = result["funnel"]["routes"], result["spent"]
-    asked = sum(routes.values())
-    pairs = asked - routes.get("unanswered", 0)
-    return {"pairs": pairs, "questions": max(spent["judged"], asked), "usd": spent["usd"]}
+def _cost(result: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Of a run of cai: pairs with a label (by a judge, one of a prompt with best_worst), what the judge or people were
+    asked, USD."""
+    spent = result["spent"]
+    if people := result.get("people"):
+        asked = sum(each[what] for each in people["people"].values() for what in ("chosen", "ties", "skipped"))
+        return {"pairs": people["pairs"], "questions": asked, "usd": spent["usd"]}
+    return {"pairs": len(_labelled(folder)), "questions": spent["judged"], "usd": spent["usd"]}
 
 
 def _compared(result: dict[str, Any], reward: bool = False) -> dict[str, Any]:
