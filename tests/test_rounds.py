@@ -165,6 +165,8 @@ def test_the_gate_that_fails_stops_and_names_what_to_keep(cfg, tmp_path, second,
         stopped = loop.stop()
     assert (stopped and stopped["round"]) == (2 if gate else None)
     assert not gate or gate in stopped["says"]
+    missing = f"there is nothing to tell by. Lift the gate with {gate}=null"
+    assert not gate or (stopped["why"] == missing) == drawn
     written = json.loads((tmp_path / rounds.FILE).read_text())
     assert written["keep"] == f"{tmp_path}/{keep}" and len(written["rounds"]) == 2
     said = rounds.describe(loop.read())
@@ -178,6 +180,7 @@ def test_no_pair_to_check_on_stops_before_the_audit(cfg, tmp_path):
     shutil.rmtree(tmp_path / rounds.name(1, "audit"))
     stopped = rounds.Rounds(cfg, tmp_path).stop()
     assert stopped["round"] == 1 and "min_over_length" in stopped["says"]
+    assert stopped["why"] == "there is nothing to tell by. Lift the gate with loop.gates.min_over_length=null"
 
 
 def test_no_round_holds_before_its_last_stage(cfg, tmp_path):

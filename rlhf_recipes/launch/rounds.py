@@ -44,7 +44,7 @@ class Gate:
         key: of the limit.
         side: min, max, or far: a distance that must not be shown to be more.
         state: holds | fails.
-        why: what it means where it fails.
+        why: what it means where it fails, or that the figure is missing.
     """
 
     name: str
@@ -265,6 +265,8 @@ class Rounds:
         for key, words, limit, side, why in asked:
             if key in figures and limits[limit] is not None:
                 state = "fails" if _misses(figures[key], limits[limit], side) else "holds"
+                if figures[key].value is None:
+                    why = f"there is nothing to tell by. Lift the gate with loop.gates.{limit}=null"
                 gates.append(Gate(words, figures[key], limits[limit], f"loop.gates.{limit}", side, state, why))
         return gates
 
