@@ -793,6 +793,10 @@ def test_a_judge_that_is_served_badly_is_refused_before_anything_is_measured(
             ("judge=function", "judge.function=a:b"),
             "judge=function: labels pairs in recipes/cai.py. Here give judge_fun",
         ),
+        (
+            ["judge=people"],
+            "judge=people: labels pairs in recipes/cai.py. Here give judge=local",
+        ),
     ],
 )
 def test_a_judge_that_cannot_be_asked_is_refused(compose, tiny_model_overrides, overrides, says):

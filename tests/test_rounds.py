@@ -106,6 +106,9 @@ def test_rounds_are_stages_that_anybody_may_run(cfg):
         ("loop.method=kto", "loop.method=kto: not one of"),
         ("loop.labels=0", "loop.labels=0: must be at least 1"),
         ("loop.judge=[]", "loop.judge: names no judge"),
+        ("loop.judge=['judge=null']", "loop.judge: names no judge"),
+        ("loop.judge=['judge=people']", "loop.judge=.judge=people.: labels pairs, and compares no policies"),
+        ("loop.label=['judge=people','judge.labels=mine']", "loop.label: judge.labels=mine: each stage has"),
     ],
 )
 def test_rounds_that_cannot_be_are_refused(compose, override, says):

@@ -23,6 +23,12 @@ from rlhf_recipes.errors import Refusal
 from rlhf_recipes.evaluation.measurements import Measurements
 from rlhf_recipes.references import ModelRef
 
+# What compares policies, where a judge of cai labels pairs alone.
+INSTEAD = {
+    "reward": "reward_model=<run>",
+    "function": "judge_function=<module:function>",
+    "people": "judge=local or judge=server",
+}
 TYPED = "chat tokens made plain for the judge"  # their number, among the settings
 
 
@@ -33,16 +39,16 @@ def check(cfg: DictConfig) -> ModelRef | None:
         What `judge.adapter` names.
 
     Raises:
-        Refusal: two judges, an adapter of another base, an endpoint without its key, a broken constitution.
+        Refusal: two judges, one that labels pairs alone, an adapter of another base, an endpoint without its key, a
+            broken constitution.
     """
     node = cfg.get("judge")
     if node is None:
         return None
     if cfg.judge_function:
         raise Refusal(f"judge_function={cfg.judge_function}: there is a judge already. Give one of the two.")
-    if node.kind in ("reward", "function"):
-        instead = "reward_model=<run>" if node.kind == "reward" else "judge_function=<module:function>"
-        raise Refusal(f"judge={node.kind}: labels pairs in recipes/cai.py. Here give {instead}.")
+    if node.kind in INSTEAD:
+        raise Refusal(f"judge={node.kind}: labels pairs in recipes/cai.py. Here give {INSTEAD[node.kind]}.")
     if cfg.judging.principles_per_pair < 1:
         raise Refusal(f"judging.principles_per_pair={cfg.judging.principles_per_pair}: must be at least 1. Change it.")
     constitution.load(cfg.constitution)

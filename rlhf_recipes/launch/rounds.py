@@ -66,7 +66,7 @@ def check(cfg: DictConfig) -> None:
 
     Raises:
         Refusal: an unknown method, or one whose reference would move; a count that is too small; no judge, or nothing
-            to compare policies on.
+            to compare policies on; a folder of people's labels, which each stage has of its own.
     """
     loop, names = cfg.loop, [name for name, each in methods.METHODS.items() if each.rows in LEARNS_FROM]
     known = [name for name in names if name != "reward"]
@@ -77,8 +77,17 @@ def check(cfg: DictConfig) -> None:
     for key in ("labels", "held_out"):
         if loop[key] < 1:
             raise Refusal(f"loop.{key}={loop[key]}: must be at least 1. Change it.")
-    if not any(text.partition("=")[0].endswith("judge") or text.startswith("judge_function=") for text in loop.judge):
+    given = {key.lstrip("+"): value for key, _, value in (text.partition("=") for text in loop.judge)}
+    if all(given.get(key) in (None, "", "null") for key in ("judge", "judge_function")):
         raise Refusal("loop.judge: names no judge. Give [judge_function=<module:function>], or judge=... of evaluate.")
+    if (kind := given.get("judge")) in ("people", "reward", "function"):
+        raise Refusal(
+            f"loop.judge=[judge={kind}]: labels pairs, and compares no policies. Give judge=local, judge=server or "
+            "judge_function=<module:function>."
+        )
+    for text in loop.label:
+        if text.lstrip("+").startswith("judge.labels="):
+            raise Refusal(f"loop.label: {text}: each stage has a run of recipes/label.py of its own. Leave it out.")
     _compared_on(loop)
 
 
