@@ -151,6 +151,10 @@ def test_the_disputed_pairs_of_an_audit_and_of_cai(tmp_path):
     writer.close()
     [pair] = pairs.find(config(run)).pairs
     assert (pair.first, pair.second, pair.principle, pair.question) == ("c", "d", "kind", "Which is kind?")
+    write_rows(run / "to_label.jsonl", *({"prompt": "Hi", "first": "a", "second": f"b{n}"} for n in range(4)))
+    assert len(pairs.find(config(run)).pairs) == 4  # it waits for people
+    (run / "result.json").write_text("{}")
+    assert pairs.find(config(run)).pairs == [pair]
 
 
 def config(path, **more):
