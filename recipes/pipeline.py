@@ -21,6 +21,8 @@ def main(cfg):
     if cfg.preflight.only:
         return
     loop = rounds.Rounds(cfg, plan.dir, plan.stages) if cfg.rounds else None
+    if loop:
+        print(loop.budget(), flush=True)
     status = pipeline.execute(plan, loop.stop if loop else bool)
     found = loop.read() if loop else {"rounds": []}
     pipeline.print_summary(plan, cfg.next, keep=found["keep"] if found["rounds"] else None)

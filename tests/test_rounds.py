@@ -235,12 +235,16 @@ def test_known_pairs_of_the_data_are_as_many_and_the_same_at_every_check(compose
 
 
 @pytest.fixture
-def ended(cfg, tmp_path, monkeypatch, capsys):
+def ended(cfg, compose, tmp_path, monkeypatch, capsys):
     """ended(status): (exit status, what it prints) of the pipeline whose stages all have a status."""
+
+    def own(entry):
+        if entry.recipe == "cai":
+            return compose("cai", *(text.replace("{dir}", str(tmp_path)) for text in entry.overrides))
 
     def end(status):
         entries = rounds.stages(cfg)
-        stages = [pipeline.Stage(e.name, e.recipe, tmp_path / e.name, [], None, "", status) for e in entries]
+        stages = [pipeline.Stage(e.name, e.recipe, tmp_path / e.name, [], own(e), "", status) for e in entries]
         plan = pipeline.Plan(tmp_path, stages, None, 0.0)
         recipe = import_module("rlhf_recipes.recipes.pipeline")
         monkeypatch.setattr(pipeline, "plan", lambda cfg: plan)
@@ -268,6 +272,8 @@ def test_the_end_names_one_policy(ended, tmp_path):
 def test_the_end_names_nothing_that_was_not_made(ended):
     code, said = ended("pending")
     assert code == 2 and "page  " not in said and "keep  " not in said
+    asked = "24 and 16 held out by label, 1 and 16 held out by check"
+    assert said.startswith(f"labels   of at most 57 prompts a round: {asked}\n")
 
 
 @pytest.mark.slow

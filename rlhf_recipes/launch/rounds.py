@@ -190,6 +190,16 @@ class Rounds:
     def __init__(self, cfg: DictConfig, folder: Path, stages: list | None = None):
         self.count, self.loop, self.dir, self.stages = cfg.rounds, cfg.loop, folder, stages
 
+    def budget(self) -> str:
+        """A line on the prompts whose samples somebody labels in a round, by the sizes that its stages have."""
+        told, sizes = [], []
+        for part in ("label", "check"):
+            [data] = [stage.cfg.data for stage in self.stages if stage.name == name(1, part)]
+            sizes += [data.train_size, data.eval_size]
+            told.append(f"{data.train_size or 'all'} and {data.eval_size or 'all'} held out by {part}")
+        most = "all" if None in sizes else f"at most {sum(sizes)}"
+        return f"labels   of {most} prompts a round: {', '.join(told)}"
+
     def stop(self) -> dict[str, Any] | None:
         """The first gate that fails, with its round, after what is finished; None where all hold. Writes what there
         is to `rounds.json` and the page."""
