@@ -2,6 +2,7 @@
 
 import json
 import signal
+from types import SimpleNamespace
 
 import pytest
 import warm
@@ -162,6 +163,12 @@ def test_what_comes_first_is_counted_or_refused(compose, tmp_path, capsys):
     [row] = earlier.prompts(compose("cai", f"first={path}", "data.train_size=1"), []).train
     assert row["prompt"][-1]["content"] == known
     assert f"first: 1 of 2 prompts of {path} are in the data\n" in capsys.readouterr().out
+    # what an earlier run has answered is no news, listed or not
+    answered = [SimpleNamespace(prompt_ids=lambda: {row["prompt_id"]})]
+    cfg = compose("cai", f"first={path}", "data.train_size=99")
+    before, after = ([each["prompt_id"] for each in earlier.prompts(cfg, runs).train] for runs in ([], answered))
+    assert before[0] == row["prompt_id"] and len(before) == 99 and after[:98] == before[1:]
+    assert row["prompt_id"] not in after
 
 
 def test_a_judge_is_refused_before_a_generator_is_loaded(compose, monkeypatch):

@@ -46,8 +46,8 @@ def find(folders: list[str]) -> list[Earlier]:
 
 
 def prompts(cfg: DictConfig, earlier: list[Earlier]) -> Splits:
-    """The prompts of `data`: where `data.train_size` leaves some out, those of `first` come before others, and what no
-    earlier run has answered before what one has.
+    """The prompts of `data`: where `data.train_size` leaves some out, what no earlier run has answered comes before
+    what one has, and of each those of `first` before others.
 
     Raises:
         Refusal: as `load_prompts`; a row of `first` has no prompt, or nothing is left out.
@@ -67,7 +67,7 @@ def prompts(cfg: DictConfig, earlier: list[Earlier]) -> Splits:
     for n, row in enumerate(found.train):
         asked = row["prompt"][-1]["content"]
         there |= {asked} & wanted
-        places[n] = (asked not in wanted, row["prompt_id"] in answered)
+        places[n] = (row["prompt_id"] in answered, asked not in wanted)
     if listed:
         print(f"first: {len(there)} of {len(wanted)} prompts of {cfg.first} are in the data", flush=True)
     kept = sorted(places, key=places.get)[:size]
