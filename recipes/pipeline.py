@@ -24,10 +24,12 @@ def main(cfg):
     if loop:
         print(loop.budget(), flush=True)
     status = pipeline.execute(plan, loop.stop if loop else bool)
-    found = loop.read() if loop else {"rounds": []}
+    found = loop.write() if loop else {"rounds": [], "ended": None}
     pipeline.print_summary(plan, cfg.next, keep=found["keep"] if found["rounds"] else None)
+    if found["rounds"] or found["ended"]:
+        print(rounds.describe(found), flush=True)
     if found["rounds"]:
-        print(rounds.describe(found), f"page     {plan.dir / rounds.PAGE}", sep="\n", flush=True)
+        print(f"page     {plan.dir / rounds.PAGE}", flush=True)
         status = status or cfg.loop.exit_codes["stopped" if found["stopped"] else "finished"]
     if status:
         sys.exit(status)

@@ -270,11 +270,12 @@ def test_the_page_of_the_rounds_shows_text(tmp_path):
     gate = {"words": said, "found": share, "limit": 0.5, "key": said, "side": said, "state": "fails", "why": said}
     each = {"round": 1, "policy": said, "judge": share, "kl": share, "gates": [SimpleNamespace(**gate)], "labels": []}
     found = {"rounds": [each], "asked": 2, "stopped": {"round": 1, "gate": said, "why": said, "words": said},
-             "keep": said, "anchor": said}  # fmt: skip
-    rounds_page.write(found, tmp_path / "rounds.html")
-    html = (tmp_path / "rounds.html").read_text(encoding="utf-8")
-    assert "<script" not in html and "<img" not in html and "&lt;script&gt;" in html
-    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", html)
+             "ended": {"stage": said, "says": said}, "keep": said, "anchor": said}  # fmt: skip
+    for stopped in (found["stopped"], None):
+        rounds_page.write(found | {"stopped": stopped}, tmp_path / "rounds.html")
+        html = (tmp_path / "rounds.html").read_text(encoding="utf-8")
+        assert "<script" not in html and "<img" not in html and "&lt;script&gt;" in html
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", html)
 
 
 # ---- what phones home

@@ -1,6 +1,7 @@
 """Rounds of a pipeline: which stages they are, which gate stops them, killed and continued on a tiny model."""
 
 import contextlib
+import itertools
 import json
 import shutil
 import signal
@@ -236,20 +237,27 @@ def test_known_pairs_of_the_data_are_as_many_and_the_same_at_every_check(compose
 
 @pytest.fixture
 def ended(cfg, compose, tmp_path, monkeypatch, capsys):
-    """ended(status): (exit status, what it prints) of the pipeline whose stages all have a status."""
+    """ended(status): (exit status, what it prints) of the pipeline whose stages all have a status; but that the stage
+    `fails` and those after it have not run."""
 
     def own(entry):
         if entry.recipe == "cai":
             return compose("cai", *(text.replace("{dir}", str(tmp_path)) for text in entry.overrides))
 
-    def end(status):
+    def fail(stage, *_):
+        stage.said = "gate: it fails <it>."
+        return 2, 0.1
+
+    def end(status, fails=None):
         entries = rounds.stages(cfg)
         stages = [pipeline.Stage(e.name, e.recipe, tmp_path / e.name, [], own(e), "", status) for e in entries]
+        for stage in itertools.dropwhile(lambda stage: stage.name != fails, stages):
+            stage.status = "pending"
         plan = pipeline.Plan(tmp_path, stages, None, 0.0)
         recipe = import_module("rlhf_recipes.recipes.pipeline")
         monkeypatch.setattr(pipeline, "plan", lambda cfg: plan)
         monkeypatch.setattr(recipe.look, "before_pipeline", lambda *_: None)
-        monkeypatch.setattr(pipeline, "_run", lambda *_: (2, 0.1))
+        monkeypatch.setattr(pipeline, "_run", fail)
         monkeypatch.setattr(pipeline, "_side_by_side", lambda evaluation: "")
         with quick.pictures_sketched(), pytest.raises(SystemExit) as exited:
             recipe.main.__wrapped__(cfg)
@@ -274,6 +282,27 @@ def test_the_end_names_nothing_that_was_not_made(ended):
     assert code == 2 and "page  " not in said and "keep  " not in said
     asked = "24 and 16 held out by label, 1 and 16 held out by check"
     assert said.startswith(f"labels   of at most 57 prompts a round: {asked}\n")
+    assert said.endswith("\nended    at round_1_label, not by a gate of the loop: gate: it fails <it>.\n")
+
+
+def test_the_end_at_a_stage_without_a_result_is_no_gate_of_the_loop(ended, tmp_path):
+    """Of a labeller who fails the gate of `cai`, say."""
+    finish_round(tmp_path, 1)
+    for part in ("policy", "reward"):
+        write(tmp_path, rounds.name(1, part), {})
+    write_adapter(tmp_path / rounds.name(1, "policy"))
+    code, said = ended("finished", fails="round_2_label")
+    assert code == 2 and "ended    at round_2_label, not by a gate of the loop: gate: it fails <it>.\n" in said
+    assert f"keep     {tmp_path}/round_1_policy\n" in said and f"page     {tmp_path}/rounds.html" in said
+    assert json.loads((tmp_path / rounds.FILE).read_text())["ended"]["stage"] == "round_2_label"
+    page = (tmp_path / rounds.PAGE).read_text()
+    assert "<h1>Ended at round_2_label</h1>" in page and "not by a gate of the loop: gate: it fails &lt;it&gt;" in page
+
+
+def test_what_a_stage_is_refused_for_is_known_to_the_pipeline(tmp_path):
+    stage = pipeline.Stage("label", "label", tmp_path / "label", ["pairs=none.jsonl"], None, "")
+    code, _ = pipeline._run(stage, "label", None)
+    assert code == 2 and stage.said.startswith("pairs=none.jsonl: no such file or folder. Give a file, or a run of")
 
 
 @pytest.mark.slow

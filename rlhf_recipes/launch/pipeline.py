@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from rlhf_recipes.config_hash import config_sha256, other_setting
 from rlhf_recipes.data.load import check
 from rlhf_recipes.errors import Refusal, nearest
 from rlhf_recipes.launch import cards, forks, keys, rounds
-from rlhf_recipes.launch.refusals import WANTS_TRACEBACK, as_refusal
+from rlhf_recipes.launch.refusals import SAID, WANTS_TRACEBACK, as_refusal
 from rlhf_recipes.overrides import of_this_run, quoted
 from rlhf_recipes.references import adapter_in
 
@@ -48,6 +49,7 @@ class Stage:
     status: str = "pending"
     seconds: float = 0.0
     ran: bool = False
+    said: str = ""  # what it was refused for
 
     def result(self) -> dict | None:
         return run_folder.read_result(self.dir)
@@ -207,7 +209,9 @@ def print_summary(plan: Plan, next_commands: list[str], keep: str | None = None)
 def _run(stage: Stage, label: str, launch: str | None) -> tuple[int, float]:
     begin = time.monotonic()
     module, arguments = f"rlhf_recipes.recipes.{stage.recipe}", [*stage.overrides, f"hydra.run.dir={stage.dir}"]
-    environment = _environment(label)
+    scratch = tempfile.TemporaryDirectory()
+    said = Path(scratch.name) / "said"
+    environment = _environment(label) | {SAID: str(said)}
     if launch and stage.recipe != "publish":
         launcher = [sys.executable, "-P", "-m", "accelerate.commands.launch", "--config_file", launch, "-m"]
         process = subprocess.Popen([*launcher, module, *arguments], env=cards.give_back(environment))
@@ -223,6 +227,8 @@ def _run(stage: Stage, label: str, launch: str | None) -> tuple[int, float]:
     finally:
         if process.poll() is None:
             process.terminate()
+        stage.said = said.read_text(encoding="utf-8") if said.exists() else ""
+        scratch.cleanup()
     return code, round(time.monotonic() - begin, 1)
 
 

@@ -4,6 +4,7 @@ import os
 import re
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,6 +22,8 @@ WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 PARTS = ("base", "common")
 
 
+# Names a file for what a stage of a pipeline is refused for, which the pipeline says once more.
+SAID = "RLHF_RECIPES_SAID"
 # Begins what is said below a traceback.
 NOTE = "note: "
 BUG = "this is a bug of rlhf-recipes. Report it where you have rlhf-recipes from, with these lines and the command."
@@ -71,6 +74,9 @@ def print_error(error: Exception, config_name: str | None = None) -> NoReturn:
         print_bug(type(error), error, error.__traceback__)
         sys.exit(1)
     print(f"error: {line}", file=sys.stderr)
+    if place := os.environ.get(SAID):
+        with suppress(OSError):  # the pipeline has ended before
+            Path(place).write_text(line, encoding="utf-8")
     sys.exit(2)
 
 

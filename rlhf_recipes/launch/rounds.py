@@ -201,17 +201,20 @@ class Rounds:
         return f"labels   of {most} prompts a round: {', '.join(told)}"
 
     def stop(self) -> dict[str, Any] | None:
-        """The first gate that fails, with its round, after what is finished; None where all hold. Writes what there
-        is to `rounds.json` and the page."""
+        """The first gate that fails, with its round, after what is finished; None where all hold. Writes, too."""
+        return self.write()["stopped"]
+
+    def write(self) -> dict[str, Any]:
+        """What `read` finds, in `rounds.json` and on the page."""
         found = self.read()
         text = json.dumps(found, indent=2, ensure_ascii=False, default=asdict)
         run_folder.write_atomically(self.dir / FILE, text + "\n")
         rounds_page.write(found, self.dir / PAGE)
-        return found["stopped"]
+        return found
 
     def read(self) -> dict[str, Any]:
-        """`rounds`, each with its figures and gates as far as it has come; `stopped`; `keep`, the last policy of which
-        every gate holds."""
+        """`rounds`, each with its figures and gates as far as it has come; `stopped`, by a gate; `ended`, a stage that
+        failed, and what it said; `keep`, the last policy of which every gate holds."""
         done, stopped, keep = [], None, self._typed(0)
         for k in range(1, self.count + 1):
             figures = self._figures(k)
@@ -226,7 +229,10 @@ class Rounds:
             if self._result(k, "audit") is None:  # the last stage of a round
                 break
             keep = self._typed(k)
-        return {"rounds": done, "stopped": stopped, "keep": keep, "anchor": self._typed(0), "asked": self.count}
+        ends = [s for s in self.stages or [] if s.status == "failed" and s.name.startswith("round_")]
+        ended = {"stage": ends[0].name, "says": ends[0].said or "it failed."} if ends else None
+        return {"rounds": done, "stopped": stopped, "ended": ended, "keep": keep, "anchor": self._typed(0),
+                "asked": self.count}  # fmt: skip
 
     def _typed(self, k: int) -> str:
         return policy_of(self.loop, k).replace("{dir}", str(self.dir))
@@ -360,7 +366,7 @@ def _over_length(result: dict[str, Any]) -> Estimate:
 
 
 def describe(found: dict[str, Any]) -> str:
-    """The rounds as a table, why they stopped, which policy to keep."""
+    """The rounds as a table, why they stopped or ended, which policy to keep; without a round why they ended alone."""
     rows = [["round", "judge", "proxy", "KL", "reward over length", "disputed", "labels"]]
     for each in found["rounds"]:
         shown = [format_estimate(each.get(key)) for key in ("judge", "proxy", "kl", "over_length", "disputed")]
@@ -369,6 +375,8 @@ def describe(found: dict[str, Any]) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     if stopped := found["stopped"]:
         lines += ["", f"stopped  in round {stopped['round']} by {stopped['says']}: {stopped['why']}."]
+    elif ended := found["ended"]:
+        lines += ["", f"ended    at {ended['stage']}, not by a gate of the loop: {ended['says']}"]
     elif len(found["rounds"]) == found["asked"] and found["keep"] == found["rounds"][-1]["policy"]:
         lines += ["", "every gate holds; loop more with a higher rounds="]
-    return "\n".join([*lines, f"keep     {found['keep']}"])
+    return "\n".join([*lines, f"keep     {found['keep']}"] if found["rounds"] else lines[2:])

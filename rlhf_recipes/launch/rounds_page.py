@@ -43,6 +43,7 @@ def write(found: dict[str, Any], path: Path) -> None:
         names=NAMES,
         gates=[(each["round"], gate) for each in rounds for gate in each["gates"]],
         stopped=found["stopped"],
+        ended=found["ended"],
         keep=found["keep"],
         anchor=found["anchor"],
     )
@@ -52,6 +53,8 @@ def _headline(found: dict[str, Any]) -> str:
     count = len(found["rounds"])
     if stopped := found["stopped"]:
         return f"Stopped in round {stopped['round']} of {found['asked']}: {stopped['gate']}"
+    if ended := found["ended"]:
+        return f"Ended at {ended['stage']}"
     if count == found["asked"] and found["keep"] == found["rounds"][-1]["policy"]:
         return f"{count} rounds, every gate holds" if count > 1 else "One round, every gate holds"
     return f"Round {count} of {found['asked']}, every gate holds so far"
