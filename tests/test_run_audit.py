@@ -21,7 +21,10 @@ def test_one_answer_in_twenty_is_unfamiliar_by_chance():
     def score(turns, part, features):
         return scoring.Scored(np.zeros((1, len(turns))), rng.normal(size=(len(turns), 6)))
 
-    prompts = [{"prompt": [{"role": "user", "content": f"about {i}"}], "family": None} for i in range(2000)]
+    prompts = [
+        {"prompt": [{"role": "user", "content": f"about {i}"}], "prompt_id": f"about {i}", "family": None}
+        for i in range(2000)
+    ]
     sampler = SimpleNamespace(answers=lambda adapter, rows, part: [{"text": "Yes."}] * len(rows))
     scored = run_audit.Scored(SimpleNamespace(score=score), np.zeros((1, 2)))
     ledger_KF = rng.normal(size=(400, 6))
@@ -32,8 +35,22 @@ def test_one_answer_in_twenty_is_unfamiliar_by_chance():
     assert uncertainty.out_of_distribution(features["held_out"], features["deployment"]).value == pytest.approx(
         0.05, abs=0.012
     )
-    first = run_audit._label_next(found, members=1)[0]["why"]
-    assert first == "further from the train pairs than 100% of the held-out answers"
+    listed = run_audit._label_next(found, 1, frozenset())
+    assert listed[0]["why"] == "further from the train pairs than 100% of the held-out answers"
+    labelled = {each["prompt"] for each in listed[:9]}
+    others = run_audit._label_next(found, 1, labelled)
+    assert len(listed) == len(others) == 256 and others[0]["prompt"] == listed[9]["prompt"]
+    assert not {each["prompt"] for each in others} & labelled
+
+
+def test_held_out_pairs_are_all_labelled_and_listed_where_nothing_else_is_known():
+    rows = [
+        {"prompt": [{"role": "user", "content": text}], "prompt_id": text, "family": None}
+        for text in ("bake bread", "sort arrays", "book flights") * 5
+    ]
+    rows += [{**rows[0], "prompt": [{"role": "user", "content": f"question{i} about{i}"}]} for i in range(20)]
+    found = run_audit.Candidates(rows, np.arange(35.0), np.zeros(35), {})
+    assert len(run_audit._label_next(found, 1, {row["prompt_id"] for row in rows})) == 10
 
 
 def run_folder(path, recipe, **config):

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from rlhf_recipes import ranks
 from rlhf_recipes.audit import judgements, page, verdict
-from rlhf_recipes.audit.run_audit import Findings, Sources
+from rlhf_recipes.audit.run_audit import SHOWN, Findings, Sources
 from rlhf_recipes.commands import command
 from rlhf_recipes.data.load import Splits
 from rlhf_recipes.overrides import written
@@ -44,9 +44,9 @@ def build(cfg: DictConfig, sources: Sources, pairs: Splits, found: Findings) -> 
         "subject": subject,
         "counts": {"held-out pairs": len(pairs.test), "train pairs": len(pairs.train), "reward models": len(names)},
         "verdict": decided,
-        "paragraph": verdict.paragraph(found.sections, decided, found.label_next),
+        "paragraph": verdict.paragraph(found.sections, decided, found.label_next[:SHOWN]),
         "sections": found.sections,
-        "label_next": found.label_next,
+        "label_next": found.label_next[:SHOWN],
         "settings": {key: cfg[key] for key in keys},
         "adapters": {name: each.sha256 for name, each in zip(names, sources.reward_models, strict=True)},
         "data": pairs.report,

@@ -6,6 +6,7 @@ Models are here and in `scoring` and `answers`; the parts see arrays alone.
 import hashlib
 import os
 import random
+from collections.abc import Container
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -26,6 +27,8 @@ from rlhf_recipes.references import ModelRef
 from rlhf_recipes.run import SCORES, Run
 from rlhf_recipes.text import line
 
+# Prompts worth labelling that the file and the page have at most.
+LISTED, SHOWN = 256, 10
 # Of a data node: what it learns from, where else it has its held-out rows, and what the draw of these depends on.
 ROWS, TEST, DRAWN = ("path", "name", "revision", "train_split"), ("test_path", "test_split"), ("test_size", "seed")
 
@@ -161,7 +164,7 @@ class Findings:
 
     Attributes:
         sections: of the report.
-        label_next: prompts whose label would teach most: `prompt`, `family`, `why`.
+        label_next: prompts whose label would teach most, most first: `prompt`, `family`, `why`.
         disputed: pairs on which judges or the reward model disagree, for people to label.
     """
 
@@ -235,7 +238,7 @@ def take(cfg: DictConfig, found: Sources, pairs: Splits, tokenizer, run: Run) ->
         done += [ranks.by_first(parts[name]) for name in names]  # of numbers that all have
     return Findings(
         done,
-        _label_next(candidates, len(chosen_MN)),
+        _label_next(candidates, len(chosen_MN), {row["prompt_id"] for row in chain(train, rows)}),
         disagreement.disputed(told, rows, chosen_MN, rejected_MN),
     )
 
@@ -280,17 +283,20 @@ def _deployed(cfg: DictConfig, prompts: list[dict], scored: "Scored", sampler, l
     return Candidates(rows, novelty_P, scaled_MP.std(0), ledger)
 
 
-def _label_next(candidates: Candidates, members: int) -> list[dict]:
-    """Prompts worth labelling, each with the reason in words."""
+def _label_next(candidates: Candidates, members: int, labelled: Container[str]) -> list[dict]:
+    """Prompts worth labelling, each with the reason in words: of a deployment's sample all that `labelled` lacks, by
+    `prompt_id`; of the held-out pairs, which all have a label, a few that are worth another."""
     from rlhf_recipes.audit import coverage
 
     answers = candidates.coverage.get("features")
     held_out, what = (answers["held_out"], "answers") if answers else (candidates.novelty_P, "pairs")
-    prompts = [row["prompt"][-1]["content"] for row in candidates.rows]
-    families = [row["family"] or "" for row in candidates.rows]
-    spread_P = candidates.spread_P if members > 1 else None
-    asked = []
-    for worth in coverage.worth_labelling(prompts, candidates.novelty_P, spread_P, families):
+    left = [n for n, row in enumerate(candidates.rows) if not answers or row["prompt_id"] not in labelled]
+    rows = [candidates.rows[n] for n in left]
+    prompts = [row["prompt"][-1]["content"] for row in rows]
+    families = [row["family"] or "" for row in rows]
+    spread_P = candidates.spread_P[left] if members > 1 else None
+    asked, k = [], LISTED if answers else SHOWN
+    for worth in coverage.worth_labelling(prompts, candidates.novelty_P[left], spread_P, families, k):
         share = (held_out < worth["novelty"]).mean()
         said = [] if worth["uncertainty"] is None else [f"the reward models differ by {worth['uncertainty']:.2f}"]
         why = "; ".join([*said, f"further from the train pairs than {share:.0%} of the held-out {what}"])
