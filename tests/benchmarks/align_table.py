@@ -16,12 +16,13 @@ COLUMNS = (
     "world", "method", "runs", "gold gained", "KL", *(f"gold gained at KL {kl:g}" for kl in EQUAL_KL),
     "proxy gained", "regret: the last", "by the proxy", "by evaluate", "by the doctor", "by the audit",
 )  # fmt: skip
-BAD = ("_overdone", "_flipped", "_left")  # methods, or their labellers, that are bad on purpose: for the alarms alone
+# Methods that are bad on purpose, for the alarms alone; labellers who are, and who stands beside them.
+APART = ("_overdone", "_flipped", "_left", "_good")
 # Rounds against one run with as many labels; labellers who go bad in round two against good ones.
 COMPARED = (
     ("rounds_of_dpo", "dpo"),
-    ("rounds_of_dpo_flipped", "rounds_of_dpo"),
-    ("rounds_of_dpo_left", "rounds_of_dpo"),
+    ("rounds_of_dpo_flipped", "rounds_of_dpo_good"),
+    ("rounds_of_dpo_left", "rounds_of_dpo_good"),
 )
 FAR = 10.0  # nats an answer
 OF_SIZE = ("too_little_data",)  # what the doctor says of the number of held-out rows is no alarm
@@ -85,7 +86,7 @@ def at_kl(points: list[dict], kl: float, key: str = "gold") -> list[float] | Non
 def rows(cells: dict) -> list[tuple]:
     """A row for each world and method; a star where the gold gained is beyond its interval after correction for the
     number of methods in that world (Bonferroni)."""
-    found, listed = [], dict.fromkeys((w, m) for w, m, _ in cells if m != "anchor" and not m.endswith(BAD))
+    found, listed = [], dict.fromkeys((w, m) for w, m, _ in cells if m != "anchor" and not m.endswith(APART))
     for world, method in listed:
         several = [cell for (w, m, _), cell in cells.items() if (w, m) == (world, method)]
         several = [cell for cell in several if (world, "anchor", cell["seed"]) in cells]
@@ -303,7 +304,7 @@ def draw(cells: dict, path: Path) -> None:
         "#444",
         "#7a4b2b",
     )
-    methods = list(dict.fromkeys(m for _, m, _ in cells if m != "anchor" and not m.endswith(BAD)))
+    methods = list(dict.fromkeys(m for _, m, _ in cells if m != "anchor" and not m.endswith(APART)))
     for line, world in zip(grid, worlds, strict=True):
         for axes, key in zip(line, ("gold", "proxy"), strict=True):
             for colour, method in zip(colours * 2, methods, strict=False):

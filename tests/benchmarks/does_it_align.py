@@ -87,12 +87,14 @@ METHODS = {
     "ppo_courteous_slowly_overdone": ("ppo", [*UNBOUND, *SLOWLY, "reward_funcs=worlds:courteous"]),
     "rloo_slowly_overdone": ("rloo", [*SAMPLED, *OVERDONE, *SLOWLY, "trainer.num_generations=4", "trainer.beta=1e-4",
                              "trainer.gradient_accumulation_steps=1"]),
+    "rounds_of_dpo_good": ("dpo", OF_LABELS),
     "rounds_of_dpo_flipped": ("dpo", OF_LABELS),
     "rounds_of_dpo_left": ("dpo", OF_LABELS),
 }  # fmt: skip
-# Of the labels from round two on, the share that a bad labeller turns round; who takes the left of two random places,
-# a half.
-TURNED = {"rounds_of_dpo_flipped": 0.3, "rounds_of_dpo_left": 0.5}
+# Of the labels from round two on, the share that a labeller turns round; who takes the left of two random places, a
+# half. The good one is that of `rounds_of_dpo`, made beside the others: where a processor rounds in another way, answers
+# and labels become others, and these three shall have their first round in common.
+TURNED = {"rounds_of_dpo_good": 0.0, "rounds_of_dpo_flipped": 0.3, "rounds_of_dpo_left": 0.5}
 
 
 def main() -> None:
