@@ -92,8 +92,8 @@ METHODS = {
     "rounds_of_dpo_left": ("dpo", OF_LABELS),
 }  # fmt: skip
 # Of the labels from round two on, the share that a labeller turns round; who takes the left of two random places, a
-# half. The good one is that of `rounds_of_dpo`, made beside the others: where a processor rounds in another way, answers
-# and labels become others, and these three shall have their first round in common.
+# half. The good one is that of `rounds_of_dpo`, made beside the others: where a processor rounds in another way,
+# answers and labels become others, and these three shall have their first round in common.
 TURNED = {"rounds_of_dpo_good": 0.0, "rounds_of_dpo_flipped": 0.3, "rounds_of_dpo_left": 0.5}
 
 
