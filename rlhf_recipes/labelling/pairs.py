@@ -166,7 +166,9 @@ def _of_run(folder: Path, splits: list[str]) -> Iterator[Pair | str]:
         raise Refusal(f"pairs={folder}: a run of audit. Give its file: {folder}/disputed.jsonl or label_next.jsonl.")
     if recipe != "cai":
         raise Refusal(f"pairs={folder}: no run of recipes/cai.py. Give one, or a file.")
-    if (folder / WAITING).is_file() and run_folder.read_result(folder) is None:
+    finished = run_folder.read_result(folder) is not None
+    # More people may come to what has waited for the first ones.
+    if (folder / WAITING).is_file() and not (finished and splits != OmegaConf.load(CONF / "label.yaml").splits):
         yield from _of_answers(str(folder / WAITING))
         return
     files = [folder / f"{split}.parquet" for split in splits]
