@@ -113,7 +113,12 @@ def check_value(key: str, value: Any, rule: Any) -> None:
     elif (isinstance(value, bool) and rule is not bool) or not isinstance(value, rule):
         names = getattr(rule, "__name__", str(rule)).removeprefix("int | float").split(" | ")
         kind = " or ".join(WORDS[name or "float"] for name in names)
-        raise Refusal(f"{key}={'null' if value is None else value}: must be {kind}. Change or quote it.")
+        raise Refusal(f"{key}={typed(value)}: must be {kind}. Change or quote it.")
+
+
+def typed(value: Any) -> str:
+    """A value as it is typed."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def build(node: DictConfig, where: str, **derived) -> Any:

@@ -432,6 +432,7 @@ def test_evaluate(refuse, tmp_path, overrides, says):
         ("[{name:a,recipe:sft},{name:b,recipe:dpo,overrides:['modle=x']}]", "stages.b: modle: there is no such key;"),
         ("[{name:a,recipe:sft},{name:b,recipe:dpo,overrides:['data.seed=x']}]", "stages.b: data.seed=x: must be a"),
         ("[{name:a,recipe:sft},{name:b,recipe:dpo,overrides:['data=local']}]", "stages.b: data.path: required"),
+        ("[{name:a,recipe:sft},{name:b,recipe:dpo,overrides:['lora=null']}]", "stages.b: lora=null: must be one of"),
     ],
 )
 def test_pipeline(refuse, tmp_path, stages, says):

@@ -12,12 +12,16 @@ import textwrap
 
 import pytest
 from conftest import TINY_ID, skip_without, write_adapter
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from rlhf_recipes import config, methods, references
+from rlhf_recipes.commands import TYPED
 from rlhf_recipes.config_hash import config_sha256
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.launch import keys, ranges, settings
+from rlhf_recipes.launch.recipe import recipe as launched
 from rlhf_recipes.launch.settings import LOSSES, OF_SCORES, READ
 from rlhf_recipes.overrides import quoted
 
@@ -193,6 +197,68 @@ def test_what_works_is_taken(check, recipe, overrides):
 def test_it_is_looked_at_with_the_keys(compose):
     with pytest.raises(Refusal, match="must be at least 1"):
         keys.check(compose("dpo", "lora.r=0"), "dpo")
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """command(recipe, *overrides): (exit status, stdout, stderr) of `--cfg job`, in this process."""
+    for name, value in {"path": [*sys.path], "excepthook": sys.excepthook}.items():
+        monkeypatch.setattr(sys, name, value)
+    for name in ("HYDRA_FULL_ERROR", TYPED, "PYTHONSAFEPATH"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(ConfigLoaderImpl, "load_configuration", ConfigLoaderImpl.load_configuration)
+
+    def run(name, *overrides):
+        GlobalHydra.instance().clear()
+        monkeypatch.setattr(sys, "argv", [f"rlhf-{name}", *overrides, "--cfg", "job"])
+        code = 0
+        try:
+            launched(name)(print)()
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def groups(recipe):
+    """(group, what is chosen of it) of a primary's defaults."""
+    entries = OmegaConf.load(config.CONF / f"{recipe}.yaml").defaults
+    return [pair for entry in entries if OmegaConf.is_dict(entry) for pair in entry.items() if "hydra" not in pair[0]]
+
+
+RECIPES = ("sft", "reward", "dpo", "kto", "orpo", "simpo", "ppo", "rloo", "evaluate", "audit", "cai", "label")
+GROUPS = [(recipe, *pair) for recipe in (*RECIPES, "pipeline") for pair in groups(recipe)]
+
+
+@pytest.mark.parametrize(("recipe", "group", "default"), GROUPS)
+def test_a_group_that_is_null(command, recipe, group, default):
+    """Where that is the default, as `--cfg job` prints it, it may be said, too."""
+    code, printed, said = command(recipe, f"{group}=null")
+    if default is None:
+        assert (code, printed, said) == command(recipe) and code == 0
+        return
+    names = {file.stem for file in (config.CONF / group).glob("*.yaml")} - {"base", "common"}
+    listed = f"must be one of {', '.join(sorted(names))}, or left out." if names else "must be left out."
+    assert (code, printed, said) == (2, "", f"error: {group}=null: {listed}\n")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override", "says"),
+    [
+        ("dpo", "+lora=null", "lora=null: must be one of all_linear, or left out."),
+        ("dpo", "quantization=4", "quantization=4: must be one of int8, nf4, nf4_fsdp, none, or left out."),
+        ("dpo", "quantization=nf4,null", "quantization=null: must be one of int8, nf4, nf4_fsdp, none, or left out."),
+        ("dpo", "judge=null", "judge: recipes/dpo.py has no such group."),
+        ("dpo", "hydra/launcher=null", "hydra/launcher=null: must be left out."),
+        ("evaluate", "reward_model=null", None),
+        ("evaluate", "experiment=null", None),
+    ],
+)
+def test_what_is_no_choice_of_a_group(command, recipe, override, says):
+    code, _, said = command(recipe, override)
+    assert (code, said) == ((2, f"error: {says}\n") if says else (0, ""))
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,18 @@ import re
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_recipes import guard
 from rlhf_recipes.commands import command
-from rlhf_recipes.config import CONF, ModelConfig, check_value, flatten, in_sweep
+from rlhf_recipes.config import CONF, ModelConfig, check_value, flatten, in_sweep, typed
 from rlhf_recipes.errors import Refusal, nearest
 from rlhf_recipes.launch import settings
+from rlhf_recipes.launch.refusals import choices
+from rlhf_recipes.overrides import PLAIN
 
 # What our own keys take that their default does not say (the words that are allowed, more than one type, null); any
 # other takes the type of its default in the YAML. `data`, and what a class stands behind, check their own.
@@ -185,11 +189,48 @@ def check(cfg: DictConfig, recipe: str | None = None) -> None:
                 raise Refusal(f'{what} needs {package}. pip install "rlhf-recipes[{extra}]".')
 
 
+def chosen(recipe: str, overrides: list[str]) -> list[str]:
+    """The overrides without those that choose null of a group that is null in the primary config as well, which Hydra
+    does not take.
+
+    Raises:
+        Refusal: what is no name, for any other group.
+    """
+    _, groups = _primary(recipe)
+    kept = []
+    for override in overrides:
+        group, _, value = override.lstrip("+").partition("=")
+        is_group = group in groups or "/" in group or (CONF / group).is_dir()
+        given = [] if not is_group or PLAIN.fullmatch(value) else _values(override)
+        given = [each for each in given if not isinstance(each, str | list | dict)]
+        if given == [None] and groups.get(group, "") is None:
+            continue
+        if given and group not in groups and "/" not in group:
+            raise Refusal(f"{group}: recipes/{recipe}.py has no such group.")
+        if given:
+            options = f"one of {', '.join(choices(group))}, or left out" if choices(group) else "left out"
+            raise Refusal(f"{group}={typed(given[0])}: must be {options}.")
+        kept.append(override)
+    return kept
+
+
+def _values(override: str) -> list[Any]:
+    """What an override, or each job of its sweep, sets; [] of one that Hydra does not take, or that deletes."""
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+    except HydraException:
+        return []
+    if parsed.is_discrete_sweep():
+        key = parsed.get_key_element()
+        return [value for text in parsed.sweep_string_iterator() for value in _values(f"{key}={text}")]
+    return [] if parsed.is_sweep_override() or parsed.is_delete() else [parsed.value()]
+
+
 @functools.cache
 def defaults(recipe: str) -> dict[str, Any]:
     """Our own keys of a recipe, dotted, and their defaults."""
     node, groups = _primary(recipe)
-    ours = {group: _written(group, OURS[group]) for group in groups & OURS.keys()}
+    ours = {group: _written(group, OURS[group]) for group in groups.keys() & OURS.keys()}
     return dict(flatten(node | {group: written.get(group, written) for group, written in ours.items()}))
 
 
@@ -202,7 +243,7 @@ def of_kind(group: str, kind: str | None) -> dict[str, Any]:
 def takes(recipe: str, override: str) -> bool:
     """Whether a recipe has the group that an override is about, or the key where it is of no group."""
     node, groups = _primary(recipe)
-    return override.lstrip("+~").partition("=")[0].partition(".")[0] in groups | node.keys()
+    return override.lstrip("+~").partition("=")[0].partition(".")[0] in groups | node
 
 
 def rule(key: str, default: Any) -> Any:
@@ -215,10 +256,11 @@ def rule(key: str, default: Any) -> Any:
 
 
 @functools.cache
-def _primary(recipe: str) -> tuple[dict, set[str]]:
-    """The primary config of a recipe as it is written, without Hydra's node, and its groups."""
+def _primary(recipe: str) -> tuple[dict, dict[str, str | None]]:
+    """The primary config of a recipe as it is written, without Hydra's node, and what it chooses of each group."""
     shared, own = (OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml")) for name in ("run", recipe))
-    groups = {group for entry in own.pop("defaults") if isinstance(entry, dict) for group in entry}
+    entries = [entry for entry in own.pop("defaults") if isinstance(entry, dict)]
+    groups = {group: name for entry in entries for group, name in entry.items()}
     return {key: value for key, value in (shared | own).items() if key != "hydra"}, groups
 
 
@@ -227,13 +269,13 @@ def _refuse_unknown(cfg: dict, recipe: str | None) -> None:
     if recipe is None:
         return
     _, groups = _primary(recipe)
-    kinds = {group: _kind(cfg, group) for group in groups & set(KINDS)}
+    kinds = {group: _kind(cfg, group) for group in groups.keys() & KINDS}
     known = [*defaults(recipe), *(f"model.{key}" for key in ModelConfig.__dataclass_fields__)]
     for group, kind in kinds.items():
         known += [f"{group}.kind", *of_kind(group, kind), *(each[:-1] for each in MAPPINGS if each.startswith(group))]
     # Others are checked against the class, or by rlhf_recipes.data; a kind that there is not, by its own key.
     unknown = {group for group, kind in kinds.items() if kind not in (None, *KEYS[f"{group}.kind"])}
-    opened = groups - {"model", *OURS, *kinds} | unknown
+    opened = groups.keys() - {"model", *OURS, *kinds} | unknown
     for key, _ in flatten(cfg):
         is_open = key.partition(".")[0] in opened or key.startswith(MAPPINGS)
         if not is_open and not any(f"{name}.".startswith(f"{key}.") for name in known):

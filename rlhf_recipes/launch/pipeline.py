@@ -243,7 +243,7 @@ def _compose(entry: DictConfig, overrides: list[str], here: Path) -> DictConfig:
     GlobalHydra.instance().clear()  # of the pipeline's own composition
     try:
         with hydra.initialize_config_module("rlhf_recipes.conf", version_base="1.3"):
-            cfg = hydra.compose(entry.recipe, overrides=overrides)
+            cfg = hydra.compose(entry.recipe, overrides=keys.chosen(entry.recipe, overrides))
         keys.check(cfg, entry.recipe)
         if "data" in cfg:
             check(cfg.data)

@@ -15,7 +15,7 @@ from rlhf_recipes import commands, locks, overrides, ranks, sharding, signals
 from rlhf_recipes.config import in_sweep
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.launch import cards, composing, out_of_memory
-from rlhf_recipes.launch.keys import check
+from rlhf_recipes.launch.keys import check, chosen
 from rlhf_recipes.launch.refusals import OneLine, print_bug
 
 # What many processes cannot share.
@@ -65,6 +65,7 @@ def recipe(name: str):
                     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 if any(argument.startswith("--exp") for argument in sys.argv[1:]):
                     raise Refusal("--experimental-rerun: reads a pickle, which can run code. Give the overrides.")
+                sys.argv[1:] = chosen(name, sys.argv[1:])
                 composing.once()
                 hydra.main(version_base="1.3", config_path="../conf", config_name=name)(run_job)()
                 ranks.leave()

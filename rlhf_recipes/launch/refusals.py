@@ -170,8 +170,13 @@ def _unknown_option(error: Exception) -> str:
         return lines[0]
     group, option = wanted.groups()
     # The message lists the files of one folder; those of ours may lie deeper (experiment=pipeline/demo).
-    options = {line.strip() for line in lines if line.startswith("\t") and "provider=" not in line}
-    options |= {str(file.relative_to(CONF / group).with_suffix("")) for file in (CONF / group).rglob("*.yaml")}
-    options = sorted(options - {*PARTS})
+    shown = {line.strip() for line in lines if line.startswith("\t") and "provider=" not in line}
+    options = sorted({*shown, *choices(group)} - {*PARTS})
     listed = ", ".join(options) or "none"
     return f"{group}={option}: there is no such option{nearest(option, options)} Options: {listed}."
+
+
+def choices(group: str) -> list[str]:
+    """What a group of ours has to choose from."""
+    files = (str(file.relative_to(CONF / group).with_suffix("")) for file in (CONF / group).rglob("*.yaml"))
+    return sorted({*files} - {*PARTS})
