@@ -253,12 +253,47 @@ def test_a_group_that_is_null(command, recipe, group, default):
         ("dpo", "judge=null", "judge: recipes/dpo.py has no such group."),
         ("dpo", "hydra/launcher=null", "hydra/launcher=null: must be left out."),
         ("evaluate", "reward_model=null", None),
+        *(("dpo", f"~{key}", f"~{key}: recipes/dpo.py reads it. Leave it out, or give it another value.") for key in
+          ("lora", "quantization", "preflight", "fast_forward", "model", "run_name", "preflight.only", "output_dir",
+           "lora=all_linear")),
+        ("evaluate", "~seed", "~seed: recipes/evaluate.py reads it. Leave it out, or give it another value."),
+        ("dpo", "~trainer.learning_rate", None),  # the class has a default
+        ("evaluate", "~experiment", None),
         ("evaluate", "experiment=null", None),
     ],
-)
+)  # fmt: skip
 def test_what_is_no_choice_of_a_group(command, recipe, override, says):
     code, _, said = command(recipe, override)
     assert (code, said) == ((2, f"error: {says}\n") if says else (0, ""))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override", "first"),
+    [
+        ("pipeline", "loop=null", "anchor"),
+        ("pipeline", "loop.gates=null", "min_win_rate"),
+        ("cai", "gate=null", "gold"),
+        ("cai", "generate=null", "temperature"),
+        ("evaluate", "thresholds=null", "metric"),
+        ("evaluate", "thresholds=5", "metric"),
+        ("evaluate", "exit_codes=null", "ship"),
+        ("audit", "exit_codes=1", "trust"),
+    ],
+)
+def test_a_mapping_is_set_key_by_key(compose, recipe, override, first):
+    given = ["stages=[]"] if recipe == "pipeline" else []
+    with pytest.raises(Refusal) as caught:
+        keys.check(compose(recipe, override, *given), recipe)
+    key = override.partition("=")[0]
+    assert str(caught.value) == f"{override}: is a mapping. Set, or lift, each by its own key: {key}.{first}=<value>."
+
+
+@pytest.mark.parametrize("group", ["lora", "preflight", "quantization"])
+def test_a_group_that_a_file_makes_nothing(compose, group):
+    cfg = compose("dpo")
+    OmegaConf.update(cfg, group, None)
+    with pytest.raises(Refusal, match=f"^{group}=null: is a mapping"):
+        keys.check(cfg, "dpo")
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,9 @@ def check(cfg: DictConfig, recipe: str | None = None) -> None:
     node, recipe = OmegaConf.to_container(cfg, resolve=False), recipe or _running()
     leaves = flatten(node)
     _refuse_unknown(node, recipe)
+    if recipe:
+        primary, groups = _primary(recipe)
+        _refuse_no_mapping(node, {group: {} for group in groups} | primary)
     for key in sorted(OmegaConf.missing_keys(cfg)):
         raise Refusal(f"{key}: required, but not set. Add {key}=<value> to the command.")
     try:
@@ -194,11 +197,15 @@ def chosen(recipe: str, overrides: list[str]) -> list[str]:
     does not take.
 
     Raises:
-        Refusal: what is no name, for any other group.
+        Refusal: what is no name, for any other group; a key or a group of the primary config is deleted.
     """
     _, groups = _primary(recipe)
+    needed = [*defaults(recipe), *(group for group, name in groups.items() if name)]
     kept = []
     for override in overrides:
+        deleted = override.startswith("~") and override[1:].partition("=")[0]
+        if deleted and any(f"{key}.".startswith(f"{deleted}.") for key in needed):
+            raise Refusal(f"{override}: recipes/{recipe}.py reads it. Leave it out, or give it another value.")
         group, _, value = override.lstrip("+").partition("=")
         is_group = group in groups or "/" in group or (CONF / group).is_dir()
         given = [] if not is_group or PLAIN.fullmatch(value) else _values(override)
@@ -280,6 +287,19 @@ def _refuse_unknown(cfg: dict, recipe: str | None) -> None:
         is_open = key.partition(".")[0] in opened or key.startswith(MAPPINGS)
         if not is_open and not any(f"{name}.".startswith(f"{key}.") for name in known):
             raise Refusal(f"{key}: recipes/{recipe}.py has no such key{nearest(key, [*known, *groups])}")
+
+
+def _refuse_no_mapping(cfg: dict, primary: dict, above: str = "") -> None:
+    """Of what is a mapping in the primary config, one is read."""
+    for key, own in primary.items():
+        given = cfg.get(key, {})
+        if isinstance(own, dict) and not isinstance(given, dict):
+            each = f"{above}{key}.{next(iter(own), '<key>')}"
+            raise Refusal(
+                f"{above}{key}={typed(given)}: is a mapping. Set, or lift, each by its own key: {each}=<value>."
+            )
+        if isinstance(own, dict):
+            _refuse_no_mapping(given, own, f"{above}{key}.")
 
 
 def _kind(cfg: dict, group: str) -> str | None:
