@@ -95,11 +95,14 @@ class Run:
             Refusal: the folder holds a finished run, an interrupted one with another config or of other rows, or
                 foreign files; another job of its sweep has read other rows; another process writes it; it would be
                 replaced and something that the command reads lies in it; `model.adapter` names no adapter, or one that
-                was trained on another base model; or `trainer` belongs to another recipe.
+                was trained on another base model; or `trainer` belongs to another recipe, or asks for float16
+                without a GPU.
         """
         hide_gpus([cfg])
         environment()
         config = resolved(cfg)
+        if (config.get("trainer") or {}).get("fp16"):
+            _refuse_fp16_without_gpu()
         ranks.join((config.get("trainer") or {}).get("ddp_timeout") or ranks.SECONDS)
         _refuse_other_trainer(config, recipe)
         folder, model = relative(Path(cfg.output_dir)), config["model"]
@@ -343,6 +346,13 @@ def hide_gpus(configs: list[DictConfig]) -> None:
             "trainer.use_cpu=true: an earlier job of this process has used a GPU. Give jobs on a CPU a command of "
             "their own."
         )
+
+
+def _refuse_fp16_without_gpu() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise Refusal("trainer.fp16=true: needs a CUDA GPU, and none is used here: it would do nothing. Leave it out.")
 
 
 def environment() -> None:

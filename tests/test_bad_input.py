@@ -165,6 +165,11 @@ def test_a_literal_secret_is_shown_nowhere(refuse, tmp_path, override):
     assert not any(SECRET.encode() in text for text in texts)
 
 
+def test_half_precision_that_nothing_here_computes_in(refuse, tmp_path):
+    line = refuse("dpo", "trainer.fp16=true", cwd=tmp_path, env={"CUDA_VISIBLE_DEVICES": ""}, torch=True)
+    assert line == "trainer.fp16=true: needs a CUDA GPU, and none is used here: it would do nothing. Leave it out."
+
+
 # ---- data
 
 
