@@ -145,7 +145,7 @@ def build(node: DictConfig, where: str, **derived) -> Any:
             raise Refusal(f"{where}.{key}: {node._target_} has no such field{nearest(key, known)}")
         if not fits(value, known[key]):
             expected = getattr(known[key], "__name__", None) or str(known[key]).replace("typing.", "")
-            raise Refusal(f"{where}.{key}={value}: {node._target_} takes {expected} here, not {_kind(value)}.")
+            raise Refusal(f"{where}.{key}={typed(value)}: {node._target_} takes {expected} here, not {_kind(value)}.")
     # Hydra's instantiate converts nothing here that `to_container` has not converted, and turns errors of the class
     # into its own; a plain call keeps them readable.
     try:

@@ -174,6 +174,7 @@ def _ask_hub(repo: str, revision: str | None) -> None:
 
 
 def _hub_refusal(error: Exception) -> str:
+    from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     cause = error.__cause__ or error
@@ -182,6 +183,8 @@ def _hub_refusal(error: Exception) -> str:
         return "the Hub has no such model, or your token may not see it. Check the name; a folder goes to model.path."
     if isinstance(cause, GatedRepoError) or "gated repo" in str(error):
         return "is gated. Accept its terms on its page, then `hf auth login` (or HF_TOKEN)."
+    if HF_HUB_OFFLINE:
+        return "not in the cache, and HF_HUB_OFFLINE=1 bars the Hub. Unset it, or use model=smollm2_135m."
     return (
         "the Hub cannot be reached and the cache does not hold it. Check the network, or use model=smollm2_135m, "
         "which needs none."

@@ -358,6 +358,11 @@ def test_no_network_for_a_model(refuse, tmp_path, tmp_path_factory):
     assert line.startswith("model.id=HuggingFaceTB/SmolLM2-135M-Instruct: the Hub cannot be reached and the cache")
 
 
+def test_a_model_that_may_not_be_fetched(refuse, tmp_path):
+    line = refuse("dpo", "model=smollm2_135m_hub", "quantization=none", cwd=tmp_path, torch=True)
+    assert line.startswith("model.id=HuggingFaceTB/SmolLM2-135M-Instruct: not in the cache, and HF_HUB_OFFLINE=1 bars")
+
+
 def test_a_gated_model(refuse, hub, tmp_path):
     line = refuse("dpo", "model=gemma3_4b", "model.id=org/gated", cwd=tmp_path, env=hub, torch=True)
     assert line.startswith("model.id=org/gated: is gated. Accept its terms on its page, then `hf auth login`")

@@ -631,6 +631,15 @@ BAD_FILES = {
         GOOD + b'\n{"prompt": "a" "b"}\n',
         "{}:2: not valid JSON (Expecting ',' delimiter at character 16). Mend or remove the line.",
     ),
+    "control.jsonl": (
+        b'{"prompt": "a\x01b"}\n',
+        "{}:1: not valid JSON (Invalid control character at character 14). Mend or remove the line.",
+    ),
+    "cut.json": (
+        b"[\n" + GOOD + b',\n{"prompt": "a",\n',
+        "{}:4: not valid JSON (Expecting property name enclosed in double quotes at character 1). The file is cut "
+        "off: write or fetch it again.",
+    ),
     "latin.jsonl": (
         GOOD + b'\n{"prompt": "caf\xe9"}\n',
         "{}:2: not UTF-8 (byte 0xe9 at position 16). Save the file as UTF-8.",
@@ -648,7 +657,7 @@ BAD_FILES = {
     "cut.jsonl.gz": (gzip.compress(GOOD * 200)[:60], "{}: the gzip data is damaged or cut off"),
     "bad.parquet": (b"PAR1 and then nothing", "{}: not a readable parquet file ("),
     "list.jsonl": (b"[1, 2]\n", "{}:1: a list, but a row is an object"),
-    "scalar.json": (b'[{"prompt": "a"}, 3]', "{}:2: a int, but a row is an object"),
+    "scalar.json": (b'[{"prompt": "a"}, 3]', "{}:2: a number, but a row is an object"),
     "text.json": (b'[\n{"prompt": "a",\n}]', "{}:3: not valid JSON ("),
     "deep.jsonl": (b"[" * 200_000, "{}:1: not readable JSON ("),
     "half.jsonl": (b'{"prompt": "\\ud83d"}\n', "{}:1: not readable JSON ('utf-8' codec can't encode"),

@@ -186,19 +186,24 @@ def test_settings_of_the_rounds_are_refused_without_rounds(planned, monkeypatch)
 
 
 def test_a_gate_may_be_lifted(planned):
-    planned("stages=[]", *(f"loop.gates.{key}=null" for key in ("max_kl", "max_disputed", "min_known_change")))
+    planned(STAGES, *(f"loop.gates.{key}=null" for key in ("max_kl", "max_disputed", "min_known_change")))
+
+
+def test_no_stage_is_no_pipeline(planned):
+    with pytest.raises(Refusal, match=r"^stages=\[\]: nothing to run\. Give a stage, or rounds=<number>\.$"):
+        planned("stages=[]")
 
 
 def test_what_an_earlier_start_has_left(planned):
-    folder = planned("stages=[]").dir
+    folder = planned(STAGES).dir
     run_folder.mark(folder, "pipeline")
     for damaged in ("", "[]", "{"):
         (folder / pipeline.SUMMARY).write_text(damaged)
         with pytest.raises(Refusal, match=rf"^{folder}/summary\.json: .* Restore it\.$"):
-            planned("stages=[]")
+            planned(STAGES)
     for left in ('{"seconds": 1}', '{"stages": [1, {"name": "sft"}]}'):
         (folder / pipeline.SUMMARY).write_text(left)
-        planned("stages=[]")
+        planned(STAGES)
     finish(planned(STAGES).stages[0])
     told = {"stages": [{"name": "sft", "status": "finished", "seconds": 7.5}]}  # its start and end included
     (folder / pipeline.SUMMARY).write_text(json.dumps(told))

@@ -320,6 +320,9 @@ def test_what_does_not_fit_is_named_with_what_would(compose, tiny_overrides, tmp
     assert "trainer.gradient_accumulation_steps=" in said, "a smaller batch is made up for"
     report = look(compose, tmp_path / "e", *settings, "preflight.fails=warn")
     assert report["jobs"][0]["stops"] and "STOP" in capsys.readouterr().out
+    for fails in ("stop", "warn"):  # there is nothing to start
+        with pytest.raises(ValueError, match=r"It fits with [^:]*\.$"):
+            look(compose, tmp_path / "g", *settings, "preflight.only=true", f"preflight.fails={fails}")
     monkeypatch.setattr(memory, "free", lambda: 1)
     with pytest.raises(ValueError, match="Choose a smaller model"):
         look(compose, tmp_path / "f", *settings)

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from rlhf_recipes import config, methods, references
 from rlhf_recipes.commands import TYPED
 from rlhf_recipes.config_hash import config_sha256
+from rlhf_recipes.data import load
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.launch import keys, ranges, settings
 from rlhf_recipes.launch.recipe import recipe as launched
@@ -78,6 +79,9 @@ def refusal(check):
         ("dpo", "trainer.beta=.nan", "trainer.beta=nan: must be above 0 and finite."),
         ("audit", "exit_codes.do_not_trust=256", "exit_codes.do_not_trust=256: must be at least 0 and at most 255."),
         ("pipeline", "loop.exit_codes.stopped=-1", "loop.exit_codes.stopped=-1: must be at least 0 and at most 255."),
+        ("dpo", "data.seed=-1", "data.seed=-1: must be at least 0."),
+        ("dpo", "data.bootstrap=-1", "data.bootstrap=-1: must be at least 0."),
+        ("dpo", "trainer.seed=4294967296", "trainer.seed=4294967296: must be at least 0 and below 4294967296."),
         ("sft", "trainer.max_length=0", "trainer.max_length=0: must be at least 2."),
         ("sft", "trainer.max_steps=0", "trainer.max_steps=0: must be at least 1, or -1."),
         ("reward", "trainer.num_train_epochs=0", "trainer.num_train_epochs=0: must be above 0 and finite."),
@@ -288,6 +292,25 @@ def test_a_mapping_is_set_key_by_key(compose, recipe, override, first):
     assert str(caught.value) == f"{override}: is a mapping. Set, or lift, each by its own key: {key}.{first}=<value>."
 
 
+@pytest.mark.parametrize("name", [".replaced", "a/.replaced", ".x/b"])
+def test_a_run_is_not_trained_where_others_are_set_aside(compose, name):
+    with pytest.raises(Refusal, match=rf"^run_name={name}: a name that begins with a dot is for what is set aside\."):
+        keys.check(compose("dpo", f"run_name={name}"), "dpo")
+    keys.check(compose("dpo", "run_name=../b.c"), "dpo")
+
+
+def test_null_is_said_as_it_is_typed(compose):
+    with pytest.raises(Refusal, match=r"^lora\.r=null: peft\.LoraConfig takes int here, not null\.$"):
+        config.build(compose("dpo", "lora.r=null").lora, "lora")
+
+
+@pytest.mark.parametrize("override", ["stages=[{name:a,recipe:sft,overrides:[a=b]}]", "run_name=(a", "next=[a=b,{]"])
+def test_what_hydra_cannot_parse(command, override):
+    code, _, said = command("pipeline", override)
+    quote = "Quote what its grammar has no words for, an item with '=' in a list say: key=['a=b']."
+    assert (code, said) == (2, f"error: Error parsing override '{override}'. {quote}\n")
+
+
 @pytest.mark.parametrize("group", ["lora", "preflight", "quantization"])
 def test_a_group_that_a_file_makes_nothing(compose, group):
     cfg = compose("dpo")
@@ -390,6 +413,7 @@ def test_every_range_is_of_a_key_that_is_there(compose):
         for node in ("trainer", "lora"):
             known |= {f"{node}.{name}" for name in parameters(config.guard.find_class(cfg[node]._target_, node))}
     known |= {key for group in keys.KINDS for key in keys.of_kind(group, "server")}
+    known |= {f"data.{key}" for key in load.KEYS}
     known |= {key.rpartition(".")[0] for key in known}  # of all keys below one
     assert {key.removesuffix(".*") for key in ranges.RANGES} <= known
 

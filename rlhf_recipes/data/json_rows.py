@@ -154,8 +154,10 @@ def _refuse_half_pairs(value: Any, text: str, begin: int = 0, end: int = sys.max
 
 
 def _invalid(path: str, number: int, error: json.JSONDecodeError) -> Refusal:
-    what = f"{error.msg} at character {error.colno}"
-    return Refusal(f"{path}:{number}: not valid JSON ({what}). Mend or remove the line.")
+    what = f"{error.msg.removesuffix(' at')} at character {error.colno}"
+    cut = not error.doc[error.pos :].strip() and error.doc.lstrip().startswith("[")
+    way = "The file is cut off: write or fetch it again." if cut else "Mend or remove the line."
+    return Refusal(f"{path}:{number}: not valid JSON ({what}). {way}")
 
 
 def _unreadable(where: str, error: Exception) -> Refusal:
@@ -164,7 +166,7 @@ def _unreadable(where: str, error: Exception) -> Refusal:
 
 def _row(where: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        kind = {list: "a list", str: "a text", type(None): "null"}.get(type(value), f"a {type(value).__name__}")
+        kind = {list: "a list", str: "a text", type(None): "null", bool: "true or false"}.get(type(value), "a number")
         if isinstance(value, str) and _is_object(value):
             kind = "a text that is JSON itself (encoded twice)"
         raise Refusal(f'{where}: {kind}, but a row is an object like {{"prompt": ...}}. Mend or remove it.')

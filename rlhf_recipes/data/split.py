@@ -35,6 +35,10 @@ def split(keys: Keys, train: np.ndarray, test: np.ndarray | None, data: dict[str
         openings = np.asarray(keys.prompts)
         different = different_keys(openings)
     drawn = _held_out(different, size, seed)
+    if len(different) == 1:
+        raise Refusal(
+            f"{source_name(data['path'])}: one prompt alone, and none to hold out. Give more, or data.test_path."
+        )
     if len(drawn) == len(different) > 0:
         raise Refusal(
             f"data.test_size={size}: leaves nothing of {len(drawn)} prompts to train on. "

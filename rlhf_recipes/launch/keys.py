@@ -2,6 +2,7 @@
 
 import functools
 import re
+from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -164,6 +165,8 @@ def check(cfg: DictConfig, recipe: str | None = None) -> None:
         taken = rule(like, own.get(like))
         if taken and not (isinstance(value, str) and "${" in value):
             check_value(key, value, taken)
+    if any(part.startswith(".") and part != ".." for part in Path(str(cfg.get("run_name"))).parts):
+        raise Refusal(f"run_name={cfg.run_name}: a name that begins with a dot is for what is set aside. Change it.")
     if "publish" in cfg and cfg.publish != (cfg.repo_id is not None):
         raise Refusal(f"publish={str(cfg.publish).lower()}: goes with repo_id=<user/name>. Give both, or none.")
     if cfg.get("publish") and in_sweep():

@@ -113,6 +113,8 @@ def plan(cfg: DictConfig) -> Plan:
     lock = locks.Lock(here)
     recipes = {path.stem for path in (config.CONF.parent / "recipes").glob("*.py")} - {"__init__"}
     entries = [*(cfg.stages or []), *(rounds.stages(cfg) if cfg.rounds else [])]
+    if not entries:
+        raise Refusal("stages=[]: nothing to run. Give a stage, or rounds=<number>.")
     for place, entry in enumerate(entries):
         _check_entry(entry, [each.name for each in entries[:place]], recipes)
     for text in cfg.shared:

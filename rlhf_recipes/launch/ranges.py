@@ -33,7 +33,7 @@ class Range:
     def __str__(self) -> str:
         ends = {name: getattr(self, name) for name in ("at_least", "above", "below", "at_most")}
         said = [
-            f"{name.replace('_', ' ')} {end:g}" for name, end in ends.items() if end not in (None, math.inf, -math.inf)
+            f"{name.replace('_', ' ')} {end}" for name, end in ends.items() if end not in (None, math.inf, -math.inf)
         ]
         said += ["finite"] if self.below == math.inf else []
         return " and ".join(said) + "".join(f", or {number:g}" for number in self.beside)
@@ -117,6 +117,8 @@ RANGES = {
     "lora.rank_pattern.*": COUNT,
     "lora.alpha_pattern.*": Range(above=0),
     "lora.layers_to_transform": NATURAL,
+    "data.seed": NATURAL,
+    "data.bootstrap": NATURAL,
     "max_prompt_length": COUNT,
     "max_length": Range(at_least=2),
     "max_new_tokens": COUNT,

@@ -116,13 +116,18 @@ def as_refusal(error: BaseException, config_name: str | None = None) -> str | No
 
 
 def _refusal(error: BaseException, config_name: str | None) -> str | None:
-    from hydra.errors import HydraException, MissingConfigException
+    from hydra.errors import HydraException, MissingConfigException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
 
     if isinstance(error, Refusal):
         return str(error)
     if isinstance(error, MissingConfigException):
         return _unknown_option(error)
+    if isinstance(error, OverrideParseException) and "=" in error.override:
+        return (
+            f"Error parsing override '{error.override}'. Quote what its grammar has no words for, an item with '=' in "
+            "a list say: key=['a=b']."
+        )
     if config_name and isinstance(error, HydraException | OmegaConfBaseException):
         return _unknown_key(error, config_name) or _not_taken(error) or str(error)
     if ranks.is_parted(error):

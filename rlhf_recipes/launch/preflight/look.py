@@ -142,7 +142,7 @@ def look(
         at_once: processes that share a card, or this machine's memory, at a time.
 
     Raises:
-        Refusal: a job could not run, unless `settings.fails` is warn.
+        Refusal: a job could not run, unless `settings.fails` is warn and something would start.
     """
     run.hide_gpus([job.cfg for job in jobs])
     run.environment()
@@ -163,8 +163,10 @@ def look(
     run_folder.write_atomically(kept, json.dumps(report, indent=2, ensure_ascii=False, default=asdict) + "\n")
     print(printed.summary(report), flush=True)
     reasons = [*(reason for seen in found for reason in seen.stops), *report["disk"]["stops"]]
-    if reasons and settings.fails == "stop":
-        raise Refusal(f"preflight: {reasons[0]} Or start all the same: preflight.fails=warn")
+    if reasons and (settings.only or settings.fails == "stop"):
+        raise Refusal(
+            f"preflight: {reasons[0]}" + ("" if settings.only else " Or start all the same: preflight.fails=warn")
+        )
 
 
 def sweep_jobs(cfg: DictConfig) -> Iterator[tuple[str, str, DictConfig, list[str]]]:
