@@ -76,6 +76,15 @@ def test_what_is_finished_was_not_taken_back(monkeypatch):
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+def test_it_is_heard_before_the_config_is_composed(monkeypatch, capsys):
+    monkeypatch.setattr(hydra, "main", lambda **asked: lambda job: lambda: os.kill(os.getpid(), signal.SIGTERM))
+    for name, value in {"argv": ["rlhf-cai"], "path": [*sys.path], "excepthook": sys.excepthook}.items():
+        monkeypatch.setattr(sys, name, value)
+    with pytest.raises(SystemExit) as end:
+        recipe("cai")(print)()
+    assert end.value.code == 75 and capsys.readouterr().err.startswith("Ended by SIGTERM. ")
+
+
 def test_a_training_ends_between_two_steps():
     signals.listen()
     signals.train(True)

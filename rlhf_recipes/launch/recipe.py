@@ -56,6 +56,7 @@ def recipe(name: str):
             sys.excepthook = print_bug
             sys.argv[1:] = spelled_out(sys.argv[1:])
             with OneLine(name):
+                signals.listen()
                 if name in ALONE and ranks.world_size() > 1:
                     raise Refusal(
                         f"WORLD_SIZE={ranks.world_size()}: {name} is one process, which starts others where it needs "
