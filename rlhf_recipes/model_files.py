@@ -12,7 +12,7 @@ from rlhf_recipes.errors import Refusal, first_line
 from rlhf_recipes.text import line
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PretrainedConfig
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 
 # Of a config.json, ten times what the largest models have and more.
@@ -118,10 +118,51 @@ def read(model: DictConfig, load: Callable, **kwargs) -> Any:
     except SafetensorError as error:
         said = first_line(error).rstrip(".")
         raise Refusal(f"{key}={path}: its weights are cut off or damaged ({said}). Fetch them again.") from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise Refusal(
+            f"{key}={path}: its weights are of other shapes than its config.json says (vocab_size, say). Save both "
+            "again."
+        ) from error
     except (OSError, HTTPError) as error:
         if Path(path).is_dir():
             raise Refusal(f"model.path={path}: {first_line(error)}") from error
         raise Refusal(f"model.id={model.id}: {_hub_refusal(error)}") from error
+
+
+def read_weights(model: DictConfig, auto_class: type, heads: tuple[str, ...] = (), **kwargs) -> "PreTrainedModel":
+    """`read` of a model with all of its weights.
+
+    Raises:
+        Refusal: as `read` and `whole`.
+    """
+    loaded = read(model, auto_class.from_pretrained, output_loading_info=True, **kwargs)
+    path = folder_or_id(model)
+    return whole(loaded, f"{'model.path' if Path(path).is_dir() else 'model.id'}={path}", heads)
+
+
+def whole(
+    loaded: tuple["PreTrainedModel", dict[str, Any]], where: str, heads: tuple[str, ...] = ()
+) -> "PreTrainedModel":
+    """The model of a `from_pretrained` that was asked for its `output_loading_info`.
+
+    Args:
+        where: its key and value.
+        heads: names of modules that may be new.
+
+    Raises:
+        Refusal: its files lack weights, which transformers has made random.
+    """
+    found, info = loaded
+    lacks = sorted(name for name in info["missing_keys"] if name.partition(".")[0] not in heads)
+    if lacks:
+        names = ", ".join([*map(line, lacks[:3]), *["…"] * (len(lacks) > 3)])
+        raise Refusal(
+            f"{where}: its files lack {len(lacks)} of the model's weights, which would be random ({names}). Fetch or "
+            "save it again."
+        )
+    return found
 
 
 def _config_in(folder: str) -> dict:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import config, memory, model_files, modules, ranks, sharding
+from rlhf_recipes.adapter_files import HEADS
 from rlhf_recipes.data import template
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.references import ModelRef, adapter_in, folder_of, trained_with
@@ -329,7 +330,8 @@ def _load_base(model: DictConfig, quantization: DictConfig, auto_class: type, **
         kwargs["quantization_config"] = quantization_config
     kwargs["dtype"] = dtype
     with sharding.quantized_on_card():
-        base = model_files.read(model, auto_class.from_pretrained, **kwargs)
+        # a score head is trained, or comes with an adapter
+        base = model_files.read_weights(model, auto_class, HEADS if kwargs.get("num_labels") == 1 else (), **kwargs)
     memory.keep_freed_memory()  # of steps; what the loading has freed goes back
     base.config.get_text_config().pad_token_id = _pad_id(model)
     if kwargs.get("num_labels") == 1 and base.score.weight.dtype != torch.float32:

@@ -1,6 +1,7 @@
 """Bad input: exit code 2, one line that names the culprit, nothing lost, torch left alone where nothing needs it."""
 
 import http.server
+import json
 import os
 import shutil
 import signal
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from conftest import LIMIT, TINY_ID, snapshot, wait_for, weights, write_adapter, write_checkpoint, write_pairs
+
+from rlhf_recipes.errors import Refusal
 
 # Read by every Python that has it on its path: which modules were loaded, on the way out.
 WITNESS = """
@@ -392,6 +395,95 @@ def test_a_model_that_is_nowhere(compose, monkeypatch, tmp_path):
         with pytest.raises(ValueError) as caught:
             models.load_tokenizer(compose("dpo", "model=smollm2_135m_hub", override).model)
         assert str(caught.value).startswith(says) and "\n" not in str(caught.value)
+
+
+def _one_lost(tensors):
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    return tensors
+
+
+LACKING = {
+    "one lost": (
+        _one_lost,
+        {},
+        "1 of the model's weights, which would be random (model.layers.1.mlp.up_proj.weight).",
+    ),
+    "of a compiled model": (
+        lambda tensors: {f"_orig_mod.{name}": tensor for name, tensor in tensors.items()},
+        {},
+        "21 of the model's weights, which would be random (lm_head.weight, model.embed_tokens.weight, "
+        "model.layers.0.input_layernorm.weight, …).",
+    ),
+    "a head that was tied": (
+        lambda tensors: tensors,
+        {"tie_word_embeddings": False},
+        "1 of the model's weights, which would be random (lm_head.weight).",
+    ),
+}
+
+
+@pytest.fixture
+def lacking(tiny_model, tmp_path):
+    """lacking(change, config): a copy of the tiny model with changed tensors and another config.json."""
+    from safetensors.torch import load_file, save_file
+
+    def made(change, config):
+        folder = tmp_path / "model"
+        shutil.copytree(tiny_model, folder)
+        save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors", {"format": "pt"})
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | config))
+        return folder
+
+    return made
+
+
+@pytest.mark.parametrize("case", LACKING)
+def test_a_model_whose_files_lack_weights(compose, lacking, case):
+    """transformers makes them random, and says so in a report that nobody sees."""
+    from transformers import AutoModelForCausalLM
+
+    from rlhf_recipes import models
+
+    change, config, says = LACKING[case]
+    folder = lacking(change, config)
+    for quantization in ("none", "nf4"):
+        cfg = compose("dpo", f"model.path={folder}", f"model.id={TINY_ID}", f"quantization={quantization}")
+        with pytest.raises(Refusal) as caught:
+            models.load_base(cfg.model, cfg.quantization, AutoModelForCausalLM)
+        assert str(caught.value) == f"model.path={folder}: its files lack {says} Fetch or save it again."
+
+
+def test_a_reward_model_whose_files_lack_weights(compose, tiny_model, lacking, tmp_path):
+    """The head of a run that starts is new; that of a model that scores is not."""
+    from types import SimpleNamespace
+
+    from transformers import AutoModelForSequenceClassification
+
+    from rlhf_recipes import models
+    from rlhf_recipes.ppo import rewards
+
+    folder = lacking(_one_lost, {})
+    cfg = compose("reward", f"model.path={folder}", f"model.id={TINY_ID}", "quantization=none")
+    with pytest.raises(Refusal, match=r"lack 1 of the model's weights, which would be random \(model\.layers\.1"):
+        models.load_base(cfg.model, cfg.quantization, AutoModelForSequenceClassification, num_labels=1)
+    args = SimpleNamespace(model_init_kwargs=None, device="cpu")
+    for path, lost in ((folder, "model.layers.1.mlp.up_proj.weight"), (tiny_model, "score.weight")):
+        with pytest.raises(Refusal, match=rf"^reward_funcs=\S+: its files lack .*\({lost}[),]"):
+            rewards._load_classifier(str(path), args)
+    cfg.model.path = str(tiny_model)
+    models.load_base(cfg.model, cfg.quantization, AutoModelForSequenceClassification, num_labels=1)
+
+
+def test_weights_of_other_shapes_than_a_model_says(compose, lacking):
+    from transformers import AutoModelForCausalLM
+
+    from rlhf_recipes import models
+
+    folder = lacking(lambda tensors: tensors, {"vocab_size": 2000})
+    cfg = compose("dpo", f"model.path={folder}", f"model.id={TINY_ID}", "quantization=none")
+    with pytest.raises(Refusal, match=rf"^model\.path={folder}: its weights are of other shapes than its config"):
+        models.load_base(cfg.model, cfg.quantization, AutoModelForCausalLM)
 
 
 def test_nf4_without_bitsandbytes(refuse, site, tmp_path):

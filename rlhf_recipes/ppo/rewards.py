@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_recipes import inference, model_files, models, packing, places
+from rlhf_recipes.adapter_files import HEADS
 from rlhf_recipes.data.template import as_taken, render
 from rlhf_recipes.data.tokens import neutralise
 from rlhf_recipes.errors import Refusal, first_line, users_function
@@ -118,7 +119,7 @@ def load(reference, roles: Roles, tokenizer, reward_tokenizer, args) -> Callable
 
     base = roles.causal.name_or_path if base == getattr(roles.causal, "public_id", None) else base
     try:
-        classifier = _load_classifier(base, args)
+        classifier = _load_classifier(base, args, HEADS)
     except Refusal as refusal:
         same = "" if found.recipe else " If it is model.id under another name, add model.adapter_base=same."
         _, _, why = str(refusal).partition(": ")
@@ -247,7 +248,8 @@ def _look_at(found: ModelRef) -> None:
     refuse_other_model(found.reference, found.key, config.to_dict())
 
 
-def _load_classifier(path: str, args):
+def _load_classifier(path: str, args, heads: tuple[str, ...] = ()):
+    """`heads`: of `model_files.whole`."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     if places.on_hub(path, "reward_funcs", bare=True):
@@ -258,9 +260,9 @@ def _load_classifier(path: str, args):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         model_files.refuse_sizes(config.to_dict(), "reward_funcs", path)
         model_files.refuse_kernels(config, "reward_funcs", path)
-        return AutoModelForSequenceClassification.from_pretrained(
-            path, num_labels=1, **{"trust_remote_code": False, **(args.model_init_kwargs or {})}
-        ).to(args.device)
+        given = {"trust_remote_code": False, **(args.model_init_kwargs or {}), "output_loading_info": True}
+        loaded = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, **given)
+        return model_files.whole(loaded, f"reward_funcs={path}", heads).to(args.device)
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
