@@ -46,7 +46,7 @@ class ModelRef:
         parent: lineage of what its run continued, or None.
         metrics: held-out metrics, as its run reports them.
         rewards: what its run was optimised against, of `identity`; None where its result does not say.
-        step: of a checkpoint, else None.
+        step: of a checkpoint that `find_checkpoints` found, else None.
         function: what `module:function` names.
         anchored_to: its reference, where that is another run than it started from, as typed there.
         start_sha256: of the weights of its reference as it was trained, None where that is not known.
@@ -124,6 +124,8 @@ def find(reference: str, key: str, base_model: str | None = None, adapter_base: 
     home = folder_of(adapter)
     if base is None:
         raise Refusal(f"{key}={reference}: its {ADAPTER_CONFIG} names no base model. Add base_model_name_or_path.")
+    if home.parent.name == run_folder.CHECKPOINTS and (run := _config_of(home.parents[1])):
+        return _checkpoint(home, run, reference, key, base, named)
     result = read_result(home) or {}
     recipe, parent, metrics, anchor = (result.get(name) for name in ("recipe", "parent", "metrics", "reference"))
     anchor = anchor if isinstance(anchor, dict) else None
@@ -148,6 +150,41 @@ def find(reference: str, key: str, base_model: str | None = None, adapter_base: 
         rewards=names_in(result.get("rewards")),
         anchored_to=(anchor or {}).get("run"),
         start_sha256=(anchor or parent or {}).get("adapter_sha256"),
+    )
+
+
+def _checkpoint(
+    adapter: Path, config: dict, reference: str, key: str, base: str, named: str | None, step: int | None = None
+) -> ModelRef:
+    """One of a run's: it comes from what the run comes from, which has a result only where it is finished.
+
+    Args:
+        config: of the run.
+        named: what its files call its base.
+    """
+    home = adapter.parents[1]
+    result = read_result(home) or {}
+    started_from, anchored_to = config["model"].get("adapter"), config.get("reference")
+    began = f"reference={anchored_to}" if anchored_to else f"model.adapter={started_from}"
+    parent = result.get("parent")
+    start = adapter_in(started_from) if started_from and not result and is_adapter(started_from) else None
+    if start and start.parent.name != run_folder.CHECKPOINTS:  # of these a chain might have no end
+        parent = find(started_from, "model.adapter").lineage
+    return ModelRef(
+        str(reference),
+        key,
+        adapter=adapter,
+        base=base,
+        named_base=named if named != base else None,
+        task_type=read_json(adapter / ADAPTER_CONFIG).get("task_type"),
+        sha256=adapter_sha256(adapter),
+        recipe=trainer_recipes().get(config["trainer"].get("_target_")),
+        started_from=started_from,
+        anchored_to=anchored_to,
+        parent=parent if _is_lineage(parent) else None,
+        start_sha256=run_folder.inputs(home).get(began),
+        rewards=names_in(result.get("rewards")),
+        step=step,
     )
 
 
@@ -291,25 +328,7 @@ def find_checkpoints(reference: str, base_model: str) -> list[ModelRef]:
     recipe = trainer_recipes().get(config["trainer"].get("_target_"))
     if recipe == "reward":
         raise Refusal(f"{key}={reference}: is a run of reward, not a policy. Give one of ppo or dpo, say.")
-    rewards = names_in((read_result(home) or {}).get("rewards"))
-    started_from, anchored_to = config["model"].get("adapter"), config.get("reference")
-    began = f"reference={anchored_to}" if anchored_to else f"model.adapter={started_from}"
-    found = [
-        ModelRef(
-            str(reference),
-            key,
-            adapter=folder,
-            base=base,
-            sha256=adapter_sha256(folder),
-            recipe=recipe,
-            started_from=started_from,
-            anchored_to=anchored_to,
-            start_sha256=run_folder.inputs(home).get(began),
-            rewards=rewards,
-            step=step,
-        )
-        for step, folder in sorted(folders.items())
-    ]
+    found = [_checkpoint(each, config, reference, key, base, base, step) for step, each in sorted(folders.items())]
     return [_in_role(each, reward_model=False) for each in found]
 
 
@@ -319,11 +338,16 @@ def config_of(reference: str) -> dict:
     Raises:
         Refusal: it is no training.
     """
-    home = _home(reference)
-    config = read_config(home) if (home / run_folder.CONFIG).is_file() else {}
-    if not {"model", "trainer"} <= set(config):
+    config = _config_of(_home(reference))
+    if config is None:
         raise Refusal(f"checkpoints={reference}: is no run of a training. Give a run folder such as outputs/ppo/main.")
     return config
+
+
+def _config_of(home: Path) -> dict | None:
+    """The config of a training by its folder; None where it is none."""
+    config = read_config(home) if (home / run_folder.CONFIG).is_file() else {}
+    return config if all(isinstance(config.get(group), dict) for group in ("model", "trainer")) else None
 
 
 def names_in(found: Any) -> list[str] | None:

@@ -1,5 +1,6 @@
 """What a string names: each kind once, and each refusal under the key that was typed."""
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -81,6 +82,27 @@ def test_a_checkpoint_is_an_adapter_with_its_step(here):
         ]
         assert {(each.recipe, str(each.start), each.sha256) for each in found} == {("ppo", "sft/adapter", SHA)}
     assert references.find("ppo/checkpoints/checkpoint-2", "runs", TINY_ID).sha256 == SHA
+
+
+def test_a_checkpoint_that_is_named_is_that_of_its_run(here):
+    """It is measured against what its run started from, whichever key names it."""
+    rewrite(here / "ppo/result.json", rewards=["b" * 64])
+    (here / "ppo/checkpoints/checkpoint-2/trainer_state.json").write_text("{}")
+    for rewards, parent in ((["b" * 64], OF_SFT), (None, OF_SFT)):
+        first = references.find_checkpoints("ppo", TINY_ID)[0]
+        assert (first.started_from, first.rewards, first.parent) == ("sft", rewards, parent)
+        given = "ppo/checkpoints/checkpoint-2"
+        found = references.find_policy(given, "runs", TINY_ID)
+        # of a curve are those that `checkpoints` names
+        assert found == dataclasses.replace(first, reference=given, key="runs", step=None)
+        assert [(each.name, each.reference) for each in measure.find([given], "base", TINY_ID)] == [
+            ("base", None),
+            ("ppo/checkpoint-2", "sft/adapter"),
+        ]
+        (here / "ppo/result.json").unlink(missing_ok=True)  # of a run that is not finished
+    (here / "ppo/config.yaml").write_text("model: mine\ntrainer: {}\n")
+    found = references.find(given, "runs", TINY_ID)
+    assert (found.recipe, found.start) == (None, None)
 
 
 def test_checkpoints_are_refused_whose_start_was_trained_again(here):
