@@ -52,7 +52,6 @@ class Policies:
     scores = True
 
     def __init__(self, model: DictConfig, quantization: DictConfig, systems: list[System], fast: bool = False):
-        from peft import PeftModel
         from transformers import AutoModelForCausalLM
 
         from rlhf_recipes import packing
@@ -60,10 +59,7 @@ class Policies:
         self.folders = list(dict.fromkeys(f for s in systems for f in (s.reference, s.adapter)))
         self.model = models.load_frozen(model, quantization, AutoModelForCausalLM)
         for folder in filter(None, self.folders):
-            if isinstance(self.model, PeftModel):
-                self.model.load_adapter(folder, adapter_name=self._name(folder))
-            else:
-                self.model = PeftModel.from_pretrained(self.model, folder, adapter_name=self._name(folder))
+            self.model = models.put_on(self.model, folder, folder, self._name(folder))
         if fast:
             packing.allow(self.model)
 
@@ -128,16 +124,15 @@ class RewardModels:
     """
 
     def __init__(self, model: DictConfig, quantization: DictConfig, folders: list[Path], fast: bool = False):
-        from peft import PeftModel
         from transformers import AutoModelForSequenceClassification
 
         from rlhf_recipes import packing
 
         self.folders = list(dict.fromkeys(folders))
         base = models.load_frozen(model, quantization, AutoModelForSequenceClassification, num_labels=1)
-        self.model = PeftModel.from_pretrained(base, str(self.folders[0]), adapter_name="member0")
-        for n, folder in enumerate(self.folders[1:], 1):
-            self.model.load_adapter(str(folder), adapter_name=f"member{n}")
+        self.model = base
+        for n, folder in enumerate(self.folders):
+            self.model = models.put_on(self.model, folder, str(folder), f"member{n}")
         if fast:
             packing.allow(self.model)
         self.text_config = base.config.get_text_config()

@@ -4,6 +4,7 @@ import copy
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,14 +13,16 @@ from omegaconf import DictConfig, OmegaConf
 from rlhf_recipes import config, memory, model_files, modules, ranks, sharding
 from rlhf_recipes.adapter_files import HEADS
 from rlhf_recipes.data import template
-from rlhf_recipes.errors import Refusal
+from rlhf_recipes.errors import Refusal, first_line
 from rlhf_recipes.references import ModelRef, adapter_in, folder_of, trained_with
 from rlhf_recipes.run import Run
+from rlhf_recipes.text import line
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
+OF_ANOTHER = "Choose the model it belongs to, or leave it out."
 # Of the jobs of a sweep that share a process.
 _bases: dict[tuple[type, str], "PreTrainedModel"] = {}
 # Padding tokens of the tokenizers that this process has loaded: to load one of a large vocabulary takes a second.
@@ -407,11 +410,61 @@ def compute_lora_in_bfloat16(model) -> None:
             module.cast_input_dtype_enabled = False
 
 
-def continue_adapter(base: "PreTrainedModel", parent: ModelRef) -> "PeftModel":
-    """The base with a run's LoRA on it, trainable under the name that TRL expects ("default")."""
+def put_on(
+    model: "PreTrainedModel | PeftModel", adapter: str | Path, where: str, name: str = "default", train: bool = False
+) -> "PeftModel":
+    """The model with an adapter on it, all of whose weights are where their names say.
+
+    Args:
+        where: its key and value, or its folder.
+        train: whether its weights are to be trained.
+
+    Raises:
+        Refusal: some have no place in this model, or are lacking: PEFT leaves out the ones, and the others as a new
+            adapter has them, and so, at worst, the base as it is.
+    """
     from peft import PeftModel
 
-    policy = PeftModel.from_pretrained(base, str(parent.adapter), is_trainable=True)
+    adapter, given = str(adapter), {"adapter_name": name, "is_trainable": train}
+    with _in_one_line(where):
+        if not isinstance(model, PeftModel):
+            model = PeftModel.from_pretrained(model, adapter, **given)  # which tells nobody what it left out
+        loaded = model.load_adapter(adapter, **given)
+    lacks = [key for key in loaded.missing_keys if name in key.split(".")]
+    extra, lacks = ([key.replace(f".{name}", "") for key in keys] for keys in (loaded.unexpected_keys, lacks))
+    _refuse_names(where, extra, lacks)
+    return model
+
+
+@contextmanager
+def _in_one_line(where: str):
+    """What PEFT raises where an adapter does not fit."""
+    try:
+        yield
+    except KeyError as error:
+        if not str(error.args[0]).startswith("base_model."):
+            raise
+        _refuse_names(where, lacks=[error.args[0]])
+    except ValueError as error:
+        if "arget modules" not in str(error):
+            raise
+        raise Refusal(f"{where}: {first_line(error)} {OF_ANOTHER}") from error
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        raise Refusal(f"{where}: has weights of other sizes than this model takes. {OF_ANOTHER}") from error
+
+
+def _refuse_names(where: str, extra: Iterable[str] = (), lacks: Iterable[str] = ()) -> None:
+    for name in sorted(extra):
+        raise Refusal(f"{where}: {line(name)} has no place in this model. {OF_ANOTHER}")
+    for name in sorted(lacks):
+        raise Refusal(f"{where}: has no {line(name)}, which this model takes. {OF_ANOTHER}")
+
+
+def continue_adapter(base: "PreTrainedModel", parent: ModelRef) -> "PeftModel":
+    """The base with a run's LoRA on it, trainable under the name that TRL expects ("default")."""
+    policy = put_on(base, parent.adapter, f"{parent.key}={parent.reference}", train=True)
     # Under the public name PEFT asks the hub for its config at every checkpoint, whether or not there is a network.
     policy.peft_config["default"].base_model_name_or_path = base.name_or_path
     return policy
@@ -421,16 +474,18 @@ def read_adapter(model: "PeftModel", parent: ModelRef) -> None:
     """Put a run's saved weights into the adapter "default"; what the run does not bring, a score head, stays.
 
     Raises:
-        Refusal: the run brings weights that this model has no place for.
+        Refusal: the run brings weights that this model has no place for, or lacks some of its LoRA.
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from peft.utils import load_peft_weights
 
     weights = load_peft_weights(str(parent.adapter), device="cpu")
     present = get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False)
-    for name in weights.keys() - present.keys():
-        raise Refusal(f"{parent.key}={parent.reference}: {name} has no place in this model. Leave the adapter out.")
-    set_peft_model_state_dict(model, {**present, **weights}, adapter_name="default")
+    lacks = [name for name in present.keys() - weights.keys() if ".lora_" in name]
+    where = f"{parent.key}={parent.reference}"
+    _refuse_names(where, weights.keys() - present.keys(), lacks)
+    with _in_one_line(where):
+        set_peft_model_state_dict(model, {**present, **weights}, adapter_name="default")
 
 
 def save_adapter(model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", folder: Path, base: DictConfig) -> None:

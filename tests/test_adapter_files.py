@@ -188,6 +188,84 @@ def test_a_header_of_weights_that_lies(tmp_path, lie):
     )
 
 
+@pytest.fixture(scope="module")
+def made(tiny_model, tmp_path_factory):
+    """made(name, change, task_type): a LoRA adapter of the tiny model whose tensors are changed."""
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    def make(name, change, task_type="CAUSAL_LM"):
+        scores = task_type == "SEQ_CLS"
+        auto, head = (AutoModelForSequenceClassification, {"num_labels": 1}) if scores else (AutoModelForCausalLM, {})
+        lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type=task_type)
+        folder = tmp_path_factory.mktemp(name) / name
+        get_peft_model(auto.from_pretrained(tiny_model, **head), lora).save_pretrained(folder)
+        weights = folder / "adapter_model.safetensors"
+        save_file(change(load_file(weights)), weights, {"format": "pt"})
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": TINY_ID}))
+        return folder
+
+    return make
+
+
+def _renamed(tensors):
+    return {name.replace("model.model.layers", "model.model.decoder.layers"): each for name, each in tensors.items()}
+
+
+def _one_missing(tensors):
+    del tensors[f"{Q}A.weight"]
+    return tensors
+
+
+PLACES = {
+    "of another model": (_renamed, r"base_model\.model\.model\.decoder\.\S+ has no place in this model\."),
+    "without a matrix": (_one_missing, rf"has no {Q}A\.weight, which this model takes\."),
+    "of other sizes": (lambda tensors: {name: each[:, :3].contiguous() for name, each in tensors.items()},
+                       "has weights of other sizes than this model takes"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_an_adapter_that_fits_no_module_is_not_the_base(made, compose, tiny_model, tiny_model_overrides, case):
+    """PEFT leaves what it lacks as it began, which is the base, and tells nobody."""
+    from types import SimpleNamespace
+
+    from rlhf_recipes import adapters, models
+    from rlhf_recipes.cai import local
+    from rlhf_recipes.ppo import rewards
+
+    change, says = PLACES[case]
+    policy, scorer = made("policy", change), made("scorer", change, "SEQ_CLS")
+    cfg = compose("dpo", *tiny_model_overrides, "quantization=none", "model.dtype=float32")
+    parent = references.find(str(policy), "model.adapter", TINY_ID)
+    args = SimpleNamespace(model_init_kwargs=None, device="cpu")
+    roles = SimpleNamespace(shared=False, causal=SimpleNamespace(public_id=TINY_ID, name_or_path=str(tiny_model)))
+    for call, where in (
+        (lambda: adapters.Policies(cfg.model, cfg.quantization, [adapters.System("p", str(policy))]), policy),
+        (lambda: adapters.RewardModels(cfg.model, cfg.quantization, [scorer]), scorer),
+        (lambda: models.load_policy(cfg.model, cfg.quantization, cfg.lora, parent), f"model.adapter={policy}"),
+        (lambda: models.load_reward_model(cfg.model, cfg.quantization, cfg.lora, parent), f"model.adapter={policy}"),
+        (lambda: local.load(cfg.model, cfg.quantization, parent), f"model.adapter={policy}"),
+        (lambda: rewards.load(str(scorer), roles, None, None, args), f"reward_funcs={scorer}"),
+    ):
+        assert re.match(f"{where}: {says}", refused(call))
+
+
+def test_an_adapter_that_fits_is_put_on(made, compose, tiny_model_overrides):
+    """Beside another, too, and a reward model without a score head is none."""
+    from rlhf_recipes import adapters
+
+    one, other = (made(name, lambda tensors: tensors) for name in ("one", "other"))
+    cfg = compose("evaluate", *tiny_model_overrides, "quantization=none", "model.dtype=float32")
+    several = [adapters.System(str(n), str(folder)) for n, folder in enumerate([one, other])]
+    assert list(adapters.Policies(cfg.model, cfg.quantization, several).model.peft_config) == ["adapter1", "adapter2"]
+    headless = made("headless", lambda t: {k: v for k, v in t.items() if "score" not in k}, "SEQ_CLS")
+    says = f"{headless}: has no base_model.model.score.weight, which this model takes."
+    assert refused(adapters.RewardModels, cfg.model, cfg.quantization, [headless]).startswith(says)
+
+
 def test_what_peft_would_do_with_a_weight_of_the_base(tiny_model, tmp_path):
     """Why it is refused: it stays with the base when the adapter is off."""
     import torch

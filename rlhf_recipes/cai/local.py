@@ -46,7 +46,6 @@ def load(model: "DictConfig", quantization: "DictConfig", adapter: ModelRef | No
     for in the compute dtype, and the LoRA is added to them, rounded to it; a GPU keeps them packed, and the LoRA
     beside them.
     """
-    from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     modules.refuse_other_model(model)
@@ -59,7 +58,7 @@ def load(model: "DictConfig", quantization: "DictConfig", adapter: ModelRef | No
         base, packed = base.dequantize(), False
     name = model.id
     if adapter:
-        base = PeftModel.from_pretrained(base, str(adapter.adapter))
+        base = models.put_on(base, adapter.adapter, f"{adapter.key}={adapter.reference}")
         if not packed:
             base = base.merge_and_unload()
         name = f"{model.id} + {adapter.reference} ({adapter.sha256[:12]})"

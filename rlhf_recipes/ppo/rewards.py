@@ -115,8 +115,6 @@ def load(reference, roles: Roles, tokenizer, reward_tokenizer, args) -> Callable
         score = roles.add_reward(found.adapter, name)
         pad_id = models.pad_id_beside(found.adapter, tokenizer.pad_token_id)
         return replace(_on_backbone(roles, name, score, tokenizer, found.name, pad_id), scale=scale)
-    from peft import PeftModel
-
     base = roles.causal.name_or_path if base == getattr(roles.causal, "public_id", None) else base
     try:
         classifier = _load_classifier(base, args, HEADS)
@@ -126,7 +124,7 @@ def load(reference, roles: Roles, tokenizer, reward_tokenizer, args) -> Callable
         raise Refusal(
             f"reward_funcs={found.reference}: its base model, {base}, cannot be had: {why}{same}"
         ) from refusal
-    model = PeftModel.from_pretrained(classifier, adapter)
+    model = models.put_on(classifier, adapter, f"reward_funcs={found.reference}")
     text_config = model.get_base_model().config.get_text_config()
     text_config.pad_token_id = models.pad_id_beside(found.adapter, text_config.pad_token_id)
     return replace(_with_template(_own_model(model, adapter, reward_tokenizer, found.name), found), scale=scale)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from trl.trainer.utils import use_adapter
 
-from rlhf_recipes import inference, ranks, references
+from rlhf_recipes import inference, models, ranks, references
 from rlhf_recipes.errors import Refusal
 from rlhf_recipes.references import ModelRef
 from rlhf_recipes.run import Run
@@ -71,7 +71,7 @@ def anchor(trainer, found: ModelRef | None) -> None:
     model = trainer.model
     if FROZEN in model.peft_config:
         model.delete_adapter(FROZEN)
-    model.load_adapter(str(found.adapter), adapter_name=FROZEN)
+    models.put_on(model, found.adapter, f"{found.key}={found.reference}", FROZEN)
     # Under the public name PEFT asks the hub for its config at every checkpoint.
     model.peft_config[FROZEN].base_model_name_or_path = model.peft_config["default"].base_model_name_or_path
     model.set_adapter("default")

@@ -17,7 +17,6 @@ def write(source: contents.Source, folder: Path) -> None:
     since a GPU that trains a model in 4 bits may have no room for it in 32.
     """
     import torch
-    from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from rlhf_recipes import models
@@ -29,7 +28,7 @@ def write(source: contents.Source, folder: Path) -> None:
     base = models.load_base(node, OmegaConf.create(source.config["quantization"]), auto, **options)
     if getattr(base, "is_quantized", False):
         base = base.dequantize()
-    merged = PeftModel.from_pretrained(base.to("cpu", torch.float32), str(source.adapter)).merge_and_unload()
+    merged = models.put_on(base.to("cpu", torch.float32), source.adapter, str(source.adapter)).merge_and_unload()
     merged.to(models.compute_dtype(node)).save_pretrained(folder)
     for name in (contents.WEIGHTS, contents.ADAPTER_CONFIG):
         (folder / name).unlink(missing_ok=True)

@@ -74,7 +74,6 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     """
     import torch
     from omegaconf import OmegaConf
-    from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from rlhf_recipes import inference as m
@@ -91,7 +90,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         model = auto.from_pretrained(task["folder"], dtype=dtype, trust_remote_code=False, device_map=where)
     else:
         base = models.load_base(node, OmegaConf.create(task["quantization"]), auto, **options)
-        model = PeftModel.from_pretrained(base, task["folder"])
+        model = models.put_on(base, task["folder"], task["folder"])
 
     def numbers(asked: list, what: str) -> tuple[list[float], list[int]]:
         if task["reward"]:
