@@ -12,6 +12,7 @@ import numpy as np
 
 from rlhf_recipes.errors import Refusal
 
+SMALLEST = 1e-9  # standard deviation in means: less is what rounding leaves
 LAMBDA = 0.5  # of `combine`; best-of-n in Coste et al.
 
 
@@ -20,20 +21,26 @@ def standardise(rewards, reference_MK) -> np.ndarray:
 
     What is not finite there is left out. A member whose reference scores are all equal is only centred.
     """
-    rewards, reference_MK = np.asarray(rewards, float), np.ma.masked_invalid(np.asarray(reference_MK, float))
-    mean_M, sd_M = (np.ma.filled(found, 0.0) for found in (reference_MK.mean(1), reference_MK.std(1)))
+    rewards = np.asarray(rewards, float)
+    mean_M, sd_M = _scales(reference_MK)
     shape = (-1, *[1] * (rewards.ndim - 1))
-    return (rewards - mean_M.reshape(shape)) / np.where(sd_M > 0, sd_M, 1).reshape(shape)
+    return (rewards - mean_M.reshape(shape)) / sd_M.reshape(shape)
 
 
 def aligned(rewards_MX, reference_MK) -> np.ndarray:
     """The members on one scale, that of the average member: `standardise` times the mean of their standard deviations,
     so that a margin is in nats and no member weighs more for having a wider scale. One member stays as it is."""
-    rewards_MX, reference_MK = np.asarray(rewards_MX, float), np.ma.masked_invalid(np.asarray(reference_MK, float))
+    rewards_MX = np.asarray(rewards_MX, float)
     if len(rewards_MX) == 1:
         return rewards_MX
-    sd_M = np.ma.filled(reference_MK.std(1), 0.0)
-    return standardise(rewards_MX, reference_MK) * np.where(sd_M > 0, sd_M, 1).mean()
+    return standardise(rewards_MX, reference_MK) * _scales(reference_MK)[1].mean()
+
+
+def _scales(reference_MK) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each member's scores; 1 where they are equal but for their last bits."""
+    reference_MK = np.ma.masked_invalid(np.asarray(reference_MK, float))
+    mean_M, sd_M = (np.ma.filled(found, 0.0) for found in (reference_MK.mean(1), reference_MK.std(1)))
+    return mean_M, np.where(sd_M > SMALLEST * np.abs(mean_M), sd_M, 1)
 
 
 def disagreement(margins_MN) -> np.ndarray:

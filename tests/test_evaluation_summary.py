@@ -707,6 +707,15 @@ def test_an_ensemble_of_scores_that_say_nothing():
     assert ensemble.answers([[4.0], [2.0]], {"a": [], "b": []})[0]["worst"] == 2.0
 
 
+@pytest.mark.parametrize("score", [0.1, 0.3, -1.2345, 1e6 + 0.1])
+def test_equal_scores_that_no_float_holds_are_equal(score):
+    """Their mean is off by a last bit, and so is their deviation."""
+    reference_MK = [[score] * 10, np.linspace(-1, 1, 10)]
+    assert ensemble.standardise([[score + 0.5], [0.0]], reference_MK) == pytest.approx(np.array([[0.5], [0.0]]))
+    scale = (1 + np.std(reference_MK[1])) / 2
+    assert ensemble.aligned([[score + 0.5], [0.0]], reference_MK) == pytest.approx(np.array([[0.5 * scale], [0.0]]))
+
+
 def by_ensemble():
     """dpo wins q by the mean and loses it by a member and the worst case, and wins r by all."""
     measured = by_hand()
