@@ -146,9 +146,23 @@ def _too_high(config: dict[str, Any], tensors: dict[str, list[int]]) -> str | No
     if not all(type(rank) is int for rank in named):
         return f"r={_shown(named[0])}: its ranks must be whole numbers. Mend adapter_config.json."
     has = max((shape[0] for name, shape in tensors.items() if ".lora_A." in name and shape), default=None)
-    if has is None or max(named) <= has:
+    highest = max(named[1:] if _has_ranks_for_all(config) else named)
+    if has is None or highest <= has:
         return None
-    return f"names the rank {max(named)}, and its matrices have up to {has}. Write that into adapter_config.json."
+    return f"names the rank {highest}, and its matrices have up to {has}. Write that into adapter_config.json."
+
+
+def _has_ranks_for_all(config: dict[str, Any]) -> bool:
+    """Whether `rank_pattern` has one for each of the modules that are listed, so that `r` is that of none."""
+    pattern, targets = config.get("rank_pattern"), config.get("target_modules")
+    if not (isinstance(pattern, dict) and isinstance(targets, list) and targets):
+        return False
+    expressions = list(_expressions("rank_pattern", pattern))
+    with signals.ended(PATTERN_SECONDS, "rank_pattern: takes too long"):
+        return all(
+            any(f".{target}".endswith(f".{name}") for name in pattern) or any(e.fullmatch(target) for e in expressions)
+            for target in map(str, targets)
+        )
 
 
 def _shown(value: Any) -> str:

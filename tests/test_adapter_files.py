@@ -129,6 +129,15 @@ def test_what_is_no_expression_is_refused(tmp_path, key):
         ({"r": 10**7}, "names the rank 10000000, and its matrices have up to 4."),
         ({"rank_pattern": {"q_proj": 10**7}}, "names the rank 10000000, and its matrices have up to 4."),
         ({"r": "4"}, "r=4: its ranks must be whole numbers."),
+        # of a module that has no matrix in the file
+        (
+            {"r": 10**7, "rank_pattern": {"q_proj": 4}, "target_modules": ["q_proj", "v_proj"]},
+            "names the rank 10000000, and its matrices have up to 4.",
+        ),
+        (
+            {"r": 10**7, "rank_pattern": {"q_proj": 4}, "target_modules": "q_proj|v_proj"},
+            "names the rank 10000000, and its matrices have up to 4.",
+        ),
     ],
 )
 def test_a_rank_that_no_matrix_has_is_refused(tmp_path, config, says):
@@ -141,6 +150,8 @@ def test_an_adapter_of_a_training_is_one(tmp_path):
     row = {"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": (1, 8)}
     for shapes, config in (
         (LORA, {"target_modules": r".*\.(?:q|v)_proj", "rank_pattern": {"model.layers.0.self_attn.q_proj": 4}}),
+        (LORA, {"r": 16, "rank_pattern": {"q_proj": 4}}),
+        (LORA, {"r": 16, "rank_pattern": {".*_proj": 4}, "target_modules": ["layers.0.self_attn.q_proj", "v_proj"]}),
         (LORA | {"base_model.model.score.weight": (1, 8)}, {"task_type": "SEQ_CLS"}),
         (LORA | saved, {"modules_to_save": ["lm_head", "norm"]}),
         (LORA | row, {"trainable_token_indices": [0]}),
@@ -149,7 +160,7 @@ def test_an_adapter_of_a_training_is_one(tmp_path):
         ({"base_model.vera_A": (4, 8), f"{Q[:-5]}vera_lambda_b": (8,)}, {"peft_type": "VERA"}),
     ):
         (tmp_path / "w").write_bytes(tensors(shapes))
-        given = {"peft_type": "LORA", "r": 4, "init_lora_weights": True, "layer_replication": None} | config
+        given = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], "layer_replication": None} | config
         assert adapter_files.flaw(given, tmp_path / "w") is None, config
 
 

@@ -338,9 +338,9 @@ def _refuse_lora(lora: dict, trainer: dict, recipe: str | None, quantized: bool)
     if start == "mica" and quantized:
         raise Refusal(f"{key}: needs the base's weights in full. Add quantization=none.")
     bias = lora.get("bias", "none")
-    if bias != "none" and methods.of(recipe).reference:
+    if bias != "none":
         raise Refusal(
-            f"lora.bias={bias}: trains biases of the base, which is the reference here and would move with them. "
+            f"lora.bias={bias}: trains biases of the base, which the reference and whatever is compared stand on. "
             "Leave it out."
         )
     if lora.get("inference_mode"):

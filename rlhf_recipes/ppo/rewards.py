@@ -12,6 +12,7 @@ from rlhf_recipes import inference, model_files, models, packing, places
 from rlhf_recipes.adapter_files import HEADS
 from rlhf_recipes.data.template import as_taken, render
 from rlhf_recipes.data.tokens import neutralise
+from rlhf_recipes.ensemble import SMALLEST
 from rlhf_recipes.errors import Refusal, first_line, users_function
 from rlhf_recipes.ppo.roles import Roles, lay_out
 from rlhf_recipes.references import (
@@ -273,4 +274,4 @@ def _load_classifier(path: str, args, heads: tuple[str, ...] = ()):
 
 def _scale(metrics: dict) -> tuple[float, float] | None:
     mean, sd = (getattr(metrics.get(name), "value", None) for name in ("mean_reward", "sd_reward"))
-    return (mean, sd) if mean is not None and sd else None
+    return (mean, sd) if mean is not None and sd and sd > SMALLEST * abs(mean) else None
