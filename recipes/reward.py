@@ -24,7 +24,7 @@ def main(cfg):
     from rlhf_recipes.training.reward_trainer import SoftLabelRewardTrainer
 
     args = models.training_args(cfg.trainer, run)
-    models.check(cfg.model, cfg.quantization, cfg.lora)
+    models.check(cfg.model, cfg.quantization, cfg.lora, scores=True)
     tokenizer = models.load_tokenizer(cfg.model)
     pairs = fit(pairs, tokenizer, args.max_length, cfg.data.too_long)
     print(describe(pairs.report))

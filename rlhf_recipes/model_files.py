@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 
+# What transformers says of a config.json without a model type, or with one of a later time.
+OF_NO_KIND = ("does not recognize this architecture", "Unrecognized model in")
 # Of a config.json, ten times what the largest models have and more.
 LARGEST = {
     "num_hidden_layers": 10_000, "hidden_size": 10**6, "intermediate_size": 10**7, "num_attention_heads": 10**4,
@@ -109,7 +111,19 @@ def read(model: DictConfig, load: Callable, **kwargs) -> Any:
                 refuse_kernels(found, key, path)
         return found
     except ValueError as error:
-        if isinstance(error, Refusal) or "trust_remote_code" not in str(error):
+        if isinstance(error, Refusal):
+            raise
+        if any(sign in str(error) for sign in OF_NO_KIND):
+            kind = line(str(_config_in(path).get("model_type")))
+            raise Refusal(
+                f"{key}={path}: this transformers does not know its kind (model_type: {kind}). Update it, or choose "
+                "another model."
+            ) from error
+        if "backend tokenizer" in str(error):
+            raise Refusal(
+                f"{key}={path}: has no tokenizer that can be read. Put its files beside the weights (tokenizer.json)."
+            ) from error
+        if "trust_remote_code" not in str(error):
             raise
         raise Refusal(
             f"{key}={path}: brings Python code of its own, which would run here (auto_map). Read it; if you trust "
@@ -137,9 +151,13 @@ def read_weights(model: DictConfig, auto_class: type, heads: tuple[str, ...] = (
     Raises:
         Refusal: as `read` and `whole`.
     """
-    loaded = read(model, auto_class.from_pretrained, output_loading_info=True, **kwargs)
+    return whole(read(model, auto_class.from_pretrained, output_loading_info=True, **kwargs), where(model), heads)
+
+
+def where(model: DictConfig) -> str:
+    """Key and value of what names the files."""
     path = folder_or_id(model)
-    return whole(loaded, f"{'model.path' if Path(path).is_dir() else 'model.id'}={path}", heads)
+    return f"{'model.path' if Path(path).is_dir() else 'model.id'}={path}"
 
 
 def whole(

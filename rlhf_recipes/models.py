@@ -51,15 +51,18 @@ def training_args(node: DictConfig, run: Run) -> "TrainingArguments":
     return args
 
 
-def check(model: DictConfig, quantization: DictConfig, lora: DictConfig) -> None:
+def check(model: DictConfig, quantization: DictConfig, lora: DictConfig, scores: bool = False) -> None:
     """Refuse what the classes behind `quantization` and `lora` refuse, and modules that the model does not have.
 
     It comes before a weight is fetched or a row tokenised.
 
+    Args:
+        scores: whether it is to score texts.
+
     Raises:
         Refusal: an unknown key, a wrong type, `model.dtype` is none, `model.attn_implementation` is code of the Hub,
-            `model.path` is another model than `model.id`, `lora` names a module or a layer that is not in the model,
-            or `model.adapter` does not fit the model.
+            `model.path` is another model than `model.id`, transformers has no class for it, `lora` names a module or a
+            layer that is not in the model, or `model.adapter` does not fit the model.
     """
     if "/" in (model.attn_implementation or "") and not model.get("trust_remote_code"):
         raise Refusal(
@@ -68,6 +71,7 @@ def check(model: DictConfig, quantization: DictConfig, lora: DictConfig) -> None
             "model.trust_remote_code=true."
         )
     modules.refuse_other_model(model)
+    _refuse_other_kind(model, scores)
     dtype = compute_dtype(model)
     sharding.check_packed(build_quantization(quantization, dtype), dtype)
     built = config.build(lora, "lora")
@@ -79,6 +83,24 @@ def check(model: DictConfig, quantization: DictConfig, lora: DictConfig) -> None
                 print(f"model.adapter={model.adapter}: was trained with {said}; this run is not.", flush=True)
     elif modules.named(built):
         modules.check(model, built, without_weights(model))
+
+
+def _refuse_other_kind(model: DictConfig, scores: bool) -> None:
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        AutoConfig,
+    )
+
+    shape = model_files.read(model, AutoConfig.from_pretrained)
+    wanted = {"causal language model": MODEL_FOR_CAUSAL_LM_MAPPING}
+    wanted |= {"sequence classifier": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING} if scores else {}
+    for what, classes in wanted.items():
+        if type(shape) not in classes and not (model.get("trust_remote_code") and hasattr(shape, "auto_map")):
+            raise Refusal(
+                f"{model_files.where(model)}: is of a kind that this transformers has no {what} of "
+                f"({shape.model_type}). Choose another model."
+            )
 
 
 def without_weights(model: DictConfig) -> "PreTrainedModel":
@@ -182,6 +204,12 @@ def load_tokenizer(model: DictConfig) -> "PreTrainedTokenizerBase":
         raise Refusal(
             f"{where}=null: the tokenizer of {model.path or model.id} has neither a padding nor an EOS token, and no "
             "batch can be made without one. Name a token of its vocabulary that no text has."
+        )
+    count = getattr(model_files.load_config(model), "vocab_size", None)
+    if count and tokenizer.pad_token_id >= count:
+        raise Refusal(
+            f"{where}={tokenizer.pad_token}: is token {tokenizer.pad_token_id} of the tokenizer of "
+            f"{model.path or model.id}, whose model has {count}, from 0 on. Name one that the model has."
         )
     if tokenizer.chat_template is None:
         raise Refusal(f"model.id={model.id}: its tokenizer has no chat template. Choose an instruction-tuned model.")
@@ -337,6 +365,11 @@ def _load_base(model: DictConfig, quantization: DictConfig, auto_class: type, **
         base = model_files.read_weights(model, auto_class, HEADS if kwargs.get("num_labels") == 1 else (), **kwargs)
     memory.keep_freed_memory()  # of steps; what the loading has freed goes back
     base.config.get_text_config().pad_token_id = _pad_id(model)
+    if kwargs.get("num_labels") == 1 and not hasattr(base, "score"):
+        raise Refusal(
+            f"model.id={model.id}: transformers gives {base.config.model_type} no score head that reads the last "
+            "token. Choose another model."
+        )
     if kwargs.get("num_labels") == 1 and base.score.weight.dtype != torch.float32:
         base.score.float()  # trained in full: rounded to bfloat16 it would not move at a usual learning rate
     keep_gradients_on_cpu(base)

@@ -486,6 +486,80 @@ def test_weights_of_other_shapes_than_a_model_says(compose, lacking):
         models.load_base(cfg.model, cfg.quantization, AutoModelForCausalLM)
 
 
+UNKNOWN = "is of a kind that this transformers has no"
+KINDS = {
+    "granite scores nothing": ("GraniteConfig", "reward", f"{UNKNOWN} sequence classifier of (granite). Choose anoth"),
+    "t5 continues nothing": ("T5Config", "dpo", f"{UNKNOWN} causal language model of (t5). Choose another model."),
+    "t5 continues nothing to score": ("T5Config", "reward", f"{UNKNOWN} causal language model of (t5). Choose"),
+}
+
+
+@pytest.mark.parametrize("case", KINDS)
+def test_a_model_of_another_kind(compose, tmp_path, case):
+    import transformers
+
+    from rlhf_recipes import models
+
+    kind, recipe, says = KINDS[case]
+    getattr(transformers, kind)().save_pretrained(tmp_path)
+    cfg = compose(recipe, f"model.path={tmp_path}", f"model.id={TINY_ID}", "quantization=none")
+    with pytest.raises(Refusal) as caught:
+        models.check(cfg.model, cfg.quantization, cfg.lora, scores=recipe == "reward")
+    assert str(caught.value).startswith(f"model.path={tmp_path}: {says}") and "\n" not in str(caught.value)
+
+
+def test_a_model_whose_score_head_reads_no_last_token(compose, tiny_model, tmp_path):
+    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+    from rlhf_recipes import models
+
+    config = BertConfig(vocab_size=1000, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, num_labels=1)
+    BertForSequenceClassification(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path)
+    cfg = compose("reward", f"model.path={tmp_path}", f"model.id={TINY_ID}", "quantization=none")
+    with pytest.raises(
+        Refusal, match=rf"^model\.id={TINY_ID}: transformers gives bert no score head that reads the l"
+    ):
+        models.load_reward_model(cfg.model, cfg.quantization, cfg.lora, None)
+
+
+@pytest.mark.parametrize("config", [{"model_type": "qwen9"}, {"hidden_size": 64}])
+def test_a_model_of_no_known_kind(compose, tmp_path, config):
+    from rlhf_recipes import models
+
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    cfg = compose("dpo", f"model.path={tmp_path}", f"model.id={TINY_ID}", "quantization=none")
+    with pytest.raises(Refusal) as caught:
+        models.check(cfg.model, cfg.quantization, cfg.lora)
+    says = f"model.path={tmp_path}: this transformers does not know its kind (model_type: {config.get('model_type')})."
+    assert str(caught.value) == f"{says} Update it, or choose another model."
+
+
+def test_a_tokenizer_that_is_not_there_or_not_the_model_s(compose, tiny_model, tmp_path):
+    from transformers import AutoTokenizer
+
+    from rlhf_recipes import models
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    count = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(folder)
+    cfg = compose("dpo", f"model.path={folder}", f"model.id={TINY_ID}", "model.pad_token=null")
+    with pytest.raises(Refusal) as caught:
+        models.load_tokenizer(cfg.model)
+    assert str(caught.value) == (
+        f"model.pad_token=<pad>: is token {count} of the tokenizer of {folder}, whose model has {count}, from 0 on. "
+        "Name one that the model has."
+    )
+    for path in [*folder.glob("*token*"), *folder.glob("*.jinja")]:
+        path.unlink()
+    with pytest.raises(Refusal) as caught:
+        models.load_tokenizer(cfg.model)
+    assert str(caught.value).startswith(f"model.path={folder}: has no tokenizer that can be read. Put its files besid")
+
+
 def test_nf4_without_bitsandbytes(refuse, site, tmp_path):
     with open(site / "sitecustomize.py", "a") as file:
         file.write(HIDES_BITSANDBYTES)

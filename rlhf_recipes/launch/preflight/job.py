@@ -100,7 +100,7 @@ def _look(job: Job, looked_at: Cache, found: JobReport) -> None:
     cfg, recipe = job.cfg, job.recipe
     libraries = looked_at.libraries  # before anything is read
     args = models.training_args(cfg.trainer, run.Run(Path(), recipe, {}))
-    models.check(cfg.model, cfg.quantization, cfg.lora)
+    models.check(cfg.model, cfg.quantization, cfg.lora, scores=recipe == "reward")
     tokenizer = models.load_tokenizer(cfg.model)
     found.settings = _settings(cfg, args)
     found.model = {"id": cfg.model.id, "download_gib": model_files.download_bytes(cfg.model) / GIB}
