@@ -1,6 +1,7 @@
 """The files of a model, others' mostly: where they lie, what is fetched, and that they run nothing here."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,20 +64,34 @@ def download_bytes(model: DictConfig) -> int:
     Raises:
         Refusal: they cannot be found.
     """
-    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError
 
     path = folder_or_id(model)
-    names = ("model.safetensors", "model.safetensors.index.json")
-    if Path(path).is_dir() or any(
-        isinstance(try_to_load_from_cache(path, n, revision=model.revision), str) for n in names
-    ):
+    if Path(path).is_dir() or _is_cached(model, path):
         return 0
     try:
         files = HfApi().model_info(path, revision=model.revision, files_metadata=True).siblings or []
     except (OSError, HTTPError) as error:
         raise Refusal(f"model.id={model.id}: {_hub_refusal(error)}") from error
-    return sum(file.size or 0 for file in files if file.rfilename.endswith(".safetensors"))
+    sizes = {file.rfilename: file.size or 0 for file in files if file.rfilename.endswith(".safetensors")}
+    parts = [name for name in sizes if re.match(r"model(-\d+-of-\d+)?\.safetensors$", name)]  # others are copies
+    return sum(sizes[name] for name in parts or sizes)
+
+
+def _is_cached(model: DictConfig, path: str) -> bool:
+    """Whether the Hub's cache holds all weights: one file, or an index and each shard that it names."""
+    from huggingface_hub import try_to_load_from_cache
+
+    def cached(name: str) -> str | None:
+        found = try_to_load_from_cache(path, name, revision=model.revision)
+        return found if isinstance(found, str) else None
+
+    if cached("model.safetensors"):
+        return True
+    index = cached("model.safetensors.index.json")
+    shards = json.loads(Path(index).read_text(encoding="utf-8")).get("weight_map") or {} if index else {}
+    return bool(shards) and all(map(cached, set(shards.values())))
 
 
 def read(model: DictConfig, load: Callable, **kwargs) -> Any:
@@ -234,7 +249,7 @@ def _ask_hub(repo: str, revision: str | None) -> None:
 
 def _hub_refusal(error: Exception) -> str:
     from huggingface_hub.constants import HF_HUB_OFFLINE
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     cause = error.__cause__ or error
     missing = isinstance(cause, RepositoryNotFoundError) and not isinstance(cause, GatedRepoError)  # its subclass
@@ -242,6 +257,13 @@ def _hub_refusal(error: Exception) -> str:
         return "the Hub has no such model, or your token may not see it. Check the name; a folder goes to model.path."
     if isinstance(cause, GatedRepoError) or "gated repo" in str(error):
         return "is gated. Accept its terms on its page, then `hf auth login` (or HF_TOKEN)."
+    if "does not appear to have a file named config.json" in str(error):
+        return (
+            "the repository has no config.json, so no model that transformers reads (an adapter, or GGUF?). Name the "
+            "model itself."
+        )
+    if isinstance(cause, RevisionNotFoundError) or "is not a valid git identifier" in str(error):
+        return "the Hub's model has no such revision. Check model.revision."
     if HF_HUB_OFFLINE:
         return "not in the cache, and HF_HUB_OFFLINE=1 bars the Hub. Unset it, or use model=smollm2_135m."
     return (

@@ -122,6 +122,47 @@ def test_an_id_is_asked_for_and_told_once(here, hub, compose, key, capsys):
         assert out.count(f"{what}: org/name, from the Hub\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        ("org/adapter does not appear to have a file named config.json. Checkout 'https://huggingface.co/org/adapter' "
+         "for available files.",
+         "the repository has no config.json, so no model that transformers reads (an adapter, or GGUF?). Name"),
+        ("v2 is not a valid git identifier (branch name, tag name or commit id) that exists for this model name.",
+         "the Hub's model has no such revision. Check model.revision."),
+        ("Connection refused", "the Hub cannot be reached and the cache does not hold it."),
+    ],
+)  # fmt: skip
+def test_what_the_hub_lacks_is_no_broken_network(error, says):
+    from rlhf_recipes import model_files
+
+    assert model_files._hub_refusal(OSError(error)).startswith(says)
+
+
+def test_what_is_to_be_fetched_are_the_shards_that_are_read(compose, monkeypatch, tmp_path):
+    """Not a copy in one file, and not nothing where the cache has the index alone."""
+    from types import SimpleNamespace
+
+    import huggingface_hub
+
+    from rlhf_recipes import model_files
+
+    shards = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    files = [SimpleNamespace(rfilename=name, size=size) for name, size in zip(shards, (5, 7), strict=True)]
+    files.append(SimpleNamespace(rfilename="consolidated.safetensors", size=12))
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "model_info", lambda *_, **__: SimpleNamespace(siblings=files), raising=True
+    )
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict(zip("ab", shards, strict=True))}))
+    cached = {index.name: str(index), shards[0]: "here"}
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda _, name, **__: cached.get(name))
+    model = compose("dpo", "model=smollm2_135m_hub", "model.id=org/big").model
+    assert model_files.download_bytes(model) == 12
+    cached[shards[1]] = "here"
+    assert model_files.download_bytes(model) == 0
+
+
 def test_a_broken_link_is_here(here):
     (here / "data" / "gone").symlink_to(here / "nowhere")
     assert not readers.is_hub_id("data/gone")
