@@ -71,9 +71,10 @@ def check(model: DictConfig, quantization: DictConfig, lora: DictConfig, scores:
             "model.trust_remote_code=true."
         )
     modules.refuse_other_model(model)
-    _refuse_other_kind(model, scores)
     dtype = compute_dtype(model)
-    sharding.check_packed(build_quantization(quantization, dtype), dtype)
+    asked = build_quantization(quantization, dtype)
+    _refuse_other_kind(model, scores, asked)
+    sharding.check_packed(asked, dtype)
     built = config.build(lora, "lora")
     if model.get("adapter"):
         adapters = list(filter(None, [adapter_in(model.adapter)]))  # a stage before may have yet to make it
@@ -85,7 +86,8 @@ def check(model: DictConfig, quantization: DictConfig, lora: DictConfig, scores:
         modules.check(model, built, without_weights(model))
 
 
-def _refuse_other_kind(model: DictConfig, scores: bool) -> None:
+def _refuse_other_kind(model: DictConfig, scores: bool, quantization) -> None:
+    """By its config.json; `quantization`: of `build_quantization`."""
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
@@ -101,6 +103,17 @@ def _refuse_other_kind(model: DictConfig, scores: bool) -> None:
                 f"{model_files.where(model)}: is of a kind that this transformers has no {what} of "
                 f"({shape.model_type}). Choose another model."
             )
+    packed = getattr(shape, "quantization_config", None) or {}
+    if packed.get("quant_method") != "bitsandbytes":
+        return
+    same = any(packed.get(key) and getattr(quantization, key, False) for key in ("load_in_4bit", "load_in_8bit"))
+    if scores or not same:
+        kind = packed.get("bnb_4bit_quant_type", "fp4") if packed.get("load_in_4bit") else "int8"
+        what = "a score head would be packed, too" if scores else "quantization would not be applied"
+        raise Refusal(
+            f"{model_files.where(model)}: is packed by its own files ({line(str(kind))}); {what}. Give the unpacked "
+            "model, which quantization=nf4 packs."
+        )
 
 
 def without_weights(model: DictConfig) -> "PreTrainedModel":

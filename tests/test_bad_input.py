@@ -523,6 +523,31 @@ def test_a_model_whose_score_head_reads_no_last_token(compose, tiny_model, tmp_p
         models.load_reward_model(cfg.model, cfg.quantization, cfg.lora, None)
 
 
+@pytest.mark.parametrize(
+    ("quantization", "scores", "refused"),
+    [("nf4", False, False), ("nf4", True, True), ("none", False, True), ("int8", False, True)],
+)
+def test_a_model_that_is_packed_already(compose, tiny_model, tmp_path, quantization, scores, refused):
+    """transformers takes what its files say, whatever it is asked for."""
+    from rlhf_recipes import models
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    path = folder / "config.json"
+    packed = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": packed}))
+    recipe = "reward" if scores else "dpo"
+    cfg = compose(recipe, f"model.path={folder}", f"model.id={TINY_ID}", f"quantization={quantization}")
+    if not refused:
+        models.check(cfg.model, cfg.quantization, cfg.lora, scores=scores)
+        return
+    with pytest.raises(Refusal) as caught:
+        models.check(cfg.model, cfg.quantization, cfg.lora, scores=scores)
+    what = "a score head would be packed, too" if scores else "quantization would not be applied"
+    says = f"model.path={folder}: is packed by its own files (nf4); {what}. Give the unpacked model"
+    assert str(caught.value).startswith(says)
+
+
 @pytest.mark.parametrize("config", [{"model_type": "qwen9"}, {"hidden_size": 64}])
 def test_a_model_of_no_known_kind(compose, tmp_path, config):
     from rlhf_recipes import models
