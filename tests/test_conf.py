@@ -256,7 +256,7 @@ def test_lora_and_quantization_take_what_their_classes_take(compose):
     [
         ("trainer.beta=oops", "trainer.beta=oops: trl.DPOConfig takes float here, not the str 'oops'."),
         ("trainer.max_steps=1.5", "trainer.max_steps=1.5: trl.DPOConfig takes int here, not the float '1.5'."),
-        ("trainer.beta=null", "trainer.beta=None: trl.DPOConfig takes float here, not null."),
+        ("trainer.beta=null", "trainer.beta=null: trl.DPOConfig takes float here, not null."),
         (
             "trainer.lr_schedular_type=linear",
             "trainer.lr_schedular_type: trl.DPOConfig has no such field; did you mean 'lr_",

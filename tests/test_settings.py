@@ -306,7 +306,7 @@ def test_null_is_said_as_it_is_typed(compose):
         config.build(compose("dpo", "lora.r=null").lora, "lora")
 
 
-@pytest.mark.parametrize("override", ["stages=[{name:a,recipe:sft,overrides:[a=b]}]", "run_name=(a", "next=[a=b,{]"])
+@pytest.mark.parametrize("override", ["stages=[{name:a,recipe:sft,overrides:[a=b]}]", "next=[a=b,{]"])
 def test_what_hydra_cannot_parse(command, override):
     code, _, said = command("pipeline", override)
     quote = "Quote what its grammar has no words for, an item with '=' in a list say: key=['a=b']."

@@ -4,29 +4,43 @@ Shapes: N tokens of the completions in a row, B episodes.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 
 from rlhf_recipes import progress
-from rlhf_recipes.ppo.roles import POLICY
+from rlhf_recipes.ppo.roles import POLICY, Batch
 from rlhf_recipes.ppo.rollout import EVALUATE, Completions, seed_of
+from rlhf_recipes.ppo.scores import Scores
 from rlhf_recipes.sampling import kl_estimates
 
-if TYPE_CHECKING:
-    from datasets import Dataset
 
-    from rlhf_recipes.ppo.rloo import RLOOTrainer
-    from rlhf_recipes.ppo.trainer import PPOTrainer
+class Trainer(Protocol):
+    """What is measured by: a trainer that samples.
+
+    Attributes:
+        args, accelerator, state: of transformers' Trainer.
+        scores: what an episode earns.
+        reference: the role from which the policy's distance is measured.
+    """
+
+    args: Any
+    accelerator: Any
+    state: Any
+    scores: Scores
+    reference: str
+
+    def complete(self, rows: list[dict], seeds: list[int]) -> tuple[list[list[int]], Completions]: ...
+    def batch_of(self, prompts: list[list[int]], completions: list[list[int]]) -> Batch: ...
+    def logps(self, role: str, batch: Batch) -> Tensor: ...
+    def gather(self, values: Tensor) -> Tensor: ...
 
 
 @torch.no_grad()
 def measure(
-    trainer: "PPOTrainer | RLOOTrainer",
-    data: "Dataset",
-    what: str,
-    look: Callable[[Tensor, Completions], None] | None = None,
+    trainer: Trainer, data: Dataset, what: str, look: Callable[[Tensor, Completions], None] | None = None
 ) -> list[dict]:
     """One episode for each prompt: `reward`, `kl` (k1, nats) and `kl_k3`, its length and end; its seed is fixed.
     Several processes share the prompts.
