@@ -814,8 +814,11 @@ def test_nothing_left_says_what_was_dropped(tmp_path):
         "p.jsonl: no train rows left of 9 (9 identical, e.g. p.jsonl:1; "
     )
     one = write_lines(tmp_path / "one.jsonl", [pair(0)])
-    message = refusal(load_pairs, local(one))
-    assert message.startswith("data.test_size=0.1: leaves nothing of 1 prompts to train on.")
+    alone = "one.jsonl: one prompt alone, and none to hold out. Give more, or data.test_path."
+    assert refusal(load_pairs, local(one)) == alone
+    two = write_lines(tmp_path / "two.jsonl", [pair(0), pair(1)])
+    message = refusal(load_pairs, local(two, "data.test_size=2"))
+    assert message.startswith("data.test_size=2: leaves nothing of 2 prompts to train on. Lower it")
     assert "no test split. Give data.test_path" in refusal(load_pairs, local(one, "data.test_size=null"))
 
 
