@@ -1,5 +1,6 @@
 """What must not leave this machine, and what of a run folder is code: seen before a model loads, and never shown."""
 
+import hashlib
 import json
 import os
 import struct
@@ -398,3 +399,29 @@ def test_the_terms_of_pairs_that_were_taken_over_are_known_or_asked_for(tmp_path
             ValueError, match=rf"^license: the terms of the pairs of earlier=\S*{name} are not known here"
         ):
             base_model.describe_generator(source, None, None)
+
+
+def test_a_folder_of_the_cache_is_held_against_its_own_commit(tmp_path):
+    """Not against what the Hub has since."""
+    from types import SimpleNamespace
+
+    from rlhf_recipes.publish import base_model, contents
+
+    weights = b"weights of the first commit"
+    folder = tmp_path / "hub" / "models--org--a" / "snapshots" / "aaaa"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(weights)
+    told = {"aaaa": hashlib.sha256(weights).hexdigest(), None: "0" * 64}
+
+    def model_info(repo, revision, files_metadata):
+        files = [SimpleNamespace(lfs=SimpleNamespace(sha256=told[revision]))]
+        return SimpleNamespace(sha="bbbb", card_data={"license": "mit"}, siblings=files)
+
+    def described(model_id):
+        model = {"id": model_id, "path": str(folder), "revision": None}
+        source = contents.Source("run", tmp_path, {"model": model}, {})
+        found = base_model.describe(source, None, SimpleNamespace(model_info=model_info))
+        return found["revision"], found["same"]
+
+    assert described("org/a") == ("aaaa", True)
+    assert described("org/other") == ("bbbb", False)  # of another model's cache no commit is asked for

@@ -37,8 +37,8 @@ def describe(source: contents.Source, licence: str | None, api) -> dict[str, Any
     base = {"id": node.id, "revision": node.revision, "same": None, "origin": _origin(folder)}
     terms = _local_terms(folder)
     if api is not None:
-        info = _ask(api, node.id, node.revision)
-        base["revision"] = _cached_commit(folder) or info.sha
+        info = _ask(api, node.id, node.revision or _cached_commit(folder, node.id))
+        base["revision"] = _cached_commit(folder, node.id) or info.sha
         base["same"] = node.path is None or _are_the_hubs(folder, info)
         terms = _terms(info.card_data) or terms
     return base | _carried_over(node.id, terms, licence)
@@ -87,9 +87,10 @@ def local_folder(node) -> Path | None:
     return Path(cached).parent if isinstance(cached, str) else None
 
 
-def _cached_commit(folder: Path | None) -> str | None:
-    """In the cache of the Hub's client a model lies below `snapshots/<commit>`."""
-    return folder.name if folder and folder.parent.name == "snapshots" else None
+def _cached_commit(folder: Path | None, model_id: str) -> str | None:
+    """In the cache of the Hub's client a model lies in `models--<owner>--<name>/snapshots/<commit>`."""
+    cached = f"models--{model_id.replace('/', '--')}/snapshots"
+    return folder.name if folder and folder.parent.as_posix().endswith(f"/{cached}") else None
 
 
 def _ask(api, repo_id: str, revision: str | None):
