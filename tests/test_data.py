@@ -833,7 +833,7 @@ def test_nothing_left_says_what_was_dropped(tmp_path):
         ),
         ({"too_long": "cut"}, "data.too_long=cut: not one of drop, truncate, stop."),
         ({"seed": "x"}, "data.seed=x: must be a whole number."),
-        ({"train_size": True}, "data.train_size=True: must be a whole number or null."),
+        ({"train_size": True}, "data.train_size=true: must be a whole number or null."),
         ({"revision": 12}, "data.revision=12: must be text or null. Change or quote it."),
         ({"test_size": 1.5}, "data.test_size=1.5: must be a fraction below 1 or a count of prompts."),
         ({"test_size": 0}, "data.test_size=0: must be"),
