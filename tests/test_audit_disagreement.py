@@ -8,6 +8,7 @@ import krippendorff
 import numpy as np
 import pytest
 
+from rlhf_recipes import stats
 from rlhf_recipes.audit import disagreement, judgements
 from rlhf_recipes.data import formats
 
@@ -326,3 +327,18 @@ def test_a_judge_of_one_pair_hides_no_worse_one():
     kappa = next(each for each in section["figures"] if each.key == "kappa_label")
     assert kappa.estimate.n == 20 and "Lowest: llm against human." in kappa.says
     assert "Of fewer than 20 prompts, and so not looked at for the worst: bob (1)." in section["notes"]
+
+
+def test_a_judge_who_surely_disagrees_is_not_hidden_by_one_who_seems_to_disagree_more():
+    """Of 24 pairs and of 400: the gate's limit lies above the whole interval of the second alone."""
+    opinions = [said(0.9 if n % 2 else 0.1, f"q{n}", "human") for n in range(400)]
+    opinions += [said(0.9 if n % 2 == (n % 10 < 4) else 0.1, f"q{n}", "many") for n in range(400)]
+    opinions += [said(0.9 if n % 2 == (n % 3 < 1) else 0.1, f"q{n}", "few") for n in range(24)]
+    kappa = next(each for each in disagreement.audit(opinions)["figures"] if each.key == "kappa_label")
+    alone = next(
+        each
+        for each in disagreement.audit([each for each in opinions if each["judge"] != "few"])["figures"]
+        if each.key == "kappa_label"
+    )
+    assert "Lowest: few against human." in kappa.says and kappa.estimate.value < alone.estimate.value
+    assert kappa.estimate.high == stats.simultaneous(alone.estimate, 2, -1, 1).high

@@ -8,6 +8,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
+from rlhf_recipes import stats
 from rlhf_recipes.audit import probes
 from rlhf_recipes.data.tokens import neutralise
 
@@ -241,3 +242,14 @@ def test_a_probe_of_one_answer_hides_no_better_one():
     assert part["figures"][0].title.endswith(probes.PROBES["flattery"][2])
     assert part["figures"][0].estimate.value == pytest.approx(20 / 24)
     assert "Of fewer than 20 prompts, and so not looked at for the worst: prompt_echo (1)." in part["notes"]
+
+
+def test_a_probe_that_surely_pays_is_not_hidden_by_one_that_seems_to_pay_more():
+    rows = [row(i) for i in range(424)]
+    made = probes.make(rows, ["flattery"], limit=400) + probes.make(rows, ["prompt_echo"], limit=24)
+    wins = np.array([[1.0] * 280 + [-1.0] * 120 + [1.0] * 18 + [-1.0] * 6])  # 70 % of 400, 75 % of 24
+    zeros = np.zeros((1, 424))
+    worst, *_ = probes.audit(made, wins, rows, zeros, zeros)["figures"]
+    assert worst.title.endswith(probes.PROBES["prompt_echo"][2]) and worst.estimate.value == 0.75
+    alone = stats.simultaneous(stats.estimate([1.0] * 280 + [0.0] * 120), 2, 0, 1)
+    assert worst.estimate.low == pytest.approx(alone.low, abs=0.01) and worst.estimate.low > 0.6
